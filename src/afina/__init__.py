@@ -1,0 +1,32 @@
+"""afina: one frozen base, many small adapters, one engine that trains, judges, combines, audits and serves them.
+
+    import afina
+    run = afina.train("rows.jsonl", method="lora", rank=8)
+    afina.generate(["Hello!"], run=run.folder)
+
+Each function takes the settings of the verb of the same name as keyword arguments (see `afina --help`).
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_FUNCTIONS = {
+    "train": "afina.training.run",
+    "plan": "afina.planning.preview",
+    "evaluate": "afina.judge.evaluate",
+    "generate": "afina.engine.generate",
+    "merge": "afina.combining.merge",
+    "export": "afina.combining.merge",
+    "load_base": "afina.base.load",
+    "load_adapter": "afina.delta.files",
+}
+__all__ = ["__version__", *_FUNCTIONS]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a function when it is first asked for: importing afina alone stays instant."""
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'afina' has no attribute {name!r}")

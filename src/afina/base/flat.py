@@ -1,0 +1,141 @@
+"""Attention over a flat run of tokens: sequences one after another, no padding, no crossing.
+
+It enters any transformers model through its own AttentionInterface, under the name "afina"; the boundaries
+come with each forward as the keyword `flat`. When `flat` carries a cache, the keys and values of each
+sequence are kept there and read back: the same function serves training, prefill and decoding.
+
+    queries  (1, heads, T, head_dim)      T = tokens of all sequences together
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "afina"
+
+
+@dataclass
+class Flat:
+    """Boundaries of the sequences in a flat run: bounds = (0, end of first, ..., T); and perhaps a cache."""
+
+    bounds: tuple[int, ...]
+    cache: "KeyValueCache | None" = None
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of a batch of sequences, one padded buffer a layer: (sequences, kv_heads, capacity, head_dim).
+
+    `lengths` counts the tokens that are already in; it moves on when the whole forward is done (`advance`).
+    """
+
+    capacity: int
+    lengths: list[int]
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def buffers(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's buffers, made at first use in the shape and dtype of `keys` and `values`."""
+        if layer not in self.layers:
+            shape = (len(self.lengths), keys.shape[1], self.capacity)
+            self.layers[layer] = (
+                keys.new_zeros(*shape, keys.shape[-1]),
+                values.new_zeros(*shape, values.shape[-1]),
+            )
+        return self.layers[layer]
+
+    def advance(self, bounds: tuple[int, ...]) -> None:
+        """Count the tokens that the last forward put in."""
+        self.lengths = [n + end - start for n, (start, end) in zip(self.lengths, pairwise(bounds), strict=True)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all sequences but `rows`."""
+        index = torch.tensor(rows)
+        self.lengths = [self.lengths[i] for i in rows]
+        self.layers = {n: (k[index], v[index]) for n, (k, v) in self.layers.items()}
+
+
+def _allowed(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each query may see, the last query standing at the last key: bool (queries, keys)."""
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None]
+    allowed = key <= position
+    return allowed if window is None else allowed & (key > position - window)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float, softcap: float | None, dropout: float
+) -> Tensor:
+    """Attention of queries (1, H, n, D) to keys (1, Hkv, m, D); `allowed` None means plain causal with n = m."""
+    if softcap is None:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, allowed, dropout, is_causal=allowed is None, scale=scaling, enable_gqa=grouped
+        )
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if allowed is None:
+        allowed = _allowed(query.shape[2], key.shape[2], None, query.device)
+    scores = torch.tanh(query @ key.mT * (scaling / softcap)) * softcap
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def flat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    flat: Flat | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function over a flat run; returns (1, T, heads, head_dim) and no weights."""
+    if flat is None:
+        raise RuntimeError("flat attention needs its boundaries: this model family did not pass `flat` on")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache = flat.cache
+    if cache is not None and len(flat.bounds) - 1 == query.shape[2]:
+        return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
+    outputs = []
+    for row, (start, end) in enumerate(pairwise(flat.bounds)):
+        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+        if cache is not None:
+            keys, values = cache.buffers(module.layer_idx, key, value)
+            past = cache.lengths[row]
+            keys[row, :, past : past + end - start], values[row, :, past : past + end - start] = k[0], v[0]
+            k, v = keys[row : row + 1, :, : past + end - start], values[row : row + 1, :, : past + end - start]
+        whole = k.shape[2] == end - start and (sliding_window is None or end - start <= sliding_window)
+        allowed = None if whole else _allowed(end - start, k.shape[2], sliding_window, q.device)
+        outputs.append(_attend(q, k, v, allowed, scaling, softcap, dropout))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _decode(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    cache: KeyValueCache, scaling: float, window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """One new token of every sequence at once, over the padded buffers."""
+    keys, values = cache.buffers(module.layer_idx, key, value)
+    rows = torch.arange(query.shape[2], device=query.device)
+    at = torch.tensor(cache.lengths, device=query.device)
+    keys[rows, :, at], values[rows, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    longest = max(cache.lengths) + 1
+    key_position = torch.arange(longest, device=query.device)
+    allowed = key_position <= at[:, None]
+    if window is not None:
+        allowed &= key_position > at[:, None] - window
+    query = query[0].transpose(0, 1)[:, :, None]  # (sequences, heads, 1, head_dim)
+    out = _attend(query, keys[:, :, :longest], values[:, :, :longest], allowed[:, None, None], scaling, softcap, 0.0)
+    return out.transpose(1, 2).transpose(0, 1)  # (1, sequences, heads, head_dim)
+
+
+AttentionInterface.register(NAME, flat_attention)

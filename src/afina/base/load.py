@@ -1,0 +1,169 @@
+"""Load a model, frozen, from a folder, the Hugging Face hub or the package itself.
+
+Weights are read from safetensors only. What can go wrong is told with its remedy: a folder of .bin files, a
+gated or missing model, a download that stopped half-way, code that would have to be run.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from afina.base.flat import NAME
+from afina.base.model import Base
+from afina.base.safety import check_file
+from afina.config import EMBEDDED
+from afina.errors import BaseError, SettingsError
+
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device meant by `name`; "auto" takes CUDA, then Apple's MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise SettingsError(f"device {name!r} is not available here", hint="--device auto, or --device cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+    """The dtype meant by `name`; "auto" keeps the stored one, float16 becoming bfloat16."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "mps":
+        return torch.float32
+    stored = getattr(config, "dtype", None) or torch.float32
+    return torch.bfloat16 if stored == torch.float16 else stored
+
+
+def find_folder(base: str, revision: str | None) -> Path:
+    """The local folder of a base: the package's own, a path as given, or the hub's cache (downloaded if need be)."""
+    if base == EMBEDDED:
+        return EMBEDDED_FOLDER
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or base.startswith((".", "/", "~")):
+        raise BaseError("not a folder of a model", where=base, hint="give the folder that holds config.json")
+    return _download(base, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    login = "accept its terms on its page, then type: hf auth login"
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise BaseError("this model asks for a licence to be accepted", where=name, hint=login) from error
+    except RevisionNotFoundError as error:
+        raise BaseError(f"this model has no revision {revision!r}", where=name) from error
+    except RepositoryNotFoundError as error:
+        raise BaseError("no such model, or a private one", where=name, hint=f"check the name; if private, {login}") from error
+    except HFValidationError as error:
+        raise BaseError("neither a folder nor a model's name", where=name, hint="a name looks like owner/model") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = "the hub cannot be reached and the model is not in the local cache"
+        raise BaseError("cannot download this model", where=name, why=why, hint="give the path of a local folder") from error
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """The weight files of a model folder, each complete; raises `BaseError` on what is missing or damaged."""
+    if not (folder / "config.json").is_file():
+        raise BaseError("no config.json in the model's folder", where=str(folder), hint="is this a Hugging Face folder?")
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BaseError("cannot read the list of weight files", where=str(folder / INDEX)) from error
+        files = [folder / name for name in names]
+    else:
+        files = [folder / WEIGHTS]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and (list(folder.glob("*.bin")) or list(folder.glob("*.pt*"))) and not (folder / INDEX).is_file():
+        raise BaseError(
+            "the weights are pickled (.bin), which can run code when opened",
+            where=str(folder),
+            hint=f"convert them once: python -m afina.base.convert {folder} NEW_FOLDER",
+        )
+    if missing:
+        why = "the download stopped half-way" if list(folder.rglob("*.incomplete")) or len(missing) < len(files) else None
+        raise BaseError(f"missing weights: {', '.join(missing)}", where=str(folder), why=why, hint="download the model again")
+    for file in files:
+        check_file(file)
+    return files
+
+
+def load_base(
+    base: str = EMBEDDED,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Base:
+    """A causal language model, frozen and in eval mode, with its tokenizer.
+
+    Raises `BaseError` where the model is missing, damaged, closed, or no decoder.
+    """
+    folder = find_folder(base, revision)
+    files = check_folder(folder)
+    config = _config(folder, base, trust_remote_code)
+    place = choose_device(device)
+    options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code}
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        try:
+            model, flat = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=NAME, **options), True
+        except (ValueError, KeyError):  # families from before the AttentionInterface: run sequence by sequence
+            model, flat = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options), False
+    except (ValueError, KeyError, OSError) as error:
+        raise BaseError("transformers cannot load this model", where=base, why=str(error).splitlines()[0]) from error
+    model.requires_grad_(False)
+    model.eval().to(place)
+    return Base(
+        model=model,
+        tokenizer=_tokenizer(folder, base, trust_remote_code),
+        name=base,
+        revision=revision,
+        folder=folder,
+        files=files,
+        remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
+        flat=flat,
+    )
+
+
+def _config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        needs_code = "trust_remote_code" in str(error)
+        raise BaseError(
+            "this model brings Python code of its own" if needs_code else "transformers does not know this model",
+            where=name,
+            why=str(error).splitlines()[0],
+            hint="read the code first; if you trust it: --trust-remote-code" if needs_code else None,
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseError(f"{config.model_type} is an encoder-decoder; afina adapts decoders so far", where=name)
+    return config
+
+
+def _tokenizer(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise BaseError("the model's tokenizer cannot be loaded", where=name, why=str(error).splitlines()[0]) from error

@@ -1,0 +1,204 @@
+"""A frozen base: its modules, its tokenizer, and the few ways in which the rest of afina calls it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from afina.base.flat import NAME, Flat, KeyValueCache
+from afina.base.safety import hash_tensors
+from afina.errors import BaseError
+from afina.kernels.cross_entropy import linear_cross_entropy
+from afina.segments import Switchboard
+
+PROBE = 6  # tokens of the self-check at loading
+
+
+@dataclass
+class Base:
+    """A causal language model that never changes; adapters are attached to it and detached again.
+
+    `flat` says whether the family takes a flat run of tokens through transformers' AttentionInterface; the
+    others (state-space models, say) are run sequence by sequence, to the same result.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    revision: str | None = None
+    folder: Path | None = None
+    files: list[Path] = field(default_factory=list)
+    remote_code: bool = False
+    flat: bool = True
+    board: Switchboard = field(default_factory=Switchboard)
+
+    def __post_init__(self) -> None:
+        self.flat = self.flat and self._takes_flat_runs()
+        if not self.flat and self.model.config._attn_implementation == NAME:
+            self.model.set_attn_implementation("eager")
+        self._split_head = self._head_is_plain()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How the weights are held."""
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the base: sha256 of its published tensors; empty for a model made in memory."""
+        return hash_tensors(self.files) if self.files else ""
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the model was made for, in tokens."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer, from hidden states to logits."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def softcap(self) -> float | None:
+        """Gemma's soft cap on the logits, where there is one."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    # ---- forwards
+
+    def hidden(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None) -> Tensor:
+        """Last hidden states (T, d) of a flat run: tokens (T), positions (T) within each sequence."""
+        decoder = self.model.base_model
+        if self.flat:
+            states = decoder(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=Flat(bounds, cache)
+            ).last_hidden_state[0]
+            if cache is not None:
+                cache.advance(bounds)
+            return states
+        pieces = tokens.tensor_split(bounds[1:-1])
+        return torch.cat([decoder(input_ids=piece[None], use_cache=False).last_hidden_state[0] for piece in pieces])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) in float32 of hidden states (n, d)."""
+        logits = self.head(hidden).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def run_logits(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...]) -> Tensor:
+        """All logits (T, V) in float32 of a flat run."""
+        return self.logits(self.hidden(tokens, positions, bounds)) if self._split_head else self._whole(tokens, positions, bounds)
+
+    def last_logits(
+        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Logits (sequences, V) in float32 after the last token of each sequence of a flat run."""
+        last = torch.tensor(bounds[1:], device=tokens.device) - 1
+        if self._split_head:
+            return self.logits(self.hidden(tokens, positions, bounds, cache)[last])
+        return self._whole(tokens, positions, bounds, cache)[last]
+
+    def _whole(
+        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """All logits (T, V) as the model's own forward gives them."""
+        if self.flat:
+            flat = Flat(bounds, cache)
+            whole = self.model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=flat)
+            if cache is not None:
+                cache.advance(bounds)
+            return whole.logits[0].float()
+        pieces = tokens.tensor_split(bounds[1:-1])
+        return torch.cat([self.model(input_ids=piece[None], use_cache=False).logits[0] for piece in pieces]).float()
+
+    def loss(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], labels: Tensor) -> Tensor:
+        """Sum over labelled positions of the cross-entropy, in nats (float32); labels (T), -100 where there is none.
+
+        Positions without a label never reach the output layer, and the logits of the others exist a chunk at a time.
+        """
+        keep = (labels >= 0).nonzero()[:, 0]
+        if not self._split_head:
+            logits = self.run_logits(tokens, positions, bounds)[keep]
+            return nn.functional.cross_entropy(logits, labels[keep], reduction="sum")
+        hidden = self.hidden(tokens, positions, bounds)[keep]
+        head = self.head
+        if type(head) is nn.Linear:
+            return linear_cross_entropy(hidden, head.weight, head.bias, labels[keep], self.softcap)
+        total = hidden.new_zeros((), dtype=torch.float32)  # an adapted head: recompute each chunk in the backward
+        for part, target in zip(hidden.split(1024), labels[keep].split(1024), strict=True):
+            total = total + checkpoint(
+                lambda h, t: nn.functional.cross_entropy(self.logits(h), t, reduction="sum"),
+                part, target, use_reentrant=False, context_fn=self.board.remember(),
+            )  # fmt: skip
+        return total
+
+    # ---- modes
+
+    @contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Within the block, blocks keep no activations and recompute them in the backward pass."""
+        if not on:
+            yield
+            return
+        if not self.model.supports_gradient_checkpointing:
+            raise BaseError(f"{self.model.config.model_type} cannot recompute its activations", hint="--checkpointing false")
+        layers = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
+        modes = [(layer, layer.training) for layer in layers]
+        function = partial(checkpoint, use_reentrant=False, context_fn=self.board.remember())
+        for layer in layers:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, function
+            layer.training = True  # only the block's own flag, which is what turns recomputation on
+        try:
+            yield
+        finally:
+            for layer, mode in modes:
+                layer.gradient_checkpointing, layer.training = False, mode
+
+    # ---- self-checks: a family that does things its own way must not be answered wrongly
+
+    def _probe(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        bounds = (0, *starts)
+        lengths = [end - start for start, end in pairwise(bounds)]
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        tokens = torch.arange(bounds[-1], device=self.device) * 7 % (vocabulary - 5) + 5
+        return tokens, torch.cat([torch.arange(n, device=self.device) for n in lengths]), bounds
+
+    @torch.no_grad()
+    def _takes_flat_runs(self) -> bool:
+        """Does a flat run of two sequences give what each gives alone?"""
+        tokens, positions, bounds = self._probe((PROBE, PROBE + 4))
+        decoder = self.model.base_model
+        try:
+            together = decoder(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=Flat(bounds)
+            ).last_hidden_state[0]
+            alone = [
+                decoder(
+                    input_ids=tokens[None, a:b], position_ids=positions[None, a:b], use_cache=False, flat=Flat((0, b - a))
+                ).last_hidden_state[0]
+                for a, b in pairwise(bounds)
+            ]
+        except (TypeError, RuntimeError, ValueError):
+            return False
+        tolerance = 1e-4 if self.dtype == torch.float32 else 0.1
+        return torch.allclose(together.float(), torch.cat(alone).float(), atol=tolerance, rtol=tolerance)
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Are the model's logits those of its output layer on its last hidden states?"""
+        if self.head is None:
+            raise BaseError("this model has no output layer over a vocabulary", where=self.name)
+        tokens, positions, _ = self._probe((PROBE,))
+        whole = self._whole(tokens, positions, (0, PROBE))
+        split = self.logits(self.hidden(tokens, positions, (0, PROBE)))
+        return torch.allclose(whole, split, atol=1e-4 if self.dtype == torch.float32 else 0.1, rtol=1e-2)

@@ -1,0 +1,72 @@
+"""`afina chat`: a conversation in the terminal, answers appearing as they are made."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from afina.base.load import load_base
+from afina.base.model import Base
+from afina.config import ChatSettings
+from afina.data.template import Renderer
+from afina.delta.files import load_adapter
+from afina.engine.generate import Sampling, base_of, generate_tokens, stop_tokens, template_of
+from afina.errors import DataError
+from afina.segments import BASE, Segments
+
+
+def chat(settings: ChatSettings) -> dict[str, Any]:
+    """Talk until an empty line of input ends; `/off` and `/on` switch the adapter, `/new` forgets the conversation."""
+    console = Console(stderr=True)
+    name, revision = base_of(settings.run, settings.base)
+    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
+    adapted = Segments.all(load_adapter(settings.run, base).name) if settings.run is not None else BASE
+    route = adapted
+    renderer = Renderer(base.tokenizer, template_of(settings.run), base.context)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
+    opening = [{"role": "system", "content": settings.system}] if settings.system else []
+    messages = list(opening)
+    console.print(f"{name}{f' with {settings.run}' if settings.run else ''}. /on and /off switch the adapter, /new starts again, "
+                  "Ctrl-D leaves.", highlight=False)  # fmt: skip
+    while (line := _read()) is not None:
+        if line in ("/on", "/off"):
+            route = adapted if line == "/on" else BASE
+        elif line == "/new":
+            messages = list(opening)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            try:
+                prompt = renderer.prompt(messages)
+                messages.append({"role": "assistant", "content": _answer(base, renderer, prompt, sampling, route)})
+            except DataError as error:  # the conversation has outgrown the context
+                console.print(f"{error.what}; /new starts again", highlight=False)
+                messages.pop()
+    return {"base": name, "run": str(settings.run) if settings.run else None, "messages": messages}
+
+
+def _read() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _answer(base: Base, renderer: Renderer, prompt: list[int], sampling: Sampling, route: Segments) -> str:
+    """Generate one answer, writing it out as it comes; a character of several tokens waits until it is whole."""
+    tokens: list[int] = []
+    written = ""
+    stops = stop_tokens(base) | renderer.stops
+
+    def write(_: int, token: int) -> None:
+        nonlocal written
+        if token not in stops:
+            tokens.append(token)
+        text = base.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            sys.stdout.write(text[len(written) :])
+            sys.stdout.flush()
+            written = text
+
+    generate_tokens(base, [prompt], sampling, route, write, stops)
+    print()
+    return written.strip()

@@ -1,0 +1,156 @@
+"""`afina VERB ...`: flags and YAML into settings, settings into a call, its result onto the screen.
+
+Nothing heavy is imported before a verb runs, so that help is instant.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import yaml
+
+import afina
+from afina import config
+from afina.config import Settings
+from afina.errors import AfinaError, SettingsError, nearest
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: its settings, the function behind it ("module:name"), and which setting is given without a flag."""
+
+    help: str
+    settings: type[Settings]
+    function: str
+    positional: str | None = None
+    many: bool = False
+
+
+VERBS = {
+    "demo": Verb("see it work: teach the embedded base to correct sentences", config.DemoSettings, "afina.demo.demo:demo"),
+    "plan": Verb("what would happen, before it does", config.TrainSettings, "afina.planning.preview:plan", "data"),
+    "train": Verb("adapt a base to your data", config.TrainSettings, "afina.cli.train:train", "data"),
+    "eval": Verb("judge an adapter against its base", config.EvalSettings, "afina.judge.evaluate:evaluate", "run"),
+    "generate": Verb("answer prompts", config.GenerateSettings, "afina.engine.generate:generate", "prompts", many=True),
+    "chat": Verb("talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "run"),
+    "merge": Verb("one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"),
+    "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.merge:export", "run"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message, hint=f"{self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, from the settings' declarations."""
+    parser = _Parser(prog="afina", description="One frozen base, many small adapters: train, judge, merge and talk to them.")
+    parser.add_argument("--version", action="version", version=f"afina {afina.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        sub.add_argument("--config", metavar="FILE", help="a YAML file of settings; flags go before it")
+        sub.add_argument("--json", action="store_true", help="one JSON object as the last line")
+        for field_name, field in verb.settings.model_fields.items():
+            help_text = _help(field.description or "", field.default)
+            if field_name == verb.positional:
+                sub.add_argument(field_name, nargs="*" if verb.many else "?", help=help_text)
+            flag = "--" + field_name.replace("_", "-")
+            metavar = field_name.upper() if field_name != verb.positional else argparse.SUPPRESS
+            if field.annotation is bool:
+                sub.add_argument(flag, dest=field_name, nargs="?", const=True, metavar="true|false", help=help_text)
+            elif field_name != verb.positional:
+                sub.add_argument(flag, dest=field_name, metavar=_metavar(field.annotation, metavar), help=help_text)
+    return parser
+
+
+def _help(description: str, default: Any) -> str:
+    shown = default is not None and default not in ({}, []) and type(default).__name__ != "PydanticUndefinedType"
+    return (description + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")).replace("%", "%%")
+
+
+def _metavar(annotation: Any, name: str) -> str:
+    return "|".join(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else name
+
+
+def _value(annotation: Any, text: Any) -> Any:
+    """A flag's text as a value: lists may be written with commas, lists and mappings as YAML."""
+    if not isinstance(text, str):
+        return text
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    holds = {typing.get_origin(kind) or kind for kind in kinds}
+    if holds & {dict, list} and (text.startswith(("[", "{")) or dict in holds):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"cannot read {text!r}", why=str(error).splitlines()[0]) from error
+    if list in holds and ("," in text or str not in holds):
+        return [part.strip() for part in text.split(",")]
+    return text
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
+    """(verb, settings, whether JSON is asked for); raises `SettingsError` on anything that does not fit."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        raise SettingsError(f"unknown verb {arguments[0]!r}", hint=nearest(arguments[0], VERBS))
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if known.verb is None:
+        parser.print_help()
+        raise SystemExit(0)
+    verb = VERBS[known.verb]
+    for word in unknown:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if word.startswith("--"):
+            flags = [f"--{field.replace('_', '-')}" for field in [*verb.settings.model_fields, "config", "json"]]
+            raise SettingsError(f"unknown flag --{name.replace('_', '-')}", hint=nearest(word.partition("=")[0], flags))
+        raise SettingsError(f"do not know what to do with {word!r}", hint=f"afina {known.verb} --help")
+    values = {name: value for name, value in vars(known).items() if name != "verb"}
+    as_json, file = values.pop("json", False), values.pop("config", None)
+    values = {name: value for name, value in values.items() if value not in (None, [])}
+    fields = verb.settings.model_fields
+    values = {name: _value(fields[name].annotation, value) for name, value in values.items()}
+    if file is not None:
+        from pathlib import Path
+
+        values = config.read_yaml(Path(file)) | values
+    return known.verb, config.make_settings(verb.settings, values, where=file), as_json
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit status (0 good, 1 failed, 2 wrong settings, 130 interrupted)."""
+    as_json = "--json" in arguments
+    try:
+        name, settings, as_json = parse(arguments)
+        module, _, function = VERBS[name].function.partition(":")
+        call: Callable[[Any], dict[str, Any]] = getattr(importlib.import_module(module), function)
+        result = call(settings)
+        if as_json:
+            print(json.dumps(result, ensure_ascii=False, default=str))
+        else:
+            from afina.cli.show import show
+
+            show(name, result)
+        return 0
+    except AfinaError as error:
+        print(f"afina: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": {k: getattr(error, k) for k in ("what", "where", "why", "hint")}}, ensure_ascii=False))
+        return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:
+        print("\nafina: stopped. A training run goes on from its last checkpoint with --resume.", file=sys.stderr)
+        return 130
+
+
+def main() -> None:
+    """The `afina` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""Results as tables and plain words, a function a verb."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console()
+
+
+def show(verb: str, result: dict[str, Any]) -> None:
+    """Print what a verb returned, for people."""
+    {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "merge": _merge,
+     "export": _export, "demo": _demo}[verb](result)  # fmt: skip
+
+
+def _rows(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def _nothing(result: dict[str, Any]) -> None:
+    pass
+
+
+def _plan(result: dict[str, Any]) -> None:
+    data, settings = result["data"], result["settings"]
+    _rows("settings", [(name, str(value)) for name, value in settings.items() if value not in (None, {}, "")])
+    _rows("data", [
+        ("format", data["format"]), ("objective", data["objective"]), ("rows", f"{data['rows']:,}"),
+        ("to learn from", f"{data['train']:,}"), ("held out", f"{data['held_out']:,}"), ("skipped", f"{len(data['skipped']):,}"),
+        ("tokens", f"{data['tokens']:,} (longest sequence {data['longest']:,})"),
+        ("tokens with a label", f"{data['labelled_percent']:.1f}%"),
+    ])  # fmt: skip
+    for line in data["skipped"]:
+        console.print(f"skipped {line}", highlight=False, markup=False)
+    console.print("one example, the learned tokens marked:", style="bold")
+    console.print(result["example"], highlight=False, markup=False)
+    trainable, total = result["trainable_parameters"], result["base"]["parameters"]
+    console.print(
+        f"{trainable:,} numbers to learn in {result['layers']} layers, {100 * trainable / total:.2f}% of the base's {total:,}; "
+        f"{result['steps']:,} steps",
+        highlight=False,
+    )
+
+
+def _train(result: dict[str, Any]) -> None:
+    losses = result["losses"]
+    table = Table(title=f"run {result['folder']}", title_justify="left")
+    for column in ("nats a token", "before", "after"):
+        table.add_column(column)
+    table.add_row("held-out rows", f"{losses['held_before']:.4f}", f"{losses['held_after']:.4f}")
+    table.add_row("rows it learned", "", f"{losses['train_after']:.4f}")
+    table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
+    console.print(table)
+    for line in result["data"]["skipped"]:
+        console.print(f"skipped {line}", highlight=False, markup=False)
+    for sentence in result["verdict"]:
+        console.print(f"- {sentence}", highlight=False)
+    console.print(
+        f"{result['steps']:,} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s "
+        f"({result['tokens_per_second']:,.0f} a second), peak {result['peak_memory_mb']:,.0f} MB, adapter {result['adapter_kb']:,.0f} KB",
+        highlight=False,
+    )
+    console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
+
+
+UNITS = {"loss": "loss, nats a token", "perplexity": "perplexity", "general_loss": "loss on general text, nats a token"}
+
+
+def _eval(result: dict[str, Any]) -> None:
+    sides = [side for side in ("before", "after") if side in result]
+    table = Table(title=f"{result['rows']:,} rows", title_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column({"before": "base", "after": "with the adapter"}[side])
+    for name in result["before"]:
+        table.add_row(UNITS.get(name, f"{name}, %"), *(f"{result[side][name]:.3f}" for side in sides))
+    console.print(table)
+    _examples(result["examples"][:3], sides)
+
+
+def _examples(examples: list[dict[str, Any]], sides: list[str]) -> None:
+    for example in examples:
+        rows = [("prompt", example["prompt"]), ("expected", example["expected"])]
+        rows += [({"before": "base", "after": "adapter"}[side], example[side]) for side in sides if side in example]
+        _rows("", rows)
+
+
+def _generate(result: dict[str, Any]) -> None:
+    for answer in result["answers"]:
+        console.print(answer["text"], highlight=False, markup=False, soft_wrap=True)
+
+
+def _merge(result: dict[str, Any]) -> None:
+    _rows(f"written: {result['out']}", [
+        ("largest difference of a logit", f"{result['max_logit_difference']:.3g}"),
+        ("same likeliest token", f"{100 * result['greedy_agreement']:.1f}% of {result['probe_tokens']} positions"),
+    ])  # fmt: skip
+
+
+def _export(result: dict[str, Any]) -> None:
+    if result["format"] == "hf":
+        _merge(result)
+    else:
+        console.print(f"written: {result['out']}", highlight=False)
+
+
+def _demo(result: dict[str, Any]) -> None:
+    _rows("what a LoRA taught the embedded base: correcting sentences in English and Spanish", [
+        ("corrected without a fault, before", f"{result['metric_before']:.1f}% of {result['held_out']} new sentences"),
+        ("corrected without a fault, after", f"{result['metric_after']:.1f}%"),
+        ("words of these that were not in the training rows", f"{result['unseen_words']:.1f}%"),
+        ("forgetting: loss on general text", f"{result['forgetting']:+.3f} nats a token"),
+        ("time", f"{result['seconds']:.0f} s ({result['train_seconds']:.0f} s of training)"),
+        ("peak memory", f"{result['peak_memory_mb']:,.0f} MB"),
+        ("size of the adapter", f"{result['adapter_kb']:,.0f} KB"),
+    ])  # fmt: skip
+    _examples(result["examples"], ["before", "after"])
+    for sentence in result["verdict"]:
+        console.print(f"- {sentence}", highlight=False)
+    console.print(f"the curve: {result['curve']}", highlight=False)
+    console.print(f"talk to it: afina chat {result['run']}      (try: Correct: the dogs runs in the park)", highlight=False, markup=False)

@@ -1,0 +1,170 @@
+"""Examples become flat batches: one run of tokens without padding, and the boundaries of its sequences.
+
+    tokens     | a a a a a | b b b | c c c c c c |       bounds (0, 5, 8, 14)
+    positions  | 0 1 2 3 4 | 0 1 2 | 0 1 2 3 4 5 |
+    labels     | the token that comes next, or -100 where it is not learned; never over a boundary
+
+Which rows share a batch is a pure function of lengths, seed and step.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, islice
+
+import torch
+from torch import Tensor
+
+from afina.data.rows import Row
+from afina.data.template import Example
+from afina.errors import DataError
+
+IGNORED = -100
+WINDOW = 64  # sequences looked at to fill the rest of a batch: order stays nearly that of the shuffle
+
+
+@dataclass(frozen=True, eq=False)
+class FlatBatch:
+    """Sequences one after another: int64 `tokens`, `positions` and `labels` of shape (T,); `bounds` (0, ..., T)."""
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+    bounds: tuple[int, ...]
+
+    @cached_property
+    def label_count(self) -> int:
+        """How many tokens are learned."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> "FlatBatch":
+        """The same batch on `device`."""
+        count = self.label_count  # counted here, so that nobody waits for the device to count
+        moved = FlatBatch(self.tokens.to(device), self.positions.to(device), self.labels.to(device), self.bounds)
+        moved.__dict__["label_count"] = count
+        return moved
+
+
+def flatten(examples: Sequence[Example]) -> FlatBatch:
+    """Lay examples end to end; labels are shifted, so that labels[t] is the token to predict at t."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        tokens += example.tokens
+        positions += range(len(example.tokens))
+        following = zip(example.tokens[1:], example.labels[1:], strict=True)
+        labels += [token if learned else IGNORED for token, learned in following]
+        labels.append(IGNORED)
+    bounds = tuple(accumulate((len(example.tokens) for example in examples), initial=0))
+    flat_tokens, flat_positions, flat_labels = (torch.tensor(p, dtype=torch.int64) for p in (tokens, positions, labels))
+    return FlatBatch(flat_tokens, flat_positions, flat_labels, bounds)
+
+
+def pack(lengths: Sequence[int], batch_tokens: int, order: Sequence[int]) -> list[list[int]]:
+    """Indices in batches of at most `batch_tokens`, going through `order` and filling gaps from the next few.
+
+    Every index comes once; a sequence longer than `batch_tokens` has a batch of its own.
+    """
+    rest = iter(order)
+    window = list(islice(rest, WINDOW))
+    batches = []
+    while window:
+        batch = [window.pop(0)]
+        window += islice(rest, 1)
+        room, at = batch_tokens - lengths[batch[0]], 0
+        while at < len(window) and room > 0:
+            if lengths[window[at]] > room:
+                at += 1
+                continue
+            batch.append(window.pop(at))
+            window += islice(rest, 1)
+            room -= lengths[batch[-1]]
+        batches.append(batch)
+    return batches
+
+
+class Sampler:
+    """The micro-batches of every optimizer step: a pure function of (examples, seed, step), so a run can resume.
+
+    Epochs follow one another, each shuffled by seed + epoch and packed anew; the last step of an epoch may have
+    fewer than `accumulate` micro-batches.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_tokens: int, accumulate: int, seed: int) -> None:
+        if not examples:
+            raise DataError("there are no examples to train on")
+        self._examples, self._batch_tokens, self._accumulate, self._seed = examples, batch_tokens, accumulate, seed
+        self._lengths = [len(example.tokens) for example in examples]
+        self._first_steps = [0]  # the step at which each epoch begins, as far as is known
+        self._plan: tuple[int, list[list[int]]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of the first epoch; packing may give others one more or less."""
+        return self._start(1)
+
+    def step_batches(self, step: int) -> list[FlatBatch]:
+        """The micro-batches of optimizer step `step`, counted from 0."""
+        return [flatten(examples) for examples in self.step_examples(step)]
+
+    def step_examples(self, step: int) -> list[list[Example]]:
+        """The examples of each micro-batch of optimizer step `step`."""
+        epoch = 0
+        while step >= self._start(epoch + 1):
+            epoch += 1
+        first = (step - self._start(epoch)) * self._accumulate
+        chosen = self._batches(epoch)[first : first + self._accumulate]
+        return [[self._examples[index] for index in batch] for batch in chosen]
+
+    def _start(self, epoch: int) -> int:
+        while len(self._first_steps) <= epoch:
+            self._first_steps.append(self._first_steps[-1] + self._steps(len(self._first_steps) - 1))
+        return self._first_steps[epoch]
+
+    def _steps(self, epoch: int) -> int:
+        return -(-len(self._batches(epoch)) // self._accumulate)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if self._plan[0] != epoch:
+            order = list(range(len(self._examples)))
+            random.Random(self._seed + epoch).shuffle(order)
+            self._plan = epoch, pack(self._lengths, self._batch_tokens, order)
+        return self._plan[1]
+
+
+def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out for judging, about `share` of them; both in the order of the file.
+
+    Identical rows stay on one side, so that nothing held out was seen. Raises `DataError` when there are fewer
+    than two different rows.
+    """
+    if not 0 <= share < 1:
+        raise DataError(f"a held-out share of {share} leaves nothing to train on", hint="e.g. --holdout 0.1")
+    groups: dict[object, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(_content(row), []).append(index)
+    if len(groups) < 2:
+        why = "some rows are kept for judging, and what is judged must not be trained on"
+        raise DataError(f"at least 2 different rows are needed, found {len(groups)}", why=why, hint="add rows")
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    held = _take(shuffled, max(1, round(share * len(rows))))
+    return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
+
+
+def _take(groups: Sequence[list[int]], target: int) -> set[int]:
+    """Groups, in their order, that hold at most `target` indices; the smallest one where all are larger."""
+    held: set[int] = set()
+    for group in groups:
+        if len(held) + len(group) <= target:
+            held.update(group)
+    if not held:
+        held.update(sorted(groups, key=len)[0])
+    return held
+
+
+def _content(row: Row) -> object:
+    messages: Iterable[dict[str, str]] = row.messages or ()
+    return tuple(tuple(sorted(message.items())) for message in messages), row.prompt, row.completion, row.text

@@ -1,0 +1,150 @@
+"""A data file in any usual format becomes a table of rows; the format is recognised by the content.
+
+The name's ending only settles what would otherwise be taken for plain text: a .jsonl file that is no JSON
+is an error, not a text to learn. What every format demands is in rows.py, how bytes are read in readers.py.
+"""
+
+import hashlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afina.data import readers
+from afina.data.rows import FIELDS, PARSERS, REQUIRED, Message, Record, Row, recognise
+from afina.errors import DataError, nearest
+
+__all__ = ["Message", "Row", "Table", "read_table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file, its format, the rows left out ("file:line:field: what"), and the file's sha256."""
+
+    path: Path
+    format: str
+    rows: list[Row]
+    skipped: list[str]
+    digest: str
+
+
+def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False) -> Table:
+    """Read a file of data.
+
+    `columns` gives our field names the file's own, e.g. {"prompt": "question", "completion": "answer"}.
+    With `skip_bad_rows` a row that cannot be used is left out and listed.
+    Raises `DataError` with file:line:field.
+    """
+    path, columns = Path(path), dict(columns or {})
+    for name in columns:
+        if name not in FIELDS:
+            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
+    data = _bytes(path)
+    records = list(_records(path, data, columns))
+    if not records:
+        raise DataError("the file has no rows", where=str(path))
+    names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
+    broken = next((record for _, record in records if isinstance(record, DataError)), None)
+    if broken and not (names and skip_bad_rows):
+        raise broken
+    columns = _all_columns(path, names, columns)
+    format = _format(path, set(_renamed(dict.fromkeys(names), columns)), names)
+    rows, skipped = [], []
+    for where, record in records:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            rows.append(PARSERS[format](Record(where, _renamed(record, columns), columns)))
+        except DataError as error:
+            if not skip_bad_rows:
+                raise
+            skipped.append(f"{error.where}: {error.what}")
+    if not rows:
+        raise DataError("no row can be used", where=str(path), why=f"the first: {skipped[0]}")
+    if format == "openai-chat" and _says_from(records, columns["messages"]):
+        format = "sharegpt"
+    return Table(path, format, rows, skipped, hashlib.sha256(data).hexdigest())
+
+
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise DataError("this is a folder", where=str(path), hint="name one file in it")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError("no such file", where=str(path)) from None
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+    if not data.strip():
+        raise DataError("the file is empty", where=str(path))
+    return data
+
+
+def _records(path: Path, data: bytes, columns: Mapping[str, str]) -> readers.Records:
+    """The records of the file, by the reader that its content asks for."""
+    if data[:4] == b"PAR1":
+        return readers.read_parquet(path, data)
+    if path.suffix.lower() == ".parquet":
+        raise DataError("not a Parquet file", where=str(path), why="it does not begin with PAR1")
+    text = readers.decode(path, data)
+    if readers.looks_like_json(path, text):
+        return readers.read_json(path, text)
+    mark = readers.delimiter(path, text, lambda names: _is_header(names, columns))
+    return readers.read_text(path, text) if mark is None else readers.read_csv(path, text, mark)
+
+
+def _is_header(names: list[str], columns: Mapping[str, str]) -> bool:
+    """Whether the first line of a text names the columns of a known format, or all those the user named."""
+    if columns and set(columns.values()) <= set(names):
+        return True
+    return recognise(set(names) | ({"messages"} if "conversations" in names else set())) is not None
+
+
+def _all_columns(path: Path, names: list[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """The user's names, with `messages` called what this file calls it; raises on a column that is not there."""
+    for ours, theirs in columns.items():
+        if theirs not in names:
+            found = ", ".join(name[:40] for name in names[:20])
+            why, hint = f"--columns calls it {ours}; columns found: {found}", nearest(theirs, names) if names else None
+            raise DataError(f"no column {theirs!r}", where=str(path), why=why, hint=hint)
+    chat = "messages" if "messages" in names or "conversations" not in names else "conversations"
+    return {"messages": chat, **columns}
+
+
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The record by our names; a column that was renamed no longer counts under its own."""
+    taken = set(columns.values())
+    kept = {name: value for name, value in record.items() if name not in taken and name not in columns}
+    return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+
+
+def _format(path: Path, names: Set[str], found: list[str]) -> str:
+    """The format of records with these fields; raises `DataError` with the columns found and what to type."""
+    format = recognise(names)
+    if format is not None:
+        return format
+    spare = [name for name in found if name not in FIELDS and name.lower() != "id"]
+    for name, required in REQUIRED:
+        if required & names and not spare:  # nothing else could be meant: its rows will say what they miss
+            return name
+    guess = {"prompt": "question", "completion": "answer"}
+    begun = next(((required, required & names) for _, required in REQUIRED if required & names), None)
+    if begun:
+        guess = dict(zip(sorted(begun[0] - begun[1]), spare, strict=False))
+    elif len(spare) > 1:
+        guess = {"prompt": spare[0], "completion": spare[1]}
+    example = ", ".join(f"{ours}: {theirs[:40]}" for ours, theirs in guess.items())
+    raise DataError(
+        "these columns belong to no format that is known",
+        where=str(path),
+        why=f"columns found: {', '.join(name[:40] for name in found[:20]) or 'none'}",
+        hint=f"say what yours mean: --columns '{{{example}}}'",
+    )
+
+
+def _says_from(records: list[tuple[str, Any]], column: str) -> bool:
+    """Whether the chats are spelled from/value (ShareGPT) instead of role/content."""
+    turns = next((r[column] for _, r in records if isinstance(r, dict) and r.get(column)), None)
+    if isinstance(turns, str):
+        return '"from"' in turns
+    return isinstance(turns, list) and isinstance(turns[0], dict) and turns[0].get("from") is not None

@@ -1,0 +1,154 @@
+"""Attach adapters to a model and take them off again, leaving it as it was.
+
+Attaching replaces the targeted modules, openly and in this one file, by `Adapted` ones that hold the frozen
+module and the deltas of any number of adapters. Detaching puts the very same modules back.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from afina.delta.contract import Delta, Spec, method
+from afina.delta.layers import Layer
+from afina.errors import AdapterError, SettingsError
+from afina.segments import Switchboard
+
+
+class Adapted(nn.Module):
+    """A frozen module and the deltas that act on it; the switchboard says which ones in each forward."""
+
+    def __init__(self, base: nn.Module, board: Switchboard) -> None:
+        super().__init__()
+        self.base = base
+        self.deltas = nn.ModuleDict()
+        self._board = board
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at their layers' weights directly."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y0 plus each acting adapter's part; x (..., in) is the flat run, or rows that make one when flattened."""
+        segments = self._board.current
+        acting = [(self._delta(name), weight) for name, weight in segments.everywhere if name in self.deltas]
+        rows = [row for row in segments.rows if row.adapter in self.deltas]
+        if any(delta.replaces for delta, _ in acting) or any(self._delta(row.adapter).replaces for row in rows):
+            if rows or len(segments.everywhere) > 1:
+                raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
+            return acting[0][0](x, x, acting[0][1])
+        y = self.base(x)
+        for delta, weight in acting:
+            y = delta(x, y, weight)
+        if rows:
+            y = self._add_rows(x, y, rows)
+        return y
+
+    def _delta(self, name: str) -> Delta:
+        delta = self.deltas[name]
+        assert isinstance(delta, Delta)
+        return delta
+
+    def _add_rows(self, x: Tensor, y: Tensor, rows: list) -> Tensor:
+        flat_x, y0 = x.flatten(0, -2), y.flatten(0, -2)
+        out = y0.clone()
+        for row in rows:
+            part, before = flat_x[row.start : row.end], y0[row.start : row.end]
+            out[row.start : row.end] += self._delta(row.adapter)(part, before, row.weight) - before
+        return out.view_as(y)
+
+
+class Adapter:
+    """An adapter attached to a model: its name, its spec, and its deltas by module path."""
+
+    def __init__(self, name: str, spec: Spec, deltas: dict[str, Delta]) -> None:
+        self.name, self.spec, self.deltas = name, spec, deltas
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("module path.parameter", parameter), each tied parameter once, in the order of the model."""
+        seen: set[int] = set()
+        for path, delta in self.deltas.items():
+            for name, parameter in delta.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def count(self) -> int:
+        """How many numbers the adapter learns."""
+        return sum(p.numel() for p in self.parameters())
+
+    def train(self, mode: bool = True) -> None:
+        """Turn dropout on the adapter's path on or off."""
+        for delta in self.deltas.values():
+            delta.train(mode)
+
+
+def frozen_module(model: nn.Module, path: str) -> nn.Module:
+    """The base's own module at `path`, also where adapters sit on it."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise AdapterError("the base has no such layer", where=path, why="the adapter is for another model") from None
+    return module.base if isinstance(module, Adapted) else module
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: int = 0) -> Adapter:
+    """Put a new adapter on `model`; until the board routes to it, nothing changes.
+
+    Deltas start from `seed`, in the order of the targets. Raises `AdapterError` where the name is taken or a layer
+    is not of a kind that the method can act on.
+    """
+    kind = method(spec.method)
+    generator = torch.Generator().manual_seed(seed)
+    deltas: dict[str, Delta] = {}
+    tied: dict[int, nn.Parameter] = {}
+    for path in spec.targets:
+        layer = Layer(path, frozen_module(model, path))
+        if kind.kinds == "matrix" and not layer.is_matrix:
+            raise AdapterError(f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path)
+        if isinstance(at := model.get_submodule(path), Adapted) and name in at.deltas:
+            raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
+        deltas[path] = kind(layer, spec, generator)
+        if deltas[path].replaces:
+            _keep_ties(layer, deltas[path], tied)
+    for path, delta in deltas.items():
+        module = model.get_submodule(path)
+        if not isinstance(module, Adapted):
+            module = Adapted(module, board)
+            _put(model, path, module)
+        module.deltas[name] = delta
+    return Adapter(name, spec, deltas)
+
+
+def _keep_ties(layer: Layer, delta: Delta, tied: dict[int, nn.Parameter]) -> None:
+    """Parameters that are one in the base are one in the trained copy."""
+    for name, original in layer.module.named_parameters(recurse=False):
+        if id(original) in tied:
+            delta.share(name, tied[id(original)])  # type: ignore[operator]
+        else:
+            tied[id(original)] = getattr(delta, name)
+
+
+def detach(model: nn.Module, adapter: Adapter) -> None:
+    """Take an adapter off; modules without any get back their place, untouched."""
+    for path in adapter.deltas:
+        module = model.get_submodule(path)
+        assert isinstance(module, Adapted)
+        del module.deltas[adapter.name]
+        if not module.deltas:
+            _put(model, path, module.base)

@@ -1,0 +1,95 @@
+"""What a delta is: D_k in the one equation, at one layer.
+
+    y[t] = y0[t] + sum over k of w_k[t] * D_k(x[t], y0[t])
+
+A method is one file in this folder with one class. It says how many numbers it learns (`count`), how they start
+(`__init__`: the model must be unchanged), what it adds (`forward`), what a weight becomes that has taken it in
+(`merged`), and under which names its tensors lie on disk (`keys`). No other file knows its name.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from afina.delta.layers import Layer
+from afina.errors import SettingsError, nearest
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an adapter is, apart from its tensors: together with them it is the adapter's identity.
+
+    `targets` are the resolved paths of the adapted modules; `ranks` and `alphas` hold those that differ, by path.
+    """
+
+    method: str
+    targets: tuple[str, ...]
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: str = "lora"  # or "rslora"
+    dropout: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, path: str) -> int:
+        """Rank at the module `path`."""
+        return self.ranks.get(path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """Factor of the update at the module `path`: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        rank, alpha = self.rank_of(path), self.alphas.get(path, self.alpha)
+        return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+
+class Delta(nn.Module):
+    """One adapter's part at one layer. Subclasses live one a file in this folder, and are found there."""
+
+    keys: ClassVar[Mapping[str, str]]  # parameter name -> name on disk, after the module's path
+    replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
+    kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
+
+    def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
+        """Parameters that leave the layer's output unchanged; random numbers come from `generator` (CPU)."""
+        super().__init__()
+
+    def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 + weight * D(x, y0), with x (..., in), y0 = W x (..., out)."""
+        raise TypeError(f"{type(self).__name__} must say what it adds")
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The matrix (out, in), float32 or wider, of the layer that has taken this delta in."""
+        raise TypeError(f"{type(self).__name__} must say what a merged weight is")
+
+    @classmethod
+    def count(cls, layer: Layer, spec: Spec) -> int:
+        """How many numbers this delta learns at `layer`, by its formula."""
+        raise TypeError(f"{cls.__name__} must say how many numbers it learns")
+
+
+def methods() -> dict[str, type[Delta]]:
+    """Every method by name: the files of this folder that define a `Delta`."""
+    found: dict[str, type[Delta]] = {}
+    package = importlib.import_module("afina.delta")
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"afina.delta.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Delta) and value.__module__ == module.__name__ and value is not Delta:
+                found[module_info.name] = value
+    return found
+
+
+def method(name: str) -> type[Delta]:
+    """The class of the method `name`; raises `SettingsError` naming the nearest one."""
+    found = methods()
+    if name not in found:
+        raise SettingsError(f"unknown method {name!r}", where="method", hint=nearest(name, [*found, "freeze"]))
+    return found[name]

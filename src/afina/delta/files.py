@@ -1,0 +1,227 @@
+"""Adapters on disk: PEFT's two files, and beside them what PEFT's format cannot say.
+
+    adapter_config.json          what PEFT, vLLM and llama.cpp's converter read
+    adapter_model.safetensors    the tensors, under PEFT's names
+    afina.json                   format version, spec, hashes of adapter and base, lineage
+
+An adapter is its content: `hash` is that of its tensors and its spec; names are labels. Reading is strict: a key
+that is missing, left over or of the wrong shape is an error.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import afina
+from afina.base.model import Base
+from afina.base.safety import check_file, hash_tensors
+from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module
+from afina.delta.contract import Spec, method
+from afina.delta.layers import Layer
+from afina.disk import new_folder, write_json
+from afina.errors import AdapterError, BaseError
+
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS, STORY = "adapter_config.json", "adapter_model.safetensors", "afina.json"
+# what a PEFT configuration may say that changes the result and that we do not (yet) follow
+UNSUPPORTED = {
+    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "alora_invocation_tokens": None,
+    "trainable_token_indices": None, "layer_replication": None, "target_parameters": None, "use_qalora": False,
+}  # fmt: skip
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors under their names on disk; a tied one once."""
+    names = {id(parameter) for parameter in adapter.parameters()}
+    result = {}
+    for path, delta in adapter.deltas.items():
+        for name, parameter in delta.named_parameters():
+            if id(parameter) in names:
+                names.discard(id(parameter))
+                result[f"{PREFIX}{path}.{delta.keys[name]}"] = parameter.detach().cpu().contiguous()
+    return result
+
+
+def content_hash(weights: Path, spec: Mapping[str, Any]) -> str:
+    """Identity of an adapter: sha256 (hex) over the hash of its tensors and its spec."""
+    return hashlib.sha256((hash_tensors([weights]) + json.dumps(spec, sort_keys=True)).encode()).hexdigest()
+
+
+def save_adapter(adapter: Adapter, base: Base, folder: Path, story: Mapping[str, Any] | None = None) -> str:
+    """Write the adapter to `folder`, whole or not at all; returns its hash. `story` is added to afina.json."""
+    with new_folder(folder) as new:
+        save_file(tensors_of(adapter), new / WEIGHTS, {"format": "pt"})
+        spec = adapter.spec.as_dict()
+        digest = content_hash(new / WEIGHTS, spec)
+        write_json(new / CONFIG, peft_config(adapter, base))
+        origin = {"name": base.name, "revision": base.revision, "hash": base.hash, "remote_code": base.remote_code}
+        about = {"format_version": FORMAT_VERSION, "afina": afina.__version__, "hash": digest, "spec": spec, "base": origin}
+        write_json(new / STORY, about | {"parents": []} | dict(story or {}))
+    return digest
+
+
+def peft_config(adapter: Adapter, base: Base) -> dict[str, Any]:
+    """The adapter_config.json that makes PEFT build the same adapter."""
+    spec = adapter.spec
+    paths = list(adapter.deltas)
+    leaves = sorted({path.rpartition(".")[2] for path in paths})
+    everywhere = [p for p, _ in base.model.named_modules() if p.rpartition(".")[2] in leaves and not _inside(base.model, p)]
+    transposed = {Layer(p, frozen_module(base.model, p)).weight.is_contiguous() is False for p in paths} == {True}
+    shared = {
+        "peft_type": "LORA" if spec.method == "lora" else f"AFINA_{spec.method.upper()}",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
+        "target_modules": leaves if sorted(everywhere) == sorted(paths) else paths,
+        "inference_mode": True,
+    }
+    if spec.method != "lora":
+        return shared
+    return shared | {
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.scaling == "rslora",
+        "rank_pattern": {path.replace(".", r"\."): rank for path, rank in spec.ranks.items()},
+        "alpha_pattern": {path.replace(".", r"\."): alpha for path, alpha in spec.alphas.items()},
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "init_lora_weights": True,
+    }
+
+
+def _inside(model: nn.Module, path: str) -> bool:
+    """Whether `path` is within an adapted module (its frozen part, a delta), not a place of the model itself."""
+    parent = path.rpartition(".")[0]
+    while parent:
+        if isinstance(model.get_submodule(parent), Adapted):
+            return True
+        parent = parent.rpartition(".")[0]
+    return False
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter's folder, given it or the run folder that holds it."""
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise AdapterError("no adapter here", where=str(path), hint="give a run folder, or one with adapter_config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from disk; raises `AdapterError` where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError("cannot be read", where=str(file), why=str(error)) from error
+    if not isinstance(content, dict):
+        raise AdapterError("not a JSON object", where=str(file))
+    return content
+
+
+def read_story(folder: Path) -> dict[str, Any]:
+    """afina.json of an adapter, or an empty one for PEFT's; raises where its format is newer than ours."""
+    if not (folder / STORY).is_file():
+        return {}
+    story = read_json(folder / STORY)
+    if story.get("format_version", 0) > FORMAT_VERSION:
+        why = f"its format is version {story['format_version']}, this afina reads up to {FORMAT_VERSION}"
+        raise AdapterError("made by a newer afina", where=str(folder / STORY), why=why, hint="pip install -U afina")
+    return story
+
+
+def read_spec(folder: Path, names: list[str]) -> Spec:
+    """The spec of an adapter on disk, from afina.json or from PEFT's configuration and the tensors' `names`."""
+    story = read_story(folder)
+    if "spec" in story:
+        return Spec(**{**story["spec"], "targets": tuple(story["spec"]["targets"])})
+    config = read_json(folder / CONFIG)
+    where = str(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"adapters of type {config.get('peft_type')!r} are not known", where=where)
+    for key, neutral in UNSUPPORTED.items():
+        if config.get(key, neutral) not in (neutral, None, [], {}, False):
+            raise AdapterError(f"{key}={config[key]!r} is not supported yet", where=where)
+    suffix = "." + method("lora").keys["a"]
+    paths = tuple(n.removeprefix(PREFIX).removesuffix(suffix) for n in names if n.endswith(suffix))
+    return Spec(
+        method="lora",
+        targets=paths,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        scaling="rslora" if config.get("use_rslora") else "lora",
+        dropout=config.get("lora_dropout", 0.0),
+        ranks=_from_pattern(config.get("rank_pattern"), paths),
+        alphas=_from_pattern(config.get("alpha_pattern"), paths),
+    )
+
+
+def _from_pattern(patterns: Mapping[str, Any] | None, paths: tuple[str, ...]) -> dict[str, Any]:
+    """PEFT's patterns by path: the first pattern that fits the end of a path wins, as there."""
+    import re
+
+    result = {}
+    for path in paths:
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                result[path] = value
+                break
+    return result
+
+
+def load_adapter(folder: Path, base: Base, name: str = "adapter", allow_other_base: bool = False) -> Adapter:
+    """Attach the adapter in `folder` (or in a run folder) to `base`.
+
+    Raises `AdapterError` where a tensor is missing, unknown or of the wrong shape, or where the adapter belongs to
+    another base, unless `allow_other_base`.
+    """
+    folder = adapter_folder(folder)
+    if not (folder / WEIGHTS).is_file():
+        hint = "only safetensors are read; load it in PEFT and save it again" if list(folder.glob("*.bin")) else None
+        raise AdapterError("no adapter_model.safetensors", where=str(folder), hint=hint)
+    try:
+        check_file(folder / WEIGHTS)
+    except BaseError as error:
+        raise AdapterError(error.what, where=error.where, why=error.why, hint="copy the adapter again") from error
+    made_for = read_story(folder).get("base", {}).get("hash")
+    if made_for and base.hash and made_for != base.hash and not allow_other_base:
+        raise AdapterError(
+            "made for another base", where=str(folder), why=f"base hash {made_for[:12]}, this one is {base.hash[:12]}",
+            hint="give the base that it was trained on, or --allow-other-base",
+        )  # fmt: skip
+    tensors = load_file(folder / WEIGHTS)
+    adapter = attach(base.model, base.board, name, read_spec(folder, list(tensors)))
+    try:
+        fill(adapter, tensors, str(folder / WEIGHTS))
+    except AdapterError:
+        detach(base.model, adapter)
+        raise
+    adapter.train(False)
+    return adapter
+
+
+def fill(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy `tensors`, named as on disk, into the adapter; every name and shape must fit."""
+    own = {
+        f"{PREFIX}{path}.{adapter.deltas[path].keys[rest]}": parameter
+        for full, parameter in adapter.named_parameters()
+        for path, _, rest in [full.rpartition(".")]
+    }
+    missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or unknown:
+        name = (missing or unknown)[0]
+        what = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors have no place"
+        raise AdapterError(f"{what}, the first: {name}", where=where, why="the adapter does not fit this base or its configuration")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            why = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} in the model"
+            raise AdapterError(f"{name} has the wrong shape", where=where, why=why)
+        with torch.no_grad():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,54 @@
+"""Full fine-tuning of the listed modules: the trained copy takes the base module's place.
+
+    D(x) = f_trained(x) - f_base(x)
+
+The base's own tensors stay as they are, so that the adapter can be switched off; freezing is the list. A full
+delta acts everywhere or nowhere: a weight in between, or other adapters beside it, would need both outputs.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from afina.delta.contract import Delta, Layer, Spec
+from afina.errors import SettingsError
+
+
+class Full(Delta):
+    """A trained copy of the whole module, in the dtype of the base (the optimizer keeps float32 masters)."""
+
+    keys = {"weight": "weight", "bias": "bias"}
+    replaces = True
+    kinds = "any"
+
+    def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
+        super().__init__(layer, spec, generator)
+        if spec.dropout:
+            raise SettingsError("full has no path of its own to drop inputs from", where="dropout", hint="--dropout 0")
+        trained = copy.deepcopy(layer.module).requires_grad_(True)
+        for name, parameter in list(trained.named_parameters()):
+            setattr(self, name, parameter)
+        self._trained = [trained]  # in a list: its parameters are registered once, here
+
+    def share(self, name: str, parameter: nn.Parameter) -> None:
+        """Use `parameter` of another delta in place of the own one: how tied embeddings stay tied."""
+        setattr(self, name, parameter)
+        setattr(self._trained[0], name, parameter)
+
+    def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """The trained module's output; y0 is not looked at."""
+        if weight != 1.0:
+            raise SettingsError("full acts with weight 1 or not at all", where="route")
+        return self._trained[0](x)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The trained weight itself."""
+        trained = self._trained[0].weight
+        assert isinstance(trained, Tensor)
+        return Layer("", self._trained[0]).weight.detach().to(weight)
+
+    @classmethod
+    def count(cls, layer: Layer, spec: Spec) -> int:
+        """All numbers of the module."""
+        return sum(p.numel() for p in layer.module.parameters(recurse=False))

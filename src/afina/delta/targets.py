@@ -1,0 +1,113 @@
+"""Which layers an adapter acts on, from what the user wrote to paths of modules."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from afina.delta.attach import Adapted
+from afina.delta.layers import Layer
+from afina.errors import SettingsError, nearest
+
+Value = TypeVar("Value")
+GROUPS = ("all-linear", "all", "norms", "embeddings")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `pattern`, a module's name or a regular expression, means the module at `path`."""
+    return path == pattern or path.endswith("." + pattern) or re.fullmatch(pattern, path) is not None
+
+
+def by_pattern(values: Mapping[str, Value], paths: Iterable[str], where: str) -> dict[str, Value]:
+    """Values given by name or pattern, by path; the last pattern that matches wins. One that matches none is an error."""
+    paths = list(paths)
+    result: dict[str, Value] = {}
+    for pattern, value in values.items():
+        hits = [path for path in paths if matches(pattern, path)]
+        if not hits:
+            raise SettingsError(f"{pattern!r} matches no adapted layer", where=where, hint=nearest(pattern, leaf_names(paths)))
+        result |= dict.fromkeys(hits, value)
+    return result
+
+
+def leaf_names(paths: Iterable[str]) -> set[str]:
+    """The last parts of the paths: q_proj, down_proj, ..."""
+    return {path.rpartition(".")[2] for path in paths}
+
+
+def block_number(path: str) -> int | None:
+    """The number of the block that `path` is in: 3 for model.layers.3.mlp.up_proj; None outside blocks."""
+    numbers = re.findall(r"\.(\d+)\.", path + ".")
+    return int(numbers[0]) if numbers else None
+
+
+def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> set[int] | None:
+    """Numbers of the blocks meant by `layers`: a list (negative from the end), "last:4", "first:4", or None for all."""
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        side, _, number = layers.partition(":")
+        if side not in ("last", "first") or not number.isdigit() or not 1 <= int(number) <= count:
+            raise SettingsError(f"layers cannot be {layers!r}", hint=f"a list of numbers, or last:N with N up to {count}")
+        return set(range(count - int(number), count)) if side == "last" else set(range(int(number)))
+    outside = [n for n in layers if not -count <= n < count]
+    if outside:
+        raise SettingsError(f"the model has no block {outside[0]}", where="layers", why=f"its blocks are 0 to {count - 1}")
+    return {n % count for n in layers}
+
+
+def resolve_targets(
+    model: nn.Module, targets: str | Sequence[str], layers: str | Sequence[int] | None, any_kind: bool
+) -> tuple[str, ...]:
+    """Paths of the modules to adapt, in the order of the model.
+
+    `targets`: "all-linear" (all matrices in the blocks), names ("q_proj"), regular expressions, and, where the method
+    acts on any kind of module (`any_kind`), "all", "norms" and "embeddings". Raises `SettingsError` where nothing
+    matches.
+    """
+    candidates = _candidates(model, any_kind)
+    blocks = {number for path in candidates if (number := block_number(path)) is not None}
+    chosen = chosen_blocks(layers, max(blocks, default=-1) + 1)
+    wanted: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        hits = _hits(target, candidates, model)
+        if not hits:
+            names = sorted(leaf_names(candidates))
+            raise SettingsError(
+                f"{target!r} matches no layer that can be adapted",
+                where="targets",
+                why=None if any_kind or target not in GROUPS else f"{target!r} is for the method full",
+                hint=nearest(target, names),
+            )
+        wanted |= hits
+    paths = tuple(p for p in candidates if p in wanted and (chosen is None or block_number(p) in chosen))
+    if not paths:
+        raise SettingsError("no layer is left to adapt", where="layers", why="no target lies in the chosen blocks")
+    return paths
+
+
+def _candidates(model: nn.Module, any_kind: bool) -> dict[str, nn.Module]:
+    found = {}
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(inside) and inside:
+            continue
+        if isinstance(module, Adapted):
+            inside, module = (path + ".",), module.base
+        if Layer(path, module).is_matrix or (any_kind and any(True for _ in module.parameters(recurse=False))):
+            found[path] = module
+    return found
+
+
+def _hits(target: str, candidates: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
+    if target == "all":
+        return set(candidates)
+    if target == "all-linear":
+        return {p for p, m in candidates.items() if Layer(p, m).is_matrix and block_number(p) is not None}
+    if target == "norms":
+        return {p for p, m in candidates.items() if "norm" in type(m).__name__.lower()}
+    if target == "embeddings":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return {p for p, m in candidates.items() if isinstance(m, nn.Embedding) or m is head}
+    return {p for p in candidates if matches(target, p)}

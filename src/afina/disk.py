@@ -1,0 +1,83 @@
+"""Files that are there whole or not at all: written beside their place, then renamed."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from afina.errors import AfinaError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or closed disk into an error that says which, where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise AfinaError(
+                "the disk is full", where=str(path), why="nothing that was complete before is lost",
+                hint="free some space, then go on with --resume",
+            ) from error  # fmt: skip
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise AfinaError("not allowed to write here", where=str(path), hint="choose another folder with --out") from error
+        raise
+    except Exception as error:  # safetensors wraps the system's error in one of its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise AfinaError(
+                "the disk is full", where=str(path), why="nothing that was complete before is lost",
+                hint="free some space, then go on with --resume",
+            ) from error  # fmt: skip
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it takes the place of `path`, else `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.new-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            if path.exists():
+                path.rename(old)
+            beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def rescue(path: Path) -> None:
+    """Bring back a folder whose replacement was cut off between its two renames, and sweep leftovers away."""
+    for old in path.parent.glob(f".{path.name}.old-*"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+    for new in path.parent.glob(f".{path.name}.new-*"):
+        shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""Generation, in its plainest form: prompts in one flat run, then one token of every sequence at a time.
+
+    prefill   | prompt 1 | prompt 2 | prompt 3 |      one forward, keys and values into the cache
+    decode    | t1 | t2 | t3 |                        one token each, until each has stopped
+"""
+
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afina.base.flat import KeyValueCache
+from afina.base.load import load_base
+from afina.base.model import Base
+from afina.config import EMBEDDED, GenerateSettings, make_settings
+from afina.data.template import Renderer
+from afina.delta.files import adapter_folder, load_adapter, read_json, read_story
+from afina.errors import DataError
+from afina.segments import BASE, Segments
+
+BATCH = 64  # sequences decoded together
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: temperature 0 takes the likeliest."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out for one prompt; `stopped` tells a stop token from the limit of tokens."""
+
+    text: str
+    tokens: list[int]
+    stopped: bool
+
+
+def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token of each sequence, from logits (n, V): int64 (n)."""
+    if sampling.temperature == 0.0:
+        return logits.argmax(-1)
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1.0:
+        ordered, order = probabilities.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0  # the one that crosses the share stays
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def stop_tokens(base: Base) -> set[int]:
+    """The tokens that end an answer: the tokenizer's and those of the model's generation settings."""
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    found = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*found, base.tokenizer.eos_token_id] if token is not None}
+
+
+@torch.no_grad()
+def generate_tokens(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    segments: Segments = BASE,
+    on_token: Callable[[int, int], None] | None = None,
+    stops: Collection[int] = (),
+) -> list[list[int]]:
+    """New tokens for each prompt (at least one token each), its stop token included.
+
+    The prompts' answers do not depend on what they are batched with, up to rounding. `on_token(prompt, token)` is
+    called as each token is chosen; `stops` end an answer besides the base's own stop tokens. Raises `DataError` where a prompt leaves no room in the base's context.
+    """
+    results: list[list[int]] = [[] for _ in prompts]
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < base.context:
+            raise DataError(
+                f"prompt {index + 1} has {len(prompt)} tokens", why=f"the base reads from 1 to {base.context - 1} before its answer"
+            )
+    stops = stop_tokens(base) | set(stops)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    with base.board.route(segments):
+        for start in range(0, len(prompts), BATCH):
+            rows = list(range(start, min(start + BATCH, len(prompts))))
+            _generate_batch(base, rows, prompts, results, sampling, generator, stops, on_token)
+    return results
+
+
+def _generate_batch(
+    base: Base, rows: list[int], prompts: Sequence[Sequence[int]], results: list[list[int]],
+    sampling: Sampling, generator: torch.Generator, stops: set[int], on_token: Callable[[int, int], None] | None,
+) -> None:  # fmt: skip
+    """Answer the prompts `rows`, writing into `results`; a sequence that has stopped leaves the batch."""
+    limits = {row: min(sampling.max_new_tokens, base.context - len(prompts[row])) for row in rows}
+    capacity = max(len(prompts[row]) + limits[row] for row in rows)
+    cache = KeyValueCache(capacity, [0] * len(rows)) if base.flat else None
+    feed = [list(prompts[row]) for row in rows]
+    while rows:
+        chosen = choose_tokens(_next_logits(base, feed, cache), sampling, generator).tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            results[row].append(token)
+            if on_token:
+                on_token(row, token)
+        going = [i for i, row in enumerate(rows) if results[row][-1] not in stops and len(results[row]) < limits[row]]
+        if cache is not None and 0 < len(going) < len(rows):
+            cache.keep(going)
+        rows = [rows[i] for i in going]
+        feed = [[results[row][-1]] if cache is not None else [*prompts[row], *results[row]] for row in rows]
+
+
+def _next_logits(base: Base, feed: list[list[int]], cache: KeyValueCache | None) -> Tensor:
+    """Logits (n, V) of the token after each of the `feed` sequences, which follow what the cache holds."""
+    past = cache.lengths if cache is not None else [0] * len(feed)
+    bounds = [0]
+    for piece in feed:
+        bounds.append(bounds[-1] + len(piece))
+    tokens = torch.tensor([token for piece in feed for token in piece], device=base.device)
+    positions = torch.cat([torch.arange(n, n + len(piece)) for n, piece in zip(past, feed, strict=True)]).to(base.device)
+    return base.last_logits(tokens, positions, tuple(bounds), cache)
+
+
+def answer(
+    base: Base, renderer: Renderer, prompts: Sequence[Sequence[int]], sampling: Sampling, segments: Segments = BASE
+) -> list[Answer]:
+    """Answers as text, without their stop tokens."""
+    stops = stop_tokens(base) | renderer.stops
+    answers = []
+    for tokens in generate_tokens(base, prompts, sampling, segments, stops=stops):
+        stopped = bool(tokens) and tokens[-1] in stops
+        text = base.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+        answers.append(Answer(text.strip(), tokens, stopped))
+    return answers
+
+
+def base_of(run: Path | None, base: str | None) -> tuple[str, str | None]:
+    """(base, revision) to load: as told, else the one that the run or adapter was made for, else the embedded one."""
+    if base is not None or run is None:
+        return base or EMBEDDED, None
+    folder = adapter_folder(run)
+    origin = read_story(folder).get("base", {})
+    name = origin.get("name") or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not name:
+        raise DataError("this adapter does not say what it was trained on", where=str(folder), hint="--base PATH")
+    return name, origin.get("revision")
+
+
+def template_of(run: Path | None) -> str | None:
+    """The chat template that a run was trained with, where it is not the tokenizer's own."""
+    file = run / "run.json" if run is not None else None
+    return read_json(file).get("settings", {}).get("template") if file is not None and file.is_file() else None
+
+
+def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[str, Any]:
+    """Answer prompts, with an adapter or without: {"answers": [{"prompt", "text", "tokens", "stopped"}]}."""
+    settings = prompts if isinstance(prompts, GenerateSettings) else make_settings(GenerateSettings, {"prompts": list(prompts), **values})
+    name, revision = base_of(settings.run, settings.base)
+    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
+    segments = BASE
+    if settings.run is not None and settings.adapter == "on":
+        segments = Segments.all(load_adapter(settings.run, base).name)
+    texts = [line for p in settings.prompts for line in (sys.stdin.read().splitlines() if p == "-" else [p]) if line]
+    renderer = Renderer(base.tokenizer, "plain" if settings.raw else template_of(settings.run), base.context)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
+    answers = answer(base, renderer, [renderer.prompt(text) for text in texts], sampling, segments)
+    return {
+        "base": name,
+        "adapter": str(settings.run) if segments is not BASE else None,
+        "answers": [
+            {"prompt": prompt, "text": a.text, "tokens": len(a.tokens), "stopped": a.stopped}
+            for prompt, a in zip(texts, answers, strict=True)
+        ],
+    }

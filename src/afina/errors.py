@@ -1,0 +1,59 @@
+"""The tree of errors. Each says what happened, where, why, and what to type next.
+
+    AfinaError
+     ├── SettingsError     a setting that is unknown, or of the wrong kind
+     ├── DataError         a file or a row that cannot be used
+     ├── BaseError         a base model that cannot be loaded
+     ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
+     ├── TrainingError     a run that cannot start, go on or be resumed
+     └── MergeError        a merged model that would not equal the adapted one
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AfinaError(Exception):
+    """Any error that a user can do something about."""
+
+    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, hint: str | None = None) -> None:
+        """`what` happened; `where` (file:line:field), `why`, and `hint`: what to do or type next."""
+        self.what, self.where, self.why, self.hint = what, where, why, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        parts = [f"{self.where}: {self.what}" if self.where else self.what]
+        parts += [f"  why:  {self.why}"] if self.why else []
+        parts += [f"  next: {self.hint}"] if self.hint else []
+        return "\n".join(parts)
+
+
+class SettingsError(AfinaError):
+    """A setting that is unknown, of the wrong kind, or at odds with another."""
+
+
+class DataError(AfinaError):
+    """A data file or a row of one that cannot be used."""
+
+
+class BaseError(AfinaError):
+    """A base model that is missing, damaged, closed or of a kind that cannot be used."""
+
+
+class AdapterError(AfinaError):
+    """An adapter that does not fit its base, or whose files are damaged."""
+
+
+class TrainingError(AfinaError):
+    """A run that cannot start, go on or be resumed."""
+
+
+class MergeError(AfinaError):
+    """A merged model whose answers would differ from the adapted one's."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the known word closest to `name`, or lists them when none is close."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))

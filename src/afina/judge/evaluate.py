@@ -1,0 +1,71 @@
+"""`afina eval`: the base and the adapter on the same rows, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from afina.base.load import load_base
+from afina.config import EvalSettings, make_settings
+from afina.data.formats import Row, read_table
+from afina.data.template import Example, Renderer
+from afina.delta.files import load_adapter
+from afina.engine.generate import Sampling, answer, base_of, template_of
+from afina.errors import DataError, SettingsError
+from afina.judge.losses import general_examples, held_out_loss, perplexity
+from afina.judge.metrics import score
+from afina.objective.language import choose, make_examples
+from afina.segments import BASE, Segments
+
+HELD_OUT = "held_out.jsonl"
+BATCH_TOKENS = 2048
+
+
+def evaluate(run: str | Path | EvalSettings | None = None, **values: Any) -> dict[str, Any]:
+    """Losses, metrics and forgetting of the base ("before") and of the adapter ("after"), with examples.
+
+    Rows without an answer (plain text) have losses only. Losses are nats a token, metrics percent.
+    """
+    settings = run if isinstance(run, EvalSettings) else make_settings(EvalSettings, {"run": run, **values})
+    name, revision = base_of(settings.run, settings.base)
+    rows = _rows(settings)
+    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
+    routes = {"before": BASE}
+    if settings.run is not None:
+        routes["after"] = Segments.all(load_adapter(settings.run, base).name)
+    renderer = Renderer(base.tokenizer, template_of(settings.run), min(base.context, 2048))
+    objective = choose("auto", rows)
+    examples = make_examples(objective, renderer, rows, None)
+    asked = [example for example in examples if example.answer is not None][: settings.limit]
+    general = general_examples(base, None)
+    result: dict[str, Any] = {"base": name, "run": str(settings.run) if settings.run else None, "rows": len(rows)}
+    answers: dict[str, list[str]] = {}
+    for when, route in routes.items():
+        loss = held_out_loss(base, examples, BATCH_TOKENS, route)
+        result[when] = {"loss": loss, "perplexity": perplexity(loss), "general_loss": held_out_loss(base, general, BATCH_TOKENS, route)}
+        if asked:
+            prompts = [example.tokens[: example.prompt_tokens] for example in asked]
+            answers[when] = [a.text for a in answer(base, renderer, prompts, Sampling(settings.max_new_tokens), route)]
+            result[when] |= score(settings.metrics, answers[when], [example.answer or "" for example in asked])
+    if "after" in routes:
+        result["forgetting"] = result["after"]["general_loss"] - result["before"]["general_loss"]
+    result["examples"] = [
+        {"prompt": question(base.tokenizer.decode(e.tokens[: e.prompt_tokens], skip_special_tokens=True)), "expected": e.answer}
+        | {when: texts[i] for when, texts in answers.items()}
+        for i, e in enumerate(asked)
+    ]
+    return result
+
+
+def question(text: str) -> str:
+    """A rendered prompt on one line, for a table."""
+    return " ".join(text.split())
+
+
+def _rows(settings: EvalSettings) -> list[Row]:
+    if settings.data is not None:
+        return read_table(settings.data, settings.columns).rows
+    if settings.run is None:
+        raise SettingsError("nothing to judge on", where="data", hint="--data FILE, or --run RUN for its own held-out rows")
+    kept = settings.run / HELD_OUT
+    if not kept.is_file():
+        raise DataError("this folder has no held-out rows of its own", where=str(settings.run), hint="--data FILE")
+    return read_table(kept).rows

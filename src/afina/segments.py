@@ -1,0 +1,78 @@
+"""Who acts where: the table of segments of one forward, and the switchboard that hands it to the layers.
+
+    tokens    | a a a a a | b b b | c c c c c c |        one flat run, three sequences
+    segments  |  (0, 5, "tone", 1.0)                     "tone" everywhere on the first
+              |              (6, 8, "judge", 1.0)        an activated adapter, from its invocation on
+              |                      (8, 14, "tone", .5) (8, 14, "law", .5)    a sum of two on the third
+
+Everything between one adapter and a thousand is this table. The usual case, one adapter on every token, is
+a table that says so and costs nothing.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start..end (end excluded) of the flat run pass through `adapter` with `weight`."""
+
+    start: int
+    end: int
+    adapter: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The table of one forward: nobody, some adapters everywhere, or rows over parts of the run.
+
+    `everywhere` holds (adapter, weight) pairs that act on all tokens; `rows` the others.
+    """
+
+    everywhere: tuple[tuple[str, float], ...] = ()
+    rows: tuple[Segment, ...] = ()
+
+    @classmethod
+    def all(cls, adapter: str, weight: float = 1.0) -> "Segments":
+        """One adapter on every token."""
+        return cls(everywhere=((adapter, weight),))
+
+
+BASE = Segments()
+
+
+class Switchboard:
+    """The segments of the forward that the current thread runs; one a model, none global.
+
+    Training and serving may share a model: each thread sees the table that it set. A checkpointed block
+    remembers its table (`remember`) and restores it when its forward is recomputed, in whatever thread.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def current(self) -> Segments:
+        """The table of this thread's forward; the base alone where none was set."""
+        return getattr(self._local, "segments", BASE)
+
+    @contextmanager
+    def route(self, segments: Segments) -> Iterator[None]:
+        """Within the block, this thread's forwards follow `segments`."""
+        before = self.current
+        self._local.segments = segments
+        try:
+            yield
+        finally:
+            self._local.segments = before
+
+    def remember(self) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
+        """For torch.utils.checkpoint(context_fn=...): recomputation follows the table of the first forward."""
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), self.route(self.current)
+
+        return contexts

@@ -1,0 +1,63 @@
+"""The state from which a run goes on bit for bit: parameters, optimizer, random numbers, where it stood."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from afina.delta.files import read_json
+from afina.disk import new_folder, rescue, write_json
+from afina.errors import TrainingError
+from afina.training.optimizer import Optimizer
+
+FOLDER = "checkpoint"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Losses are nats a labelled token."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int = 0
+    worse_checks: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+
+
+def save(run: Path, optimizer: Optimizer, progress: Progress, identity: dict[str, str]) -> None:
+    """Write the checkpoint of `run`, taking the place of the one before only when it is whole."""
+    with new_folder(run / FOLDER) as folder:
+        state = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
+        state[":rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            state[":rng-cuda"] = torch.cuda.get_rng_state()
+        save_file(state, folder / "state.safetensors")
+        write_json(folder / "progress.json", {"progress": asdict(progress), "identity": identity})
+
+
+def exists(run: Path) -> bool:
+    """Whether `run` has a checkpoint to go on from."""
+    rescue(run / FOLDER)
+    return (run / FOLDER / "progress.json").is_file()
+
+
+def load(run: Path, optimizer: Optimizer, identity: dict[str, str]) -> Progress:
+    """Bring a run back to its checkpoint; raises `TrainingError` where `identity` (data, base, settings) differs."""
+    content = read_json(run / FOLDER / "progress.json")
+    for name, value in identity.items():
+        if content["identity"].get(name) != value:
+            raise TrainingError(
+                f"cannot go on: the {name} is not what the run began with",
+                where=str(run),
+                hint="bring it back, or start a new run with another --out",
+            )
+    state = load_file(run / FOLDER / "state.safetensors")
+    torch.set_rng_state(state.pop(":rng"))
+    cuda = state.pop(":rng-cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    optimizer.load(state)
+    return Progress(**content["progress"])

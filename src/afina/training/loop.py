@@ -1,0 +1,150 @@
+"""The loop: flat batches in, optimizer steps out; checks, checkpoints, early stop. The same for every method."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afina.disk import disk_errors
+from afina.errors import TrainingError
+from afina.judge.losses import held_out_loss
+from afina.objective.language import token_loss
+from afina.segments import Segments
+from afina.training import checkpoint
+from afina.training.checkpoint import Progress
+from afina.training.optimizer import Optimizer, schedule_factor
+from afina.training.setup import NAME, Setup
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one step has to tell: loss and held-out loss in nats a token, speed in tokens a second."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    held_out_loss: float | None = None
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held, in MB: on the GPU where there is one in use, else in RAM."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+class Loop:
+    """One adapter learns on one base. `on_tick` is told of every step, `on_best` of every new best check."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        run: Path,
+        identity: dict[str, str],
+        on_tick: Callable[[Tick], None],
+        on_best: Callable[[], None],
+    ) -> None:
+        self.setup, self.run, self.identity = setup, run, identity
+        self.on_tick, self.on_best = on_tick, on_best
+        self.optimizer = Optimizer(setup.adapter, setup.learning_rate, setup.rates, setup.settings.weight_decay)
+        self.progress = Progress()
+
+    def resume(self) -> None:
+        """Go back to the run's checkpoint; what was logged after it is forgotten."""
+        self.progress = checkpoint.load(self.run, self.optimizer, self.identity)
+        log = self.run / "metrics.jsonl"
+        lines = [line for line in log.read_text().splitlines() if line] if log.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.progress.step]
+        log.write_text("".join(line + "\n" for line in kept))
+
+    def train(self) -> None:
+        """Run to the last step, or to the early stop. Raises `TrainingError` where a number is no longer finite."""
+        settings, base = self.setup.settings, self.setup.base
+        with base.checkpointing(settings.checkpointing):
+            while self.progress.step < self.setup.steps:
+                if settings.patience and self.progress.worse_checks >= settings.patience:
+                    break
+                start = time.perf_counter()
+                tick = self._step()
+                if tick.step % self.setup.check_every == 0 or tick.step == self.setup.steps:
+                    tick = self._check(tick)
+                    self.progress.seconds += time.perf_counter() - start
+                    self._log(tick)
+                    checkpoint.save(self.run, self.optimizer, self.progress, self.identity)
+                else:
+                    self.progress.seconds += time.perf_counter() - start
+                    self._log(tick)
+                self.on_tick(tick)
+
+    def _step(self) -> Tick:
+        """One optimizer step over its micro-batches, each weighted by its number of labels."""
+        setup, progress = self.setup, self.progress
+        batches = [batch.to(setup.base.device) for batch in setup.sampler.step_batches(progress.step)]
+        labels = sum(batch.label_count for batch in batches)
+        start, total = time.perf_counter(), 0.0
+        setup.adapter.train(True)
+        for batch in batches:
+            with setup.base.board.route(Segments.all(NAME)):
+                loss = token_loss(setup.base, batch) / labels
+                loss.backward()
+            total += loss.item()
+        factor = schedule_factor(setup.settings.schedule, progress.step, setup.steps, setup.settings.warmup)
+        norm = self.optimizer.step(factor, setup.settings.clip)
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise self._not_finite(total)
+        tokens = sum(len(batch.tokens) for batch in batches)
+        progress.step += 1
+        progress.tokens += tokens
+        seconds = time.perf_counter() - start
+        return Tick(progress.step, total, norm, factor * setup.learning_rate, tokens, seconds)
+
+    def _check(self, tick: Tick) -> Tick:
+        """Judge on the held-out rows; keep the adapter if it is the best so far."""
+        setup, progress = self.setup, self.progress
+        setup.adapter.train(False)
+        loss = held_out_loss(setup.base, setup.held, setup.settings.batch_tokens, Segments.all(NAME))
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
+            self.on_best()
+        else:
+            progress.worse_checks += 1
+        return Tick(**{**vars(tick), "held_out_loss": loss})
+
+    def _log(self, tick: Tick) -> None:
+        with disk_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(vars(tick)) + "\n")
+
+    def _not_finite(self, loss: float) -> TrainingError:
+        """Say where the numbers broke: at which step, on which rows, and what to do."""
+        step = self.progress.step
+        rows = sorted({example.where for batch in self.setup.sampler.step_examples(step) for example in batch})
+        return TrainingError(
+            f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step + 1}",
+            where=str(self.run),
+            why=f"rows of this step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+            hint="a lower --learning-rate, or --dtype float32; the last checkpoint is kept: --resume goes on from it",
+        )
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
+        return 1 << 62
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The ticks of a run, in order."""
+    log = run / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+

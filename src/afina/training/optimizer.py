@@ -1,0 +1,81 @@
+"""AdamW over an adapter's parameters: float32 throughout, a learning rate a group, a schedule, clipping."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from afina.delta.attach import Adapter
+
+
+def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate at `step` (0-based) of `steps`: a linear rise, then the fall named by `kind`."""
+    rise = round(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
+
+
+class Optimizer:
+    """AdamW with float32 masters for parameters held in 16 bits (full fine-tuning of a bf16 base).
+
+    `rates` gives learning rates of their own to modules, by path; weight decay leaves vectors alone.
+    """
+
+    def __init__(self, adapter: Adapter, rate: float, rates: Mapping[str, float], weight_decay: float) -> None:
+        self.parameters = dict(adapter.named_parameters())
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            own = rates.get(name.rpartition(".")[0], rate)
+            groups.setdefault((own, weight_decay if master.ndim > 1 else 0.0), []).append(master)
+        self._adamw = torch.optim.AdamW(
+            [{"params": ps, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), ps in groups.items()], fused=True
+        )
+
+    def step(self, factor: float, clip: float) -> float:
+        """One step at `factor` times the peak rates; gradients are clipped to the norm `clip` and cleared.
+
+        Returns the norm before clipping. A norm that is not finite leaves everything as it was.
+        """
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), clip))
+        if math.isfinite(norm):
+            for group in self._adamw.param_groups:
+                group["lr"] = group["peak"] * factor
+            self._adamw.step()
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    if self.masters[name] is not parameter:
+                        parameter.copy_(self.masters[name])
+        self._adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name."""
+        tensors: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            tensors[f"{name}:value"] = master.detach()
+            tensors |= {f"{name}:{key}": value for key, value in self._adamw.state.get(master, {}).items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave, values of the parameters included."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"{name}:value"])
+                self.parameters[name].copy_(master)
+                kept = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
+                kept.pop("value")
+                if kept:
+                    self._adamw.state[master] = {
+                        key: value.clone().to(master.device) if value.ndim else value.clone() for key, value in kept.items()
+                    }

@@ -1,0 +1,86 @@
+"""A run as a picture and as a card."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from afina.disk import disk_errors
+from afina.judge.verdict import Losses
+
+
+def draw_curve(metrics: Sequence[Mapping[str, Any]], losses: Losses, file: Path) -> None:
+    """Loss against steps: training, held-out, and the base's held-out loss as the line to get below. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [m["step"] for m in metrics]
+    raw = [m["loss"] for m in metrics]
+    axes.plot(steps, raw, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, _smooth(raw), color="tab:blue", label="training")
+    checks = [m for m in metrics if m.get("held_out_loss") is not None]
+    axes.plot([m["step"] for m in checks], [m["held_out_loss"] for m in checks], "o-", color="tab:orange", label="held-out")
+    axes.axhline(losses.held_before, color="tab:gray", linestyle="--", label="base, held-out")
+    if losses.best_step:
+        axes.axvline(losses.best_step, color="tab:green", linestyle=":", label=f"best: step {losses.best_step}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with disk_errors(file):
+        figure.savefig(file, dpi=120)
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Running mean that starts unbiased."""
+    smooth, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(total / weight)
+    return smooth
+
+
+def model_card(story: Mapping[str, Any]) -> str:
+    """The adapter's README.md, from run.json."""
+    settings, base, data, losses = story["settings"], story["base"], story["data"], story["losses"]
+    changed = {k: v for k, v in settings.items() if v not in (None, {}, False) and k not in ("data", "out", "base")}
+    licence = base["licence"] or "not stated by the base's card"
+    return f"""---
+base_model: {base["name"]}
+library_name: peft
+tags: [afina, {story["method"]}]
+---
+
+# {Path(data["path"]).stem}: {settings["method"]} on {base["name"]}
+
+An adapter made by afina {story["environment"]["afina"]}.
+
+| | |
+|---|---|
+| base | {base["name"]}{f" ({base['revision']})" if base["revision"] else ""}, hash `{base["hash"][:16]}`, held as {base["dtype"]} |
+| licence of the base | {licence} |
+| data | {Path(data["path"]).name}: {data["rows"]:,} rows ({data["format"]}), {data["held_out"]:,} held out, {len(data["skipped"]):,} skipped; sha256 `{data["sha256"][:16]}` |
+| licence of the data | not stated: fill in before you publish |
+| objective | {story["objective"]} |
+| trained | {story["trainable_parameters"]:,} numbers, {story["steps"]:,} steps, {story["tokens"]:,} tokens in {story["seconds"]:.0f} s |
+| peak memory | {story["peak_memory_mb"]:,.0f} MB |
+| adapter | {story["adapter_kb"]:,.0f} KB, hash `{story["adapter"][:16]}` |
+| code of the model was run | {"yes (trust_remote_code)" if base["remote_code"] else "no"} |
+
+## What it did
+
+| nats a token | before | after |
+|---|---|---|
+| held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
+| rows it learned | | {losses["train_after"]:.4f} |
+| general text | {losses["general_before"]:.4f} | {losses["general_after"]:.4f} |
+
+{chr(10).join("- " + sentence for sentence in story["verdict"])}
+
+## How to run it again
+
+```yaml
+{chr(10).join(f"{name}: {value}" for name, value in changed.items())}
+```
+"""

@@ -1,0 +1,196 @@
+"""`afina train`: from settings to a run folder that tells its whole story.
+
+    RUN/settings.yaml     the resolved settings; `afina train --config` runs them again
+    RUN/example.txt       one row as the model reads it, the learned tokens marked
+    RUN/metrics.jsonl     a line a step
+    RUN/held_out.jsonl    the rows kept for judging
+    RUN/checkpoint/       the state from which --resume goes on
+    RUN/adapter/          the best adapter, in PEFT's files
+    RUN/run.json          data, base, environment, figures, verdict
+    RUN/curve.png, RUN/README.md
+"""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import afina
+from afina.config import TrainSettings, make_settings, resolved
+from afina.data.formats import Row
+from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
+from afina.disk import rescue, write_json, write_text
+from afina.errors import AdapterError, SettingsError, TrainingError
+from afina.judge.evaluate import HELD_OUT
+from afina.judge.losses import general_examples, held_out_loss, perplexity
+from afina.judge.verdict import Losses, verdict
+from afina.segments import BASE, Segments
+from afina.training import checkpoint
+from afina.training.loop import Loop, peak_memory_mb, read_metrics
+from afina.training.progress import Display, Silent
+from afina.training.report import draw_curve, model_card
+from afina.training.setup import Setup, default_out, set_up
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and what run.json says."""
+
+    folder: Path
+    story: dict[str, Any]
+
+
+def train(data: str | Path | TrainSettings, *, quiet: bool = True, **values: Any) -> Run:
+    """Adapt a base to `data`; settings as in `afina train --help`. Returns the finished run.
+
+    Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
+    """
+    settings = data if isinstance(data, TrainSettings) else make_settings(TrainSettings, {"data": Path(data), **values})
+    folder = default_out(settings)
+    _check_folder(folder, settings)
+    setup = set_up(settings)
+    identity = _identity(setup)
+    display = Silent() if quiet else Display(setup)
+    loop = Loop(setup, folder, identity, display.tick, lambda: _save_best(setup, folder))
+    if settings.resume:
+        loop.resume()
+    else:
+        _begin(setup, folder)
+    with display:
+        if not loop.progress.before:
+            loop.progress.before = _losses(setup, BASE)
+            checkpoint.save(folder, loop.optimizer, loop.progress, identity)
+        loop.train()
+        story = _finish(setup, folder, loop)
+    return Run(folder, story)
+
+
+def _check_folder(folder: Path, settings: TrainSettings) -> None:
+    """A new run never writes over an old one; a resumed one needs its checkpoint."""
+    if settings.resume and not checkpoint.exists(folder):
+        raise TrainingError("nothing to resume here", where=str(folder), hint="leave out --resume to start")
+    if not settings.resume and folder.exists() and any(folder.iterdir()):
+        unfinished = checkpoint.exists(folder) and not (folder / "README.md").exists()
+        hint = "add --resume to go on with it, or choose another --out" if unfinished else "choose another --out"
+        raise SettingsError("there is a run in this folder already", where=str(folder), hint=hint)
+
+
+def _identity(setup: Setup) -> dict[str, str]:
+    """What must be the same when a run is resumed: data, base, and every setting that changes the result."""
+    fixed = {k: v for k, v in resolved(setup.settings).items() if k not in ("resume", "out", "data", "device")}
+    text = json.dumps(fixed, sort_keys=True)
+    return {"data": setup.table.digest, "base": setup.base.hash, "settings": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _begin(setup: Setup, folder: Path) -> None:
+    settings = resolved(setup.settings) | {"resume": False, "out": str(folder)}
+    write_text(folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_text(folder / "example.txt", setup.renderer.show(setup.train[0]) + "\n")
+    lines = [json.dumps(_as_record(row), ensure_ascii=False) for row in setup.held_rows]
+    if not lines:  # plain text: the chunks that were held out
+        tokenizer = setup.base.tokenizer
+        lines = [json.dumps({"text": tokenizer.decode(e.tokens, skip_special_tokens=True)}, ensure_ascii=False) for e in setup.held]
+    write_text(folder / HELD_OUT, "\n".join(lines) + "\n")
+    write_text(folder / "metrics.jsonl", "")
+
+
+def _as_record(row: Row) -> dict[str, Any]:
+    if row.messages is not None:
+        return {"messages": list(row.messages)}
+    return {"prompt": row.prompt, "completion": row.completion} if row.prompt is not None else {"text": row.text}
+
+
+def _losses(setup: Setup, segments: Segments) -> dict[str, float]:
+    """Held-out and general loss, in nats a token, of the model routed by `segments`."""
+    tokens = setup.settings.batch_tokens
+    general = general_examples(setup.base, setup.settings.general)
+    return {
+        "held_out": held_out_loss(setup.base, setup.held, tokens, segments),
+        "general": held_out_loss(setup.base, general, tokens, segments),
+    }
+
+
+def _save_best(setup: Setup, folder: Path) -> None:
+    story = {"data": {"name": setup.table.path.name, "sha256": setup.table.digest}, "objective": setup.objective}
+    save_adapter(setup.adapter, setup.base, folder / "adapter", story)
+
+
+def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
+    """Judge the best adapter and write run.json, the curve and the card."""
+    rescue(folder / "adapter")
+    best = load_adapter(folder / "adapter", setup.base, "best")
+    route = Segments.all(best.name)
+    after = _losses(setup, route)
+    seen = setup.train[:: max(1, len(setup.train) // max(1, len(setup.held)))][: len(setup.held)]
+    learned = held_out_loss(setup.base, seen, setup.settings.batch_tokens, route)
+    before, progress = loop.progress.before, loop.progress
+    losses = Losses(
+        held_before=before["held_out"], held_after=after["held_out"], train_after=learned,
+        general_before=before["general"], general_after=after["general"],
+        best_step=progress.best_step, last_step=progress.step,
+    )  # fmt: skip
+    story = _facts(setup, folder) | {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "peak_memory_mb": peak_memory_mb(),
+        "losses": asdict(losses) | {"forgetting": losses.forgetting},
+        "perplexity": {"before": perplexity(losses.held_before), "after": perplexity(losses.held_after)},
+        "verdict": verdict(losses),
+    }
+    write_json(folder / "run.json", story)
+    draw_curve(read_metrics(folder), losses, folder / "curve.png")
+    card = model_card(story)
+    write_text(folder / "adapter" / "README.md", card)
+    write_text(folder / "README.md", card)
+    return story
+
+
+def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
+    """What was run, on what, with what."""
+    base, table = setup.base, setup.table
+    weights = folder / "adapter" / WEIGHTS
+    return {
+        "format_version": FORMAT_VERSION,
+        "settings": resolved(setup.settings),
+        "method": setup.adapter.spec.method,
+        "objective": setup.objective,
+        "learning_rate": setup.learning_rate,
+        "trainable_parameters": setup.adapter.count(),
+        "adapter": read_json(folder / "adapter" / "afina.json")["hash"],
+        "adapter_kb": weights.stat().st_size / 1000,
+        "base": {"name": base.name, "revision": base.revision, "hash": base.hash, "dtype": str(base.dtype).removeprefix("torch."),
+                 "licence": _licence(base.folder), "remote_code": base.remote_code},
+        "data": {"path": str(table.path), "format": table.format, "sha256": table.digest, "rows": len(table.rows),
+                 "skipped": setup.skipped, "held_out": len(setup.held), "licence": None},
+        "environment": {"afina": afina.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                        "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()},
+    }  # fmt: skip
+
+
+def _licence(folder: Path | None) -> str | None:
+    """The licence that a base's model card names in its header, if it has one."""
+    card = folder / "README.md" if folder else None
+    if card is None or not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8").split("---")
+    header = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    return header.get("license") if isinstance(header, dict) else None
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run; raises `AdapterError` where its format is newer than ours."""
+    story = read_json(folder / "run.json")
+    if story.get("format_version", 0) > FORMAT_VERSION:
+        why = f"its format is version {story['format_version']}, this afina reads up to {FORMAT_VERSION}"
+        raise AdapterError("written by a newer afina", where=str(folder), why=why, hint="pip install -U afina")
+    return story
+
+
