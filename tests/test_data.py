@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_formats_are_recognised_by_content(write, case: str) -> None:
     path = write("data", content)
     table = read_table(path)
     assert (table.format, [contents(row) for row in table.rows]) == (format, [expected])
-    assert table.skipped == [] and len(table.digest) == 64
+    assert table.skipped == []
+    assert len(table.digest) == 64
 
 
 def test_columns_give_names_and_win_over_names_that_are_there(write) -> None:
@@ -211,7 +213,8 @@ def test_faults_of_the_path(tmp_path: Path) -> None:
 def test_unknown_columns_say_what_to_type(write, name, content, columns, found, hint) -> None:
     with pytest.raises(DataError) as caught:
         read_table(write(name, content), columns)
-    assert found in str(caught.value) and hint in (caught.value.hint or "")
+    assert found in str(caught.value)
+    assert hint in (caught.value.hint or "")
 
 
 def test_renamed_field_is_called_by_the_users_name(write) -> None:
@@ -226,7 +229,8 @@ def test_bad_rows_are_left_out_only_when_asked_and_are_listed(write) -> None:
     table = read_table(path, skip_bad_rows=True)
     assert [row.text for row in table.rows] == ["a", "b"]
     assert table.skipped[0] == f"{path}:2:text: expected text, found a number"
-    assert len(table.skipped) == 2 and table.skipped[1].startswith(f"{path}:3: broken JSON")
+    assert len(table.skipped) == 2
+    assert table.skipped[1].startswith(f"{path}:3: broken JSON")
     with pytest.raises(DataError, match="no row can be used"):
         read_table(write("y.jsonl", jsonl({"text": 1})), skip_bad_rows=True)
 
@@ -234,7 +238,8 @@ def test_bad_rows_are_left_out_only_when_asked_and_are_listed(write) -> None:
 def test_long_csv_field_and_callers_limit(write) -> None:
     limit = csv.field_size_limit()
     table = read_table(write("x.csv", f"prompt,completion\n{'a' * 200_000},b\n"))
-    assert len(table.rows[0].prompt or "") == 200_000 and csv.field_size_limit() == limit
+    assert len(table.rows[0].prompt or "") == 200_000
+    assert csv.field_size_limit() == limit
 
 
 # templates
@@ -251,6 +256,7 @@ CHANGES_EARLIER_ANSWERS = GOOD_TEMPLATE.replace(
     "m['content'] | trim", "('<think></think>' if loop.last and m['role'] == 'assistant' else '') + m['content']"
 )
 STOPS_TWICE = GOOD_TEMPLATE.replace("{% endif %}", "{% endif %}", 1) + "{% if not add_generation_prompt %}</s>{% endif %}"
+NO_PROMPT = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endfor %}"
 SPACE_BEFORE_ANSWER = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{{ '</s>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
@@ -282,7 +288,7 @@ def learned(renderer: Renderer, example: Example) -> list[str]:
     return [part.partition("»")[0] for part in renderer.show(example).split("«")[1:]]
 
 
-def chat_row(*contents: str, **other: str) -> Row:
+def chat_row(*contents: str) -> Row:
     roles = ["user", "assistant"] * len(contents)
     return Row("x.jsonl:1", messages=tuple({"role": r, "content": c} for r, c in zip(roles, contents, strict=False)))
 
@@ -295,9 +301,11 @@ def test_single_turn_mask_is_the_answer_and_its_stop_token() -> None:
     renderer = Renderer(tokenizer, None, 512)
     example = renderer.example(chat_row("who?", "me and them"))
     whole = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "me and them"}])["input_ids"]
-    assert example.tokens == whole and example.tokens.count(0) == 1  # one <s>, though the tokenizer adds one too
+    assert example.tokens == whole
+    assert example.tokens.count(0) == 1
     assert learned(renderer, example) == ["me and them<|im_end|>"]
-    assert tokenizer.decode(example.tokens[-1:]) == "\n" and example.labels[-1] is False
+    assert tokenizer.decode(example.tokens[-1:]) == "\n"
+    assert example.labels[-1] is False
     assert example.answer == "me and them"
     assert example.tokens[: example.prompt_tokens] == renderer.prompt([USER]) == renderer.prompt("who?")
     assert renderer.stops == {1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
@@ -308,7 +316,8 @@ def test_multi_turn_mask_and_last_prompt() -> None:
     row = chat_row("who?", "me", "and?", "them", "left over")
     example = renderer.example(row)
     assert learned(renderer, example) == ["me<|im_end|>", "them<|im_end|>"]
-    assert example.answer == "them" and row.messages
+    assert example.answer == "them"
+    assert row.messages
     assert example.tokens[: example.prompt_tokens] == renderer.prompt(row.messages[:3])
     assert "left over" not in renderer.show(example)
 
@@ -402,7 +411,7 @@ def test_stop_is_the_first_end_after_the_answer() -> None:
         (NO_PREFIX, PAIR, "does not render as a prefix", "--template chatml"),
         (CHANGES_EARLIER_ANSWERS, chat_row("who?", "me", "and?", "me"), "does not render as a prefix", "chatml"),
         ("{% for m in messages %}x{% endfor %}", chat_row("who?", "me"), "does not write the answer", "chatml"),
-        ("{{ messages[1]['content'] }}</s>", PAIR, "all on", "pretrain"),
+        (NO_PROMPT, PAIR, "all on", "pretrain"),
         (GOOD_TEMPLATE, Row("x", messages=({"role": "tool", "content": "2"}, ANSWER)), "refuses these", "roles"),
         (GOOD_TEMPLATE, chat_row("who?", "me<|im_end|>"), "holds the stop token", "take it out"),
     ],
@@ -413,6 +422,12 @@ def test_templates_that_would_train_something_else_are_refused(template, row: Ro
         with pytest.raises(DataError, match=what) as caught:
             refuse(row)
         assert hint in (caught.value.hint or "")
+
+
+def test_a_template_without_a_stop_token_can_still_be_asked() -> None:
+    renderer = Renderer(make_tokenizer(NO_STOP), None, 512)
+    assert renderer.stops == {1}
+    assert renderer.prompt("who?")
 
 
 def test_check_leaves_single_bad_rows_to_the_reader() -> None:
@@ -427,7 +442,8 @@ def test_length_and_text_rows_are_refused_with_their_place() -> None:
     assert len(renderer.example(Row("x", prompt="who", completion="me")).tokens) <= 8
     with pytest.raises(DataError, match=r"x.jsonl:7: 4\d tokens, more than the 8 allowed") as caught:
         renderer.example(Row("x.jsonl:7", prompt="z" * 40, completion="me"))
-    assert "--max-length" in (caught.value.hint or "") and "--skip-bad-rows" in (caught.value.hint or "")
+    assert "--max-length" in (caught.value.hint or "")
+    assert "--skip-bad-rows" in (caught.value.hint or "")
     with pytest.raises(DataError) as caught:
         renderer.example(Row("x", text="hello"))
     assert caught.value.hint == "--objective pretrain"
@@ -440,7 +456,8 @@ def test_texts_hold_every_token_once(length: int) -> None:
     chunks = renderer.texts(Row("x", text=text), 8)
     assert [token for chunk in chunks for token in chunk.tokens] == [0, *renderer.tokenizer(text)["input_ids"][1:], 1]
     for chunk in chunks:
-        assert 2 <= len(chunk.tokens) <= 8 and chunk.answer is None
+        assert 2 <= len(chunk.tokens) <= 8
+        assert chunk.answer is None
         assert chunk.labels == [False] + [True] * (len(chunk.tokens) - 1)
     assert all(len(chunk.tokens) <= 4 for chunk in Renderer(renderer.tokenizer, None, 4).texts(Row("x", text=text), 8))
 
@@ -448,7 +465,8 @@ def test_texts_hold_every_token_once(length: int) -> None:
 def test_texts_of_a_chat_are_its_rendering() -> None:
     renderer = Renderer(make_tokenizer(GOOD_TEMPLATE), None, 512)
     (chunk,) = renderer.texts(chat_row("who?", "me"), 512)
-    assert chunk.tokens == renderer.example(chat_row("who?", "me")).tokens and all(chunk.labels[1:])
+    assert chunk.tokens == renderer.example(chat_row("who?", "me")).tokens
+    assert all(chunk.labels[1:])
 
 
 # batches
@@ -473,7 +491,9 @@ def test_labels_are_shifted_and_never_cross_a_sequence() -> None:
     assert batch.label_count == 6 == sum(sum(example.labels) for example in examples)
     assert {part.dtype for part in (batch.tokens, batch.positions, batch.labels)} == {torch.int64}
     moved = batch.to("cpu")
-    assert isinstance(moved, FlatBatch) and moved.label_count == 6 and moved.bounds == batch.bounds
+    assert isinstance(moved, FlatBatch)
+    assert moved.label_count == 6
+    assert moved.bounds == batch.bounds
 
 
 def test_labels_on_everything_still_stop_at_the_boundary() -> None:
@@ -491,16 +511,18 @@ def test_packing_law(seed: int) -> None:
     assert all(sum(lengths[i] for i in batch) <= 100 or len(batch) == 1 for batch in batches)
     assert batches == pack(lengths, 100, order)
     place = {index: at for at, index in enumerate(order)}
-    assert all(place[a[0]] < place[b[0]] for a, b in zip(batches, batches[1:], strict=False))  # nobody waits for ever
-    fitting = [n for n in lengths if n <= 100]
-    assert sum(sum(lengths[i] for i in b) <= 100 for b in batches) <= 1.08 * sum(fitting) / 100
+    assert all(place[a[0]] < place[b[0]] for a, b in pairwise(batches))  # nobody waits for ever
+    short = [1 + length // 3 for length in lengths]
+    assert len(pack(short, 100, order)) <= 1.02 * sum(short) / 100 + 1  # nearly no room is left
 
 
 def test_packing_fills_gaps_from_a_window_only() -> None:
     assert pack([6, 6, 4, 4], 10, [0, 1, 2, 3]) == [[0, 2], [1, 3]]
-    assert pack([], 10, []) == [] and pack([50], 10, [0]) == [[0]]
+    assert pack([], 10, []) == []
+    assert pack([50], 10, [0]) == [[0]]
     far = [6] * 70 + [4]
-    assert pack(far, 10, range(71))[0] == [0] and [6, 70] in pack(far, 10, range(71))
+    assert pack(far, 10, range(71))[0] == [0]
+    assert [6, 70] in pack(far, 10, range(71))
 
 
 def epoch_of(sampler: Sampler, first: int, steps: int) -> Iterator[list[int]]:
@@ -515,15 +537,17 @@ def test_sampler_goes_over_every_row_each_epoch_and_resumes_anywhere() -> None:
     sampler = Sampler(examples, 64, 3, seed=7)
     steps = sampler.steps_per_epoch
     first = list(epoch_of(sampler, 0, steps))
-    assert sorted(sum(first, [])) == list(range(1, 61))
+    assert sorted(chain.from_iterable(first)) == list(range(1, 61))
     assert all(len(sampler.step_batches(step)) == 3 for step in range(steps - 1))
     end = next(n for n in range(steps, 3 * steps) if n + 1 == sampler._start(2))
     second = list(epoch_of(sampler, steps, end + 1 - steps))
-    assert sorted(sum(second, [])) == list(range(1, 61)) and second != first
+    assert sorted(chain.from_iterable(second)) == list(range(1, 61))
+    assert second != first
     fresh = Sampler(examples, 64, 3, seed=7)  # asked for a late step first, as a resumed run does
     for step in (2 * steps + 1, 0, steps, steps - 1):
         for ours, theirs in zip(fresh.step_batches(step), sampler.step_batches(step), strict=True):
-            assert torch.equal(ours.tokens, theirs.tokens) and ours.bounds == theirs.bounds
+            assert torch.equal(ours.tokens, theirs.tokens)
+            assert ours.bounds == theirs.bounds
     assert list(epoch_of(Sampler(examples, 64, 3, seed=8), 0, steps)) != first
     with pytest.raises(DataError):
         Sampler([], 64, 1, 0)
@@ -537,7 +561,8 @@ def test_held_out_rows_share_nothing_with_training(seed: int) -> None:
     rows = [Row(f"x:{n}", prompt=f"p{n % 40}", completion="c") for n in range(100)]
     train, held = split(rows, 0.2, seed)
     assert {row.prompt for row in train}.isdisjoint(row.prompt for row in held)
-    assert sorted(train + held, key=rows.index) == rows and 15 <= len(held) <= 20
+    assert sorted(train + held, key=rows.index) == rows
+    assert 15 <= len(held) <= 20
     assert split(rows, 0.2, seed) == (train, held)
     assert held == sorted(held, key=rows.index)
 
@@ -546,7 +571,9 @@ def test_split_leaves_at_least_one_row_on_each_side() -> None:
     rows = [chat_row("a", "b"), *[chat_row("c", "d")] * 9]
     for share in (0.0, 0.1, 0.99):
         train, held = split(rows, share, 0)
-        assert train and held and contents(train[0]) != contents(held[0])
+        assert train
+        assert held
+        assert contents(train[0]) != contents(held[0])
     for bad in ([], rows[:1], rows[1:]):
         with pytest.raises(DataError, match="at least 2 different rows"):
             split(bad, 0.1, 0)
@@ -556,5 +583,6 @@ def test_split_leaves_at_least_one_row_on_each_side() -> None:
 
 def test_table_is_what_the_contract_says(write) -> None:
     table = read_table(write("x.txt", "hello"))
-    assert isinstance(table, Table) and table.rows == [Row(str(table.path) + ":1", text="hello")]
+    assert isinstance(table, Table)
+    assert table.rows == [Row(str(table.path) + ":1", text="hello")]
     assert table.digest == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Segment:
 class Segments:
     """The table of one forward: nobody, some adapters everywhere, or rows over parts of the run.
 
-    `everywhere` holds (adapter, weight) pairs that act on all tokens; `rows` the others.
+    `everywhere` holds (adapter, weight) pairs that act on all tokens; `rows` the others. Rows count tokens of the
+    flat run, or, for models that take rows of equal length (image models, pooled encoders), rows of the batch.
     """
 
     everywhere: tuple[tuple[str, float], ...] = ()
     rows: tuple[Segment, ...] = ()
+    unit: Literal["token", "row"] = "token"
 
     @classmethod
     def all(cls, adapter: str, weight: float = 1.0) -> "Segments":

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from afina.base.fast import speed_up
 from afina.base.flat import NAME
 from afina.base.model import Base
 from afina.base.safety import check_file
@@ -134,6 +135,7 @@ def load_base(
         raise BaseError("transformers cannot load this model", where=base, why=str(error).splitlines()[0]) from error
     model.requires_grad_(False)
     model.eval().to(place)
+    speed_up(model)
     return Base(
         model=model,
         tokenizer=_tokenizer(folder, base, trust_remote_code),

@@ -150,7 +150,7 @@ def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row
         raise DataError(f"at least 2 different rows are needed, found {len(groups)}", why=why, hint="add rows")
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
-    held = _take(shuffled, max(1, round(share * len(rows))))
+    held = _take(shuffled, min(max(1, round(share * len(rows))), len(rows) - 1))
     return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
 
 

@@ -5,6 +5,7 @@ token that stops it. A mask that would be all on or all off is an error.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
@@ -51,7 +52,10 @@ class Renderer:
     @property
     def stops(self) -> frozenset[int]:
         """The tokens that end generation: the end of the text, and that of an answer under this template."""
-        ends = {self.tokenizer.eos_token_id, self.template.stop if self.chats else None}
+        ends = {self.tokenizer.eos_token_id}
+        if self.chats:
+            with suppress(DataError):  # a template without a stop token cannot be trained on, but it can be asked
+                ends.add(self.template.stop)
         return frozenset(end for end in ends if end is not None)
 
     def example(self, row: Row) -> Example:

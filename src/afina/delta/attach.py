@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from afina.delta.contract import Delta, Spec, method
 from afina.delta.layers import Layer
 from afina.errors import AdapterError, SettingsError
-from afina.segments import Switchboard
+from afina.segments import Segment, Switchboard
 
 
 class Adapted(nn.Module):
     """A frozen module and the deltas that act on it; the switchboard says which ones in each forward."""
 
-    def __init__(self, base: nn.Module, board: Switchboard) -> None:
+    def __init__(self, layer: Layer, board: Switchboard) -> None:
         super().__init__()
-        self.base = base
+        self.base = layer.module
         self.deltas = nn.ModuleDict()
-        self._board = board
+        self._layer, self._board = layer, board
 
     @property
     def weight(self) -> Tensor:
@@ -44,24 +44,30 @@ class Adapted(nn.Module):
                 raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
             return acting[0][0](x, x, acting[0][1])
         y = self.base(x)
-        for delta, weight in acting:
-            y = delta(x, y, weight)
+        if not acting and not rows:
+            return y
+        y = y0 = self._layer.to_rows(y)
+        for delta, weight in acting:  # each sees the base's output; the first one's sum needs no second pass
+            y = delta(x, y0, weight) if y is y0 else y + (delta(x, y0, weight) - y0)
         if rows:
-            y = self._add_rows(x, y, rows)
-        return y
+            y = self._add_rows(x, y0, y, rows, segments.unit)
+        return self._layer.from_rows(y)
 
     def _delta(self, name: str) -> Delta:
         delta = self.deltas[name]
         assert isinstance(delta, Delta)
         return delta
 
-    def _add_rows(self, x: Tensor, y: Tensor, rows: list) -> Tensor:
-        flat_x, y0 = x.flatten(0, -2), y.flatten(0, -2)
-        out = y0.clone()
+    def _add_rows(self, x: Tensor, y0: Tensor, y: Tensor, rows: list[Segment], unit: str) -> Tensor:
+        """Add each row's part to a copy of y, on its tokens (features last) or on its rows of the batch."""
+        flat = unit == "token"
+        inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
+        before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
         for row in rows:
-            part, before = flat_x[row.start : row.end], y0[row.start : row.end]
-            out[row.start : row.end] += self._delta(row.adapter)(part, before, row.weight) - before
-        return out.view_as(y)
+            part = before[row.start : row.end]
+            added = self._delta(row.adapter)(inputs[row.start : row.end], part, row.weight) - part
+            out[row.start : row.end] += added
+        return out.view(y.shape)
 
 
 class Adapter:
@@ -117,19 +123,20 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
     tied: dict[int, nn.Parameter] = {}
-    for path in spec.targets:
+    for path in [*spec.targets, *spec.modules]:
         layer = Layer(path, frozen_module(model, path))
-        if kind.kinds == "matrix" and not layer.is_matrix:
+        own = method("full") if path in spec.modules else kind
+        if own.kinds == "matrix" and not layer.is_matrix:
             raise AdapterError(f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path)
         if isinstance(at := model.get_submodule(path), Adapted) and name in at.deltas:
             raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
-        deltas[path] = kind(layer, spec, generator)
+        deltas[path] = own(layer, spec, generator)
         if deltas[path].replaces:
             _keep_ties(layer, deltas[path], tied)
     for path, delta in deltas.items():
         module = model.get_submodule(path)
         if not isinstance(module, Adapted):
-            module = Adapted(module, board)
+            module = Adapted(delta.layer, board)
             _put(model, path, module)
         module.deltas[name] = delta
     return Adapter(name, spec, deltas)

@@ -35,6 +35,9 @@ class Spec:
     dropout: float = 0.0
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()  # whole small modules that the adapter owns (heads, norms): PEFT's modules_to_save
+    invocation: tuple[int, ...] = ()  # aLoRA: tokens from whose last occurrence on the adapter acts
+    options: Mapping[str, Any] = field(default_factory=dict)  # what only one method knows, e.g. MoRA's operator
 
     def rank_of(self, path: str) -> int:
         """Rank at the module `path`."""
@@ -47,22 +50,34 @@ class Spec:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self) | {"targets": list(self.targets)}
+        lists = {"targets": list(self.targets), "modules": list(self.modules), "invocation": list(self.invocation)}
+        return asdict(self) | lists
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Spec":
+        """The spec that `as_dict` wrote."""
+        tuples = {name: tuple(values.get(name, ())) for name in ("targets", "modules", "invocation")}
+        return cls(**{**values, **tuples})
 
 
 class Delta(nn.Module):
-    """One adapter's part at one layer. Subclasses live one a file in this folder, and are found there."""
+    """One adapter's part at one layer. Subclasses live one a file in this folder, and are found there.
+
+    Inputs x come as the layer reads them (`layer.project` and `layer.rows` make vectors of them), outputs y0 always
+    with their features last, so a method needs to know matrices only.
+    """
 
     keys: ClassVar[Mapping[str, str]]  # parameter name -> name on disk, after the module's path
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
-        """Parameters that leave the layer's output unchanged; random numbers come from `generator` (CPU)."""
+        """Parameters, float32, that leave the layer's output unchanged; random numbers come from `generator` (CPU)."""
         super().__init__()
+        self.layer = layer
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 + weight * D(x, y0), with x (..., in), y0 = W x (..., out)."""
+        """y0 + weight * D(x, y0): x the layer's input, y0 = W x + bias (..., out), not to be written into."""
         raise TypeError(f"{type(self).__name__} must say what it adds")
 
     def merged(self, weight: Tensor) -> Tensor:

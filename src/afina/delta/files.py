@@ -141,7 +141,7 @@ def read_spec(folder: Path, names: list[str]) -> Spec:
     """The spec of an adapter on disk, from afina.json or from PEFT's configuration and the tensors' `names`."""
     story = read_story(folder)
     if "spec" in story:
-        return Spec(**{**story["spec"], "targets": tuple(story["spec"]["targets"])})
+        return Spec.from_dict(story["spec"])
     config = read_json(folder / CONFIG)
     where = str(folder / CONFIG)
     if config.get("peft_type") != "LORA":

@@ -24,7 +24,7 @@ class Full(Delta):
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
         super().__init__(layer, spec, generator)
-        if spec.dropout:
+        if spec.method == "full" and spec.dropout:
             raise SettingsError("full has no path of its own to drop inputs from", where="dropout", hint="--dropout 0")
         trained = copy.deepcopy(layer.module).requires_grad_(True)
         for name, parameter in list(trained.named_parameters()):

@@ -19,20 +19,19 @@ class LoRA(Delta):
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
         super().__init__(layer, spec, generator)
-        rank, device = spec.rank_of(layer.path), layer.weight.device
+        rank = spec.rank_of(layer.path)
         a = torch.empty(rank, layer.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(layer.in_features)
-        self.a = nn.Parameter(a.to(device))  # (r, in), float32
-        self.b = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))  # (out, r), float32
+        self.a = nn.Parameter(a.to(layer.device))  # (r, in), float32
+        self.b = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.device))  # (out, r), float32
         self.scale = spec.scale_of(layer.path)
         self.dropout = spec.dropout
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 + weight * s * B A x, in the dtype of x; the only new activations are (..., r)."""
-        if self.dropout and self.training:
+        """y0 + weight * s * B A x, in the dtype of y0; the only new activations are (..., r)."""
+        if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        low = F.linear(x, self.a.to(x.dtype)).flatten(0, -2)  # (T, r)
-        b = self.b.to(x.dtype)
-        return torch.addmm(y0.flatten(0, -2), low, b.T, alpha=weight * self.scale).view_as(y0)
+        low = self.layer.project(x, self.a.to(y0.dtype)).flatten(0, -2)  # (T, r)
+        return torch.addmm(y0.flatten(0, -2), low, self.b.to(y0.dtype).T, alpha=weight * self.scale).view(y0.shape)
 
     def merged(self, weight: Tensor) -> Tensor:
         """W + s B A."""
