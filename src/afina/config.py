@@ -43,7 +43,7 @@ class TrainSettings(BaseSettings):
     out: Path | None = _describe("the run folder; by default runs/DATA-METHOD")
     resume: bool = _describe("go on with the run in the folder instead of starting one", False)
     # what is learned
-    method: str = _describe("lora, full, or freeze (full on the last layers only)", "lora")
+    method: str = _describe("lora, dora, mora, full, or freeze (the last layers only); q: on 4 bits, a: activated", "lora")
     rank: int = _describe("rank of the low-rank update", 8, ge=1)
     alpha: float | None = _describe("strength of the update; by default twice the rank")
     scaling: Literal["lora", "rslora"] = _describe("alpha/rank, or alpha/sqrt(rank) (rsLoRA)", "lora")
@@ -54,6 +54,8 @@ class TrainSettings(BaseSettings):
     )
     layers: str | list[int] | None = _describe("which blocks: a list, or 'last:4'")
     ranks: dict[str, int] = _describe("ranks of their own, by name or pattern of the layer", {})
+    invocation: str | None = _describe("alora: text from which on the adapter acts; by default the start of an answer")
+    options: dict[str, Any] = _describe("what only one method knows, e.g. {operator: sharing} for mora", {})
     # on what
     objective: Literal["auto", "sft", "pretrain"] = _describe(
         "sft: learn the answers; pretrain: learn every token of a text", "auto"

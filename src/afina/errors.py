@@ -1,12 +1,12 @@
 """The tree of errors. Each says what happened, where, why, and what to type next.
 
-    AfinaError
-     ├── SettingsError     a setting that is unknown, or of the wrong kind
-     ├── DataError         a file or a row that cannot be used
-     ├── BaseError         a base model that cannot be loaded
-     ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
-     ├── TrainingError     a run that cannot start, go on or be resumed
-     └── MergeError        a merged model that would not equal the adapted one
+AfinaError
+ ├── SettingsError     a setting that is unknown, or of the wrong kind
+ ├── DataError         a file or a row that cannot be used
+ ├── BaseError         a base model that cannot be loaded
+ ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
+ ├── TrainingError     a run that cannot start, go on or be resumed
+ └── MergeError        a merged model that would not equal the adapted one
 """
 
 import difflib

@@ -12,7 +12,7 @@ a table that says so and costs nothing.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -42,6 +42,11 @@ class Segments:
     def all(cls, adapter: str, weight: float = 1.0) -> "Segments":
         """One adapter on every token."""
         return cls(everywhere=((adapter, weight),))
+
+    def within(self, start: int, end: int) -> "Segments":
+        """The table of tokens start..end alone, counted from there."""
+        parts = [replace(row, start=max(row.start, start) - start, end=min(row.end, end) - start) for row in self.rows]
+        return replace(self, rows=tuple(row for row in parts if row.start < row.end))
 
 
 BASE = Segments()

@@ -1,0 +1,1 @@
+"""The frozen model: loading, flat attention, the fast block, the embedded base."""

@@ -19,7 +19,7 @@ class FastNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight = norm.weight
+        self.weight: nn.Parameter = norm.weight  # type: ignore[assignment]
         self.variance_epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +32,9 @@ class FastMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.gate_proj: nn.Module = mlp.gate_proj  # type: ignore[assignment]
+        self.up_proj: nn.Module = mlp.up_proj  # type: ignore[assignment]
+        self.down_proj: nn.Module = mlp.down_proj  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The feed-forward of x (..., d)."""

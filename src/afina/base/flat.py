@@ -109,7 +109,7 @@ def flat_attention(
     for row, (start, end) in enumerate(pairwise(flat.bounds)):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         if cache is not None:
-            keys, values = cache.buffers(module.layer_idx, key, value)
+            keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
             past = cache.lengths[row]
             keys[row, :, past : past + end - start], values[row, :, past : past + end - start] = k[0], v[0]
             k, v = keys[row : row + 1, :, : past + end - start], values[row : row + 1, :, : past + end - start]
@@ -124,7 +124,7 @@ def _decode(
     cache: KeyValueCache, scaling: float, window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """One new token of every sequence at once, over the padded buffers."""
-    keys, values = cache.buffers(module.layer_idx, key, value)
+    keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     rows = torch.arange(query.shape[2], device=query.device)
     at = torch.tensor(cache.lengths, device=query.device)
     keys[rows, :, at], values[rows, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)

@@ -5,7 +5,10 @@ gated or missing model, a download that stopped half-way, code that would have t
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -115,6 +118,7 @@ def load_base(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    storage: Literal["plain", "nf4"] = "plain",
 ) -> Base:
     """A causal language model, frozen and in eval mode, with its tokenizer.
 
@@ -124,28 +128,39 @@ def load_base(
     files = check_folder(folder)
     config = _config(folder, base, trust_remote_code)
     place = choose_device(device)
-    options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code}
+    options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code,
+               "output_loading_info": True, "ignore_mismatched_sizes": True}  # fmt: skip
     transformers.utils.logging.disable_progress_bar()
+    load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, folder, **options)
     try:
         try:
-            model, flat = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=NAME, **options), True
+            (model, info), flat = load(attn_implementation=NAME), True
         except (ValueError, KeyError):  # families from before the AttentionInterface: run sequence by sequence
-            model, flat = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options), False
+            (model, info), flat = load(attn_implementation="eager"), False
     except (ValueError, KeyError, OSError) as error:
         raise BaseError("transformers cannot load this model", where=base, why=str(error).splitlines()[0]) from error
+    _check_complete(info, base)
     model.requires_grad_(False)
     model.eval().to(place)
     speed_up(model)
     return Base(
         model=model,
         tokenizer=_tokenizer(folder, base, trust_remote_code),
-        name=base,
+        name=str(folder.resolve()) if base != EMBEDDED and Path(base).expanduser().is_dir() else base,
         revision=revision,
         folder=folder,
         files=files,
         remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
         flat=flat,
     )
+
+
+def _check_complete(info: dict, name: str) -> None:
+    """Raise `BaseError` where transformers gave a tensor random numbers, because the files lack it or hold another shape."""
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if missing:
+        why = f"{len(missing)} tensors are missing or of another shape, the first: {missing[0]}"
+        raise BaseError("the weights do not fit config.json", where=name, why=why, hint="download the model again")
 
 
 def _config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -12,7 +12,7 @@ from afina.data.template import Renderer
 from afina.delta.files import load_adapter
 from afina.engine.generate import Sampling, base_of, generate_tokens, stop_tokens, template_of
 from afina.errors import DataError
-from afina.segments import BASE, Segments
+from afina.route.invocation import Route
 
 
 def chat(settings: ChatSettings) -> dict[str, Any]:
@@ -20,17 +20,17 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
     console = Console(stderr=True)
     name, revision = base_of(settings.run, settings.base)
     base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    adapted = Segments.all(load_adapter(settings.run, base).name) if settings.run is not None else BASE
+    adapted = load_adapter(settings.run, base).route if settings.run is not None else None
     route = adapted
     renderer = Renderer(base.tokenizer, template_of(settings.run), base.context)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     opening = [{"role": "system", "content": settings.system}] if settings.system else []
     messages = list(opening)
-    console.print(f"{name}{f' with {settings.run}' if settings.run else ''}. /on and /off switch the adapter, /new starts again, "
-                  "Ctrl-D leaves.", highlight=False)  # fmt: skip
+    who = f"{name} with {settings.run}" if settings.run else name
+    console.print(f"{who}. /on and /off switch the adapter, /new starts again, Ctrl-D leaves.", highlight=False)
     while (line := _read()) is not None:
         if line in ("/on", "/off"):
-            route = adapted if line == "/on" else BASE
+            route = adapted if line == "/on" else None
         elif line == "/new":
             messages = list(opening)
         elif line:
@@ -51,7 +51,7 @@ def _read() -> str | None:
         return None
 
 
-def _answer(base: Base, renderer: Renderer, prompt: list[int], sampling: Sampling, route: Segments) -> str:
+def _answer(base: Base, renderer: Renderer, prompt: list[int], sampling: Sampling, route: Route | None) -> str:
     """Generate one answer, writing it out as it comes; a character of several tokens waits until it is whole."""
     tokens: list[int] = []
     written = ""
@@ -61,7 +61,7 @@ def _answer(base: Base, renderer: Renderer, prompt: list[int], sampling: Samplin
         nonlocal written
         if token not in stops:
             tokens.append(token)
-        text = base.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = base.text(tokens)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             sys.stdout.write(text[len(written) :])
             sys.stdout.flush()

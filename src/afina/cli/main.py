@@ -39,7 +39,9 @@ VERBS = {
     "eval": Verb("judge an adapter against its base", config.EvalSettings, "afina.judge.evaluate:evaluate", "run"),
     "generate": Verb("answer prompts", config.GenerateSettings, "afina.engine.generate:generate", "prompts", many=True),
     "chat": Verb("talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "run"),
-    "merge": Verb("one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"),
+    "merge": Verb(
+        "one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"
+    ),
     "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.merge:export", "run"),
 }
 
@@ -57,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"afina {afina.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, verb in VERBS.items():
-        sub = verbs.add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        sub = verbs.add_parser(
+            name, help=verb.help, description=verb.help, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
         sub.add_argument("--config", metavar="FILE", help="a YAML file of settings; flags go before it")
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line")
         for field_name, field in verb.settings.model_fields.items():
@@ -75,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _help(description: str, default: Any) -> str:
     shown = default is not None and default not in ({}, []) and type(default).__name__ != "PydanticUndefinedType"
-    return (description + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")).replace("%", "%%")
+    return (description + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")).replace(
+        "%", "%%"
+    )
 
 
 def _metavar(annotation: Any, name: str) -> str:

@@ -1,5 +1,6 @@
 """Results as tables and plain words, a function a verb."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ def show(verb: str, result: dict[str, Any]) -> None:
      "export": _export, "demo": _demo}[verb](result)  # fmt: skip
 
 
-def _rows(title: str, rows: list[tuple[str, str]]) -> None:
+def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows:
         table.add_row(name, escape(value))
@@ -30,8 +31,9 @@ def _plan(result: dict[str, Any]) -> None:
     data, settings = result["data"], result["settings"]
     _rows("settings", [(name, str(value)) for name, value in settings.items() if value not in (None, {}, "")])
     _rows("data", [
-        ("format", data["format"]), ("objective", data["objective"]), ("rows", f"{data['rows']:,}"),
-        ("to learn from", f"{data['train']:,}"), ("held out", f"{data['held_out']:,}"), ("skipped", f"{len(data['skipped']):,}"),
+        ("format", data["format"]), ("objective", data["objective"]),
+        ("rows", f"{data['rows']:,}"), ("to learn from", f"{data['train']:,}"), ("held out", f"{data['held_out']:,}"),
+        ("skipped", f"{len(data['skipped']):,}"),
         ("tokens", f"{data['tokens']:,} (longest sequence {data['longest']:,})"),
         ("tokens with a label", f"{data['labelled_percent']:.1f}%"),
     ])  # fmt: skip
@@ -62,7 +64,8 @@ def _train(result: dict[str, Any]) -> None:
         console.print(f"- {sentence}", highlight=False)
     console.print(
         f"{result['steps']:,} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s "
-        f"({result['tokens_per_second']:,.0f} a second), peak {result['peak_memory_mb']:,.0f} MB, adapter {result['adapter_kb']:,.0f} KB",
+        f"({result['tokens_per_second']:,.0f} a second), peak {result['peak_memory_mb']:,.0f} MB, "
+        f"adapter {result['adapter_kb']:,.0f} KB",
         highlight=False,
     )
     console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
@@ -123,4 +126,6 @@ def _demo(result: dict[str, Any]) -> None:
     for sentence in result["verdict"]:
         console.print(f"- {sentence}", highlight=False)
     console.print(f"the curve: {result['curve']}", highlight=False)
-    console.print(f"talk to it: afina chat {result['run']}      (try: Correct: the dogs runs in the park)", highlight=False, markup=False)
+    console.print(
+        f"talk to it: afina chat {result['run']}      (try: Correct: the dogs runs in the park)", highlight=False, markup=False
+    )

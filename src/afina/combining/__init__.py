@@ -1,0 +1,1 @@
+"""Adapters and bases made into one: merged models, with proof."""

@@ -40,6 +40,9 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
     name, revision = base_of(settings.run, settings.base)
     base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
     adapter = load_adapter(settings.run, base, allow_other_base=settings.allow_other_base)
+    if adapter.spec.invocation:
+        why = "it acts from its invocation on, and a merged weight acts on every token"
+        raise MergeError("an activated adapter cannot be merged", where=str(settings.run), why=why, hint="serve it unmerged")
     probe = _probe(base)
     with base.board.route(Segments.all(adapter.name)), torch.no_grad():
         adapted = base.run_logits(*probe)

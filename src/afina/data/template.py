@@ -78,6 +78,16 @@ class Renderer:
             return self.prompt([{"role": "user", "content": messages_or_text}])
         return self._with_bos(self._encode(messages_or_text))
 
+    def invocation(self, text: str | None) -> list[int]:
+        """The tokens of `text`, or of what the template writes between a question and its answer."""
+        if text is not None:
+            return self._encode(text)
+        if not self.chats:
+            return []
+        asked = [{"role": "user", "content": "a"}]
+        before, after = self.template.text(asked, False, "the template"), self.template.text(asked, True, "the template")
+        return self._encode(after[len(before) :]) if after.startswith(before) else []
+
     def texts(self, row: Row, chunk: int) -> list[Example]:
         """A row as text to go on with: chunks of at most `chunk` (and `max_length`) tokens, all labelled.
 

@@ -1,0 +1,1 @@
+"""What is learned, and where: the contract, one file a method, attaching, files on disk."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from afina.delta.contract import Delta, Spec, method
 from afina.delta.layers import Layer
 from afina.errors import AdapterError, SettingsError
+from afina.route.invocation import Route
 from afina.segments import Segment, Switchboard
 
 
@@ -59,14 +60,20 @@ class Adapted(nn.Module):
         return delta
 
     def _add_rows(self, x: Tensor, y0: Tensor, y: Tensor, rows: list[Segment], unit: str) -> Tensor:
-        """Add each row's part to a copy of y, on its tokens (features last) or on its rows of the batch."""
+        """Add each adapter's part to a copy of y, on its tokens (features last) or on its rows of the batch.
+
+        The rows of an adapter are gathered, so that it does one product however many sequences it serves.
+        """
         flat = unit == "token"
         inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
         before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
+        groups: dict[tuple[str, float], list[Tensor]] = {}
         for row in rows:
-            part = before[row.start : row.end]
-            added = self._delta(row.adapter)(inputs[row.start : row.end], part, row.weight) - part
-            out[row.start : row.end] += added
+            groups.setdefault((row.adapter, row.weight), []).append(torch.arange(row.start, row.end, device=x.device))
+        for (name, weight), ranges in groups.items():
+            index = torch.cat(ranges)
+            part = before[index]
+            out = out.index_add(0, index, self._delta(name)(inputs[index], part, weight) - part)
         return out.view(y.shape)
 
 
@@ -75,6 +82,11 @@ class Adapter:
 
     def __init__(self, name: str, spec: Spec, deltas: dict[str, Delta]) -> None:
         self.name, self.spec, self.deltas = name, spec, deltas
+
+    @property
+    def route(self) -> Route:
+        """How the adapter acts when it is on."""
+        return Route(self.name, self.spec.invocation)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("module path.parameter", parameter), each tied parameter once, in the order of the model."""

@@ -97,7 +97,12 @@ def methods() -> dict[str, type[Delta]]:
     for module_info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"afina.delta.{module_info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Delta) and value.__module__ == module.__name__ and value is not Delta:
+            if (
+                isinstance(value, type)
+                and issubclass(value, Delta)
+                and value.__module__ == module.__name__
+                and value is not Delta
+            ):
                 found[module_info.name] = value
     return found
 

@@ -32,7 +32,7 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, STORY = "adapter_config.json", "adapter_model.safetensors", "afina.json"
 # what a PEFT configuration may say that changes the result and that we do not (yet) follow
 UNSUPPORTED = {
-    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "alora_invocation_tokens": None,
+    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None,
     "trainable_token_indices": None, "layer_replication": None, "target_parameters": None, "use_qalora": False,
 }  # fmt: skip
 
@@ -93,6 +93,7 @@ def peft_config(adapter: Adapter, base: Base) -> dict[str, Any]:
         "alpha_pattern": {path.replace(".", r"\."): alpha for path, alpha in spec.alphas.items()},
         "bias": "none",
         "fan_in_fan_out": transposed,
+        "alora_invocation_tokens": list(spec.invocation) or None,
         "init_lora_weights": True,
     }
 
@@ -160,6 +161,7 @@ def read_spec(folder: Path, names: list[str]) -> Spec:
         dropout=config.get("lora_dropout", 0.0),
         ranks=_from_pattern(config.get("rank_pattern"), paths),
         alphas=_from_pattern(config.get("alpha_pattern"), paths),
+        invocation=tuple(config.get("alora_invocation_tokens") or ()),
     )
 
 
@@ -218,7 +220,9 @@ def fill(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
     if missing or unknown:
         name = (missing or unknown)[0]
         what = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors have no place"
-        raise AdapterError(f"{what}, the first: {name}", where=where, why="the adapter does not fit this base or its configuration")
+        raise AdapterError(
+            f"{what}, the first: {name}", where=where, why="the adapter does not fit this base or its configuration"
+        )
     for name, parameter in own.items():
         if parameter.shape != tensors[name].shape:
             why = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} in the model"

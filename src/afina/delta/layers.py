@@ -87,7 +87,9 @@ class Layer:
         if isinstance(module, nn.Embedding):
             return F.one_hot(x, module.num_embeddings).to(module.weight.dtype)
         if isinstance(module, nn.Conv1d):
-            unfolded = F.unfold(x[:, :, None], (1, *module.kernel_size), (1, *module.dilation), _pad(module, 2), (1, *module.stride))
+            unfolded = F.unfold(
+                x[:, :, None], (1, *module.kernel_size), (1, *module.dilation), _pad(module, 2), (1, *module.stride)
+            )
             return unfolded.mT  # (N, length, in)
         if isinstance(module, nn.Conv2d):
             unfolded = F.unfold(x, module.kernel_size, module.dilation, _pad(module, 2), module.stride)

@@ -1,6 +1,6 @@
 """LoRA: the update of a matrix is a product of two thin ones (Hu et al. 2021, arXiv 2106.09685).
 
-    D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(r) for rsLoRA
+D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(r) for rsLoRA
 """
 
 import math

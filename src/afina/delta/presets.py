@@ -1,23 +1,41 @@
-"""The names that people know are presets over the four choices, and nothing more."""
+"""The names that people know are presets over the four choices, and nothing more.
+
+[q][a]METHOD      q: on an NF4 base      a: activated, from its invocation on
+qlora = lora on NF4      alora = lora from its invocation      qadora, amora, ... likewise
+freeze = full on the last quarter of the blocks
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from afina.delta.contract import method
+from afina.delta.contract import method, methods
+from afina.errors import SettingsError
 
 LAST_SHARE = 4  # freeze trains the last quarter of the blocks
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a method's name stands for; explicit settings override it."""
+    """What a method's name stands for; explicit settings override targets and layers."""
 
     delta: str
-    targets: str
+    storage: Literal["plain", "nf4"] = "plain"
+    activated: bool = False
+    targets: str = "all-linear"
     layers: str | None = None
 
 
 def preset(name: str, blocks: int) -> Preset:
     """The choices behind a method's name, for a model of `blocks` blocks; raises `SettingsError` on an unknown one."""
     if name == "freeze":
-        return Preset("full", "all", f"last:{max(1, blocks // LAST_SHARE)}")
-    return Preset(name, "all" if method(name).kinds == "any" else "all-linear")
+        return Preset("full", targets="all", layers=f"last:{max(1, blocks // LAST_SHARE)}")
+    known = methods()
+    prefix = next((p for p in ("", "qa", "q", "a") if name.startswith(p) and name.removeprefix(p) in known), "")
+    delta = name.removeprefix(prefix)
+    replaces = method(delta).replaces
+    if replaces and prefix:
+        why = "it trains the weights themselves: 4-bit codes have no gradient, and a trained weight acts on every token"
+        raise SettingsError(
+            f"{delta} cannot be combined with {prefix!r}", where="method", why=why, hint=f"--method {prefix}lora"
+        )
+    return Preset(delta, "nf4" if "q" in prefix else "plain", "a" in prefix, "all" if replaces else "all-linear")

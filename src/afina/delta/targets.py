@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -87,7 +87,7 @@ def resolve_targets(
     return paths
 
 
-def _candidates(model: nn.Module, any_kind: bool) -> dict[str, nn.Module]:
+def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
     found = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -100,11 +100,15 @@ def _candidates(model: nn.Module, any_kind: bool) -> dict[str, nn.Module]:
     return found
 
 
-def _hits(target: str, candidates: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
+def _hits(target: str, candidates: Mapping[str, nn.Module], model: Any) -> set[str]:
     if target == "all":
         return set(candidates)
     if target == "all-linear":
-        return {p for p, m in candidates.items() if Layer(p, m).is_matrix and block_number(p) is not None}
+        return {
+            p
+            for p, m in candidates.items()
+            if Layer(p, m).is_matrix and not isinstance(m, nn.Embedding) and block_number(p) is not None
+        }
     if target == "norms":
         return {p for p, m in candidates.items() if "norm" in type(m).__name__.lower()}
     if target == "embeddings":

@@ -39,7 +39,9 @@ def words_of(row: dict[str, Any]) -> set[str]:
     return set(row["messages"][1]["content"].lower().rstrip(".").split())
 
 
-def make_rows(seed: int, train: int = TRAIN_ROWS, held: int = HELD_ROWS) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
+def make_rows(
+    seed: int, train: int = TRAIN_ROWS, held: int = HELD_ROWS
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
     """(training rows, held-out rows, share of held-out words that are unseen in training, in percent)."""
     rng = random.Random(seed)
     seen, _ = EVERYTHING.split(rng, UNSEEN_SHARE)

@@ -79,9 +79,7 @@ def draw_clause(rng: random.Random, vocabulary: Vocabulary = EVERYTHING, subject
     time = rng.choice(lx.TIMES) if rng.random() < 0.2 else None
     if kind < 0.25:
         return Clause(subject, rng.choice(vocabulary.intransitive), past, None, place, time)
-    verbs, nouns = (
-        (vocabulary.food_verbs, vocabulary.foods) if kind < 0.4 else (vocabulary.thing_verbs, vocabulary.things)
-    )
+    verbs, nouns = (vocabulary.food_verbs, vocabulary.foods) if kind < 0.4 else (vocabulary.thing_verbs, vocabulary.things)
     thing = draw_phrase(rng, vocabulary, nouns)
     return Clause(subject, rng.choice(verbs), past, thing, place if rng.random() < 0.5 else None, time)
 
@@ -173,9 +171,7 @@ def _wrong_adjective(rng: random.Random, clause: Clause, language: str) -> str |
     words = clause_words(clause, language)
     if language == "es":
         flip_gender = rng.random() < 0.5
-        words[at + 2] = phrase.adjective.form(
-            "es", phrase.plural != (not flip_gender), phrase.noun.feminine != flip_gender
-        )
+        words[at + 2] = phrase.adjective.form("es", phrase.plural != (not flip_gender), phrase.noun.feminine != flip_gender)
     else:  # English adjectives do not agree: learners add the -s
         if not phrase.plural:
             return None

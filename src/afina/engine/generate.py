@@ -1,12 +1,13 @@
 """Generation, in its plainest form: prompts in one flat run, then one token of every sequence at a time.
 
-    prefill   | prompt 1 | prompt 2 | prompt 3 |      one forward, keys and values into the cache
-    decode    | t1 | t2 | t3 |                        one token each, until each has stopped
+prefill   | prompt 1 | prompt 2 | prompt 3 |      one forward, keys and values into the cache
+decode    | t1 | t2 | t3 |                        one token each, until each has stopped
 """
 
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from afina.config import EMBEDDED, GenerateSettings, make_settings
 from afina.data.template import Renderer
 from afina.delta.files import adapter_folder, load_adapter, read_json, read_story
 from afina.errors import DataError
+from afina.route.invocation import Route
 from afina.segments import BASE, Segments
 
 BATCH = 64  # sequences decoded together
@@ -68,41 +70,46 @@ def generate_tokens(
     base: Base,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    segments: Segments = BASE,
+    route: Route | None = None,
     on_token: Callable[[int, int], None] | None = None,
     stops: Collection[int] = (),
 ) -> list[list[int]]:
     """New tokens for each prompt (at least one token each), its stop token included.
 
-    The prompts' answers do not depend on what they are batched with, up to rounding. `on_token(prompt, token)` is
-    called as each token is chosen; `stops` end an answer besides the base's own stop tokens. Raises `DataError` where a prompt leaves no room in the base's context.
+    The answers do not depend on what they are batched with, up to rounding. `on_token(prompt, token)` is called as
+    each token is chosen; `stops` end an answer besides the base's own stop tokens. Raises `DataError` where a prompt
+    leaves no room in the base's context.
     """
     results: list[list[int]] = [[] for _ in prompts]
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < base.context:
             raise DataError(
-                f"prompt {index + 1} has {len(prompt)} tokens", why=f"the base reads from 1 to {base.context - 1} before its answer"
+                f"prompt {index + 1} has {len(prompt)} tokens",
+                why=f"the base reads from 1 to {base.context - 1} before its answer",
             )
     stops = stop_tokens(base) | set(stops)
     generator = torch.Generator().manual_seed(sampling.seed)
-    with base.board.route(segments):
-        for start in range(0, len(prompts), BATCH):
-            rows = list(range(start, min(start + BATCH, len(prompts))))
-            _generate_batch(base, rows, prompts, results, sampling, generator, stops, on_token)
+    for start in range(0, len(prompts), BATCH):
+        rows = list(range(start, min(start + BATCH, len(prompts))))
+        _generate_batch(base, rows, prompts, results, sampling, route, generator, stops, on_token)
     return results
 
 
 def _generate_batch(
     base: Base, rows: list[int], prompts: Sequence[Sequence[int]], results: list[list[int]],
-    sampling: Sampling, generator: torch.Generator, stops: set[int], on_token: Callable[[int, int], None] | None,
+    sampling: Sampling, route: Route | None, generator: torch.Generator, stops: set[int],
+    on_token: Callable[[int, int], None] | None,
 ) -> None:  # fmt: skip
     """Answer the prompts `rows`, writing into `results`; a sequence that has stopped leaves the batch."""
     limits = {row: min(sampling.max_new_tokens, base.context - len(prompts[row])) for row in rows}
     capacity = max(len(prompts[row]) + limits[row] for row in rows)
     cache = KeyValueCache(capacity, [0] * len(rows)) if base.flat else None
     feed = [list(prompts[row]) for row in rows]
+    active = {row: route is not None and route.invoked(prompts[row]) for row in rows}
     while rows:
-        chosen = choose_tokens(_next_logits(base, feed, cache), sampling, generator).tolist()
+        with base.board.route(_segments(route, feed, [active[row] for row in rows], cache)):
+            logits = _next_logits(base, feed, cache)
+        chosen = choose_tokens(logits, sampling, generator).tolist()
         for row, token in zip(rows, chosen, strict=True):
             results[row].append(token)
             if on_token:
@@ -114,26 +121,34 @@ def _generate_batch(
         feed = [[results[row][-1]] if cache is not None else [*prompts[row], *results[row]] for row in rows]
 
 
+def _segments(route: Route | None, feed: list[list[int]], active: list[bool], cache: KeyValueCache | None) -> Segments:
+    """Who acts on the tokens of the next forward: whole sequences, or one more token of each."""
+    if route is None:
+        return BASE
+    if cache is not None and any(cache.lengths):
+        return route.following(active)
+    bounds = [0, *accumulate(len(piece) for piece in feed)]
+    return route.segments(torch.tensor([token for piece in feed for token in piece]), bounds)
+
+
 def _next_logits(base: Base, feed: list[list[int]], cache: KeyValueCache | None) -> Tensor:
     """Logits (n, V) of the token after each of the `feed` sequences, which follow what the cache holds."""
     past = cache.lengths if cache is not None else [0] * len(feed)
-    bounds = [0]
-    for piece in feed:
-        bounds.append(bounds[-1] + len(piece))
+    bounds = (0, *accumulate(len(piece) for piece in feed))
     tokens = torch.tensor([token for piece in feed for token in piece], device=base.device)
     positions = torch.cat([torch.arange(n, n + len(piece)) for n, piece in zip(past, feed, strict=True)]).to(base.device)
-    return base.last_logits(tokens, positions, tuple(bounds), cache)
+    return base.last_logits(tokens, positions, bounds, cache)
 
 
 def answer(
-    base: Base, renderer: Renderer, prompts: Sequence[Sequence[int]], sampling: Sampling, segments: Segments = BASE
+    base: Base, renderer: Renderer, prompts: Sequence[Sequence[int]], sampling: Sampling, route: Route | None = None
 ) -> list[Answer]:
     """Answers as text, without their stop tokens."""
     stops = stop_tokens(base) | renderer.stops
     answers = []
-    for tokens in generate_tokens(base, prompts, sampling, segments, stops=stops):
+    for tokens in generate_tokens(base, prompts, sampling, route, stops=stops):
         stopped = bool(tokens) and tokens[-1] in stops
-        text = base.tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+        text = base.text(tokens[:-1] if stopped else tokens)
         answers.append(Answer(text.strip(), tokens, stopped))
     return answers
 
@@ -158,19 +173,21 @@ def template_of(run: Path | None) -> str | None:
 
 def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[str, Any]:
     """Answer prompts, with an adapter or without: {"answers": [{"prompt", "text", "tokens", "stopped"}]}."""
-    settings = prompts if isinstance(prompts, GenerateSettings) else make_settings(GenerateSettings, {"prompts": list(prompts), **values})
+    settings = (
+        prompts
+        if isinstance(prompts, GenerateSettings)
+        else make_settings(GenerateSettings, {"prompts": list(prompts), **values})
+    )
     name, revision = base_of(settings.run, settings.base)
     base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    segments = BASE
-    if settings.run is not None and settings.adapter == "on":
-        segments = Segments.all(load_adapter(settings.run, base).name)
+    route = load_adapter(settings.run, base).route if settings.run is not None and settings.adapter == "on" else None
     texts = [line for p in settings.prompts for line in (sys.stdin.read().splitlines() if p == "-" else [p]) if line]
     renderer = Renderer(base.tokenizer, "plain" if settings.raw else template_of(settings.run), base.context)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
-    answers = answer(base, renderer, [renderer.prompt(text) for text in texts], sampling, segments)
+    answers = answer(base, renderer, [renderer.prompt(text) for text in texts], sampling, route)
     return {
         "base": name,
-        "adapter": str(settings.run) if segments is not BASE else None,
+        "adapter": str(settings.run) if route is not None else None,
         "answers": [
             {"prompt": prompt, "text": a.text, "tokens": len(a.tokens), "stopped": a.stopped}
             for prompt, a in zip(texts, answers, strict=True)

@@ -1,0 +1,1 @@
+"""How good is it? Losses, metrics, forgetting, a verdict in plain words."""

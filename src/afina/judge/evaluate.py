@@ -6,17 +6,16 @@ from typing import Any
 from afina.base.load import load_base
 from afina.config import EvalSettings, make_settings
 from afina.data.formats import Row, read_table
-from afina.data.template import Example, Renderer
+from afina.data.template import Renderer
 from afina.delta.files import load_adapter
 from afina.engine.generate import Sampling, answer, base_of, template_of
 from afina.errors import DataError, SettingsError
-from afina.judge.losses import general_examples, held_out_loss, perplexity
+from afina.judge.losses import BATCH_TOKENS, general_loss, perplexity
 from afina.judge.metrics import score
-from afina.objective.language import choose, make_examples
-from afina.segments import BASE, Segments
+from afina.objective.language import choose, make_examples, mean_loss
+from afina.route.invocation import Route
 
 HELD_OUT = "held_out.jsonl"
-BATCH_TOKENS = 2048
 
 
 def evaluate(run: str | Path | EvalSettings | None = None, **values: Any) -> dict[str, Any]:
@@ -28,19 +27,18 @@ def evaluate(run: str | Path | EvalSettings | None = None, **values: Any) -> dic
     name, revision = base_of(settings.run, settings.base)
     rows = _rows(settings)
     base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    routes = {"before": BASE}
+    routes: dict[str, Route | None] = {"before": None}
     if settings.run is not None:
-        routes["after"] = Segments.all(load_adapter(settings.run, base).name)
+        routes["after"] = load_adapter(settings.run, base).route
     renderer = Renderer(base.tokenizer, template_of(settings.run), min(base.context, 2048))
     objective = choose("auto", rows)
     examples = make_examples(objective, renderer, rows, None)
     asked = [example for example in examples if example.answer is not None][: settings.limit]
-    general = general_examples(base, None)
     result: dict[str, Any] = {"base": name, "run": str(settings.run) if settings.run else None, "rows": len(rows)}
     answers: dict[str, list[str]] = {}
     for when, route in routes.items():
-        loss = held_out_loss(base, examples, BATCH_TOKENS, route)
-        result[when] = {"loss": loss, "perplexity": perplexity(loss), "general_loss": held_out_loss(base, general, BATCH_TOKENS, route)}
+        loss = mean_loss(base, examples, BATCH_TOKENS, route)
+        result[when] = {"loss": loss, "perplexity": perplexity(loss), "general_loss": general_loss(base, route)}
         if asked:
             prompts = [example.tokens[: example.prompt_tokens] for example in asked]
             answers[when] = [a.text for a in answer(base, renderer, prompts, Sampling(settings.max_new_tokens), route)]
@@ -48,7 +46,7 @@ def evaluate(run: str | Path | EvalSettings | None = None, **values: Any) -> dic
     if "after" in routes:
         result["forgetting"] = result["after"]["general_loss"] - result["before"]["general_loss"]
     result["examples"] = [
-        {"prompt": question(base.tokenizer.decode(e.tokens[: e.prompt_tokens], skip_special_tokens=True)), "expected": e.answer}
+        {"prompt": question(base.text(e.tokens[: e.prompt_tokens])), "expected": e.answer}
         | {when: texts[i] for when, texts in answers.items()}
         for i, e in enumerate(asked)
     ]

@@ -52,7 +52,9 @@ def _overfitted(losses: Losses) -> str:
     stopped = losses.best_step < losses.last_step
     note = f" The best state, of step {losses.best_step}, was kept." if stopped else ""
     if gap > NOISE and gap > GAP * losses.held_after:
-        return f"It overfits: rows it learned cost {losses.train_after:.3f}, new rows {losses.held_after:.3f} nats a token.{note}"
+        return (
+            f"It overfits: rows it learned cost {losses.train_after:.3f}, new rows {losses.held_after:.3f} nats a token.{note}"
+        )
     return f"It does not overfit: new rows are about as easy for it as those it learned.{note}"
 
 

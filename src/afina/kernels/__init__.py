@@ -1,0 +1,1 @@
+"""The few hot operations, each with a plain PyTorch reference."""

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from afina.config import TrainSettings, make_settings, resolved
-from afina.delta.contract import method
 from afina.delta.attach import frozen_module
+from afina.delta.contract import method
 from afina.delta.layers import Layer
 from afina.training.setup import default_out, set_up
 
@@ -20,10 +20,16 @@ def plan(data: str | Path | TrainSettings, **values: Any) -> dict[str, Any]:
     spec = setup.adapter.spec
     tokens = sum(len(example.tokens) for example in setup.train)
     labels = sum(sum(example.labels) for example in setup.train)
-    counted = {path: method(spec.method).count(Layer(path, frozen_module(setup.base.model, path)), spec) for path in spec.targets}
+    counted = {
+        path: method(spec.method).count(Layer(path, frozen_module(setup.base.model, path)), spec) for path in spec.targets
+    }
     return {
         "settings": resolved(settings) | {"out": str(default_out(settings)), "learning_rate": setup.learning_rate},
-        "base": {"name": setup.base.name, "parameters": sum(p.numel() for p in _frozen(setup.base.model)), "flat": setup.base.flat},
+        "base": {
+            "name": setup.base.name,
+            "parameters": sum(p.numel() for p in _frozen(setup.base.model)),
+            "flat": setup.base.flat,
+        },
         "data": {
             "format": setup.table.format,
             "objective": setup.objective,

@@ -13,13 +13,10 @@ import torch
 
 from afina.disk import disk_errors
 from afina.errors import TrainingError
-from afina.judge.losses import held_out_loss
-from afina.objective.language import token_loss
-from afina.segments import Segments
 from afina.training import checkpoint
 from afina.training.checkpoint import Progress
 from afina.training.optimizer import Optimizer, schedule_factor
-from afina.training.setup import NAME, Setup
+from afina.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -87,21 +84,20 @@ class Loop:
 
     def _step(self) -> Tick:
         """One optimizer step over its micro-batches, each weighted by its number of labels."""
-        setup, progress = self.setup, self.progress
-        batches = [batch.to(setup.base.device) for batch in setup.sampler.step_batches(progress.step)]
-        labels = sum(batch.label_count for batch in batches)
+        setup, progress, task = self.setup, self.progress, self.setup.task
+        batches = task.step_batches(progress.step)
+        count = sum(task.count(batch) for batch in batches)
         start, total = time.perf_counter(), 0.0
         setup.adapter.train(True)
         for batch in batches:
-            with setup.base.board.route(Segments.all(NAME)):
-                loss = token_loss(setup.base, batch) / labels
-                loss.backward()
+            loss = task.loss(batch, setup.adapter.route) / count
+            loss.backward()
             total += loss.item()
         factor = schedule_factor(setup.settings.schedule, progress.step, setup.steps, setup.settings.warmup)
         norm = self.optimizer.step(factor, setup.settings.clip)
         if not math.isfinite(total) or not math.isfinite(norm):
             raise self._not_finite(total)
-        tokens = sum(len(batch.tokens) for batch in batches)
+        tokens = sum(task.size(batch) for batch in batches)
         progress.step += 1
         progress.tokens += tokens
         seconds = time.perf_counter() - start
@@ -111,7 +107,7 @@ class Loop:
         """Judge on the held-out rows; keep the adapter if it is the best so far."""
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
-        loss = held_out_loss(setup.base, setup.held, setup.settings.batch_tokens, Segments.all(NAME))
+        loss = setup.task.held_out_loss(setup.adapter.route)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
             self.on_best()
@@ -126,7 +122,7 @@ class Loop:
     def _not_finite(self, loss: float) -> TrainingError:
         """Say where the numbers broke: at which step, on which rows, and what to do."""
         step = self.progress.step
-        rows = sorted({example.where for batch in self.setup.sampler.step_examples(step) for example in batch})
+        rows = self.setup.task.step_rows(step)
         return TrainingError(
             f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step + 1}",
             where=str(self.run),
@@ -146,5 +142,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The ticks of a run, in order."""
     log = run / "metrics.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-

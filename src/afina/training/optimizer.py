@@ -27,8 +27,7 @@ class Optimizer:
     def __init__(self, adapter: Adapter, rate: float, rates: Mapping[str, float], weight_decay: float) -> None:
         self.parameters = dict(adapter.named_parameters())
         self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self.parameters.items()
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()
         }
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, master in self.masters.items():

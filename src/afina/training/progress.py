@@ -48,4 +48,6 @@ class Display(Silent):
         speed = f"loss {tick.loss:.3f}  {tick.tokens / tick.seconds:,.0f} tokens/s  peak {peak_memory_mb():,.0f} MB"
         self._bar.update(self._task, completed=tick.step, description=speed)
         if tick.held_out_loss is not None:
-            self._console.print(f"step {tick.step}/{self._steps}  {speed}  held-out loss {tick.held_out_loss:.3f}", highlight=False)
+            self._console.print(
+                f"step {tick.step}/{self._steps}  {speed}  held-out loss {tick.held_out_loss:.3f}", highlight=False
+            )

@@ -1,13 +1,13 @@
 """`afina train`: from settings to a run folder that tells its whole story.
 
-    RUN/settings.yaml     the resolved settings; `afina train --config` runs them again
-    RUN/example.txt       one row as the model reads it, the learned tokens marked
-    RUN/metrics.jsonl     a line a step
-    RUN/held_out.jsonl    the rows kept for judging
-    RUN/checkpoint/       the state from which --resume goes on
-    RUN/adapter/          the best adapter, in PEFT's files
-    RUN/run.json          data, base, environment, figures, verdict
-    RUN/curve.png, RUN/README.md
+RUN/settings.yaml     the resolved settings; `afina train --config` runs them again
+RUN/example.txt       one row as the model reads it, the learned tokens marked
+RUN/metrics.jsonl     a line a step
+RUN/held_out.jsonl    the rows kept for judging
+RUN/checkpoint/       the state from which --resume goes on
+RUN/adapter/          the best adapter, in PEFT's files
+RUN/run.json          data, base, environment, figures, verdict
+RUN/curve.png, RUN/README.md
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, 
 from afina.disk import rescue, write_json, write_text
 from afina.errors import AdapterError, SettingsError, TrainingError
 from afina.judge.evaluate import HELD_OUT
-from afina.judge.losses import general_examples, held_out_loss, perplexity
+from afina.judge.losses import general_loss, perplexity
 from afina.judge.verdict import Losses, verdict
-from afina.segments import BASE, Segments
+from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.loop import Loop, peak_memory_mb, read_metrics
 from afina.training.progress import Display, Silent
@@ -64,7 +64,7 @@ def train(data: str | Path | TrainSettings, *, quiet: bool = True, **values: Any
         _begin(setup, folder)
     with display:
         if not loop.progress.before:
-            loop.progress.before = _losses(setup, BASE)
+            loop.progress.before = _losses(setup, None)
             checkpoint.save(folder, loop.optimizer, loop.progress, identity)
         loop.train()
         story = _finish(setup, folder, loop)
@@ -94,8 +94,7 @@ def _begin(setup: Setup, folder: Path) -> None:
     write_text(folder / "example.txt", setup.renderer.show(setup.train[0]) + "\n")
     lines = [json.dumps(_as_record(row), ensure_ascii=False) for row in setup.held_rows]
     if not lines:  # plain text: the chunks that were held out
-        tokenizer = setup.base.tokenizer
-        lines = [json.dumps({"text": tokenizer.decode(e.tokens, skip_special_tokens=True)}, ensure_ascii=False) for e in setup.held]
+        lines = [json.dumps({"text": setup.base.text(e.tokens)}, ensure_ascii=False) for e in setup.held]
     write_text(folder / HELD_OUT, "\n".join(lines) + "\n")
     write_text(folder / "metrics.jsonl", "")
 
@@ -106,13 +105,11 @@ def _as_record(row: Row) -> dict[str, Any]:
     return {"prompt": row.prompt, "completion": row.completion} if row.prompt is not None else {"text": row.text}
 
 
-def _losses(setup: Setup, segments: Segments) -> dict[str, float]:
-    """Held-out and general loss, in nats a token, of the model routed by `segments`."""
-    tokens = setup.settings.batch_tokens
-    general = general_examples(setup.base, setup.settings.general)
+def _losses(setup: Setup, route: Route | None) -> dict[str, float]:
+    """Held-out and general loss, in nats a token, of the model under `route`."""
     return {
-        "held_out": held_out_loss(setup.base, setup.held, tokens, segments),
-        "general": held_out_loss(setup.base, general, tokens, segments),
+        "held_out": setup.task.held_out_loss(route),
+        "general": general_loss(setup.base, route, setup.settings.general),
     }
 
 
@@ -125,10 +122,9 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     """Judge the best adapter and write run.json, the curve and the card."""
     rescue(folder / "adapter")
     best = load_adapter(folder / "adapter", setup.base, "best")
-    route = Segments.all(best.name)
+    route = best.route
     after = _losses(setup, route)
-    seen = setup.train[:: max(1, len(setup.train) // max(1, len(setup.held)))][: len(setup.held)]
-    learned = held_out_loss(setup.base, seen, setup.settings.batch_tokens, route)
+    learned = setup.task.learned_loss(route)
     before, progress = loop.progress.before, loop.progress
     losses = Losses(
         held_before=before["held_out"], held_after=after["held_out"], train_after=learned,
@@ -166,7 +162,8 @@ def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
         "trainable_parameters": setup.adapter.count(),
         "adapter": read_json(folder / "adapter" / "afina.json")["hash"],
         "adapter_kb": weights.stat().st_size / 1000,
-        "base": {"name": base.name, "revision": base.revision, "hash": base.hash, "dtype": str(base.dtype).removeprefix("torch."),
+        "base": {"name": base.name, "revision": base.revision, "hash": base.hash,
+                 "dtype": str(base.dtype).removeprefix("torch."),
                  "licence": _licence(base.folder), "remote_code": base.remote_code},
         "data": {"path": str(table.path), "format": table.format, "sha256": table.digest, "rows": len(table.rows),
                  "skipped": setup.skipped, "held_out": len(setup.held), "licence": None},
@@ -192,5 +189,3 @@ def read_run(folder: Path) -> dict[str, Any]:
         why = f"its format is version {story['format_version']}, this afina reads up to {FORMAT_VERSION}"
         raise AdapterError("written by a newer afina", where=str(folder), why=why, hint="pip install -U afina")
     return story
-
-

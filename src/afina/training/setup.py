@@ -9,7 +9,7 @@ import torch
 from afina.base.load import load_base
 from afina.base.model import Base
 from afina.config import TrainSettings
-from afina.data.batches import Sampler, split
+from afina.data.batches import split
 from afina.data.formats import Row, Table, read_table
 from afina.data.template import Example, Renderer
 from afina.delta.attach import Adapter, attach
@@ -17,7 +17,8 @@ from afina.delta.contract import Spec
 from afina.delta.presets import preset
 from afina.delta.targets import block_number, by_pattern, resolve_targets
 from afina.errors import DataError, SettingsError
-from afina.objective.language import choose, make_examples
+from afina.objective.language import LanguageTask, choose, make_examples
+from afina.objective.task import Task
 
 NAME = "adapter"
 
@@ -32,6 +33,7 @@ class Setup:
     renderer: Renderer
     table: Table
     objective: str
+    task: Task
     train: list[Example]
     held: list[Example]
     held_rows: list[Row]
@@ -39,7 +41,6 @@ class Setup:
     learning_rate: float
     rates: dict[str, float]
     steps: int
-    sampler: Sampler
 
     @property
     def check_every(self) -> int:
@@ -52,7 +53,7 @@ def default_out(settings: TrainSettings) -> Path:
     return settings.out or Path("runs") / f"{settings.data.stem}-{settings.method}"
 
 
-def make_spec(base: Base, settings: TrainSettings) -> Spec:
+def make_spec(base: Base, renderer: Renderer, settings: TrainSettings) -> Spec:
     """The adapter that the settings mean, its targets resolved to paths of the base's modules."""
     blocks = 1 + max((block_number(path) or 0 for path, _ in base.model.named_modules()), default=0)
     meant = preset(settings.method, blocks)
@@ -67,21 +68,33 @@ def make_spec(base: Base, settings: TrainSettings) -> Spec:
         scaling=settings.scaling,
         dropout=settings.dropout,
         ranks=by_pattern(settings.ranks, paths, "ranks"),
+        invocation=_invocation(renderer, settings) if meant.activated else (),
+        options=settings.options,
     )
+
+
+def _invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:
+    """The tokens that switch an activated adapter on: as told, or what the template puts before an answer."""
+    tokens = renderer.invocation(settings.invocation)
+    if not tokens:
+        why = "the template writes nothing between a question and its answer"
+        raise SettingsError("an activated adapter needs an invocation", where="invocation", why=why, hint="--invocation TEXT")
+    return tuple(tokens)
 
 
 def set_up(settings: TrainSettings) -> Setup:
     """Load, read, render, check and attach; raises the error of the first thing that is wrong."""
     table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
-    base = load_base(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device)
+    storage = preset(settings.method, 1).storage
+    base = load_base(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, storage)
     torch.manual_seed(settings.seed)
     renderer = Renderer(base.tokenizer, settings.template, settings.max_length or min(base.context, 2048))
     objective = choose(settings.objective, table.rows)
     skipped = list(table.skipped)
-    train, held, held_rows = _split_and_render(settings, table, renderer, objective, skipped)
-    spec = make_spec(base, settings)
+    spec = make_spec(base, renderer, settings)
+    train, held, held_rows = _split_and_render(settings, table, renderer, objective, skipped, spec.invocation)
     rate = settings.learning_rate or (2e-5 if spec.method == "full" else 2e-4)
-    sampler = Sampler(train, settings.batch_tokens, settings.accumulate, settings.seed)
+    task = LanguageTask(base, train, held, settings.batch_tokens, settings.accumulate, settings.seed)
     return Setup(
         settings=settings,
         base=base,
@@ -89,19 +102,19 @@ def set_up(settings: TrainSettings) -> Setup:
         renderer=renderer,
         table=table,
         objective=objective,
+        task=task,
         train=train,
         held=held,
         held_rows=held_rows,
         skipped=skipped,
         learning_rate=rate,
         rates=by_pattern(settings.learning_rates, spec.targets, "learning_rates"),
-        steps=settings.steps or max(1, round(settings.epochs * sampler.steps_per_epoch)),
-        sampler=sampler,
+        steps=settings.steps or max(1, round(settings.epochs * task.steps_per_epoch)),
     )
 
 
 def _split_and_render(
-    settings: TrainSettings, table: Table, renderer: Renderer, objective: str, skipped: list[str]
+    settings: TrainSettings, table: Table, renderer: Renderer, objective: str, skipped: list[str], invocation: tuple[int, ...]
 ) -> tuple[list[Example], list[Example], list[Row]]:
     """Examples to learn from, examples to judge by, and the rows of the latter."""
     leave_out = skipped if settings.skip_bad_rows else None
@@ -113,7 +126,7 @@ def _split_and_render(
         rows, held_rows = table.rows, held_table.rows
         choose(objective, held_rows)
     elif objective == "pretrain":  # one long text is one row: hold out chunks of it instead
-        chunks = make_examples(objective, renderer, table.rows, leave_out)
+        chunks = make_examples(objective, renderer, table.rows, leave_out, invocation)
         if len(chunks) < 2:
             raise DataError("too little text to hold some out", where=str(table.path), hint="--max-length, or --holdout FILE")
         every = max(2, round(1 / share)) if share else 0
@@ -122,8 +135,8 @@ def _split_and_render(
     else:
         rows, held_rows = split(table.rows, share, settings.seed)
     return (
-        make_examples(objective, renderer, rows, leave_out),
-        make_examples(objective, renderer, held_rows, leave_out),
+        make_examples(objective, renderer, rows, leave_out, invocation),
+        make_examples(objective, renderer, held_rows, leave_out, invocation),
         held_rows,
     )
 

@@ -1,0 +1,68 @@
+# The household. `make demo` to see it work; `make test` before a commit; `make help` lists the rest.
+# A Python of your own: make demo PYTHON=python3.12.  Words for the command: make demo ARGS="--steps 100 --json".
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PEERS_BIN := .venv-peers/bin
+SOURCES := pyproject.toml constraints.txt
+# what the peers' figures were measured with; the versions not named here are those of constraints.txt
+PEERS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0
+# nothing is sent, and nothing is looked up, while tests and demo run
+QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-fast lint peers bench-train clean distclean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: .venv/.installed-test  ## .venv with afina, its tests and checkers
+
+demo: .venv/.installed  ## teach the embedded base to correct sentences (about two minutes on 2 cores)
+	$(QUIET) $(BIN)/afina demo $(ARGS)
+
+test: setup lint  ## everything: checkers, then all tests
+	$(QUIET) $(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup  ## the tests that take no more than a few seconds
+	$(QUIET) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+peers: .venv-peers/.installed  ## .venv-peers with the libraries that afina is compared with
+
+bench-train: setup peers  ## training beside TRL and PEFT, in one run
+	$(QUIET) $(BIN)/python benchmarks/train_vs_trl.py $(ARGS)
+
+clean:  ## take away caches and built packages
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests recipes benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## take away the environments too; runs/ stays
+	rm -rf .venv .venv-peers
+
+# One file says that an environment is ready: it is made again only when $(SOURCES) change.
+
+.venv/.installed: $(SOURCES)
+	$(call make_environment,.venv)
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	@touch $@
+
+.venv-peers/.installed: Makefile constraints.txt
+	$(call make_environment,.venv-peers)
+	$(PEERS_BIN)/python -m pip install -c constraints.txt $(PEERS)
+	@touch $@
+
+define make_environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "afina needs Python 3.11 or newer. Is there one? Then type: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(1)
+endef

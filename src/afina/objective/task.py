@@ -1,0 +1,39 @@
+"""What the training loop knows of an objective: batches for a step, the loss of a batch, how it stands.
+
+Every objective is a class like this one; the loop is the same for all.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from afina.route.invocation import Route
+
+
+class Task(Protocol):
+    """An objective with its data, on a base. `Batch` is its own affair."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+
+    def step_batches(self, step: int) -> list[Any]:
+        """The micro-batches of an optimizer step; a pure function of the step, so that runs resume."""
+
+    def step_rows(self, step: int) -> list[str]:
+        """Names (file:line) of the rows of an optimizer step, for errors."""
+
+    def count(self, batch: Any) -> int:
+        """What the batch's loss is a sum over: labelled tokens, rows or pairs."""
+
+    def size(self, batch: Any) -> int:
+        """Tokens (or rows, where there are none) that pass through the model."""
+
+    def loss(self, batch: Any, route: Route | None) -> Tensor:
+        """Sum of the losses of the batch, under `route` (None: the base alone)."""
+
+    def held_out_loss(self, route: Route | None) -> float:
+        """Mean loss on the held-out rows."""
+
+    def learned_loss(self, route: Route | None) -> float:
+        """Mean loss on as many of the rows that are learned from."""

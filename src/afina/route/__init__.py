@@ -1,0 +1,1 @@
+"""Which tokens an adapter acts on: everywhere, or from its invocation on."""

@@ -1,0 +1,74 @@
+"""Activated adapters (aLoRA): the delta acts from the last occurrence of its invocation tokens on.
+
+Greenewald et al. 2025, arXiv 2504.12397
+
+tokens   | the conversation so far ...  | <|assistant|> \\n | the answer ...
+adapter  |  off: keys and values are    | on from the first token of the
+         |  the base's own              | invocation (as in PEFT)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afina.errors import DataError
+from afina.segments import Segment, Segments
+
+
+def last_occurrences(tokens: Tensor, bounds: Sequence[int], invocation: Sequence[int]) -> list[int | None]:
+    """Where the last `invocation` starts in each sequence of a flat run: index into tokens (T), or None.
+
+    One comparison over the whole run, whatever the number of sequences; an occurrence that crosses a boundary is none.
+    """
+    size = len(invocation)
+    starts = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    if len(tokens) >= size:
+        pattern = torch.tensor(invocation, device=tokens.device)
+        starts[: len(tokens) - size + 1] = (tokens.unfold(0, size, 1) == pattern).all(-1)
+    ends = torch.tensor(bounds[1:], device=tokens.device)
+    sequence = torch.searchsorted(ends, torch.arange(len(tokens), device=tokens.device), right=True)
+    starts &= torch.arange(len(tokens), device=tokens.device) + size <= ends[sequence]
+    index = torch.where(starts, torch.arange(len(tokens), device=tokens.device), -1)
+    last = torch.full((len(bounds) - 1,), -1, device=tokens.device)
+    last.scatter_reduce_(0, sequence, index, "amax")
+    return [position if position >= 0 else None for position in last.tolist()]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one attached adapter acts: everywhere, or from its invocation on; with a weight."""
+
+    adapter: str
+    invocation: tuple[int, ...] = ()
+    weight: float = 1.0
+
+    def segments(self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None = None) -> Segments:
+        """The table for a flat run of whole sequences. A sequence without the invocation is left to the base;
+        with `where` (a name for each sequence) it is an error instead."""
+        if not self.invocation:
+            return Segments.all(self.adapter, self.weight)
+        rows = []
+        for number, start in enumerate(last_occurrences(tokens, bounds, self.invocation)):
+            if start is not None:
+                rows.append(Segment(start, bounds[number + 1], self.adapter, self.weight))
+            elif where is not None:
+                raise DataError(
+                    "the invocation does not occur in this row",
+                    where=where[number],
+                    hint="--skip-bad-rows, or another --invocation",
+                )
+        return Segments(rows=tuple(rows))
+
+    def invoked(self, sequence: Sequence[int]) -> bool:
+        """Whether the adapter acts on what follows `sequence`."""
+        if not self.invocation:
+            return True
+        return last_occurrences(torch.tensor(sequence), (0, len(sequence)), self.invocation)[0] is not None
+
+    def following(self, active: Sequence[bool]) -> Segments:
+        """The table for one more token of each sequence, where `active` says which have been invoked."""
+        if not self.invocation:
+            return Segments.all(self.adapter, self.weight)
+        return Segments(rows=tuple(Segment(i, i + 1, self.adapter, self.weight) for i, on in enumerate(active) if on))
