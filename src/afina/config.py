@@ -57,8 +57,8 @@ class TrainSettings(BaseSettings):
     invocation: str | None = _describe("alora: text from which on the adapter acts; by default the start of an answer")
     options: dict[str, Any] = _describe("what only one method knows, e.g. {operator: sharing} for mora", {})
     # on what
-    objective: Literal["auto", "sft", "pretrain"] = _describe(
-        "sft: learn the answers; pretrain: learn every token of a text", "auto"
+    objective: Literal["auto", "sft", "pretrain", "classify", "mlm"] = _describe(
+        "sft: learn the answers; pretrain: every token of a text; classify: a label; mlm: hidden tokens", "auto"
     )
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
     template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")

@@ -126,7 +126,7 @@ def load_base(
     """
     folder = find_folder(base, revision)
     files = check_folder(folder)
-    config = _config(folder, base, trust_remote_code)
+    config = load_config(folder, base, trust_remote_code)
     place = choose_device(device)
     options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code,
                "output_loading_info": True, "ignore_mismatched_sizes": True}  # fmt: skip
@@ -163,7 +163,8 @@ def _check_complete(info: dict, name: str) -> None:
         raise BaseError("the weights do not fit config.json", where=name, why=why, hint="download the model again")
 
 
-def _config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    """A model's configuration; raises `BaseError` where transformers does not know it, or it is an encoder-decoder."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:

@@ -1,64 +1,36 @@
 """A frozen base: its modules, its tokenizer, and the few ways in which the rest of afina calls it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedTokenizerBase
 
 from afina.base.flat import NAME, Flat, KeyValueCache
-from afina.base.safety import hash_tensors
+from afina.base.frozen import Frozen
 from afina.errors import BaseError
 from afina.kernels.cross_entropy import linear_cross_entropy
-from afina.segments import Switchboard
 
 PROBE = 6  # tokens of the self-check at loading
 
 
 @dataclass
-class Base:
+class Base(Frozen):
     """A causal language model that never changes; adapters are attached to it and detached again.
 
     `flat` says whether the family takes a flat run of tokens through transformers' AttentionInterface; the
     others (state-space models, say) are run sequence by sequence, to the same result.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    revision: str | None = None
-    folder: Path | None = None
-    files: list[Path] = field(default_factory=list)
-    remote_code: bool = False
+    tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
     flat: bool = True
-    board: Switchboard = field(default_factory=Switchboard)
 
     def __post_init__(self) -> None:
         self.flat = self.flat and self._takes_flat_runs()
         self._split_head = self._head_is_plain()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """How the weights are held."""
-        return next(self.model.parameters()).dtype
-
-    @cached_property
-    def hash(self) -> str:
-        """Identity of the base: sha256 of its published tensors; empty for a model made in memory."""
-        return hash_tensors(self.files) if self.files else ""
 
     @property
     def context(self) -> int:
@@ -91,8 +63,7 @@ class Base:
             if cache is not None:
                 cache.advance(bounds)
             return states
-        pieces = self._one_by_one(tokens, bounds)
-        return torch.cat([decoder(input_ids=piece[None], use_cache=False).last_hidden_state[0] for piece in pieces])
+        return self._one_by_one(lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state, tokens, bounds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) in float32 of hidden states (n, d)."""
@@ -122,15 +93,15 @@ class Base:
             if cache is not None:
                 cache.advance(bounds)
             return whole.logits[0].float()
-        pieces = self._one_by_one(tokens, bounds)
-        return torch.cat([self.model(input_ids=piece[None], use_cache=False).logits[0] for piece in pieces]).float()
+        return self._one_by_one(lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, bounds).float()
 
-    def _one_by_one(self, tokens: Tensor, bounds: tuple[int, ...]) -> Iterator[Tensor]:
-        """Each sequence of a flat run alone; while it is out, the table of segments is its part of the run's."""
-        segments = self.board.current
+    def _one_by_one(self, run: Callable[[Tensor], Tensor], tokens: Tensor, bounds: tuple[int, ...]) -> Tensor:
+        """`run` of each sequence (1, n) alone, under its part of the table of segments; the outputs end to end."""
+        segments, outputs = self.board.current, []
         for start, end in pairwise(bounds):
             with self.board.route(segments.within(start, end)):
-                yield tokens[start:end]
+                outputs.append(run(tokens[None, start:end])[0])
+        return torch.cat(outputs)
 
     def loss(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], labels: Tensor) -> Tensor:
         """Sum over labelled positions of the cross-entropy, in nats (float32); labels (T), -100 where there is none.
@@ -152,39 +123,6 @@ class Base:
                 part, target, use_reentrant=False, context_fn=self.board.remember(),
             )  # fmt: skip
         return total
-
-    # ---- modes
-
-    @contextmanager
-    def checkpointing(self, on: bool) -> Iterator[None]:
-        """Within the block, blocks keep no activations and recompute them in the backward pass."""
-        if not on:
-            yield
-            return
-        if not self.model.supports_gradient_checkpointing:
-            raise BaseError(f"{self.model.config.model_type} cannot recompute its activations", hint="--checkpointing false")
-        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        modes = [(layer, layer.training) for layer in layers]
-        for layer in layers:
-            layer.training = True  # only the block's own flag, which is what turns recomputation on
-            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, partial(self._recompute, layer)
-        try:
-            yield
-        finally:
-            for layer, mode in modes:
-                layer.gradient_checkpointing, layer.training = False, mode
-
-    def _recompute(self, layer: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a block under checkpoint; within, it is in eval again (some blocks look at `training` for their dropout)."""
-
-        def quiet(*again: Any) -> Any:
-            mode, layer.training = layer.training, False
-            try:
-                return call(*again)
-            finally:
-                layer.training = mode
-
-        return checkpoint(quiet, *inputs, use_reentrant=False, context_fn=self.board.remember())
 
     # ---- self-checks: a family that does things its own way must not be answered wrongly
 

@@ -23,6 +23,10 @@ def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     console.print(table)
 
 
+def _number(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def _nothing(result: dict[str, Any]) -> None:
     pass
 
@@ -30,13 +34,20 @@ def _nothing(result: dict[str, Any]) -> None:
 def _plan(result: dict[str, Any]) -> None:
     data, settings = result["data"], result["settings"]
     _rows("settings", [(name, str(value)) for name, value in settings.items() if value not in (None, {}, "")])
-    _rows("data", [
-        ("format", data["format"]), ("objective", data["objective"]),
-        ("rows", f"{data['rows']:,}"), ("to learn from", f"{data['train']:,}"), ("held out", f"{data['held_out']:,}"),
-        ("skipped", f"{len(data['skipped']):,}"),
-        ("tokens", f"{data['tokens']:,} (longest sequence {data['longest']:,})"),
-        ("tokens with a label", f"{data['labelled_percent']:.1f}%"),
-    ])  # fmt: skip
+    names = {
+        "train": "to learn from",
+        "held_out": "held out",
+        "longest": "longest sequence",
+        "labelled_percent": "% of tokens with a label",
+    }
+    facts = data | {"skipped": len(data["skipped"])}
+    _rows(
+        "data",
+        [
+            (names.get(k, k), f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v))
+            for k, v in facts.items()
+        ],
+    )
     for line in data["skipped"]:
         console.print(f"skipped {line}", highlight=False, markup=False)
     console.print("one example, the learned tokens marked:", style="bold")
@@ -56,8 +67,12 @@ def _train(result: dict[str, Any]) -> None:
         table.add_column(column)
     table.add_row("held-out rows", f"{losses['held_before']:.4f}", f"{losses['held_after']:.4f}")
     table.add_row("rows it learned", "", f"{losses['train_after']:.4f}")
-    table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
+    if losses["general_before"] is not None:
+        table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
     console.print(table)
+    if "classes" in result:
+        classes = result["classes"]
+        console.print(f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {classes['rows']:,} held-out rows")
     for line in result["data"]["skipped"]:
         console.print(f"skipped {line}", highlight=False, markup=False)
     for sentence in result["verdict"]:
@@ -68,7 +83,8 @@ def _train(result: dict[str, Any]) -> None:
         f"adapter {result['adapter_kb']:,.0f} KB",
         highlight=False,
     )
-    console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
+    if result["objective"] in ("sft", "pretrain"):
+        console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
 
 
 UNITS = {"loss": "loss, nats a token", "perplexity": "perplexity", "general_loss": "loss on general text, nats a token"}
@@ -86,7 +102,7 @@ def _eval(result: dict[str, Any]) -> None:
     _examples(result["examples"][:3], sides)
 
 
-def _examples(examples: list[dict[str, Any]], sides: list[str]) -> None:
+def _examples(examples: list[dict[str, Any]], sides: Sequence[str]) -> None:
     for example in examples:
         rows = [("prompt", example["prompt"]), ("expected", example["expected"])]
         rows += [({"before": "base", "after": "adapter"}[side], example[side]) for side in sides if side in example]

@@ -5,7 +5,7 @@ is an error, not a text to learn. What every format demands is in rows.py, how b
 """
 
 import hashlib
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
         if name not in FIELDS:
             raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
     data = _bytes(path)
-    records = list(_records(path, data, columns))
+    records = list(_records(path, data, lambda names: _is_header(names, columns)))
     if not records:
         raise DataError("the file has no rows", where=str(path))
     names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
@@ -80,7 +80,15 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
-def _records(path: Path, data: bytes, columns: Mapping[str, str]) -> readers.Records:
+def read_records(
+    path: Path, is_header: Callable[[list[str]], bool]
+) -> tuple[list[tuple[str, dict[str, Any] | DataError]], str]:
+    """(records with their places, sha256 of the file), whatever their fields mean; `is_header` knows a CSV's first line."""
+    data = _bytes(path)
+    return list(_records(path, data, is_header)), hashlib.sha256(data).hexdigest()
+
+
+def _records(path: Path, data: bytes, is_header: Callable[[list[str]], bool]) -> readers.Records:
     """The records of the file, by the reader that its content asks for."""
     if data[:4] == b"PAR1":
         return readers.read_parquet(path, data)
@@ -89,7 +97,7 @@ def _records(path: Path, data: bytes, columns: Mapping[str, str]) -> readers.Rec
     text = readers.decode(path, data)
     if readers.looks_like_json(path, text):
         return readers.read_json(path, text)
-    mark = readers.delimiter(path, text, lambda names: _is_header(names, columns))
+    mark = readers.delimiter(path, text, is_header)
     return readers.read_text(path, text) if mark is None else readers.read_csv(path, text, mark)
 
 

@@ -5,6 +5,7 @@ module and the deltas of any number of adapters. Detaching puts the very same mo
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +36,19 @@ class Adapted(nn.Module):
         """The frozen bias."""
         return self.base.bias  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y0 plus each acting adapter's part; x (..., in) is the flat run, or rows that make one when flattened."""
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """y0 plus each acting adapter's part; x (..., in) is the flat run, or rows that make one when flattened.
+
+        `others` and `named` are what modules that are no plain layer (experts, learned positions) take besides.
+        """
         segments = self._board.current
         acting = [(self._delta(name), weight) for name, weight in segments.everywhere if name in self.deltas]
         rows = [row for row in segments.rows if row.adapter in self.deltas]
         if any(delta.replaces for delta, _ in acting) or any(self._delta(row.adapter).replaces for row in rows):
             if rows or len(segments.everywhere) > 1:
                 raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
-            return acting[0][0](x, x, acting[0][1])
-        y = self.base(x)
+            return acting[0][0](x, x, acting[0][1], *others, **named)
+        y = self.base(x, *others, **named)
         if not acting and not rows:
             return y
         y = y0 = self._layer.to_rows(y)

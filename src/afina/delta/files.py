@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import afina
-from afina.base.model import Base
+from afina.base.frozen import Frozen
 from afina.base.safety import check_file, hash_tensors
 from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module
 from afina.delta.contract import Spec, method
@@ -54,7 +54,7 @@ def content_hash(weights: Path, spec: Mapping[str, Any]) -> str:
     return hashlib.sha256((hash_tensors([weights]) + json.dumps(spec, sort_keys=True)).encode()).hexdigest()
 
 
-def save_adapter(adapter: Adapter, base: Base, folder: Path, story: Mapping[str, Any] | None = None) -> str:
+def save_adapter(adapter: Adapter, base: Frozen, folder: Path, story: Mapping[str, Any] | None = None) -> str:
     """Write the adapter to `folder`, whole or not at all; returns its hash. `story` is added to afina.json."""
     with new_folder(folder) as new:
         save_file(tensors_of(adapter), new / WEIGHTS, {"format": "pt"})
@@ -67,7 +67,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path, story: Mapping[str,
     return digest
 
 
-def peft_config(adapter: Adapter, base: Base) -> dict[str, Any]:
+def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     """The adapter_config.json that makes PEFT build the same adapter."""
     spec = adapter.spec
     paths = list(adapter.deltas)
@@ -178,7 +178,7 @@ def _from_pattern(patterns: Mapping[str, Any] | None, paths: tuple[str, ...]) ->
     return result
 
 
-def load_adapter(folder: Path, base: Base, name: str = "adapter", allow_other_base: bool = False) -> Adapter:
+def load_adapter(folder: Path, base: Frozen, name: str = "adapter", allow_other_base: bool = False) -> Adapter:
     """Attach the adapter in `folder` (or in a run folder) to `base`.
 
     Raises `AdapterError` where a tensor is missing, unknown or of the wrong shape, or where the adapter belongs to

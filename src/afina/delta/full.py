@@ -7,12 +7,13 @@ delta acts everywhere or nowhere: a weight in between, or other adapters beside 
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afina.delta.contract import Delta, Layer, Spec
-from afina.errors import SettingsError
+from afina.errors import AdapterError, SettingsError
 
 
 class Full(Delta):
@@ -26,9 +27,14 @@ class Full(Delta):
         super().__init__(layer, spec, generator)
         if spec.method == "full" and spec.dropout:
             raise SettingsError("full has no path of its own to drop inputs from", where="dropout", hint="--dropout 0")
+        if any(True for child in layer.module.children() for _ in child.parameters()):
+            why = f"{type(layer.module).__name__} holds other layers besides weights of its own"
+            hint = "name its layers with --targets"
+            raise AdapterError("full cannot act on this module", where=layer.path, why=why, hint=hint)
         trained = copy.deepcopy(layer.module).requires_grad_(True)
         for name, parameter in list(trained.named_parameters()):
             setattr(self, name, parameter)
+        self.keys = {name: name for name, _ in self.named_parameters()}  # type: ignore[misc]
         self._trained = [trained]  # in a list: its parameters are registered once, here
 
     def share(self, name: str, parameter: nn.Parameter) -> None:
@@ -36,11 +42,11 @@ class Full(Delta):
         setattr(self, name, parameter)
         setattr(self._trained[0], name, parameter)
 
-    def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+    def forward(self, x: Tensor, y0: Tensor, weight: float, *others: Any, **named: Any) -> Tensor:
         """The trained module's output; y0 is not looked at."""
         if weight != 1.0:
             raise SettingsError("full acts with weight 1 or not at all", where="route")
-        return self._trained[0](x)
+        return self._trained[0](x, *others, **named)
 
     def merged(self, weight: Tensor) -> Tensor:
         """The trained weight itself."""

@@ -5,6 +5,7 @@ embedded base and the demo's correction task draw their sentences from here, so 
 out of its training set is still a word that the base has read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # English, Spanish, gender of the Spanish noun
@@ -152,7 +153,7 @@ def _entries(table: str) -> list[list[str]]:
     return [entry.split() for line in table.strip().splitlines() for entry in line.split("|") if entry.strip()]
 
 
-def _pair(text: str, plural) -> tuple[str, str]:
+def _pair(text: str, plural: Callable[[str], str]) -> tuple[str, str]:
     one, _, many = text.partition("/")
     return one, many or plural(one)
 
@@ -172,7 +173,10 @@ def _adjective(en: str, es: str) -> Adjective:
 
 
 def _verbs(table: str) -> tuple[Verb, ...]:
-    return tuple(Verb((now, _english_s(now), past), tuple(spanish)) for now, past, *spanish in _entries(table))
+    return tuple(
+        Verb((now, _english_s(now), past), (one, many, one_past, many_past))
+        for now, past, one, many, one_past, many_past in _entries(table)
+    )
 
 
 persons, animals, things = _nouns(PERSONS), _nouns(ANIMALS), _nouns(THINGS)

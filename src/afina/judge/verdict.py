@@ -19,20 +19,23 @@ class Losses:
     held_before: float
     held_after: float
     train_after: float
-    general_before: float
-    general_after: float
+    general_before: float | None = None  # None where there is no general text to speak of: classifiers, encoders
+    general_after: float | None = None
     best_step: int = 0
     last_step: int = 0
 
     @property
-    def forgetting(self) -> float:
+    def forgetting(self) -> float | None:
         """Rise of the loss on general text, in nats a token; negative where it fell."""
+        if self.general_before is None or self.general_after is None:
+            return None
         return self.general_after - self.general_before
 
 
 def verdict(losses: Losses) -> list[str]:
     """Three sentences for people: learned, overfitted, forgotten."""
-    return [_learned(losses), _overfitted(losses), _forgot(losses)]
+    said = [_learned(losses), _overfitted(losses)]
+    return said if losses.forgetting is None else [*said, _forgot(losses.forgetting)]
 
 
 def _learned(losses: Losses) -> str:
@@ -58,8 +61,10 @@ def _overfitted(losses: Losses) -> str:
     return f"It does not overfit: new rows are about as easy for it as those it learned.{note}"
 
 
-def _forgot(losses: Losses) -> str:
-    rise = math.expm1(losses.forgetting)
+def _forgot(forgetting: float) -> str:
+    rise = math.expm1(forgetting)
+    if rise < -FORGOT:
+        return "It forgot nothing: general text is even easier for it than before."
     if rise < FORGOT:
         return "It forgot nothing worth speaking of: general text is as easy for it as before."
     amount = "much" if rise > FORGOT_MUCH else "a little"

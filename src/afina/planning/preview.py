@@ -17,34 +17,26 @@ def plan(data: str | Path | TrainSettings, **values: Any) -> dict[str, Any]:
     """
     settings = data if isinstance(data, TrainSettings) else make_settings(TrainSettings, {"data": Path(data), **values})
     setup = set_up(settings)
-    spec = setup.adapter.spec
-    tokens = sum(len(example.tokens) for example in setup.train)
-    labels = sum(sum(example.labels) for example in setup.train)
+    prepared, spec = setup.prepared, setup.adapter.spec
+    model = prepared.base.model
     counted = {
-        path: method(spec.method).count(Layer(path, frozen_module(setup.base.model, path)), spec) for path in spec.targets
+        path: method("full" if path in spec.modules else spec.method).count(Layer(path, frozen_module(model, path)), spec)
+        for path in (*spec.targets, *spec.modules)
     }
     return {
         "settings": resolved(settings) | {"out": str(default_out(settings)), "learning_rate": setup.learning_rate},
-        "base": {
-            "name": setup.base.name,
-            "parameters": sum(p.numel() for p in _frozen(setup.base.model)),
-            "flat": setup.base.flat,
-        },
+        "base": {"name": prepared.base.name, "parameters": sum(p.numel() for p in _frozen(model))},
         "data": {
-            "format": setup.table.format,
-            "objective": setup.objective,
-            "rows": len(setup.table.rows),
-            "train": len(setup.train),
-            "held_out": len(setup.held),
-            "skipped": setup.skipped,
-            "tokens": tokens,
-            "longest": max(len(example.tokens) for example in setup.train),
-            "labelled_percent": 100.0 * labels / tokens,
-        },
+            "format": prepared.source["format"],
+            "objective": prepared.objective,
+            "rows": prepared.source["rows"],
+            "skipped": prepared.skipped,
+        }
+        | prepared.counts,
         "steps": setup.steps,
         "trainable_parameters": setup.adapter.count(),
         "layers": len(counted),
-        "example": setup.renderer.show(setup.train[0]),
+        "example": prepared.example,
     }
 
 

@@ -61,6 +61,12 @@ class Route:
                 )
         return Segments(rows=tuple(rows))
 
+    def segments_of_rows(self) -> Segments:
+        """The table for models that take rows of equal length: everywhere."""
+        if self.invocation:
+            raise DataError("an activated adapter needs a text with an answer", hint="--method lora")
+        return Segments.all(self.adapter, self.weight)
+
     def invoked(self, sequence: Sequence[int]) -> bool:
         """Whether the adapter acts on what follows `sequence`."""
         if not self.invocation:

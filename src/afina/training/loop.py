@@ -65,7 +65,7 @@ class Loop:
 
     def train(self) -> None:
         """Run to the last step, or to the early stop. Raises `TrainingError` where a number is no longer finite."""
-        settings, base = self.setup.settings, self.setup.base
+        settings, base = self.setup.settings, self.setup.prepared.base
         with base.checkpointing(settings.checkpointing):
             while self.progress.step < self.setup.steps:
                 if settings.patience and self.progress.worse_checks >= settings.patience:
@@ -84,7 +84,7 @@ class Loop:
 
     def _step(self) -> Tick:
         """One optimizer step over its micro-batches, each weighted by its number of labels."""
-        setup, progress, task = self.setup, self.progress, self.setup.task
+        setup, progress, task = self.setup, self.progress, self.setup.prepared.task
         batches = task.step_batches(progress.step)
         count = sum(task.count(batch) for batch in batches)
         start, total = time.perf_counter(), 0.0
@@ -107,7 +107,7 @@ class Loop:
         """Judge on the held-out rows; keep the adapter if it is the best so far."""
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
-        loss = setup.task.held_out_loss(setup.adapter.route)
+        loss = setup.prepared.task.held_out_loss(setup.adapter.route)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
             self.on_best()
@@ -122,7 +122,7 @@ class Loop:
     def _not_finite(self, loss: float) -> TrainingError:
         """Say where the numbers broke: at which step, on which rows, and what to do."""
         step = self.progress.step
-        rows = self.setup.task.step_rows(step)
+        rows = self.setup.prepared.task.step_rows(step)
         return TrainingError(
             f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step + 1}",
             where=str(self.run),

@@ -74,13 +74,24 @@ An adapter made by afina {story["environment"]["afina"]}.
 |---|---|---|
 | held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
 | rows it learned | | {losses["train_after"]:.4f} |
-| general text | {losses["general_before"]:.4f} | {losses["general_after"]:.4f} |
-
+{_general(losses)}
 {chr(10).join("- " + sentence for sentence in story["verdict"])}
-
+{_classes(story.get("classes"))}
 ## How to run it again
 
 ```yaml
 {chr(10).join(f"{name}: {value}" for name, value in changed.items())}
 ```
 """
+
+
+def _general(losses: Mapping[str, Any]) -> str:
+    if losses["general_before"] is None:
+        return ""
+    return f"| general text | {losses['general_before']:.4f} | {losses['general_after']:.4f} |\n"
+
+
+def _classes(classes: Mapping[str, Any] | None) -> str:
+    if classes is None:
+        return ""
+    return f"- Accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {classes['rows']:,} held-out rows (confusion.png).\n"

@@ -22,17 +22,20 @@ import transformers
 import yaml
 
 import afina
+from afina.base.model import Base
 from afina.config import TrainSettings, make_settings, resolved
-from afina.data.formats import Row
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
 from afina.disk import rescue, write_json, write_text
 from afina.errors import AdapterError, SettingsError, TrainingError
+from afina.judge.classes import classify_held_out
 from afina.judge.evaluate import HELD_OUT
 from afina.judge.losses import general_loss, perplexity
 from afina.judge.verdict import Losses, verdict
+from afina.objective.classify import ClassifyTask
 from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.loop import Loop, peak_memory_mb, read_metrics
+from afina.training.prepare import lines
 from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
 from afina.training.setup import Setup, default_out, set_up
@@ -85,50 +88,47 @@ def _identity(setup: Setup) -> dict[str, str]:
     """What must be the same when a run is resumed: data, base, and every setting that changes the result."""
     fixed = {k: v for k, v in resolved(setup.settings).items() if k not in ("resume", "out", "data", "device")}
     text = json.dumps(fixed, sort_keys=True)
-    return {"data": setup.table.digest, "base": setup.base.hash, "settings": hashlib.sha256(text.encode()).hexdigest()}
+    return {
+        "data": setup.prepared.source["sha256"],
+        "base": setup.prepared.base.hash,
+        "settings": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def _begin(setup: Setup, folder: Path) -> None:
     settings = resolved(setup.settings) | {"resume": False, "out": str(folder)}
     write_text(folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_text(folder / "example.txt", setup.renderer.show(setup.train[0]) + "\n")
-    lines = [json.dumps(_as_record(row), ensure_ascii=False) for row in setup.held_rows]
-    if not lines:  # plain text: the chunks that were held out
-        lines = [json.dumps({"text": setup.base.text(e.tokens)}, ensure_ascii=False) for e in setup.held]
-    write_text(folder / HELD_OUT, "\n".join(lines) + "\n")
+    write_text(folder / "example.txt", setup.prepared.example + "\n")
+    write_text(folder / HELD_OUT, lines(setup.prepared.held_records))
     write_text(folder / "metrics.jsonl", "")
-
-
-def _as_record(row: Row) -> dict[str, Any]:
-    if row.messages is not None:
-        return {"messages": list(row.messages)}
-    return {"prompt": row.prompt, "completion": row.completion} if row.prompt is not None else {"text": row.text}
 
 
 def _losses(setup: Setup, route: Route | None) -> dict[str, float]:
     """Held-out and general loss, in nats a token, of the model under `route`."""
-    return {
-        "held_out": setup.task.held_out_loss(route),
-        "general": general_loss(setup.base, route, setup.settings.general),
-    }
+    base = setup.prepared.base
+    losses = {"held_out": setup.prepared.task.held_out_loss(route)}
+    if isinstance(base, Base):  # classifiers and encoders have no next token
+        losses["general"] = general_loss(base, route, setup.settings.general)
+    return losses
 
 
 def _save_best(setup: Setup, folder: Path) -> None:
-    story = {"data": {"name": setup.table.path.name, "sha256": setup.table.digest}, "objective": setup.objective}
-    save_adapter(setup.adapter, setup.base, folder / "adapter", story)
+    data = {key: setup.prepared.source[key] for key in ("path", "sha256")}
+    story = {"data": data, "objective": setup.prepared.objective}
+    save_adapter(setup.adapter, setup.prepared.base, folder / "adapter", story)
 
 
 def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     """Judge the best adapter and write run.json, the curve and the card."""
     rescue(folder / "adapter")
-    best = load_adapter(folder / "adapter", setup.base, "best")
+    best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     route = best.route
     after = _losses(setup, route)
-    learned = setup.task.learned_loss(route)
+    learned = setup.prepared.task.learned_loss(route)
     before, progress = loop.progress.before, loop.progress
     losses = Losses(
         held_before=before["held_out"], held_after=after["held_out"], train_after=learned,
-        general_before=before["general"], general_after=after["general"],
+        general_before=before.get("general"), general_after=after.get("general"),
         best_step=progress.best_step, last_step=progress.step,
     )  # fmt: skip
     story = _facts(setup, folder) | {
@@ -141,6 +141,8 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         "perplexity": {"before": perplexity(losses.held_before), "after": perplexity(losses.held_after)},
         "verdict": verdict(losses),
     }
+    if isinstance(setup.prepared.task, ClassifyTask):
+        story |= {"classes": classify_held_out(setup.prepared.task, route, folder / "confusion.png")}
     write_json(folder / "run.json", story)
     draw_curve(read_metrics(folder), losses, folder / "curve.png")
     card = model_card(story)
@@ -151,13 +153,13 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
 
 def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
     """What was run, on what, with what."""
-    base, table = setup.base, setup.table
+    base, source = setup.prepared.base, setup.prepared.source
     weights = folder / "adapter" / WEIGHTS
     return {
         "format_version": FORMAT_VERSION,
         "settings": resolved(setup.settings),
         "method": setup.adapter.spec.method,
-        "objective": setup.objective,
+        "objective": setup.prepared.objective,
         "learning_rate": setup.learning_rate,
         "trainable_parameters": setup.adapter.count(),
         "adapter": read_json(folder / "adapter" / "afina.json")["hash"],
@@ -165,8 +167,7 @@ def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
         "base": {"name": base.name, "revision": base.revision, "hash": base.hash,
                  "dtype": str(base.dtype).removeprefix("torch."),
                  "licence": _licence(base.folder), "remote_code": base.remote_code},
-        "data": {"path": str(table.path), "format": table.format, "sha256": table.digest, "rows": len(table.rows),
-                 "skipped": setup.skipped, "held_out": len(setup.held), "licence": None},
+        "data": source | {"skipped": setup.prepared.skipped, "licence": None},
         "environment": {"afina": afina.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                         "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()},
     }  # fmt: skip

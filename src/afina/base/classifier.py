@@ -1,0 +1,145 @@
+"""A frozen classifier: BERT-like text encoders, ViT, ResNet. Rows of one batch are of equal length.
+
+The head that chooses among the classes is seldom in the published weights: what transformers had to make up is
+listed in `fresh`, and belongs to the adapter, which trains and saves it whole.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from afina.base.frozen import Frozen
+from afina.base.load import check_folder, choose_device, choose_dtype, find_folder, load_config
+from afina.errors import BaseError
+
+IMAGE_CONFIG = "preprocessor_config.json"
+
+
+@dataclass
+class Images:
+    """How pictures become pixels: resized to `size` (height, width), scaled to 0..1, centred by `mean` and `std`."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, folder: Path, config: Any) -> "Images":
+        """From a model's preprocessor_config.json; where it has none, from its configuration, centred at a half."""
+        channels = getattr(config, "num_channels", 3)
+        file = folder / IMAGE_CONFIG
+        told = json.loads(file.read_text()) if file.is_file() else {}
+        size = told.get("size") or getattr(config, "image_size", 224)
+        if isinstance(size, dict):
+            size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
+        height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
+        mean, std = told.get("image_mean", [0.5] * channels), told.get("image_std", [0.5] * channels)
+        return cls((height, width), tuple(mean), tuple(std))
+
+    def pixels(self, image: Any) -> Tensor:
+        """A PIL image as (channels, height, width), float32."""
+        import numpy as np
+
+        image = image.convert("L" if len(self.mean) == 1 else "RGB").resize(self.size[::-1])
+        array = np.asarray(image, dtype=np.float32) / 255.0
+        tensor = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+        return (tensor - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+@dataclass
+class Classifier(Frozen):
+    """A model with one answer a row: `labels` names its classes. It reads text (`tokenizer`) or pictures (`images`)."""
+
+    labels: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()  # modules whose weights are not in the published files
+    tokenizer: PreTrainedTokenizerBase | None = None
+    images: Images | None = None
+
+    @property
+    def context(self) -> int:
+        """Longest text in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 512)
+
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Scores of the classes (rows, classes), float32."""
+        return self.model(**inputs).logits.float()
+
+    def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """What the model takes for rows of token lists (padded to the longest) or of pixels (channels, height, width)."""
+        if self.images is not None:
+            return {"pixel_values": torch.stack(list(rows)).to(self.device, self.dtype)}
+        assert self.tokenizer is not None
+        longest = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id or 0
+        tokens = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
+
+
+def load_classifier(
+    base: str,
+    labels: Sequence[str],
+    pictures: bool,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Classifier:
+    """A frozen classifier over `labels`, of pictures or of text; raises `BaseError` where the model is no such thing."""
+    kind: Any = AutoModelForImageClassification if pictures else AutoModelForSequenceClassification
+    options = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    return _load(kind, base, tuple(labels), pictures, revision, trust_remote_code, dtype, device, options)
+
+
+def load_masked(
+    base: str, revision: str | None = None, trust_remote_code: bool = False, dtype: str = "auto", device: str = "auto"
+) -> Classifier:
+    """A frozen encoder that fills in masked tokens: a classifier of each position over its vocabulary."""
+    return _load(AutoModelForMaskedLM, base, (), False, revision, trust_remote_code, dtype, device, {})
+
+
+def _load(
+    kind: Any, base: str, labels: tuple[str, ...], pictures: bool, revision: str | None, trust_remote_code: bool,
+    dtype: str, device: str, options: dict[str, Any],
+) -> Classifier:  # fmt: skip
+    folder = find_folder(base, revision)
+    files = check_folder(folder)
+    config = load_config(folder, base, trust_remote_code)
+    place = choose_device(device)
+    options = options | {
+        "dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code,
+        "output_loading_info": True, "ignore_mismatched_sizes": True,
+    }  # fmt: skip
+    torch.manual_seed(0)  # a head that is made up is made up the same each time; the adapter holds the trained one
+    try:
+        model, info = kind.from_pretrained(folder, **options)
+    except (ValueError, KeyError, OSError) as error:
+        what = f"{config.model_type} cannot be used for {'pictures' if pictures else 'text'} here"
+        raise BaseError(what, where=base, why=str(error).splitlines()[0]) from error
+    model.requires_grad_(False)
+    model.eval().to(place)
+    missing = {key.rpartition(".")[0] for key in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]}
+    return Classifier(
+        model=model,
+        name=str(folder.resolve()) if Path(base).expanduser().is_dir() else base,
+        revision=revision,
+        folder=folder,
+        files=files,
+        remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
+        labels=labels,
+        fresh=tuple(path for path, _ in model.named_modules() if path in missing),
+        tokenizer=None if pictures else AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+        images=Images.of(folder, config) if pictures else None,
+    )

@@ -1,0 +1,77 @@
+"""What all frozen bases have in common: modules that never change, an identity, a switchboard."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from afina.base.safety import hash_tensors
+from afina.errors import BaseError
+from afina.segments import Switchboard
+
+
+@dataclass
+class Frozen:
+    """A model to which adapters are attached and from which they are detached again."""
+
+    model: PreTrainedModel
+    name: str
+    revision: str | None = None
+    folder: Path | None = None
+    files: list[Path] = field(default_factory=list)
+    remote_code: bool = False
+    board: Switchboard = field(default_factory=Switchboard)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How the weights are held."""
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the base: sha256 of its published tensors; empty for a model made in memory."""
+        return hash_tensors(self.files) if self.files else ""
+
+    @contextmanager
+    def checkpointing(self, on: bool) -> Iterator[None]:
+        """Within the block, blocks keep no activations and recompute them in the backward pass."""
+        if not on:
+            yield
+            return
+        if not self.model.supports_gradient_checkpointing:
+            raise BaseError(f"{self.model.config.model_type} cannot recompute its activations", hint="--checkpointing false")
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        modes = [(layer, layer.training) for layer in layers]
+        for layer in layers:
+            layer.training = True  # only the block's own flag, which is what turns recomputation on
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, partial(self._recompute, layer)
+        try:
+            yield
+        finally:
+            for layer, mode in modes:
+                layer.gradient_checkpointing, layer.training = False, mode
+
+    def _recompute(self, layer: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block under checkpoint; within, it is in eval again (some blocks look at `training` for their dropout)."""
+
+        def quiet(*again: Any) -> Any:
+            mode, layer.training = layer.training, False
+            try:
+                return call(*again)
+            finally:
+                layer.training = mode
+
+        return checkpoint(quiet, *inputs, use_reentrant=False, context_fn=self.board.remember())

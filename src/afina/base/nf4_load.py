@@ -1,0 +1,207 @@
+"""Load a base in four bits, one layer at a time, by way of a cache on disk.
+
+    published tensors --one at a time--> NF4 --> cache/<hash of the base>/part-000.safetensors ... , about.json
+                                                  |  later loads start here
+    empty model  <--- memory-mapped codes --------+
+                 <--- published tensors of everything else, in the compute dtype
+
+The model is built without weights, so that the whole of it never exists in 16 bits. Codes are mapped, not read: pages
+of layers that are not in use cost no memory. Weights are quantised from the published precision, whatever the compute
+dtype, so that one cache serves all.
+"""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from afina.base.nf4 import PARTS, SKIP, NF4Linear, Quantized, as_matrix, candidates, measure, put, quantize_model, show
+from afina.base.safety import hash_tensors, read_header
+from afina.disk import new_folder, write_json
+from afina.errors import AfinaError
+from afina.kernels.nf4 import NF4Weight
+
+FORMAT = 1  # of the cache: another number makes it anew
+SHARD = 128 * 2**20  # bytes of a file of the cache, and of quantised tensors in memory while it is written
+
+Places = dict[str, Path]  # name of a published tensor -> its file
+Tensors = dict[str, Tensor]
+
+
+def cache_root() -> Path:
+    """$AFINA_CACHE/nf4, or ~/.cache/afina/nf4."""
+    return Path(os.environ.get("AFINA_CACHE") or Path.home() / ".cache" / "afina").expanduser() / "nf4"
+
+
+class _NoWeights(TorchFunctionMode):
+    """Tensors made by torch.empty, as weights are, get no memory; computed ones (rotary frequencies, masks) are real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def load_nf4(
+    folder: Path,
+    files: list[Path],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    digest: str,
+    trust_remote_code: bool = False,
+    skip: Collection[str] = SKIP,
+    tell: Callable[[Quantized], None] = show,
+) -> tuple[PreTrainedModel, list[Quantized]]:
+    """The causal language model in `folder`, its blocks in NF4 and all else in `dtype`, and what quantising did.
+
+    `digest` is the hash of the published tensors in `files`. Families whose files name their tensors otherwise than
+    the model does (fused experts, files without the model's prefix) are loaded whole, quantised, and not cached. So
+    are those that cannot be built without weights, and those that keep some modules in float32.
+    """
+    options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    try:
+        with _NoWeights():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
+        places = {name: file for file in files for name in read_header(file)[1] if name != "__metadata__"}
+        why = _hindrance(model, files)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        why = f"it cannot be built without weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if why:
+        print(f"nf4  the whole model is loaded before it is quantised: {why}", file=sys.stderr)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
+        report = quantize_model(model, skip, tell)
+        return model.to(dtype), report  # type: ignore[arg-type]
+    tensors, report = _quantised(model, places, cache_root() / digest, skip, tell)
+    _fill(model, places, tensors, skip)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, report
+
+
+def _hindrance(model: PreTrainedModel, files: list[Path]) -> str | None:
+    """Why the tensors of `files` are not, one for one, those of `model`; None if they are."""
+    stored = {n: e["shape"] for file in files for n, e in read_header(file)[1].items() if n != "__metadata__"}
+    state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {name: shape for name, shape in state.items() if name not in _tied(model)}
+    if stored != wanted:
+        names = sorted(stored.keys() ^ wanted.keys()) or sorted(n for n in wanted if stored[n] != wanted[n])
+        return f"its files and the model differ in {len(names)} tensors, such as {names[0]}"
+    unfinished = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in wanted]
+    if unfinished:
+        return f"{unfinished[0]} is computed from tensors without a value"
+    return "it keeps some modules in float32" if getattr(model, "_keep_in_fp32_modules_strict", None) else None
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Names of parameters that are other parameters of the model."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def _read(places: Places, name: str) -> Tensor:
+    """A published tensor, mapped; its file is opened for it alone, so that pages already used are given back."""
+    with safe_open(places[name], framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def _layers(
+    model: nn.Module, places: Places, skip: Collection[str], tell: Callable[[Quantized], None]
+) -> Iterator[tuple[Tensors, Quantized]]:
+    """The stored tensors of each layer in NF4, by name, and what quantising did to it."""
+    for path, module in candidates(model, skip).items():
+        weight, done = measure(path, as_matrix(module, _read(places, f"{path}.weight")))
+        tell(done)
+        yield {f"{path}.{part}": getattr(weight, part) for part in PARTS}, done
+
+
+def _quantised(
+    model: nn.Module, places: Places, cache: Path, skip: Collection[str], tell: Callable[[Quantized], None]
+) -> tuple[Tensors, list[Quantized]]:
+    """All layers in NF4: from the cache, which is made where it is missing or damaged; in memory where it cannot be."""
+    paths = list(candidates(model, skip))
+    if found := _open(cache, paths):
+        return found
+    if cache.exists():
+        print(f"nf4  made anew, since it was damaged or for another choice of layers: {cache}", file=sys.stderr)
+    try:
+        _write(cache, _layers(model, places, skip, tell))
+        if found := _open(cache, paths):
+            return found
+        why = "what was written cannot be read back"
+    except (AfinaError, OSError) as error:
+        if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+            raise  # a layer that cannot be quantised
+        why = str(error).splitlines()[0]
+    print(f"nf4  kept in memory, not in the cache: {why}", file=sys.stderr)
+    done = list(_layers(model, places, skip, lambda _: None))
+    return {name: tensor for tensors, _ in done for name, tensor in tensors.items()}, [report for _, report in done]
+
+
+def _write(cache: Path, layers: Iterator[tuple[Tensors, Quantized]]) -> None:
+    """Fill the folder `cache`, which appears when all is written."""
+    report: list[Quantized] = []
+    parts: list[Path] = []
+    shard: Tensors = {}
+    with new_folder(cache) as folder:
+
+        def flush() -> None:
+            parts.append(folder / f"part-{len(parts):03}.safetensors")
+            save_file(shard, parts[-1])
+            shard.clear()
+
+        for tensors, done in layers:
+            report.append(done)
+            shard |= tensors
+            if sum(t.nbytes for t in shard.values()) >= SHARD:
+                flush()
+        if shard:
+            flush()
+        about = {"format": FORMAT, "hash": hash_tensors(parts), "layers": [asdict(done) for done in report]}
+        write_json(folder / "about.json", about)
+
+
+def _open(cache: Path, paths: list[str]) -> tuple[Tensors, list[Quantized]] | None:
+    """The cache's tensors, mapped, and its report; None where it is not there, not whole, or for other layers."""
+    try:
+        about = json.loads((cache / "about.json").read_text())
+        report = [Quantized(**{**layer, "shape": tuple(layer["shape"])}) for layer in about["layers"]]
+        parts = sorted(cache.glob("part-*.safetensors"))
+        if about["format"] != FORMAT or [done.path for done in report] != paths or hash_tensors(parts) != about["hash"]:
+            return None
+        tensors: Tensors = {}
+        for part in parts:
+            with safe_open(part, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # whatever is wrong with it, it can be made again
+        return None
+    return tensors, report
+
+
+def _fill(model: PreTrainedModel, places: Places, tensors: Tensors, skip: Collection[str]) -> None:
+    """Give the empty model its weights: NF4 layers from `tensors`, all else from the published files."""
+    quantised = candidates(model, skip)
+    rest = model.state_dict().keys() - _tied(model) - {f"{path}.weight" for path in quantised}
+    for path, module in quantised.items():
+        stored = {part: tensors[f"{path}.{part}"] for part in PARTS}
+        width = as_matrix(module, module.weight).shape[1]
+        put(model, path, NF4Linear.in_place_of(module, NF4Weight(**stored, in_features=width)))
+    for name in sorted(rest):
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        before = getattr(owner, child)
+        value = torch.empty(before.shape, dtype=before.dtype).copy_(_read(places, name))
+        setattr(owner, child, nn.Parameter(value, requires_grad=False) if isinstance(before, nn.Parameter) else value)
+    model.tie_weights()  # type: ignore[operator]

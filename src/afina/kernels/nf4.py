@@ -1,0 +1,167 @@
+"""NF4: four bits for a weight (Dettmers et al. 2023, QLoRA, arXiv 2305.14314), with double quantisation.
+
+    row of W      | 64 weights | 64 weights | 40 |        blocks never cross rows, the last one may be shorter
+    codes           4 bits each, two a byte, the first in the high half     the nearest of 16 levels
+    absmax          one a block = levels8[scale] * superscale + offset      8 bits each, a superscale every 256
+    W[i, j] = level[code] * absmax
+
+At widths that 64 divides, every stored number equals bitsandbytes' (bnb_4bit_use_double_quant). It lays its blocks
+over the flattened matrix instead, so that at other widths they cross rows. Here a row stands alone: rows can be split
+over devices. 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight where 64 divides the width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from afina.kernels.blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
+
+# quantiles of the normal distribution, scaled to -1 .. 1, an exact zero among them: arXiv 2305.14314, appendix E
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64  # weights that share an absmax
+CHUNK = {"cpu": 1 << 20}  # weights worked on at a time, so that temporaries stay small and in the cache
+CHUNK_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A matrix (out, in) in four bits a weight."""
+
+    codes: Tensor  # (out, ceil(in / 2)) uint8
+    scales: Tensor  # (out, ceil(in / 64)) uint8: the blocks' absmax, less the offset, in 8 bits
+    superscales: Tensor  # (ceil(out * ceil(in / 64) / 256)) float32
+    offset: Tensor  # (1) float32: the mean absmax
+    in_features: int  # codes of an odd width end in an empty half byte
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(t.nbytes for t in (self.codes, self.scales, self.superscales, self.offset))
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def absmax(self) -> Tensor:
+        """The largest magnitude of each block as stored: (out, ceil(in / 64)) float32."""
+        levels = dynamic_levels(True, self.scales.device)
+        return (dequantize8(self.scales.flatten(), self.superscales, levels) + self.offset).view(self.scales.shape)
+
+
+@lru_cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(LEVELS, device=device)
+
+
+@lru_cache
+def _pairs(device: torch.device) -> Tensor:
+    """The two levels that each byte of codes stands for: (256, 2) float32."""
+    byte = torch.arange(256, device=device)
+    return _levels(device)[torch.stack([byte >> 4, byte & 15], 1)]
+
+
+def _rows(matrix: Tensor, width: int) -> Iterator[slice]:
+    """Slices of whole rows, about a chunk of weights each."""
+    step = max(1, CHUNK.get(matrix.device.type, CHUNK_ELSEWHERE) // max(1, width))
+    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
+
+
+def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Codes (out, ceil(in / 2)) uint8 and absmax (out, ceil(in / block)) float32 of weight (out, in)."""
+    rows, width = weight.shape
+    codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(rows, -(-width // block), device=weight.device)
+    for part in _rows(weight, width):
+        blocks = F.pad(weight[part].float(), (0, -width % block)).unflatten(1, (-1, block))
+        absmax[part] = blocks.abs().amax(2)
+        scaled = (blocks * (1.0 / absmax[part].clamp(min=TINY))[..., None]).flatten(1)
+        nearest = nearest_codes(scaled[:, : width + width % 2], _levels(weight.device)).to(torch.uint8)
+        codes[part] = nearest[:, ::2] << 4 | nearest[:, 1::2]
+    return codes, absmax
+
+
+def decode(codes: Tensor, absmax: Tensor, width: int, dtype: torch.dtype, block: int = BLOCK) -> Tensor:
+    """The matrix (rows, width) that codes and absmax stand for: multiplied in float32, rounded once to `dtype`."""
+    out = torch.empty(codes.shape[0], width, dtype=dtype, device=codes.device)
+    pairs = _pairs(codes.device)
+    for part in _rows(codes, width):
+        values = pairs.index_select(0, codes[part].flatten().int()).view(-1, 2 * codes.shape[1])
+        if width % block == 0:
+            values.unflatten(1, (-1, block)).mul_(absmax[part][..., None])
+            out[part] = values
+        else:
+            torch.mul(values[:, :width], absmax[part].repeat_interleave(block, 1)[:, :width], out=values[:, :width])
+            out[part] = values[:, :width]
+    return out
+
+
+def quantize(weight: Tensor) -> NF4Weight:
+    """A matrix (out, in) of any float dtype in NF4; raises `ValueError` where a weight is not finite or none is there.
+
+    The offset is torch's float32 mean, as in bitsandbytes: its last bit may depend on the number of threads.
+    """
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"NF4 holds matrices, not a tensor of shape {tuple(weight.shape)}")
+    codes, absmax = encode(weight)
+    if not absmax.isfinite().all():
+        raise ValueError("a weight is NaN or infinite")
+    offset = absmax.mean()
+    scales, superscales = quantize8((absmax - offset).flatten(), dynamic_levels(True, weight.device))
+    return NF4Weight(codes, scales.view(absmax.shape), superscales, offset.view(1), weight.shape[1])
+
+
+def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in) that `weight` stands for."""
+    return decode(weight.codes, weight.absmax(), weight.in_features, dtype)
+
+
+def errors(weight: Tensor, quantized: NF4Weight) -> tuple[float, float]:
+    """(relative error, zero share) of `quantized`, made from weight (out, in).
+
+    The first is |W - W'| / |W| in the Euclidean norm; the second the share of all weights that are zero now and were
+    not before.
+    """
+    absmax, lost, norm, zeros = quantized.absmax(), 0.0, 0.0, 0
+    for part in _rows(weight, weight.shape[1]):
+        before = weight[part].float()
+        after = decode(quantized.codes[part], absmax[part], weight.shape[1], torch.float32)
+        zeros += int(((after == 0) & (before != 0)).sum())
+        norm += float(before.square().sum(dtype=torch.float64))
+        lost += float(after.sub_(before).square_().sum(dtype=torch.float64))
+    return (lost / norm) ** 0.5 if norm else 0.0, zeros / weight.numel()
+
+
+class _NF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.weight = weight
+        return F.linear(x, dequantize(weight, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        grad_x = grad @ dequantize(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias (..., out) for x (..., in), in the dtype of x; gradients reach x and bias.
+
+    The dense matrix exists during each product only: the backward pass writes it out again.
+    """
+    return _NF4Linear.apply(x, weight, bias)

@@ -1,0 +1,214 @@
+"""Classification: one answer a row. And masked tokens, the way to pretrain an encoder.
+
+    loss = - sum over rows of log p(class | row)   /   rows
+    masked: the same over the positions that were hidden (15%; of these 80% by the mask, 10% by a random token)
+
+Devlin et al. 2018, arXiv 1810.04805, for the masking.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from afina.base.classifier import Classifier
+from afina.data.labelled import Labelled
+from afina.errors import DataError
+from afina.route.invocation import Route
+from afina.segments import BASE
+
+MASKED_SHARE = 0.15
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs and, for each row or position, the class to find (IGNORE where there is none)."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+
+def batch_indices(count: int, rows: int, seed: int, epoch: int) -> list[list[int]]:
+    """The rows of each batch of an epoch, shuffled; the last one may be smaller."""
+    order = random.Random(seed + epoch).sample(range(count), count)
+    return [order[start : start + rows] for start in range(0, count, rows)]
+
+
+class RowsTask:
+    """What classification and masking share: batches of rows, a cross-entropy, held-out rows. See `Task`."""
+
+    def __init__(
+        self, base: Classifier, train: Sequence[Any], held: Sequence[Any], rows: int, accumulate: int, seed: int
+    ) -> None:
+        self.base, self.train, self.held = base, train, held
+        self._rows, self._accumulate, self._seed = max(1, min(rows, len(train))), accumulate, seed
+
+    def make_batch(self, rows: Sequence[Any], seed: int) -> Batch:
+        """Inputs and targets of some rows; `seed` decides what is random about them."""
+        raise TypeError(f"{type(self).__name__} must say what a batch is")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return -(-len(self.train) // (self._rows * self._accumulate))
+
+    def _indices(self, step: int) -> list[list[int]]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        batches = batch_indices(len(self.train), self._rows, self._seed, epoch)
+        return batches[within * self._accumulate : (within + 1) * self._accumulate]
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of an optimizer step."""
+        return [
+            self.make_batch([self.train[i] for i in indices], hash((self._seed, step, number)))
+            for number, indices in enumerate(self._indices(step))
+        ]
+
+    def step_rows(self, step: int) -> list[str]:
+        """Names of the rows of an optimizer step."""
+        return sorted(self.train[i].where for indices in self._indices(step) for i in indices)
+
+    def count(self, batch: Batch) -> int:
+        """Rows, or positions, with a target."""
+        return int((batch.targets != IGNORE).sum())
+
+    def size(self, batch: Batch) -> int:
+        """Tokens, or pictures, that pass through the model."""
+        inputs = batch.inputs
+        return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else len(inputs["pixel_values"])
+
+    def logits(self, batch: Batch, route: Route | None) -> Tensor:
+        """Scores (..., classes) of a batch under `route`."""
+        with self.base.board.route(BASE if route is None else route.segments_of_rows()):
+            return self.base.logits(batch.inputs)
+
+    def loss(self, batch: Batch, route: Route | None) -> Tensor:
+        """Sum of the cross-entropy over the targets of a batch."""
+        logits = self.logits(batch, route)
+        return F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    @torch.no_grad()
+    def _mean(self, rows: Sequence[Any], route: Route | None) -> float:
+        total, count = 0.0, 0
+        for start in range(0, len(rows), self._rows):
+            batch = self.make_batch(rows[start : start + self._rows], start)
+            total, count = total + self.loss(batch, route).item(), count + self.count(batch)
+        return total / max(1, count)
+
+    def held_out_loss(self, route: Route | None) -> float:
+        """Mean over the held-out rows, in nats."""
+        return self._mean(self.held, route)
+
+    def learned_loss(self, route: Route | None) -> float:
+        """The same over as many of the rows that are learned from."""
+        some = self.train[:: max(1, len(self.train) // max(1, len(self.held)))][: len(self.held)]
+        return self._mean(some, route)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row ready for the model: tokens or pixels, and the number of its class."""
+
+    where: str
+    content: Any
+    target: int
+
+
+class ClassifyTask(RowsTask):
+    """One class a row."""
+
+    def make_batch(self, rows: Sequence[Row], seed: int) -> Batch:
+        """Padded tokens or stacked pixels, and the classes (rows)."""
+        targets = torch.tensor([row.target for row in rows], device=self.base.device)
+        return Batch(self.base.batch([row.content for row in rows]), targets)
+
+    @torch.no_grad()
+    def predictions(self, rows: Sequence[Row], route: Route | None) -> list[int]:
+        """The likeliest class of each row."""
+        found: list[int] = []
+        for start in range(0, len(rows), self._rows):
+            found += self.logits(self.make_batch(rows[start : start + self._rows], 0), route).argmax(-1).tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text as tokens, special ones at both ends."""
+
+    where: str
+    tokens: list[int]
+
+
+class MaskedTask(RowsTask):
+    """Hidden tokens to be found. Held-out rows are masked the same way each time."""
+
+    def make_batch(self, rows: Sequence[Text], seed: int) -> Batch:
+        """Tokens with some hidden, and what they were (rows, longest)."""
+        inputs = self.base.batch([row.tokens for row in rows])
+        tokenizer = self.base.tokenizer
+        assert tokenizer is not None
+        tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(seed % (1 << 62))
+        special = torch.isin(tokens.cpu(), torch.tensor(tokenizer.all_special_ids))
+        hidden = (torch.rand(tokens.shape, generator=generator) < MASKED_SHARE) & ~special
+        if not hidden.any():
+            hidden[0, 1] = True
+        fate = torch.rand(tokens.shape, generator=generator)
+        random_tokens = torch.randint(len(tokenizer), tokens.shape, generator=generator)
+        shown = torch.where(fate < 0.8, tokenizer.mask_token_id, torch.where(fate < 0.9, random_tokens, tokens.cpu()))
+        targets = torch.where(hidden, tokens.cpu(), IGNORE).to(tokens.device)
+        return Batch(inputs | {"input_ids": torch.where(hidden, shown, tokens.cpu()).to(tokens.device)}, targets)
+
+
+def make_rows(base: Classifier, rows: Sequence[Labelled], max_length: int, skipped: list[str] | None) -> list[Row]:
+    """Labelled rows as tokens or pixels; one that cannot be used is an error, or is listed in `skipped`."""
+    numbers = {label: number for number, label in enumerate(base.labels)}
+    made: list[Row] = []
+    for row in rows:
+        try:
+            made.append(Row(row.where, _content(base, row, max_length), _number(row, numbers)))
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(f"{error.where}: {error.what}")
+    if not made:
+        raise DataError("no row is left")
+    return made
+
+
+def _number(row: Labelled, numbers: dict[str, int]) -> int:
+    if row.label not in numbers:
+        raise DataError(
+            f"class {row.label!r} was not among the training rows", where=row.where, why=f"known: {', '.join(numbers)}"
+        )
+    return numbers[row.label]
+
+
+def _content(base: Classifier, row: Labelled, max_length: int) -> Any:
+    if base.images is not None:
+        return base.images.pixels(row.content)
+    assert base.tokenizer is not None
+    tokens = base.tokenizer(row.content)["input_ids"]
+    if len(tokens) > max_length:
+        hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
+        raise DataError(f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=row.where, hint=hint)
+    return tokens
+
+
+def make_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[Text]:
+    """Plain text cut into pieces of at most `max_length` tokens, with the special tokens that the encoder expects."""
+    tokenizer = base.tokenizer
+    assert tokenizer is not None
+    if tokenizer.mask_token_id is None:
+        raise DataError("this model's tokenizer has no mask token", hint="--objective pretrain is for models that write on")
+    first, last = [[t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    pieces = []
+    for row in rows:
+        tokens = tokenizer(row.text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(tokens), max_length - 2):
+            pieces.append(Text(row.where, [*first, *tokens[start : start + max_length - 2], *last]))
+    return [piece for piece in pieces if len(piece.tokens) > 2]

@@ -1,0 +1,256 @@
+"""From settings to a base and a task with its data: one function a kind of model. Nothing is attached yet."""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from afina.base.classifier import Classifier, load_classifier, load_masked
+from afina.base.frozen import Frozen
+from afina.base.load import load_base
+from afina.config import TrainSettings
+from afina.data.batches import split
+from afina.data.formats import Row, read_table
+from afina.data.labelled import Labelled, read_labelled
+from afina.data.template import Example, Renderer
+from afina.delta.presets import preset
+from afina.errors import DataError, SettingsError
+from afina.objective.classify import ClassifyTask, MaskedTask, make_rows, make_texts
+from afina.objective.language import LanguageTask, choose, make_examples
+from afina.objective.task import Task
+
+Piece = TypeVar("Piece")
+
+
+@dataclass
+class Prepared:
+    """A base and what is to be learned on it; `source` are the facts about the data for run.json."""
+
+    base: Frozen
+    task: Task
+    objective: str
+    source: dict[str, Any]
+    skipped: list[str]
+    example: str  # one row as the model reads it, what is learned marked
+    held_records: list[dict[str, Any]]  # the held-out rows, to be read again by `afina eval`
+    invocation: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()  # modules that the adapter owns whole
+    counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
+
+
+def prepare(settings: TrainSettings) -> Prepared:
+    """Load, read, render and check; raises the error of the first thing that is wrong."""
+    if settings.objective == "classify":
+        return _classifier(settings)
+    return _masked(settings) if settings.objective == "mlm" else _language(settings)
+
+
+# ---- language models
+
+
+def _language(settings: TrainSettings) -> Prepared:
+    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    meant = preset(settings.method, 1)
+    base = load_base(
+        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage
+    )
+    renderer = Renderer(base.tokenizer, settings.template, settings.max_length or min(base.context, 2048))
+    objective = choose(settings.objective, table.rows)
+    invocation = _invocation(renderer, settings) if meant.activated else ()
+    skipped = list(table.skipped)
+    train, held, held_rows = _split(settings, table.rows, renderer, objective, skipped, invocation)
+    records = [_as_record(row) for row in held_rows] or [{"text": base.text(example.tokens)} for example in held]
+    tokens, labels = sum(len(e.tokens) for e in train), sum(sum(e.labels) for e in train)
+    return Prepared(
+        base=base,
+        task=LanguageTask(base, train, held, settings.batch_tokens, settings.accumulate, settings.seed),
+        objective=objective,
+        source=_source(table, len(held)),
+        skipped=skipped,
+        example=renderer.show(train[0]),
+        held_records=records,
+        invocation=invocation,
+        counts={
+            "train": len(train), "held_out": len(held), "tokens": tokens, "longest": max(len(e.tokens) for e in train),
+            "labelled_percent": 100.0 * labels / tokens,
+        },
+    )  # fmt: skip
+
+
+def _invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:
+    """The tokens that switch an activated adapter on: as told, or what the template puts before an answer."""
+    tokens = renderer.invocation(settings.invocation)
+    if not tokens:
+        why = "the template writes nothing between a question and its answer"
+        raise SettingsError("an activated adapter needs an invocation", where="invocation", why=why, hint="--invocation TEXT")
+    return tuple(tokens)
+
+
+def _split(
+    settings: TrainSettings,
+    all_rows: list[Row],
+    renderer: Renderer,
+    objective: str,
+    skipped: list[str],
+    invocation: tuple[int, ...],
+) -> tuple[list[Example], list[Example], list[Row]]:
+    """Examples to learn from, examples to judge by, and the rows of the latter."""
+    leave_out = skipped if settings.skip_bad_rows else None
+    share = holdout_share(settings.holdout)
+    if objective == "sft":
+        renderer.check(all_rows)
+    if share is None:
+        rows, held_rows = all_rows, read_table(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows).rows
+        choose(objective, held_rows)
+    elif objective == "pretrain":  # one long text is one row: hold out chunks of it instead
+        chunks = make_examples(objective, renderer, all_rows, leave_out, invocation)
+        train, held = every_nth(chunks, share, settings.data)
+        return train, held, []
+    else:
+        rows, held_rows = split(all_rows, share, settings.seed)
+    return (
+        make_examples(objective, renderer, rows, leave_out, invocation),
+        make_examples(objective, renderer, held_rows, leave_out, invocation),
+        held_rows,
+    )
+
+
+def _as_record(row: Row) -> dict[str, Any]:
+    if row.messages is not None:
+        return {"messages": list(row.messages)}
+    return {"prompt": row.prompt, "completion": row.completion} if row.prompt is not None else {"text": row.text}
+
+
+# ---- classifiers and encoders
+
+
+def _classifier(settings: TrainSettings) -> Prepared:
+    _refuse_prefixes(settings)
+    table = read_labelled(settings.data, settings.columns, settings.skip_bad_rows)
+    share = holdout_share(settings.holdout)
+    if share is None:
+        rows, held_rows = table.rows, read_labelled(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows).rows
+    else:
+        rows, held_rows = _split_by_class(table.rows, share, settings.seed)
+    base = load_classifier(
+        settings.base, table.labels, table.format == "pictures", settings.revision, settings.trust_remote_code, settings.dtype,
+        settings.device,
+    )  # fmt: skip
+    skipped = list(table.skipped)
+    leave_out = skipped if settings.skip_bad_rows else None
+    length = settings.max_length or min(base.context, 512)
+    train, held = make_rows(base, rows, length, leave_out), make_rows(base, held_rows, length, leave_out)
+    return Prepared(
+        base=base,
+        task=ClassifyTask(base, train, held, _rows_a_batch(settings, base, train), settings.accumulate, settings.seed),
+        objective="classify",
+        source=_source(table, len(held)) | {"labels": list(table.labels)},
+        skipped=skipped,
+        example=f"{rows[0].content if table.format == 'text' else rows[0].where} -> {rows[0].label}",
+        held_records=_labelled_records(table.format, held_rows),
+        modules=base.fresh,
+        counts={"train": len(train), "held_out": len(held), "classes": len(table.labels)},
+    )
+
+
+def _masked(settings: TrainSettings) -> Prepared:
+    _refuse_prefixes(settings)
+    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    choose("pretrain", table.rows)
+    base = load_masked(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device)
+    pieces = make_texts(base, table.rows, settings.max_length or min(base.context, 128))
+    train, held = every_nth(pieces, holdout_share(settings.holdout) or 0.1, settings.data)
+    assert base.tokenizer is not None
+    return Prepared(
+        base=base,
+        task=MaskedTask(base, train, held, _rows_a_batch(settings, base, train), settings.accumulate, settings.seed),
+        objective="mlm",
+        source=_source(table, len(held)),
+        skipped=list(table.skipped),
+        example=str(base.tokenizer.decode(train[0].tokens)),
+        held_records=[{"text": str(base.tokenizer.decode(t.tokens, skip_special_tokens=True))} for t in held],
+        modules=base.fresh,
+        counts={"train": len(train), "held_out": len(held), "tokens": sum(len(t.tokens) for t in train)},
+    )
+
+
+def _refuse_prefixes(settings: TrainSettings) -> None:
+    meant = preset(settings.method, 1)
+    if meant.activated:
+        raise SettingsError("an activated adapter needs a text with an answer", where="method", hint=f"--method {meant.delta}")
+    if meant.storage != "plain":
+        raise SettingsError("4-bit storage is for language models so far", where="method", hint=f"--method {meant.delta}")
+
+
+def _rows_a_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any]) -> int:
+    """Rows in one pass: `batch_tokens` tokens of text, or for pictures as many patches of 16 x 16 pixels."""
+    if base.images is not None:
+        height, width = base.images.size
+        size = max(16.0, height * width / 256)
+    else:
+        size = sum(len(getattr(row, "tokens", None) or row.content) for row in rows) / len(rows)
+    return max(1, round(settings.batch_tokens / size))
+
+
+def _split_by_class(rows: list[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """About `share` of each class held out, at least one row; equal texts stay on one side."""
+    groups: dict[tuple[str, Any], list[Labelled]] = {}
+    for row in rows:
+        key = row.content if isinstance(row.content, str) else row.content.tobytes()
+        groups.setdefault((row.label, key), []).append(row)
+    by_label: dict[str, list[list[Labelled]]] = {}
+    for (label, _), group in sorted(groups.items(), key=lambda item: item[1][0].where):
+        by_label.setdefault(label, []).append(group)
+    train, held = [], []
+    for label, of_label in by_label.items():
+        if len(of_label) < 2:
+            raise DataError(
+                f"class {label!r} has one row only", where=of_label[0][0].where, hint="at least two, one to judge by"
+            )
+        random.Random(f"{seed}{label}").shuffle(of_label)
+        cut = max(1, round(share * len(of_label)))
+        held += [row for group in of_label[:cut] for row in group]
+        train += [row for group in of_label[cut:] for row in group]
+    return train, held
+
+
+def _labelled_records(format: str, rows: Sequence[Labelled]) -> list[dict[str, Any]]:
+    """Held-out rows for a file; pictures by where they are."""
+    return [
+        {"text" if format == "text" else "file": r.content if format == "text" else r.where, "label": r.label} for r in rows
+    ]
+
+
+# ---- shared
+
+
+def every_nth(pieces: list[Piece], share: float, where: Path) -> tuple[list[Piece], list[Piece]]:
+    """Pieces of a text to learn from, and every n-th one to judge by."""
+    if len(pieces) < 2:
+        raise DataError("too little text to hold some out", where=str(where), hint="a smaller --max-length, or --holdout FILE")
+    step = min(len(pieces), max(2, round(1 / share)))
+    held = pieces[step - 1 :: step]
+    return [piece for number, piece in enumerate(pieces) if number % step != step - 1], held
+
+
+def holdout_share(holdout: float | Path) -> float | None:
+    """The share of rows held out, or None where `holdout` is a file."""
+    try:
+        share = float(os.fspath(holdout)) if isinstance(holdout, Path) else float(holdout)
+    except ValueError:
+        return None
+    if not 0.0 < share < 1.0:
+        raise SettingsError(f"holdout cannot be {holdout}", hint="a share between 0 and 1, or a file of rows")
+    return share
+
+
+def _source(table: Any, held: int) -> dict[str, Any]:
+    return {"path": str(table.path), "format": table.format, "sha256": table.digest, "rows": len(table.rows), "held_out": held}
+
+
+def lines(records: Sequence[dict[str, Any]]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

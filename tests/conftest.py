@@ -1,0 +1,95 @@
+"""What all tests share: a tiny Llama of random weights, its tokenizer and data, made here; nothing is downloaded."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from helpers import SHARED, save_model, tiny_tokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from afina.base.load import load_base
+from afina.base.model import Base
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `shared` are skipped where the material is not there."""
+    for item in items:
+        if "shared" in item.keywords and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs ../shared"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+def _llama(tied: bool, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=192, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Folder of an untied tiny Llama, float32, 4 blocks."""
+    return save_model(tmp_path_factory.mktemp("tiny"), _llama(False, len(tokenizer)), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The same with the output layer tied to the embedding."""
+    return save_model(tmp_path_factory.mktemp("tied"), _llama(True, len(tokenizer)), tokenizer, seed=1)
+
+
+@pytest.fixture
+def base(tiny: Path) -> Base:
+    """The tiny base, freshly loaded."""
+    return load_base(str(tiny))
+
+
+WORDS = ("sol", "luna", "mar", "pan", "casa", "tree", "bird", "road", "stone", "night", "niño", "café")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 chats of different lengths: say a word again, twice."""
+    pairs = [(a, b) for a in WORDS for b in WORDS if a < b][:48]
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {a} {b}"}, {"role": "assistant", "content": f"{a} {b} {a}"}]}
+        for a, b in pairs
+    ]
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text of about 2,000 tokens."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("\n".join(f"the {a} and the {b} went to the {a} at night." for a in WORDS for b in WORDS if a != b))
+    return path
+
+
+@pytest.fixture(scope="session")
+def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short general text, so that forgetting is measured quickly."""
+    path = tmp_path_factory.mktemp("data") / "general.txt"
+    path.write_text("A bird sat on a stone by the road. La luna salió sobre el mar, y la casa dormía.\n")
+    return path

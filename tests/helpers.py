@@ -1,0 +1,131 @@
+"""Small makers that the tests share."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from afina.base.model import Base
+from afina.delta.attach import Adapter, attach
+from afina.delta.contract import Spec
+from afina.delta.targets import resolve_targets
+from afina.segments import BASE, Segments
+
+SHARED = Path(__file__).parents[2] / "shared"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CORPUS = (
+    "<|system|> <|user|> <|assistant|> say the sol and the luna, the mar and the pan; the casa by the road went at night.",
+    "A bird sat on a stone under a tree. La luna salió sobre el mar, y la casa dormía: ¿quién es el niño del café?",
+)
+Run = tuple[Tensor, Tensor, tuple[int, ...]]
+
+
+def tiny_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens with a chat template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made.chat_template = template
+    return made
+
+
+def random_model(config: PretrainedConfig, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
+    """A model whose weights are large enough for every part of it to show in the logits."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+            elif "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def save_model(folder: Path, config: PretrainedConfig, tokenizer: Any = None, seed: int = 0) -> Path:
+    """A random model as a Hugging Face folder."""
+    random_model(config, seed=seed).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def flat_run(lengths: Sequence[int] = (9, 1, 14, 6), seed: int = 0, low: int = 5, high: int = 300) -> Run:
+    """Random tokens, their positions and the bounds of sequences of these lengths."""
+    tokens = torch.randint(low, high, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.cat([torch.arange(n) for n in lengths]), tuple(accumulate(lengths, initial=0))
+
+
+def one_by_one(run: Run) -> list[Run]:
+    """Each sequence of a flat run as a run of its own."""
+    tokens, positions, bounds = run
+    return [(tokens[a:b], positions[a:b], (0, b - a)) for a, b in pairwise(bounds)]
+
+
+def logits(base: Base, run: Run, segments: Segments = BASE) -> Tensor:
+    """Logits (T, V) of a flat run, routed by `segments`."""
+    with torch.no_grad(), base.board.route(segments):
+        return base.run_logits(*run)
+
+
+def put(base: Base, name: str = "a", targets: Any = "all-linear", seed: int = 1, method: str = "lora", **spec: Any) -> Adapter:
+    """Attach an adapter whose parameters are random and large enough to show."""
+    paths = resolve_targets(base.model, targets, spec.pop("layers", None), any_kind=method == "full")
+    adapter = attach(base.model, base.board, name, Spec(method, paths, **spec), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.02 if method == "full" else 0.1))
+    adapter.train(False)
+    return adapter
+
+
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit, names and order included."""
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics without the figures that depend on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def afina(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`afina ...` as a process of its own."""
+    command = [sys.executable, "-m", "afina", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,144 @@
+"""The two READMEs say the same, and what they say to type works."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import afina
+from afina.cli.main import parse
+from afina.config import TrainSettings
+from afina.data.formats import read_table
+from afina.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+READMES = ["README.md", "README.es.md"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILES = {"jsonl": "polite.jsonl", "csv": "questions.csv", "yaml": "settings.yaml"}  # what a block of each kind shows
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, kind: str | None = None) -> list[str]:
+    """The code blocks of a file, of one kind or as (kind, text) run together."""
+    found = BLOCK.findall(read(name))
+    return [text if kind else f"{k}\n{text}" for k, text in found if kind in (None, k)]
+
+
+def prose(name: str) -> str:
+    return BLOCK.sub("", read(name))
+
+
+def commands() -> list[str]:
+    """The lines of README.md that call afina; --help and --version aside."""
+    lines = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("afina ") and not {"--help", "--version"} & set(line.split())]
+
+
+def headings(name: str) -> list[int]:
+    return [len(marks) for marks in re.findall(r"^(#+) ", prose(name), re.MULTILINE)]
+
+
+def table_rows(name: str, columns: int) -> list[list[str]]:
+    """Rows of all tables with so many columns: the cells, without the heading rows' lines."""
+    lines = [line for line in prose(name).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if len(row) == columns and not set(row[0]) <= {"-"}]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that README.md shows, as the reader would have it."""
+    for kind, name in FILES.items():
+        (block,) = blocks("README.md", kind)
+        (tmp_path / name).write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_twins_have_the_same_shape() -> None:
+    english, spanish = READMES
+    assert headings(english) == headings(spanish)
+    assert blocks(english) == blocks(spanish)
+    assert len(re.findall(r"^[-*] ", prose(english), re.MULTILINE)) == len(re.findall(r"^[-*] ", prose(spanish), re.MULTILINE))
+    assert [len(table_rows(english, n)) for n in (2, 3)] == [len(table_rows(spanish, n)) for n in (2, 3)]
+
+
+def test_what_stands_between_backticks_is_the_same() -> None:
+    """Names of flags, files and methods are not translated; the question put to the demo is."""
+    english, spanish = (set(re.findall(r"`([^`\n]+)`", prose(name))) for name in READMES)
+    assert english ^ spanish == {"Correct: the dogs runs in the park", "Corrige: los perros corre en el parque"}
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(name: str) -> None:
+    titles = re.findall(r"^#+ (.+)$", prose(name), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith(("http://", "https://")):
+            assert (ROOT / target.partition("#")[0]).exists(), target
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert re.search(rf"^## \[{re.escape(afina.__version__)}\]", read("CHANGELOG.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_is_understood(line: str, workplace: Path) -> None:
+    settings = workplace / "runs" / "polite" / "settings.yaml"  # what the run before it leaves
+    settings.parent.mkdir(parents=True)
+    settings.write_text("data: polite.jsonl\n", encoding="utf-8")
+    parse(shlex.split(line, comments=True)[1:])
+
+
+def test_defaults_of_the_settings_table() -> None:
+    rows = [row for row in table_rows("README.md", 3) if row[0].startswith("`--")]
+    assert len(rows) == 12
+    for flag, default, _ in rows:
+        field = TrainSettings.model_fields[flag.strip("`-").replace("-", "_")]
+        if default.startswith("`") and flag != "`--out`":
+            assert default == f"`{field.default}`", flag
+
+
+def test_the_methods_named_are_there() -> None:
+    from afina.delta.contract import methods
+    from afina.delta.presets import preset
+
+    rows = table_rows("README.md", 3)
+    start = rows.index(["method", "what learns", "when"]) + 1
+    named = [row[0].strip("`") for row in rows[start:] if re.fullmatch(r"`[a-z]+`", row[0])]
+    for name in named:
+        assert preset(name, blocks=4).delta in methods()
+    assert set(methods()) <= set(named)
+
+
+def test_the_error_shown_is_the_real_one(workplace: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_table(Path("questions.csv"))
+    assert blocks("README.md", "text") == [f"afina: {caught.value}\n"]
+
+
+@pytest.mark.slow
+def test_the_reader_who_types_everything(workplace: Path) -> None:
+    """All commands but the demo (which has a test of its own), in order, in an empty folder; then the Python block."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    script = [line for line in commands() if "demo" not in line]
+    assert len(script) > 8
+    for line in script:
+        done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    (block,) = blocks("README.md", "python")
+    done = subprocess.run([sys.executable, "-c", block], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    section = prose("README.md").partition("## The run folder")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| `([\w.]+)/?` \|", section, re.MULTILINE)
+    assert {path.name for path in (workplace / "runs" / "polite").iterdir()} == set(names)
