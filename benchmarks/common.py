@@ -71,7 +71,11 @@ def roofline() -> dict[str, float]:
 
 
 def publish(
-    name: str, figures: Mapping[str, float], targets: Mapping[str, Sequence[Any]], repeats: Mapping[str, Any], machine: Mapping[str, float]
+    name: str,
+    figures: Mapping[str, float],
+    targets: Mapping[str, Sequence[Any]],
+    repeats: Mapping[str, Any],
+    machine: Mapping[str, float],
 ) -> None:
     """Write results/NAME.json, renew RESULTS.md, print the last line."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()

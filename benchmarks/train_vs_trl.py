@@ -38,10 +38,14 @@ def make_base(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = ByteLevelBPETokenizer(str(SHARED / "data/tok-gpt2/encoder.json"), str(SHARED / "data/tok-gpt2/vocab.bpe"))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
     wrapped.save_pretrained(folder / "base")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**CONFIG, bos_token_id=None, eos_token_id=50256)).to(torch.bfloat16).save_pretrained(folder / "base")
+    LlamaForCausalLM(LlamaConfig(**CONFIG, bos_token_id=None, eos_token_id=50256)).to(torch.bfloat16).save_pretrained(
+        folder / "base"
+    )
     rows = json.loads((SHARED / "data/llamafactory-demo/alpaca_en_demo.json").read_text())[:ROWS]
     pairs = [{"prompt": (r["instruction"] + "\n" + r.get("input", "")).strip() + "\n", "completion": r["output"]} for r in rows]
     kept = []
@@ -78,7 +82,14 @@ def ours_rows(folder: Path) -> None:
         ticks: list[Tick] = []
         Loop(setup, Path(run), {}, ticks.append, lambda: None).train()
     tokens, seconds = sum(t.tokens for t in ticks), sum(t.seconds for t in ticks)
-    report(tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds, peak_mb=peak_mb(), loss0=start_loss, steps=len(ticks))
+    report(
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_mb=peak_mb(),
+        loss0=start_loss,
+        steps=len(ticks),
+    )
 
 
 def trl_rows(folder: Path) -> None:
@@ -112,7 +123,14 @@ def trl_rows(folder: Path) -> None:
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    report(tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds, peak_mb=peak_mb(), loss0=start_loss, steps=trainer.state.global_step)
+    report(
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_mb=peak_mb(),
+        loss0=start_loss,
+        steps=trainer.state.global_step,
+    )
 
 
 def ours_dense(_: Path) -> None:
@@ -161,7 +179,9 @@ def peft_dense(_: Path) -> None:
 
     torch.manual_seed(0)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**DENSE)).to(torch.bfloat16), LoraConfig(r=8, lora_alpha=16, target_modules=names))
+    model = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**DENSE)).to(torch.bfloat16), LoraConfig(r=8, lora_alpha=16, target_modules=names)
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     x = torch.randint(0, 32000, (2, 256))
 
@@ -209,7 +229,9 @@ def main() -> None:
         folder = Path(name)
         machine = roofline()
         side = lambda python, which: (python, [__file__, "--side", which, "--folder", name])  # noqa: E731
-        dense = interleave({"ours": side(sys.executable, "ours-dense"), "peft": side(PEERS, "peft-dense")}, max(3, arguments.repeats))
+        dense = interleave(
+            {"ours": side(sys.executable, "ours-dense"), "peft": side(PEERS, "peft-dense")}, max(3, arguments.repeats)
+        )
         make_base(folder)
         rows = interleave({"ours": side(sys.executable, "ours-rows"), "trl": side(PEERS, "trl-rows")}, arguments.repeats)
     flops = 4 * 182e6  # products of one token, forward and backward to the activations, 215M less its embedding

@@ -54,6 +54,16 @@ def _nonsense(rng: random.Random) -> str:
     return " ".join(words)
 
 
+def _all_words(language: str) -> list[str]:
+    """Every form of every word of the lexicon."""
+    nouns = [*lx.persons, *lx.animals, *lx.things, *lx.foods, *lx.places]
+    verbs = [*lx.thing_verbs, *lx.food_verbs, *lx.intransitive]
+    forms = {noun.form(language, plural) for noun in nouns for plural in (False, True)}
+    forms |= {a.form(language, plural, feminine) for a in lx.adjectives for plural in (False, True) for feminine in (False, True)}
+    forms |= {verb.form(language, plural, past) for verb in verbs for plural in (False, True) for past in (False, True)}
+    return sorted(forms)
+
+
 def _noun_phrase(rng: random.Random, plural: bool | None = None) -> st.Phrase:
     nouns = rng.choice((lx.persons, lx.animals, lx.things, lx.foods))
     drawn = st.draw_phrase(rng, st.EVERYTHING, nouns)
@@ -157,16 +167,59 @@ def _greeting(rng: random.Random, language: str) -> Chat:
     return [("user", ask), ("assistant", answer)]
 
 
-# how often each skill is drawn: copying and translating need the most practice
-SKILLS = (
-    (_repeat, 5), (_translate, 6), (_word, 2), (_number, 3), (_question, 3), (_write_about, 2),
-    (_story, 1), (_opposite, 1), (_sum, 1), (_tense, 3), (_greeting, 1),
-)
+WORDS = {language: _all_words(language) for language in lx.LANGUAGES}
 
 
-def chat(rng: random.Random) -> Chat:
+def _any_words(rng: random.Random, language: str) -> str:
+    """What copying must not rely on grammar for: words in no order, wrong sentences, nonsense, right sentences."""
+    kind = rng.random()
+    if kind < 0.35:
+        return " ".join(rng.choice(WORDS[rng.choice((language, language, "en", "es"))]) for _ in range(rng.randint(2, 10)))
+    if kind < 0.6:
+        return st.corrupt(rng, st.draw_clause(rng), language)
+    return _nonsense(rng) if kind < 0.75 else st.write(st.draw_clause(rng), language)
+
+
+def _copy(rng: random.Random, language: str) -> Chat:
+    text = _any_words(rng, language)
+    ask = _say(language, rng, ("Repeat: ", "Say this again: ", "Copy this text: ", "Write exactly this: "),
+               ("Repite: ", "Di otra vez: ", "Copia este texto: ", "Escribe exactamente esto: "))
+    return [("user", ask + text), ("assistant", text)]
+
+
+def _replace(rng: random.Random, language: str) -> Chat:
+    words = _any_words(rng, language).split()
+    old, new = rng.choice(words).strip("."), rng.choice(WORDS[language])
+    ask = f"Put {new} for {old}: " if language == "en" else f"Pon {new} por {old}: "
+    answer = " ".join(new + "." * word.endswith(".") if word.strip(".") == old else word for word in words)
+    return [("user", ask + " ".join(words)), ("assistant", answer)]
+
+
+def _remove(rng: random.Random, language: str) -> Chat:
+    words = _any_words(rng, language).split()
+    gone = rng.choice(words)
+    ask = f"Leave out {gone}: " if language == "en" else f"Quita {gone}: "
+    return [("user", ask + " ".join(words)), ("assistant", " ".join(word for word in words if word != gone) or "-")]
+
+
+# how often each skill is drawn. First: copying and translating need the most practice. Then, for the last quarter of the
+# training: exact copying, without help from grammar, which the first mix alone did not teach (it repeated 70% of wrong
+# sentences as right ones).
+SKILLS = {
+    "first": (
+        (_repeat, 5), (_translate, 6), (_word, 2), (_number, 3), (_question, 3), (_write_about, 2),
+        (_story, 1), (_opposite, 1), (_sum, 1), (_tense, 3), (_greeting, 1),
+    ),
+    "copy": (
+        (_copy, 9), (_replace, 4), (_remove, 3), (_translate, 4), (_word, 2), (_number, 2), (_question, 2), (_write_about, 1),
+        (_story, 1), (_opposite, 1), (_sum, 1), (_tense, 2), (_greeting, 2),
+    ),
+}
+
+
+def chat(rng: random.Random, mix: str) -> Chat:
     """A chat of one or two exchanges, sometimes under a system line."""
-    skills, weights = zip(*SKILLS)
+    skills, weights = zip(*SKILLS[mix])
     turns: Chat = []
     if rng.random() < 0.1:
         turns.append(("system", rng.choice(("You are a helpful assistant.", "Eres un asistente útil."))))
@@ -175,7 +228,8 @@ def chat(rng: random.Random) -> Chat:
     return turns
 
 
-def documents(rng: random.Random) -> Iterator[str | Chat]:
-    """An endless stream: half chats, half stories (the books are mixed in by the trainer)."""
+def documents(rng: random.Random, mix: str) -> Iterator[str | Chat]:
+    """An endless stream of chats and stories (the books are mixed in by the trainer)."""
+    chats = {"first": 0.7, "copy": 0.88}[mix]
     while True:
-        yield chat(rng) if rng.random() < 0.7 else story(rng)
+        yield chat(rng, mix) if rng.random() < chats else story(rng)

@@ -1,6 +1,8 @@
-"""Make the embedded base: tokenizer, chat template, weights, card. About an hour on 2 CPU cores.
+r"""Make the embedded base: tokenizer, chat template, weights, card. About an hour on 2 CPU cores.
 
-    python recipes/embedded_base/train.py --shakespeare input.txt --quijote quijote.txt --out OUT
+    python recipes/embedded_base/train.py --shakespeare input.txt --quijote quijote.txt --out FIRST
+    python recipes/embedded_base/train.py --shakespeare input.txt --quijote quijote.txt --out OUT \
+        --start FIRST --mix copy --steps 600
 
 A Llama of 5.2 million parameters (6 layers x 256, 4 heads, 2 KV heads, ffn 640, vocabulary 4,096, tied), trained
 from scratch: Muon on the matrices, AdamW on embeddings and norms, bf16 products over float32 masters (1.5 times
@@ -18,7 +20,7 @@ from pathlib import Path
 import text as source
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -75,6 +77,8 @@ def main() -> None:
     parser.add_argument("--quijote", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--start", type=Path, help="go on from this folder instead of from random weights")
+    parser.add_argument("--mix", choices=source.SKILLS, default="first", help="which skills the made text practises")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -82,13 +86,16 @@ def main() -> None:
     english, spanish = source.books(args.shakespeare, args.quijote)
     held = {"English book": english[::50], "Spanish book": spanish[::50]}
     books = [p for i, p in enumerate(english) if i % 50] + [p for i, p in enumerate(spanish) if i % 50]
-    made = source.documents(rng)
-    samples = [next(made) for _ in range(12000)]
-    plain = [d if isinstance(d, str) else " ".join(t for _, t in d) for d in samples]
-    tokenizer = make_tokenizer(plain + books)
+    made = source.documents(rng, args.mix)
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+    else:
+        samples = [next(made) for _ in range(12000)]
+        plain = [d if isinstance(d, str) else " ".join(t for _, t in d) for d in samples]
+        tokenizer = make_tokenizer(plain + books)
     encode = lambda documents: tokenizer("\n".join(render(tokenizer, d) for d in documents), add_special_tokens=False)["input_ids"]  # noqa: E731
 
-    other = source.documents(random.Random(args.seed + 1))
+    other = source.documents(random.Random(args.seed + 1), args.mix)
     held["stories and chats"] = [next(other) for _ in range(1500)]
     held_tokens = {name: torch.tensor(encode(documents)) for name, documents in held.items()}
     book_tokens = [encode([p]) for p in books]
@@ -98,24 +105,24 @@ def main() -> None:
         vocab_size=4096, hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0, rms_norm_eps=1e-5,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32) if args.start else LlamaForCausalLM(config)
     masters = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.to(torch.bfloat16)
     matrices = [p for n, p in masters.items() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in masters.items() if p.ndim != 2 or "embed" in n]
     muon = torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    base_rates = [(g, g["lr"]) for o in (muon, adam) for g in o.param_groups]
+    base_rates = [(g, g["lr"] * (0.6 if args.start else 1.0)) for o in (muon, adam) for g in o.param_groups]
     print("parameters", sum(p.numel() for p in model.parameters()), flush=True)
 
     stream: list[int] = []
     order: list[int] = []
     start = time.time()
     for step in range(args.steps):
-        while len(stream) < BATCH * CONTEXT + 1:  # about 45% books, 55% made text, by tokens
+        while len(stream) < BATCH * CONTEXT + 1:  # about 45% books, 55% made text, by tokens; fewer books in the copy mix
             if not order:
                 order = random.Random(rng.random()).sample(range(len(books)), len(books))
-            if rng.random() < 0.07:
+            if rng.random() < (0.07 if args.mix == "first" else 0.035):
                 stream += book_tokens[order.pop()]
             else:
                 stream += encode([next(made) for _ in range(2)])
@@ -143,8 +150,10 @@ def main() -> None:
             model.save_pretrained(args.out)
             tokenizer.save_pretrained(args.out)
             seconds = round(time.time() - start)
-            facts = {"step": step + 1, "tokens": (step + 1) * BATCH * CONTEXT, "seconds": seconds, "perplexity": card}
-            (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+            done = (step + 1) * BATCH * CONTEXT
+            facts = {"mix": args.mix, "seed": args.seed, "steps": step + 1, "tokens": done, "seconds": seconds, "perplexity": card}
+            before = json.loads((args.start / "training.json").read_text()) if args.start else []
+            (args.out / "training.json").write_text(json.dumps([*before, facts], indent=1) + "\n")
 
 
 if __name__ == "__main__":

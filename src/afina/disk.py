@@ -18,7 +18,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise AfinaError(
                 "the disk is full", where=str(path), why="nothing that was complete before is lost",
                 hint="free some space, then go on with --resume",
@@ -62,12 +62,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     with disk_errors(path):
         try:
+            shutil.rmtree(beside, ignore_errors=True)  # of a process killed earlier that had the same number, as in containers
             beside.mkdir(parents=True)
             yield beside
             if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             beside.rename(path)
         finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 

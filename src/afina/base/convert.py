@@ -16,7 +16,8 @@ def convert(old: Path, new: Path) -> None:
     """Write `old`'s weights to `new` as one safetensors file, with its configuration and tokenizer."""
     new.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted([*old.glob("*.bin"), *old.glob("*.pt"), *old.glob("*.pth")]):
+    weights = [*old.glob("pytorch_model*.bin")] or [*old.glob("*.bin"), *old.glob("*.pt"), *old.glob("*.pth")]
+    for file in sorted(weights):  # a trainer's folder also has training_args.bin and optimizer.pt
         tensors |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     config = json.loads((old / "config.json").read_text())
     if config.get("tie_word_embeddings", False):

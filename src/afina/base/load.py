@@ -5,19 +5,27 @@ gated or missing model, a download that stopped half-way, code that would have t
 """
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from afina.base.fast import speed_up
 from afina.base.flat import NAME
 from afina.base.model import Base
-from afina.base.safety import check_file
+from afina.base.nf4 import Quantized
+from afina.base.nf4_load import load_nf4
+from afina.base.safety import check_file, hash_tensors
 from afina.config import EMBEDDED
 from afina.errors import BaseError, SettingsError
 
@@ -122,28 +130,34 @@ def load_base(
 ) -> Base:
     """A causal language model, frozen and in eval mode, with its tokenizer.
 
-    Raises `BaseError` where the model is missing, damaged, closed, or no decoder.
+    With `storage` "nf4" the layers in its blocks are held in four bits a weight (`afina.base.nf4`); all else, and all
+    arithmetic, stays in `dtype`. Raises `BaseError` where the model is missing, damaged, closed, or no decoder.
     """
     folder = find_folder(base, revision)
     files = check_folder(folder)
     config = load_config(folder, base, trust_remote_code)
     place = choose_device(device)
-    options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code,
-               "output_loading_info": True, "ignore_mismatched_sizes": True}  # fmt: skip
+    options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code}
     transformers.utils.logging.disable_progress_bar()
-    load: Callable[..., Any] = partial(AutoModelForCausalLM.from_pretrained, folder, **options)
+    digest = hash_tensors(files) if storage == "nf4" else None
+
+    def load(attention: str) -> tuple[PreTrainedModel, list[Quantized]]:
+        chosen = options | {"attn_implementation": attention}
+        if digest is None:
+            return _load_whole(folder, base, chosen), []
+        return load_nf4(folder, files, config, digest, chosen, partial(_load_whole, folder, base, chosen))
+
     try:
         try:
-            (model, info), flat = load(attn_implementation=NAME), True
+            (model, quantization), flat = load(NAME), True
         except (ValueError, KeyError):  # families from before the AttentionInterface: run sequence by sequence
-            (model, info), flat = load(attn_implementation="eager"), False
+            (model, quantization), flat = load("eager"), False
     except (ValueError, KeyError, OSError) as error:
         raise BaseError("transformers cannot load this model", where=base, why=str(error).splitlines()[0]) from error
-    _check_complete(info, base)
     model.requires_grad_(False)
     model.eval().to(place)
     speed_up(model)
-    return Base(
+    made = Base(
         model=model,
         tokenizer=_tokenizer(folder, base, trust_remote_code),
         name=str(folder.resolve()) if base != EMBEDDED and Path(base).expanduser().is_dir() else base,
@@ -152,15 +166,28 @@ def load_base(
         files=files,
         remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
         flat=flat,
+        storage=storage,
+        quantization=quantization,
     )
+    if digest is not None:
+        made.hash = digest  # known already: the weights need not be read again for it
+    return made
 
 
-def _check_complete(info: dict, name: str) -> None:
-    """Raise `BaseError` where transformers gave a tensor random numbers, because the files lack it or hold another shape."""
+def _load_whole(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The model as transformers loads it.
+
+    Raises `BaseError` where it gave a tensor random numbers, because the files lack it or hold another shape.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         why = f"{len(missing)} tensors are missing or of another shape, the first: {missing[0]}"
         raise BaseError("the weights do not fit config.json", where=name, why=why, hint="download the model again")
+    return model
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:

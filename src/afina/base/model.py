@@ -1,7 +1,7 @@
 """A frozen base: its modules, its tokenizer, and the few ways in which the rest of afina calls it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from afina.base.flat import NAME, Flat, KeyValueCache
 from afina.base.frozen import Frozen
+from afina.base.nf4 import Quantized
 from afina.errors import BaseError
 from afina.kernels.cross_entropy import linear_cross_entropy
 
@@ -27,9 +28,12 @@ class Base(Frozen):
 
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
     flat: bool = True
+    storage: str = "plain"  # or "nf4": the blocks' layers in four bits a weight
+    quantization: list[Quantized] = field(default_factory=list)  # what that did to each layer
 
     def __post_init__(self) -> None:
         self.flat = self.flat and self._takes_flat_runs()
+        self._check_causal()
         self._split_head = self._head_is_plain()
 
     @property
@@ -148,6 +152,15 @@ class Base(Frozen):
             return False  # attention sinks, masks of its own, states that run on, ...
         self._attend(NAME)
         return True
+
+    @torch.no_grad()
+    def _check_causal(self) -> None:
+        """Raise `BaseError` where a token changes what comes before it (BERT and its kind)."""
+        tokens, positions, bounds = self._probe((PROBE,))
+        other = torch.cat([tokens[:-1], tokens[:1]])
+        first, second = (self._whole(run, positions, bounds)[:-1] for run in (tokens, other))
+        if (first - second).norm() > 0.01 * first.norm():
+            raise BaseError("this model reads ahead; next-token learning needs a decoder", where=self.name)
 
     def _attend(self, implementation: str) -> None:
         """Choose the attention of all layers, also where a family from before the AttentionInterface would not."""

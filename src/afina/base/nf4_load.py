@@ -29,13 +29,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from afina.base.nf4 import PARTS, SKIP, NF4Linear, Quantized, as_matrix, candidates, measure, put, quantize_model, show
 from afina.base.safety import hash_tensors, read_header
 from afina.disk import new_folder, write_json
-from afina.errors import AfinaError
+from afina.errors import AfinaError, BaseError
 from afina.kernels.nf4 import NF4Weight
 
 FORMAT = 1  # of the cache: another number makes it anew
 SHARD = 128 * 2**20  # bytes of a file of the cache, and of quantised tensors in memory while it is written
 
-Places = dict[str, Path]  # name of a published tensor -> its file
+Places = dict[str, tuple[Path, list[int]]]  # name of a published tensor -> its file and shape
 Tensors = dict[str, Tensor]
 
 
@@ -59,42 +59,40 @@ def load_nf4(
     folder: Path,
     files: list[Path],
     config: PretrainedConfig,
-    dtype: torch.dtype,
-    attention: str,
     digest: str,
-    trust_remote_code: bool = False,
+    options: dict[str, Any],
+    whole: Callable[[], PreTrainedModel],
     skip: Collection[str] = SKIP,
     tell: Callable[[Quantized], None] = show,
 ) -> tuple[PreTrainedModel, list[Quantized]]:
-    """The causal language model in `folder`, its blocks in NF4 and all else in `dtype`, and what quantising did.
+    """The causal language model in `folder`, its blocks in NF4, and what quantising did to each layer.
 
-    `digest` is the hash of the published tensors in `files`. Families whose files name their tensors otherwise than
-    the model does (fused experts, files without the model's prefix) are loaded whole, quantised, and not cached. So
-    are those that cannot be built without weights, and those that keep some modules in float32.
+    `digest` is the hash of the published tensors in `files`; `options` are transformers' (dtype, attn_implementation,
+    trust_remote_code). Some families are loaded by `whole`, then quantised, and not cached: those whose files name
+    their tensors otherwise than the model does (fused experts, files without the model's prefix), those that cannot
+    be built without weights, and those that keep some modules in float32.
     """
-    options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    places = {n: (file, e["shape"]) for file in files for n, e in read_header(file)[1].items() if n != "__metadata__"}
     try:
         with _NoWeights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **options)
-        places = {name: file for file in files for name in read_header(file)[1] if name != "__metadata__"}
-        why = _hindrance(model, files)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        why = _hindrance(model, places)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         why = f"it cannot be built without weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     if why:
-        print(f"nf4  the whole model is loaded before it is quantised: {why}", file=sys.stderr)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
-        report = quantize_model(model, skip, tell)
-        return model.to(dtype), report  # type: ignore[arg-type]
+        model = whole()
+        print(f"nf4  the whole model was loaded before it is quantised: {why}", file=sys.stderr)
+        return model, quantize_model(model, skip, tell)
     tensors, report = _quantised(model, places, cache_root() / digest, skip, tell)
     _fill(model, places, tensors, skip)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, report
+    return model.eval(), report
 
 
-def _hindrance(model: PreTrainedModel, files: list[Path]) -> str | None:
-    """Why the tensors of `files` are not, one for one, those of `model`; None if they are."""
-    stored = {n: e["shape"] for file in files for n, e in read_header(file)[1].items() if n != "__metadata__"}
+def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
+    """Why the published tensors are not, one for one, those of `model`; None if they are."""
+    stored = {name: shape for name, (_, shape) in places.items()}
     state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {name: shape for name, shape in state.items() if name not in _tied(model)}
     if stored != wanted:
@@ -113,7 +111,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 def _read(places: Places, name: str) -> Tensor:
     """A published tensor, mapped; its file is opened for it alone, so that pages already used are given back."""
-    with safe_open(places[name], framework="pt") as file:
+    with safe_open(places[name][0], framework="pt") as file:
         return file.get_tensor(name)
 
 
@@ -136,17 +134,17 @@ def _quantised(
         return found
     if cache.exists():
         print(f"nf4  made anew, since it was damaged or for another choice of layers: {cache}", file=sys.stderr)
+    why = "what was written cannot be read back"
     try:
         _write(cache, _layers(model, places, skip, tell))
-        if found := _open(cache, paths):
-            return found
-        why = "what was written cannot be read back"
-    except (AfinaError, OSError) as error:
-        if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
-            raise  # a layer that cannot be quantised
+    except BaseError:  # a layer that cannot be quantised
+        raise
+    except (AfinaError, OSError) as error:  # no place on the disk, or another process was faster
         why = str(error).splitlines()[0]
+    if found := _open(cache, paths):
+        return found
     print(f"nf4  kept in memory, not in the cache: {why}", file=sys.stderr)
-    done = list(_layers(model, places, skip, lambda _: None))
+    done = list(_layers(model, places, skip, tell))
     return {name: tensor for tensors, _ in done for name, tensor in tensors.items()}, [report for _, report in done]
 
 

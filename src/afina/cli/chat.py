@@ -5,12 +5,11 @@ from typing import Any
 
 from rich.console import Console
 
-from afina.base.load import load_base
 from afina.base.model import Base
 from afina.config import ChatSettings
 from afina.data.template import Renderer
-from afina.delta.files import load_adapter
-from afina.engine.generate import Sampling, base_of, generate_tokens, stop_tokens, template_of
+from afina.delta.opening import open_run
+from afina.engine.generate import Sampling, generate_tokens, stop_tokens
 from afina.errors import DataError
 from afina.route.invocation import Route
 
@@ -18,15 +17,14 @@ from afina.route.invocation import Route
 def chat(settings: ChatSettings) -> dict[str, Any]:
     """Talk until an empty line of input ends; `/off` and `/on` switch the adapter, `/new` forgets the conversation."""
     console = Console(stderr=True)
-    name, revision = base_of(settings.run, settings.base)
-    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    adapted = load_adapter(settings.run, base).route if settings.run is not None else None
+    opened = open_run(settings.run, settings)
+    base, adapted = opened.language, opened.route
     route = adapted
-    renderer = Renderer(base.tokenizer, template_of(settings.run), base.context)
+    renderer = Renderer(base.tokenizer, opened.template, base.context)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     opening = [{"role": "system", "content": settings.system}] if settings.system else []
     messages = list(opening)
-    who = f"{name} with {settings.run}" if settings.run else name
+    who = f"{base.name} with {settings.run}" if settings.run else base.name
     console.print(f"{who}. /on and /off switch the adapter, /new starts again, Ctrl-D leaves.", highlight=False)
     while (line := _read()) is not None:
         if line in ("/on", "/off"):
@@ -41,7 +39,7 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
             except DataError as error:  # the conversation has outgrown the context
                 console.print(f"{error.what}; /new starts again", highlight=False)
                 messages.pop()
-    return {"base": name, "run": str(settings.run) if settings.run else None, "messages": messages}
+    return {"base": base.name, "run": str(settings.run) if settings.run else None, "messages": messages}
 
 
 def _read() -> str | None:

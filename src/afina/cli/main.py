@@ -69,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
             if field_name == verb.positional:
                 sub.add_argument(field_name, nargs="*" if verb.many else "?", help=help_text)
             flag = "--" + field_name.replace("_", "-")
-            metavar = field_name.upper() if field_name != verb.positional else argparse.SUPPRESS
             if field.annotation is bool:
                 sub.add_argument(flag, dest=field_name, nargs="?", const=True, metavar="true|false", help=help_text)
-            elif field_name != verb.positional:
-                sub.add_argument(flag, dest=field_name, metavar=_metavar(field.annotation, metavar), help=help_text)
+            elif field_name != verb.positional or not verb.many:  # prompts have commas in them, which separate lists
+                metavar = _metavar(field.annotation, field_name.upper())
+                sub.add_argument(flag, dest=field_name, metavar=metavar, help=help_text)
     return parser
 
 
@@ -104,13 +104,27 @@ def _value(annotation: Any, text: Any) -> Any:
     return text
 
 
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--resume DATA` as `--resume=true DATA`: a switch takes true or false, and no other word."""
+    fields = VERBS[arguments[0]].settings.model_fields if arguments and arguments[0] in VERBS else {}
+    switches = {"--" + name.replace("_", "-") for name, field in fields.items() if field.annotation is bool}
+    following = [*(word.lower() for word in arguments[1:]), ""]
+    answers = ("true", "false", "yes", "no", "on", "off", "1", "0")
+    return [
+        f"{word}=true" if word in switches and after not in answers else word
+        for word, after in zip(arguments, following, strict=False)
+    ]
+
+
 def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
     """(verb, settings, whether JSON is asked for); raises `SettingsError` on anything that does not fit."""
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         raise SettingsError(f"unknown verb {arguments[0]!r}", hint=nearest(arguments[0], VERBS))
     parser = build_parser()
-    known, unknown = parser.parse_known_args(arguments)
+    known, unknown = parser.parse_known_args(_spelled_out(arguments))
     if known.verb is None:
+        if unknown:
+            raise SettingsError(f"unknown flag {unknown[0]}", hint=nearest(unknown[0], ["--help", "--version", *VERBS]))
         parser.print_help()
         raise SystemExit(0)
     verb = VERBS[known.verb]

@@ -91,6 +91,12 @@ UNITS = {"loss": "loss, nats a token", "perplexity": "perplexity", "general_loss
 
 
 def _eval(result: dict[str, Any]) -> None:
+    if "classes" in result:
+        classes = result["classes"]
+        console.print(
+            f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {classes['rows']:,} rows", highlight=False
+        )
+        return
     sides = [side for side in ("before", "after") if side in result]
     table = Table(title=f"{result['rows']:,} rows", title_justify="left")
     table.add_column("")

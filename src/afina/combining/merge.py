@@ -11,17 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from afina.base.classifier import IMAGE_CONFIG, Classifier, load_classifier, load_masked
+from afina.base.frozen import Frozen
 from afina.base.load import load_base
 from afina.base.model import Base
+from afina.base.nf4 import write_out
 from afina.config import ExportSettings, MergeSettings, make_settings
-from afina.delta.attach import Adapter, detach, frozen_module
-from afina.delta.files import adapter_folder, load_adapter, read_json
-from afina.delta.layers import as_stored
+from afina.delta.attach import Adapter, detach
+from afina.delta.files import adapter_folder, read_json, read_story
+from afina.delta.layers import as_matrix, as_stored
+from afina.delta.opening import open_run
 from afina.disk import new_folder, write_json
-from afina.engine.generate import base_of
 from afina.errors import MergeError, SettingsError
-from afina.judge.losses import general_examples
-from afina.segments import Segments
+from afina.judge.losses import GENERAL, general_examples
+from afina.route.invocation import Route
+from afina.segments import BASE, Segments
 
 PROBE_TOKENS = 512
 # largest difference of a logit, as a share of the spread (standard deviation) of the logits: float32 rounds in the
@@ -37,27 +41,44 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
     """
     settings = run if isinstance(run, MergeSettings) else make_settings(MergeSettings, {"run": Path(run), **values})
     _check_out(settings.out)
-    name, revision = base_of(settings.run, settings.base)
-    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    adapter = load_adapter(settings.run, base, allow_other_base=settings.allow_other_base)
+    opened = open_run(settings.run, settings, allow_other_base=settings.allow_other_base)
+    base, adapter = opened.base, opened.adapter
+    assert adapter is not None
     if adapter.spec.invocation:
         why = "it acts from its invocation on, and a merged weight acts on every token"
         raise MergeError("an activated adapter cannot be merged", where=str(settings.run), why=why, hint="serve it unmerged")
     probe = _probe(base)
-    with base.board.route(Segments.all(adapter.name)), torch.no_grad():
-        adapted = base.run_logits(*probe)
+    adapted = _logits(base, probe, adapter.route)
     with new_folder(settings.out) as folder:
         take_in(base, adapter)
         base.model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
-        merged = load_base(str(folder), dtype=str(base.dtype).removeprefix("torch."), device=base.device.type,
-                           trust_remote_code=settings.trust_remote_code)  # fmt: skip
-        proof = compare(adapted, merged, probe)
+        _copy_reading(base, folder)
+        merged = _reload(base, folder, settings)
+        proof = compare(adapted, _logits(merged, probe, None))
         _judge(proof, base.dtype, settings.tolerance)
-        about = {"base": name, "adapter": read_json(adapter_folder(settings.run) / "afina.json").get("hash")
-                 if (adapter_folder(settings.run) / "afina.json").is_file() else None}  # fmt: skip
+        about = {"base": base.name, "adapter": read_story(adapter_folder(settings.run)).get("hash")}
         write_json(folder / "merge.json", about | proof)
     return {"out": str(settings.out), **about, **proof}
+
+
+def _copy_reading(base: Frozen, folder: Path) -> None:
+    """What the model needs to read its input: the tokenizer, or how pictures are prepared."""
+    tokenizer = getattr(base, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if base.folder is not None and (base.folder / IMAGE_CONFIG).is_file():
+        shutil.copy2(base.folder / IMAGE_CONFIG, folder / IMAGE_CONFIG)
+
+
+def _reload(base: Frozen, folder: Path, settings: MergeSettings) -> Frozen:
+    """The merged model as a stranger would load it."""
+    how = {"trust_remote_code": settings.trust_remote_code, "dtype": str(base.dtype).removeprefix("torch."),
+           "device": base.device.type}  # fmt: skip
+    if not isinstance(base, Classifier):
+        return load_base(str(folder), **how)  # type: ignore[arg-type]
+    if base.labels:
+        return load_classifier(str(folder), base.labels, base.images is not None, **how)  # type: ignore[arg-type]
+    return load_masked(str(folder), **how)  # type: ignore[arg-type]
 
 
 def export(run: str | Path | ExportSettings, **values: Any) -> dict[str, Any]:
@@ -84,28 +105,36 @@ def _check_out(out: Path) -> None:
 
 
 @torch.no_grad()
-def take_in(base: Base, adapter: Adapter) -> None:
+def take_in(base: Frozen, adapter: Adapter) -> None:
     """Merge `adapter` into the weights of `base`, in place, and detach it.
 
-    Sums are made in float32 and rounded once to the base's dtype. Where the output layer is tied to the embedding and
-    only one of them changed, or each changed in its own way, the tie is cut and said so in the configuration.
+    Sums are made in float32 and rounded once to the base's dtype; layers held in 4 bits are written out in that dtype, so
+    that the merged model is what the adapter was trained on. Where the output layer is tied to the embedding and only one
+    of them changed, or each changed in its own way, the tie is cut and said so in the configuration.
     """
-    model = base.model
-    detached = {path: (frozen_module(model, path), delta) for path, delta in adapter.deltas.items()}
-    changed: dict[int, Tensor] = {}
+    model: Any = base.model
+    deltas = adapter.deltas
     detach(model, adapter)
-    for path, (module, delta) in detached.items():
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
+    write_out(model)
+    changed: dict[int, Tensor] = {}
+    for path, delta in deltas.items():
+        module = model.get_submodule(path)
         if delta.replaces:
             _replace(module, delta, changed)
             continue
         _untie(model, path)
-        matrix = as_stored(module, weight.detach().float())
-        module.weight = nn.Parameter(as_stored(module, delta.merged(matrix)).to(weight.dtype), requires_grad=False)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight and model.config.tie_word_embeddings:
-        model.config.tie_word_embeddings = False
+        merged = delta.merged(as_matrix(module, module.weight.detach().float()))
+        module.weight = nn.Parameter(as_stored(module, merged).to(module.weight.dtype), requires_grad=False)
+    head, embedding = model.get_output_embeddings(), _embedding(model)
+    if head is not None and embedding is not None and getattr(model.config, "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = head.weight is embedding.weight
+
+
+def _embedding(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # image models have none
+        return None
 
 
 def _replace(module: nn.Module, delta: nn.Module, changed: dict[int, Tensor]) -> None:
@@ -116,33 +145,47 @@ def _replace(module: nn.Module, delta: nn.Module, changed: dict[int, Tensor]) ->
         setattr(module, name, changed[id(parameter)])
 
 
-def _untie(model: nn.Module, path: str) -> None:
+def _untie(model: Any, path: str) -> None:
     """Give the output layer at `path` a weight of its own, if it shares the embedding's."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is model.get_submodule(path) and head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+    head, embedding = model.get_output_embeddings(), _embedding(model)
+    if head is not None and embedding is not None and head is model.get_submodule(path) and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
-def _probe(base: Base) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Probe text as a flat run of one sequence: tokens, positions, bounds."""
-    tokens: list[int] = []
-    for example in general_examples(base, None):
-        tokens += example.tokens
-    tokens = tokens[: min(PROBE_TOKENS, base.context)]
-    return torch.tensor(tokens, device=base.device), torch.arange(len(tokens), device=base.device), (0, len(tokens))
+def _probe(base: Frozen) -> Any:
+    """Something to compare on: general text as one flat run, as rows for encoders, or noise for image models."""
+    if isinstance(base, Base):
+        tokens = [token for example in general_examples(base) for token in example.tokens][: min(PROBE_TOKENS, base.context)]
+        return torch.tensor(tokens, device=base.device), torch.arange(len(tokens), device=base.device), (0, len(tokens))
+    assert isinstance(base, Classifier)
+    if base.images is not None:
+        shape = (16, len(base.images.mean), *base.images.size)
+        return base.batch(list(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert base.tokenizer is not None
+    texts = [line for line in GENERAL.read_text(encoding="utf-8").splitlines() if len(line) > 20][:16]
+    return base.batch([base.tokenizer(text)["input_ids"][: base.context] for text in texts])
 
 
 @torch.no_grad()
-def compare(adapted: Tensor, merged: Base, probe: tuple[Tensor, Tensor, tuple[int, ...]]) -> dict[str, float]:
-    """Merged against adapted logits (T, V): largest difference, the same as a share of their spread, agreement."""
-    logits = merged.run_logits(*probe)
+def _logits(base: Frozen, probe: Any, route: Route | None) -> Tensor:
+    """Logits (..., classes) of the probe under `route`."""
+    everywhere = BASE if route is None else Segments.all(route.adapter)
+    with base.board.route(everywhere):
+        if isinstance(base, Base):
+            return base.run_logits(*probe)
+        assert isinstance(base, Classifier)
+        return base.logits(probe).flatten(0, -2)
+
+
+def compare(adapted: Tensor, logits: Tensor) -> dict[str, float]:
+    """Merged against adapted logits (n, classes): largest difference, the same as a share of their spread, agreement."""
     difference = float((logits - adapted).abs().max())
     agree = float((logits.argmax(-1) == adapted.argmax(-1)).float().mean())
     return {
         "max_logit_difference": difference,
         "relative_difference": difference / float(adapted.std()),
         "greedy_agreement": agree,
-        "probe_tokens": len(probe[0]),
+        "probe_tokens": len(logits),
     }
 
 

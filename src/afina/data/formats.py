@@ -35,19 +35,20 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     With `skip_bad_rows` a row that cannot be used is left out and listed.
     Raises `DataError` with file:line:field.
     """
-    path, columns = Path(path), dict(columns or {})
-    for name in columns:
+    path = Path(path)
+    known: dict[str, str] = dict(columns or {})
+    for name in known:
         if name not in FIELDS:
             raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
     data = _bytes(path)
-    records = list(_records(path, data, lambda names: _is_header(names, columns)))
+    records = list(_records(path, data, lambda names: _is_header(names, known)))
     if not records:
         raise DataError("the file has no rows", where=str(path))
     names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
     broken = next((record for _, record in records if isinstance(record, DataError)), None)
     if broken and not (names and skip_bad_rows):
         raise broken
-    columns = _all_columns(path, names, columns)
+    columns = _all_columns(path, names, known)
     format = _format(path, set(_renamed(dict.fromkeys(names), columns)), names)
     rows, skipped = [], []
     for where, record in records:

@@ -4,7 +4,8 @@
 
 A method is one file in this folder with one class. It says how many numbers it learns (`count`), how they start
 (`__init__`: the model must be unchanged), what it adds (`forward`), what a weight becomes that has taken it in
-(`merged`), and under which names its tensors lie on disk (`keys`). No other file knows its name.
+(`merged`), and under which names its tensors lie on disk (`keys`). No other file knows its name. A method that can
+merge and restart also says how it begins anew (`restart`), and calls `carried` and `with_carried`.
 """
 
 import importlib
@@ -67,7 +68,10 @@ class Delta(nn.Module):
     with their features last, so a method needs to know matrices only.
     """
 
-    keys: ClassVar[Mapping[str, str]]  # parameter name -> name on disk, after the module's path
+    keys: Mapping[str, str]  # parameter name -> name on disk, after the module's path
+    shapes: Mapping[str, tuple[int, ...]] = {}
+    peft: ClassVar[Mapping[str, Any] | None] = None  # what tells the method in a LoraConfig of PEFT; None: not known there
+    constants: ClassVar[tuple[str, ...]] = ()  # methods without arguments whose value the gradient takes as constant
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
 
@@ -75,6 +79,11 @@ class Delta(nn.Module):
         """Parameters, float32, that leave the layer's output unchanged; random numbers come from `generator` (CPU)."""
         super().__init__()
         self.layer = layer
+        self.accumulated: Tensor | None  # (out, in) float32: what earlier restarts merged
+        self.register_buffer("accumulated", None)
+        self.restarts = int(spec.options.get("restarts", 0))  # how many there were
+        if self.restarts and type(self).restart is not Delta.restart:
+            self.accumulated = torch.zeros(layer.out_features, layer.in_features, device=layer.device)
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
         """y0 + weight * D(x, y0): x the layer's input, y0 = W x + bias (..., out), not to be written into."""
@@ -83,6 +92,20 @@ class Delta(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """The matrix (out, in), float32 or wider, of the layer that has taken this delta in."""
         raise TypeError(f"{type(self).__name__} must say what a merged weight is")
+
+    def restart(self, generator: torch.Generator) -> None:
+        """Set the parameters back to where they start, once `accumulated` holds what they said (see restart.py)."""
+        raise SettingsError(f"{type(self).__name__} cannot merge and restart", where="restart_every", hint="--method lora")
+
+    def carried(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 and, weighted, what earlier restarts merged: (..., out)."""
+        if self.accumulated is None:
+            return y0
+        return y0 + weight * self.layer.project(x, self.accumulated.to(y0.dtype))
+
+    def with_carried(self, matrix: Tensor) -> Tensor:
+        """The matrix (out, in) and what earlier restarts merged."""
+        return matrix if self.accumulated is None else matrix + self.accumulated.to(matrix)
 
     @classmethod
     def count(cls, layer: Layer, spec: Spec) -> int:

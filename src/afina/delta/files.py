@@ -22,7 +22,7 @@ import afina
 from afina.base.frozen import Frozen
 from afina.base.safety import check_file, hash_tensors
 from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module
-from afina.delta.contract import Spec, method
+from afina.delta.contract import Delta, Spec, method, methods
 from afina.delta.layers import Layer
 from afina.disk import new_folder, write_json
 from afina.errors import AdapterError, BaseError
@@ -32,21 +32,37 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, STORY = "adapter_config.json", "adapter_model.safetensors", "afina.json"
 # what a PEFT configuration may say that changes the result and that we do not (yet) follow
 UNSUPPORTED = {
-    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None,
+    "bias": "none", "lora_bias": False, "modules_to_save": None,
     "trainable_token_indices": None, "layer_replication": None, "target_parameters": None, "use_qalora": False,
+    "use_bdlora": None, "kasa_config": None, "arrow_config": None, "monteclora_config": None,
 }  # fmt: skip
+FIRST = (".lora_A.weight", ".lora_embedding_A")  # one of these names every adapted layer
+# the starts of PEFT that leave the base as it was; the others (pissa, olora, ...) take something out of it
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under their names on disk; a tied one once."""
-    names = {id(parameter) for parameter in adapter.parameters()}
-    result = {}
+    return {name: view.cpu().contiguous() for name, view in _views(adapter).items()}
+
+
+def _views(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's own tensors, each seen in its shape on disk; a tied one once."""
+    seen: set[int] = set()
+    views: dict[str, Tensor] = {}
     for path, delta in adapter.deltas.items():
-        for name, parameter in delta.named_parameters():
-            if id(parameter) in names:
-                names.discard(id(parameter))
-                result[f"{PREFIX}{path}.{delta.keys[name]}"] = parameter.detach().cpu().contiguous()
-    return result
+        for name, tensor in _own(delta).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                key = delta.keys.get(name, f"{name}.weight")
+                views[f"{PREFIX}{path}.{key}"] = tensor.detach().view(delta.shapes.get(name, tensor.shape))
+    return views
+
+
+def _own(delta: Delta) -> dict[str, Tensor]:
+    """Parameters, and what restarts have accumulated."""
+    accumulated = {} if delta.accumulated is None else {"accumulated": delta.accumulated}
+    return dict(delta.named_parameters()) | accumulated
 
 
 def content_hash(weights: Path, spec: Mapping[str, Any]) -> str:
@@ -61,7 +77,8 @@ def save_adapter(adapter: Adapter, base: Frozen, folder: Path, story: Mapping[st
         spec = adapter.spec.as_dict()
         digest = content_hash(new / WEIGHTS, spec)
         write_json(new / CONFIG, peft_config(adapter, base))
-        origin = {"name": base.name, "revision": base.revision, "hash": base.hash, "remote_code": base.remote_code}
+        origin = {"name": base.name, "revision": base.revision, "hash": base.hash, "remote_code": base.remote_code,
+                  "storage": getattr(base, "storage", "plain")}  # fmt: skip
         about = {"format_version": FORMAT_VERSION, "afina": afina.__version__, "hash": digest, "spec": spec, "base": origin}
         write_json(new / STORY, about | {"parents": []} | dict(story or {}))
     return digest
@@ -74,15 +91,16 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     everywhere = [p for p, _ in base.model.named_modules() if p.rpartition(".")[2] in leaves and not _inside(base.model, p)]
     transposed = {Layer(p, frozen_module(base.model, p)).weight.is_contiguous() is False for p in paths} == {True}
+    known = None if spec.options.get("restarts") else method(spec.method).peft
     shared = {
-        "peft_type": "LORA" if spec.method == "lora" else f"AFINA_{spec.method.upper()}",
+        "peft_type": "LORA" if known is not None else f"AFINA_{spec.method.upper()}",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "target_modules": leaves if sorted(everywhere) == sorted(paths) else paths,
         "inference_mode": True,
     }
-    if spec.method != "lora":
+    if known is None:
         return shared
     return shared | {
         "r": spec.rank,
@@ -95,6 +113,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
         "fan_in_fan_out": transposed,
         "alora_invocation_tokens": list(spec.invocation) or None,
         "init_lora_weights": True,
+        **known,
     }
 
 
@@ -138,6 +157,16 @@ def read_story(folder: Path) -> dict[str, Any]:
     return story
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run, or an empty one where there is none; raises `AdapterError` where its format is newer than ours."""
+    file = folder / "run.json"
+    story = read_json(file) if file.is_file() else {}
+    if story.get("format_version", 0) > FORMAT_VERSION:
+        why = f"its format is version {story['format_version']}, this afina reads up to {FORMAT_VERSION}"
+        raise AdapterError("written by a newer afina", where=str(file), why=why, hint="pip install -U afina")
+    return story
+
+
 def read_spec(folder: Path, names: list[str]) -> Spec:
     """The spec of an adapter on disk, from afina.json or from PEFT's configuration and the tensors' `names`."""
     story = read_story(folder)
@@ -150,10 +179,14 @@ def read_spec(folder: Path, names: list[str]) -> Spec:
     for key, neutral in UNSUPPORTED.items():
         if config.get(key, neutral) not in (neutral, None, [], {}, False):
             raise AdapterError(f"{key}={config[key]!r} is not supported yet", where=where)
-    suffix = "." + method("lora").keys["a"]
-    paths = tuple(n.removeprefix(PREFIX).removesuffix(suffix) for n in names if n.endswith(suffix))
+    if (start := config.get("init_lora_weights", True)) not in STARTS:
+        why = "it acts on a base that this start has changed"
+        hint = "in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        raise AdapterError(f"init_lora_weights={start!r} is not supported", where=where, why=why, hint=hint)
+    paths = tuple(n.removeprefix(PREFIX).removesuffix(s) for n in names for s in FIRST if n.endswith(s))
+    told = {name: kind.peft for name, kind in methods().items() if kind.peft is not None}
     return Spec(
-        method="lora",
+        method=next(name for name, marks in told.items() if all(bool(config.get(k)) == v for k, v in marks.items())),
         targets=paths,
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -198,7 +231,7 @@ def load_adapter(folder: Path, base: Frozen, name: str = "adapter", allow_other_
             "made for another base", where=str(folder), why=f"base hash {made_for[:12]}, this one is {base.hash[:12]}",
             hint="give the base that it was trained on, or --allow-other-base",
         )  # fmt: skip
-    tensors = load_file(folder / WEIGHTS)
+    tensors = _without_frozen(load_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
     adapter = attach(base.model, base.board, name, read_spec(folder, list(tensors)))
     try:
         fill(adapter, tensors, str(folder / WEIGHTS))
@@ -209,13 +242,24 @@ def load_adapter(folder: Path, base: Frozen, name: str = "adapter", allow_other_
     return adapter
 
 
+def _without_frozen(tensors: dict[str, Tensor], base: Frozen, where: str) -> dict[str, Tensor]:
+    """The tensors without the frozen weights that PEFT saves along with adapted embeddings and output layers.
+
+    Raises `AdapterError` where such a weight is not the base's own: it was trained, or the vocabulary resized.
+    """
+    suffix = ".base_layer.weight"
+    for name in [name for name in tensors if name.endswith(suffix)]:
+        frozen = Layer("", frozen_module(base.model, name.removeprefix(PREFIX).removesuffix(suffix))).module.weight
+        brought = tensors.pop(name)
+        if not isinstance(frozen, Tensor) or not torch.equal(brought.to(frozen), frozen):
+            why = "the adapter brings a changed layer of the base"
+            raise AdapterError(f"{name} is not the base's weight", where=where, why=why)
+    return tensors
+
+
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy `tensors`, named as on disk, into the adapter; every name and shape must fit."""
-    own = {
-        f"{PREFIX}{path}.{adapter.deltas[path].keys[rest]}": parameter
-        for full, parameter in adapter.named_parameters()
-        for path, _, rest in [full.rpartition(".")]
-    }
+    own = _views(adapter)
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
         name = (missing or unknown)[0]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from afina.base.nf4 import NF4Linear
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
@@ -33,7 +35,9 @@ class Layer:
         module = self.module
         if isinstance(module, CONVOLUTIONS):
             return module.groups == 1 and module.padding_mode == "zeros"
-        return isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        kind = next((kind for kind in (nn.Linear, NF4Linear, Conv1D, nn.Embedding) if isinstance(module, kind)), None)
+        # a subclass may return more (Llama 4's router) or scale (Gemma's embedding); Falcon's only spells it out
+        return kind is not None and (type(module).forward is kind.forward or type(module).__name__ == "FalconLinear")
 
     @property
     def in_features(self) -> int:

@@ -15,19 +15,28 @@ from afina.delta.contract import Delta, Layer, Spec
 class LoRA(Delta):
     """Low-rank update. A starts uniform as in PEFT (Kaiming with a = sqrt 5), B at zero."""
 
-    keys = {"a": "lora_A.weight", "b": "lora_B.weight"}
+    peft = {"use_dora": False}
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
         super().__init__(layer, spec, generator)
         rank = spec.rank_of(layer.path)
-        a = torch.empty(rank, layer.in_features).uniform_(-1, 1, generator=generator) / math.sqrt(layer.in_features)
-        self.a = nn.Parameter(a.to(layer.device))  # (r, in), float32
-        self.b = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.device))  # (out, r), float32
+        self.a = nn.Parameter(torch.empty(rank, layer.in_features, device=layer.device))  # (r, in), float32
+        self.b = nn.Parameter(torch.empty(layer.out_features, rank, device=layer.device))  # (out, r), float32
         self.scale = spec.scale_of(layer.path)
         self.dropout = spec.dropout
+        self.keys, self.shapes = as_peft(layer, rank)
+        LoRA.restart(self, generator)
+
+    @torch.no_grad()
+    def restart(self, generator: torch.Generator) -> None:
+        """A anew, B zero."""
+        a = torch.empty(self.a.shape).uniform_(-1, 1, generator=generator) / math.sqrt(self.a.shape[1])
+        self.a.copy_(a)
+        self.b.zero_()
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
         """y0 + weight * s * B A x, in the dtype of y0; the only new activations are (..., r)."""
+        y0 = self.carried(x, y0, weight)
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         low = self.layer.project(x, self.a.to(y0.dtype)).flatten(0, -2)  # (T, r)
@@ -35,9 +44,24 @@ class LoRA(Delta):
 
     def merged(self, weight: Tensor) -> Tensor:
         """W + s B A."""
-        return weight + self.scale * (self.b.to(weight) @ self.a.to(weight))
+        return self.with_carried(weight) + self.scale * (self.b.to(weight) @ self.a.to(weight))
 
     @classmethod
     def count(cls, layer: Layer, spec: Spec) -> int:
         """r (in + out)."""
         return spec.rank_of(layer.path) * (layer.in_features + layer.out_features)
+
+
+def as_peft(layer: Layer, rank: int) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Names and shapes of A and B in PEFT's files: an embedding's are called otherwise, a convolution's are kernels."""
+    module = layer.module
+    if isinstance(module, nn.Embedding):
+        return {"a": "lora_embedding_A", "b": "lora_embedding_B"}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if layer.channels_first:
+        kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+        shapes = {
+            "a": (rank, layer.in_features // math.prod(kernel), *kernel),
+            "b": (layer.out_features, rank, *(1 for _ in kernel)),
+        }
+    return {"a": "lora_A.weight", "b": "lora_B.weight"}, shapes

@@ -16,7 +16,13 @@ GROUPS = ("all-linear", "all", "norms", "embeddings")
 
 def matches(pattern: str, path: str) -> bool:
     """Whether `pattern`, a module's name or a regular expression, means the module at `path`."""
-    return path == pattern or path.endswith("." + pattern) or re.fullmatch(pattern, path) is not None
+    if path == pattern or path.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        hint = "a layer's name, or a regular expression: .*_proj rather than *_proj"
+        raise SettingsError(f"{pattern!r} is no regular expression", where="pattern", why=str(error), hint=hint) from None
 
 
 def by_pattern(values: Mapping[str, Value], paths: Iterable[str], where: str) -> dict[str, Value]:
@@ -46,6 +52,8 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> set[int] | 
     """Numbers of the blocks meant by `layers`: a list (negative from the end), "last:4", "first:4", or None for all."""
     if layers is None:
         return None
+    if isinstance(layers, str) and re.fullmatch(r"-?\d+", layers):
+        layers = [int(layers)]
     if isinstance(layers, str):
         side, _, number = layers.partition(":")
         if side not in ("last", "first") or not number.isdigit() or not 1 <= int(number) <= count:
@@ -95,7 +103,9 @@ def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
             continue
         if isinstance(module, Adapted):
             inside, module = (path + ".",), module.base
-        if Layer(path, module).is_matrix or (any_kind and any(True for _ in module.parameters(recurse=False))):
+        own = any(True for _ in module.parameters(recurse=False))
+        leaf = not any(True for child in module.children() for _ in child.parameters())
+        if Layer(path, module).is_matrix or (any_kind and own and leaf):
             found[path] = module
     return found
 

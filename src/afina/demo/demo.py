@@ -14,21 +14,21 @@ from typing import Any
 
 from afina.config import DemoSettings, TrainSettings, make_settings
 from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import EVERYTHING, Clause, Vocabulary, corrupt, draw_clause, write
+from afina.demo.sentences import EVERYTHING, TAUGHT, Clause, Vocabulary, corrupt, draw_clause, write
 from afina.disk import write_text
 from afina.errors import SettingsError
 from afina.judge.evaluate import evaluate
 from afina.training import run as training
 
-TRAIN_ROWS, HELD_ROWS = 6000, 150
-UNSEEN_SHARE = 0.45  # of each class of words; about a quarter of the running words of a held-out sentence
+TRAIN_ROWS, HELD_ROWS = 12000, 150
+UNSEEN_SHARE = 0.3  # of each class of words; about a quarter of the running words of a held-out sentence
 ASK = {"en": "Correct: ", "es": "Corrige: "}
 
 
 def correction(rng: random.Random, clause: Clause, language: str) -> dict[str, Any]:
     """A chat row: a sentence with one mistake, and the sentence without it."""
     messages = [
-        {"role": "user", "content": ASK[language] + corrupt(rng, clause, language)},
+        {"role": "user", "content": ASK[language] + corrupt(rng, clause, language, TAUGHT)},
         {"role": "assistant", "content": write(clause, language)},
     ]
     return {"messages": messages}
@@ -73,8 +73,8 @@ def demo(settings: DemoSettings | None = None, **values: Any) -> dict[str, Any]:
     for file, rows in ((files["train"], train_rows), (files["held"], held_rows)):
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     plan = TrainSettings(
-        data=files["train"], out=settings.out / "run", holdout=files["held"], method="lora", rank=16, learning_rate=3e-3,
-        steps=settings.steps, batch_tokens=2048, warmup=0.05, seed=settings.seed, check_every=max(1, settings.steps // 5),
+        data=files["train"], out=settings.out / "run", holdout=files["held"], method="lora", rank=16, learning_rate=4e-3,
+        steps=settings.steps, batch_tokens=2048, warmup=0.05, seed=settings.seed, check_every=max(1, settings.steps // 4),
     )  # fmt: skip
     run = training.train(plan, quiet=False)
     judged = evaluate(run=run.folder, metrics=["exact_match", "chrf"], max_new_tokens=48, limit=HELD_ROWS)

@@ -200,7 +200,8 @@ def _no_capital_or_stop(rng: random.Random, clause: Clause, language: str) -> st
     return rng.choice((text[0].lower() + text[1:], text[:-1], text[0].lower() + text[1:-1]))
 
 
-MISTAKES: tuple[Callable[[random.Random, Clause, str], str | None], ...] = (
+Wrong = Callable[[random.Random, Clause, str], str | None]
+MISTAKES: tuple[Wrong, ...] = (
     _wrong_verb,
     _wrong_article,
     _wrong_adjective,
@@ -210,11 +211,15 @@ MISTAKES: tuple[Callable[[random.Random, Clause, str], str | None], ...] = (
 )
 
 
-def corrupt(rng: random.Random, clause: Clause, language: str) -> str:
-    """The clause written with one mistake; never equal to the correct sentence."""
+# the embedded base leaves out doubled words by itself, so the demo has nothing to teach there
+TAUGHT = tuple(mistake for mistake in MISTAKES if mistake is not _doubled_word)
+
+
+def corrupt(rng: random.Random, clause: Clause, language: str, mistakes: Sequence[Wrong] = MISTAKES) -> str:
+    """The clause written with one of `mistakes`; never equal to the correct sentence."""
     right = write(clause, language)
     while True:
-        wrong = rng.choice(MISTAKES)(rng, clause, language)
+        wrong = rng.choice(mistakes)(rng, clause, language)
         if wrong is not None and wrong != right:
             return wrong
 

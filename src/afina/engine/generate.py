@@ -8,18 +8,16 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from afina.base.flat import KeyValueCache
-from afina.base.load import load_base
 from afina.base.model import Base
-from afina.config import EMBEDDED, GenerateSettings, make_settings
+from afina.config import GenerateSettings, make_settings
 from afina.data.template import Renderer
-from afina.delta.files import adapter_folder, load_adapter, read_json, read_story
+from afina.delta.opening import open_run
 from afina.errors import DataError
 from afina.route.invocation import Route
 from afina.segments import BASE, Segments
@@ -153,24 +151,6 @@ def answer(
     return answers
 
 
-def base_of(run: Path | None, base: str | None) -> tuple[str, str | None]:
-    """(base, revision) to load: as told, else the one that the run or adapter was made for, else the embedded one."""
-    if base is not None or run is None:
-        return base or EMBEDDED, None
-    folder = adapter_folder(run)
-    origin = read_story(folder).get("base", {})
-    name = origin.get("name") or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
-        raise DataError("this adapter does not say what it was trained on", where=str(folder), hint="--base PATH")
-    return name, origin.get("revision")
-
-
-def template_of(run: Path | None) -> str | None:
-    """The chat template that a run was trained with, where it is not the tokenizer's own."""
-    file = run / "run.json" if run is not None else None
-    return read_json(file).get("settings", {}).get("template") if file is not None and file.is_file() else None
-
-
 def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[str, Any]:
     """Answer prompts, with an adapter or without: {"answers": [{"prompt", "text", "tokens", "stopped"}]}."""
     settings = (
@@ -178,15 +158,14 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[s
         if isinstance(prompts, GenerateSettings)
         else make_settings(GenerateSettings, {"prompts": list(prompts), **values})
     )
-    name, revision = base_of(settings.run, settings.base)
-    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    route = load_adapter(settings.run, base).route if settings.run is not None and settings.adapter == "on" else None
+    opened = open_run(settings.run, settings, adapter=settings.adapter == "on")
+    base, route = opened.language, opened.route
     texts = [line for p in settings.prompts for line in (sys.stdin.read().splitlines() if p == "-" else [p]) if line]
-    renderer = Renderer(base.tokenizer, "plain" if settings.raw else template_of(settings.run), base.context)
+    renderer = Renderer(base.tokenizer, "plain" if settings.raw else opened.template, base.context)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     answers = answer(base, renderer, [renderer.prompt(text) for text in texts], sampling, route)
     return {
-        "base": name,
+        "base": base.name,
         "adapter": str(settings.run) if route is not None else None,
         "answers": [
             {"prompt": prompt, "text": a.text, "tokens": len(a.tokens), "stopped": a.stopped}

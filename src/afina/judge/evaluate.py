@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from afina.base.load import load_base
+from afina.base.classifier import Classifier
 from afina.config import EvalSettings, make_settings
 from afina.data.formats import Row, read_table
+from afina.data.labelled import read_labelled
 from afina.data.template import Renderer
-from afina.delta.files import load_adapter
-from afina.engine.generate import Sampling, answer, base_of, template_of
+from afina.delta.opening import open_run
+from afina.engine.generate import Sampling, answer
 from afina.errors import DataError, SettingsError
+from afina.judge.classes import classify_held_out
 from afina.judge.losses import BATCH_TOKENS, general_loss, perplexity
 from afina.judge.metrics import score
+from afina.objective.classify import ClassifyTask, make_rows
 from afina.objective.language import choose, make_examples, mean_loss
 from afina.route.invocation import Route
 
@@ -21,20 +24,19 @@ HELD_OUT = "held_out.jsonl"
 def evaluate(run: str | Path | EvalSettings | None = None, **values: Any) -> dict[str, Any]:
     """Losses, metrics and forgetting of the base ("before") and of the adapter ("after"), with examples.
 
-    Rows without an answer (plain text) have losses only. Losses are nats a token, metrics percent.
+    Rows without an answer (plain text) have losses only; a classifier has accuracy, F1 and its confusion table. Losses
+    are nats a token, metrics percent.
     """
     settings = run if isinstance(run, EvalSettings) else make_settings(EvalSettings, {"run": run, **values})
-    name, revision = base_of(settings.run, settings.base)
-    rows = _rows(settings)
-    base = load_base(name, settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    routes: dict[str, Route | None] = {"before": None}
-    if settings.run is not None:
-        routes["after"] = load_adapter(settings.run, base).route
-    renderer = Renderer(base.tokenizer, template_of(settings.run), min(base.context, 2048))
-    objective = choose("auto", rows)
-    examples = make_examples(objective, renderer, rows, None)
+    opened = open_run(settings.run, settings)
+    if isinstance(opened.base, Classifier):
+        return _evaluate_classifier(opened.base, opened.route, settings)
+    base, rows = opened.language, _rows(settings)
+    routes: dict[str, Route | None] = {"before": None} | ({"after": opened.route} if opened.route else {})
+    renderer = Renderer(base.tokenizer, opened.template, min(base.context, 2048))
+    examples = make_examples(choose("auto", rows), renderer, rows, None)
     asked = [example for example in examples if example.answer is not None][: settings.limit]
-    result: dict[str, Any] = {"base": name, "run": str(settings.run) if settings.run else None, "rows": len(rows)}
+    result: dict[str, Any] = {"base": base.name, "run": str(settings.run) if settings.run else None, "rows": len(rows)}
     answers: dict[str, list[str]] = {}
     for when, route in routes.items():
         loss = mean_loss(base, examples, BATCH_TOKENS, route)
@@ -51,6 +53,22 @@ def evaluate(run: str | Path | EvalSettings | None = None, **values: Any) -> dic
         for i, e in enumerate(asked)
     ]
     return result
+
+
+def _evaluate_classifier(base: Classifier, route: Route | None, settings: EvalSettings) -> dict[str, Any]:
+    """Scores on labelled rows. The head belongs to the adapter, so there is no "before"."""
+    if settings.data is None or settings.run is None:
+        raise SettingsError("a classifier is judged on labelled rows", where="data", hint="--data FILE")
+    rows = make_rows(base, read_labelled(settings.data, settings.columns).rows, min(base.context, 512), None)
+    task = ClassifyTask(base, rows, rows, 32, 1, 0)
+    scores = classify_held_out(task, route, settings.run / "confusion-eval.png")
+    return {
+        "base": base.name,
+        "run": str(settings.run),
+        "loss": task.held_out_loss(route),
+        "classes": scores,
+        "rows": len(rows),
+    }
 
 
 def question(text: str) -> str:

@@ -44,10 +44,8 @@ def _learned(losses: Losses) -> str:
         return "It did not learn: on rows it had not seen it is worse than before. Try a lower learning rate or more data."
     if gain < NOISE:
         return "It learned next to nothing on rows it had not seen. Try more steps, a higher learning rate or rank."
-    before, after = math.exp(losses.held_before), math.exp(losses.held_after)
-    return (
-        f"It learned: on rows it had not seen it now hesitates between {after:.2f} tokens instead of {before:.2f} (perplexity)."
-    )
+    before, after = (f"{math.exp(x):.2f}" if x < 20 else f"e^{x:.0f}" for x in (losses.held_before, losses.held_after))
+    return f"It learned: on rows it had not seen it now hesitates between {after} tokens instead of {before} (perplexity)."
 
 
 def _overfitted(losses: Losses) -> str:
@@ -62,7 +60,7 @@ def _overfitted(losses: Losses) -> str:
 
 
 def _forgot(forgetting: float) -> str:
-    rise = math.expm1(forgetting)
+    rise = math.expm1(min(forgetting, 20.0))  # beyond it is a wreck, whatever the figure
     if rise < -FORGOT:
         return "It forgot nothing: general text is even easier for it than before."
     if rise < FORGOT:

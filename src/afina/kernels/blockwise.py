@@ -20,9 +20,9 @@ TINY = torch.finfo(torch.float32).tiny
 @lru_cache
 def dynamic_levels(signed: bool, device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
     """The 256 levels in rising order, float32, from -0.993 or 0 to 1."""
-    levels = [torch.tensor([0.0, 1.0])]
+    levels = [torch.tensor([0.0, 1.0], device="cpu")]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1.0, 2 ** (exponent if signed else exponent + 1) + 1)
+        edges = torch.linspace(0.1, 1.0, 2 ** (exponent if signed else exponent + 1) + 1, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
         levels += [middles, -middles] if signed else [middles]
     return torch.cat(levels).sort().values.to(device)

@@ -13,6 +13,7 @@ over devices. 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight where 64 divides th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
         blocks = F.pad(weight[part].float(), (0, -width % block)).unflatten(1, (-1, block))
         absmax[part] = blocks.abs().amax(2)
         scaled = (blocks * (1.0 / absmax[part].clamp(min=TINY))[..., None]).flatten(1)
-        nearest = nearest_codes(scaled[:, : width + width % 2], _levels(weight.device)).to(torch.uint8)
+        nearest = nearest_codes(scaled, _levels(weight.device)).to(torch.uint8)[:, : width + width % 2]
         codes[part] = nearest[:, ::2] << 4 | nearest[:, 1::2]
     return codes, absmax
 
@@ -148,12 +149,12 @@ def errors(weight: Tensor, quantized: NF4Weight) -> tuple[float, float]:
 
 class _NF4Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.weight = weight
         return F.linear(x, dequantize(weight, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
         grad_x = grad @ dequantize(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias

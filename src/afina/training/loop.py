@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from afina.disk import disk_errors
+from afina.disk import disk_errors, write_text
 from afina.errors import TrainingError
 from afina.training import checkpoint
 from afina.training.checkpoint import Progress
@@ -61,7 +61,7 @@ class Loop:
         log = self.run / "metrics.jsonl"
         lines = [line for line in log.read_text().splitlines() if line] if log.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.progress.step]
-        log.write_text("".join(line + "\n" for line in kept))
+        write_text(log, "".join(line + "\n" for line in kept))
 
     def train(self) -> None:
         """Run to the last step, or to the early stop. Raises `TrainingError` where a number is no longer finite."""
@@ -96,7 +96,7 @@ class Loop:
         factor = schedule_factor(setup.settings.schedule, progress.step, setup.steps, setup.settings.warmup)
         norm = self.optimizer.step(factor, setup.settings.clip)
         if not math.isfinite(total) or not math.isfinite(norm):
-            raise self._not_finite(total)
+            raise self._not_finite("loss" if not math.isfinite(total) else "gradient")
         tokens = sum(task.size(batch) for batch in batches)
         progress.step += 1
         progress.tokens += tokens
@@ -108,6 +108,9 @@ class Loop:
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
         loss = setup.prepared.task.held_out_loss(setup.adapter.route)
+        if not math.isfinite(loss):  # before anything is saved: what was kept stays good
+            progress.step -= 1
+            raise self._not_finite("held-out loss")
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
             self.on_best()
@@ -119,15 +122,15 @@ class Loop:
         with disk_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(vars(tick)) + "\n")
 
-    def _not_finite(self, loss: float) -> TrainingError:
+    def _not_finite(self, what: str) -> TrainingError:
         """Say where the numbers broke: at which step, on which rows, and what to do."""
         step = self.progress.step
         rows = self.setup.prepared.task.step_rows(step)
         return TrainingError(
-            f"the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite at step {step + 1}",
+            f"the {what} is not finite at step {step + 1}",
             where=str(self.run),
             why=f"rows of this step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
-            hint="a lower --learning-rate, or --dtype float32; the last checkpoint is kept: --resume goes on from it",
+            hint="start again with a lower --learning-rate, or --dtype float32; the best adapter so far is kept in adapter/",
         )
 
 

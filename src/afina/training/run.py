@@ -26,7 +26,7 @@ from afina.base.model import Base
 from afina.config import TrainSettings, make_settings, resolved
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
 from afina.disk import rescue, write_json, write_text
-from afina.errors import AdapterError, SettingsError, TrainingError
+from afina.errors import SettingsError, TrainingError
 from afina.judge.classes import classify_held_out
 from afina.judge.evaluate import HELD_OUT
 from afina.judge.losses import general_loss, perplexity
@@ -78,6 +78,8 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
     """A new run never writes over an old one; a resumed one needs its checkpoint."""
     if settings.resume and not checkpoint.exists(folder):
         raise TrainingError("nothing to resume here", where=str(folder), hint="leave out --resume to start")
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError("this is a file, not a run folder", where=str(folder), hint="choose another --out")
     if not settings.resume and folder.exists() and any(folder.iterdir()):
         unfinished = checkpoint.exists(folder) and not (folder / "README.md").exists()
         hint = "add --resume to go on with it, or choose another --out" if unfinished else "choose another --out"
@@ -92,6 +94,7 @@ def _identity(setup: Setup) -> dict[str, str]:
         "data": setup.prepared.source["sha256"],
         "base": setup.prepared.base.hash,
         "settings": hashlib.sha256(text.encode()).hexdigest(),
+        "held-out rows": hashlib.sha256(lines(setup.prepared.held_records).encode()).hexdigest(),
     }
 
 
@@ -179,14 +182,8 @@ def _licence(folder: Path | None) -> str | None:
     if card is None or not card.is_file():
         return None
     parts = card.read_text(encoding="utf-8").split("---")
-    header = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    try:
+        header = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    except yaml.YAMLError:  # somebody's card, and the run is done: no reason to fail
+        return None
     return header.get("license") if isinstance(header, dict) else None
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run; raises `AdapterError` where its format is newer than ours."""
-    story = read_json(folder / "run.json")
-    if story.get("format_version", 0) > FORMAT_VERSION:
-        why = f"its format is version {story['format_version']}, this afina reads up to {FORMAT_VERSION}"
-        raise AdapterError("written by a newer afina", where=str(folder), why=why, hint="pip install -U afina")
-    return story

@@ -1,0 +1,79 @@
+"""Merge and restart during training: ReLoRA (Lialin et al. 2023, arXiv 2307.05695) and ReMoRA (arXiv 2405.12130, app. B).
+
+    step     0 ............ N ............ 2N ............
+    adapter  D_1            D_1 + D_2      D_1 + D_2 + D_3       the rank of the sum grows
+    trained  D_1            D_2            D_3                   each from zero, the optimizer without memory
+
+What was learned goes into one dense matrix of that run, held by the adapter (`accumulated`, float32). The base is
+shared, and is not touched. On disk it is one more tensor a layer, `accumulated.weight`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from afina.delta.attach import Adapter
+from afina.delta.contract import Delta
+from afina.errors import SettingsError
+
+
+@torch.no_grad()
+def restart(adapter: Adapter, generator: torch.Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Take what `adapter` has learned into its dense deltas, begin its factors anew, and clear their moments.
+
+    The output is the same before and after. Whole modules that the adapter owns go on as they are. Raises
+    `SettingsError`, having changed nothing, where the method cannot restart.
+    """
+    for delta in _factored(adapter):
+        layer = delta.layer
+        total = delta.merged(torch.zeros(layer.out_features, layer.in_features, device=layer.device))
+        delta.restart(generator)
+        delta.accumulated, delta.restarts = total, delta.restarts + 1
+        for parameter in delta.parameters():
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+    _count(adapter, restarts(adapter) + 1)
+
+
+def restarts(adapter: Adapter) -> int:
+    """How many times the adapter has restarted."""
+    return int(adapter.spec.options.get("restarts", 0))
+
+
+def rise(step: int, every: int, steps: int) -> float:
+    """Factor of the learning rate at `step` (0-based): after each restart, a linear rise over `steps` steps."""
+    return 1.0 if step < every else min(1.0, (step % every + 1) / (steps + 1))
+
+
+def state(adapter: Adapter) -> dict[str, Tensor]:
+    """What a resumed run needs besides the parameters, by name; empty where there was no restart."""
+    if not restarts(adapter):
+        return {}
+    dense = {f"{path}:accumulated": d.accumulated for path, d in adapter.deltas.items() if d.accumulated is not None}
+    return {"restarts": torch.tensor(restarts(adapter)), **dense}
+
+
+def load(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Take back what `state` gave."""
+    count = int(tensors.get("restarts", torch.tensor(0)))
+    if not count:
+        return
+    for path, delta in adapter.deltas.items():
+        if not delta.replaces:
+            delta.accumulated, delta.restarts = tensors[f"{path}:accumulated"].to(delta.layer.device), count
+    _count(adapter, count)
+
+
+def _count(adapter: Adapter, count: int) -> None:
+    """Restarts are part of what the adapter is: a file of it says what its factors mean now."""
+    adapter.spec = replace(adapter.spec, options={**adapter.spec.options, "restarts": count})
+
+
+def _factored(adapter: Adapter) -> list[Delta]:
+    """The deltas that are more than a copy of their module."""
+    deltas = [delta for delta in adapter.deltas.values() if not delta.replaces]
+    if not deltas:
+        raise SettingsError("a fully fine-tuned adapter has nothing to merge and restart", where="restart_every")
+    return deltas

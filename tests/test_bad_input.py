@@ -1,0 +1,578 @@
+"""Bad input: each fault says what, where and what to type next, and costs nothing that was there before."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
+from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import afina
+from afina.base.convert import convert
+from afina.base.load import load_base
+from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsError, TrainingError
+
+CHAT = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a a"}]}
+Train = Callable[..., Any]
+
+
+@pytest.fixture
+def train(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> Train:
+    """`afina.train` with small settings, into tmp_path/run."""
+
+    def call(data: Path = chats, **settings: Any) -> Any:
+        given = {"base": str(tiny), "out": tmp_path / "run", "steps": 4, "check_every": 2, "general": general, **settings}
+        return afina.train(data, **given)
+
+    return call
+
+
+# data
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "message"),
+    [
+        ("", "rows.jsonl", "the file is empty"),
+        (json.dumps(CHAT) + "\n{broken\n", "rows.jsonl:2", "broken JSON"),
+        (json.dumps(CHAT) + '\n{"messages": [{"role": "user"}]}\n', "rows.jsonl:2:messages[0].content", "the field is missing"),
+        ('{"prompt": "a"}\n', "rows.jsonl", "columns"),
+        ('{"prompt": "a", "completion": ""}\n', "rows.jsonl:1:completion", "the field is empty"),
+        (json.dumps(CHAT) + "\n", None, "at least 2 different rows"),
+    ],
+)
+def test_rows_that_cannot_be_used(train: Train, tmp_path: Path, content: str, where: str | None, message: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(DataError) as caught:
+        train(tmp_path / "rows.jsonl")
+    assert message in str(caught.value)
+    assert where is None or str(caught.value.where).endswith(where)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_longer_than_the_context_is_refused_or_left_out(train: Train, tmp_path: Path, chats: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
+    data = tmp_path / "rows.jsonl"
+    data.write_text(chats.read_text() + json.dumps(long) + "\n")
+    with pytest.raises(DataError, match=r"tokens, more than the 192 allowed") as caught:
+        train(data)
+    assert str(caught.value.where).endswith("rows.jsonl:49")
+    assert "--skip-bad-rows" in str(caught.value.hint)
+    run = train(data, skip_bad_rows=True)
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == ["rows.jsonl:49"]
+
+
+def test_a_base_without_chat_template(train: Train, tiny: Path, chats: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template*"))
+    tiny_tokenizer(None).save_pretrained(bare)
+    with pytest.raises(DataError, match="no chat template") as caught:
+        train(base=str(bare))
+    assert "--template chatml" in str(caught.value.hint)
+    train(base=str(bare), template="chatml")
+    pairs = write_rows(tmp_path / "pairs.jsonl", *({"prompt": f"{n} is", "completion": f" {n}"} for n in range(9)))
+    train(pairs, base=str(bare), out=tmp_path / "pairs")
+
+
+@pytest.mark.parametrize("holdout", [0, 1.5, -0.1])
+def test_a_share_held_out_that_makes_no_sense(train: Train, holdout: float) -> None:
+    with pytest.raises(SettingsError, match="holdout cannot be"):
+        train(holdout=holdout)
+
+
+def test_too_little_text_to_hold_some_out(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("only this")
+    with pytest.raises(DataError, match="too little text"):
+        train(tmp_path / "short.txt")
+    (tmp_path / "short.txt").write_text("only this and then a little more of it " * 9)
+    assert train(tmp_path / "short.txt", max_length=64).story["data"]["held_out"] >= 1
+
+
+def test_an_objective_that_the_rows_cannot_have(train: Train, text: Path) -> None:
+    with pytest.raises(DataError, match="plain text has no answers") as caught:
+        train(text, objective="sft")
+    assert caught.value.hint == "--objective pretrain"
+
+
+# bases
+
+
+@pytest.fixture
+def broken(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny base in three shards, to be broken."""
+    folder = tmp_path / "broken"
+    load_base(str(tiny)).model.save_pretrained(folder, max_shard_size="150KB")
+    for file in tiny.glob("*token*"):
+        shutil.copy(file, folder)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    load_base(str(folder))
+    return folder
+
+
+def refused(folder: Path | str) -> BaseError:
+    with pytest.raises(BaseError) as caught:
+        load_base(str(folder))
+    return caught.value
+
+
+def test_an_interrupted_download(broken: Path) -> None:
+    shard = sorted(broken.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.unlink()
+    error = refused(broken)
+    assert f"missing weights: {shard.name}" in str(error)
+    assert error.why == "the download stopped half-way"
+    assert error.hint == "download the model again"
+    for size in (0, 7, 500, len(whole) - 1):
+        shard.write_bytes(whole[:size])
+        assert refused(broken).where == str(shard)
+    shard.write_bytes(whole + b"x")
+    assert "incomplete weights" in str(refused(broken))
+    shard.write_bytes(whole)
+    load_base(str(broken))
+
+
+def test_nothing_but_an_incomplete_file(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "x")
+    (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete")
+    error = refused(folder)
+    assert (error.why, error.hint) == ("the download stopped half-way", "download the model again")
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_weights_that_do_not_fit_the_configuration(tiny: Path, tmp_path: Path, fault: str) -> None:
+    """transformers would give such a layer random numbers and go on."""
+    folder = shutil.copytree(tiny, tmp_path / "x")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensor = tensors.pop(name)
+    if fault == "shape":
+        tensors[name] = tensor[:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    error = refused(folder)
+    assert "do not fit config.json" in str(error)
+    assert name in str(error.why)
+
+
+def test_damaged_headers_and_lists(broken: Path) -> None:
+    index = broken / "model.safetensors.index.json"
+    content = index.read_text()
+    for damaged in ("{", "[]", "{}"):
+        index.write_text(damaged)
+        assert "cannot read the list of weight files" in str(refused(broken))
+    index.write_text(content)
+    shard = sorted(broken.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[8:12] = b"oops"
+    shard.write_bytes(data)
+    assert "damaged" in str(refused(broken))
+
+
+def test_folders_that_are_no_models(tiny: Path, tmp_path: Path) -> None:
+    assert "no config.json" in str(refused(tmp_path))
+    assert "not a folder of a model" in str(refused(tmp_path / "nowhere"))
+    assert "not a folder of a model" in str(refused(tiny / "config.json"))
+    folder = shutil.copytree(tiny, tmp_path / "x")
+    (folder / "config.json").write_text('{"model_type": "of-another-world"}')
+    assert "does not know this model" in str(refused(folder))
+    (folder / "config.json").write_text("{")
+    assert "does not know this model" in str(refused(folder))
+    shutil.copy(tiny / "config.json", folder)
+    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer_config.json").write_text("{")
+    assert "tokenizer cannot be loaded" in str(refused(folder))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tied"])
+def test_pickled_weights_name_the_command_that_converts_them(request: Any, tmp_path: Path, kind: str) -> None:
+    folder = request.getfixturevalue(kind)
+    base = load_base(str(folder))
+    old = shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(base.model.state_dict(), old / "pytorch_model.bin")
+    torch.save(object, old / "training_args.bin")  # what transformers' Trainer leaves beside it, not for opening
+    error = refused(old)
+    assert "can run code when opened" in str(error)
+    assert error.hint == f"convert them once: python -m afina.base.convert {old} NEW_FOLDER"
+    convert(old, tmp_path / "new")
+    again = load_base(str(tmp_path / "new"))
+    assert again.hash
+    assert torch.equal(logits(again, flat_run()), logits(base, flat_run()))
+    assert not list((tmp_path / "new").glob("*.bin"))
+
+
+def test_a_pickle_with_code_is_not_opened(tmp_path: Path, tiny: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    old = shutil.copytree(tiny, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"x": Evil()}, old / "pytorch_model.bin")
+    with pytest.raises(Exception, match="(?i)weights.only|unsupported"):
+        convert(old, tmp_path / "new")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_code_of_a_models_own_is_not_run_unless_told(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd", "AutoModelForCausalLM": "odd.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "odd.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    error = refused(folder)
+    assert "Python code of its own" in str(error)
+    assert "--trust-remote-code" in str(error.hint)
+    assert not (tmp_path / "ran").exists()
+
+
+def failing(kind: type[Exception]) -> Callable[..., None]:
+    """A download that fails as the hub does."""
+
+    def download(*_: Any, **__: Any) -> None:
+        if issubclass(kind, hub.HfHubHTTPError):
+            raise kind("no", response=SimpleNamespace(headers={}, request=None, status_code=403))  # type: ignore[call-arg]
+        raise kind("no")
+
+    return download
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "hint"),
+    [
+        (hub.GatedRepoError, "asks for a licence to be accepted", "hf auth login"),
+        (hub.RepositoryNotFoundError, "no such model, or a private one", "hf auth login"),
+        (hub.RevisionNotFoundError, "no revision 'v9'", None),
+        (hub.HFValidationError, "neither a folder nor a model's name", "owner/model"),
+        (hub.LocalEntryNotFoundError, "cannot download", "local folder"),
+        (ConnectionError, "cannot download", "local folder"),
+    ],
+)
+def test_names_that_the_hub_does_not_give(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], what: str, hint: str | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing(kind))
+    with pytest.raises(BaseError) as caught:
+        load_base("owner/model", revision="v9")
+    assert what in str(caught.value)
+    assert caught.value.where == "owner/model"
+    assert hint is None or hint in str(caught.value.hint)
+
+
+def test_a_device_that_is_not_there() -> None:
+    name = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(SettingsError, match="is not available here"):
+        load_base(device=name)
+
+
+# settings at odds with the model
+
+
+@pytest.mark.parametrize(
+    ("settings", "what", "hint"),
+    [
+        ({"targets": "q_porj"}, "'q_porj' matches no layer", "'q_proj'"),
+        ({"targets": ["q_proj", "nothing"]}, "'nothing' matches no layer", None),
+        ({"targets": "*_proj"}, "no regular expression", ".*_proj"),
+        ({"targets": "norms"}, "matches no layer", None),
+        ({"targets": "lm_head", "layers": "last:1"}, "no layer is left", None),
+        ({"layers": [4]}, "no block 4", None),
+        ({"layers": "last:9"}, "layers cannot be 'last:9'", "up to 4"),
+        ({"layers": "middle"}, "layers cannot be 'middle'", "last:N"),
+        ({"ranks": {"q_porj": 2}}, "'q_porj' matches no adapted layer", "'q_proj'"),
+        ({"learning_rates": {"lm_head": 1.0}}, "'lm_head' matches no adapted layer", None),
+        ({"method": "lroa"}, "unknown method 'lroa'", "'lora'"),
+        ({"method": "full", "dropout": 0.1}, "no path of its own", "--dropout 0"),
+        ({"template": "/nowhere.jinja"}, "cannot read the template", "plain"),
+    ],
+)
+def test_settings_at_odds_with_the_model(
+    train: Train, tmp_path: Path, settings: dict[str, Any], what: str, hint: str | None
+) -> None:
+    with pytest.raises(AfinaError) as caught:
+        train(**settings)
+    assert what in str(caught.value)
+    assert hint is None or hint in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_by_number_from_either_end(train: Train, tmp_path: Path) -> None:
+    chosen = {}
+    for number, layers in enumerate(([3], [-1], "3", "last:1")):
+        run = train(layers=layers, steps=1, out=tmp_path / str(number))
+        chosen[number] = json.loads((run.folder / "adapter" / "afina.json").read_text())["spec"]["targets"]
+    assert chosen[0] == chosen[1] == chosen[2] == chosen[3]
+    assert all("layers.3." in path for path in chosen[0])
+
+
+# the run folder
+
+
+def test_a_run_is_never_written_over(train: Train, tmp_path: Path) -> None:
+    run = train()
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(SettingsError, match="a run in this folder already") as caught:
+        train()
+    assert caught.value.hint == "choose another --out"
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SettingsError, match="not a run folder"):
+        train(out=tmp_path / "file")
+
+
+def test_resume_needs_a_checkpoint_and_the_same_run(train: Train, tmp_path: Path, chats: Path, tied: Path) -> None:
+    with pytest.raises(TrainingError, match="nothing to resume here") as caught:
+        train(resume=True)
+    assert "leave out --resume" in str(caught.value.hint)
+    held = write_rows(tmp_path / "held.jsonl", CHAT, CHAT)
+    mine = shutil.copy(chats, tmp_path / "mine.jsonl")
+    train(Path(mine), holdout=held)
+    for part, change in (
+        ("data", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
+        ("held-out rows", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
+    ):
+        keep = {path: path.read_bytes() for path in (Path(mine), held)}
+        change()
+        with pytest.raises(TrainingError, match=f"the {part} is not what the run began with"):
+            train(Path(mine), holdout=held, resume=True)
+        for path, content in keep.items():
+            path.write_bytes(content)
+    for part, settings in (("settings", {"seed": 9}), ("settings", {"learning_rate": 1.0}), ("base", {"base": str(tied)})):
+        with pytest.raises(TrainingError, match=f"the ({part}|settings) is not what the run began with"):
+            train(Path(mine), holdout=held, resume=True, **settings)
+    shutil.copy(mine, tmp_path / "elsewhere.jsonl")  # the same rows under another name are the same data
+    train(tmp_path / "elsewhere.jsonl", holdout=held, resume=True)
+
+
+class Full:
+    """A disk that fills up: the n-th call of a function raises, as the system or as safetensors says it."""
+
+    def __init__(self, real: Callable[..., Any], calls: int, error: Exception) -> None:
+        self.real, self.left, self.error = real, calls, error
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return self.real(*arguments, **named)
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+AS_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("place", "calls", "error", "kept"),
+    [
+        ("afina.training.checkpoint.save_file", 2, NO_SPACE, 2),
+        ("afina.training.checkpoint.save_file", 2, AS_SAFETENSORS, 2),
+        ("afina.training.checkpoint.save_file", 2, OSError(errno.EDQUOT, "Disk quota exceeded"), 2),
+        ("afina.delta.files.save_file", 1, NO_SPACE, 2),
+        ("afina.disk.os.fsync", 11, NO_SPACE, 2),
+        ("matplotlib.figure.Figure.savefig", 0, NO_SPACE, 6),
+    ],
+)
+def test_a_full_disk_keeps_the_last_checkpoint(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, calls: int, error: Exception, kept: int
+) -> None:
+    settings = {"steps": 6, "learning_rate": 1e-3, "dropout": 0.1}
+    whole = train(out=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        module, _, name = place.rpartition(".")
+        target: Any = pytest.importorskip(module) if not module.endswith("Figure") and not module.endswith(".os") else None
+        if target is None:
+            from matplotlib.figure import Figure
+
+            target = os if module.endswith(".os") else Figure
+        patch.setattr(target, name, Full(getattr(target, name), calls, error))
+        with pytest.raises(AfinaError, match="the disk is full") as caught:
+            train(**settings)
+    assert "--resume" in str(caught.value.hint)
+    assert caught.value.where
+    run = tmp_path / "run"
+    step = json.loads((run / "checkpoint" / "progress.json").read_text())["progress"]["step"]
+    assert step >= kept or place == "afina.disk.os.fsync"
+    assert not [path for path in run.rglob(".*")]
+    cut = train(resume=True, **settings)
+    assert cut.story["adapter"] == whole.story["adapter"]
+    assert metrics(run) == metrics(whole.folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_really_full(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log of a running run is put on a full device."""
+    from afina.training.progress import Silent
+
+    def swap(_: Any, tick: Any) -> None:
+        if tick.step == 1:
+            log = tmp_path / "run" / "metrics.jsonl"
+            log.unlink()
+            log.symlink_to("/dev/full")
+
+    monkeypatch.setattr(Silent, "tick", swap)
+    with pytest.raises(AfinaError, match="the disk is full"):
+        train()
+
+
+def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_path: Path) -> None:
+    """Killed at the worst moment: the old checkpoint is set aside, the new one not yet in place."""
+    settings = {"steps": 6, "learning_rate": 1e-3}
+    whole = train(out=tmp_path / "whole", **settings)
+    run = shutil.copytree(whole.folder, tmp_path / "run")
+    for name in ("checkpoint", "adapter"):
+        (run / name).rename(run / f".{name}.old-{os.getpid()}")
+        (run / f".{name}.new-{os.getpid()}").mkdir()  # and half of the new one, left by a process of our number
+        (run / f".{name}.new-{os.getpid()}" / "half").write_text("x")
+    (run / "run.json").unlink()
+    again = train(resume=True, **settings)
+    assert again.story["adapter"] == whole.story["adapter"]
+    assert not [path for path in run.rglob(".*")]
+
+
+def test_a_failed_save_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from afina.disk import new_folder
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("kept")
+    real = Path.rename
+
+    def rename(self: Path, target: Any) -> Any:
+        if ".new-" in self.name:
+            raise NO_SPACE
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(AfinaError, match="the disk is full"), new_folder(tmp_path / "a") as folder:
+        (folder / "new").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "old").read_text() == "kept"
+
+
+def test_merging_over_something_or_without_space_leaves_it(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    for call in (afina.merge, afina.export):
+        with pytest.raises(SettingsError, match="this folder is not empty"):
+            call(run.folder, out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+    monkeypatch.setattr("afina.combining.merge.compare", lambda *_: {**dict.fromkeys(
+        ("max_logit_difference", "relative_difference"), float("nan")), "greedy_agreement": 1.0, "probe_tokens": 1})
+    with pytest.raises(MergeError):
+        afina.merge(run.folder, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+# numbers that are no longer finite
+
+
+def test_a_learning_rate_that_is_far_too_high(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"not finite at step \d") as caught:
+        train(learning_rate=1e30, steps=8, check_every=4)
+    assert "chats.jsonl:" in str(caught.value.why)
+    assert "--learning-rate" in str(caught.value.hint)
+    progress = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"]
+    assert progress["step"] == 0
+    for name, tensor in load_file(tmp_path / "run" / "checkpoint" / "state.safetensors").items():
+        assert not tensor.is_floating_point() or bool(tensor.isfinite().all()), name
+
+
+def test_a_held_out_loss_that_is_not_finite_keeps_what_was_good(train: Train, tmp_path: Path) -> None:
+    """The last step breaks the numbers, so only the check after it can see it: nothing of it is kept."""
+    good = train(out=tmp_path / "good", steps=4, check_every=2)
+    state = load_file(good.folder / "checkpoint" / "state.safetensors")
+    with pytest.raises(TrainingError, match="held-out loss is not finite at step 1") as caught:
+        train(learning_rate=1e30, steps=8, check_every=1)
+    assert "chats.jsonl:" in str(caught.value.why)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"]["step"] == 0
+    assert all(bool(t.isfinite().all()) for t in state.values() if t.is_floating_point())
+
+
+def test_a_poisoned_parameter_stops_the_run_at_its_step(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from afina.training.progress import Silent
+
+    held: list[Any] = []
+    real = afina.training.run.set_up
+    monkeypatch.setattr(afina.training.run, "set_up", lambda settings: held.append(real(settings)) or held[0])
+
+    def poison(_: Any, tick: Any) -> None:
+        if tick.step == 3:
+            with torch.no_grad():
+                held[0].adapter.parameters()[5][0, 0] = float("nan")
+
+    monkeypatch.setattr(Silent, "tick", poison)
+    with pytest.raises(TrainingError, match="the loss is not finite at step 4") as caught:
+        train(steps=8)
+    rows = held[0].prepared.task.step_rows(3)
+    assert rows[0] in str(caught.value.why)
+    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"]["step"] == 2
+    assert len(metrics(tmp_path / "run")) == 3
+
+
+# evaluating and generating
+
+
+def test_nothing_to_judge_on(train: Train, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="nothing to judge on") as caught:
+        afina.evaluate(base=str(tiny))
+    assert "--data" in str(caught.value.hint)
+    run = train()
+    with pytest.raises(DataError, match="no held-out rows of its own"):
+        afina.evaluate(run.folder / "adapter")
+    with pytest.raises(SettingsError, match="unknown metric 'chrff'") as caught:
+        afina.evaluate(run.folder, metrics=["chrff"], limit=1, max_new_tokens=1)
+    assert caught.value.hint == "did you mean 'chrf'?"
+
+
+def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
+    with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens"):
+        afina.generate(["short", "long " * 400], base=str(tiny))
+
+
+def test_a_run_of_a_newer_afina(train: Train, tmp_path: Path) -> None:
+    run = train()
+    story = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps(story | {"format_version": 99}))
+    for call in (lambda: afina.generate(["a"], run=run.folder), lambda: afina.evaluate(run.folder, limit=1)):
+        with pytest.raises(AfinaError, match="a newer afina"):
+            call()
+
+
+def test_a_run_whose_base_is_gone(train: Train, tiny: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    run = train(base=str(moved))
+    shutil.rmtree(moved)
+    with pytest.raises(BaseError, match="not a folder of a model"):
+        afina.generate(["a"], run=run.folder)
+    assert afina.generate(["a"], run=run.folder, base=str(tiny), max_new_tokens=2)["answers"]
+
+
+def test_an_adapter_on_another_base_is_refused_everywhere(train: Train, tiny: Path, tmp_path: Path) -> None:
+    run = train()
+    config = load_base(str(tiny)).model.config
+    other = str(save_model(tmp_path / "other", config, tiny_tokenizer(), seed=5))
+    for call in (
+        lambda: afina.generate(["a"], run=run.folder, base=other),
+        lambda: afina.evaluate(run.folder, base=other, limit=1),
+        lambda: afina.merge(run.folder, base=other, out=tmp_path / "merged"),
+    ):
+        with pytest.raises(AfinaError, match="made for another base"):
+            call()
+    assert afina.merge(run.folder, base=other, out=tmp_path / "merged", allow_other_base=True)["greedy_agreement"] == 1.0
+
+
+def test_state_dicts_compare(base: Any) -> None:
+    """The helper that other tests lean on can say no."""
+    values = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    assert same(base.model.state_dict(), values)
+    values["lm_head.weight"][0, 0] += 1e-7
+    assert not same(base.model.state_dict(), values)

@@ -1,0 +1,367 @@
+"""The command line: quick help, one declaration for flag, YAML and Python, near names, JSON, exit codes."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import ENVIRONMENT, afina
+
+from afina import config
+from afina.cli.main import VERBS, parse, run
+from afina.config import TrainSettings, make_settings
+from afina.errors import SettingsError
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, chats: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a few steps."""
+    import afina as library
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    library.train(chats, base=str(tiny), out=out, steps=4, learning_rate=3e-3, general=general)
+    return out
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
+    """(exit status, the last line as JSON, standard error) of `afina ... --json`."""
+    status = run([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    return status, json.loads(out.splitlines()[-1]), err
+
+
+# help
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = afina("--help")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert min(times) < 1.0
+    assert all(verb in done.stdout for verb in ("demo", "plan", "train", "eval", "generate", "chat", "merge", "export"))
+    code = "import sys; sys.argv = ['afina', 'train', '--help']\ntry:\n import afina.__main__\nexcept SystemExit: pass\n"
+    heavy = "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib', 'sacrebleu', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code + heavy], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert "--learning-rate" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_names_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run([verb, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name, field in VERBS[verb].settings.model_fields.items():
+        assert "--" + name.replace("_", "-") in shown or name == VERBS[verb].positional
+        assert field.description
+
+
+def test_version_and_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    import afina as library
+
+    for arguments in (["--version"], []):
+        with pytest.raises(SystemExit) as ended:
+            run(arguments)
+        assert ended.value.code == 0
+    assert f"afina {library.__version__}" in capsys.readouterr().out
+
+
+# settings
+
+# every setting of `train`: as a flag's text, and as the value that it means
+SAMPLES: dict[str, tuple[str, Any]] = {
+    "base": ("some/model", "some/model"),
+    "revision": ("v2", "v2"),
+    "trust_remote_code": ("true", True),
+    "dtype": ("bfloat16", "bfloat16"),
+    "device": ("cpu", "cpu"),
+    "data": ("rows.jsonl", "rows.jsonl"),
+    "out": ("runs/x", "runs/x"),
+    "resume": ("true", True),
+    "method": ("full", "full"),
+    "rank": ("4", 4),
+    "alpha": ("3.5", 3.5),
+    "scaling": ("rslora", "rslora"),
+    "dropout": ("0.1", 0.1),
+    "targets": ("q_proj, v_proj", ["q_proj", "v_proj"]),
+    "layers": ("1,-1", [1, -1]),
+    "ranks": ("{q_proj: 4, '.*down.*': 2}", {"q_proj": 4, ".*down.*": 2}),
+    "invocation": ("Now:", "Now:"),
+    "options": ("{operator: sharing}", {"operator": "sharing"}),
+    "objective": ("pretrain", "pretrain"),
+    "columns": ("{prompt: question}", {"prompt": "question"}),
+    "template": ("chatml", "chatml"),
+    "holdout": ("held.jsonl", "held.jsonl"),
+    "general": ("general.txt", "general.txt"),
+    "max_length": ("64", 64),
+    "skip_bad_rows": ("true", True),
+    "epochs": ("1.5", 1.5),
+    "steps": ("7", 7),
+    "batch_tokens": ("99", 99),
+    "accumulate": ("2", 2),
+    "learning_rate": ("1e-4", 1e-4),
+    "learning_rates": ("{norms: 1e-5}", {"norms": 1e-5}),
+    "schedule": ("linear", "linear"),
+    "warmup": ("0.2", 0.2),
+    "weight_decay": ("0.01", 0.01),
+    "clip": ("0.5", 0.5),
+    "checkpointing": ("true", True),
+    "check_every": ("3", 3),
+    "patience": ("2", 2),
+    "seed": ("5", 5),
+}
+
+
+def test_train_has_at_most_40_settings_and_the_samples_are_all_of_them() -> None:
+    assert set(SAMPLES) == set(TrainSettings.model_fields)
+    assert len(SAMPLES) <= 40
+
+
+def test_other_verbs_add_at_most_12_of_their_own() -> None:
+    own = set(config.BaseSettings.model_fields)
+    for verb in VERBS.values():
+        if verb.settings is not TrainSettings:
+            assert len(set(verb.settings.model_fields) - own) <= 12, verb
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_setting_is_a_flag_a_yaml_key_and_an_argument(name: str, tmp_path: Path) -> None:
+    text, value = SAMPLES[name]
+    data = [] if name == "data" else ["rows.jsonl"]
+    flag = "--" + name.replace("_", "-")
+    by_flag = parse(["train", *data, flag, text])[1]
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump({"data": "rows.jsonl", name: value}))
+    by_yaml = parse(["train", "--config", str(file)])[1]
+    by_argument = make_settings(TrainSettings, {"data": "rows.jsonl", name: value})
+    assert by_flag == by_yaml == by_argument
+    assert getattr(by_flag, name) != TrainSettings.model_fields[name].default
+    found = getattr(by_flag, name)
+    assert (str(found) if isinstance(found, Path) else found) == value
+
+
+def test_flags_win_over_yaml(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("data: a.jsonl\nrank: 4\nseed: 3\n")
+    settings = parse(["train", "--config", str(tmp_path / "s.yaml"), "--rank", "16"])[1]
+    assert (settings.rank, settings.seed) == (16, 3)  # type: ignore[attr-defined]
+
+
+def test_a_switch_does_not_swallow_the_word_after_it() -> None:
+    for line in (["train", "--resume", "rows.jsonl"], ["train", "rows.jsonl", "--resume"], ["train", "--resume", "true", "rows.jsonl"]):
+        settings = parse(line)[1]
+        assert (settings.resume, str(settings.data)) == (True, "rows.jsonl")  # type: ignore[attr-defined]
+    settings = parse(["train", "rows.jsonl", "--checkpointing", "false"])[1]
+    assert settings.checkpointing is False  # type: ignore[attr-defined]
+    assert parse(["generate", "--raw", "Once upon"])[1].prompts == ["Once upon"]  # type: ignore[attr-defined]
+
+
+def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
+    settings = parse(["train", "--config", str(trained / "settings.yaml")])[1]
+    assert settings == make_settings(TrainSettings, yaml.safe_load((trained / "settings.yaml").read_text()))
+    assert settings.steps == 4  # type: ignore[attr-defined]
+
+
+# near names
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "hint"),
+    [
+        (["trian", "x"], "unknown verb 'trian'", "'train'"),
+        (["train", "x", "--learning_rte", "1"], "unknown flag --learning-rte", "'--learning-rate'"),
+        (["train", "x", "--lr=1"], "unknown flag --lr", None),
+        (["generate", "hi", "--temprature", "1"], "unknown flag --temprature", "'--temperature'"),
+        (["train", "x", "y"], "do not know what to do with 'y'", "afina train --help"),
+        (["--jsno"], "unknown flag --jsno", None),
+        (["train"], "data is missing", "a file"),
+        (["train", "x", "--rank", "many"], "rank cannot be 'many'", "rank of the low-rank update"),
+        (["train", "x", "--rank", "0"], "rank cannot be '0'", "rank"),
+        (["train", "x", "--dtype", "float8"], "dtype cannot be 'float8'", "dtype"),
+        (["train", "x", "--ranks", "{a: "], "cannot read '{a: '", None),
+        (["train", "x", "--ranks"], "expected one argument", "afina train --help"),
+        (["train", "x", "--config", "/nowhere.yaml"], "cannot read the settings file", None),
+        (["merge", "x"], "out is missing", "folder"),
+    ],
+)
+def test_what_cannot_be_understood_names_the_nearest(line: list[str], what: str, hint: str | None) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse(line)
+    assert what in str(caught.value)
+    assert hint is None or hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "where"),
+    [
+        ("data: x\nlearning_rte: 1\n", "unknown setting 'learning_rte'", "s.yaml"),
+        ("data: x\nrank: [1]\n", "rank cannot be [1]", "s.yaml"),
+        ("data: x\nrank: 4\n  bad: : 1\n", "not valid YAML", "s.yaml:3"),
+        ("- data\n", "expected one `name: value` a line", "s.yaml"),
+        ("", "expected one `name: value` a line", "s.yaml"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, content: str, what: str, where: str) -> None:
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(SettingsError) as caught:
+        parse(["train", "--config", str(tmp_path / "s.yaml")])
+    assert what in str(caught.value)
+    assert str(caught.value.where).endswith(where)
+    if "learning_rte" in content:
+        assert caught.value.hint == "did you mean 'learning_rate'?"
+
+
+def test_python_arguments_are_checked_too(chats: Path) -> None:
+    import afina as library
+
+    with pytest.raises(SettingsError, match="unknown setting 'learning_rte'"):
+        library.train(chats, learning_rte=1)
+    with pytest.raises(SettingsError, match="unknown method 'loar'") as caught:
+        library.train(chats, method="loar")
+    assert caught.value.hint == "did you mean 'lora'?"
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        library.trian  # noqa: B018
+
+
+# verbs, their JSON and exit codes
+
+
+def test_plan(capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, tmp_path: Path) -> None:
+    status, result, _ = said(capsys, "plan", chats, "--base", tiny, "--out", tmp_path / "run")
+    assert status == 0
+    assert result["data"]["rows"] == 48
+    assert "«" in result["example"]
+    assert not (tmp_path / "run").exists()
+    assert run(["plan", str(chats), "--base", str(tiny), "--out", str(tmp_path / "run")]) == 0
+    assert "numbers to learn" in capsys.readouterr().out
+
+
+def test_train_eval_merge_export(
+    capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, general: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--base", tiny, "--steps", 3, "--general", general, "--learning-rate", "3e-3"]
+    status, result, err = said(capsys, "train", chats, "--out", out, *flags)
+    assert status == 0
+    assert result["folder"] == str(out)
+    assert "held-out loss" in err  # progress goes to standard error
+    status, result, _ = said(capsys, "eval", out, "--max-new-tokens", 8, "--limit", 3)
+    assert status == 0
+    assert {"exact_match", "chrf", "loss"} <= set(result["after"])
+    assert len(result["examples"]) == 3
+    status, result, _ = said(capsys, "merge", out, "--out", tmp_path / "merged")
+    assert status == 0
+    assert result["max_logit_difference"] < 1e-4
+    for form, file in (("peft", "adapter_config.json"), ("hf", "config.json")):
+        status, result, _ = said(capsys, "export", out, "--format", form, "--out", tmp_path / form)
+        assert (status, result["format"]) == (0, form)
+        assert (tmp_path / form / file).is_file()
+    for line in (["eval", out, "--limit", 2], ["merge", out, "--out", tmp_path / "m2"], ["export", out, "--out", tmp_path / "e2"]):
+        assert run([*map(str, line)]) == 0
+    assert "same likeliest token" in capsys.readouterr().out
+
+
+def test_generate(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, result, _ = said(capsys, "generate", "say sol mar", "say [luna, pan]", "--run", trained, "--max-new-tokens", 6)
+    assert status == 0
+    assert [answer["prompt"] for answer in result["answers"]] == ["say sol mar", "say [luna, pan]"]
+    assert all(0 < answer["tokens"] <= 6 for answer in result["answers"])
+    assert result["adapter"] == str(trained)
+    monkeypatch.setattr("sys.stdin", io.StringIO("say sol mar\n\nsay a\n"))
+    status, piped, _ = said(capsys, "generate", "-", "--run", trained, "--max-new-tokens", 6)
+    assert [answer["prompt"] for answer in piped["answers"]] == ["say sol mar", "say a"]
+    assert piped["answers"][0] == result["answers"][0]
+    status, off, _ = said(capsys, "generate", "say sol mar", "--run", trained, "--adapter", "off", "--max-new-tokens", 6)
+    base = json.loads((trained / "run.json").read_text())["base"]["name"]
+    status, alone, _ = said(capsys, "generate", "say sol mar", "--base", base, "--max-new-tokens", 6)
+    assert off["answers"] == alone["answers"]
+    assert off["adapter"] is alone["adapter"] is None
+    assert off["answers"] != result["answers"][:1]
+    status, raw, _ = said(capsys, "generate", "say sol mar", "--raw", "--base", base, "--max-new-tokens", 6)
+    assert raw["answers"] != alone["answers"]
+    assert run(["generate", "say sol", "--base", base]) == 0
+
+
+def test_chat(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted through standard input: the adapter off and on, the conversation forgotten."""
+    script = "say sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    status = run(["chat", str(trained), "--max-new-tokens", "5", "--system", "be kind", "--json"])
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert status == 0
+    assert [message["role"] for message in result["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert "/off" in err
+    answers = []
+    for adapter in ("on", "off"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"/{adapter}\nsay sol mar\n"))
+        run(["chat", str(trained), "--max-new-tokens", "5", "--json"])
+        chatted = json.loads(capsys.readouterr().out.splitlines()[-1])["messages"][1]["content"]
+        _, generated, _ = said(capsys, "generate", "say sol mar", "--run", trained, "--adapter", adapter, "--max-new-tokens", 5)
+        assert chatted.strip() == generated["answers"][0]["text"]
+        answers.append(chatted)
+    assert answers[0] != answers[1]
+
+
+def test_a_long_conversation_says_how_to_start_again(
+    capsys: pytest.CaptureFixture[str], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 300 + "\n/new\nhi\n"))
+    assert run(["chat", "--base", str(tiny), "--max-new-tokens", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "/new starts again" in err.replace("\n", " ")
+    assert [message["content"] for message in json.loads(out.splitlines()[-1])["messages"]][0] == "hi"
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (["train", "/nowhere.jsonl"], 1),
+        (["train", "x", "--rank", "0"], 2),
+        (["frobnicate"], 2),
+        (["eval"], 2),
+        (["generate", "hi", "--base", "/nowhere"], 1),
+        (["merge", "/nowhere", "--out", "/tmp/x"], 1),
+    ],
+)
+def test_errors_are_an_object_too_and_set_the_exit_code(
+    capsys: pytest.CaptureFixture[str], line: list[str], status: int
+) -> None:
+    assert run(line) == status
+    plain = capsys.readouterr()
+    assert plain.out == ""
+    assert plain.err.startswith("afina: ")
+    found, result, err = said(capsys, *line)
+    assert found == status
+    assert set(result["error"]) == {"what", "where", "why", "hint"}
+    assert result["error"]["what"] in err
+
+
+def test_an_interrupt_tells_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("afina.training.progress.Display.tick", interrupted)
+    line = ["train", chats, "--base", tiny, "--general", general, "--out", tmp_path / "run", "--steps", 2]
+    assert run([*map(str, line)]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_process_itself(tiny: Path) -> None:
+    """Through the real entry point: status, standard error, the last line."""
+    done = afina("generate", "-", "--base", tiny, "--max-new-tokens", 3, "--json", input="say sol\n")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["answers"]) == 1
+    done = afina("generate", "hi", "--bse", tiny)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean '--base'?" in done.stderr

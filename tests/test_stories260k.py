@@ -1,0 +1,61 @@
+"""A base that we did not make: stories260K. Its reference tokens, and a LoRA and a full fine-tune on Shakespeare."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SHARED, flat_run, logits
+
+import afina
+from afina.base.load import load_base
+from afina.base.model import Base
+from afina.delta.files import load_adapter
+from afina.engine.generate import Sampling, generate_tokens
+from afina.segments import Segments
+
+pytestmark = pytest.mark.shared
+FOLDER = SHARED / "models" / "stories260k"
+
+
+@pytest.fixture
+def stories() -> Base:
+    return load_base(str(FOLDER), dtype="float32", device="cpu")
+
+
+def test_greedy_tokens_are_the_reference_ones(stories: Base) -> None:
+    """199 tokens after the first one, by text: the file says what llama2.c writes."""
+    tokens = generate_tokens(stories, [[1]], Sampling(max_new_tokens=199))[0]
+    expected = (SHARED / "data" / "ref-vectors" / "stories260K_greedy_200.txt").read_text()
+    assert len(tokens) == 199
+    assert stories.text(tokens).strip() == expected.strip()
+
+
+def test_greedy_tokens_do_not_depend_on_the_batch(stories: Base) -> None:
+    prompts = [[1], [1, 403, 407], [1, 403]]
+    alone = [generate_tokens(stories, [prompt], Sampling(max_new_tokens=40))[0] for prompt in prompts]
+    assert generate_tokens(stories, prompts, Sampling(max_new_tokens=40)) == alone
+
+
+@pytest.mark.slow
+def test_lora_and_full_learn_shakespeare(tmp_path: Path, stories: Base) -> None:
+    """Both lower the held-out loss, full more than LoRA r8; with the adapter off the logits are the base's bit for bit."""
+    text = tmp_path / "shakespeare.txt"
+    text.write_text((SHARED / "data" / "tinyshakespeare" / "input.txt").read_text()[:60_000])
+    shared: dict[str, Any] = dict(base=str(FOLDER), dtype="float32", steps=60, max_length=256, batch_tokens=2048, check_every=20)
+    runs = {
+        "lora": afina.train(text, method="lora", rank=8, learning_rate=5e-3, out=tmp_path / "lora", **shared),
+        "full": afina.train(text, method="full", learning_rate=1e-3, out=tmp_path / "full", **shared),
+    }
+    losses = {name: run.story["losses"] for name, run in runs.items()}
+    before = losses["lora"]["held_before"]
+    assert losses["full"]["held_before"] == before
+    assert losses["full"]["held_after"] < losses["lora"]["held_after"] < before - 0.5
+    run, expected = flat_run((60,), low=3, high=500), logits(stories, flat_run((60,), low=3, high=500))
+    for name, trained in runs.items():
+        base = load_base(str(FOLDER), dtype="float32", device="cpu")
+        adapter = load_adapter(trained.folder, base)
+        assert torch.equal(logits(base, run), expected), name
+        assert not torch.equal(logits(base, run, Segments.all(adapter.name)), expected), name
+        assert json.loads((trained.folder / "run.json").read_text())["trainable_parameters"] == adapter.count()
