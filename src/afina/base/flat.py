@@ -8,6 +8,7 @@ sequence are kept there and read back: the same function serves training, prefil
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+
+from afina.kernels.attention import causal_attention
 
 NAME = "afina"
 
@@ -25,6 +28,30 @@ class Flat:
 
     bounds: tuple[int, ...]
     cache: "KeyValueCache | None" = None
+
+    @cached_property
+    def groups(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Sequences of about equal length side by side, so that many short ones are one call of attention.
+
+        For each group (index, kept): index (n, L) picks its tokens from the run, short sequences going on with their
+        last token; kept are the places of the real ones among the n * L. Then the order that puts the groups'
+        real tokens, end to end, back into the run. Padding is at most a fifth of the tokens.
+        """
+        spans = sorted(pairwise(self.bounds), key=lambda span: span[1] - span[0])
+        groups: list[list[tuple[int, int]]] = []
+        for start, end in spans:
+            real = sum(e - s for s, e in groups[-1]) if groups else 0
+            if groups and (end - start) * (len(groups[-1]) + 1) <= 1.2 * (real + end - start):
+                groups[-1].append((start, end))
+            else:
+                groups.append([(start, end)])
+        made, order = [], []
+        for group in groups:
+            starts, ends = torch.tensor(group).T
+            places = starts[:, None] + torch.arange(int((ends - starts).max()))
+            made.append((places.minimum(ends[:, None] - 1), (places < ends[:, None]).flatten().nonzero()[:, 0]))
+            order.append(places.flatten()[made[-1][1]])
+        return made, torch.cat(order).argsort()
 
 
 @dataclass
@@ -71,6 +98,8 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float, softcap: float | None, dropout: float
 ) -> Tensor:
     """Attention of queries (1, H, n, D) to keys (1, Hkv, m, D); `allowed` None means plain causal with n = m."""
+    if softcap is None and allowed is None and not dropout:
+        return causal_attention(query, key, value, scaling)
     if softcap is None:
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
@@ -105,18 +134,44 @@ def flat_attention(
     cache = flat.cache
     if cache is not None and len(flat.bounds) - 1 == query.shape[2]:
         return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
+    if cache is None:
+        return _grouped(query, key, value, flat, scaling, sliding_window, softcap, dropout), None
     outputs = []
+    keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     for row, (start, end) in enumerate(pairwise(flat.bounds)):
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        if cache is not None:
-            keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-            past = cache.lengths[row]
-            keys[row, :, past : past + end - start], values[row, :, past : past + end - start] = k[0], v[0]
-            k, v = keys[row : row + 1, :, : past + end - start], values[row : row + 1, :, : past + end - start]
-        whole = k.shape[2] == end - start and (sliding_window is None or end - start <= sliding_window)
-        allowed = None if whole else _allowed(end - start, k.shape[2], sliding_window, q.device)
-        outputs.append(_attend(q, k, v, allowed, scaling, softcap, dropout))
+        past = cache.lengths[row]
+        now = past + end - start
+        keys[row, :, past:now], values[row, :, past:now] = key[0, :, start:end], value[0, :, start:end]
+        plain = past == 0 and _within(now, sliding_window)
+        allowed = None if plain else _allowed(end - start, now, sliding_window, query.device)
+        k, v = keys[row : row + 1, :, :now], values[row : row + 1, :, :now]
+        outputs.append(_attend(query[:, :, start:end], k, v, allowed, scaling, softcap, 0.0))
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _within(length: int, window: int | None) -> bool:
+    return window is None or length <= window
+
+
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, flat: Flat,
+    scaling: float, window: int | None, softcap: float | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Attention within each sequence, a group of them at a time; padding stands behind, where causality hides it."""
+    groups, order = flat.groups
+    flattened = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (T, heads * head_dim)
+    outputs = []
+    for index, kept in groups:
+        shape = (*index.shape, -1, query.shape[-1])
+        places = index.flatten().to(query.device)
+        q, k, v = (x.index_select(0, places).view(shape).transpose(1, 2) for x in flattened)
+        length = index.shape[1]
+        allowed = None if _within(length, window) else _allowed(length, length, window, query.device)
+        out = _attend(q, k, v, allowed, scaling, softcap, dropout).transpose(1, 2).flatten(0, 1)
+        outputs.append(out if len(kept) == len(out) else out[kept.to(query.device)])
+    together = torch.cat(outputs)
+    in_order = len(groups) == 1 and bool((order == torch.arange(len(order))).all())
+    return (together if in_order else together.index_select(0, order.to(query.device)))[None]
 
 
 def _decode(

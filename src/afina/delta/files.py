@@ -94,7 +94,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     known = None if spec.options.get("restarts") else method(spec.method).peft
     shared = {
         "peft_type": "LORA" if known is not None else f"AFINA_{spec.method.upper()}",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if hasattr(base.model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "target_modules": leaves if sorted(everywhere) == sorted(paths) else paths,

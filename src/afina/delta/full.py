@@ -31,6 +31,9 @@ class Full(Delta):
             why = f"{type(layer.module).__name__} holds other layers besides weights of its own"
             hint = "name its layers with --targets"
             raise AdapterError("full cannot act on this module", where=layer.path, why=why, hint=hint)
+        if not all(p.is_floating_point() for p in layer.module.parameters(recurse=False)):
+            why = f"{type(layer.module).__name__} holds codes, of which there is no gradient"
+            raise AdapterError("full cannot train a quantised layer", where=layer.path, why=why, hint="--method lora")
         trained = copy.deepcopy(layer.module).requires_grad_(True)
         for name, parameter in list(trained.named_parameters()):
             setattr(self, name, parameter)
