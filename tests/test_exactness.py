@@ -157,7 +157,7 @@ def one_run(tiny: Path, tmp_path: Path, batch_tokens: int, accumulate: int, **se
         examples.append(Example(f"x:{i}", tokens, [n >= prompt for n in range(16)], prompt, None))
     task = LanguageTask(base, examples, examples[:1], batch_tokens, accumulate, seed=3)
     made = SimpleNamespace(
-        base=base, adapter=adapter, task=task, learning_rate=1e-4, rates={}, steps=4, check_every=99,
+        prepared=SimpleNamespace(base=base, task=task), adapter=adapter, learning_rate=1e-4, rates={}, steps=4, check_every=99,
         settings=SimpleNamespace(weight_decay=0.0, schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, **settings),
     )  # fmt: skip
     loop = Loop(made, tmp_path, {}, lambda tick: None, lambda: None)  # type: ignore[arg-type]

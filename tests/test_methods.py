@@ -309,6 +309,10 @@ def test_moras_choices() -> None:
     assert (small.operator, large.operator, small.scale) == ("rotation", "sharing", 1.0)
     options: dict[str, Any] = {"use_alpha": True}
     assert MoRA(layer, Spec("mora", ("l",), rank=8, alpha=24.0, options=options), torch.Generator()).scale == 3.0
+    base = net()
+    for method in ("lora", "mora"):
+        with pytest.raises(SettingsError, match="did you mean|known"):
+            attach(base.model, base.board, "b", Spec(method, ("lin",), options={"operater": "sharing"}))
     for wrong in ({"operator": "rotate"}, {"grouping": "stride"}):
         with pytest.raises(SettingsError, match="did you mean"):
             MoRA(layer, Spec("mora", ("l",), options=wrong), torch.Generator())

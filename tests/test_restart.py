@@ -11,7 +11,7 @@ from afina.base.frozen import Frozen
 from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
 from afina.delta.files import load_adapter, read_json, save_adapter, tensors_of
-from afina.delta.restart import load, restart, restarts, rise, state
+from afina.delta.restart import check, load, restart, restarts, rise, state
 from afina.errors import SettingsError
 from afina.segments import Segments
 
@@ -130,6 +130,14 @@ def test_saved_is_loaded(tmp_path: Path, method: str, options: dict[str, Any]) -
     assert torch.equal(run(other, x), run(on, x))
 
 
+def test_asking_changes_nothing() -> None:
+    adapter = put(base(), "lora")
+    before = [parameter.clone() for parameter in adapter.parameters()]
+    check(adapter)
+    assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
+    assert restarts(adapter) == 0
+
+
 def test_a_run_goes_on_where_it_stood() -> None:
     on, x = base(), torch.randn(9, 24)
     adapter = put(on, "mora", options=SHARING)
@@ -160,8 +168,9 @@ def test_a_run_goes_on_where_it_stood() -> None:
 def test_what_cannot_restart_says_why(method: str, options: dict[str, Any], why: str) -> None:
     adapter = put(base(), method, options=options)
     before = {name: tensor.clone() for name, tensor in tensors_of(adapter).items()}
-    with pytest.raises(SettingsError, match=why):
-        restart(adapter, torch.Generator())
+    for ask in (check, lambda adapter: restart(adapter, torch.Generator())):
+        with pytest.raises(SettingsError, match=why):
+            ask(adapter)
     assert restarts(adapter) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors_of(adapter).items())
 

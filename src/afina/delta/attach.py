@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afina.delta.contract import Delta, Spec, method
+from afina.delta.contract import Delta, Spec, check_options, method
 from afina.delta.layers import Layer
 from afina.errors import AdapterError, SettingsError
 from afina.route.invocation import Route
@@ -136,6 +136,7 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
     is not of a kind that the method can act on.
     """
     kind = method(spec.method)
+    check_options(kind, spec)
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
     tied: dict[int, nn.Parameter] = {}

@@ -71,6 +71,7 @@ class Delta(nn.Module):
     keys: Mapping[str, str]  # parameter name -> name on disk, after the module's path
     shapes: Mapping[str, tuple[int, ...]] = {}
     peft: ClassVar[Mapping[str, Any] | None] = None  # what tells the method in a LoraConfig of PEFT; None: not known there
+    options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
     constants: ClassVar[tuple[str, ...]] = ()  # methods without arguments whose value the gradient takes as constant
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
@@ -111,6 +112,14 @@ class Delta(nn.Module):
     def count(cls, layer: Layer, spec: Spec) -> int:
         """How many numbers this delta learns at `layer`, by its formula."""
         raise TypeError(f"{cls.__name__} must say how many numbers it learns")
+
+
+def check_options(kind: type[Delta], spec: Spec) -> None:
+    """Raise `SettingsError` where an option is none that the method `kind` reads."""
+    known = (*kind.options, "restart_every", "restarts")
+    for name in spec.options:
+        if name not in known:
+            raise SettingsError(f"{spec.method} has no option {name!r}", where="options", hint=nearest(name, known[:-1]))
 
 
 def methods() -> dict[str, type[Delta]]:

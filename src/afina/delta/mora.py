@@ -32,9 +32,10 @@ SMALL = 64  # rotation up to this rank, sharing beyond: the paper's choices at 8
 
 
 class MoRA(Delta):
-    """A square update. Options: `operator`, `grouping` (of sharing), `use_alpha` (s as LoRA's)."""
+    """A square update. Options: `operator` (else by rank), `grouping` (of sharing), `use_alpha` (s as LoRA's)."""
 
     keys = {"m": "mora_M.weight"}  # noqa: RUF012
+    options = ("operator", "grouping", "use_alpha")
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
         super().__init__(layer, spec, generator)

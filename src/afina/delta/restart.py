@@ -37,6 +37,16 @@ def restart(adapter: Adapter, generator: torch.Generator, optimizer: torch.optim
     _count(adapter, restarts(adapter) + 1)
 
 
+@torch.no_grad()
+def check(adapter: Adapter) -> None:
+    """Raise the error that `restart` would raise, before a run begins; changes nothing."""
+    first = _factored(adapter)[0]
+    kept = [parameter.clone() for parameter in first.parameters()]
+    first.restart(torch.Generator())
+    for parameter, before in zip(first.parameters(), kept, strict=True):
+        parameter.copy_(before)
+
+
 def restarts(adapter: Adapter) -> int:
     """How many times the adapter has restarted."""
     return int(adapter.spec.options.get("restarts", 0))

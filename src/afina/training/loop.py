@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from afina.delta.restart import restart, rise
 from afina.disk import disk_errors, write_text
 from afina.errors import TrainingError
 from afina.training import checkpoint
 from afina.training.checkpoint import Progress
 from afina.training.optimizer import Optimizer, schedule_factor
 from afina.training.setup import Setup
+
+RISE_STEPS = 50  # after a restart, as in ReMoRA's paper
 
 
 @dataclass(frozen=True)
@@ -93,15 +96,24 @@ class Loop:
             loss = task.loss(batch, setup.adapter.route) / count
             loss.backward()
             total += loss.item()
-        factor = schedule_factor(setup.settings.schedule, progress.step, setup.steps, setup.settings.warmup)
-        norm = self.optimizer.step(factor, setup.settings.clip)
+        norm = self.optimizer.step(factor := self._factor(), setup.settings.clip)
         if not math.isfinite(total) or not math.isfinite(norm):
             raise self._not_finite("loss" if not math.isfinite(total) else "gradient")
         tokens = sum(task.size(batch) for batch in batches)
         progress.step += 1
         progress.tokens += tokens
+        if setup.restart_every and progress.step % setup.restart_every == 0 and progress.step < setup.steps:
+            generator = torch.Generator().manual_seed(setup.settings.seed + progress.step)
+            restart(setup.adapter, generator, self.optimizer.adamw)
         seconds = time.perf_counter() - start
         return Tick(progress.step, total, norm, factor * setup.learning_rate, tokens, seconds)
+
+    def _factor(self) -> float:
+        """Factor of the learning rate at this step: the schedule's, rising again after each restart."""
+        setup, step = self.setup, self.progress.step
+        factor = schedule_factor(setup.settings.schedule, step, setup.steps, setup.settings.warmup)
+        every = setup.restart_every
+        return factor * rise(step, every, min(RISE_STEPS, every // 4)) if every else factor
 
     def _check(self, tick: Tick) -> Tick:
         """Judge on the held-out rows; keep the adapter if it is the best so far."""

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from afina.delta import restart
 from afina.delta.attach import Adapter
+
+RESTARTS = "restarts/"  # before the names of what merge-and-restart keeps
 
 
 def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
@@ -25,6 +28,7 @@ class Optimizer:
     """
 
     def __init__(self, adapter: Adapter, rate: float, rates: Mapping[str, float], weight_decay: float) -> None:
+        self._adapter = adapter
         self.parameters = dict(adapter.named_parameters())
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self.parameters.items()
@@ -33,7 +37,7 @@ class Optimizer:
         for name, master in self.masters.items():
             own = rates.get(name.rpartition(".")[0], rate)
             groups.setdefault((own, weight_decay if master.ndim > 1 else 0.0), []).append(master)
-        self._adamw = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             [{"params": ps, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), ps in groups.items()], fused=True
         )
 
@@ -48,14 +52,14 @@ class Optimizer:
                 master.grad, parameter.grad = parameter.grad.float(), None
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters.values(), clip))
         if math.isfinite(norm):
-            for group in self._adamw.param_groups:
+            for group in self.adamw.param_groups:
                 group["lr"] = group["peak"] * factor
-            self._adamw.step()
+            self.adamw.step()
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     if self.masters[name] is not parameter:
                         parameter.copy_(self.masters[name])
-        self._adamw.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=True)
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -63,11 +67,12 @@ class Optimizer:
         tensors: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             tensors[f"{name}:value"] = master.detach()
-            tensors |= {f"{name}:{key}": value for key, value in self._adamw.state.get(master, {}).items()}
-        return tensors
+            tensors |= {f"{name}:{key}": value for key, value in self.adamw.state.get(master, {}).items()}
+        return tensors | {RESTARTS + name: value for name, value in restart.state(self._adapter).items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave, values of the parameters included."""
+        restart.load(self._adapter, {n.removeprefix(RESTARTS): t for n, t in tensors.items() if n.startswith(RESTARTS)})
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"{name}:value"])
@@ -75,6 +80,6 @@ class Optimizer:
                 kept = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
                 kept.pop("value")
                 if kept:
-                    self._adamw.state[master] = {
+                    self.adamw.state[master] = {
                         key: value.clone().to(master.device) if value.ndim else value.clone() for key, value in kept.items()
                     }

@@ -10,6 +10,7 @@ from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
 from afina.delta.presets import preset
 from afina.delta.targets import block_number, by_pattern, resolve_targets
+from afina.errors import SettingsError
 from afina.training.prepare import Prepared, prepare
 
 NAME = "adapter"
@@ -30,6 +31,14 @@ class Setup:
     def check_every(self) -> int:
         """Steps between checks."""
         return self.settings.check_every or max(1, self.steps // 10)
+
+    @property
+    def restart_every(self) -> int:
+        """Steps between merges and restarts (ReLoRA, ReMoRA); 0 for never."""
+        every = self.settings.options.get("restart_every", 0)
+        if not isinstance(every, int) or every < 0:
+            raise SettingsError(f"restart_every cannot be {every!r}", where="options", hint="a number of steps")
+        return every
 
 
 def default_out(settings: TrainSettings) -> Path:
