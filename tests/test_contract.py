@@ -41,7 +41,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear-square": (lambda: nn.Linear(11, 11), tokens(11)),
     "conv1d-gpt2": (lambda: Conv1D(13, 9), tokens(9)),
     "conv1d": (lambda: nn.Conv1d(3, 8, 3, stride=2, padding=1), lambda: torch.randn(TOKENS, 3, 9)),
-    "conv2d": (lambda: nn.Conv2d(2, 9, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)), lambda: torch.randn(TOKENS, 2, 6, 5)),
+    "conv2d": (
+        lambda: nn.Conv2d(2, 9, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)),
+        lambda: torch.randn(TOKENS, 2, 6, 5),
+    ),
     "conv2d-same": (lambda: nn.Conv2d(4, 3, 3, padding="same", bias=False), lambda: torch.randn(TOKENS, 4, 4, 3)),
     "embedding": (lambda: nn.Embedding(19, 10), lambda: torch.tensor([0, 18, 7, 7, 12, 3])),
     "nf4": (lambda: NF4Linear.from_linear(nn.Linear(70, 9)), tokens(70)),

@@ -241,8 +241,9 @@ def slow_forward(m: Tensor, x: Tensor, out: int, q: int, operator: str, grouping
                 turned = torch.zeros(q, dtype=torch.float64)
                 for j in range(q // 2):
                     angle = block * 10000 ** (-2 * j / q)
-                    turned[2 * j] = math.cos(angle) * v[2 * j] - math.sin(angle) * v[2 * j + 1]
-                    turned[2 * j + 1] = math.sin(angle) * v[2 * j] + math.cos(angle) * v[2 * j + 1]
+                    a, b = v[j], v[j + q // 2]
+                    turned[j] = math.cos(angle) * a - math.sin(angle) * b
+                    turned[j + q // 2] = math.sin(angle) * a + math.cos(angle) * b
                 v = turned
             results.append(m @ v)
         for o in range(out):
@@ -259,7 +260,13 @@ SHAPES = [(24, 24, 2), (40, 10, 1), (10, 40, 1), (37, 11, 2), (11, 37, 3), (13, 
 @pytest.mark.parametrize(("width", "out", "rank"), SHAPES)
 @pytest.mark.parametrize(
     ("operator", "grouping"),
-    [("truncation", "strided"), ("sharing", "strided"), ("sharing", "adjacent"), ("decoupling", "strided"), ("rotation", "strided")],
+    [
+        ("truncation", "strided"),
+        ("sharing", "strided"),
+        ("sharing", "adjacent"),
+        ("decoupling", "strided"),
+        ("rotation", "strided"),
+    ],
 )
 def test_mora_is_its_formula(width: int, out: int, rank: int, operator: str, grouping: str) -> None:
     torch.manual_seed(0)
@@ -311,7 +318,7 @@ def test_moras_choices() -> None:
     assert MoRA(layer, Spec("mora", ("l",), rank=8, alpha=24.0, options=options), torch.Generator()).scale == 3.0
     base = net()
     for method in ("lora", "mora"):
-        with pytest.raises(SettingsError, match="did you mean|known"):
+        with pytest.raises(SettingsError, match=r"did you mean|known"):
             attach(base.model, base.board, "b", Spec(method, ("lin",), options={"operater": "sharing"}))
     for wrong in ({"operator": "rotate"}, {"grouping": "stride"}):
         with pytest.raises(SettingsError, match="did you mean"):
@@ -331,7 +338,9 @@ def test_moras_rank_is_high() -> None:
 
 def test_mora_on_disk(tmp_path: Path) -> None:
     base = net()
-    adapter = attach(base.model, base.board, "adapter", Spec("mora", ("lin", "emb"), rank=2, options={"operator": "decoupling"}))
+    adapter = attach(
+        base.model, base.board, "adapter", Spec("mora", ("lin", "emb"), rank=2, options={"operator": "decoupling"})
+    )
     noise(base.model)
     save_adapter(adapter, base, tmp_path)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {

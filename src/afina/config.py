@@ -147,7 +147,7 @@ class DemoSettings(Settings):
     """Everything `afina demo` can be told."""
 
     out: Path = _describe("the run folder", Path("runs/demo"))
-    steps: int = _describe("optimizer steps", 340, ge=1)
+    steps: int = _describe("optimizer steps", 400, ge=1)
     seed: int = _describe("seed of everything random", 0)
 
 

@@ -6,14 +6,15 @@ The operators have no parameters, and each makes D a dense matrix with entries o
 
     truncation   D[o, i] = M[o, i] for o, i < q, else 0                                                 (equation 4)
     sharing      D[o, i] = M[g(o), g(i)], g the group of an output or input                             (equation 6)
-    decoupling   D[o, i] = M[o % q, i % q]        where O(o) % p = I(i) % p, else 0                     (equation 8)
-    rotation     D[o, i] = (M R_I(i))[o % q, i % q]   likewise; R_I turns pair j by I / 10000^(2j/q)    (equation 9)
+    decoupling   D[o, i] = M[o % q, i % q]        where O % p = I % p, else 0                           (equation 8)
+    rotation     D[o, i] = (M R_I)[o % q, i % q]  likewise                                              (equation 9)
 
-Groups are strided (i % q) or adjacent (q runs, those in front longer by one where q does not divide). I(i) = i // q
-and O(o) = o // q number blocks, the last one filled with zeros or cut off; p is the smaller number of blocks. So where
-a layer widens, further blocks of outputs repeat the first p round and round; where it narrows, the results of several
-blocks of inputs are added in one of outputs, and every input is read. (The paper's code drops them: it does not read
-62% of the inputs of a Llama's down_proj.) Truncation reads q inputs by its definition.
+I = i // q and O = o // q number blocks, the last one filled with zeros or cut off; p is the smaller number of blocks.
+So where a layer widens, further blocks of outputs repeat the first p round and round; where it narrows, the results of
+several blocks of inputs are added in one of outputs, and every input is read. (The paper's code drops them: it does not
+read 62% of the inputs of a Llama's down_proj.) Truncation reads q inputs by its definition. Groups are strided (i % q)
+or adjacent (q runs, those in front longer by one where q does not divide). R_I turns the pair (j, j + q/2) by the angle
+I / 10000^(2j/q); for rotation q is even.
 """
 
 import math
@@ -34,8 +35,10 @@ SMALL = 64  # rotation up to this rank, sharing beyond: the paper's choices at 8
 class MoRA(Delta):
     """A square update. Options: `operator` (else by rank), `grouping` (of sharing), `use_alpha` (s as LoRA's)."""
 
-    keys = {"m": "mora_M.weight"}  # noqa: RUF012
+    keys = {"m": "mora_M.weight"}
     options = ("operator", "grouping", "use_alpha")
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
         super().__init__(layer, spec, generator)
@@ -166,10 +169,13 @@ def fold(blocks: Tensor, slots: int) -> Tensor:
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., q) with each pair of neighbours turned by its angle; cos and sin (..., q / 2)."""
-    even, odd = x[..., ::2], x[..., 1::2]
+    """x (..., q) with each pair, q / 2 apart, turned by its angle; cos and sin (..., q / 2).
+
+    The paper writes pairs of neighbours: the same but for the order of inputs, and 3 times slower (512 x 1024, bf16).
+    """
+    first, second = x.chunk(2, -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(first * sin, second, cos)], -1)
 
 
 def _known(value: Any, names: tuple[str, ...], where: str) -> str:

@@ -73,7 +73,7 @@ def demo(settings: DemoSettings | None = None, **values: Any) -> dict[str, Any]:
     for file, rows in ((files["train"], train_rows), (files["held"], held_rows)):
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     plan = TrainSettings(
-        data=files["train"], out=settings.out / "run", holdout=files["held"], method="lora", rank=16, learning_rate=4e-3,
+        data=files["train"], out=settings.out / "run", holdout=files["held"], method="lora", rank=16, learning_rate=2e-3,
         steps=settings.steps, batch_tokens=2048, warmup=0.05, seed=settings.seed, check_every=max(1, settings.steps // 4),
     )  # fmt: skip
     run = training.train(plan, quiet=False)
