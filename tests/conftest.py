@@ -9,12 +9,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from helpers import SHARED, save_model, tiny_tokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from afina.base.load import load_base
 from afina.base.model import Base
+from helpers import SHARED, save_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import flat_run, logits, put, same, save_model, state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
@@ -19,6 +18,7 @@ from afina.base.model import Base
 from afina.delta.files import load_adapter, save_adapter
 from afina.errors import AdapterError
 from afina.segments import Segments
+from helpers import flat_run, logits, put, same, save_model, state
 
 peft = pytest.importorskip("peft")
 WEIGHTS, CONFIG, STORY = "adapter_model.safetensors", "adapter_config.json", "afina.json"

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ import afina
 from afina.base.convert import convert
 from afina.base.load import load_base
 from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsError, TrainingError
+from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
 CHAT = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a a"}]}
 Train = Callable[..., Any]

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ENVIRONMENT, afina
 
 from afina import config
 from afina.cli.main import VERBS, parse, run
 from afina.config import TrainSettings, make_settings
 from afina.errors import SettingsError
+from helpers import ENVIRONMENT, afina
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, flat_run, logits, metrics, one_by_one, put, same, state
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.objective.language import LanguageTask
 from afina.segments import Segment, Segments
 from afina.training.loop import Loop
+from helpers import ENVIRONMENT, flat_run, logits, metrics, one_by_one, put, same, state
 
 LENGTHS = (9, 1, 14, 6, 33)
 
@@ -157,7 +157,7 @@ def one_run(tiny: Path, tmp_path: Path, batch_tokens: int, accumulate: int, **se
         examples.append(Example(f"x:{i}", tokens, [n >= prompt for n in range(16)], prompt, None))
     task = LanguageTask(base, examples, examples[:1], batch_tokens, accumulate, seed=3)
     made = SimpleNamespace(
-        prepared=SimpleNamespace(base=base, task=task), adapter=adapter, learning_rate=1e-4, rates={}, steps=4, check_every=99,
+        prepared=SimpleNamespace(base=base, task=task), adapter=adapter, learning_rate=1e-4, rates={}, steps=4, check_every=99, restart_every=0,
         settings=SimpleNamespace(weight_decay=0.0, schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, **settings),
     )  # fmt: skip
     loop = Loop(made, tmp_path, {}, lambda tick: None, lambda: None)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from helpers import flat_run, logits, one_by_one, put, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from afina.combining.merge import take_in
 from afina.engine.generate import Sampling, generate_tokens
 from afina.errors import AdapterError, BaseError
 from afina.segments import Segments
+from helpers import flat_run, logits, one_by_one, put, save_model
 
 V = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}

@@ -12,11 +12,11 @@ from pathlib import Path
 import text as source
 
 from afina.base.load import EMBEDDED_FOLDER, load_base
+from afina.data.formats import read_table
 from afina.data.template import Renderer
 from afina.engine.generate import Sampling, answer
 from afina.judge.losses import GENERAL
 from afina.objective.language import make_examples, mean_loss
-from afina.data.formats import read_table
 
 CARD = """---
 license: apache-2.0
@@ -63,7 +63,7 @@ def main() -> None:
     plain, chats = Renderer(base.tokenizer, "plain", 512), Renderer(base.tokenizer, None, 512)
     scratch = Path("/tmp/afina-card.txt")
     general = [p for p in GENERAL.read_text().split("\n\n\n") if p.strip()]
-    accents = lambda text: sum(c in "áéíóúñ¿¡" for c in text) / len(text)  # noqa: E731
+    accents = lambda text: sum(c in "áéíóúñ¿¡" for c in text) / len(text)
     spanish, english = [p for p in general if accents(p) > 0.004], [p for p in general if accents(p) <= 0.004]
     rng = random.Random(12345)
     simple = {language: [source.st.Story.draw(rng, 4).write(language) for _ in range(150)] for language in ("en", "es")}

@@ -13,10 +13,10 @@ from pathlib import Path
 from afina.demo import lexicon as lx
 from afina.demo import sentences as st
 
-SYLLABLES = "ba be bi bo bu da de do fa fi ga go ka ki la le lo lu ma me mi mo na ne no pa pe po ra re ri ro sa se so ta te ti to va vi zu".split()
+SYLLABLES = ["ba", "be", "bi", "bo", "bu", "da", "de", "do", "fa", "fi", "ga", "go", "ka", "ki", "la", "le", "lo", "lu", "ma", "me", "mi", "mo", "na", "ne", "no", "pa", "pe", "po", "ra", "re", "ri", "ro", "sa", "se", "so", "ta", "te", "ti", "to", "va", "vi", "zu"]
 NUMBERS = {
-    "en": "zero one two three four five six seven eight nine ten eleven twelve".split(),
-    "es": "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce".split(),
+    "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"],
+    "es": ["cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve", "diez", "once", "doce"],
 }
 Chat = list[tuple[str, str]]
 

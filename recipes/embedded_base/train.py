@@ -93,7 +93,7 @@ def main() -> None:
         samples = [next(made) for _ in range(12000)]
         plain = [d if isinstance(d, str) else " ".join(t for _, t in d) for d in samples]
         tokenizer = make_tokenizer(plain + books)
-    encode = lambda documents: tokenizer("\n".join(render(tokenizer, d) for d in documents), add_special_tokens=False)["input_ids"]  # noqa: E731
+    encode = lambda documents: tokenizer("\n".join(render(tokenizer, d) for d in documents), add_special_tokens=False)["input_ids"]
 
     other = source.documents(random.Random(args.seed + 1), args.mix)
     held["stories and chats"] = [next(other) for _ in range(1500)]

@@ -100,7 +100,7 @@ def check_folder(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BaseError("cannot read the list of weight files", where=str(folder / INDEX)) from error
         files = [folder / name for name in names]
     else:

@@ -33,7 +33,7 @@ from afina.errors import AfinaError, BaseError
 from afina.kernels.nf4 import NF4Weight
 
 FORMAT = 1  # of the cache: another number makes it anew
-SHARD = 128 * 2**20  # bytes of a file of the cache, and of quantised tensors in memory while it is written
+SHARD = 32 * 2**20  # bytes of a file of the cache, and of quantised tensors in memory while it is written
 
 Places = dict[str, tuple[Path, list[int]]]  # name of a published tensor -> its file and shape
 Tensors = dict[str, Tensor]

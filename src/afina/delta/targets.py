@@ -105,7 +105,8 @@ def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
             inside, module = (path + ".",), module.base
         own = any(True for _ in module.parameters(recurse=False))
         leaf = not any(True for child in module.children() for _ in child.parameters())
-        if Layer(path, module).is_matrix or (any_kind and own and leaf):
+        # outside the blocks, weights beside other layers (a class token, positions) stay frozen; inside, full says no
+        if Layer(path, module).is_matrix or (any_kind and own and (leaf or block_number(path) is not None)):
             found[path] = module
     return found
 
