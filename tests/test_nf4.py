@@ -450,10 +450,13 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_of_loading_is_far_below_the_model_in_16_bits(tmp_path: Path) -> None:
     config = T.LlamaConfig(
-        vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+        vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16
     )
-    save_model(tmp_path / "model", config, tiny_tokenizer())
-    megabytes = 103e6 * 2 / 2**20  # of the weights in 16 bits
+    model = random_model(config).to(torch.bfloat16)
+    megabytes = sum(p.nbytes for p in model.parameters()) / 2**20
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    del model
 
     def peak(storage: str) -> float:
         command = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), storage]
@@ -463,7 +466,7 @@ def test_the_peak_of_loading_is_far_below_the_model_in_16_bits(tmp_path: Path) -
     ordinary, quantising, cached = peak("plain"), peak("nf4"), peak("nf4")
     print(f"peak over the imports, MB: plain {ordinary:.0f}, quantising {quantising:.0f}, from the cache {cached:.0f}")
     assert ordinary > megabytes
-    assert max(quantising, cached) < 0.85 * megabytes  # 103 and 105 of 196; the same self-checks of `Base` in all three
+    assert max(quantising, cached) < 0.75 * megabytes
 
 
 # ---- moments in 8 bits
