@@ -152,12 +152,24 @@ def test_the_norm_follows_the_optimizer(fused: bool, learns: bool) -> None:
     for _ in range(3):
         delta(x, y0, 1.0).sum().backward()
         optimizer.step()
-        delta.train(False)
         with torch.no_grad():
             matrix = delta.layer.weight + delta.scale * delta.b @ delta.a
             torch.testing.assert_close(delta.norm(), matrix.norm(dim=1), rtol=1e-6, atol=1e-6)
-            assert delta.norm() is delta.norm()
-        delta.train(learns)
+            assert (delta.norm() is delta.norm()) == (not learns)  # kept only where nothing learns
+
+
+def test_the_norm_is_forgotten_between_modes() -> None:
+    """Also where an optimizer steps after a last look without gradients."""
+    delta = dora()
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=0.1, fused=True)
+    delta(torch.randn(3, 20), torch.randn(3, 30), 1.0).sum().backward()
+    delta.train(False)
+    with torch.no_grad():
+        before = delta.norm()
+        delta.train(True)
+        optimizer.step()
+        delta.train(False)
+        assert not torch.equal(delta.norm(), before)
 
 
 def test_the_norm_follows_the_base() -> None:

@@ -49,7 +49,7 @@ class DoRA(LoRA):
         more = (weight * (gain - 1)).to(y0.dtype)  # apart from the 1, which would swallow it in 16 bits
         bias = getattr(self.layer.module, "bias", None)
         flat = y0.flatten(0, -2)  # (T, out)
-        y = torch.addcmul(flat if bias is None else flat - more * bias, flat, more)
+        y = torch.addcmul(flat if bias is None else flat - more * bias.to(y0.dtype), flat, more)
         b = (weight * self.scale * gain[:, None] * self.b).to(y0.dtype)  # (out, r)
         low = self.layer.project(x, self.a.to(y0.dtype)).flatten(0, -2)  # (T, r)
         return y.addmm_(low, b.T).view(y0.shape)

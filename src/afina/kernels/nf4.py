@@ -29,7 +29,7 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK = 64  # weights that share an absmax
-CHUNK = {"cpu": 1 << 20}  # weights worked on at a time, so that temporaries stay small and in the cache
+CHUNK = {"cpu": 1 << 18}  # weights worked on at a time, so that temporaries stay small and in the cache
 CHUNK_ELSEWHERE = 1 << 26
 
 
