@@ -15,9 +15,9 @@ from pathlib import Path
 
 from common import RESULTS, publish, roofline
 
-PAIRS, STEPS, CHECKS, SEEDS = 192, 240, 8, 3
+PAIRS, STEPS, SEARCH_STEPS, EVERY, SEEDS, BATCH = 64, 200, 120, 40, 3, 2048
 MODELS = ["full", *(f"{method}-{rank}" for rank in (2, 8, 32) for method in ("lora", "mora"))]
-GRID = {"full": (1e-3, 2e-3), "lora": (5e-3, 1e-2, 2e-2), "mora": (2e-3, 5e-3, 1e-2)}
+GRID = {"full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 5e-3), "mora": (2e-3, 5e-3, 1e-2)}
 RATES = RESULTS / "mora_memory_rates.json"
 
 
@@ -27,7 +27,7 @@ def pairs(seed: int) -> list[dict[str, str]]:
     return [{"prompt": draw(), "completion": draw()} for _ in range(PAIRS)]
 
 
-def learn(model: str, rate: float, seed: int, folder: Path) -> list[dict[str, float]]:
+def learn(model: str, rate: float, seed: int, folder: Path, steps: int = STEPS) -> list[dict[str, float]]:
     """Character accuracy (percent, teacher-forced greedy) at each check."""
     import torch
 
@@ -39,7 +39,7 @@ def learn(model: str, rate: float, seed: int, folder: Path) -> list[dict[str, fl
     rows = folder / f"pairs-{seed}.jsonl"
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs(seed)))
     settings = TrainSettings(
-        data=rows, holdout=rows, method=method, rank=int(rank or 8), learning_rate=rate, steps=STEPS, batch_tokens=4096, seed=seed,
+        data=rows, holdout=rows, method=method, rank=int(rank or 8), learning_rate=rate, steps=steps, batch_tokens=BATCH, seed=seed,
         warmup=0.05, schedule="constant", check_every=10**6, out=folder / "run",
     )  # fmt: skip
     setup = set_up(settings)
@@ -48,7 +48,7 @@ def learn(model: str, rate: float, seed: int, folder: Path) -> list[dict[str, fl
 
     @torch.no_grad()
     def measure(tick: Tick) -> None:
-        if tick.step % (STEPS // CHECKS):
+        if tick.step % EVERY:
             return
         from afina.data.batches import flatten, pack
 
@@ -78,7 +78,7 @@ def main() -> None:
         if arguments.search:
             found = {}
             for model in MODELS:
-                trials = {rate: area(learn(model, rate, 1000, folder)) for rate in GRID[model.partition("-")[0]]}
+                trials = {rate: area(learn(model, rate, 1000, folder, SEARCH_STEPS)) for rate in GRID[model.partition("-")[0]]}
                 found[model] = max(trials, key=lambda rate: trials[rate])
                 print(model, trials, flush=True)
             RATES.write_text(json.dumps(found, indent=1) + "\n")

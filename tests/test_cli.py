@@ -110,6 +110,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "accumulate": ("2", 2),
     "learning_rate": ("1e-4", 1e-4),
     "learning_rates": ("{norms: 1e-5}", {"norms": 1e-5}),
+    "optimizer": ("adamw-8bit", "adamw-8bit"),
     "schedule": ("linear", "linear"),
     "warmup": ("0.2", 0.2),
     "weight_decay": ("0.01", 0.01),

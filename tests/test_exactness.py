@@ -196,13 +196,17 @@ def dying(step: int) -> type:
     return Dying
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "method, optimizer",
+    [("lora", "adamw"), ("full", "adamw"), ("full", "adamw-8bit"), ("full", "adamw-8bit-offloaded"), ("lora", "adamw-8bit")],
+)
 def test_resumed_is_uninterrupted_bit_for_bit(
-    tiny: Path, chats: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tiny: Path, chats: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str
 ) -> None:
     settings: dict[str, Any] = dict(
         base=str(tiny), steps=12, check_every=6, batch_tokens=256, accumulate=2, learning_rate=2e-3, general=general,
         method=method, dropout=0.1 if method == "lora" else 0.0, weight_decay=0.01, seed=4, checkpointing=True,
+        optimizer=optimizer,
     )  # fmt: skip
     whole = afina.train(chats, out=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:

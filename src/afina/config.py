@@ -73,6 +73,9 @@ class TrainSettings(BaseSettings):
     accumulate: int = _describe("passes added up before each optimizer step", 1, ge=1)
     learning_rate: float | None = _describe("by default 2e-4 for adapters, 2e-5 for full", gt=0)
     learning_rates: dict[str, float] = _describe("rates of their own, by name or pattern of the layer", {})
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-8bit-offloaded"] = _describe(
+        "8bit: a quarter of the optimizer's memory; offloaded: kept in the host's memory, off the GPU", "adamw"
+    )
     schedule: Literal["cosine", "linear", "constant"] = _describe("how the rate falls after the warm-up", "cosine")
     warmup: float = _describe("share of the steps in which the rate rises", 0.05, ge=0.0, le=1.0)
     weight_decay: float = _describe("AdamW's weight decay", 0.0, ge=0.0)

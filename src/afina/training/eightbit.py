@@ -53,7 +53,7 @@ class AdamW8bit(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             kept = {name: t.clone() for name, t in state_dict["state"].get(number, {}).items()}
-            self.state[parameter] = {n: t if n == "step" else self._home(t, parameter.device) for n, t in kept.items()}
+            self.state[parameter] = {n: t if n == "step" else self.home(t, parameter.device) for n, t in kept.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -88,12 +88,12 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] = torch.tensor(0.0)
         for name in ("first", "second"):
             if parameter.numel() < self.smallest:
-                state[name] = self._home(torch.zeros_like(parameter, dtype=torch.float32), device)
+                state[name] = self.home(torch.zeros_like(parameter, dtype=torch.float32), device)
                 continue
             codes, scales = quantize8(torch.zeros(parameter.numel(), device=device), _levels(name, device))
-            state[name], state[f"{name}_scales"] = self._home(codes, device), self._home(scales, device)
+            state[name], state[f"{name}_scales"] = self.home(codes, device), self.home(scales, device)
 
-    def _home(self, tensor: Tensor, device: torch.device) -> Tensor:
+    def home(self, tensor: Tensor, device: torch.device) -> Tensor:
         """A state tensor where it stays between steps, for a parameter on `device`."""
         if not self.offload:
             return tensor.to(device)

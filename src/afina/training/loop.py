@@ -55,7 +55,8 @@ class Loop:
     ) -> None:
         self.setup, self.run, self.identity = setup, run, identity
         self.on_tick, self.on_best = on_tick, on_best
-        self.optimizer = Optimizer(setup.adapter, setup.learning_rate, setup.rates, setup.settings.weight_decay)
+        told = setup.settings
+        self.optimizer = Optimizer(setup.adapter, setup.learning_rate, setup.rates, told.weight_decay, told.optimizer)
         self.progress = Progress()
 
     def resume(self) -> None:

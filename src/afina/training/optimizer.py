@@ -1,4 +1,4 @@
-"""AdamW over an adapter's parameters: float32 throughout, a learning rate a group, a schedule, clipping."""
+"""AdamW over an adapter's parameters: in float32 or with 8-bit moments, a learning rate a group, a schedule, clipping."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from afina.delta import restart
 from afina.delta.attach import Adapter
+from afina.training.eightbit import AdamW8bit
 
 RESTARTS = "restarts/"  # before the names of what merge-and-restart keeps
 
@@ -24,10 +25,13 @@ def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
 class Optimizer:
     """AdamW with float32 masters for parameters held in 16 bits (full fine-tuning of a bf16 base).
 
-    `rates` gives learning rates of their own to modules, by path; weight decay leaves vectors alone.
+    `rates` gives learning rates of their own to modules, by path; weight decay leaves vectors alone. `kind` is one of
+    the setting `optimizer`.
     """
 
-    def __init__(self, adapter: Adapter, rate: float, rates: Mapping[str, float], weight_decay: float) -> None:
+    def __init__(
+        self, adapter: Adapter, rate: float, rates: Mapping[str, float], weight_decay: float, kind: str = "adamw"
+    ) -> None:
         self._adapter = adapter
         self.parameters = dict(adapter.named_parameters())
         self.masters = {
@@ -37,8 +41,9 @@ class Optimizer:
         for name, master in self.masters.items():
             own = rates.get(name.rpartition(".")[0], rate)
             groups.setdefault((own, weight_decay if master.ndim > 1 else 0.0), []).append(master)
-        self.adamw = torch.optim.AdamW(
-            [{"params": ps, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), ps in groups.items()], fused=True
+        listed = [{"params": ps, "lr": lr, "weight_decay": decay, "peak": lr} for (lr, decay), ps in groups.items()]
+        self.adamw: torch.optim.Optimizer = (
+            torch.optim.AdamW(listed, fused=True) if kind == "adamw" else AdamW8bit(listed, offload=kind.endswith("-offloaded"))
         )
 
     def step(self, factor: float, clip: float) -> float:
@@ -80,6 +85,10 @@ class Optimizer:
                 kept = {key.rpartition(":")[2]: value for key, value in tensors.items() if key.rpartition(":")[0] == name}
                 kept.pop("value")
                 if kept:
-                    self.adamw.state[master] = {
-                        key: value.clone().to(master.device) if value.ndim else value.clone() for key, value in kept.items()
-                    }
+                    self.adamw.state[master] = {name: self._place(value, master) for name, value in kept.items()}
+
+    def _place(self, value: Tensor, master: Tensor) -> Tensor:
+        """A tensor of the optimizer's state where it lies between steps; counts of steps stay on the CPU."""
+        if not value.ndim:
+            return value.clone()
+        return self.adamw.home(value.clone(), master.device) if isinstance(self.adamw, AdamW8bit) else value.clone().to(master.device)
