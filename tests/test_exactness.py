@@ -197,7 +197,7 @@ def dying(step: int) -> type:
 
 
 @pytest.mark.parametrize(
-    "method, optimizer",
+    ("method", "optimizer"),
     [("lora", "adamw"), ("full", "adamw"), ("full", "adamw-8bit"), ("full", "adamw-8bit-offloaded"), ("lora", "adamw-8bit")],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(

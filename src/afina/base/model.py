@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from afina.base.flat import NAME, Flat, KeyValueCache
 from afina.base.frozen import Frozen
@@ -54,6 +54,22 @@ class Base(Frozen):
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without special ones."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @torch.no_grad()
+    def add_tokens(self, names: Sequence[str]) -> dict[str, int]:
+        """Make each name one token, and give the model a row for it where it has none; returns their numbers.
+
+        New rows are the mean of the others, everywhere the same: what an adapter makes of them is in the adapter.
+        Tokens that are there already keep their numbers and rows.
+        """
+        before = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self.tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+        if len(self.tokenizer) > before and names:
+            self.model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+            for layer in (self.model.get_input_embeddings(), self.head):
+                layer.weight[before:] = layer.weight[:before].float().mean(0)  # type: ignore[index,operator]
+                layer.requires_grad_(False)
+        return {name: int(self.tokenizer.convert_tokens_to_ids(name)) for name in names}  # type: ignore[arg-type]
 
     # ---- forwards
 

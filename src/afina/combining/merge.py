@@ -127,6 +127,8 @@ def take_in(base: Frozen, adapter: Adapter) -> None:
         module.weight = nn.Parameter(as_stored(module, merged).to(module.weight.dtype), requires_grad=False)
     head, embedding = model.get_output_embeddings(), _embedding(model)
     if head is not None and embedding is not None and getattr(model.config, "tie_word_embeddings", False):
+        if adapter.spec.tokens and torch.equal(head.weight, embedding.weight):
+            head.weight = embedding.weight
         model.config.tie_word_embeddings = head.weight is embedding.weight
 
 

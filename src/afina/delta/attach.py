@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from afina.delta.contract import Delta, Spec, check_options, method
 from afina.delta.layers import Layer
+from afina.delta.tokens import Tokens
 from afina.errors import AdapterError, SettingsError
 from afina.route.invocation import Route
 from afina.segments import Segment, Switchboard
@@ -140,15 +141,19 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, Delta] = {}
     tied: dict[int, nn.Parameter] = {}
-    for path in [*spec.targets, *spec.modules]:
+    vocabulary = vocabulary_layers(model) if spec.tokens else []
+    for path in [*spec.targets, *spec.modules, *vocabulary]:
         layer = Layer(path, frozen_module(model, path))
-        own = method("full") if path in spec.modules else kind
+        own = Tokens if path in vocabulary else method("full") if path in spec.modules else kind
         if own.kinds == "matrix" and not layer.is_matrix:
             raise AdapterError(f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path)
         if isinstance(at := model.get_submodule(path), Adapted) and name in at.deltas:
             raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
+        if path in deltas:
+            why = "the rows of the new tokens would be adapted twice"
+            raise AdapterError("this layer is a target already", where=path, why=why, hint="leave it out of --targets")
         deltas[path] = own(layer, spec, generator)
-        if deltas[path].replaces:
+        if deltas[path].replaces or path in vocabulary:
             _keep_ties(layer, deltas[path], tied)
     for path, delta in deltas.items():
         module = model.get_submodule(path)
@@ -161,11 +166,18 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
 
 def _keep_ties(layer: Layer, delta: Delta, tied: dict[int, nn.Parameter]) -> None:
     """Parameters that are one in the base are one in the trained copy."""
-    for name, original in layer.module.named_parameters(recurse=False):
-        if id(original) in tied:
-            delta.share(name, tied[id(original)])  # type: ignore[operator]
+    originals = dict(layer.module.named_parameters(recurse=False))
+    for name, own in list(delta.named_parameters(recurse=False)):
+        if id(originals[name]) in tied:
+            delta.share(name, tied[id(originals[name])])  # type: ignore[operator]
         else:
-            tied[id(original)] = getattr(delta, name)
+            tied[id(originals[name])] = own
+
+
+def vocabulary_layers(model: Any) -> list[str]:
+    """Paths of the embedding and of the output layer, tied or not."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [path for path, module in model.named_modules() if any(module is layer for layer in wanted)]
 
 
 def detach(model: nn.Module, adapter: Adapter) -> None:

@@ -38,6 +38,7 @@ class Spec:
     alphas: Mapping[str, float] = field(default_factory=dict)
     modules: tuple[str, ...] = ()  # whole small modules that the adapter owns (heads, norms): PEFT's modules_to_save
     invocation: tuple[int, ...] = ()  # aLoRA: tokens from whose last occurrence on the adapter acts
+    tokens: Mapping[str, int] = field(default_factory=dict)  # tokens with rows of their own, and their numbers
     options: Mapping[str, Any] = field(default_factory=dict)  # what only one method knows, e.g. MoRA's operator
 
     def rank_of(self, path: str) -> int:
@@ -74,6 +75,7 @@ class Delta(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
     constants: ClassVar[tuple[str, ...]] = ()  # methods without arguments whose value the gradient takes as constant
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
+    chosen: ClassVar[bool] = True  # False: no method of its own, but a part that an adapter of any method may have
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
@@ -134,6 +136,7 @@ def methods() -> dict[str, type[Delta]]:
                 and issubclass(value, Delta)
                 and value.__module__ == module.__name__
                 and value is not Delta
+                and value.chosen
             ):
                 found[module_info.name] = value
     return found

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import afina
 from afina.base.frozen import Frozen
+from afina.base.model import Base
 from afina.base.safety import check_file, hash_tensors
-from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module
+from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module, vocabulary_layers
 from afina.delta.contract import Delta, Spec, method, methods
 from afina.delta.layers import Layer
 from afina.disk import new_folder, write_json
@@ -32,9 +33,8 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, STORY = "adapter_config.json", "adapter_model.safetensors", "afina.json"
 # what a PEFT configuration may say that changes the result and that we do not (yet) follow
 UNSUPPORTED = {
-    "bias": "none", "lora_bias": False, "modules_to_save": None,
-    "trainable_token_indices": None, "layer_replication": None, "target_parameters": None, "use_qalora": False,
-    "use_bdlora": None, "kasa_config": None, "arrow_config": None, "monteclora_config": None,
+    "bias": "none", "lora_bias": False, "modules_to_save": None, "layer_replication": None, "target_parameters": None,
+    "use_qalora": False, "use_bdlora": None, "kasa_config": None, "arrow_config": None, "monteclora_config": None,
 }  # fmt: skip
 FIRST = (".lora_A.weight", ".lora_embedding_A")  # one of these names every adapted layer
 # the starts of PEFT that leave the base as it was; the others (pissa, olora, ...) take something out of it
@@ -87,7 +87,8 @@ def save_adapter(adapter: Adapter, base: Frozen, folder: Path, story: Mapping[st
 def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     """The adapter_config.json that makes PEFT build the same adapter."""
     spec = adapter.spec
-    paths = list(adapter.deltas)
+    rows = vocabulary_layers(base.model) if spec.tokens else []
+    paths = [path for path in adapter.deltas if path not in rows]
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     everywhere = [p for p, _ in base.model.named_modules() if p.rpartition(".")[2] in leaves and not _inside(base.model, p)]
     transposed = {Layer(p, frozen_module(base.model, p)).weight.is_contiguous() is False for p in paths} == {True}
@@ -113,6 +114,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
         "fan_in_fan_out": transposed,
         "alora_invocation_tokens": list(spec.invocation) or None,
         "init_lora_weights": True,
+        "trainable_token_indices": {path.rpartition(".")[2]: sorted(spec.tokens.values()) for path in rows} or None,
         **known,
     }
 
@@ -167,8 +169,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     return story
 
 
-def read_spec(folder: Path, names: list[str]) -> Spec:
-    """The spec of an adapter on disk, from afina.json or from PEFT's configuration and the tensors' `names`."""
+def read_spec(folder: Path, names: list[str], tokenizer: Any = None) -> Spec:
+    """The spec of an adapter on disk, from afina.json or from PEFT's configuration and the tensors' `names`.
+
+    PEFT gives tokens with rows of their own by their numbers; `tokenizer` tells what they are.
+    """
     story = read_story(folder)
     if "spec" in story:
         return Spec.from_dict(story["spec"])
@@ -195,7 +200,20 @@ def read_spec(folder: Path, names: list[str]) -> Spec:
         ranks=_from_pattern(config.get("rank_pattern"), paths),
         alphas=_from_pattern(config.get("alpha_pattern"), paths),
         invocation=tuple(config.get("alora_invocation_tokens") or ()),
+        tokens=_own_tokens(config.get("trainable_token_indices"), tokenizer, where),
     )
+
+
+def _own_tokens(indices: Any, tokenizer: Any, where: str) -> dict[str, int]:
+    """PEFT's trainable tokens by name: the same list for the embedding and the output layer, where both are told."""
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices] if indices else []
+    if any(sorted(other) != sorted(lists[0]) for other in lists):
+        raise AdapterError("different tokens are trained in the embedding and the output layer", where=where)
+    names = {} if not lists else {tokenizer.convert_ids_to_tokens(number): number for number in sorted(lists[0])}
+    if None in names:
+        why = f"the vocabulary ends at {len(tokenizer)}"
+        raise AdapterError(f"token {names[None]} has no name in the base's tokenizer", where=where, why=why)
+    return names
 
 
 def _from_pattern(patterns: Mapping[str, Any] | None, paths: tuple[str, ...]) -> dict[str, Any]:
@@ -232,7 +250,10 @@ def load_adapter(folder: Path, base: Frozen, name: str = "adapter", allow_other_
             hint="give the base that it was trained on, or --allow-other-base",
         )  # fmt: skip
     tensors = _without_frozen(load_file(folder / WEIGHTS), base, str(folder / WEIGHTS))
-    adapter = attach(base.model, base.board, name, read_spec(folder, list(tensors)))
+    spec = read_spec(folder, list(tensors), getattr(base, "tokenizer", None))
+    if spec.tokens:
+        _make_room(base, spec, str(folder))
+    adapter = attach(base.model, base.board, name, spec)
     try:
         fill(adapter, tensors, str(folder / WEIGHTS))
     except AdapterError:
@@ -240,6 +261,16 @@ def load_adapter(folder: Path, base: Frozen, name: str = "adapter", allow_other_
         raise
     adapter.train(False)
     return adapter
+
+
+def _make_room(base: Frozen, spec: Spec, where: str) -> None:
+    """Give the base the adapter's tokens; raises `AdapterError` where they would get other numbers than it trained with."""
+    if not isinstance(base, Base):
+        raise AdapterError("tokens of its own, on a model without a vocabulary to answer in", where=where)
+    names = sorted(spec.tokens, key=lambda name: spec.tokens[name])
+    if (given := base.add_tokens(names)) != dict(spec.tokens):
+        why = f"here they would be {given}: the base's tokenizer has tokens that it did not have then"
+        raise AdapterError(f"the adapter's tokens are {dict(spec.tokens)}", where=where, why=why)
 
 
 def _without_frozen(tensors: dict[str, Tensor], base: Frozen, where: str) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ def load(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     if not count:
         return
     for path, delta in adapter.deltas.items():
-        if not delta.replaces:
+        if delta.chosen and not delta.replaces:
             delta.accumulated, delta.restarts = tensors[f"{path}:accumulated"].to(delta.layer.device), count
     _count(adapter, count)
 
@@ -82,8 +82,8 @@ def _count(adapter: Adapter, count: int) -> None:
 
 
 def _factored(adapter: Adapter) -> list[Delta]:
-    """The deltas that are more than a copy of their module."""
-    deltas = [delta for delta in adapter.deltas.values() if not delta.replaces]
+    """The deltas that are more than a copy of their module, or of rows of it."""
+    deltas = [delta for delta in adapter.deltas.values() if delta.chosen and not delta.replaces]
     if not deltas:
         raise SettingsError("a fully fine-tuned adapter has nothing to merge and restart", where="restart_every")
     return deltas

@@ -91,4 +91,5 @@ class Optimizer:
         """A tensor of the optimizer's state where it lies between steps; counts of steps stay on the CPU."""
         if not value.ndim:
             return value.clone()
-        return self.adamw.home(value.clone(), master.device) if isinstance(self.adamw, AdamW8bit) else value.clone().to(master.device)
+        home = self.adamw.home if isinstance(self.adamw, AdamW8bit) else Tensor.to
+        return home(value.clone(), master.device)

@@ -23,6 +23,7 @@ from afina.objective.language import LanguageTask, choose, make_examples
 from afina.objective.task import Task
 
 Piece = TypeVar("Piece")
+NEW_TOKENS = "new_tokens"  # the option that every method of a language model has: tokens to learn, new or not
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Prepared:
     held_records: list[dict[str, Any]]  # the held-out rows, to be read again by `afina eval`
     invocation: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()  # modules that the adapter owns whole
+    tokens: dict[str, int] = field(default_factory=dict)  # tokens whose rows it owns
     counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
 
 
@@ -57,6 +59,7 @@ def _language(settings: TrainSettings) -> Prepared:
     base = load_base(
         settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage
     )
+    own_tokens = base.add_tokens(_new_tokens(settings))
     renderer = Renderer(base.tokenizer, settings.template, settings.max_length or min(base.context, 2048))
     objective = choose(settings.objective, table.rows)
     invocation = _invocation(renderer, settings) if meant.activated else ()
@@ -73,11 +76,21 @@ def _language(settings: TrainSettings) -> Prepared:
         example=renderer.show(train[0]),
         held_records=records,
         invocation=invocation,
+        tokens=own_tokens,
         counts={
             "train": len(train), "held_out": len(held), "tokens": tokens, "longest": max(len(e.tokens) for e in train),
             "labelled_percent": 100.0 * labels / tokens,
         },
     )  # fmt: skip
+
+
+def _new_tokens(settings: TrainSettings) -> list[str]:
+    """The tokens that get rows of their own."""
+    told = settings.options.get(NEW_TOKENS, [])
+    names = [told] if isinstance(told, str) else told
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise SettingsError(f"{NEW_TOKENS} cannot be {told!r}", where="options", hint=f"--options '{{{NEW_TOKENS}: [<tool>]}}'")
+    return list(dict.fromkeys(names))
 
 
 def _invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from afina.delta.contract import Spec
 from afina.delta.presets import preset
 from afina.delta.targets import block_number, by_pattern, resolve_targets
 from afina.errors import SettingsError
-from afina.training.prepare import Prepared, prepare
+from afina.training.prepare import NEW_TOKENS, Prepared, prepare
 
 NAME = "adapter"
 
@@ -64,7 +64,8 @@ def make_spec(prepared: Prepared, settings: TrainSettings) -> Spec:
         ranks=by_pattern(settings.ranks, paths, "ranks"),
         modules=prepared.modules,
         invocation=prepared.invocation,
-        options=settings.options,
+        tokens=prepared.tokens,
+        options={name: value for name, value in settings.options.items() if name != NEW_TOKENS},
     )
 
 
