@@ -465,8 +465,8 @@ def test_merging_over_something_or_without_space_leaves_it(
         with pytest.raises(SettingsError, match="this folder is not empty"):
             call(run.folder, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "file").read_text() == "mine"
-    monkeypatch.setattr("afina.combining.merge.compare", lambda *_: {**dict.fromkeys(
-        ("max_logit_difference", "relative_difference"), float("nan")), "greedy_agreement": 1.0, "probe_tokens": 1})
+    monkeypatch.setattr("afina.combining.merge.compare", lambda *_: {
+        **dict.fromkeys(("kl", "max_logit_difference"), float("nan")), "greedy_agreement": 1.0, "probe_tokens": 1})
     with pytest.raises(MergeError):
         afina.merge(run.folder, out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -136,7 +136,8 @@ class MergeSettings(BaseSettings):
     base: str | None = _describe("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
     run: Path = _describe("a run or adapter folder", ...)
     out: Path = _describe("folder of the merged Hugging Face model", ...)
-    tolerance: float | None = _describe("largest difference of a logit allowed; by default set by the dtype", gt=0)
+    storage: Literal["plain", "nf4"] = _describe("plain: 16 or 32 bits a weight; nf4: 4 bits, in bitsandbytes' form", "plain")
+    tolerance: float | None = _describe("how far its answers may be from the adapted model's, nats a token (KL)", gt=0)
     allow_other_base: bool = _describe("merge into a base that the adapter was not trained on", False)
 
 

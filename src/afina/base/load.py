@@ -24,7 +24,8 @@ from afina.base.fast import speed_up
 from afina.base.flat import NAME
 from afina.base.model import Base
 from afina.base.nf4 import Quantized
-from afina.base.nf4_load import load_nf4
+from afina.base.nf4_files import is_quantised
+from afina.base.nf4_load import load_nf4, read_nf4
 from afina.base.safety import check_file, hash_tensors
 from afina.config import EMBEDDED
 from afina.errors import BaseError, SettingsError
@@ -139,10 +140,14 @@ def load_base(
     place = choose_device(device)
     options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code}
     transformers.utils.logging.disable_progress_bar()
+    written = is_quantised(config, base)
+    storage = "nf4" if written else storage
     digest = hash_tensors(files) if storage == "nf4" else None
 
     def load(attention: str) -> tuple[PreTrainedModel, list[Quantized]]:
         chosen = options | {"attn_implementation": attention}
+        if written:
+            return read_nf4(folder, files, config, chosen), []
         if digest is None:
             return _load_whole(folder, base, chosen), []
         return load_nf4(folder, files, config, digest, chosen, partial(_load_whole, folder, base, chosen))

@@ -14,7 +14,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from afina.base.nf4 import PARTS, SKIP, NF4Linear, Quantized, as_matrix, candidates, measure, put, quantize_model, show
+from afina.base.nf4_files import from_files, quantised_paths, tied_names
 from afina.base.safety import hash_tensors, read_header
 from afina.disk import new_folder, write_json
 from afina.errors import AfinaError, BaseError
@@ -84,17 +85,40 @@ def load_nf4(
         print(f"nf4  the whole model was loaded before it is quantised: {why}", file=sys.stderr)
         return model, quantize_model(model, skip, tell)
     tensors, report = _quantised(model, places, cache_root() / digest, skip, tell)
-    _fill(model, places, tensors, skip)
+    quantised = candidates(model, skip)
+    widths = {path: as_matrix(module, module.weight).shape[1] for path, module in quantised.items()}
+    _fill(model, places, {p: NF4Weight(**{n: tensors[f"{p}.{n}"] for n in PARTS}, in_features=w) for p, w in widths.items()})
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), report
+
+
+@torch.no_grad()
+def read_nf4(folder: Path, files: list[Path], config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """A causal language model whose files hold NF4 codes; raises `BaseError` where a tensor is missing or of another kind."""
+    places = {n: (file, e["shape"]) for file in files for n, e in read_header(file)[1].items() if n != "__metadata__"}
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    with _NoWeights():
+        model = AutoModelForCausalLM.from_config(plain, **options)
+    paths = quantised_paths(places)
+    parts = {path: {n: _read(places, n) for n in places if n.startswith(f"{path}.weight")} for path in paths}
+    missing = model.state_dict().keys() - tied_names(model) - {f"{path}.weight" for path in paths} - places.keys()
+    unknown = [path for path in paths if f"{path}.weight" not in model.state_dict()]
+    if missing or unknown:
+        why = f"the first: {min([*missing, *unknown])}"
+        raise BaseError("the weights do not fit config.json", where=str(folder), why=why)
+    _fill(model, places, {path: from_files(path, tensors) for path, tensors in parts.items()})
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
 
 
 def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
     """Why the published tensors are not, one for one, those of `model`; None if they are."""
     stored = {name: shape for name, (_, shape) in places.items()}
     state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    wanted = {name: shape for name, shape in state.items() if name not in _tied(model)}
+    wanted = {name: shape for name, shape in state.items() if name not in tied_names(model)}
     if stored != wanted:
         names = sorted(stored.keys() ^ wanted.keys()) or sorted(n for n in wanted if stored[n] != wanted[n])
         return f"its files and the model differ in {len(names)} tensors, such as {names[0]}"
@@ -102,11 +126,6 @@ def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
     if unfinished:
         return f"{unfinished[0]} is computed from tensors without a value"
     return "it keeps some modules in float32" if getattr(model, "_keep_in_fp32_modules_strict", None) else None
-
-
-def _tied(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that are other parameters of the model."""
-    return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 def _read(places: Places, name: str) -> Tensor:
@@ -188,14 +207,12 @@ def _open(cache: Path, paths: list[str]) -> tuple[Tensors, list[Quantized]] | No
     return tensors, report
 
 
-def _fill(model: PreTrainedModel, places: Places, tensors: Tensors, skip: Collection[str]) -> None:
-    """Give the empty model its weights: NF4 layers from `tensors`, all else from the published files."""
-    quantised = candidates(model, skip)
-    rest = model.state_dict().keys() - _tied(model) - {f"{path}.weight" for path in quantised}
-    for path, module in quantised.items():
-        stored = {part: tensors[f"{path}.{part}"] for part in PARTS}
-        width = as_matrix(module, module.weight).shape[1]
-        put(model, path, NF4Linear.in_place_of(module, NF4Weight(**stored, in_features=width)))
+def _fill(model: PreTrainedModel, places: Places, weights: Mapping[str, NF4Weight]) -> None:
+    """Give the empty model its weights: NF4 layers as in `weights`, all else from the published files."""
+    rest = model.state_dict().keys() - tied_names(model) - {f"{path}.weight" for path in weights}
+    for path, weight in weights.items():
+        module: Any = model.get_submodule(path)
+        put(model, path, NF4Linear.in_place_of(module, weight))
     for name in sorted(rest):
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)

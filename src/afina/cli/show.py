@@ -121,10 +121,13 @@ def _generate(result: dict[str, Any]) -> None:
 
 
 def _merge(result: dict[str, Any]) -> None:
-    _rows(f"written: {result['out']}", [
-        ("largest difference of a logit", f"{result['max_logit_difference']:.3g}"),
+    rows = [
+        ("against the adapted model", f"{result['kl']:.3g} nats a token (KL divergence)"),
         ("same likeliest token", f"{100 * result['greedy_agreement']:.1f}% of {result['probe_tokens']} positions"),
-    ])  # fmt: skip
+    ]
+    if "loss_merged" in result:
+        rows.append(("loss on general text", f"{result['loss_adapted']:.4f} adapted, {result['loss_merged']:.4f} merged"))
+    _rows(f"written: {result['out']}", rows)
 
 
 def _export(result: dict[str, Any]) -> None:
