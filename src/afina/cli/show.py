@@ -66,7 +66,7 @@ def _train(result: dict[str, Any]) -> None:
     for column in ("nats a token", "before", "after"):
         table.add_column(column)
     table.add_row("held-out rows", f"{losses['held_before']:.4f}", f"{losses['held_after']:.4f}")
-    table.add_row("rows it learned", "", f"{losses['train_after']:.4f}")
+    table.add_row("rows it learned", f"{losses['train_before']:.4f}", f"{losses['train_after']:.4f}")
     if losses["general_before"] is not None:
         table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
     console.print(table)

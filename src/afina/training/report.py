@@ -73,7 +73,7 @@ An adapter made by afina {story["environment"]["afina"]}.
 | nats a token | before | after |
 |---|---|---|
 | held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
-| rows it learned | | {losses["train_after"]:.4f} |
+| rows it learned | {losses["train_before"]:.4f} | {losses["train_after"]:.4f} |
 {_general(losses)}
 {chr(10).join("- " + sentence for sentence in story["verdict"])}
 {_classes(story.get("classes"))}

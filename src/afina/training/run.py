@@ -27,11 +27,13 @@ from afina.config import TrainSettings, make_settings, resolved
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
 from afina.disk import rescue, write_json, write_text
 from afina.errors import SettingsError, TrainingError
+from afina.judge.change import measure
 from afina.judge.classes import classify_held_out
 from afina.judge.evaluate import HELD_OUT
 from afina.judge.losses import general_loss, perplexity
 from afina.judge.verdict import Losses, verdict
 from afina.objective.classify import ClassifyTask
+from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.loop import Loop, peak_memory_mb, read_metrics
@@ -127,10 +129,11 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     route = best.route
     after = _losses(setup, route)
-    learned = setup.prepared.task.learned_loss(route)
-    before, progress = loop.progress.before, loop.progress
+    task, before, progress = setup.prepared.task, loop.progress.before, loop.progress
     losses = Losses(
-        held_before=before["held_out"], held_after=after["held_out"], train_after=learned,
+        held_before=before["held_out"], held_after=after["held_out"],
+        train_before=task.learned_loss(None), train_after=task.learned_loss(route),
+        held=measure(task, task.held, route), train=measure(task, learned_rows(task), route), held_rows=len(task.held),
         general_before=before.get("general"), general_after=after.get("general"),
         best_step=progress.best_step, last_step=progress.step,
     )  # fmt: skip
@@ -140,12 +143,12 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "peak_memory_mb": peak_memory_mb(),
-        "losses": asdict(losses) | {"forgetting": losses.forgetting},
+        "losses": asdict(losses) | {"held_interval": losses.held.interval, "forgetting": losses.forgetting},
         "perplexity": {"before": perplexity(losses.held_before), "after": perplexity(losses.held_after)},
         "verdict": verdict(losses),
     }
-    if isinstance(setup.prepared.task, ClassifyTask):
-        story |= {"classes": classify_held_out(setup.prepared.task, route, folder / "confusion.png")}
+    if isinstance(task, ClassifyTask):
+        story |= {"classes": classify_held_out(task, route, folder / "confusion.png")}
     write_json(folder / "run.json", story)
     draw_curve(read_metrics(folder), losses, folder / "curve.png")
     card = model_card(story)
