@@ -81,7 +81,8 @@ def _overfitted(losses: Losses) -> str:
     limit = max(NOISE, GAP * losses.held_after)
     stopped = losses.best_step < losses.last_step
     note = f" The best state, of step {losses.best_step}, was kept." if stopped else ""
-    fell = f"the loss of rows it learned fell by {-losses.train.mean:.3f}, that of new rows by {-losses.held.mean:.3f} nats a token"
+    learned, new = -losses.train.mean, -losses.held.mean
+    fell = f"the loss of rows it learned fell by {learned:.3f}, that of new rows by {new:.3f} nats a token"
     if gap.interval is None:
         return f"Too few to tell whether it overfits: {fell}.{note}"
     low, high = gap.interval

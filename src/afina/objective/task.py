@@ -14,8 +14,13 @@ from afina.route.invocation import Route
 class Task(Protocol):
     """An objective with its data, on a base. `Batch` is its own affair."""
 
-    train: Sequence[Any]
-    held: Sequence[Any]
+    @property
+    def train(self) -> Sequence[Any]:
+        """The rows to learn from."""
+
+    @property
+    def held(self) -> Sequence[Any]:
+        """The rows to judge by."""
 
     @property
     def steps_per_epoch(self) -> int:
