@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from afina import config
+from afina.base.load import load_base
 from afina.cli.main import VERBS, parse, run
 from afina.config import TrainSettings, make_settings
 from afina.errors import SettingsError
@@ -241,7 +243,27 @@ def test_plan(capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, tmp_p
     assert "«" in result["example"]
     assert not (tmp_path / "run").exists()
     assert run(["plan", str(chats), "--base", str(tiny), "--out", str(tmp_path / "run")]) == 0
-    assert "numbers to learn" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "numbers to learn" in shown
+    assert re.search(r"layers +│ 0 to 3 ", shown)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "freeze"])
+def test_plan_shows_what_would_be_used(
+    capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left at "auto" or at nothing; a base in 4 bits has as many numbers as the one it came from."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
+    status, result, _ = said(capsys, "plan", chats, "--base", tiny, "--method", method, "--rank", 4, "--steps", 6)
+    settings = result["settings"]
+    assert status == 0
+    assert "auto" not in settings.values()
+    assert (settings["objective"], settings["max_length"], settings["dtype"]) == ("sft", 192, "float32")
+    assert (settings["check_every"], settings["steps"]) == (1, 6)
+    assert settings["alpha"] == (None if method == "freeze" else 8)
+    assert settings["layers"] == ([3] if method == "freeze" else [0, 1, 2, 3])
+    assert {"q_proj", "down_proj"} <= set(settings["targets"])
+    assert result["base"]["parameters"] == sum(p.numel() for p in load_base(str(tiny)).model.parameters())
 
 
 def test_train_eval_merge_export(

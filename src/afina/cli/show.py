@@ -27,13 +27,22 @@ def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _setting(value: Any) -> str:
+    """A setting as it may be typed; blocks in a row as the first and the last."""
+    if not isinstance(value, list):
+        return str(value)
+    if isinstance(value[0], int) and value == list(range(value[0], value[0] + len(value))) and len(value) > 1:
+        return f"{value[0]} to {value[-1]}"
+    return ", ".join(map(str, value))
+
+
 def _nothing(result: dict[str, Any]) -> None:
     pass
 
 
 def _plan(result: dict[str, Any]) -> None:
     data, settings = result["data"], result["settings"]
-    _rows("settings", [(name, str(value)) for name, value in settings.items() if value not in (None, {}, "")])
+    _rows("settings", [(name, _setting(value)) for name, value in settings.items() if value not in (None, {}, [], "")])
     names = {
         "train": "to learn from",
         "held_out": "held out",

@@ -38,6 +38,7 @@ class Prepared:
     held_records: list[dict[str, Any]]  # the held-out rows, to be read again by `afina eval`
     invocation: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()  # modules that the adapter owns whole
+    max_length: int | None = None  # longest sequence in tokens; None where there are none (pictures)
     counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
 
 
@@ -73,6 +74,7 @@ def _language(settings: TrainSettings) -> Prepared:
         example=renderer.show(train[0]),
         held_records=records,
         invocation=invocation,
+        max_length=renderer.max_length,
         counts={
             "train": len(train), "held_out": len(held), "tokens": tokens, "longest": max(len(e.tokens) for e in train),
             "labelled_percent": 100.0 * labels / tokens,
@@ -152,6 +154,7 @@ def _classifier(settings: TrainSettings) -> Prepared:
         example=f"{rows[0].content if table.format == 'text' else rows[0].where} -> {rows[0].label}",
         held_records=_labelled_records(table.format, held_rows),
         modules=base.fresh,
+        max_length=length if base.images is None else None,
         counts={"train": len(train), "held_out": len(held), "classes": len(table.labels)},
     )
 
@@ -161,7 +164,8 @@ def _masked(settings: TrainSettings) -> Prepared:
     table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
     choose("pretrain", table.rows)
     base = load_masked(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device)
-    pieces = make_texts(base, table.rows, settings.max_length or min(base.context, 128))
+    length = settings.max_length or min(base.context, 128)
+    pieces = make_texts(base, table.rows, length)
     train, held = every_nth(pieces, holdout_share(settings.holdout) or 0.1, settings.data)
     assert base.tokenizer is not None
     return Prepared(
@@ -173,6 +177,7 @@ def _masked(settings: TrainSettings) -> Prepared:
         example=str(base.tokenizer.decode(train[0].tokens)),
         held_records=[{"text": str(base.tokenizer.decode(t.tokens, skip_special_tokens=True))} for t in held],
         modules=base.fresh,
+        max_length=length,
         counts={"train": len(train), "held_out": len(held), "tokens": sum(len(t.tokens) for t in train)},
     )
 
