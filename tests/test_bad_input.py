@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import afina
 from afina.base.convert import convert
 from afina.base.load import load_base
+from afina.cli import main
 from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsError, TrainingError
 from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
@@ -335,26 +336,69 @@ def test_resume_needs_a_checkpoint_and_the_same_run(train: Train, tmp_path: Path
     mine = shutil.copy(chats, tmp_path / "mine.jsonl")
     train(Path(mine), holdout=held)
     for part, change in (
-        ("data", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
-        ("held-out rows", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
+        ("data is", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
+        ("held-out rows are", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
     ):
         keep = {path: path.read_bytes() for path in (Path(mine), held)}
         change()
-        with pytest.raises(TrainingError, match=f"the {part} is not what the run began with"):
+        with pytest.raises(TrainingError, match=f"the {part} not what the run began with"):
             train(Path(mine), holdout=held, resume=True)
         for path, content in keep.items():
             path.write_bytes(content)
-    for part, settings in (("settings", {"seed": 9}), ("settings", {"learning_rate": 1.0}), ("base", {"base": str(tied)})):
-        with pytest.raises(TrainingError, match=f"the ({part}|settings) is not what the run began with"):
-            train(Path(mine), holdout=held, resume=True, **settings)
+    with pytest.raises(TrainingError, match="the base is not what the run began with"):
+        train(Path(mine), holdout=held, resume=True, base=str(tied))
     shutil.copy(mine, tmp_path / "elsewhere.jsonl")  # the same rows under another name are the same data
     train(tmp_path / "elsewhere.jsonl", holdout=held, resume=True)
+
+
+def test_settings_that_changed_are_named_with_both_values(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what the hint says is a command that goes on with the run."""
+    run = train(learning_rate=0.001)
+    for changes, told in (
+        ({"learning_rate": 0.002}, "the setting learning_rate is 0.001 in the run, 0.002 now"),
+        ({"learning_rate": 0.001, "seed": 9, "rank": 4}, "rank is 8 in the run, 4 now; seed is 0 in the run, 9 now"),
+        ({"learning_rate": 0.001, "holdout": 0.3}, "the setting holdout is 0.1 in the run, 0.3 now"),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            train(resume=True, **changes)
+        assert str(caught.value.what).endswith(told)
+    command = str(caught.value.hint).partition(", or")[0].split()
+    assert command[0] == "afina"
+    assert main.run([*command[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapter"] == run.story["adapter"]
+
+
+def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
+    """A run of an older afina, which did not know `patience`, goes on; not with another value of it."""
+    run = train()
+    file = run.folder / "checkpoint" / "progress.json"
+    content = json.loads(file.read_text())
+    del content["identity"]["settings"]["patience"]
+    file.write_text(json.dumps(content))
+    assert train(resume=True).story["adapter"] == run.story["adapter"]
+    with pytest.raises(TrainingError, match="the setting patience is None in the run, 3 now"):
+        train(resume=True, patience=3)
+
+
+def test_a_run_cut_off_before_its_first_checkpoint(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --resume it says --resume, and with it the run begins."""
+    whole = train(out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("afina.training.run._losses", Full(None, 0, KeyboardInterrupt()))  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    with pytest.raises(SettingsError, match="there is a run in this folder already") as caught:
+        train()
+    assert "--resume" in str(caught.value.hint)
+    assert train(resume=True).story["adapter"] == whole.story["adapter"]
 
 
 class Full:
     """A disk that fills up: the n-th call of a function raises, as the system or as safetensors says it."""
 
-    def __init__(self, real: Callable[..., Any], calls: int, error: Exception) -> None:
+    def __init__(self, real: Callable[..., Any], calls: int, error: BaseException) -> None:
         self.real, self.left, self.error = real, calls, error
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

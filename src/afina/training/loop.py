@@ -49,7 +49,7 @@ class Loop:
         self,
         setup: Setup,
         run: Path,
-        identity: dict[str, str],
+        identity: dict[str, Any],
         on_tick: Callable[[Tick], None],
         on_best: Callable[[], None],
     ) -> None:
