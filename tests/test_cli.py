@@ -179,7 +179,9 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     ("line", "what", "hint"),
     [
         (["trian", "x"], "unknown verb 'trian'", "'train'"),
-        (["train", "x", "--learning_rte", "1"], "unknown flag --learning-rte", "'--learning-rate'"),
+        (["train", "x", "--learning_rte", "1"], "unknown flag --learning_rte", "'--learning-rate'"),
+        (["train", "x", "--learning_rate=1"], "unknown flag --learning_rate", "did you mean '--learning-rate'?"),
+        (["generate", "hi", "--top_p", "1"], "unknown flag --top_p", "did you mean '--top-p'?"),
         (["train", "x", "--lr=1"], "unknown flag --lr", None),
         (["generate", "hi", "--temprature", "1"], "unknown flag --temprature", "'--temperature'"),
         (["train", "x", "y"], "do not know what to do with 'y'", "afina train --help"),
