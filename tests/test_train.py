@@ -4,8 +4,11 @@ import hashlib
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +23,9 @@ from afina.base.model import Base
 from afina.judge.change import Change, change, student
 from afina.judge.metrics import METRICS, accuracy, bleu, chrf, exact_match, rouge, score
 from afina.judge.verdict import Losses, verdict
+from afina.training import memory
 from afina.training.optimizer import Optimizer, schedule_factor
-from helpers import metrics, put, same, tiny_tokenizer, write_rows
+from helpers import ENVIRONMENT, metrics, put, same, tiny_tokenizer, write_rows
 
 Train = Callable[..., Any]
 
@@ -562,6 +566,39 @@ def test_the_embedded_base(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(file.stat().st_size for file in EMBEDDED_FOLDER.iterdir()) <= 15_000_000
     told = afina.generate(["Hello!", "¡Hola!"], dtype="float32", max_new_tokens=60)
     assert all(answer["stopped"] and answer["text"] for answer in told["answers"])
+
+
+@pytest.mark.parametrize(("platform", "megabytes"), [("linux", 2048), ("darwin", 2), ("win32", 3)])
+def test_peak_memory_is_in_megabytes_everywhere(monkeypatch: pytest.MonkeyPatch, platform: str, megabytes: float) -> None:
+    """KiB on Linux, bytes on macOS; Windows has no module `resource`."""
+    monkeypatch.setattr(memory, "STATUS", Path("/nowhere"))
+    system = None if platform == "win32" else SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=2e6))
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3e6))
+    monkeypatch.setitem(sys.modules, "resource", system)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert memory.process_peak_mb() == megabytes
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    """Not that of pytest, which started it and is larger."""
+    code = "x = bytearray(300_000_000); from afina.training.memory import process_peak_mb as p; print(p())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert 300 < float(done.stdout) < 360
+
+
+def test_nothing_imports_resource_but_the_one_place() -> None:
+    root = Path(__file__).parent.parent
+    files = [file for folder in ("src", "benchmarks", "recipes") for file in (root / folder).rglob("*.py")]
+    assert [file.name for file in files if "import resource" in file.read_text()] == ["memory.py"]
+
+
+def test_telemetry_is_off_unless_it_is_asked_for() -> None:
+    code = "import afina; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    clean = {name: value for name, value in ENVIRONMENT.items() if name not in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")}
+    for own, off in (({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **own})
+        assert done.stdout.strip() == off, done.stderr
 
 
 def test_progress_is_silent_for_python(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
