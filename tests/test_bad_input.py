@@ -73,6 +73,34 @@ def test_a_row_longer_than_the_context_is_refused_or_left_out(train: Train, tmp_
     assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == ["rows.jsonl:49"]
 
 
+def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
+    """Each reason once, with the first lines; and what is held out for `afina eval` can be read again."""
+    empty = {"prompt": "a", "completion": ""}
+    long = [{"prompt": "say " * n, "completion": "a"} for n in range(300, 305)]
+    data = write_rows(tmp_path / "rows.jsonl", *long, empty, {"prompt": "a", "completion": "b" * 200})
+    with pytest.raises(DataError, match="no row is left") as caught:
+        train(data, skip_bad_rows=True)
+    why = "1 row (line 6): the field is empty; 6 rows (lines 1, 2, 3 and 3 more), the first: 619 tokens, more than the 192 allowed"
+    assert caught.value.why == f"skipped: {why}"
+    with pytest.raises(DataError, match="no row can be used") as caught:
+        train(write_rows(data, empty, {"prompt": "a", "completion": None}), skip_bad_rows=True)
+    assert caught.value.why == "skipped: 1 row (line 1): the field is empty; 1 row (line 2): the field is missing"
+    good = [{"prompt": f"say {n}", "completion": f"{n}"} for n in range(20)]
+    run = train(write_rows(data, *(row for pair in zip(good, long * 4, strict=True) for row in pair)), skip_bad_rows=True)
+    assert len(run.story["data"]["skipped"]) == 20
+    assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == run.story["data"]["held_out"] == 2
+
+
+def test_a_holdout_file_with_bad_rows(train: Train, tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
+    held = write_rows(tmp_path / "held.jsonl", CHAT, {"messages": []}, long)
+    run = train(holdout=held, skip_bad_rows=True)
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == [
+        "held.jsonl:2:messages", "held.jsonl:3",
+    ]  # fmt: skip
+    assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == 1
+
+
 def test_a_base_without_chat_template(train: Train, tiny: Path, chats: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template*"))
     tiny_tokenizer(None).save_pretrained(bare)

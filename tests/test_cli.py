@@ -16,7 +16,7 @@ from afina import config
 from afina.base.load import load_base
 from afina.cli.main import VERBS, parse, run
 from afina.config import TrainSettings, make_settings
-from afina.errors import SettingsError
+from afina.errors import SettingsError, counted
 from helpers import ENVIRONMENT, afina
 
 
@@ -151,6 +151,19 @@ def test_every_setting_is_a_flag_a_yaml_key_and_an_argument(name: str, tmp_path:
     assert (str(found) if isinstance(found, Path) else found) == value
 
 
+@pytest.mark.parametrize(("value", "blocks"), [(0, [0]), (-1, [-1]), ([0, 2], [0, 2])])
+def test_blocks_are_chosen_by_their_numbers(tmp_path: Path, value: Any, blocks: list[int]) -> None:
+    """One alone too, and the first one: 0 is a block, and not nothing."""
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"data": "x", "layers": value}))
+    flag = str(value).strip("[]").replace(" ", "")
+    for settings in (
+        parse(["train", "--config", str(tmp_path / "s.yaml")])[1],
+        parse(["train", "x", "--layers", flag])[1],
+        make_settings(TrainSettings, {"data": "x", "layers": value}),
+    ):
+        assert settings.layers == blocks  # type: ignore[attr-defined]
+
+
 def test_flags_win_over_yaml(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("data: a.jsonl\nrank: 4\nseed: 3\n")
     settings = parse(["train", "--config", str(tmp_path / "s.yaml"), "--rank", "16"])[1]
@@ -233,6 +246,10 @@ def test_python_arguments_are_checked_too(chats: Path) -> None:
     assert caught.value.hint == "did you mean 'lora'?"
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         library.trian  # noqa: B018
+
+
+def test_one_is_singular() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
 
 
 # verbs, their JSON and exit codes

@@ -27,7 +27,7 @@ from afina.base.nf4 import Quantized
 from afina.base.nf4_load import load_nf4
 from afina.base.safety import check_file, hash_tensors
 from afina.config import EMBEDDED
-from afina.errors import BaseError, SettingsError
+from afina.errors import BaseError, SettingsError, counted
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -185,7 +185,7 @@ def _load_whole(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedM
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
-        why = f"{len(missing)} tensors are missing or of another shape, the first: {missing[0]}"
+        why = f"missing or of another shape: {counted(len(missing), 'tensor')}, the first: {missing[0]}"
         raise BaseError("the weights do not fit config.json", where=name, why=why, hint="download the model again")
     return model
 

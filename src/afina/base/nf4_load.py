@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from afina.base.nf4 import PARTS, SKIP, NF4Linear, Quantized, as_matrix, candidates, measure, put, quantize_model, show
 from afina.base.safety import hash_tensors, read_header
 from afina.disk import new_folder, write_json
-from afina.errors import AfinaError, BaseError
+from afina.errors import AfinaError, BaseError, counted
 from afina.kernels.nf4 import NF4Weight
 
 FORMAT = 1  # of the cache: another number makes it anew
@@ -97,7 +97,7 @@ def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
     wanted = {name: shape for name, shape in state.items() if name not in _tied(model)}
     if stored != wanted:
         names = sorted(stored.keys() ^ wanted.keys()) or sorted(n for n in wanted if stored[n] != wanted[n])
-        return f"its files and the model differ in {len(names)} tensors, such as {names[0]}"
+        return f"its files and the model differ in {counted(len(names), 'tensor')}, such as {names[0]}"
     unfinished = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in wanted]
     if unfinished:
         return f"{unfinished[0]} is computed from tensors without a value"

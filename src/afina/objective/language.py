@@ -14,6 +14,7 @@ from torch import Tensor
 from afina.base.model import Base
 from afina.data.batches import FlatBatch, Sampler, flatten, pack
 from afina.data.formats import Row
+from afina.data.skipped import reasons
 from afina.data.template import Example, Renderer
 from afina.errors import DataError
 from afina.objective.task import learned_rows
@@ -49,7 +50,7 @@ def make_examples(
                 raise
             skipped.append(f"{error.where or row.where}: {error.what}")
     if not examples:
-        raise DataError("no row is left to learn from", why=f"{len(skipped or [])} rows were skipped")
+        raise DataError("no row is left to learn from", why=f"skipped: {reasons(skipped or [])}")
     return examples
 
 

@@ -105,19 +105,20 @@ def _split(
     if objective == "sft":
         renderer.check(all_rows)
     if share is None:
-        rows, held_rows = all_rows, read_table(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows).rows
-        choose(objective, held_rows)
-    elif objective == "pretrain":  # one long text is one row: hold out chunks of it instead
+        table = read_table(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows)
+        choose(objective, table.rows)
+        skipped += table.skipped
+        train = make_examples(objective, renderer, all_rows, leave_out, invocation)
+        held = make_examples(objective, renderer, table.rows, leave_out, invocation)
+        there = {example.where for example in held}
+        return train, held, [row for row in table.rows if row.where in there]
+    if objective == "pretrain":  # one long text is one row: hold out chunks of it instead
         chunks = make_examples(objective, renderer, all_rows, leave_out, invocation)
         train, held = every_nth(chunks, share, settings.data)
         return train, held, []
-    else:
-        rows, held_rows = split(all_rows, share, settings.seed)
-    return (
-        make_examples(objective, renderer, rows, leave_out, invocation),
-        make_examples(objective, renderer, held_rows, leave_out, invocation),
-        held_rows,
-    )
+    made = {e.where: e for e in make_examples(objective, renderer, all_rows, leave_out, invocation)}
+    rows, held_rows = split([row for row in all_rows if row.where in made], share, settings.seed)
+    return [made[row.where] for row in rows], [made[row.where] for row in held_rows], held_rows
 
 
 def _as_record(row: Row) -> dict[str, Any]:
