@@ -277,11 +277,11 @@ def failing(kind: type[Exception]) -> Callable[..., None]:
     ("kind", "what", "hint"),
     [
         (hub.GatedRepoError, "asks for a licence to be accepted", "hf auth login"),
-        (hub.RepositoryNotFoundError, "no such model, or a private one", "hf auth login"),
+        (hub.RepositoryNotFoundError, "no such folder here, and no such model on the hub", "hf auth login"),
         (hub.RevisionNotFoundError, "no revision 'v9'", None),
-        (hub.HFValidationError, "neither a folder nor a model's name", "owner/model"),
-        (hub.LocalEntryNotFoundError, "cannot download", "local folder"),
-        (ConnectionError, "cannot download", "local folder"),
+        (hub.HFValidationError, "no such folder here, nor can it be a model's name", "owner/model"),
+        (hub.LocalEntryNotFoundError, "no such folder here, nor such a model in the local cache", "folder that holds config.json"),
+        (ConnectionError, "no such folder here, nor such a model in the local cache", "folder that holds config.json"),
     ],
 )
 def test_names_that_the_hub_does_not_give(
@@ -293,6 +293,16 @@ def test_names_that_the_hub_does_not_give(
     assert what in str(caught.value)
     assert caught.value.where == "owner/model"
     assert hint is None or hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["missingfolder", "out/missingfolder"])
+def test_a_missing_folder_is_first_of_all_a_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are offline: the hub comes second, with the reason."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseError) as caught:
+        load_base(name)
+    assert str(caught.value.what).startswith("no such folder here")
+    assert str(caught.value.why).startswith(f"looked for {tmp_path / name}; the hub was not asked (HF_HUB_OFFLINE)")
 
 
 def test_a_device_that_is_not_there() -> None:

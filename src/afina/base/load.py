@@ -66,7 +66,7 @@ def find_folder(base: str, revision: str | None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -76,6 +76,7 @@ def _download(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    looked = f"looked for {Path(name).expanduser().absolute()}"
     login = "accept its terms on its page, then type: hf auth login"
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -85,12 +86,16 @@ def _download(name: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise BaseError(f"this model has no revision {revision!r}", where=name) from error
     except RepositoryNotFoundError as error:
-        raise BaseError("no such model, or a private one", where=name, hint=f"check the name; if private, {login}") from error
+        what = "no such folder here, and no such model on the hub, or a private one"
+        raise BaseError(what, where=name, hint=f"check the name; if private, {login}") from error
     except HFValidationError as error:
-        raise BaseError("neither a folder nor a model's name", where=name, hint="a name looks like owner/model") from error
+        what = "no such folder here, nor can it be a model's name"
+        raise BaseError(what, where=name, why=looked, hint="a name looks like owner/model") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = "the hub cannot be reached and the model is not in the local cache"
-        raise BaseError("cannot download this model", where=name, why=why, hint="give the path of a local folder") from error
+        reached = "the hub was not asked (HF_HUB_OFFLINE)" if is_offline_mode() else "the hub cannot be reached"
+        what, why = "no such folder here, nor such a model in the local cache of the hub", f"{looked}; {reached}"
+        hint = "the path of the folder that holds config.json, or the name of a model with a network to fetch it"
+        raise BaseError(what, where=name, why=why, hint=hint) from error
 
 
 def check_folder(folder: Path) -> list[Path]:
