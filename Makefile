@@ -1,5 +1,6 @@
 # The household. `make demo` to see it work; `make test` before a commit; `make help` lists the rest.
 # A Python of your own: make demo PYTHON=python3.12.  Words for the command: make demo ARGS="--steps 100 --json".
+# Without an NVIDIA card, on Linux: export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu  (GBs less to load).
 
 PYTHON ?= python3
 ARGS ?=

@@ -42,6 +42,14 @@ def interleave(sides: Mapping[str, tuple[str | Path, Sequence[str]]], repeats: i
     return results
 
 
+def peak_mb() -> float:
+    """The most memory that this process has held, in MB; also in the peers' environment, which has no afina."""
+    sys.path.append(str(ROOT.parent / "src"))
+    from afina.training.memory import process_peak_mb
+
+    return process_peak_mb()
+
+
 def median(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     """The median of a figure over the repeats."""
     return statistics.median(row[key] for row in rows)

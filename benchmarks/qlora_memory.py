@@ -6,14 +6,13 @@ each: lora on bf16 weights, qlora on the same weights in NF4. Quality: held-out 
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import interleave, median, publish, roofline
+from common import interleave, median, peak_mb, publish, roofline
 
 SHAPE = dict(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
@@ -50,7 +49,7 @@ def step(storage: str, folder: Path) -> None:
 
     torch.set_num_threads(2)
     base = load_base(str(folder), dtype="bfloat16", storage=storage)  # type: ignore[arg-type]
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    loaded = peak_mb()
     adapter = attach(base.model, base.board, "a", Spec("lora", resolve_targets(base.model, "all-linear", None, False), rank=8))
     optimizer = Optimizer(adapter, 1e-4, {}, 0.0)
     batch = flatten([Example("", torch.randint(5, 128000, (TOKENS,)).tolist(), [False] + [True] * (TOKENS - 1), 0, None)])
@@ -61,7 +60,7 @@ def step(storage: str, folder: Path) -> None:
             (batch_loss(base, batch, adapter.route) / batch.label_count).backward()
             optimizer.step(1.0, 1.0)
             seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = peak_mb()
     print(json.dumps({"peak_mb": peak, "loaded_mb": loaded, "step_seconds": statistics.median(seconds)}))
 
 

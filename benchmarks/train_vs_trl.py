@@ -7,14 +7,13 @@ tokens, bf16, LoRA r8; PEFT + AdamW. Sides run in turn, each in a process of its
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from common import PEERS, SHARED, interleave, median, publish, roofline
+from common import PEERS, SHARED, interleave, median, peak_mb, publish, roofline
 
 ROWS, MAX_LENGTH = 160, 512
 CONFIG = dict(
@@ -25,10 +24,6 @@ DENSE = dict(
     vocab_size=32000, hidden_size=1024, intermediate_size=2688, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=16,
     max_position_embeddings=2048,
 )  # fmt: skip
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def make_base(folder: Path) -> None:

@@ -167,8 +167,8 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing", r"1 tensors are missing, the first: .*down_proj.lora_A"),
-        ("unknown", r"1 tensors have no place, the first: .*layers.3.mlp.up_proj.extra"),
+        ("missing", r"missing: 1 tensor, the first: .*down_proj.lora_A"),
+        ("unknown", r"without a place: 1 tensor, the first: .*layers.3.mlp.up_proj.extra"),
         ("shape", r"down_proj.lora_A.weight has the wrong shape"),
         ("no-layer", r"the base has no such layer"),
     ],

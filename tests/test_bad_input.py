@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import afina
 from afina.base.convert import convert
 from afina.base.load import load_base
+from afina.cli import main
 from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsError, TrainingError
 from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
@@ -70,6 +71,34 @@ def test_a_row_longer_than_the_context_is_refused_or_left_out(train: Train, tmp_
     assert "--skip-bad-rows" in str(caught.value.hint)
     run = train(data, skip_bad_rows=True)
     assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == ["rows.jsonl:49"]
+
+
+def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
+    """Each reason once, with the first lines; and what is held out for `afina eval` can be read again."""
+    empty = {"prompt": "a", "completion": ""}
+    long = [{"prompt": "say " * n, "completion": "a"} for n in range(300, 305)]
+    data = write_rows(tmp_path / "rows.jsonl", *long, empty, {"prompt": "a", "completion": "b" * 200})
+    with pytest.raises(DataError, match="no row is left") as caught:
+        train(data, skip_bad_rows=True)
+    why = "1 row (line 6): the field is empty; 6 rows (lines 1, 2, 3 and 3 more), the first: 619 tokens, more than the 192 allowed"
+    assert caught.value.why == f"skipped: {why}"
+    with pytest.raises(DataError, match="no row can be used") as caught:
+        train(write_rows(data, empty, {"prompt": "a", "completion": None}), skip_bad_rows=True)
+    assert caught.value.why == "skipped: 1 row (line 1): the field is empty; 1 row (line 2): the field is missing"
+    good = [{"prompt": f"say {n}", "completion": f"{n}"} for n in range(20)]
+    run = train(write_rows(data, *(row for pair in zip(good, long * 4, strict=True) for row in pair)), skip_bad_rows=True)
+    assert len(run.story["data"]["skipped"]) == 20
+    assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == run.story["data"]["held_out"] == 2
+
+
+def test_a_holdout_file_with_bad_rows(train: Train, tmp_path: Path) -> None:
+    long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
+    held = write_rows(tmp_path / "held.jsonl", CHAT, {"messages": []}, long)
+    run = train(holdout=held, skip_bad_rows=True)
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == [
+        "held.jsonl:2:messages", "held.jsonl:3",
+    ]  # fmt: skip
+    assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == 1
 
 
 def test_a_base_without_chat_template(train: Train, tiny: Path, chats: Path, tmp_path: Path) -> None:
@@ -248,11 +277,11 @@ def failing(kind: type[Exception]) -> Callable[..., None]:
     ("kind", "what", "hint"),
     [
         (hub.GatedRepoError, "asks for a licence to be accepted", "hf auth login"),
-        (hub.RepositoryNotFoundError, "no such model, or a private one", "hf auth login"),
+        (hub.RepositoryNotFoundError, "no such folder here, and no such model on the hub", "hf auth login"),
         (hub.RevisionNotFoundError, "no revision 'v9'", None),
-        (hub.HFValidationError, "neither a folder nor a model's name", "owner/model"),
-        (hub.LocalEntryNotFoundError, "cannot download", "local folder"),
-        (ConnectionError, "cannot download", "local folder"),
+        (hub.HFValidationError, "no such folder here, nor can it be a model's name", "owner/model"),
+        (hub.LocalEntryNotFoundError, "no such folder here, nor such a model in the local cache", "folder that holds config.json"),
+        (ConnectionError, "no such folder here, nor such a model in the local cache", "folder that holds config.json"),
     ],
 )
 def test_names_that_the_hub_does_not_give(
@@ -264,6 +293,16 @@ def test_names_that_the_hub_does_not_give(
     assert what in str(caught.value)
     assert caught.value.where == "owner/model"
     assert hint is None or hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["missingfolder", "out/missingfolder"])
+def test_a_missing_folder_is_first_of_all_a_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are offline: the hub comes second, with the reason."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BaseError) as caught:
+        load_base(name)
+    assert str(caught.value.what).startswith("no such folder here")
+    assert str(caught.value.why).startswith(f"looked for {tmp_path / name}; the hub was not asked (HF_HUB_OFFLINE)")
 
 
 def test_a_device_that_is_not_there() -> None:
@@ -335,26 +374,69 @@ def test_resume_needs_a_checkpoint_and_the_same_run(train: Train, tmp_path: Path
     mine = shutil.copy(chats, tmp_path / "mine.jsonl")
     train(Path(mine), holdout=held)
     for part, change in (
-        ("data", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
-        ("held-out rows", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
+        ("data is", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
+        ("held-out rows are", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
     ):
         keep = {path: path.read_bytes() for path in (Path(mine), held)}
         change()
-        with pytest.raises(TrainingError, match=f"the {part} is not what the run began with"):
+        with pytest.raises(TrainingError, match=f"the {part} not what the run began with"):
             train(Path(mine), holdout=held, resume=True)
         for path, content in keep.items():
             path.write_bytes(content)
-    for part, settings in (("settings", {"seed": 9}), ("settings", {"learning_rate": 1.0}), ("base", {"base": str(tied)})):
-        with pytest.raises(TrainingError, match=f"the ({part}|settings) is not what the run began with"):
-            train(Path(mine), holdout=held, resume=True, **settings)
+    with pytest.raises(TrainingError, match="the base is not what the run began with"):
+        train(Path(mine), holdout=held, resume=True, base=str(tied))
     shutil.copy(mine, tmp_path / "elsewhere.jsonl")  # the same rows under another name are the same data
     train(tmp_path / "elsewhere.jsonl", holdout=held, resume=True)
+
+
+def test_settings_that_changed_are_named_with_both_values(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what the hint says is a command that goes on with the run."""
+    run = train(learning_rate=0.001)
+    for changes, told in (
+        ({"learning_rate": 0.002}, "the setting learning_rate is 0.001 in the run, 0.002 now"),
+        ({"learning_rate": 0.001, "seed": 9, "rank": 4}, "rank is 8 in the run, 4 now; seed is 0 in the run, 9 now"),
+        ({"learning_rate": 0.001, "holdout": 0.3}, "the setting holdout is 0.1 in the run, 0.3 now"),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            train(resume=True, **changes)
+        assert str(caught.value.what).endswith(told)
+    command = str(caught.value.hint).partition(", or")[0].split()
+    assert command[0] == "afina"
+    assert main.run([*command[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapter"] == run.story["adapter"]
+
+
+def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
+    """A run of an older afina, which did not know `patience`, goes on; not with another value of it."""
+    run = train()
+    file = run.folder / "checkpoint" / "progress.json"
+    content = json.loads(file.read_text())
+    del content["identity"]["settings"]["patience"]
+    file.write_text(json.dumps(content))
+    assert train(resume=True).story["adapter"] == run.story["adapter"]
+    with pytest.raises(TrainingError, match="the setting patience is None in the run, 3 now"):
+        train(resume=True, patience=3)
+
+
+def test_a_run_cut_off_before_its_first_checkpoint(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --resume it says --resume, and with it the run begins."""
+    whole = train(out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("afina.training.run._losses", Full(None, 0, KeyboardInterrupt()))  # type: ignore[arg-type]
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    with pytest.raises(SettingsError, match="there is a run in this folder already") as caught:
+        train()
+    assert "--resume" in str(caught.value.hint)
+    assert train(resume=True).story["adapter"] == whole.story["adapter"]
 
 
 class Full:
     """A disk that fills up: the n-th call of a function raises, as the system or as safetensors says it."""
 
-    def __init__(self, real: Callable[..., Any], calls: int, error: Exception) -> None:
+    def __init__(self, real: Callable[..., Any], calls: int, error: BaseException) -> None:
         self.real, self.left, self.error = real, calls, error
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ import pytest
 import yaml
 
 from afina import config
+from afina.base.load import load_base
 from afina.cli.main import VERBS, parse, run
 from afina.config import TrainSettings, make_settings
-from afina.errors import SettingsError
+from afina.errors import SettingsError, counted
 from helpers import ENVIRONMENT, afina
 
 
@@ -150,6 +152,19 @@ def test_every_setting_is_a_flag_a_yaml_key_and_an_argument(name: str, tmp_path:
     assert (str(found) if isinstance(found, Path) else found) == value
 
 
+@pytest.mark.parametrize(("value", "blocks"), [(0, [0]), (-1, [-1]), ([0, 2], [0, 2])])
+def test_blocks_are_chosen_by_their_numbers(tmp_path: Path, value: Any, blocks: list[int]) -> None:
+    """One alone too, and the first one: 0 is a block, and not nothing."""
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"data": "x", "layers": value}))
+    flag = str(value).strip("[]").replace(" ", "")
+    for settings in (
+        parse(["train", "--config", str(tmp_path / "s.yaml")])[1],
+        parse(["train", "x", "--layers", flag])[1],
+        make_settings(TrainSettings, {"data": "x", "layers": value}),
+    ):
+        assert settings.layers == blocks  # type: ignore[attr-defined]
+
+
 def test_flags_win_over_yaml(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("data: a.jsonl\nrank: 4\nseed: 3\n")
     settings = parse(["train", "--config", str(tmp_path / "s.yaml"), "--rank", "16"])[1]
@@ -178,7 +193,9 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     ("line", "what", "hint"),
     [
         (["trian", "x"], "unknown verb 'trian'", "'train'"),
-        (["train", "x", "--learning_rte", "1"], "unknown flag --learning-rte", "'--learning-rate'"),
+        (["train", "x", "--learning_rte", "1"], "unknown flag --learning_rte", "'--learning-rate'"),
+        (["train", "x", "--learning_rate=1"], "unknown flag --learning_rate", "did you mean '--learning-rate'?"),
+        (["generate", "hi", "--top_p", "1"], "unknown flag --top_p", "did you mean '--top-p'?"),
         (["train", "x", "--lr=1"], "unknown flag --lr", None),
         (["generate", "hi", "--temprature", "1"], "unknown flag --temprature", "'--temperature'"),
         (["train", "x", "y"], "do not know what to do with 'y'", "afina train --help"),
@@ -232,6 +249,10 @@ def test_python_arguments_are_checked_too(chats: Path) -> None:
         library.trian  # noqa: B018
 
 
+def test_one_is_singular() -> None:
+    assert [counted(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+
+
 # verbs, their JSON and exit codes
 
 
@@ -242,7 +263,27 @@ def test_plan(capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, tmp_p
     assert "«" in result["example"]
     assert not (tmp_path / "run").exists()
     assert run(["plan", str(chats), "--base", str(tiny), "--out", str(tmp_path / "run")]) == 0
-    assert "numbers to learn" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "numbers to learn" in shown
+    assert re.search(r"layers +│ 0 to 3 ", shown)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "freeze"])
+def test_plan_shows_what_would_be_used(
+    capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left at "auto" or at nothing; a base in 4 bits has as many numbers as the one it came from."""
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
+    status, result, _ = said(capsys, "plan", chats, "--base", tiny, "--method", method, "--rank", 4, "--steps", 6)
+    settings = result["settings"]
+    assert status == 0
+    assert "auto" not in settings.values()
+    assert (settings["objective"], settings["max_length"], settings["dtype"]) == ("sft", 192, "float32")
+    assert (settings["check_every"], settings["steps"]) == (1, 6)
+    assert settings["alpha"] == (None if method == "freeze" else 8)
+    assert settings["layers"] == ([3] if method == "freeze" else [0, 1, 2, 3])
+    assert {"q_proj", "down_proj"} <= set(settings["targets"])
+    assert result["base"]["parameters"] == sum(p.numel() for p in load_base(str(tiny)).model.parameters())
 
 
 def test_train_eval_merge_export(

@@ -17,6 +17,7 @@ from afina.errors import DataError
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.es.md"]
+CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILES = {"jsonl": "polite.jsonl", "csv": "questions.csv", "yaml": "settings.yaml"}  # what a block of each kind shows
 
@@ -142,3 +143,12 @@ def test_the_reader_who_types_everything(workplace: Path) -> None:
     section = prose("README.md").partition("## The run folder")[2].partition("\n## ")[0]
     names = re.findall(r"^\| `([\w.]+)/?` \|", section, re.MULTILINE)
     assert {path.name for path in (workplace / "runs" / "polite").iterdir()} == set(names)
+
+
+def test_the_small_pytorch_comes_before_what_installs_one() -> None:
+    """PyPI's torch for Linux x86 is the one for CUDA, whatever constraints.txt holds: the index must be told before."""
+    for name in READMES:
+        text = read(name)
+        assert text.index(CPU_INDEX) < text.index("make demo") < text.index("pip install -c constraints.txt")
+    for name in ("constraints.txt", "Makefile"):
+        assert CPU_INDEX in read(name)

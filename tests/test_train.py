@@ -3,22 +3,29 @@
 import hashlib
 import json
 import math
+import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM
 
 import afina
 from afina.base.load import load_base
 from afina.base.model import Base
+from afina.judge.change import Change, change, student
 from afina.judge.metrics import METRICS, accuracy, bleu, chrf, exact_match, rouge, score
 from afina.judge.verdict import Losses, verdict
+from afina.training import memory
 from afina.training.optimizer import Optimizer, schedule_factor
-from helpers import metrics, put, same, write_rows
+from helpers import ENVIRONMENT, metrics, put, same, tiny_tokenizer, write_rows
 
 Train = Callable[..., Any]
 
@@ -428,9 +435,12 @@ def test_scores_by_name() -> None:
     assert score(["exact_match", "accuracy"], ["a"], ["a"]) == {"exact_match": 100, "accuracy": 100}
 
 
-def lost(**changes: float) -> list[str]:
-    values = {"held_before": 3.0, "held_after": 1.0, "train_after": 1.0, "general_before": 2.0, "general_after": 2.0}
-    return verdict(Losses(**{**values, **changes}))  # type: ignore[arg-type]
+def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[str]:
+    values: dict[str, Any] = {"held_before": 3.0, "held_after": 1.0, "train_before": 3.0, "train_after": 1.0,
+                              "general_before": 2.0, "general_after": 2.0, "held_rows": rows, **changes}  # fmt: skip
+    for side in ("held", "train"):
+        values[side] = Change(rows, values[f"{side}_after"] - values[f"{side}_before"], error)
+    return verdict(Losses(**values))
 
 
 @pytest.mark.parametrize(
@@ -441,7 +451,16 @@ def lost(**changes: float) -> list[str]:
         ({"held_after": 3.1}, 0, "It did not learn"),
         ({}, 1, "It does not overfit"),
         ({"train_after": 0.99}, 1, "It does not overfit"),
-        ({"train_after": 0.5}, 1, "It overfits: rows it learned cost 0.500, new rows 1.000"),
+        ({"train_after": 0.5}, 1, "It overfits: the loss of rows it learned fell by 2.500, that of new rows by 2.000"),
+        ({"train_after": 0.5, "train_before": 2.5}, 1, "It does not overfit"),  # they were easier from the start
+        ({"train_after": 0.5, "error": 0.3}, 1, "Too few to tell whether it overfits"),
+        ({"error": 0.3}, 1, "No sign that it overfits, but the held-out rows are too few to be sure"),
+        ({"held_after": 2.6, "rows": 3, "error": 0.1}, 0, "(-0.400 nats a token on 3 held-out rows, 95% interval -0.830 to +0.030)"),
+        ({"held_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
+        ({"held_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
+        ({"held_after": 2.5, "rows": 3, "error": 0.1}, 0, "It learned"),
+        ({"rows": 1, "error": None}, 0, "Too few to tell whether it learned: there is one held-out row."),
+        ({"rows": 1, "error": None}, 1, "Too few to tell whether it overfits"),
         ({"train_after": 0.5, "best_step": 4, "last_step": 9}, 1, "The best state, of step 4, was kept."),
         ({}, 2, "It forgot nothing worth speaking of"),
         ({"general_after": 2.04}, 2, "It forgot nothing worth speaking of"),
@@ -454,6 +473,55 @@ def lost(**changes: float) -> list[str]:
 )
 def test_verdicts(changes: dict[str, float], sentence: int, said: str) -> None:
     assert said in lost(**changes)[sentence]
+
+
+@pytest.mark.parametrize(("freedom", "point"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (999, 1.962)])
+def test_students_t(freedom: int, point: float) -> None:
+    assert student(freedom) == pytest.approx(point, rel=0.01)
+
+
+def test_the_interval_holds_what_it_promises() -> None:
+    """Of 2,000 samples of 6 rows of different lengths, about 95% have the true change in their interval."""
+    draw, hits = random.Random(0), 0
+    for _ in range(2000):
+        labels = [draw.randint(3, 30) for _ in range(6)]
+        after = [sum(draw.gauss(-0.3, 0.5) for _ in range(n)) + n * draw.gauss(0, 0.4) for n in labels]
+        low, high = change([0.0] * 6, after, labels).interval or (0.0, 0.0)
+        hits += low <= -0.3 <= high
+    assert 0.92 <= hits / 2000 <= 0.97
+    assert change([3.0], [1.0], [2]) == Change(1, -1.0, None)
+    assert change([3.0, 3.0], [1.0, 1.0], [2, 2]).interval == (-1.0, -1.0)
+
+
+def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
+    """The change whose interval is told is the change of the losses in the table."""
+    losses = (run := train(batch_tokens=64)).story["losses"]
+    assert losses["held"]["rows"] == losses["held_rows"] == run.story["data"]["held_out"] > 1
+    for side in ("held", "train"):
+        assert losses[side]["mean"] == pytest.approx(losses[f"{side}_after"] - losses[f"{side}_before"], abs=1e-5)
+    assert losses["held_interval"][0] < losses["held"]["mean"] < losses["held_interval"][1]
+
+
+def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) -> None:
+    rows = [{"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)]
+    said = train(write_rows(tmp_path / "t.jsonl", *rows), steps=1).story["verdict"]
+    assert said[0].startswith("Too few to tell whether it learned: there is one held-out row.")
+    assert said[1].startswith("Too few to tell whether it overfits")
+
+
+def test_rows_of_an_encoder_are_measured_too(train: Train, text: Path, chats: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>"})
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=32, max_position_embeddings=64)  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [{"text": word * n, "label": word} for word in ("sol", "pan") for n in range(1, 7)]
+    labelled = write_rows(tmp_path / "labelled.jsonl", *rows)
+    for data, objective in ((text, "mlm"), (labelled, "classify")):
+        run = train(data, base=str(tmp_path / "bert"), objective=objective, steps=2, out=tmp_path / objective)
+        low, high = run.story["losses"]["held_interval"]
+        assert low < run.story["losses"]["held"]["mean"] < high
 
 
 # the demo
@@ -498,6 +566,39 @@ def test_the_embedded_base(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(file.stat().st_size for file in EMBEDDED_FOLDER.iterdir()) <= 15_000_000
     told = afina.generate(["Hello!", "¡Hola!"], dtype="float32", max_new_tokens=60)
     assert all(answer["stopped"] and answer["text"] for answer in told["answers"])
+
+
+@pytest.mark.parametrize(("platform", "megabytes"), [("linux", 2048), ("darwin", 2), ("win32", 3)])
+def test_peak_memory_is_in_megabytes_everywhere(monkeypatch: pytest.MonkeyPatch, platform: str, megabytes: float) -> None:
+    """KiB on Linux, bytes on macOS; Windows has no module `resource`."""
+    monkeypatch.setattr(memory, "STATUS", Path("/nowhere"))
+    system = None if platform == "win32" else SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=2e6))
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3e6))
+    monkeypatch.setitem(sys.modules, "resource", system)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert memory.process_peak_mb() == megabytes
+
+
+def test_peak_memory_is_that_of_this_process() -> None:
+    """Not that of pytest, which started it and is larger."""
+    code = "x = bytearray(300_000_000); from afina.training.memory import process_peak_mb as p; print(p())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert 300 < float(done.stdout) < 360
+
+
+def test_nothing_imports_resource_but_the_one_place() -> None:
+    root = Path(__file__).parent.parent
+    files = [file for folder in ("src", "benchmarks", "recipes") for file in (root / folder).rglob("*.py")]
+    assert [file.name for file in files if "import resource" in file.read_text()] == ["memory.py"]
+
+
+def test_telemetry_is_off_unless_it_is_asked_for() -> None:
+    code = "import afina; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    clean = {name: value for name, value in ENVIRONMENT.items() if name not in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")}
+    for own, off in (({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **own})
+        assert done.stdout.strip() == off, done.stderr
 
 
 def test_progress_is_silent_for_python(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

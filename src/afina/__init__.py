@@ -8,9 +8,12 @@ Each function takes the settings of the verb of the same name as keyword argumen
 """
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before huggingface_hub is imported, which reads it then
 
 _FUNCTIONS = {
     "train": "afina.training.run",

@@ -91,6 +91,14 @@ class TrainSettings(BaseSettings):
         """A list may be written with commas."""
         return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_block(cls, value: Any) -> Any:
+        """One block may be written as its number."""
+        if isinstance(value, str) and value.strip().removeprefix("-").isdigit():
+            value = int(value)
+        return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
 
 class EvalSettings(BaseSettings):
     """Everything `afina eval` can be told."""

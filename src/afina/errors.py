@@ -52,6 +52,11 @@ class MergeError(AfinaError):
     """A merged model whose answers would differ from the adapted one's."""
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: 1 row, 2 rows, 1,000 rows."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the known word closest to `name`, or lists them when none is close."""
     known = list(known)

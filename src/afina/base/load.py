@@ -28,7 +28,7 @@ from afina.base.nf4_files import is_quantised
 from afina.base.nf4_load import load_nf4, read_nf4
 from afina.base.safety import check_file, hash_tensors
 from afina.config import EMBEDDED
-from afina.errors import BaseError, SettingsError
+from afina.errors import BaseError, SettingsError, counted
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,7 +67,7 @@ def find_folder(base: str, revision: str | None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -77,6 +77,7 @@ def _download(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    looked = f"looked for {Path(name).expanduser().absolute()}"
     login = "accept its terms on its page, then type: hf auth login"
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -86,12 +87,16 @@ def _download(name: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise BaseError(f"this model has no revision {revision!r}", where=name) from error
     except RepositoryNotFoundError as error:
-        raise BaseError("no such model, or a private one", where=name, hint=f"check the name; if private, {login}") from error
+        what = "no such folder here, and no such model on the hub, or a private one"
+        raise BaseError(what, where=name, hint=f"check the name; if private, {login}") from error
     except HFValidationError as error:
-        raise BaseError("neither a folder nor a model's name", where=name, hint="a name looks like owner/model") from error
+        what = "no such folder here, nor can it be a model's name"
+        raise BaseError(what, where=name, why=looked, hint="a name looks like owner/model") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = "the hub cannot be reached and the model is not in the local cache"
-        raise BaseError("cannot download this model", where=name, why=why, hint="give the path of a local folder") from error
+        reached = "the hub was not asked (HF_HUB_OFFLINE)" if is_offline_mode() else "the hub cannot be reached"
+        what, why = "no such folder here, nor such a model in the local cache of the hub", f"{looked}; {reached}"
+        hint = "the path of the folder that holds config.json, or the name of a model with a network to fetch it"
+        raise BaseError(what, where=name, why=why, hint=hint) from error
 
 
 def check_folder(folder: Path) -> list[Path]:
@@ -190,7 +195,7 @@ def _load_whole(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedM
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
-        why = f"{len(missing)} tensors are missing or of another shape, the first: {missing[0]}"
+        why = f"missing or of another shape: {counted(len(missing), 'tensor')}, the first: {missing[0]}"
         raise BaseError("the weights do not fit config.json", where=name, why=why, hint="download the model again")
     return model
 

@@ -30,7 +30,7 @@ from afina.base.nf4 import PARTS, SKIP, NF4Linear, Quantized, as_matrix, candida
 from afina.base.nf4_files import from_files, quantised_paths, tied_names
 from afina.base.safety import hash_tensors, read_header
 from afina.disk import new_folder, write_json
-from afina.errors import AfinaError, BaseError
+from afina.errors import AfinaError, BaseError, counted
 from afina.kernels.nf4 import NF4Weight
 
 FORMAT = 1  # of the cache: another number makes it anew
@@ -121,7 +121,7 @@ def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
     wanted = {name: shape for name, shape in state.items() if name not in tied_names(model)}
     if stored != wanted:
         names = sorted(stored.keys() ^ wanted.keys()) or sorted(n for n in wanted if stored[n] != wanted[n])
-        return f"its files and the model differ in {len(names)} tensors, such as {names[0]}"
+        return f"its files and the model differ in {counted(len(names), 'tensor')}, such as {names[0]}"
     unfinished = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in wanted]
     if unfinished:
         return f"{unfinished[0]} is computed from tensors without a value"

@@ -129,10 +129,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
         raise SystemExit(0)
     verb = VERBS[known.verb]
     for word in unknown:
-        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        flag = word.partition("=")[0]
         if word.startswith("--"):
             flags = [f"--{field.replace('_', '-')}" for field in [*verb.settings.model_fields, "config", "json"]]
-            raise SettingsError(f"unknown flag --{name.replace('_', '-')}", hint=nearest(word.partition("=")[0], flags))
+            raise SettingsError(f"unknown flag {flag}", hint=nearest(flag.replace("_", "-"), flags))
         raise SettingsError(f"do not know what to do with {word!r}", hint=f"afina {known.verb} --help")
     values = {name: value for name, value in vars(known).items() if name != "verb"}
     as_json, file = values.pop("json", False), values.pop("config", None)

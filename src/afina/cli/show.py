@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from afina.errors import counted
+
 console = Console()
 
 
@@ -27,13 +29,22 @@ def _number(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _setting(value: Any) -> str:
+    """A setting as it may be typed; blocks in a row as the first and the last."""
+    if not isinstance(value, list):
+        return str(value)
+    if isinstance(value[0], int) and value == list(range(value[0], value[0] + len(value))) and len(value) > 1:
+        return f"{value[0]} to {value[-1]}"
+    return ", ".join(map(str, value))
+
+
 def _nothing(result: dict[str, Any]) -> None:
     pass
 
 
 def _plan(result: dict[str, Any]) -> None:
     data, settings = result["data"], result["settings"]
-    _rows("settings", [(name, str(value)) for name, value in settings.items() if value not in (None, {}, "")])
+    _rows("settings", [(name, _setting(value)) for name, value in settings.items() if value not in (None, {}, [], "")])
     names = {
         "train": "to learn from",
         "held_out": "held out",
@@ -54,8 +65,8 @@ def _plan(result: dict[str, Any]) -> None:
     console.print(result["example"], highlight=False, markup=False)
     trainable, total = result["trainable_parameters"], result["base"]["parameters"]
     console.print(
-        f"{trainable:,} numbers to learn in {result['layers']} layers, {100 * trainable / total:.2f}% of the base's {total:,}; "
-        f"{result['steps']:,} steps",
+        f"{counted(trainable, 'number')} to learn in {counted(result['layers'], 'layer')}, "
+        f"{100 * trainable / total:.2f}% of the base's {total:,}; {counted(result['steps'], 'step')}",
         highlight=False,
     )
 
@@ -66,19 +77,18 @@ def _train(result: dict[str, Any]) -> None:
     for column in ("nats a token", "before", "after"):
         table.add_column(column)
     table.add_row("held-out rows", f"{losses['held_before']:.4f}", f"{losses['held_after']:.4f}")
-    table.add_row("rows it learned", "", f"{losses['train_after']:.4f}")
+    table.add_row("rows it learned", f"{losses['train_before']:.4f}", f"{losses['train_after']:.4f}")
     if losses["general_before"] is not None:
         table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
     console.print(table)
     if "classes" in result:
-        classes = result["classes"]
-        console.print(f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {classes['rows']:,} held-out rows")
+        _scores(result["classes"], "held-out row")
     for line in result["data"]["skipped"]:
         console.print(f"skipped {line}", highlight=False, markup=False)
     for sentence in result["verdict"]:
         console.print(f"- {sentence}", highlight=False)
     console.print(
-        f"{result['steps']:,} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s "
+        f"{counted(result['steps'], 'step')}, {counted(result['tokens'], 'token')} in {result['seconds']:.0f} s "
         f"({result['tokens_per_second']:,.0f} a second), peak {result['peak_memory_mb']:,.0f} MB, "
         f"adapter {result['adapter_kb']:,.0f} KB",
         highlight=False,
@@ -87,18 +97,20 @@ def _train(result: dict[str, Any]) -> None:
         console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
 
 
+def _scores(classes: dict[str, Any], thing: str) -> None:
+    scores = f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}%"
+    console.print(f"{scores} on {counted(classes['rows'], thing)}", highlight=False)
+
+
 UNITS = {"loss": "loss, nats a token", "perplexity": "perplexity", "general_loss": "loss on general text, nats a token"}
 
 
 def _eval(result: dict[str, Any]) -> None:
     if "classes" in result:
-        classes = result["classes"]
-        console.print(
-            f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {classes['rows']:,} rows", highlight=False
-        )
+        _scores(result["classes"], "row")
         return
     sides = [side for side in ("before", "after") if side in result]
-    table = Table(title=f"{result['rows']:,} rows", title_justify="left")
+    table = Table(title=counted(result["rows"], "row"), title_justify="left")
     table.add_column("")
     for side in sides:
         table.add_column({"before": "base", "after": "with the adapter"}[side])
@@ -123,7 +135,7 @@ def _generate(result: dict[str, Any]) -> None:
 def _merge(result: dict[str, Any]) -> None:
     rows = [
         ("against the adapted model", f"{result['kl']:.3g} nats a token (KL divergence)"),
-        ("same likeliest token", f"{100 * result['greedy_agreement']:.1f}% of {result['probe_tokens']} positions"),
+        ("same likeliest token", f"{100 * result['greedy_agreement']:.1f}% of {counted(result['probe_tokens'], 'position')}"),
     ]
     if "loss_merged" in result:
         rows.append(("loss on general text", f"{result['loss_adapted']:.4f} adapted, {result['loss_merged']:.4f} merged"))

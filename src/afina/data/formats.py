@@ -12,6 +12,7 @@ from typing import Any
 
 from afina.data import readers
 from afina.data.rows import FIELDS, PARSERS, REQUIRED, Message, Record, Row, recognise
+from afina.data.skipped import reasons
 from afina.errors import DataError, nearest
 
 __all__ = ["Message", "Row", "Table", "read_table"]
@@ -61,7 +62,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
                 raise
             skipped.append(f"{error.where}: {error.what}")
     if not rows:
-        raise DataError("no row can be used", where=str(path), why=f"the first: {skipped[0]}")
+        raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}")
     if format == "openai-chat" and _says_from(records, columns["messages"]):
         format = "sharegpt"
     return Table(path, format, rows, skipped, hashlib.sha256(data).hexdigest())

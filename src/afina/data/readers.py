@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.rows import kind_of
-from afina.errors import DataError
+from afina.errors import DataError, counted
 
 Records = Iterator[tuple[str, dict[str, Any] | DataError]]
 
@@ -123,7 +123,7 @@ def read_csv(path: Path, text: str, mark: str) -> Records:
     for number, fields in lines:
         where = f"{path}:{number}"
         if len(fields) > len(header):
-            yield where, DataError(f"{len(fields)} fields, the header has {len(header)}", where=where)
+            yield where, DataError(f"{counted(len(fields), 'field')}, the header has {len(header)}", where=where)
         else:
             yield where, dict(zip(header, fields, strict=False))
 

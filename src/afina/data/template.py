@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from afina.data.chat import PROBE, ChatTemplate
 from afina.data.rows import Row
-from afina.errors import DataError
+from afina.errors import DataError, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ class Renderer:
         """The tokens of a row, its answers labelled up to and including their stop tokens; raises `DataError`."""
         example = self._example(row)
         if len(example.tokens) > self.max_length:
-            what = f"{len(example.tokens):,} tokens, more than the {self.max_length:,} allowed"
+            what = f"{counted(len(example.tokens), 'token')}, more than the {self.max_length:,} allowed"
             hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
             raise DataError(what, where=row.where, hint=hint)
         return example

@@ -26,7 +26,7 @@ from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module, 
 from afina.delta.contract import Delta, Spec, method, methods
 from afina.delta.layers import Layer
 from afina.disk import new_folder, write_json
-from afina.errors import AdapterError, BaseError
+from afina.errors import AdapterError, BaseError, counted
 
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
@@ -294,7 +294,7 @@ def fill(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
         name = (missing or unknown)[0]
-        what = f"{len(missing)} tensors are missing" if missing else f"{len(unknown)} tensors have no place"
+        what = f"{'missing' if missing else 'without a place'}: {counted(len(missing or unknown), 'tensor')}"
         raise AdapterError(
             f"{what}, the first: {name}", where=where, why="the adapter does not fit this base or its configuration"
         )

@@ -52,8 +52,6 @@ def chosen_blocks(layers: str | Sequence[int] | None, count: int) -> set[int] | 
     """Numbers of the blocks meant by `layers`: a list (negative from the end), "last:4", "first:4", or None for all."""
     if layers is None:
         return None
-    if isinstance(layers, str) and re.fullmatch(r"-?\d+", layers):
-        layers = [int(layers)]
     if isinstance(layers, str):
         side, _, number = layers.partition(":")
         if side not in ("last", "first") or not number.isdigit() or not 1 <= int(number) <= count:

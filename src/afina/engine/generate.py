@@ -18,7 +18,7 @@ from afina.base.model import Base
 from afina.config import GenerateSettings, make_settings
 from afina.data.template import Renderer
 from afina.delta.opening import open_run
-from afina.errors import DataError
+from afina.errors import DataError, counted
 from afina.route.invocation import Route
 from afina.segments import BASE, Segments
 
@@ -82,7 +82,7 @@ def generate_tokens(
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < base.context:
             raise DataError(
-                f"prompt {index + 1} has {len(prompt)} tokens",
+                f"prompt {index + 1} has {counted(len(prompt), 'token')}",
                 why=f"the base reads from 1 to {base.context - 1} before its answer",
             )
     stops = stop_tokens(base) | set(stops)

@@ -1,11 +1,15 @@
 """Did it learn, did it overfit, what did it forget: figures into plain words.
 
-The thresholds are rules of thumb, stated here once: a change under 0.02 nats a token is noise on a few thousand
-tokens; a gap of 15% between rows learned and rows held out is worth a word; so is losing 5% of general perplexity.
+The thresholds are rules of thumb, stated here once: a change under 0.02 nats a token is nothing to speak of; rows held
+out that fell behind those learned by 15% of their loss are worth a word; so is losing 5% of general perplexity. Where
+the rows are too few for a sentence (its 95% interval includes the opposite), the verdict says that instead.
 """
 
 import math
 from dataclasses import dataclass
+
+from afina.errors import counted
+from afina.judge.change import Change
 
 NOISE = 0.02  # nats a token
 GAP = 0.15
@@ -14,11 +18,18 @@ FORGOT, FORGOT_MUCH = 0.05, 0.5  # shares of general perplexity
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropy in nats a token, before and after; `train` on rows that were learned."""
+    """Mean cross-entropy in nats a token, before and after; `train` on rows that were learned.
+
+    `held` and `train` are the changes row by row, from which the intervals come.
+    """
 
     held_before: float
     held_after: float
+    train_before: float
     train_after: float
+    held: Change
+    train: Change
+    held_rows: int  # of which `held` may have looked at some only
     general_before: float | None = None  # None where there is no general text to speak of: classifiers, encoders
     general_after: float | None = None
     best_step: int = 0
@@ -39,24 +50,49 @@ def verdict(losses: Losses) -> list[str]:
 
 
 def _learned(losses: Losses) -> str:
-    gain = losses.held_before - losses.held_after
-    if gain < -NOISE:
-        return "It did not learn: on rows it had not seen it is worse than before. Try a lower learning rate or more data."
-    if gain < NOISE:
-        return "It learned next to nothing on rows it had not seen. Try more steps, a higher learning rate or rank."
+    """A change counts when its interval excludes none at all."""
+    gain, interval, rows = -losses.held.mean, losses.held.interval, counted(losses.held_rows, "held-out row")
+    if interval is None:
+        return f"Too few to tell whether it learned: there is one held-out row. {_MORE}"
+    low, high = interval
+    measured = f"({-gain:+.3f} nats a token on {rows}, 95% interval {low:+.3f} to {high:+.3f})"
+    if low <= 0.0 <= high and max(-low, high) > NOISE:
+        return f"Too few to tell whether it learned: the interval includes no change {measured}. {_MORE}"
+    if abs(gain) < NOISE:
+        return f"It learned next to nothing on rows it had not seen {measured}. Try more steps, a higher learning rate or rank."
+    if gain < 0:
+        return (
+            f"It did not learn: on rows it had not seen it is worse than before {measured}. "
+            "Try a lower learning rate or more data."
+        )
     before, after = (f"{math.exp(x):.2f}" if x < 20 else f"e^{x:.0f}" for x in (losses.held_before, losses.held_after))
-    return f"It learned: on rows it had not seen it now hesitates between {after} tokens instead of {before} (perplexity)."
+    return (
+        f"It learned: on rows it had not seen it now hesitates between {after} tokens instead of {before} "
+        f"(perplexity) {measured}."
+    )
+
+
+_MORE = "Hold out more: a larger --holdout, or a file of rows."
 
 
 def _overfitted(losses: Losses) -> str:
-    gap = losses.held_after - losses.train_after
+    """Only what training widened is overfitting: rows may have been harder than others from the start."""
+    gap = losses.held.minus(losses.train)
+    limit = max(NOISE, GAP * losses.held_after)
     stopped = losses.best_step < losses.last_step
     note = f" The best state, of step {losses.best_step}, was kept." if stopped else ""
-    if gap > NOISE and gap > GAP * losses.held_after:
-        return (
-            f"It overfits: rows it learned cost {losses.train_after:.3f}, new rows {losses.held_after:.3f} nats a token.{note}"
-        )
-    return f"It does not overfit: new rows are about as easy for it as those it learned.{note}"
+    learned, new = -losses.train.mean, -losses.held.mean
+    fell = f"the loss of rows it learned fell by {learned:.3f}, that of new rows by {new:.3f} nats a token"
+    if gap.interval is None:
+        return f"Too few to tell whether it overfits: {fell}.{note}"
+    low, high = gap.interval
+    if gap.mean > limit and low > 0.0:
+        return f"It overfits: {fell}.{note}"
+    if gap.mean > limit:
+        return f"Too few to tell whether it overfits: {fell}, and the rows differ by more than that.{note}"
+    if high > limit:
+        return f"No sign that it overfits, but the held-out rows are too few to be sure: {fell}.{note}"
+    return f"It does not overfit: new rows gained about as much as those it learned.{note}"
 
 
 def _forgot(forgetting: float) -> str:

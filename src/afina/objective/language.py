@@ -14,8 +14,10 @@ from torch import Tensor
 from afina.base.model import Base
 from afina.data.batches import FlatBatch, Sampler, flatten, pack
 from afina.data.formats import Row
+from afina.data.skipped import reasons
 from afina.data.template import Example, Renderer
 from afina.errors import DataError
+from afina.objective.task import learned_rows
 from afina.route.invocation import Route, last_occurrences
 from afina.segments import BASE
 
@@ -48,7 +50,7 @@ def make_examples(
                 raise
             skipped.append(f"{error.where or row.where}: {error.what}")
     if not examples:
-        raise DataError("no row is left to learn from", why=f"{len(skipped or [])} rows were skipped")
+        raise DataError("no row is left to learn from", why=f"skipped: {reasons(skipped or [])}")
     return examples
 
 
@@ -102,6 +104,10 @@ class LanguageTask:
         """The micro-batches of an optimizer step, on the base's device."""
         return [batch.to(self.base.device) for batch in self._sampler.step_batches(step)]
 
+    def make_batch(self, rows: Sequence[Example], seed: int) -> FlatBatch:
+        """Some rows end to end, on the base's device; nothing about them is random."""
+        return flatten(rows).to(self.base.device)
+
     def step_rows(self, step: int) -> list[str]:
         """Names of the rows of an optimizer step."""
         return sorted({example.where for batch in self._sampler.step_examples(step) for example in batch})
@@ -124,5 +130,4 @@ class LanguageTask:
 
     def learned_loss(self, route: Route | None) -> float:
         """The same over as many of the rows that are learned from."""
-        some = self.train[:: max(1, len(self.train) // max(1, len(self.held)))][: len(self.held)]
-        return mean_loss(self.base, some, self._batch_tokens, route)
+        return mean_loss(self.base, learned_rows(self), self._batch_tokens, route)

@@ -3,6 +3,7 @@
 Every objective is a class like this one; the loop is the same for all.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,11 +15,22 @@ class Task(Protocol):
     """An objective with its data, on a base. `Batch` is its own affair."""
 
     @property
+    def train(self) -> Sequence[Any]:
+        """The rows to learn from."""
+
+    @property
+    def held(self) -> Sequence[Any]:
+        """The rows to judge by."""
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the data."""
 
     def step_batches(self, step: int) -> list[Any]:
         """The micro-batches of an optimizer step; a pure function of the step, so that runs resume."""
+
+    def make_batch(self, rows: Sequence[Any], seed: int) -> Any:
+        """A batch of some of the rows; `seed` decides what is random about them."""
 
     def step_rows(self, step: int) -> list[str]:
         """Names (file:line) of the rows of an optimizer step, for errors."""
@@ -36,4 +48,9 @@ class Task(Protocol):
         """Mean loss on the held-out rows."""
 
     def learned_loss(self, route: Route | None) -> float:
-        """Mean loss on as many of the rows that are learned from."""
+        """Mean loss on as many of the rows that are learned from, those of `learned_rows`."""
+
+
+def learned_rows(task: Task) -> Sequence[Any]:
+    """As many of the rows that are learned from as are held out, spread over all of them."""
+    return task.train[:: max(1, len(task.train) // max(1, len(task.held)))][: len(task.held)]

@@ -2,16 +2,18 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from afina.config import TrainSettings
 from afina.delta.files import read_json
 from afina.disk import new_folder, rescue, write_json
 from afina.errors import TrainingError
 from afina.training.optimizer import Optimizer
 
-FOLDER = "checkpoint"
+FOLDER, SETTINGS = "checkpoint", "settings.yaml"
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)
 
 
-def save(run: Path, optimizer: Optimizer, progress: Progress, identity: dict[str, str]) -> None:
+def save(run: Path, optimizer: Optimizer, progress: Progress, identity: dict[str, Any]) -> None:
     """Write the checkpoint of `run`, taking the place of the one before only when it is whole."""
     with new_folder(run / FOLDER) as folder:
         state = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
@@ -44,13 +46,14 @@ def exists(run: Path) -> bool:
     return (run / FOLDER / "progress.json").is_file()
 
 
-def load(run: Path, optimizer: Optimizer, identity: dict[str, str]) -> Progress:
-    """Bring a run back to its checkpoint; raises `TrainingError` where `identity` (data, base, settings) differs."""
+def load(run: Path, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
+    """Bring a run back to its checkpoint; raises `TrainingError` where `identity` (settings, data, base) differs."""
     content = read_json(run / FOLDER / "progress.json")
+    _same_settings(run, content["identity"]["settings"], identity["settings"])
     for name, value in identity.items():
-        if content["identity"].get(name) != value:
+        if name != "settings" and content["identity"].get(name) != value:
             raise TrainingError(
-                f"cannot go on: the {name} is not what the run began with",
+                f"cannot go on: the {name} {'are' if name.endswith('s') else 'is'} not what the run began with",
                 where=str(run),
                 hint="bring it back, or start a new run with another --out",
             )
@@ -61,3 +64,16 @@ def load(run: Path, optimizer: Optimizer, identity: dict[str, str]) -> Progress:
         torch.cuda.set_rng_state(cuda)
     optimizer.load(state)
     return Progress(**content["progress"])
+
+
+def _same_settings(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `TrainingError` with every setting that changed; one that an older afina did not know had its default."""
+    fields = TrainSettings.model_fields
+    known = {name: before.get(name, fields[name].get_default()) for name in now}
+    changed = [f"{name} is {known[name]} in the run, {now[name]} now" for name in now if known[name] != now[name]]
+    if changed:
+        raise TrainingError(
+            f"cannot go on: the setting {'; '.join(changed)}",
+            where=str(run),
+            hint=f"afina train --config {run / SETTINGS} --resume, or start a new run with another --out",
+        )

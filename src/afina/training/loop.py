@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from afina.disk import disk_errors, write_text
 from afina.errors import TrainingError
 from afina.training import checkpoint
 from afina.training.checkpoint import Progress
+from afina.training.memory import process_peak_mb
 from afina.training.optimizer import Optimizer, schedule_factor
 from afina.training.setup import Setup
 
@@ -39,7 +39,7 @@ def peak_memory_mb() -> float:
     """The most memory that this process has held, in MB: on the GPU where there is one in use, else in RAM."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return process_peak_mb()
 
 
 class Loop:
@@ -49,7 +49,7 @@ class Loop:
         self,
         setup: Setup,
         run: Path,
-        identity: dict[str, str],
+        identity: dict[str, Any],
         on_tick: Callable[[Tick], None],
         on_best: Callable[[], None],
     ) -> None:

@@ -40,6 +40,7 @@ class Prepared:
     invocation: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()  # modules that the adapter owns whole
     tokens: dict[str, int] = field(default_factory=dict)  # tokens whose rows it owns
+    max_length: int | None = None  # longest sequence in tokens; None where there are none (pictures)
     counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
 
 
@@ -77,6 +78,7 @@ def _language(settings: TrainSettings) -> Prepared:
         held_records=records,
         invocation=invocation,
         tokens=own_tokens,
+        max_length=renderer.max_length,
         counts={
             "train": len(train), "held_out": len(held), "tokens": tokens, "longest": max(len(e.tokens) for e in train),
             "labelled_percent": 100.0 * labels / tokens,
@@ -116,19 +118,20 @@ def _split(
     if objective == "sft":
         renderer.check(all_rows)
     if share is None:
-        rows, held_rows = all_rows, read_table(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows).rows
-        choose(objective, held_rows)
-    elif objective == "pretrain":  # one long text is one row: hold out chunks of it instead
+        table = read_table(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows)
+        choose(objective, table.rows)
+        skipped += table.skipped
+        train = make_examples(objective, renderer, all_rows, leave_out, invocation)
+        held = make_examples(objective, renderer, table.rows, leave_out, invocation)
+        there = {example.where for example in held}
+        return train, held, [row for row in table.rows if row.where in there]
+    if objective == "pretrain":  # one long text is one row: hold out chunks of it instead
         chunks = make_examples(objective, renderer, all_rows, leave_out, invocation)
         train, held = every_nth(chunks, share, settings.data)
         return train, held, []
-    else:
-        rows, held_rows = split(all_rows, share, settings.seed)
-    return (
-        make_examples(objective, renderer, rows, leave_out, invocation),
-        make_examples(objective, renderer, held_rows, leave_out, invocation),
-        held_rows,
-    )
+    made = {e.where: e for e in make_examples(objective, renderer, all_rows, leave_out, invocation)}
+    rows, held_rows = split([row for row in all_rows if row.where in made], share, settings.seed)
+    return [made[row.where] for row in rows], [made[row.where] for row in held_rows], held_rows
 
 
 def _as_record(row: Row) -> dict[str, Any]:
@@ -165,6 +168,7 @@ def _classifier(settings: TrainSettings) -> Prepared:
         example=f"{rows[0].content if table.format == 'text' else rows[0].where} -> {rows[0].label}",
         held_records=_labelled_records(table.format, held_rows),
         modules=base.fresh,
+        max_length=length if base.images is None else None,
         counts={"train": len(train), "held_out": len(held), "classes": len(table.labels)},
     )
 
@@ -174,7 +178,8 @@ def _masked(settings: TrainSettings) -> Prepared:
     table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
     choose("pretrain", table.rows)
     base = load_masked(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device)
-    pieces = make_texts(base, table.rows, settings.max_length or min(base.context, 128))
+    length = settings.max_length or min(base.context, 128)
+    pieces = make_texts(base, table.rows, length)
     train, held = every_nth(pieces, holdout_share(settings.holdout) or 0.1, settings.data)
     assert base.tokenizer is not None
     return Prepared(
@@ -186,6 +191,7 @@ def _masked(settings: TrainSettings) -> Prepared:
         example=str(base.tokenizer.decode(train[0].tokens)),
         held_records=[{"text": str(base.tokenizer.decode(t.tokens, skip_special_tokens=True))} for t in held],
         modules=base.fresh,
+        max_length=length,
         counts={"train": len(train), "held_out": len(held), "tokens": sum(len(t.tokens) for t in train)},
     )
 

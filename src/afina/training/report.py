@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.disk import disk_errors
+from afina.errors import counted
 from afina.judge.verdict import Losses
 
 
@@ -60,10 +61,10 @@ An adapter made by afina {story["environment"]["afina"]}.
 |---|---|
 | base | {base["name"]}{f" ({base['revision']})" if base["revision"] else ""}, hash `{base["hash"][:16]}`, held as {base["dtype"]} |
 | licence of the base | {licence} |
-| data | {Path(data["path"]).name}: {data["rows"]:,} rows ({data["format"]}), {data["held_out"]:,} held out, {len(data["skipped"]):,} skipped; sha256 `{data["sha256"][:16]}` |
+| data | {Path(data["path"]).name}: {counted(data["rows"], "row")} ({data["format"]}), {data["held_out"]:,} held out, {len(data["skipped"]):,} skipped; sha256 `{data["sha256"][:16]}` |
 | licence of the data | not stated: fill in before you publish |
 | objective | {story["objective"]} |
-| trained | {story["trainable_parameters"]:,} numbers, {story["steps"]:,} steps, {story["tokens"]:,} tokens in {story["seconds"]:.0f} s |
+| trained | {counted(story["trainable_parameters"], "number")}, {counted(story["steps"], "step")}, {counted(story["tokens"], "token")} in {story["seconds"]:.0f} s |
 | peak memory | {story["peak_memory_mb"]:,.0f} MB |
 | adapter | {story["adapter_kb"]:,.0f} KB, hash `{story["adapter"][:16]}` |
 | code of the model was run | {"yes (trust_remote_code)" if base["remote_code"] else "no"} |
@@ -73,7 +74,7 @@ An adapter made by afina {story["environment"]["afina"]}.
 | nats a token | before | after |
 |---|---|---|
 | held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
-| rows it learned | | {losses["train_after"]:.4f} |
+| rows it learned | {losses["train_before"]:.4f} | {losses["train_after"]:.4f} |
 {_general(losses)}
 {chr(10).join("- " + sentence for sentence in story["verdict"])}
 {_classes(story.get("classes"))}
@@ -94,4 +95,4 @@ def _general(losses: Mapping[str, Any]) -> str:
 def _classes(classes: Mapping[str, Any] | None) -> str:
     if classes is None:
         return ""
-    return f"- Accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {classes['rows']:,} held-out rows (confusion.png).\n"
+    return f"- Accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% on {counted(classes['rows'], 'held-out row')} (confusion.png).\n"

@@ -11,7 +11,6 @@ RUN/curve.png, RUN/README.md
 """
 
 import hashlib
-import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +26,16 @@ from afina.config import TrainSettings, make_settings, resolved
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
 from afina.disk import rescue, write_json, write_text
 from afina.errors import SettingsError, TrainingError
+from afina.judge.change import measure
 from afina.judge.classes import classify_held_out
 from afina.judge.evaluate import HELD_OUT
 from afina.judge.losses import general_loss, perplexity
 from afina.judge.verdict import Losses, verdict
 from afina.objective.classify import ClassifyTask
+from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
+from afina.training.checkpoint import SETTINGS
 from afina.training.loop import Loop, peak_memory_mb, read_metrics
 from afina.training.prepare import lines
 from afina.training.progress import Display, Silent
@@ -61,7 +63,7 @@ def train(data: str | Path | TrainSettings, *, quiet: bool = True, **values: Any
     identity = _identity(setup)
     display = Silent() if quiet else Display(setup)
     loop = Loop(setup, folder, identity, display.tick, lambda: _save_best(setup, folder))
-    if settings.resume:
+    if checkpoint.exists(folder):  # else it may have been cut off before the first one: nothing is lost then
         loop.resume()
     else:
         _begin(setup, folder)
@@ -75,32 +77,36 @@ def train(data: str | Path | TrainSettings, *, quiet: bool = True, **values: Any
 
 
 def _check_folder(folder: Path, settings: TrainSettings) -> None:
-    """A new run never writes over an old one; a resumed one needs its checkpoint."""
-    if settings.resume and not checkpoint.exists(folder):
-        raise TrainingError("nothing to resume here", where=str(folder), hint="leave out --resume to start")
+    """A new run never writes over an old one; a resumed one must have begun."""
     if folder.exists() and not folder.is_dir():
         raise SettingsError("this is a file, not a run folder", where=str(folder), hint="choose another --out")
+    begun = (folder / SETTINGS).is_file()
+    if settings.resume and not begun:
+        raise TrainingError("nothing to resume here", where=str(folder), hint="leave out --resume to start")
     if not settings.resume and folder.exists() and any(folder.iterdir()):
-        unfinished = checkpoint.exists(folder) and not (folder / "README.md").exists()
+        unfinished = begun and not (folder / "README.md").exists()
+        what = "there is a run in this folder already" if begun else "this folder is not empty"
         hint = "add --resume to go on with it, or choose another --out" if unfinished else "choose another --out"
-        raise SettingsError("there is a run in this folder already", where=str(folder), hint=hint)
+        raise SettingsError(what, where=str(folder), hint=hint)
 
 
-def _identity(setup: Setup) -> dict[str, str]:
-    """What must be the same when a run is resumed: data, base, and every setting that changes the result."""
-    fixed = {k: v for k, v in resolved(setup.settings).items() if k not in ("resume", "out", "data", "device")}
-    text = json.dumps(fixed, sort_keys=True)
+def _identity(setup: Setup) -> dict[str, Any]:
+    """What must be the same when a run is resumed: every setting that changes the result, data, base.
+
+    Files may lie elsewhere by then: data and base are known by their content.
+    """
+    elsewhere = ("resume", "out", "data", "base", "device")
     return {
+        "settings": {k: v for k, v in resolved(setup.settings).items() if k not in elsewhere},
         "data": setup.prepared.source["sha256"],
         "base": setup.prepared.base.hash,
-        "settings": hashlib.sha256(text.encode()).hexdigest(),
         "held-out rows": hashlib.sha256(lines(setup.prepared.held_records).encode()).hexdigest(),
     }
 
 
 def _begin(setup: Setup, folder: Path) -> None:
     settings = resolved(setup.settings) | {"resume": False, "out": str(folder)}
-    write_text(folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_text(folder / "example.txt", setup.prepared.example + "\n")
     write_text(folder / HELD_OUT, lines(setup.prepared.held_records))
     write_text(folder / "metrics.jsonl", "")
@@ -127,10 +133,11 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     route = best.route
     after = _losses(setup, route)
-    learned = setup.prepared.task.learned_loss(route)
-    before, progress = loop.progress.before, loop.progress
+    task, before, progress = setup.prepared.task, loop.progress.before, loop.progress
     losses = Losses(
-        held_before=before["held_out"], held_after=after["held_out"], train_after=learned,
+        held_before=before["held_out"], held_after=after["held_out"],
+        train_before=task.learned_loss(None), train_after=task.learned_loss(route),
+        held=measure(task, task.held, route), train=measure(task, learned_rows(task), route), held_rows=len(task.held),
         general_before=before.get("general"), general_after=after.get("general"),
         best_step=progress.best_step, last_step=progress.step,
     )  # fmt: skip
@@ -140,12 +147,12 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "peak_memory_mb": peak_memory_mb(),
-        "losses": asdict(losses) | {"forgetting": losses.forgetting},
+        "losses": asdict(losses) | {"held_interval": losses.held.interval, "forgetting": losses.forgetting},
         "perplexity": {"before": perplexity(losses.held_before), "after": perplexity(losses.held_after)},
         "verdict": verdict(losses),
     }
-    if isinstance(setup.prepared.task, ClassifyTask):
-        story |= {"classes": classify_held_out(setup.prepared.task, route, folder / "confusion.png")}
+    if isinstance(task, ClassifyTask):
+        story |= {"classes": classify_held_out(task, route, folder / "confusion.png")}
     write_json(folder / "run.json", story)
     draw_curve(read_metrics(folder), losses, folder / "curve.png")
     card = model_card(story)

@@ -1,0 +1,24 @@
+"""Rows that were left out, in words: why, and where the first of them are."""
+
+import re
+from collections.abc import Sequence
+
+from afina.errors import counted
+
+SHOWN = 3  # places named for each reason
+
+
+def reasons(skipped: Sequence[str]) -> str:
+    """ "file:line:field: what" lines by their reason, numbers in it aside: "2 rows (lines 3, 8): the field is empty"."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for line in skipped:
+        where, _, what = line.partition(": ")
+        groups.setdefault(re.sub(r"\d[\d,]*", "0", what), []).append((where, what))
+    return "; ".join(_one(lines) for lines in groups.values())
+
+
+def _one(lines: Sequence[tuple[str, str]]) -> str:
+    places = [found[1] if (found := re.search(r":(?:row )?(\d+)(?::|$)", where)) else where for where, _ in lines[:SHOWN]]
+    rest = f" and {len(lines) - SHOWN:,} more" if len(lines) > SHOWN else ""
+    first = ":" if len({what for _, what in lines}) == 1 else ", the first:"
+    return f"{counted(len(lines), 'row')} (line{'s' * (len(lines) > 1)} {', '.join(places)}{rest}){first} {lines[0][1]}"
