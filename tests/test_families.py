@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from afina.base.load import load_base
 from afina.base.model import Base
 from afina.combining.merge import take_in
+from afina.delta.attach import detach
 from afina.engine.generate import Sampling, generate_tokens
-from afina.errors import AdapterError, BaseError
+from afina.errors import BaseError
 from afina.segments import Segments
-from helpers import flat_run, logits, one_by_one, put, save_model
+from helpers import flat_run, logits, one_by_one, put, same, save_model, state
 
 V = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {**V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
@@ -165,13 +166,10 @@ def test_lora_trains_and_merges(of_family: Base) -> None:
 
 
 def test_full_trains_and_merges(of_family: Base) -> None:
-    """All modules with weights, experts and learned positions among them; one that cannot be is refused by name."""
+    """All that has numbers: experts, learned positions, and parameters beside other layers (sinks, Mamba's A)."""
     base, run = of_family, flat_run(LENGTHS)
     total = sum(p.numel() for p in base.model.parameters())
-    if base.model.config.model_type in ("mamba", "gpt_oss"):
-        with pytest.raises(AdapterError, match="full cannot act on this module"):
-            put(base, targets="all", method="full")
-        return
+    before = state(base.model)
     adapter = put(base, targets="all", method="full")
     assert adapter.count() == total
     on = Segments.all("a")
@@ -179,7 +177,11 @@ def test_full_trains_and_merges(of_family: Base) -> None:
         base.loss(*run, run[0].roll(-1)).backward()
     assert all(p.grad is not None for p in adapter.parameters())
     expected = logits(base, run, on)
-    take_in(base, adapter)
+    detach(base.model, adapter)
+    assert same(state(base.model), before)
+    attached_again = put(base, targets="all", method="full")
+    assert torch.equal(logits(base, run, on), expected)
+    take_in(base, attached_again)
     assert (logits(base, run) - expected).abs().max() < 1e-4
 
 

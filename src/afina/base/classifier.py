@@ -17,11 +17,12 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from afina.base.frozen import Frozen
-from afina.base.load import check_folder, choose_device, choose_dtype, find_folder, load_config
+from afina.base.load import check_folder, choose_device, choose_dtype, find_folder, load_config, quiet
 from afina.errors import BaseError
 
 IMAGE_CONFIG = "preprocessor_config.json"
@@ -48,19 +49,28 @@ class Images:
         mean, std = told.get("image_mean", [0.5] * channels), told.get("image_std", [0.5] * channels)
         return cls((height, width), tuple(mean), tuple(std))
 
-    def pixels(self, image: Any) -> Tensor:
-        """A PIL image as (channels, height, width), float32."""
+    def shrink(self, image: Any) -> Tensor:
+        """A PIL image as (channels, height, width), uint8: a quarter of what the pixels will take in float32."""
         import numpy as np
 
         image = image.convert("L" if len(self.mean) == 1 else "RGB").resize(self.size[::-1])
-        array = np.asarray(image, dtype=np.float32) / 255.0
-        tensor = torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-        return (tensor - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        array = np.array(image)
+        return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+    def pixels(self, shrunk: Tensor) -> Tensor:
+        """What the model reads of shrunk pictures (..., channels, height, width): float32, centred."""
+        mean, std = (torch.tensor(values, device=shrunk.device)[:, None, None] for values in (self.mean, self.std))
+        return (shrunk.float() / 255.0 - mean) / std
 
 
 @dataclass
 class Classifier(Frozen):
-    """A model with one answer a row: `labels` names its classes. It reads text (`tokenizer`) or pictures (`images`)."""
+    """A model with one answer a row: `labels` names its classes. It reads text (`tokenizer`) or pictures (`images`).
+
+    Any torch module from pixels (rows, channels, height, width) to scores (rows, classes) is one too:
+    `Classifier(model=net, name="my-net", labels=("cat", "dog"), images=Images((32, 32), (0.5,) * 3, (0.5,) * 3))`.
+    Its layers named in `fresh` are trained whole, as a new head must be.
+    """
 
     labels: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()  # modules whose weights are not in the published files
@@ -74,12 +84,14 @@ class Classifier(Frozen):
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Scores of the classes (rows, classes), float32."""
+        if not isinstance(self.model, PreTrainedModel):  # a module of the user's own: pixels in, scores out
+            return self.model(inputs["pixel_values"]).float()
         return self.model(**inputs).logits.float()
 
     def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """What the model takes for rows of token lists (padded to the longest) or of pixels (channels, height, width)."""
+        """What the model takes for rows of token lists (padded to the longest) or of shrunk pictures."""
         if self.images is not None:
-            return {"pixel_values": torch.stack(list(rows)).to(self.device, self.dtype)}
+            return {"pixel_values": self.images.pixels(torch.stack(list(rows)).to(self.device)).to(self.dtype)}
         assert self.tokenizer is not None
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id or 0
@@ -122,9 +134,10 @@ def _load(
         "dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code,
         "output_loading_info": True, "ignore_mismatched_sizes": True,
     }  # fmt: skip
-    torch.manual_seed(0)  # a head that is made up is made up the same each time; the adapter holds the trained one
     try:
-        model, info = kind.from_pretrained(folder, **options)
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(0)  # a head that is made up is made up the same each time; the adapter holds the trained one
+            model, info = kind.from_pretrained(folder, **options)
     except (ValueError, KeyError, OSError) as error:
         what = f"{config.model_type} cannot be used for {'pictures' if pictures else 'text'} here"
         raise BaseError(what, where=base, why=str(error).splitlines()[0]) from error

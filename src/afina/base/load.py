@@ -5,6 +5,8 @@ gated or missing model, a download that stopped half-way, code that would have t
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,21 @@ from afina.errors import BaseError, SettingsError, counted
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block transformers says nothing: what is missing or left over in the files is ours to tell."""
+    logging = transformers.utils.logging
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:

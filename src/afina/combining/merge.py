@@ -19,9 +19,9 @@ from afina.base.model import Base
 from afina.base.nf4 import quantize_model, show, write_out
 from afina.base.nf4_files import write_nf4
 from afina.config import ExportSettings, MergeSettings, make_settings
-from afina.delta.attach import Adapter, detach
+from afina.delta.attach import Adapter, detach, frozen_module
 from afina.delta.files import adapter_folder, read_json, read_story
-from afina.delta.layers import as_matrix, as_stored
+from afina.delta.layers import Loose, as_matrix, as_stored
 from afina.delta.opening import open_run
 from afina.disk import new_folder, write_json
 from afina.errors import MergeError, SettingsError
@@ -126,10 +126,10 @@ def take_in(base: Frozen, adapter: Adapter) -> None:
     write_out(model)
     changed: dict[int, Tensor] = {}
     for path, delta in deltas.items():
-        module = model.get_submodule(path)
         if delta.replaces:
-            _replace(module, delta, changed)
+            _replace(model, path, delta, changed)
             continue
+        module = model.get_submodule(path)
         _untie(model, path)
         merged = delta.merged(as_matrix(module, module.weight.detach().float()))
         module.weight = nn.Parameter(as_stored(module, merged).to(module.weight.dtype), requires_grad=False)
@@ -147,12 +147,14 @@ def _embedding(model: Any) -> Any:
         return None
 
 
-def _replace(module: nn.Module, delta: nn.Module, changed: dict[int, Tensor]) -> None:
+def _replace(model: nn.Module, path: str, delta: nn.Module, changed: dict[int, Tensor]) -> None:
     """Put the trained parameters in the module's place; a tied one stays tied to its twin."""
+    loose = isinstance(frozen_module(model, path), Loose)
+    owner = model.get_submodule(path.rpartition(".")[0] if loose else path)
     for name, parameter in delta.named_parameters():
         if id(parameter) not in changed:
             changed[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        setattr(module, name, changed[id(parameter)])
+        setattr(owner, path.rpartition(".")[2] if loose else name, changed[id(parameter)])
 
 
 def _untie(model: Any, path: str) -> None:

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.formats import read_records
-from afina.errors import DataError
+from afina.errors import DataError, nearest
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 TEXT_NAMES, LABEL_NAMES = ("text", "sentence", "prompt"), ("label", "class", "category")
 IMAGE_NAMES = ("image", "img", "picture")
+OTHER_FORMATS = {"messages", "conversations", "prompt", "completion", "instruction", "output"}
+FIELDS = ("text", "prompt", "image", "label")  # what --columns can give another name
+
+Record = tuple[str, dict[str, Any] | DataError]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One row: where it came from, what is to be classified (text, or an opened picture), its class."""
+    """One row: where it came from, what is to be classified (text, or a picture as it lies in its file), its class."""
 
     where: str
-    content: Any
+    content: str | bytes
     label: str
 
 
@@ -43,48 +47,54 @@ class LabelledTable:
 
 def read_labelled(path: Path, columns: Mapping[str, str], skip_bad_rows: bool = False) -> LabelledTable:
     """Labelled rows of a folder of pictures or of a table; raises `DataError` with file:line:field."""
-    table = _read_folder(path, skip_bad_rows) if path.is_dir() else _read_file(path, columns, skip_bad_rows)
-    if len(table.labels) < 2:
-        only = table.labels[0] if table.labels else "bad"
-        raise DataError("fewer than two classes", where=str(path), why=f"all rows are {only!r}")
-    return table
+    return _read_folder(path) if path.is_dir() else _read_file(path, columns, skip_bad_rows)
 
 
-def _read_folder(path: Path, skip_bad_rows: bool) -> LabelledTable:
+def has_labels(path: Path, columns: Mapping[str, str]) -> bool:
+    """Whether this can only be meant for a classifier: a folder, or a table with labels beside texts or pictures."""
+    if path.is_dir() or "image" in columns:
+        return True
+    if not path.is_file():
+        return False
+    records, _ = read_records(path, lambda names: {"label"} <= set(names))
+    first = next((record for _, record in records if isinstance(record, dict)), {})
+    names = {str(name) for name in first}
+    told = columns.get("label", "label") in names
+    return told and not names & OTHER_FORMATS and bool(names & {"text", "sentence", *IMAGE_NAMES, columns.get("text")})
+
+
+def _read_folder(path: Path) -> LabelledTable:
     """path/CLASS/picture.png: the class is the name of the folder."""
     files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in PICTURES)
     if not files:
         raise DataError("no pictures here", where=str(path), hint="one folder a class: DATA/cat/1.png, DATA/dog/2.png, ...")
-    digest, rows, skipped = hashlib.sha256(), [], []
+    digest, rows = hashlib.sha256(), []
     for file in files:
         content = file.read_bytes()
         digest.update(file.relative_to(path).as_posix().encode() + hashlib.sha256(content).digest())
-        try:
-            rows.append(Labelled(str(file), _open(content, str(file)), file.parent.name))
-        except DataError as error:
-            if not skip_bad_rows:
-                raise
-            skipped.append(f"{error.where}: {error.what}")
-    return LabelledTable(path, "pictures", rows, skipped, digest.hexdigest())
+        rows.append(Labelled(str(file), content, file.parent.name))
+    return LabelledTable(path, "pictures", rows, [], digest.hexdigest())
 
 
-def _open(content: bytes, where: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def open_picture(content: bytes, where: str) -> Any:
+    """A PIL image, decoded; raises `DataError` where the bytes are none, or too many pixels to be honest."""
+    from PIL import Image
 
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError("not a picture, or a damaged one", where=where, hint="--skip-bad-rows leaves it out") from error
     return image
 
 
 def _read_file(path: Path, columns: Mapping[str, str], skip_bad_rows: bool) -> LabelledTable:
     """A table with a column of text or pictures and one of labels."""
+    _check_columns(path, columns)
     wanted = {columns.get("label")} if "label" in columns else set(LABEL_NAMES)
     records, digest = read_records(path, lambda names: bool(wanted & set(names)))
+    _check_names(path, records, columns)
     rows, skipped = [], []
-    pictures = False
     for where, record in records:
         try:
             if isinstance(record, DataError):
@@ -95,9 +105,30 @@ def _read_file(path: Path, columns: Mapping[str, str], skip_bad_rows: bool) -> L
                 raise
             skipped.append(f"{error.where}: {error.what}")
             continue
-        pictures = pictures or not isinstance(row.content, str)
         rows.append(row)
-    return LabelledTable(path, "pictures" if pictures else "text", rows, skipped, digest)
+    kinds = {type(row.content) for row in rows}
+    if len(kinds) > 1:
+        raise DataError("some rows have a picture and some a text", where=str(path), hint="a file for each")
+    return LabelledTable(path, "pictures" if kinds == {bytes} else "text", rows, skipped, digest)
+
+
+def _check_columns(path: Path, columns: Mapping[str, str]) -> None:
+    for name in columns:
+        if name not in FIELDS:
+            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
+
+
+def _check_names(path: Path, records: list[Record], columns: Mapping[str, str]) -> None:
+    """Raise `DataError` where a column that the user named, or the one of labels, is in no record."""
+    names = list(dict.fromkeys(str(name) for _, record in records if isinstance(record, dict) for name in record))
+    found = ", ".join(name[:40] for name in names[:20]) or "none"
+    for ours, theirs in columns.items():
+        if names and theirs not in names:
+            why = f"--columns calls it {ours}; columns found: {found}"
+            raise DataError(f"no column {theirs!r}", where=str(path), why=why, hint=nearest(theirs, names))
+    if names and "label" not in columns and not set(LABEL_NAMES) & set(names):
+        hint = "name yours: --columns '{text: sentence, label: class}'"
+        raise DataError("no column of labels", where=str(path), why=f"columns found: {found}", hint=hint)
 
 
 def _row(where: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> Labelled:
@@ -111,7 +142,7 @@ def _row(where: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> L
         content = picture["bytes"] if isinstance(picture, dict) else picture
         if not isinstance(content, bytes):
             raise DataError("not a picture", where=f"{where}:image", why="expected its bytes")
-        return Labelled(where, _open(content, where), str(label))
+        return Labelled(where, content, str(label))
     if not isinstance(text, str) or not text.strip():
         raise DataError("empty text", where=f"{where}:text")
     return Labelled(where, text, str(label))

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from afina.delta.contract import Delta, Spec, check_options, method
-from afina.delta.layers import Layer
+from afina.delta.layers import Layer, Loose
 from afina.delta.tokens import Tokens
 from afina.errors import AdapterError, SettingsError
 from afina.route.invocation import Route
@@ -29,13 +30,17 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: some models look at their layers' weights directly."""
-        return self.base.weight  # type: ignore[return-value]
+        """The weight in use, frozen or fully trained: some models look at their layers' weights directly."""
+        return self._in_use("weight")
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base.bias  # type: ignore[return-value]
+        """The bias in use."""
+        return self._in_use("bias")
+
+    def _in_use(self, name: str) -> Any:
+        trained = [self._delta(a) for a, _ in self._board.current.everywhere if a in self.deltas and self._delta(a).replaces]
+        return getattr(trained[0] if trained else self.base, name)
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         """y0 plus each acting adapter's part; x (..., in) is the flat run, or rows that make one when flattened.
@@ -82,6 +87,23 @@ class Adapted(nn.Module):
         return out.view(y.shape)
 
 
+class AdaptedParameter(nn.Module):
+    """What stands for a loose parameter where it is used: the frozen one, or the trained one of the adapter that acts."""
+
+    def __init__(self, board: Switchboard, order: list[str]) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleDict()
+        self._board, self.order = board, order  # the owner's parameters in their order, for the way back
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        """The parameter in use, in its own shape."""
+        segments = self._board.current
+        acting = [(self.deltas[name], weight) for name, weight in segments.everywhere if name in self.deltas]
+        if any(row.adapter in self.deltas for row in segments.rows) or (acting and len(segments.everywhere) > 1):
+            raise SettingsError("a fully fine-tuned parameter acts alone and everywhere", where="route")
+        return acting[0][0](frozen, frozen, acting[0][1]) if acting else frozen
+
+
 class Adapter:
     """An adapter attached to a model: its name, its spec, and its deltas by module path."""
 
@@ -117,12 +139,58 @@ class Adapter:
 
 
 def frozen_module(model: nn.Module, path: str) -> nn.Module:
-    """The base's own module at `path`, also where adapters sit on it."""
+    """The base's own module at `path`, also where adapters sit on it; a loose parameter as a module."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise AdapterError("the base has no such layer", where=path, why="the adapter is for another model") from None
+        return Loose(_loose(model, path))
     return module.base if isinstance(module, Adapted) else module
+
+
+def _loose(model: nn.Module, path: str) -> nn.Parameter:
+    """The base's own parameter at `path`."""
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+        own = owner.parametrizations[name].original if parametrize.is_parametrized(owner, name) else getattr(owner, name)
+    except AttributeError:
+        own = None
+    if not isinstance(own, nn.Parameter):
+        raise AdapterError("the base has no such layer", where=path, why="the adapter is for another model")
+    return own
+
+
+def seat(model: nn.Module, path: str) -> Adapted | AdaptedParameter | None:
+    """Where the deltas at `path` sit; None where there are none."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        owner, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        return owner.parametrizations[name][0] if parametrize.is_parametrized(owner, name) else None  # type: ignore[index,union-attr]
+    return module if isinstance(module, Adapted) else None
+
+
+def _take_seat(model: nn.Module, layer: Layer, board: Switchboard) -> Adapted | AdaptedParameter:
+    """A new place for deltas, put into the model: instead of a module, or over a loose parameter."""
+    if not isinstance(layer.module, Loose):
+        _put(model, layer.path, made := Adapted(layer, board))
+        return made
+    parent, _, name = layer.path.rpartition(".")
+    owner = model.get_submodule(parent)
+    over = AdaptedParameter(board, list(owner._parameters))
+    parametrize.register_parametrization(owner, name, over)
+    return over
+
+
+def _leave_seat(model: nn.Module, path: str, place: Adapted | AdaptedParameter) -> None:
+    """The way back: the very same module or parameter, in its old place."""
+    if isinstance(place, Adapted):
+        return _put(model, path, place.base)
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+    for known in [n for n in place.order if n in owner._parameters]:
+        owner._parameters[known] = owner._parameters.pop(known)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -147,7 +215,7 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
         own = Tokens if path in vocabulary else method("full") if path in spec.modules else kind
         if own.kinds == "matrix" and not layer.is_matrix:
             raise AdapterError(f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path)
-        if isinstance(at := model.get_submodule(path), Adapted) and name in at.deltas:
+        if (at := seat(model, path)) is not None and name in at.deltas:
             raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
         if path in deltas:
             why = "the rows of the new tokens would be adapted twice"
@@ -156,11 +224,8 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
         if deltas[path].replaces or path in vocabulary:
             _keep_ties(layer, deltas[path], tied)
     for path, delta in deltas.items():
-        module = model.get_submodule(path)
-        if not isinstance(module, Adapted):
-            module = Adapted(delta.layer, board)
-            _put(model, path, module)
-        module.deltas[name] = delta
+        place = seat(model, path) or _take_seat(model, delta.layer, board)
+        place.deltas[name] = delta
     return Adapter(name, spec, deltas)
 
 
@@ -183,8 +248,8 @@ def vocabulary_layers(model: Any) -> list[str]:
 def detach(model: nn.Module, adapter: Adapter) -> None:
     """Take an adapter off; modules without any get back their place, untouched."""
     for path in adapter.deltas:
-        module = model.get_submodule(path)
-        assert isinstance(module, Adapted)
-        del module.deltas[adapter.name]
-        if not module.deltas:
-            _put(model, path, module.base)
+        place = seat(model, path)
+        assert place is not None
+        del place.deltas[adapter.name]
+        if not place.deltas:
+            _leave_seat(model, path, place)

@@ -10,7 +10,7 @@ that is missing, left over or of the wrong shape is an error.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, STORY = "adapter_config.json", "adapter_model.safetensors", "afina.json"
 # what a PEFT configuration may say that changes the result and that we do not (yet) follow
 UNSUPPORTED = {
-    "bias": "none", "lora_bias": False, "modules_to_save": None, "layer_replication": None, "target_parameters": None,
+    "bias": "none", "lora_bias": False, "layer_replication": None, "target_parameters": None,
     "use_qalora": False, "use_bdlora": None, "kasa_config": None, "arrow_config": None, "monteclora_config": None,
 }  # fmt: skip
 FIRST = (".lora_A.weight", ".lora_embedding_A")  # one of these names every adapted layer
@@ -88,7 +88,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     """The adapter_config.json that makes PEFT build the same adapter."""
     spec = adapter.spec
     rows = vocabulary_layers(base.model) if spec.tokens else []
-    paths = [path for path in adapter.deltas if path not in rows]
+    paths = [path for path in adapter.deltas if path not in (*rows, *spec.modules)]
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     everywhere = [p for p, _ in base.model.named_modules() if p.rpartition(".")[2] in leaves and not _inside(base.model, p)]
     transposed = {Layer(p, frozen_module(base.model, p)).weight.is_contiguous() is False for p in paths} == {True}
@@ -99,6 +99,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "target_modules": leaves if sorted(everywhere) == sorted(paths) else paths,
+        "modules_to_save": list(spec.modules) or None,
         "inference_mode": True,
     }
     if known is None:
@@ -199,6 +200,7 @@ def read_spec(folder: Path, names: list[str], tokenizer: Any = None) -> Spec:
         dropout=config.get("lora_dropout", 0.0),
         ranks=_from_pattern(config.get("rank_pattern"), paths),
         alphas=_from_pattern(config.get("alpha_pattern"), paths),
+        modules=_whole_modules(config.get("modules_to_save") or (), names),
         invocation=tuple(config.get("alora_invocation_tokens") or ()),
         tokens=_own_tokens(config.get("trainable_token_indices"), tokenizer, where),
     )
@@ -214,6 +216,12 @@ def _own_tokens(indices: Any, tokenizer: Any, where: str) -> dict[str, int]:
         why = f"the vocabulary ends at {len(tokenizer)}"
         raise AdapterError(f"token {names[None]} has no name in the base's tokenizer", where=where, why=why)
     return names
+
+
+def _whole_modules(told: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Paths of the layers that PEFT's `modules_to_save` brings whole, by the tensors' names."""
+    owners = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".")[0] for name in names)
+    return tuple(path for path in owners if any(f".{module}." in f".{path}." for module in told))
 
 
 def _from_pattern(patterns: Mapping[str, Any] | None, paths: tuple[str, ...]) -> dict[str, Any]:

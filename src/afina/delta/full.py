@@ -28,9 +28,8 @@ class Full(Delta):
         if spec.method == "full" and spec.dropout:
             raise SettingsError("full has no path of its own to drop inputs from", where="dropout", hint="--dropout 0")
         if any(True for child in layer.module.children() for _ in child.parameters()):
-            why = f"{type(layer.module).__name__} holds other layers besides weights of its own"
-            hint = "name its layers with --targets"
-            raise AdapterError("full cannot act on this module", where=layer.path, why=why, hint=hint)
+            why = f"{type(layer.module).__name__} holds other layers"
+            raise AdapterError("full acts on layers and loose parameters", where=layer.path, why=why, hint="name its layers")
         if not all(p.is_floating_point() for p in layer.module.parameters(recurse=False)):
             why = f"{type(layer.module).__name__} holds codes, of which there is no gradient"
             raise AdapterError("full cannot train a quantised layer", where=layer.path, why=why, hint="--method lora")

@@ -22,6 +22,18 @@ from afina.base.nf4 import NF4Linear
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
+class Loose(nn.Module):
+    """A parameter that a module holds beside layers of its own (a class token, positions, a scale), as a module."""
+
+    def __init__(self, value: nn.Parameter) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        """The parameter itself, whatever it is to stand for."""
+        return self.value
+
+
 @dataclass(frozen=True)
 class Layer:
     """A frozen module and its place in the model; deltas see its matrix, whatever way it is stored."""

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from afina.delta.attach import Adapted
-from afina.delta.layers import Layer
+from afina.delta.layers import Layer, Loose
 from afina.errors import SettingsError, nearest
 
 Value = TypeVar("Value")
@@ -97,16 +98,28 @@ def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
     found = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if path.startswith(inside) and inside:
+        if (path.startswith(inside) and inside) or ".parametrizations" in f".{path}":
             continue
         if isinstance(module, Adapted):
             inside, module = (path + ".",), module.base
         own = any(True for _ in module.parameters(recurse=False))
-        leaf = not any(True for child in module.children() for _ in child.parameters())
-        # outside the blocks, weights beside other layers (a class token, positions) stay frozen; inside, full says no
-        if Layer(path, module).is_matrix or (any_kind and own and (leaf or block_number(path) is not None)):
+        leaf = not any(True for child in module.children() for _ in child.parameters() if child not in _places(module))
+        if Layer(path, module).is_matrix or (any_kind and own and leaf):
             found[path] = module
+        elif any_kind:  # parameters beside other layers: a class token, positions, a scale
+            found |= {f"{path}.{name}".lstrip("."): Loose(value) for name, value in _loose(module)}
     return found
+
+
+def _places(module: nn.Module) -> list[nn.Module]:
+    """What is no layer of the model but a place where adapters sit on the module's own parameters."""
+    return [module.parametrizations] if parametrize.is_parametrized(module) else []  # type: ignore[list-item]
+
+
+def _loose(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The module's own parameters, adapters or not."""
+    over = {n: p.original for n, p in module.parametrizations.items()} if _places(module) else {}  # type: ignore[operator,union-attr]
+    return [*module.named_parameters(recurse=False), *over.items()]
 
 
 def _hits(target: str, candidates: Mapping[str, nn.Module], model: Any) -> set[str]:
