@@ -135,7 +135,7 @@ def _layers(
             if settings.rank is not None:
                 low = _note(path, cut(low, settings.rank), kept)
         else:
-            made = _svd(path, here, settings) if how == "svd" else _entrywise(path, here, how, settings)
+            made = best(path, here, settings.rank) if how == "svd" else _entrywise(path, here, how, settings)
             if made is None:
                 continue
             low = _note(path, made, kept)
@@ -167,17 +167,20 @@ def _default_rank(path: str, here: list[Source]) -> int:
     return sum(source.spec.rank_of(path) for source in here)
 
 
-def _svd(path: str, here: list[Source], settings: CombineSettings) -> Cut | None:
-    """The best approximation of the exact sum; from the factors where all updates have some."""
-    rank = settings.rank or _default_rank(path, here)
+def best(path: str, here: list[Source], rank: int | None, energy: float | None = None) -> Cut | None:
+    """The best approximation of the exact weighted sum at `path`; None at a module that is no matrix.
+
+    Neither rank nor energy: of the parts' ranks added up. From the factors where all updates have some.
+    """
+    if rank is None and energy is None:
+        rank = _default_rank(path, here)
     if all(source.attached is None for source in here):
-        return cut(_stacked(path, here, [source.weight for source in here]), rank)
+        return cut(_stacked(path, here, [source.weight for source in here]), rank, energy)
     matrices = [(source.dense(path), source.weight) for source in here]
     if any(matrix is None for matrix, _ in matrices):
         return None
-    total = sum(weight * matrix for matrix, weight in matrices if matrix is not None)
-    assert isinstance(total, torch.Tensor)
-    return cut_dense(total, rank, seed=settings.seed)
+    total = torch.stack([weight * matrix for matrix, weight in matrices if matrix is not None]).sum(0)
+    return cut_dense(total, rank, energy)
 
 
 def _entrywise(path: str, here: list[Source], how: str, settings: CombineSettings) -> Cut | None:
@@ -188,4 +191,4 @@ def _entrywise(path: str, here: list[Source], how: str, settings: CombineSetting
             return None
         parts.append((matrix.float(), source.weight, dense.random_numbers(settings.seed, source.hash, path)))
     made = dense.METHODS[how](parts, settings.density)
-    return cut_dense(made, settings.rank or _default_rank(path, here), seed=settings.seed)
+    return cut_dense(made, settings.rank or _default_rank(path, here))

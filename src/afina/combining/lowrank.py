@@ -17,6 +17,7 @@ from torch import Tensor
 
 SMALL = 768  # up to this width a dense matrix is decomposed whole; beyond, by random products
 OVERSAMPLE, POWERS = 16, 4  # of the random products: Halko, Martinsson and Tropp 2011, arXiv 0909.4061
+FIRST = 64  # directions looked for first where an energy says how many are needed
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,32 @@ def cut(low: Low, rank: int | None = None, energy: float | None = None) -> Cut:
     return Cut(_balanced(qb @ u[:, :keep], s[:keep], (qa @ vh.T[:, :keep]).T), _share(s, keep, float(s.square().sum())))
 
 
-def cut_dense(matrix: Tensor, rank: int | None, energy: float | None = None, seed: int = 0) -> Cut:
+def cut_dense(matrix: Tensor, rank: int | None, energy: float | None = None) -> Cut:
     """The same for a dense update (out, in), float32 or float64.
 
-    A wide matrix for which a small rank is asked is decomposed by random products; the energy is of its exact norm.
+    A wide matrix of which few directions are wanted is decomposed by random products (of fixed seed), twice as many each
+    time until they keep `energy`; the energy told is a share of the exact norm.
     """
     total = float(matrix.double().square().sum())
-    least = min(matrix.shape)
-    if rank is None or energy is not None or least <= SMALL or rank + OVERSAMPLE > least // 3:
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    else:
-        u, s, vh = _by_products(matrix, rank, seed)
+    u, s, vh = _decomposed(matrix, total, rank, energy)
     keep = chosen(s, total, rank, energy)
     return Cut(_balanced(u[:, :keep], s[:keep], vh[:keep]), _share(s, keep, total))
 
 
-def _by_products(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _decomposed(matrix: Tensor, total: float, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of as many of the largest directions as are wanted, or of all."""
+    wanted = rank if energy is None else min(FIRST, rank or FIRST)
+    while wanted is not None and min(matrix.shape) > SMALL and wanted + OVERSAMPLE <= min(matrix.shape) // 3:
+        u, s, vh = _by_products(matrix, wanted)
+        if energy is None or wanted == rank or _share(s, wanted, total) >= energy:
+            return u, s, vh
+        wanted = 2 * wanted if rank is None else min(2 * wanted, rank)
+    return torch.linalg.svd(matrix.double(), full_matrices=False)
+
+
+def _by_products(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, n), S (n), V^T (n, in) of the largest n = rank + 16 directions, from products with thin matrices only."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     thin = torch.randn(matrix.shape[1], rank + OVERSAMPLE, generator=generator, dtype=matrix.dtype)
     basis = torch.linalg.qr(matrix @ thin)[0]
     for _ in range(POWERS):

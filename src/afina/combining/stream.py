@@ -54,8 +54,8 @@ class Writer:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a float32 tensor."""
-        data = tensor.detach().float().contiguous().numpy()
-        self._stream.write(data)
+        data: Any = tensor.detach().float().contiguous().numpy()
+        self._stream.write(memoryview(data).cast("B"))
         self._header[name] = {"dtype": "F32", "shape": list(data.shape), "data_offsets": [self._at, self._at + data.nbytes]}
         self._at += data.nbytes
 
