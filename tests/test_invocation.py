@@ -174,7 +174,7 @@ def test_cached_generation_equals_the_recomputed_one(base: Base) -> None:
         sequence = list(prompt)
         for token in answer:
             tokens, positions, bounds = run_of(sequence)
-            invoked = adapter.route.invoked(prompt)
+            (invoked,) = adapter.route.invoked(prompt)
             with (
                 base.board.route(Route("a", INVOCATION).segments(tokens, bounds) if invoked else base.board.current),
                 torch.no_grad(),

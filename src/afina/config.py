@@ -155,6 +155,45 @@ class ExportSettings(MergeSettings):
     format: Literal["hf", "peft"] = _describe("hf: a merged model; peft: the adapter alone", "hf")
 
 
+class CombineSettings(BaseSettings):
+    """Everything `afina combine` can be told."""
+
+    base: str | None = _describe("the frozen model; by default the one that the adapters were trained on")  # type: ignore[assignment]
+    parts: list[str] = _describe("adapters or runs with their weights: A:0.6 B:0.4; a negative one takes a skill out", ...)
+    out: Path = _describe("folder of the combination", ...)
+    how: Literal["sum", "svd", "slerp", "ties", "dare", "magnitude", "della", "search"] = _describe(
+        "sum: exact; svd: the best of a rank; slerp: on the arc between two; ties, dare, magnitude, della: entry by entry; "
+        "search: find the weights on --data",
+        "sum",
+    )
+    rank: int | None = _describe("largest rank of the result; by default the parts' ranks added up (sum: always)", ge=1)
+    density: float = _describe("share of entries that ties, dare, magnitude and della keep", 0.5, gt=0.0, le=1.0)
+    seed: int = _describe("seed of dare, della and search", 0)
+    data: Path | None = _describe("search: a few rows with answers; half of them check what was found on the other half")
+    columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+    penalty: float = _describe("search: nats a token for each unit of |weights| (L1)", 0.05, ge=0.0)
+    steps: int = _describe("search: most times that the loss is measured", 60, ge=5)
+
+
+class ExtractSettings(BaseSettings):
+    """Everything `afina extract` can be told."""
+
+    base: str | None = _describe("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
+    run: Path | None = _describe("a run or adapter of any method")
+    tuned: Path | None = _describe("in its place: the folder of a model that was fine-tuned from --base")
+    out: Path = _describe("folder of the low-rank adapter", ...)
+    rank: int | None = _describe("largest rank of a layer", ge=1)
+    energy: float | None = _describe("share of each layer's squared change to keep, e.g. 0.9; ranks follow", gt=0.0, le=1.0)
+    data: Path | None = _describe("rows to measure the loss on; by default the run's own held-out rows, or general text")
+    columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+
+
+class ShowSettings(Settings):
+    """Everything `afina show` can be told."""
+
+    run: Path = _describe("a run, an adapter or a composition", ...)
+
+
 class DemoSettings(Settings):
     """Everything `afina demo` can be told."""
 

@@ -42,6 +42,12 @@ VERBS = {
     "merge": Verb(
         "one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"
     ),
+    "combine": Verb(
+        "one adapter out of several", config.CombineSettings, "afina.combining.algebra:combine", "parts", many=True
+    ),
+    "extract": Verb("a low-rank adapter out of any adapter or tuned model", config.ExtractSettings,
+                    "afina.combining.extract:extract", "run"),
+    "show": Verb("what an adapter is", config.ShowSettings, "afina.combining.describe:show", "run"),
     "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.merge:export", "run"),
 }
 

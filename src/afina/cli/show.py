@@ -15,7 +15,7 @@ console = Console()
 def show(verb: str, result: dict[str, Any]) -> None:
     """Print what a verb returned, for people."""
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "merge": _merge,
-     "export": _export, "demo": _demo}[verb](result)  # fmt: skip
+     "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about}[verb](result)  # fmt: skip
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -166,3 +166,107 @@ def _demo(result: dict[str, Any]) -> None:
     console.print(
         f"talk to it: afina chat {result['run']}      (try: Correct: the dogs runs in the park)", highlight=False, markup=False
     )
+
+
+def _parents(parents: Sequence[dict[str, Any]]) -> str:
+    return "\n".join(f"{p['weight']:g} x {p['name']}  ({p['method']}, {(p['hash'] or 'no hash')[:12]})" for p in parents)
+
+
+def _combine(result: dict[str, Any]) -> None:
+    rows = [("parts", _parents(result["parents"])), ("layers", str(result["layers"]))]
+    if "rank" in result:
+        rows.append(("rank", f"up to {result['rank']}"))
+    if "search" in result:
+        found = result["search"]
+        choices = [*found["losses"].items(), ("the weights found", found["found"])]
+        rows.append((f"loss on {found['checked_on']} rows not searched on", "\n".join(f"{v:.4f}  {k}" for k, v in choices)))
+    _rows(f"{result['kind']} written: {result['out']}", rows)
+    if "search" in result and result["search"]["found"] > result["search"]["losses"][result["search"]["best_simple"]]:
+        simple = result["search"]["best_simple"]
+        console.print(f"- On the rows kept for checking, '{simple}' is better: use that, or more rows.", markup=False)
+    _energy(result)
+
+
+def _energy(result: dict[str, Any]) -> None:
+    if "energy" not in result:
+        return
+    energy = result["energy"]
+    console.print(
+        f"- It keeps {100 * energy['mean']:.1f}% of the exact update's squared norm on average, "
+        f"{100 * energy['least']:.1f}% in the layer that loses most.", highlight=False,
+    )  # fmt: skip
+    if energy["mean"] < 0.9:
+        console.print("- That is little: what it does may differ much from what was asked for. A higher --rank keeps more.")
+
+
+def _extract(result: dict[str, Any]) -> None:
+    loss, rank = result["loss"], result["rank"]
+    _rows(f"adapter written: {result['out']}", [
+        ("layers", str(result["layers"])),
+        ("rank", f"{rank['least']} to {rank['most']}"),
+        (f"loss on {loss['rows']}", "\n".join(f"{loss[k]:.4f}  {k}" for k in ("base", "original", "extract") if k in loss)),
+    ])  # fmt: skip
+    _energy(result)
+    if result["left_out"]:
+        largest = max(result["left_out"], key=lambda name: result["left_out"][name])
+        console.print(
+            f"- {len(result['left_out'])} tensors that are no matrices were left out; the one that changed most is {largest} "
+            f"({100 * result['left_out'][largest]:.2f}%).", highlight=False,
+        )  # fmt: skip
+
+
+def _about(result: dict[str, Any]) -> None:
+    if result["kind"] == "composition":
+        console.print(f"composition {result['run']}: {len(result['parts'])} adapters act together", highlight=False)
+        for part in result["parts"]:
+            console.print(f"\nweight {part['weight']:g}", style="bold", highlight=False)
+            _adapter(part, part["folder"])
+        return
+    _adapter(result, result["run"])
+    evaluation = result["evaluation"] or {}
+    if "losses" in evaluation:
+        losses = evaluation["losses"]
+        after = f"{losses['held_after']:.4f} after {evaluation['steps']:,} steps"
+        console.print(f"held-out loss {losses['held_before']:.4f} before, {after}", highlight=False)
+    for sentence in evaluation.get("verdict", []):
+        console.print(f"- {sentence}", highlight=False)
+
+
+def _adapter(about: dict[str, Any], title: str) -> None:
+    base, ranks = about["base"], about["ranks"]
+    rows = [
+        ("method", about["method"] + (" (rsLoRA scaling)" if about["scaling"] == "rslora" else "")),
+        ("rank, alpha", f"{ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}, {about['alpha']:g}"),
+        ("base", f"{base.get('name')}  ({(base.get('hash') or 'hash not told')[:12]}, {base.get('storage', 'plain')})"),
+        ("size", f"{about['numbers']:,} numbers, {about['bytes'] / 1000:,.0f} KB"),
+        ("hash", about["hash"][:12] + ("" if about["unchanged"] is not False else "  NOT the one that afina.json tells")),
+        ("acts", "from its invocation on" if about["invocation"] else "everywhere"),
+    ]
+    if about["options"]:
+        rows.append(("options", ", ".join(f"{k}: {v}" for k, v in about["options"].items())))
+    if about["parents"]:
+        rows.append((f"parents, by {(about['combination'] or {}).get('how', '?')}", _parents(about["parents"])))
+    _rows(title, rows)
+    _picture(about)
+
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def _picture(about: dict[str, Any]) -> None:
+    """A line a kind of layer, a bar a block: the norm there, the tallest bar being the largest."""
+    from afina.combining.describe import leaf_and_block
+
+    largest = max(about["norms"].values(), default=0.0) or 1.0
+    table = Table(title=f"norm of the {about['norm_of']} by layer, largest {largest:.3g}", title_justify="left", box=None)
+    lines: dict[str, dict[int, float]] = {}
+    for path, norm in about["norms"].items():
+        leaf, block = leaf_and_block(path)
+        lines.setdefault(leaf, {})[block] = norm
+    blocks = sorted({block for line in lines.values() for block in line})
+    table.add_column("layer", header_style="dim")
+    table.add_column(f"blocks {blocks[0]} to {blocks[-1]}" if blocks and blocks[-1] >= 0 else "", header_style="dim")
+    for leaf, line in lines.items():
+        bars = (BARS[min(8, 1 + int(8 * line[b] / largest))] if b in line else BARS[0] for b in blocks)
+        table.add_row(escape(leaf), "".join(bars))
+    console.print(table)

@@ -111,6 +111,14 @@ class Delta(nn.Module):
         return matrix if self.accumulated is None else matrix + self.accumulated.to(matrix)
 
     @classmethod
+    def factors(cls, tensors: Mapping[str, Tensor], spec: Spec, path: str) -> tuple[Tensor, Tensor] | None:
+        """The update at `path` as two thin matrices, (out, r) and (r, in) float64, where it is their product and nothing else.
+
+        `tensors` are those of the path, by their names on disk. None: the update needs the base, or has full rank.
+        """
+        return None
+
+    @classmethod
     def count(cls, layer: Layer, spec: Spec) -> int:
         """How many numbers this delta learns at `layer`, by its formula."""
         raise TypeError(f"{cls.__name__} must say how many numbers it learns")

@@ -1,6 +1,6 @@
 """A base and the adapter on it, as the verbs name them: from a run folder, an adapter folder, or a base alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,33 @@ from afina.base.load import load_base
 from afina.base.model import Base
 from afina.config import EMBEDDED, BaseSettings
 from afina.delta.attach import Adapter
-from afina.delta.files import adapter_folder, load_adapter, read_json, read_run, read_story
+from afina.delta.composition import Part, parts_of, same_base, split_run
+from afina.delta.files import load_adapter, read_run
 from afina.errors import AdapterError
 from afina.route.invocation import Route
 
 
 @dataclass
 class Opened:
-    """A loaded base, the adapter on it if there is one, and the story of the run (empty where there is none)."""
+    """A loaded base, the adapters on it with their weights, and the story of the run (empty where there is none)."""
 
     base: Frozen
-    adapter: Adapter | None
+    adapters: list[tuple[Adapter, float]]
     run: dict[str, Any]
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The adapter, if there is one; raises `AdapterError` where there are several, or one that acts in part."""
+        if len(self.adapters) > 1 or any(weight != 1.0 for _, weight in self.adapters):
+            hint = "make one adapter of them: afina combine ... --how svd"
+            raise AdapterError("this takes one adapter, and these are several, or weighted", where=self.base.name, hint=hint)
+        return self.adapters[0][0] if self.adapters else None
+
+    @property
     def route(self) -> Route | None:
-        """How the adapter acts; None for the base alone."""
-        return self.adapter.route if self.adapter is not None else None
+        """How the adapters act together; None for the base alone."""
+        routes = [replace(adapter.route, weight=weight) for adapter, weight in self.adapters]
+        return Route.together(routes) if routes else None
 
     @property
     def template(self) -> str | None:
@@ -44,36 +54,45 @@ class Opened:
 def open_run(run: Path | None, settings: BaseSettings, *, adapter: bool = True, allow_other_base: bool = False) -> Opened:
     """Load what `run` was trained on, or the base that the settings name, and attach the run's adapter.
 
-    The base is held as the run held it (in 4 bits for qlora), and is a classifier where the run trained one.
+    `run` may be a composition, or several runs with weights ("A:0.6,B:0.4"): they act together, on one base. The base is
+    held as the (first) run held it (in 4 bits for qlora), and is a classifier where the run trained one.
     """
-    story = read_run(run) if run is not None else {}
-    name, revision, storage = _origin(run, settings)
-    shared = (settings.revision or revision, settings.trust_remote_code, settings.dtype, settings.device)
-    objective = story.get("objective")
-    base: Frozen
-    if objective == "classify":
-        base = load_classifier(name, story["data"]["labels"], story["data"]["format"] == "pictures", *shared)
-    elif objective == "mlm":
-        base = load_masked(name, *shared)
-    else:
-        base = load_base(name, *shared, storage)
-    on = load_adapter(run, base, allow_other_base=allow_other_base) if run is not None and adapter else None
+    named = split_run(run) if run is not None else []
+    story = read_run(named[0][0]) if named else {}
+    parts = [part for folder, weight in named for part in parts_of(folder, weight)]
+    base = _load(story, same_base(parts) if parts else {}, parts, settings)
+    on: list[tuple[Adapter, float]] = []
+    for number, part in enumerate(parts if adapter else []):
+        name = "adapter" if len(parts) == 1 else f"adapter{number + 1}"
+        on.append((load_adapter(part.folder, base, name, allow_other_base), part.weight))
+    _check_together(on, parts)
     return Opened(base, on, story)
 
 
-def _origin(run: Path | None, settings: BaseSettings) -> tuple[str, str | None, Any]:
-    """(base, revision, storage): as told, else as the run or adapter was made, else the embedded base."""
-    if run is None:
-        return settings.base or EMBEDDED, None, "plain"
-    folder = adapter_folder(run)
-    origin = read_story(folder).get("base", {})
-    storage = origin.get("storage", "plain")
-    if settings.base is not None:
-        return settings.base, None, storage
-    name = origin.get("name") or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not name:
-        raise AdapterError("this adapter does not say what it was trained on", where=str(folder), hint="--base PATH")
-    return name, origin.get("revision"), storage
+def _check_together(on: list[tuple[Adapter, float]], parts: list[Part]) -> None:
+    """Raise `AdapterError` where an adapter that replaces its layers is not alone and whole."""
+    alone = len(on) == 1 and on[0][1] == 1.0
+    for (adapter, _), part in zip(on, parts, strict=False):
+        if not alone and any(delta.replaces for delta in adapter.deltas.values()):
+            why = "a trained layer takes the base's place, and cannot act in part or beside others"
+            hint = "afina extract makes a lora of it"
+            raise AdapterError("this adapter acts alone", where=str(part.folder), why=why, hint=hint)
+
+
+def _load(story: dict[str, Any], origin: dict[str, Any], parts: list[Part], settings: BaseSettings) -> Frozen:
+    """The base: as told in the settings, else as the run or adapter was made, else the embedded one."""
+    name = settings.base or origin.get("name") or (None if parts else EMBEDDED)
+    if name is None:
+        where = str(parts[0].folder)
+        raise AdapterError("this adapter does not say what it was trained on", where=where, hint="--base PATH")
+    revision = settings.revision or (None if settings.base else origin.get("revision"))
+    shared = (revision, settings.trust_remote_code, settings.dtype, settings.device)
+    objective = story.get("objective")
+    if objective == "classify":
+        return load_classifier(name, story["data"]["labels"], story["data"]["format"] == "pictures", *shared)
+    if objective == "mlm":
+        return load_masked(name, *shared)
+    return load_base(name, *shared, origin.get("storage", "plain"))
 
 
 def is_text(base: Frozen) -> bool:

@@ -103,7 +103,7 @@ def _generate_batch(
     capacity = max(len(prompts[row]) + limits[row] for row in rows)
     cache = KeyValueCache(capacity, [0] * len(rows)) if base.flat else None
     feed = [list(prompts[row]) for row in rows]
-    active = {row: route is not None and route.invoked(prompts[row]) for row in rows}
+    active = {row: route.invoked(prompts[row]) if route is not None else () for row in rows}
     while rows:
         with base.board.route(_segments(route, feed, [active[row] for row in rows], cache)):
             logits = _next_logits(base, feed, cache)
@@ -119,7 +119,9 @@ def _generate_batch(
         feed = [[results[row][-1]] if cache is not None else [*prompts[row], *results[row]] for row in rows]
 
 
-def _segments(route: Route | None, feed: list[list[int]], active: list[bool], cache: KeyValueCache | None) -> Segments:
+def _segments(
+    route: Route | None, feed: list[list[int]], active: list[tuple[bool, ...]], cache: KeyValueCache | None
+) -> Segments:
     """Who acts on the tokens of the next forward: whole sequences, or one more token of each."""
     if route is None:
         return BASE

@@ -35,5 +35,4 @@ def general_examples(base: Base, file: Path | None = None) -> list[Example]:
 
 def general_loss(base: Base, route: Route | None, file: Path | None = None) -> float:
     """Mean loss on general text under `route`; an activated adapter acts on all of it, as if it had been invoked."""
-    everywhere = None if route is None else Route(route.adapter, (), route.weight)
-    return mean_loss(base, general_examples(base, file), BATCH_TOKENS, everywhere)
+    return mean_loss(base, general_examples(base, file), BATCH_TOKENS, None if route is None else route.everywhere())

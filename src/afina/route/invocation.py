@@ -8,7 +8,7 @@ adapter  |  off: keys and values are    | on from the first token of the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,15 +38,32 @@ def last_occurrences(tokens: Tensor, bounds: Sequence[int], invocation: Sequence
 
 @dataclass(frozen=True)
 class Route:
-    """How one attached adapter acts: everywhere, or from its invocation on; with a weight."""
+    """How an attached adapter acts: everywhere, or from its invocation on; with a weight; with others beside it.
+
+    Those `beside` it act over the same tokens, each from its own invocation on: the outputs' parts are summed.
+    """
 
     adapter: str
     invocation: tuple[int, ...] = ()
     weight: float = 1.0
+    beside: tuple["Route", ...] = ()
+
+    @classmethod
+    def together(cls, routes: Sequence["Route"]) -> "Route":
+        """One route out of several (at least one)."""
+        return replace(routes[0], beside=(*routes[0].beside, *routes[1:]))
 
     def segments(self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None = None) -> Segments:
         """The table for a flat run of whole sequences. A sequence without the invocation is left to the base;
         with `where` (a name for each sequence) it is an error instead."""
+        tables = [route._own(tokens, bounds, where) for route in self._each()]
+        return Segments(tuple(pair for t in tables for pair in t.everywhere), tuple(row for t in tables for row in t.rows))
+
+    def _each(self) -> tuple["Route", ...]:
+        """This adapter's own part of the route, then those of the others."""
+        return (replace(self, beside=()), *(part for route in self.beside for part in route._each()))
+
+    def _own(self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None) -> Segments:
         if not self.invocation:
             return Segments.all(self.adapter, self.weight)
         rows = []
@@ -63,18 +80,28 @@ class Route:
 
     def segments_of_rows(self) -> Segments:
         """The table for models that take rows of equal length: everywhere."""
-        if self.invocation:
+        if any(route.invocation for route in self._each()):
             raise DataError("an activated adapter needs a text with an answer", hint="--method lora")
-        return Segments.all(self.adapter, self.weight)
+        return Segments(tuple((route.adapter, route.weight) for route in self._each()))
 
-    def invoked(self, sequence: Sequence[int]) -> bool:
-        """Whether the adapter acts on what follows `sequence`."""
-        if not self.invocation:
-            return True
-        return last_occurrences(torch.tensor(sequence), (0, len(sequence)), self.invocation)[0] is not None
+    def everywhere(self) -> "Route":
+        """The route that has every adapter act on all tokens, as if it had been invoked before them."""
+        return Route.together([replace(route, invocation=()) for route in self._each()])
 
-    def following(self, active: Sequence[bool]) -> Segments:
-        """The table for one more token of each sequence, where `active` says which have been invoked."""
-        if not self.invocation:
-            return Segments.all(self.adapter, self.weight)
-        return Segments(rows=tuple(Segment(i, i + 1, self.adapter, self.weight) for i, on in enumerate(active) if on))
+    def invoked(self, sequence: Sequence[int]) -> tuple[bool, ...]:
+        """Whether each adapter acts on what follows `sequence`: this one, then those beside it."""
+        tokens, bounds = torch.tensor(sequence), (0, len(sequence))
+        return tuple(
+            not route.invocation or last_occurrences(tokens, bounds, route.invocation)[0] is not None for route in self._each()
+        )
+
+    def following(self, active: Sequence[tuple[bool, ...]]) -> Segments:
+        """The table for one more token of each sequence, where `active` is what `invoked` said of each."""
+        everywhere = [(route.adapter, route.weight) for route in self._each() if not route.invocation]
+        rows = [
+            Segment(i, i + 1, route.adapter, route.weight)
+            for i, flags in enumerate(active)
+            for route, on in zip(self._each(), flags, strict=True)
+            if on and route.invocation
+        ]
+        return Segments(tuple(everywhere), tuple(rows))

@@ -1,0 +1,162 @@
+"""Weights found on examples; loras extracted from other adapters and from tuned models; `afina show`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from afina.base.load import load_base
+from afina.cli.main import run as command_line
+from afina.combining import search as searching
+from afina.combining.algebra import combine
+from afina.combining.describe import show
+from afina.combining.extract import extract
+from afina.delta.files import load_adapter, save_adapter
+from afina.errors import AfinaError
+from afina.training.run import train
+from helpers import put, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def skilled(tiny: Path, chats: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lora run that has learned the chats."""
+    folder = tmp_path_factory.mktemp("skilled") / "run"
+    train(chats, base=str(tiny), rank=4, steps=30, learning_rate=2e-2, out=folder, general=general)
+    return folder
+
+
+@pytest.fixture
+def noise(tiny: Path, tmp_path: Path) -> Path:
+    base = load_base(str(tiny))
+    save_adapter(put(base, rank=2, seed=9), base, tmp_path / "noise")
+    return tmp_path / "noise"
+
+
+def test_the_search_keeps_the_skill_and_drops_the_noise(skilled: Path, noise: Path, chats: Path, tmp_path: Path) -> None:
+    result = combine([skilled, noise], how="search", data=chats, steps=25, out=tmp_path / "out")
+    good, bad = result["weights"]
+    assert good > 0.5 and abs(bad) < 0.25
+    found = result["search"]
+    assert found["trials"] <= 25 and found["rows"] + found["checked_on"] == 48
+    assert found["found"] <= min(found["losses"].values()) + 0.05
+    assert found["losses"]["run alone"] < min(found["losses"]["base"], found["losses"]["noise alone"])
+    story = json.loads((tmp_path / "out" / "afina.json").read_text())
+    assert [p["weight"] for p in story["parents"]] == [good, bad]
+    assert story["combination"]["how"] == "search" and story["combination"]["search"]["found"] == found["found"]
+    assert load_adapter(tmp_path / "out", load_base(story["base"]["name"])).spec.method == "lora"
+    again = combine([skilled, noise], how="search", data=chats, steps=25, out=tmp_path / "again")
+    assert again["hash"] == result["hash"]
+    assert combine([skilled, noise], how="search", data=chats, steps=8, rank=3, out=tmp_path / "cut")["rank"] == 3
+
+
+def test_the_search_finds_the_least_loss() -> None:
+    """On a bowl whose bottom is known, with an L1 penalty whose effect is known: w - penalty / 2 a weight, 0 where it is small."""
+    bowl = lambda w: (w[0] - 0.8) ** 2 + (w[1] + 0.6) ** 2 + (w[2] - 0.01) ** 2  # noqa: E731
+    weights, trials = searching._minimise(bowl, [[0.0] * 3, [1.0] * 3], 0.05, 80)
+    assert weights == pytest.approx([0.775, -0.575, 0.0], abs=0.02)
+    assert trials <= 80
+
+
+@pytest.mark.parametrize("method", ["mora", "dora", "full"])
+def test_any_adapter_becomes_a_lora(tiny: Path, tmp_path: Path, chats: Path, method: str) -> None:
+    base = load_base(str(tiny))
+    targets = "all" if method == "full" else "all-linear"
+    adapter = put(base, method=method, rank=2, targets=targets)
+    save_adapter(adapter, base, tmp_path / method)
+    whole = extract(tmp_path / method, energy=1.0, out=tmp_path / "whole", data=chats)
+    assert whole["energy"]["least"] == pytest.approx(1.0)
+    half = extract(tmp_path / method, energy=0.5, out=tmp_path / "half", data=chats)
+    small = extract(tmp_path / method, rank=1, out=tmp_path / "small", data=chats)
+    assert small["rank"] == {"least": 1, "most": 1} and small["energy"]["mean"] < half["energy"]["mean"]
+    assert all(0.5 <= e < 0.95 for e in half["energy"]["layers"].values())
+    assert set(whole["left_out"]) == ({p for p in adapter.deltas if "norm" in p} if method == "full" else set())
+    made = load_adapter(tmp_path / "whole", load_base(str(tiny)))
+    for path, delta in made.deltas.items():
+        weight = delta.layer.weight.double()
+        expected = adapter.deltas[path].merged(weight)
+        assert (delta.merged(weight) - expected).norm() <= 2e-5 * (expected - weight).norm()
+    loss = whole["loss"]
+    assert loss["rows"] == str(chats)
+    if method != "full":  # norms are left out there
+        assert loss["extract"] == pytest.approx(loss["original"], abs=1e-4)
+        assert abs(small["loss"]["extract"] - loss["original"]) > 1e-3
+
+
+def test_a_run_is_measured_on_its_own_held_out_rows(skilled: Path, tmp_path: Path) -> None:
+    result = extract(skilled, rank=4, out=tmp_path / "out")
+    story = json.loads((skilled / "run.json").read_text())["losses"]
+    assert result["loss"]["base"] == pytest.approx(story["held_before"], abs=1e-5)
+    assert result["loss"]["extract"] == pytest.approx(story["held_after"], abs=1e-4)
+    assert extract(skilled, rank=1, out=tmp_path / "less")["loss"]["extract"] > result["loss"]["extract"]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tied"])
+def test_out_of_two_models(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A merged model gives back what was merged, embeddings and tied output layer too."""
+    folder: Path = request.getfixturevalue(kind)
+    base = load_base(str(folder))
+    model = base.model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "embed" in name:
+                rows, columns = parameter.shape
+                parameter.add_(0.1 * torch.randn(rows, 2) @ torch.randn(2, columns))
+            elif name == "model.norm.weight":
+                parameter.mul_(1.01)
+    model.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    result = extract(base=str(folder), tuned=tmp_path / "tuned", energy=0.999999, out=tmp_path / "out")
+    assert result["left_out"] == {"model.norm.weight": pytest.approx(0.01, rel=1e-3)}
+    assert result["rank"] == {"least": 2, "most": 2}
+    made = load_adapter(tmp_path / "out", load_base(str(folder)))
+    assert ("lm_head" in made.deltas) == (kind == "tied")
+    for path, delta in made.deltas.items():
+        tuned = model.get_submodule(path).weight
+        tuned = tuned.T if "embed" in path else tuned
+        assert torch.allclose(delta.merged(delta.layer.weight), tuned, atol=1e-5)
+    assert result["loss"]["rows"] == "general text"
+    assert result["loss"]["extract"] == pytest.approx(result["loss"]["original"], abs=0.1)
+    assert abs(result["loss"]["base"] - result["loss"]["original"]) > abs(result["loss"]["extract"] - result["loss"]["original"])
+
+
+def test_what_extract_refuses(skilled: Path, tmp_path: Path) -> None:
+    for words, values in (
+        ("how much", {"run": skilled}),
+        ("one thing to extract", {"rank": 2}),
+        ("one thing to extract", {"rank": 2, "run": skilled, "tuned": skilled}),
+        ("tuned from", {"rank": 2, "tuned": skilled}),
+        ("not empty", {"rank": 2, "run": skilled, "out": skilled}),
+    ):
+        with pytest.raises(AfinaError, match=words):
+            extract(**{"out": tmp_path / "out", **values})  # type: ignore[arg-type]
+
+
+def test_show_tells_what_an_adapter_is(skilled: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    combine([f"{skilled}:0.5", f"{noise}:-0.25"], out=tmp_path / "both")
+    about = show(tmp_path / "both")
+    assert (about["method"], about["rank"], about["layers"], about["unchanged"]) == ("lora", 6, 28, True)
+    assert [(p["name"], p["weight"]) for p in about["parents"]] == [("run", 0.5), ("noise", -0.25)]
+    assert about["where"]["mlp.up_proj"] == [0, 1, 2, 3]
+    adapter = load_adapter(tmp_path / "both", load_base(about["base"]["name"]))
+    assert about["numbers"] == adapter.count()
+    for path, norm in about["norms"].items():
+        zero = torch.zeros(adapter.deltas[path].layer.weight.shape)
+        assert norm == pytest.approx(float(adapter.deltas[path].merged(zero).norm()), rel=1e-4)
+    assert command_line(["show", str(skilled)]) == 0
+    said = capsys.readouterr().out
+    assert "lora" in said and "held-out loss" in said and "█" in said and "mlp.up_proj" in said
+    assert command_line(["show", str(tmp_path / "both"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["combination"]["how"] == "sum"
+
+
+def test_show_of_a_composition_and_of_a_changed_file(tiny: Path, noise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_base(str(tiny))
+    save_adapter(put(base, method="mora", rank=2), base, tmp_path / "mora")
+    combine([noise, f"{tmp_path / 'mora'}:2"], out=tmp_path / "c")
+    assert [(p["method"], p["weight"]) for p in show(tmp_path / "c")["parts"]] == [("lora", 1.0), ("mora", 2.0)]
+    assert command_line(["show", str(tmp_path / "c")]) == 0
+    assert "act together" in capsys.readouterr().out
+    file = noise / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert show(noise)["unchanged"] is False
