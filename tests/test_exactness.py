@@ -104,13 +104,27 @@ def test_chunked_loss_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: in
     plain = [t.detach().double().requires_grad_() for t in ours]
     z = F.linear(plain[0], plain[1], plain[2] if bias else None)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    expected = F.cross_entropy(z, labels, reduction="sum")
-    loss = linear_cross_entropy(ours[0], ours[1], ours[2] if bias else None, labels, softcap)
+    each = F.cross_entropy(z, labels, reduction="none")
+    losses = linear_cross_entropy(ours[0], ours[1], ours[2] if bias else None, labels, softcap)
+    torch.testing.assert_close(losses.double(), each, rtol=1e-6, atol=1e-6)
+    loss, expected = losses.sum(), each.sum()
     assert abs(loss.item() / expected.item() - 1) < 1e-6
     (0.5 * loss).backward()
     (0.5 * expected).backward()
     for a, b in zip(ours, plain, strict=True):
         assert (a.grad.double() - b.grad).norm() / b.grad.norm() < 1e-6
+
+
+def test_rows_of_the_chunked_loss_may_count_differently() -> None:
+    hidden, weight, labels = torch.randn(9, 24), torch.randn(101, 24) / 3, torch.randint(0, 101, (9,))
+    counts = torch.tensor([1.0, 1, 1, 2, 2, 2, 0, 0.5, 0.5])
+    ours, plain = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    (linear_cross_entropy(ours, weight, None, labels) * counts).sum().backward()
+    (F.cross_entropy(plain @ weight.T.double(), labels, reduction="none") * counts.double()).sum().backward()
+    assert (ours.grad.double() - plain.grad).norm() / plain.grad.norm() < 1e-6
+    trained = weight.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="summed or averaged"):
+        (linear_cross_entropy(ours, trained, None, labels) * counts).sum().backward()
 
 
 def test_masked_positions_do_not_reach_the_output_layer(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +157,20 @@ def test_loss_through_an_adapted_output_layer(base: Base) -> None:
             assert (a - b).norm() / b.norm() < 1e-5
 
 
+def test_loss_through_an_output_layer_adapted_on_some_tokens(base: Base) -> None:
+    put(base, targets=["lm_head", "q_proj"])
+    run = flat_run(LENGTHS)
+    labels = labels_for(run[0])
+    kept = labels >= 0
+    route = Segments(rows=(Segment(3, 8, "a"), Segment(12, run[2][-1], "a", 0.5)))
+    with base.board.route(route), torch.no_grad():
+        whole = base.run_logits(*run)
+        expected = F.cross_entropy(whole[kept], labels[kept], reduction="none")
+        torch.testing.assert_close(base.losses(*run, labels), expected, rtol=1e-5, atol=1e-6)
+        last = [end - 1 for end in run[2][1:]]
+        torch.testing.assert_close(base.last_logits(*run), whole[last], rtol=1e-5, atol=1e-6)
+
+
 # accumulated = one batch
 
 
@@ -158,7 +186,7 @@ def one_run(tiny: Path, tmp_path: Path, batch_tokens: int, accumulate: int, **se
     task = LanguageTask(base, examples, examples[:1], batch_tokens, accumulate, seed=3)
     made = SimpleNamespace(
         prepared=SimpleNamespace(base=base, task=task), adapter=adapter, learning_rate=1e-4, rates={}, steps=4, check_every=99, restart_every=0,
-        settings=SimpleNamespace(weight_decay=0.0, schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, **settings),
+        settings=SimpleNamespace(weight_decay=0.0, optimizer="adamw", schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, **settings),
     )  # fmt: skip
     loop = Loop(made, tmp_path, {}, lambda tick: None, lambda: None)  # type: ignore[arg-type]
     ticks = [loop._step() for _ in range(4)]

@@ -10,9 +10,11 @@ a table that says so and costs nothing.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 
@@ -47,6 +49,23 @@ class Segments:
         """The table of tokens start..end alone, counted from there."""
         parts = [replace(row, start=max(row.start, start) - start, end=min(row.end, end) - start) for row in self.rows]
         return replace(self, rows=tuple(row for row in parts if row.start < row.end))
+
+
+    def at(self, tokens: Sequence[int]) -> "Segments":
+        """The table of some tokens alone, given in ascending order: for what is computed at these only."""
+        if not self.rows:
+            return self
+        parts = [replace(r, start=bisect_left(tokens, r.start), end=bisect_left(tokens, r.end)) for r in self.rows]
+        return replace(self, rows=tuple(row for row in parts if row.start < row.end))
+
+    @classmethod
+    def joined(cls, tables: Sequence["Segments"], lengths: Sequence[int]) -> "Segments":
+        """The table of several runs laid end to end, each under its own table."""
+        rows: list[Segment] = []
+        for table, length, start in zip(tables, lengths, accumulate(lengths, initial=0), strict=False):
+            rows += [Segment(start, start + length, adapter, weight) for adapter, weight in table.everywhere]
+            rows += [replace(row, start=row.start + start, end=row.end + start) for row in table.rows]
+        return cls(rows=tuple(rows))
 
 
 BASE = Segments()

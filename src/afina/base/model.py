@@ -15,6 +15,7 @@ from afina.base.nf4 import Quantized
 from afina.errors import BaseError
 from afina.kernels.cross_entropy import linear_cross_entropy
 
+HEAD_CHUNK = 1024  # positions whose logits exist at a time where the output layer is adapted
 PROBE = 6  # tokens of the self-check at loading
 
 
@@ -100,9 +101,11 @@ class Base(Frozen):
         self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None
     ) -> Tensor:
         """Logits (sequences, V) in float32 after the last token of each sequence of a flat run."""
-        last = torch.tensor(bounds[1:], device=tokens.device) - 1
+        last = [end - 1 for end in bounds[1:]]
         if self._split_head:
-            return self.logits(self.hidden(tokens, positions, bounds, cache)[last])
+            hidden = self.hidden(tokens, positions, bounds, cache)[torch.tensor(last, device=tokens.device)]
+            with self.board.route(self.board.current.at(last)):
+                return self.logits(hidden)
         return self._whole(tokens, positions, bounds, cache)[last]
 
     def _whole(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None) -> Tensor:
@@ -124,25 +127,31 @@ class Base(Frozen):
         return torch.cat(outputs)
 
     def loss(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], labels: Tensor) -> Tensor:
-        """Sum over labelled positions of the cross-entropy, in nats (float32); labels (T), -100 where there is none.
+        """Sum over labelled positions of the cross-entropy, in nats (float32); labels (T), -100 where there is none."""
+        return self.losses(tokens, positions, bounds, labels).sum()
+
+    def losses(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], labels: Tensor) -> Tensor:
+        """The cross-entropy at each labelled position (n), in nats (float32), in their order.
 
         Positions without a label never reach the output layer, and the logits of the others exist a chunk at a time.
         """
         keep = (labels >= 0).nonzero()[:, 0]
         if not self._split_head:
             logits = self.run_logits(tokens, positions, bounds)[keep]
-            return nn.functional.cross_entropy(logits, labels[keep], reduction="sum")
+            return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
         hidden = self.hidden(tokens, positions, bounds)[keep]
         head = self.head
         if type(head) is nn.Linear:
             return linear_cross_entropy(hidden, head.weight, head.bias, labels[keep], self.softcap)
-        total = hidden.new_zeros((), dtype=torch.float32)  # an adapted head: recompute each chunk in the backward
-        for part, target in zip(hidden.split(1024), labels[keep].split(1024), strict=True):
-            total = total + checkpoint(
-                lambda h, t: nn.functional.cross_entropy(self.logits(h), t, reduction="sum"),
-                part, target, use_reentrant=False, context_fn=self.board.remember(),
-            )  # fmt: skip
-        return total
+        segments, losses, kept = self.board.current, [], keep.tolist() if self.board.current.rows else []
+        for start in range(0, len(keep), HEAD_CHUNK):  # an adapted head: recompute each chunk in the backward
+            chunk = slice(start, start + HEAD_CHUNK)
+            with self.board.route(segments.at(kept[chunk])):
+                losses.append(checkpoint(
+                    lambda h, t: nn.functional.cross_entropy(self.logits(h), t, reduction="none"),
+                    hidden[chunk], labels[keep[chunk]], use_reentrant=False, context_fn=self.board.remember(),
+                ))  # fmt: skip
+        return torch.cat(losses)
 
     # ---- self-checks: a family that does things its own way must not be answered wrongly
 

@@ -2,7 +2,8 @@
 
 With N labelled positions, width d and vocabulary V, plain PyTorch keeps about 4 * N * V floats (logits, their
 float32 copy, log-probabilities, gradient): for N = 2,000 and V = 128,000 that is 4 GB. Here one chunk lives at
-a time, and the gradient with respect to the hidden states is made in the same pass, since the loss is a sum.
+a time, and the gradient with respect to the hidden states is made in the same pass: that of each row's own loss, which
+the backward pass has only to scale.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ BLOCK_ROWS = 32  # rows whose softmax is worked out at a time, so that its six p
 
 
 def _block_loss(logits: Tensor, target: Tensor, softcap: float | None, wants: bool) -> Tensor:
-    """Sum of the cross-entropies of a few rows, in float32; `logits` (n, V) are overwritten by their gradient if wanted."""
+    """Cross-entropies (n) of a few rows, in float32; `logits` (n, V) are overwritten by their gradient if wanted."""
     exact = logits.float()
     if softcap is not None:
         bent = torch.tanh(exact / softcap)
@@ -25,7 +26,7 @@ def _block_loss(logits: Tensor, target: Tensor, softcap: float | None, wants: bo
     picked = exact.gather(-1, target)
     exact = exact.sub_(peak) if exact is not logits else exact - peak
     norm = exact.exp_().sum(-1, keepdim=True)
-    loss = (norm.log() + peak - picked).sum()
+    loss = (norm.log() + peak - picked)[:, 0]
     if wants:
         exact.div_(norm).scatter_add_(-1, target, torch.full_like(picked, -1.0))  # softmax - one-hot
         logits.copy_(exact if softcap is None else exact.mul_(1 - bent * bent))
@@ -39,14 +40,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         rows = max(16, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], labels[start : start + rows, None]
             logits = F.linear(part, weight, bias)  # (n, V); becomes its own gradient
             wants = wants_hidden or wants_weight or wants_bias
-            for block, goal in zip(logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), strict=True):
-                total += _block_loss(block, goal, softcap, wants)
+            parts = losses[start : start + rows].split(BLOCK_ROWS)
+            for block, goal, part_loss in zip(logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), parts, strict=True):
+                part_loss.copy_(_block_loss(block, goal, softcap, wants))
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
@@ -55,15 +57,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += logits.sum(0, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        shared = grad_output[:1]  # the output layer's gradient is summed already, so all rows must count alike
+        if (grad_weight is not None or grad_bias is not None) and not torch.equal(grad_output, shared.expand_as(grad_output)):
+            raise RuntimeError("a trained output layer needs losses that are summed or averaged")
         return (
-            None if grad_hidden is None else grad_hidden * grad_output,
-            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_output).to(ctx.weight_dtype),
+            None if grad_hidden is None else grad_hidden * grad_output[:, None].to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * shared).to(ctx.weight_dtype),
+            None if grad_bias is None else (grad_bias * shared).to(ctx.weight_dtype),
             None,
             None,
         )
@@ -72,9 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None = None
 ) -> Tensor:
-    """Sum over rows of -log softmax(hidden weight^T + bias)[label], in float32.
+    """-log softmax(hidden weight^T + bias)[label] of each row (N), in float32.
 
     hidden (N, d), weight (V, d), bias (V) or None, labels (N) int64 in 0..V-1; `softcap` c bends the logits to
-    c tanh(z / c) first (Gemma 2). Gradients reach hidden, weight and bias as in PyTorch.
+    c tanh(z / c) first (Gemma 2). Gradients reach hidden, weight and bias as in PyTorch; the last two only where every
+    row's loss counts alike, as in a sum.
     """
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, softcap)
