@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before huggingface_hub
 
 _FUNCTIONS = {
     "train": "afina.training.run",
+    "train_many": "afina.training.run",
     "plan": "afina.planning.preview",
     "evaluate": "afina.judge.evaluate",
     "generate": "afina.engine.generate",

@@ -39,7 +39,7 @@ class BaseSettings(Settings):
 class TrainSettings(BaseSettings):
     """Everything `afina train` (and `afina plan`) can be told."""
 
-    data: Path = _describe("a file: chat, Alpaca, ShareGPT, prompt/completion, text, CSV or Parquet", ...)
+    data: Path = _describe("a file: chat, Alpaca, ShareGPT, prompt/completion, text, CSV, Parquet; or a sweep's YAML", ...)
     out: Path | None = _describe("the run folder; by default runs/DATA-METHOD")
     resume: bool = _describe("go on with the run in the folder instead of starting one", False)
     # what is learned

@@ -64,6 +64,10 @@ class Base(Frozen):
         Tokens that are there already keep their numbers and rows.
         """
         before = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        new = [name for name in names if name not in self.tokenizer.get_vocab()]
+        if new and not isinstance(self.model.get_input_embeddings(), nn.Embedding):
+            hint = "adapters with other new tokens need a base of their own"
+            raise BaseError(f"no room for {', '.join(new)}: adapters are attached", where=self.name, hint=hint)
         self.tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
         if len(self.tokenizer) > before and names:
             self.model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)

@@ -71,7 +71,24 @@ def _plan(result: dict[str, Any]) -> None:
     )
 
 
+def _sweep(result: dict[str, Any]) -> None:
+    table = Table(title=f"runs {result['folder']}, nats a token", title_justify="left")
+    for column in ("run", "method", "rank", "rate", "held-out before", "after", "forgetting", "trained numbers"):
+        table.add_column(column)
+    for run in (run for run in result["runs"] if "failed" not in run):
+        forgetting = "" if run["forgetting"] is None else f"{run['forgetting']:+.3f}"
+        table.add_row(
+            run["name"], run["method"], str(run["rank"]), f"{run['learning_rate']:.3g}", f"{run['held_before']:.4f}",
+            f"{run['held_after']:.4f}", forgetting, f"{run['trainable_parameters']:,}",
+        )  # fmt: skip
+    console.print(table)
+    for run in (run for run in result["runs"] if "failed" in run):
+        console.print(f"{run['name']} stopped: {run['failed']}", highlight=False, markup=False)
+
+
 def _train(result: dict[str, Any]) -> None:
+    if "runs" in result:
+        return _sweep(result)
     losses = result["losses"]
     table = Table(title=f"run {result['folder']}", title_justify="left")
     for column in ("nats a token", "before", "after"):

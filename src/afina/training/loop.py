@@ -1,9 +1,13 @@
-"""The loop: flat batches in, optimizer steps out; checks, checkpoints, early stop. The same for every method."""
+"""The loop: flat batches in, optimizer steps out; checks, checkpoints, early stop. The same for every method.
+
+A `Loop` is one adapter's way through its data. `train_together` walks any number of them through one base: what is put
+into one pass is up to their tasks, what each makes of its gradients is its own.
+"""
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from afina.delta.restart import restart, rise
 from afina.disk import disk_errors, write_text
 from afina.errors import TrainingError
+from afina.objective.together import side_by_side
 from afina.training import checkpoint
 from afina.training.checkpoint import Progress
 from afina.training.memory import process_peak_mb
@@ -69,45 +74,45 @@ class Loop:
 
     def train(self) -> None:
         """Run to the last step, or to the early stop. Raises `TrainingError` where a number is no longer finite."""
-        settings, base = self.setup.settings, self.setup.prepared.base
-        with base.checkpointing(settings.checkpointing):
-            while self.progress.step < self.setup.steps:
-                if settings.patience and self.progress.worse_checks >= settings.patience:
-                    break
-                start = time.perf_counter()
-                tick = self._step()
-                if tick.step % self.setup.check_every == 0 or tick.step == self.setup.steps:
-                    tick = self._check(tick)
-                    self.progress.seconds += time.perf_counter() - start
-                    self._log(tick)
-                    checkpoint.save(self.run, self.optimizer, self.progress, self.identity)
-                else:
-                    self.progress.seconds += time.perf_counter() - start
-                    self._log(tick)
-                self.on_tick(tick)
+        for error in train_together([self]).values():
+            raise error
 
-    def _step(self) -> Tick:
-        """One optimizer step over its micro-batches, each weighted by its number of labels."""
+    @property
+    def ended(self) -> bool:
+        """Whether there is no step left: the last one is done, or the held-out loss has not improved for long enough."""
+        patience = self.setup.settings.patience
+        return self.progress.step >= self.setup.steps or bool(patience and self.progress.worse_checks >= patience)
+
+    def begin(self) -> tuple[list[Any], int]:
+        """The micro-batches of the next step, and how many labels they have; the adapter is set to learn."""
+        task = self.setup.prepared.task
+        batches = task.step_batches(self.progress.step)
+        self.setup.adapter.train(True)
+        return batches, sum(task.count(batch) for batch in batches)
+
+    def end(self, batches: Sequence[Any], loss: float, start: float) -> None:
+        """Take the step that the gradients say; check, log and save where it is time. `start` is when it began.
+
+        Raises `TrainingError` where the loss or a gradient is not finite; then nothing has changed.
+        """
         setup, progress, task = self.setup, self.progress, self.setup.prepared.task
-        batches = task.step_batches(progress.step)
-        count = sum(task.count(batch) for batch in batches)
-        start, total = time.perf_counter(), 0.0
-        setup.adapter.train(True)
-        for batch in batches:
-            loss = task.loss(batch, setup.adapter.route) / count
-            loss.backward()
-            total += loss.item()
         norm = self.optimizer.step(factor := self._factor(), setup.settings.clip)
-        if not math.isfinite(total) or not math.isfinite(norm):
-            raise self._not_finite("loss" if not math.isfinite(total) else "gradient")
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise self.not_finite("loss" if not math.isfinite(loss) else "gradient")
         tokens = sum(task.size(batch) for batch in batches)
         progress.step += 1
         progress.tokens += tokens
         if setup.restart_every and progress.step % setup.restart_every == 0 and progress.step < setup.steps:
             generator = torch.Generator().manual_seed(setup.settings.seed + progress.step)
             restart(setup.adapter, generator, self.optimizer.adamw)
-        seconds = time.perf_counter() - start
-        return Tick(progress.step, total, norm, factor * setup.learning_rate, tokens, seconds)
+        tick = Tick(progress.step, loss, norm, factor * setup.learning_rate, tokens, time.perf_counter() - start)
+        check = tick.step % setup.check_every == 0 or tick.step == setup.steps
+        tick = self._check(tick) if check else tick
+        progress.seconds += time.perf_counter() - start
+        self._log(tick)
+        if check:
+            checkpoint.save(self.run, self.optimizer, progress, self.identity)
+        self.on_tick(tick)
 
     def _factor(self) -> float:
         """Factor of the learning rate at this step: the schedule's, rising again after each restart."""
@@ -123,7 +128,7 @@ class Loop:
         loss = setup.prepared.task.held_out_loss(setup.adapter.route)
         if not math.isfinite(loss):  # before anything is saved: what was kept stays good
             progress.step -= 1
-            raise self._not_finite("held-out loss")
+            raise self.not_finite("held-out loss")
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
             self.on_best()
@@ -135,7 +140,7 @@ class Loop:
         with disk_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(vars(tick)) + "\n")
 
-    def _not_finite(self, what: str) -> TrainingError:
+    def not_finite(self, what: str) -> TrainingError:
         """Say where the numbers broke: at which step, on which rows, and what to do."""
         step = self.progress.step
         rows = self.setup.prepared.task.step_rows(step)
@@ -145,6 +150,46 @@ class Loop:
             why=f"rows of this step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
             hint="start again with a lower --learning-rate, or --dtype float32; the best adapter so far is kept in adapter/",
         )
+
+
+def train_together(loops: Sequence[Loop]) -> dict[Loop, TrainingError]:
+    """Walk each loop, all on one base, to its end; returns what stopped those that could not go on.
+
+    One that breaks, breaks alone: a loss that is not finite leaves the pass before its gradients reach the others.
+    """
+    failed: dict[Loop, TrainingError] = {}
+    recompute = any(loop.setup.settings.checkpointing for loop in loops)
+    with loops[0].setup.prepared.base.checkpointing(recompute):
+        while active := [loop for loop in loops if loop not in failed and not loop.ended]:
+            failed |= _step(active)
+    return failed
+
+
+def _step(loops: Sequence[Loop]) -> dict[Loop, TrainingError]:
+    """One step of each loop, their micro-batches side by side in as few passes as their tasks allow."""
+    start = time.perf_counter()
+    begun = {loop: loop.begin() for loop in loops}
+    totals = dict.fromkeys(loops, 0.0)
+    for number in range(max(len(batches) for batches, _ in begun.values())):
+        present = [loop for loop, (batches, _) in begun.items() if number < len(batches)]
+        parts = [(loop.setup.prepared.task, begun[loop][0][number], loop.setup.adapter.route) for loop in present]
+        means = [loss / begun[loop][1] for loop, loss in zip(present, side_by_side(parts), strict=True)]
+        broken = [loop for loop, mean in zip(present, means, strict=True) if not math.isfinite(mean.item())]
+        if broken and len(loops) > 1:  # again, without them: their numbers must not touch the others' gradients
+            for loop in loops:
+                loop.optimizer.forget()
+            rest = [loop for loop in loops if loop not in broken]
+            return {loop: loop.not_finite("loss") for loop in broken} | (_step(rest) if rest else {})
+        torch.stack(means).sum().backward()
+        for loop, mean in zip(present, means, strict=True):
+            totals[loop] += mean.item()
+    failed: dict[Loop, TrainingError] = {}
+    for loop, (batches, _) in begun.items():
+        try:
+            loop.end(batches, totals[loop], start)
+        except TrainingError as error:
+            failed[loop] = error
+    return failed
 
 
 def _step_of(line: str) -> int:

@@ -67,6 +67,11 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
+    def forget(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name."""
         tensors: dict[str, Tensor] = {}

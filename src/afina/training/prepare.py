@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from afina.base.classifier import Classifier, load_classifier, load_masked
 from afina.base.frozen import Frozen
 from afina.base.load import load_base
+from afina.base.model import Base
 from afina.config import TrainSettings
 from afina.data.batches import split
 from afina.data.formats import Row, read_table
@@ -44,20 +45,23 @@ class Prepared:
     counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
 
 
-def prepare(settings: TrainSettings) -> Prepared:
-    """Load, read, render and check; raises the error of the first thing that is wrong."""
+def prepare(settings: TrainSettings, base: Base | None = None) -> Prepared:
+    """Load, read, render and check; raises the error of the first thing that is wrong.
+
+    `base` is the language model where it is loaded already, and others learn on it.
+    """
     if settings.objective == "classify":
         return _classifier(settings)
-    return _masked(settings) if settings.objective == "mlm" else _language(settings)
+    return _masked(settings) if settings.objective == "mlm" else _language(settings, base)
 
 
 # ---- language models
 
 
-def _language(settings: TrainSettings) -> Prepared:
+def _language(settings: TrainSettings, base: Base | None) -> Prepared:
     table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
     meant = preset(settings.method, 1)
-    base = load_base(
+    base = base or load_base(
         settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage
     )
     own_tokens = base.add_tokens(_new_tokens(settings))

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: loss, speed, time left, memory."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,22 +20,24 @@ class Silent:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return None
 
-    def tick(self, tick: Tick) -> None:
-        """One step is done."""
+    def tick(self, tick: Tick, run: int = 0) -> None:
+        """One step of a run is done; runs are counted in the order given."""
 
 
 class Display(Silent):
-    """A progress bar on standard error; a line a check where that is no terminal."""
+    """A progress bar a run on standard error; a line a check where that is no terminal."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setups: Sequence[Setup]) -> None:
         self._console = Console(stderr=True)
-        self._steps = setup.steps
+        self._steps = [setup.steps for setup in setups]
+        names = ["training"] if len(setups) == 1 else [str(setup.settings.out and setup.settings.out.name) for setup in setups]
+        self._labels = [""] if len(setups) == 1 else [f"{name}  " for name in names]
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+            TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self._console, disable=not self._console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("", total=self._steps)
+        self._tasks = [self._bar.add_task("", total=n, label=name) for n, name in zip(self._steps, names, strict=True)]
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -43,11 +46,10 @@ class Display(Silent):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
-    def tick(self, tick: Tick) -> None:
+    def tick(self, tick: Tick, run: int = 0) -> None:
         """Move the bar on, and say how it goes."""
         speed = f"loss {tick.loss:.3f}  {tick.tokens / tick.seconds:,.0f} tokens/s  peak {peak_memory_mb():,.0f} MB"
-        self._bar.update(self._task, completed=tick.step, description=speed)
+        self._bar.update(self._tasks[run], completed=tick.step, description=speed)
         if tick.held_out_loss is not None:
-            self._console.print(
-                f"step {tick.step}/{self._steps}  {speed}  held-out loss {tick.held_out_loss:.3f}", highlight=False
-            )
+            step = f"{self._labels[run]}step {tick.step}/{self._steps[run]}"
+            self._console.print(f"{step}  {speed}  held-out loss {tick.held_out_loss:.3f}", highlight=False)

@@ -12,7 +12,9 @@ RUN/curve.png, RUN/README.md
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ import yaml
 import afina
 from afina.base.model import Base
 from afina.config import TrainSettings, make_settings, resolved
+from afina.delta.attach import detach
+from afina.delta.contract import method
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
+from afina.delta.presets import preset
 from afina.disk import rescue, write_json, write_text
 from afina.errors import SettingsError, TrainingError
 from afina.judge.change import measure
@@ -36,8 +41,8 @@ from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
-from afina.training.loop import Loop, peak_memory_mb, read_metrics
-from afina.training.prepare import lines
+from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_together
+from afina.training.prepare import NEW_TOKENS, lines
 from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
 from afina.training.setup import Setup, default_out, set_up
@@ -57,23 +62,64 @@ def train(data: str | Path | TrainSettings, *, quiet: bool = True, **values: Any
     Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
     """
     settings = data if isinstance(data, TrainSettings) else make_settings(TrainSettings, {"data": Path(data), **values})
-    folder = default_out(settings)
-    _check_folder(folder, settings)
-    setup = set_up(settings)
-    identity = _identity(setup)
-    display = Silent() if quiet else Display(setup)
-    loop = Loop(setup, folder, identity, display.tick, lambda: _save_best(setup, folder))
-    if checkpoint.exists(folder):  # else it may have been cut off before the first one: nothing is lost then
-        loop.resume()
-    else:
-        _begin(setup, folder)
+    [outcome] = train_many([settings], quiet=quiet)
+    if isinstance(outcome, TrainingError):
+        raise outcome
+    return outcome
+
+
+def train_many(runs: Sequence[TrainSettings], *, quiet: bool = True) -> list[Run | TrainingError]:
+    """Train several adapters; those on one language model share it, and its passes. Each has its own run folder.
+
+    Losses are those of the same runs one by one (to the rounding of float32; with dropout, to its chance). A run that
+    breaks ends alone, and its error stands in its place. Settings and data that are wrong raise before anything begins.
+    """
+    folders = [default_out(settings) for settings in runs]
+    for folder, settings in zip(folders, runs, strict=True):
+        _check_folder(folder, settings)
+        if folders.count(folder) > 1:
+            raise SettingsError("two runs would share a folder", where=str(folder), hint="give each an --out of its own")
+    groups: dict[Any, list[int]] = {}
+    for number, settings in enumerate(runs):
+        groups.setdefault(_shares(settings) or number, []).append(number)
+    outcomes: dict[int, Run | TrainingError] = {}
+    for numbers in groups.values():
+        made = _train_group([runs[n] for n in numbers], [folders[n] for n in numbers], quiet)
+        outcomes |= dict(zip(numbers, made, strict=True))
+    return [outcomes[number] for number in range(len(runs))]
+
+
+def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
+    """What runs that can share a base have in common; None where a run needs one of its own."""
+    meant = preset(settings.method, 1)
+    if settings.objective in ("classify", "mlm") or method(meant.delta).replaces or settings.options.get(NEW_TOKENS):
+        return None
+    return (settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage)
+
+
+def _train_group(runs: list[TrainSettings], folders: list[Path], quiet: bool) -> list[Run | TrainingError]:
+    """Runs on one base, together."""
+    setups: list[Setup] = []
+    for number, settings in enumerate(runs):
+        base = setups[0].prepared.base if setups else None
+        assert base is None or isinstance(base, Base)
+        setups.append(set_up(settings, base, f"run-{number}"))
+    display = Silent() if quiet else Display(setups)
+    loops = []
+    for number, (setup, folder) in enumerate(zip(setups, folders, strict=True)):
+        loop = Loop(setup, folder, _identity(setup), partial(display.tick, run=number), partial(_save_best, setup, folder))
+        if checkpoint.exists(folder):  # else it may have been cut off before the first one: nothing is lost then
+            loop.resume()
+        else:
+            _begin(setup, folder)
+        loops.append(loop)
     with display:
-        if not loop.progress.before:
-            loop.progress.before = _losses(setup, None)
-            checkpoint.save(folder, loop.optimizer, loop.progress, identity)
-        loop.train()
-        story = _finish(setup, folder, loop)
-    return Run(folder, story)
+        for loop in loops:
+            if not loop.progress.before:
+                loop.progress.before = _losses(loop.setup, None)
+                checkpoint.save(loop.run, loop.optimizer, loop.progress, loop.identity)
+        failed = train_together(loops)
+        return [failed[loop] if loop in failed else Run(loop.run, _finish(loop.setup, loop.run, loop)) for loop in loops]
 
 
 def _check_folder(folder: Path, settings: TrainSettings) -> None:
@@ -153,6 +199,7 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     }
     if isinstance(task, ClassifyTask):
         story |= {"classes": classify_held_out(task, route, folder / "confusion.png")}
+    detach(setup.prepared.base.model, best)
     write_json(folder / "run.json", story)
     draw_curve(read_metrics(folder), losses, folder / "curve.png")
     card = model_card(story)

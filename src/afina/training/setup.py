@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from afina.base.model import Base
 from afina.config import TrainSettings
 from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
@@ -69,15 +70,18 @@ def make_spec(prepared: Prepared, settings: TrainSettings) -> Spec:
     )
 
 
-def set_up(settings: TrainSettings) -> Setup:
-    """Load, read, render, check and attach; raises the error of the first thing that is wrong."""
-    prepared = prepare(settings)
+def set_up(settings: TrainSettings, base: Base | None = None, name: str = NAME) -> Setup:
+    """Load, read, render, check and attach under `name`; raises the error of the first thing that is wrong.
+
+    `base` is the language model where it is loaded already, and others learn on it.
+    """
+    prepared = prepare(settings, base)
     spec = make_spec(prepared, settings)
     torch.manual_seed(settings.seed)
     return Setup(
         settings=settings,
         prepared=prepared,
-        adapter=attach(prepared.base.model, prepared.base.board, NAME, spec, settings.seed),
+        adapter=attach(prepared.base.model, prepared.base.board, name, spec, settings.seed),
         learning_rate=settings.learning_rate or (2e-5 if spec.method == "full" else 2e-4),
         rates=by_pattern(settings.learning_rates, (*spec.targets, *spec.modules), "learning_rates"),
         steps=settings.steps or max(1, round(settings.epochs * prepared.task.steps_per_epoch)),
