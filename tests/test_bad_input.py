@@ -549,7 +549,6 @@ def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_p
 
 
 def test_a_failed_save_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_text("kept")
     real = Path.rename
