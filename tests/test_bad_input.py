@@ -19,6 +19,7 @@ import afina
 from afina.base.convert import convert
 from afina.base.load import load_base
 from afina.cli import main
+from afina.disk import new_folder
 from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsError, TrainingError
 from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
@@ -305,6 +306,14 @@ def test_a_missing_folder_is_first_of_all_a_missing_folder(name: str, tmp_path: 
     assert str(caught.value.why).startswith(f"looked for {tmp_path / name}; the hub was not asked (HF_HUB_OFFLINE)")
 
 
+def test_an_adapter_is_no_base(train: Train) -> None:
+    run = train()
+    for folder in (run.folder, run.folder / "adapter"):
+        error = refused(folder)
+        assert "this is an adapter, not a model" in str(error)
+        assert f"--run {folder}" in str(error.hint)
+
+
 def test_a_device_that_is_not_there() -> None:
     name = "mps" if not torch.backends.mps.is_available() else "cuda"
     with pytest.raises(SettingsError, match="is not available here"):
@@ -396,6 +405,7 @@ def test_settings_that_changed_are_named_with_both_values(
     run = train(learning_rate=0.001)
     for changes, told in (
         ({"learning_rate": 0.002}, "the setting learning_rate is 0.001 in the run, 0.002 now"),
+        ({"learning_rate": 0.001, "patience": 3}, "the setting patience is not set in the run, 3 now"),
         ({"learning_rate": 0.001, "seed": 9, "rank": 4}, "rank is 8 in the run, 4 now; seed is 0 in the run, 9 now"),
         ({"learning_rate": 0.001, "holdout": 0.3}, "the setting holdout is 0.1 in the run, 0.3 now"),
     ):
@@ -416,7 +426,7 @@ def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
     del content["identity"]["settings"]["patience"]
     file.write_text(json.dumps(content))
     assert train(resume=True).story["adapter"] == run.story["adapter"]
-    with pytest.raises(TrainingError, match="the setting patience is None in the run, 3 now"):
+    with pytest.raises(TrainingError, match="the setting patience is not set in the run, 3 now"):
         train(resume=True, patience=3)
 
 
@@ -431,6 +441,26 @@ def test_a_run_cut_off_before_its_first_checkpoint(train: Train, tmp_path: Path,
         train()
     assert "--resume" in str(caught.value.hint)
     assert train(resume=True).story["adapter"] == whole.story["adapter"]
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(learning_rate=0.001)
+    moved = run.folder.rename(tmp_path / "moved")
+    assert main.run(["train", "--config", str(moved / "settings.yaml"), "--resume", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["folder"], result["adapter"]) == (str(moved), run.story["adapter"])
+    assert not run.folder.exists()
+
+
+def test_a_file_where_a_folder_should_be(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AfinaError, match="cannot write here") as caught:
+        train(out=tmp_path / "file" / "run")
+    assert (caught.value.why, caught.value.hint) == ("Not a directory", "choose another folder with --out")
+    with pytest.raises(AfinaError, match="cannot write here"), new_folder(tmp_path / "file" / "merged"):
+        pass
 
 
 class Full:
@@ -519,8 +549,6 @@ def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_p
 
 
 def test_a_failed_save_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from afina.disk import new_folder
-
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_text("kept")
     real = Path.rename
@@ -617,7 +645,7 @@ def test_nothing_to_judge_on(train: Train, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
-    with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens"):
+    with pytest.raises(DataError, match=r"prompt 2 has 1,215 tokens"):
         afina.generate(["short", "long " * 400], base=str(tiny))
 
 

@@ -334,7 +334,7 @@ def test_generate(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch
 
 def test_chat(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripted through standard input: the adapter off and on, the conversation forgotten."""
-    script = "say sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
+    script = "/of\nsay sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
     status = run(["chat", str(trained), "--max-new-tokens", "5", "--system", "be kind", "--json"])
     out, err = capsys.readouterr()
@@ -342,6 +342,7 @@ def test_chat(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: py
     assert status == 0
     assert [message["role"] for message in result["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert "/off" in err
+    assert "/of is none of /on, /off, /new" in err
     answers = []
     for adapter in ("on", "off"):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/{adapter}\nsay sol mar\n"))

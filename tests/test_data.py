@@ -204,6 +204,9 @@ def test_faults_of_the_path(tmp_path: Path) -> None:
         ("x.jsonl", jsonl({"question": "a", "answer": "b"}), {}, "question, answer", "{prompt: question, completion: answer}"),
         ("x.csv", "question,answer\na,b\n", {}, "question, answer", "--columns '{prompt: question, completion: answer}'"),
         ("x.tsv", "sentence\tlabel\na\t1\n", {}, "sentence, label", "--columns '{prompt: sentence}'"),
+        # what was told is kept where it leads somewhere, and a column is not given twice
+        ("x.csv", "Q,A\na,b\n", {"prompt": "Q"}, "Q, A", "--columns '{prompt: Q, completion: A}'"),
+        ("x.csv", "Q,A\na,b\n", {"prompt": "Q", "output": "A"}, "Q, A", "--columns '{prompt: Q, completion: A}'"),
         ("x.json", json.dumps([{"instruction": "a", "response": "b"}]), {}, "instruction, response", "{output: response}"),
         ("x.jsonl", jsonl({"question": "a", "answer": "b"}), {"prompt": "qestion"}, "question, answer", "'question'?"),
         ("x.txt", "just text", {"prompt": "question"}, "text", "text"),

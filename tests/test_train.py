@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 import afina
 from afina.base.load import load_base
 from afina.base.model import Base
+from afina.config import TrainSettings, make_settings
 from afina.judge.change import Change, change, student
 from afina.judge.metrics import METRICS, accuracy, bleu, chrf, exact_match, rouge, score
 from afina.judge.verdict import Losses, verdict
@@ -109,6 +110,11 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     for told in (run.story["base"]["hash"][:16], run.story["data"]["sha256"][:16], "licence of the base", "licence of the data"):
         assert told in card
     assert all(sentence in card for sentence in run.story["verdict"])
+    settings = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    data = settings.pop("data")
+    assert data == Path(run.story["data"]["path"]).name
+    again = {**make_settings(TrainSettings, {**settings, "data": data}).model_dump(), "data": None, "out": None}
+    assert again == {**make_settings(TrainSettings, run.story["settings"]).model_dump(), "data": None, "out": None}
 
 
 def test_a_card_names_the_licence_of_the_base(train: Train, tiny: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error  # fmt: skip
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise AfinaError("not allowed to write here", where=str(path), hint="choose another folder with --out") from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            why = os.strerror(error.errno)
+            raise AfinaError("cannot write here", where=str(path), why=why, hint="choose another folder with --out") from error
         raise
     except Exception as error:  # safetensors wraps the system's error in one of its own
         if "No space left" in str(error) or "os error 28" in str(error):
@@ -47,7 +50,8 @@ def write_text(path: Path, text: str) -> None:
                 os.fsync(stream.fileno())
             beside.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # a parent that is a file: the error before this one says so
+                beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -119,6 +119,10 @@ def _download(name: str, revision: str | None) -> Path:
 def check_folder(folder: Path) -> list[Path]:
     """The weight files of a model folder, each complete; raises `BaseError` on what is missing or damaged."""
     if not (folder / "config.json").is_file():
+        for adapter in (folder, folder / "adapter"):
+            if (adapter / "adapter_config.json").is_file():
+                hint = f"give it as --run {folder}, or as `afina chat {folder}`; --base is the model below it"
+                raise BaseError("this is an adapter, not a model", where=str(folder), hint=hint)
         raise BaseError("no config.json in the model's folder", where=str(folder), hint="is this a Hugging Face folder?")
     if (folder / INDEX).is_file():
         try:

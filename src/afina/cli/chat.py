@@ -1,5 +1,6 @@
 """`afina chat`: a conversation in the terminal, answers appearing as they are made."""
 
+import re
 import sys
 from typing import Any
 
@@ -31,6 +32,8 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
             route = adapted if line == "/on" else None
         elif line == "/new":
             messages = list(opening)
+        elif re.fullmatch(r"/[a-z]+", line):
+            console.print(f"{line} is none of /on, /off, /new", highlight=False)
         elif line:
             messages.append({"role": "user", "content": line})
             try:

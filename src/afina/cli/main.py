@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name, help=verb.help, description=verb.help, allow_abbrev=False, argument_default=argparse.SUPPRESS
         )
-        sub.add_argument("--config", metavar="FILE", help="a YAML file of settings; flags go before it")
+        sub.add_argument("--config", metavar="FILE", help="a YAML file of settings; a flag wins over it")
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line")
         for field_name, field in verb.settings.model_fields.items():
             help_text = _help(field.description or "", field.default)
@@ -148,7 +148,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
     if file is not None:
         from pathlib import Path
 
-        values = config.read_yaml(Path(file)) | values
+        there = {"out": str(Path(file).parent)} if values.get("resume") and Path(file).with_name("checkpoint").is_dir() else {}
+        values = config.read_yaml(Path(file)) | there | values  # a run that was moved is resumed where it is now
     return known.verb, config.make_settings(verb.settings, values, where=file), as_json
 
 

@@ -50,7 +50,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     if broken and not (names and skip_bad_rows):
         raise broken
     columns = _all_columns(path, names, known)
-    format = _format(path, set(_renamed(dict.fromkeys(names), columns)), names)
+    format = _format(path, set(_renamed(dict.fromkeys(names), columns)), names, known)
     rows, skipped = [], []
     for where, record in records:
         try:
@@ -70,7 +70,8 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
 
 def _bytes(path: Path) -> bytes:
     if path.is_dir():
-        raise DataError("this is a folder", where=str(path), hint="name one file in it")
+        hint = "name one file in it, or --objective classify for pictures in folders"
+        raise DataError("this is a folder", where=str(path), hint=hint)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -128,8 +129,11 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
     return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
 
 
-def _format(path: Path, names: Set[str], found: list[str]) -> str:
-    """The format of records with these fields; raises `DataError` with the columns found and what to type."""
+def _format(path: Path, names: Set[str], found: list[str], told: Mapping[str, str]) -> str:
+    """The format of records with these fields; raises `DataError` with the columns found and what to type.
+
+    What the user has `told` of the columns is kept in that where it leads to a format.
+    """
     format = recognise(names)
     if format is not None:
         return format
@@ -138,9 +142,11 @@ def _format(path: Path, names: Set[str], found: list[str]) -> str:
         if required & names and not spare:  # nothing else could be meant: its rows will say what they miss
             return name
     guess = {"prompt": "question", "completion": "answer"}
-    begun = next(((required, required & names) for _, required in REQUIRED if required & names), None)
-    if begun:
-        guess = dict(zip(sorted(begun[0] - begun[1]), spare, strict=False))
+    free = [name for name in spare if name not in told.values()]
+    lacking = [required - names for _, required in REQUIRED if required & names and set(told) <= required]
+    fillable = [sorted(fields) for fields in lacking if len(fields) <= len(free)]
+    if fillable:
+        guess = dict(told) | dict(zip(fillable[0], free, strict=False))
     elif len(spare) > 1:
         guess = {"prompt": spare[0], "completion": spare[1]}
     example = ", ".join(f"{ours}: {theirs[:40]}" for ours, theirs in guess.items())

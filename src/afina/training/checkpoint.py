@@ -70,10 +70,15 @@ def _same_settings(run: Path, before: dict[str, Any], now: dict[str, Any]) -> No
     """Raise `TrainingError` with every setting that changed; one that an older afina did not know had its default."""
     fields = TrainSettings.model_fields
     known = {name: before.get(name, fields[name].get_default()) for name in now}
-    changed = [f"{name} is {known[name]} in the run, {now[name]} now" for name in now if known[name] != now[name]]
+    changed = [f"{name} is {_told(known[name])} in the run, {_told(now[name])} now" for name in now if known[name] != now[name]]
     if changed:
         raise TrainingError(
             f"cannot go on: the setting {'; '.join(changed)}",
             where=str(run),
             hint=f"afina train --config {run / SETTINGS} --resume, or start a new run with another --out",
         )
+
+
+def _told(value: Any) -> str:
+    """A setting's value as it is written in YAML."""
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from afina.disk import disk_errors
 from afina.errors import counted
 from afina.judge.verdict import Losses
@@ -45,7 +47,8 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
 def model_card(story: Mapping[str, Any]) -> str:
     """The adapter's README.md, from run.json."""
     settings, base, data, losses = story["settings"], story["base"], story["data"], story["losses"]
-    changed = {k: v for k, v in settings.items() if v not in (None, {}, False) and k not in ("data", "out", "base")}
+    again = {k: v for k, v in settings.items() if v not in (None, {}, False) and k != "out"}
+    again["data"] = Path(data["path"]).name  # where it lay is nobody's business
     licence = base["licence"] or "not stated by the base's card"
     return f"""---
 base_model: {base["name"]}
@@ -81,7 +84,7 @@ An adapter made by afina {story["environment"]["afina"]}.
 ## How to run it again
 
 ```yaml
-{chr(10).join(f"{name}: {value}" for name, value in changed.items())}
+{yaml.safe_dump(again, sort_keys=False, allow_unicode=True).rstrip()}
 ```
 """
 
