@@ -156,7 +156,7 @@ def make_large(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", choices=["ours", "theirs", "sum", "svd"])
+    parser.add_argument("--side", choices=["make", "make-large", "ours", "theirs", "sum", "svd"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rank", type=int)
     arguments = parser.parse_args()
@@ -164,26 +164,30 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-        sides = {"ours": ours, "theirs": theirs}
-        figures = (
-            sides[arguments.side](arguments.folder, arguments.rank)
-            if arguments.side in sides
-            else large(arguments.folder, arguments.side)
-        )
-        print(json.dumps(figures))
+        print(json.dumps(do(arguments.side, arguments.folder, arguments.rank)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_adapters(folder)
+        run("make", folder)  # apart: a process inherits the peak of the one that starts it
         found: dict[str, Any] = {}
         for rank in RANKS:
             for side in ("theirs", "ours"):
                 found[f"{side}_{rank}"] = run(side, folder, rank)
-        make_large(folder)
+        run("make-large", folder)
         for how in ("sum", "svd"):
             found[f"large_{how}"] = run(how, folder)
     figures, targets = summary(found)
     publish("combine", figures, targets, found, roofline())
+
+
+def do(name: str, folder: Path, rank: int) -> dict[str, float]:
+    """The work of one process."""
+    if name.startswith("make"):
+        (make_adapters if name == "make" else make_large)(folder)
+        return {"peak_mb": peak_mb()}
+    if name in ("sum", "svd"):
+        return large(folder, name)
+    return (ours if name == "ours" else theirs)(folder, rank)
 
 
 def run(side: str, folder: Path, rank: int = 0) -> dict[str, Any]:
@@ -198,8 +202,9 @@ def summary(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         mine, peers = found[f"ours_{rank}"], found[f"theirs_{rank}"]
         for how in ("sum", "rs_sum"):
             figures[f"{how}_error_{rank}_times_1e9"] = 1e9 * mine[f"{how}_error"]
-        for how in ("linear", "cat", "rs_linear", "rs_cat"):
-            figures[f"peft_{how}_error_{rank}"] = peers[f"{how}_error"]
+        for kind in ("", "rs_"):
+            figures[f"peft_{kind}cat_error_{rank}_times_1e9"] = 1e9 * peers[f"{kind}cat_error"]
+            figures[f"peft_{kind}linear_error_{rank}"] = peers[f"{kind}linear_error"]
         figures[f"svd_error_{rank}"], figures[f"peft_svd_error_{rank}"] = mine["svd_error"], peers["svd_error"]
         figures[f"svd_speed_ratio_{rank}"] = peers["svd_seconds"] / mine["svd_seconds"]
         figures[f"svd_seconds_{rank}"], figures[f"peft_svd_seconds_{rank}"] = mine["svd_seconds"], peers["svd_seconds"]

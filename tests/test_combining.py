@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,17 @@ LOW = ("lora", "rslora", "few", "patterned", "head")
 STORAGES = {"float32": dict(dtype="float32"), "bfloat16": dict(dtype="bfloat16"), "nf4": dict(dtype="float32", storage="nf4")}
 
 
-def make(tiny: Path, folder: Path, *kinds: str, **how: Any) -> dict[str, Path]:
-    """An adapter of each kind on disk, with random numbers that show."""
-    paths = {}
-    for number, kind in enumerate(kinds):
-        base = load_base(str(tiny), **how)
-        spec = dict(KINDS[kind])
-        adapter = put(base, seed=number + 1, **spec)
-        save_adapter(adapter, base, folder / kind)
-        paths[kind] = folder / kind
-    return paths
+def make(tiny: Path, *kinds: str, **how: Any) -> dict[str, Path]:
+    """An adapter of each kind on disk, with random numbers that show; made once a session, never written to."""
+    shelf = tiny.parent / f"{tiny.name}-shelf-{'-'.join(map(str, how.values()))}"
+    missing = [kind for kind in kinds if not (shelf / kind).exists()]
+    base = load_base(str(tiny), **how) if missing else None
+    for kind in missing:
+        assert base is not None
+        adapter = put(base, seed=1 + list(KINDS).index(kind), **dict(KINDS[kind]))
+        save_adapter(adapter, base, shelf / kind)
+        detach(base.model, adapter)
+    return {kind: shelf / kind for kind in kinds}
 
 
 def opened(tiny: Path, run: Path | str) -> Opened:
@@ -85,6 +87,15 @@ def inputs(base: Base) -> dict[str, Tensor]:
 
 def updates(tiny: Path, run: Path | str) -> dict[str, Tensor]:
     """What the adapter (or adapters) adds to each layer's output for fixed inputs, float32 base."""
+    return _shelved(tiny, Path(run)) if "-shelf-" in str(run) and ":" not in str(run) else _updates(tiny, run)
+
+
+@cache
+def _shelved(tiny: Path, run: Path) -> dict[str, Tensor]:
+    return _updates(tiny, run)
+
+
+def _updates(tiny: Path, run: Path | str) -> dict[str, Tensor]:
     there = opened(tiny, run)
     x = inputs(there.language)
     before, after = layer_outputs(there.language, None, x), layer_outputs(there.language, there.route, x)
@@ -109,7 +120,7 @@ def weighted(parts: Sequence[tuple[dict[str, Tensor], float]]) -> dict[str, Tens
     ("lora", "dora"), ("mora", "dora", "few"), ("sharing", "mora"), ("rslora", "dora", "mora", "head"),
 ], ids="+".join)  # fmt: skip
 def test_the_sum_is_the_weighted_sum_of_the_updates(tiny: Path, tmp_path: Path, mix: tuple[str, ...]) -> None:
-    folders = make(tiny, tmp_path, *mix)
+    folders = make(tiny, *mix)
     weights = [0.6, -0.4, 1.3, 0.25][: len(mix)]
     result = combine([f"{folders[k]}:{w}" for k, w in zip(mix, weights)], out=tmp_path / "out", base=str(tiny))
     assert result["kind"] == ("adapter" if set(mix) <= set(LOW) else "composition")
@@ -122,7 +133,7 @@ def test_the_sum_is_the_weighted_sum_of_the_updates(tiny: Path, tmp_path: Path, 
 def test_the_sum_on_other_storages(tiny: Path, tmp_path: Path, storage: str) -> None:
     """The stacked sum and several adapters at once give the same logits, whatever way the base is held."""
     how = STORAGES[storage]
-    folders = make(tiny, tmp_path, "lora", "rslora", **how)
+    folders = make(tiny, "lora", "rslora", **how)
     combine([f"{folders['lora']}:0.7", f"{folders['rslora']}:-0.5"], out=tmp_path / "out")
     base = load_base(str(tiny), **how)
     one, two = (load_adapter(folders[k], base, k) for k in ("lora", "rslora"))
@@ -138,7 +149,7 @@ def test_the_sum_on_other_storages(tiny: Path, tmp_path: Path, storage: str) -> 
 @pytest.mark.parametrize("storage", ["bfloat16", "nf4"])
 def test_dora_and_mora_are_made_loras_of_the_base_as_it_is_held(tiny: Path, tmp_path: Path, storage: str) -> None:
     how = STORAGES[storage]
-    folders = make(tiny, tmp_path, "dora", "few", **how)
+    folders = make(tiny, "dora", "few", **how)
     combine([f"{folders['dora']}:0.7", f"{folders['few']}:0.5"], how="svd", rank=96, out=tmp_path / "out", dtype=how["dtype"])
     base = load_base(str(tiny), **how)
     parts = [(load_adapter(folders["dora"], base, "d"), 0.7), (load_adapter(folders["few"], base, "f"), 0.5)]
@@ -151,7 +162,7 @@ def test_dora_and_mora_are_made_loras_of_the_base_as_it_is_held(tiny: Path, tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adapter_with_weight_one_is_that_adapter(tiny: Path, tmp_path: Path, kind: str) -> None:
-    folder = make(tiny, tmp_path, kind)[kind]
+    folder = make(tiny, kind)[kind]
     whole = updates(tiny, folder)
     for how in ("sum", "svd", "slerp", "ties", "dare", "magnitude", "della"):
         if how == "slerp" and kind not in LOW:
@@ -165,7 +176,7 @@ def test_one_adapter_with_weight_one_is_that_adapter(tiny: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("how", ["sum", "svd", "slerp", "ties", "dare", "magnitude", "della"])
 def test_the_order_does_not_matter(tiny: Path, tmp_path: Path, how: str) -> None:
-    folders = make(tiny, tmp_path, "lora", "few", "rslora")
+    folders = make(tiny, "lora", "few", "rslora")
     parts = [f"{folders['lora']}:0.5", f"{folders['few']}:0.8", f"{folders['rslora']}:-0.3"][: 2 if how == "slerp" else 3]
     for name, order in (("a", parts), ("b", parts[::-1])):
         combine(order, how=how, out=tmp_path / name, seed=4)
@@ -175,7 +186,7 @@ def test_the_order_does_not_matter(tiny: Path, tmp_path: Path, how: str) -> None
 @pytest.mark.parametrize("how", ["sum", "svd", "dare", "magnitude"])
 def test_linear_in_the_weights(tiny: Path, tmp_path: Path, how: str) -> None:
     """2 A - 0.6 B is twice A - 0.3 B; and, where nothing is cut, the sum of its parts."""
-    folders = make(tiny, tmp_path, "lora", "rslora")
+    folders = make(tiny, "lora", "rslora")
     rank = None if how == "sum" else 100
     make_one = lambda name, *parts: combine(parts, how=how, out=tmp_path / name, rank=rank)  # noqa: E731
     make_one("once", folders["lora"], f"{folders['rslora']}:-0.3")
@@ -188,14 +199,14 @@ def test_linear_in_the_weights(tiny: Path, tmp_path: Path, how: str) -> None:
 
 
 def test_a_negative_weight_takes_a_skill_out(tiny: Path, tmp_path: Path) -> None:
-    folders = make(tiny, tmp_path, "lora", "few")
+    folders = make(tiny, "lora", "few")
     combine([folders["lora"], folders["few"]], out=tmp_path / "both")
     combine([tmp_path / "both", f"{folders['few']}:-1"], out=tmp_path / "less")
     assert close(updates(tiny, tmp_path / "less"), updates(tiny, folders["lora"]))
 
 
 def test_compositions_of_compositions_are_flat(tiny: Path, tmp_path: Path) -> None:
-    folders = make(tiny, tmp_path, "dora", "mora", "lora")
+    folders = make(tiny, "dora", "mora", "lora")
     combine([f"{folders['dora']}:0.5", f"{folders['mora']}:2"], out=tmp_path / "c")
     result = combine([f"{tmp_path / 'c'}:0.5", folders["lora"]], out=tmp_path / "d")
     assert [(p["method"], p["weight"]) for p in result["parents"]] == [("dora", 0.25), ("mora", 1.0), ("lora", 1.0)]
@@ -205,7 +216,7 @@ def test_compositions_of_compositions_are_flat(tiny: Path, tmp_path: Path) -> No
 
 def test_saved_is_loaded(tiny: Path, tmp_path: Path) -> None:
     """What was written, loaded and written again is the same adapter, by its hash; so is the sum made twice."""
-    folders = make(tiny, tmp_path, "patterned", "few")
+    folders = make(tiny, "patterned", "few")
     result = combine([f"{folders['patterned']}:0.3", folders["few"]], out=tmp_path / "out")
     base = load_base(str(tiny))
     adapter = load_adapter(tmp_path / "out", base)
@@ -244,7 +255,7 @@ def test_peft_loads_the_sum_and_answers_alike(tiny: Path, tmp_path: Path) -> Non
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folders = make(tiny, tmp_path, "patterned", "rslora", "few")
+    folders = make(tiny, "patterned", "rslora", "few")
     combine([f"{folders['patterned']}:0.6", f"{folders['rslora']}:0.4", folders["few"]], out=tmp_path / "out")
     combine([f"{folders['patterned']}:0.6", f"{folders['rslora']}:0.4"], how="svd", rank=5, out=tmp_path / "cut")
     for out in ("out", "cut"):
@@ -297,7 +308,7 @@ def dense_of(tiny: Path, folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("mix", [("lora", "rslora", "few"), ("dora", "lora"), ("mora", "few")], ids="+".join)
 def test_svd_is_the_best_of_its_rank_and_tells_its_energy(tiny: Path, tmp_path: Path, mix: tuple[str, ...]) -> None:
-    folders = make(tiny, tmp_path, *mix)
+    folders = make(tiny, *mix)
     weights = [0.6, 0.5, -0.7][: len(mix)]
     result = combine([f"{folders[k]}:{w}" for k, w in zip(mix, weights)], how="svd", rank=4, out=tmp_path / "out", base=str(tiny))
     parts = [dense_of(tiny, folders[k]) for k in mix]
@@ -368,7 +379,7 @@ def test_entry_by_entry_as_the_papers_say() -> None:
 
 
 def test_dare_is_seeded_and_low_energy_is_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = make(tiny, tmp_path, "lora", "few")
+    folders = make(tiny, "lora", "few")
     parts = list(folders.values())
     hashes = [combine(parts, how="dare", density=0.3, seed=s, out=tmp_path / f"d{i}")["hash"] for i, s in enumerate((5, 5, 6))]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -382,7 +393,7 @@ def test_dare_is_seeded_and_low_energy_is_told(tiny: Path, tmp_path: Path, capsy
 
 
 def test_lineage(tiny: Path, tmp_path: Path) -> None:
-    folders = make(tiny, tmp_path, "lora", "few")
+    folders = make(tiny, "lora", "few")
     hashes = [json.loads((f / "afina.json").read_text())["hash"] for f in folders.values()]
     combine([f"{folders['lora']}:0.25", folders["few"]], how="ties", density=0.5, rank=3, out=tmp_path / "out")
     story = json.loads((tmp_path / "out" / "afina.json").read_text())
@@ -392,7 +403,7 @@ def test_lineage(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_other_bases_are_refused(tiny: Path, tied: Path, tmp_path: Path) -> None:
-    here, there = make(tiny, tmp_path / "1", "lora"), make(tied, tmp_path / "2", "few")
+    here, there = make(tiny, "lora"), make(tied, "few")
     for parts in ([here["lora"], there["few"]], [f"{here['lora']}:0.5,{there['few']}:0.5"]):
         with pytest.raises(AdapterError, match="different bases"):
             combine(parts, out=tmp_path / "out") if len(parts) == 2 else opened(tiny, parts[0])
@@ -400,7 +411,7 @@ def test_other_bases_are_refused(tiny: Path, tied: Path, tmp_path: Path) -> None
 
 
 def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
-    a = make(tiny, tmp_path, "lora", "dora", "few")
+    a = make(tiny, "lora", "dora", "few")
     lora, out = a["lora"], tmp_path / "out"
     base = load_base(str(tiny))
     save_adapter(put(base, method="full", targets=["q_proj"]), base, tmp_path / "full")
@@ -427,7 +438,7 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_composition_is_checked_when_it_is_opened(tiny: Path, tmp_path: Path) -> None:
-    folders = make(tiny, tmp_path, "lora", "dora")
+    folders = make(tiny, "lora", "dora")
     combine(list(folders.values()), out=tmp_path / "c")
     story = json.loads((tmp_path / "c" / "afina.json").read_text())
     weights = tmp_path / "c" / story["composition"][0]["path"] / "adapter_model.safetensors"
@@ -445,7 +456,7 @@ def test_a_composition_is_checked_when_it_is_opened(tiny: Path, tmp_path: Path) 
 def test_the_stream_is_plain_safetensors(tiny: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    folders = make(tiny, tmp_path, "patterned", "few")
+    folders = make(tiny, "patterned", "few")
     combine(list(folders.values()), out=tmp_path / "out")
     file = tmp_path / "out" / "adapter_model.safetensors"
     loaded, reader = load_file(file), Reader(file)
@@ -454,7 +465,7 @@ def test_the_stream_is_plain_safetensors(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_several_at_once_on_the_command_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = make(tiny, tmp_path, "lora", "dora")
+    folders = make(tiny, "lora", "dora")
     parts = f"{folders['lora']}:0.6,{folders['dora']}:0.4"
     combine(parts.split(","), out=tmp_path / "c")
     answers = []

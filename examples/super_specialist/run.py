@@ -1,0 +1,220 @@
+"""Two specialists into one, measured: `python examples/super_specialist/run.py`
+
+On the embedded base, from the lexicon that `afina demo` uses: one adapter learns to mend verbs, another one articles
+and adjectives. A sentence with both kinds of mistake needs both. For each parent, each way of combining, weights found by
+search, and one adapter trained on both kinds of rows, it counts the sentences corrected without a fault, and writes the table
+to results.json and into README.md.
+"""
+
+import argparse
+import json
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from afina.base.load import load_base
+from afina.base.model import Base
+from afina.combining.algebra import combine
+from afina.config import BaseSettings, TrainSettings
+from afina.data.template import Renderer
+from afina.delta.attach import detach
+from afina.delta.composition import parts_of
+from afina.delta.files import load_adapter
+from afina.demo.lexicon import LANGUAGES
+from afina.demo.sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
+from afina.disk import write_json, write_text
+from afina.engine.generate import Sampling, answer
+from afina.judge.metrics import exact_match
+from afina.route.invocation import Route
+from afina.training.run import train
+
+HERE = Path(__file__).parent
+VERBS, AGREEMENT = MISTAKES[:1], MISTAKES[1:3]  # the verb's number; articles and adjectives
+ASK = {"en": "Correct: ", "es": "Corrige: "}
+SKILLS = ("verbs", "agreement", "both in one")
+ROWS, TESTED, FEW = 6000, 150, 40
+RANK = 16
+
+Row = dict[str, Any]
+Draw = Callable[[random.Random], tuple[str, str, str]]  # (language, wrong, right)
+
+
+def one_mistake(kinds: Sequence[Any], rng: random.Random) -> tuple[str, str, str]:
+    """A sentence with one mistake of `kinds`."""
+    while True:
+        clause, language = draw_clause(rng, EVERYTHING), rng.choice(LANGUAGES)
+        wrong = rng.choice(kinds)(rng, clause, language)
+        if wrong is not None and wrong != write(clause, language):
+            return language, wrong, write(clause, language)
+
+
+def both_mistakes(rng: random.Random) -> tuple[str, str, str]:
+    """A sentence with one mistake of each family."""
+    while True:
+        clause, language = draw_clause(rng, EVERYTHING), rng.choice(LANGUAGES)
+        wrong = mixed(rng, clause, language)
+        if wrong is not None:
+            return language, wrong, write(clause, language)
+
+
+def mixed(rng: random.Random, clause: Clause, language: str) -> str | None:
+    """The clause with both: each word as the family that changed it has it; None where one cannot apply."""
+    right = write(clause, language)
+    first, second = VERBS[0](rng, clause, language), rng.choice(AGREEMENT)(rng, clause, language)
+    if first is None or second is None or right in (first, second):
+        return None
+    columns = list(zip(right.split(), first.split(), second.split(), strict=False))
+    if not len(right.split()) == len(first.split()) == len(second.split()) == len(columns):
+        return None
+    return " ".join(b if b != a else c for a, b, c in columns)
+
+
+def rows(draw: Draw, count: int, seed: int, without: set[str]) -> list[Row]:
+    """`count` chat rows with different answers, none of them among `without`, which they join."""
+    rng, made = random.Random(seed), []
+    while len(made) < count:
+        language, wrong, right = draw(rng)
+        if right not in without:
+            without.add(right)
+            messages = [{"role": "user", "content": ASK[language] + wrong}, {"role": "assistant", "content": right}]
+            made.append({"messages": messages})
+    return made
+
+
+def save(path: Path, made: Sequence[Row]) -> Path:
+    """A JSONL file."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    return path
+
+
+def make_data(folder: Path) -> tuple[dict[str, Path], dict[str, list[Row]]]:
+    """(training files by adapter and the few rows for the search, test rows by skill); no answer comes twice."""
+    draws: dict[str, Draw] = {
+        "verbs": lambda rng: one_mistake(VERBS, rng),
+        "agreement": lambda rng: one_mistake(AGREEMENT, rng),
+        "both in one": both_mistakes,
+    }
+    seen: set[str] = set()
+    tests = {skill: rows(draw, TESTED, 1, seen) for skill, draw in draws.items()}
+    few = rows(draws["both in one"], FEW, 2, seen)
+    learn = {skill: rows(draws[skill], ROWS, 3, seen) for skill in ("verbs", "agreement")}
+    learn["trained on both"] = [row for pair in zip(*learn.values(), strict=True) for row in pair]
+    files = {name: save(folder / f"{name.replace(' ', '-')}.jsonl", made) for name, made in learn.items()}
+    return files | {"few": save(folder / "few.jsonl", few)}, tests
+
+
+def learn(files: dict[str, Path], folder: Path, steps: int) -> Iterator[tuple[str, Path]]:
+    """Train the two specialists and the one adapter on both, alike."""
+    for name in ("verbs", "agreement", "trained on both"):
+        settings = TrainSettings(
+            data=files[name], holdout=0.01, out=folder / name.replace(" ", "-"), method="lora", rank=RANK, learning_rate=2e-3,
+            steps=steps, batch_tokens=2048, check_every=steps,
+        )  # fmt: skip
+        yield name, train(settings).folder
+
+
+def score(base: Base, tests: dict[str, list[Row]], route: Route | None) -> dict[str, float]:
+    """Percent of sentences corrected without a fault, by skill."""
+    renderer = Renderer(base.tokenizer, None, base.context)
+    result = {}
+    for skill, made in tests.items():
+        prompts = [renderer.prompt(row["messages"][:1]) for row in made]
+        answers = answer(base, renderer, prompts, Sampling(48), route)
+        result[skill] = exact_match([a.text for a in answers], [row["messages"][1]["content"] for row in made])
+    return result
+
+
+def score_folder(base: Base, tests: dict[str, list[Row]], folder: Path) -> dict[str, float]:
+    """The same with the adapter in `folder`."""
+    (part,) = parts_of(folder)
+    adapter = load_adapter(part.folder, base)
+    try:
+        return score(base, tests, adapter.route)
+    finally:
+        detach(base.model, adapter)
+
+
+def combinations(runs: dict[str, Path], few: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each way of combining, by the name that the table shows."""
+    a, b = runs["verbs"], runs["agreement"]
+    half, one = [f"{a}:0.5", f"{b}:0.5"], [str(a), str(b)]
+    ways: dict[str, dict[str, Any]] = {
+        "mean (sum of halves)": {"parts": half, "how": "sum"},
+        "sum": {"parts": one, "how": "sum"},
+        f"svd, rank {RANK}": {"parts": one, "how": "svd", "rank": RANK},
+        "slerp": {"parts": one, "how": "slerp"},
+        "ties": {"parts": one, "how": "ties"},
+        "magnitude": {"parts": one, "how": "magnitude"},
+        "dare": {"parts": one, "how": "dare", "density": 0.9},
+        "della": {"parts": one, "how": "della", "density": 0.9},
+        "searched weights": {"parts": one, "how": "search", "data": few, "penalty": 0.01, "steps": 40},
+    }
+    for number, (name, settings) in enumerate(ways.items()):
+        out = folder / f"way-{number}"
+        yield name, combine(settings.pop("parts"), out=out, **settings)
+
+
+def main() -> None:
+    """Run all of it and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each adapter")
+    parser.add_argument("--out", type=Path, default=HERE, help="where results.json and README.md are written")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files, tests = make_data(folder)
+        base = load_base(**BaseSettings().model_dump())
+        table: dict[str, dict[str, float]] = {"base": score(base, tests, None)}
+        runs = dict(learn(files, folder, arguments.steps))
+        for label, run in runs.items():
+            table[label if label.startswith("trained") else f"{label} alone"] = score_folder(base, tests, run)
+            print(label, table, flush=True)
+        about: dict[str, Any] = {}
+        for label, made in combinations(runs, files["few"], folder):
+            table[label] = score_folder(base, tests, Path(made["out"]))
+            weights = [parent["weight"] for parent in made["parents"]]
+            about[label] = {"weights": weights, "energy": made.get("energy", {}).get("mean", 1.0)}
+            print(label, table[label], weights, flush=True)
+    seconds = time.perf_counter() - start
+    story = {"seconds": round(seconds), "steps": arguments.steps, "tested": TESTED, "table": table, "combinations": about}
+    write_json(arguments.out / "results.json", story)
+    publish(arguments.out / "README.md", markdown(story))
+
+
+def kept(table: dict[str, dict[str, float]], row: str) -> float:
+    """The least share of a parent's gain on its own skill that a row keeps, percent."""
+    gain = lambda who, skill: table[who][skill] - table["base"][skill]
+    return min(100 * gain(row, skill) / gain(f"{skill} alone", skill) for skill in SKILLS[:2])
+
+
+def markdown(story: dict[str, Any]) -> str:
+    """The table, percent of sentences corrected without a fault."""
+    lines = [
+        "| | verbs | agreement | both in one | weights | energy kept | least gain kept |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, scores in story["table"].items():
+        about = story["combinations"].get(row)
+        more = [", ".join(f"{w:g}" for w in about["weights"]), f"{100 * about['energy']:.0f}%"] if about else ["", ""]
+        share = f"{kept(story['table'], row):.0f}%" if about or row.startswith("trained") else ""
+        lines.append(f"| {row} | " + " | ".join([*(f"{scores[s]:.1f}" for s in SKILLS), *more, share]) + " |")
+    lines += ["", f"{story['tested']} new sentences a column; {story['steps']} steps an adapter; {story['seconds']} s in all."]
+    return "\n".join(lines)
+
+
+def publish(readme: Path, table: str) -> None:
+    """Put the table between the marks of the README, or print it where there is none."""
+    print(table)
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        marks = re.compile(r"(<!-- table -->\n).*(\n<!-- end -->)", re.DOTALL)
+        write_text(readme, marks.sub(lambda found: found[1] + table + found[2], text))
+
+
+if __name__ == "__main__":
+    main()
