@@ -10,14 +10,13 @@ takes about a minute, which is why it is timed on one and once for each rank.
 import argparse
 import json
 import math
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import publish, roofline, run_side
+from common import peak_mb, publish, roofline, run_side
 
 WEIGHTS = (0.6, 0.4)
 RANKS = (16, 64)
@@ -27,10 +26,6 @@ EIGHT = (4, 8, 8, 16, 16, 32, 32, 64)
 LARGE = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
          "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096),
          "mlp.down_proj": (4096, 11008)}  # fmt: skip
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def model() -> Any:
