@@ -6,6 +6,7 @@ in float32 or bfloat16 it runs the kernel; on all others, and where the kernels 
 `AFINA_ISA` forces an instruction set (avx512bf16, avx512, avx2, plain), or `reference`: PyTorch alone.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -27,9 +28,7 @@ class Kernels:
         self.library: Any = None
         self.missing = ""
         try:
-            from afina.kernels import _native
-
-            self.library = _native
+            self.library = importlib.import_module("afina.kernels._native")
         except ImportError as error:
             self.missing = str(error)
         if wanted := os.environ.get("AFINA_ISA"):

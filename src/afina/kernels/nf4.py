@@ -176,7 +176,9 @@ def _native(weight: NF4Weight) -> tuple[Any, tuple[Tensor, ...]]:
     return kernels.library.NF4(*map(address, parts), *weight.shape), tuple(parts)
 
 
-def _run_dequantize(codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def _run_dequantize(
+    codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
     weight = NF4Weight(codes, scales, superscales, offset, width)
     if not kernels.take(offset):
         return decode(codes, weight.absmax(), width, dtype)

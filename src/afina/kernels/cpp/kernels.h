@@ -57,7 +57,7 @@ struct LowRank {  // see lowrank.h
     const i64* tiles;   // tile i has the parts order[tiles[i]] .. order[tiles[i + 1]]
     i64 tile_count;
     const i64* firsts;  // parts firsts[k] .. firsts[k + 1] are those of adapter k
-    const i64* places;  // where the thin rows of a part start in `low`, in floats
+    const i64* places;  // where a part starts in `low` and `thin`
     i64 adapters;
     const i64* ranks;        // of each adapter
     const void* const* a;    // (r, in) each
@@ -66,7 +66,7 @@ struct LowRank {  // see lowrank.h
     float* const* grad_bt;   // (r, out) each
     const void *x, *grad;    // (T, in), (T, out)
     void *y, *grad_x;        // (T, out), (T, in): added to in place
-    float *low, *grad_low;   // w A x and w B^T grad of every part: (end - start, r) each, one after another
+    float *low, *thin;       // backward: w x A^T and w grad B of every part, (end - start, r) each, one after another
 };
 
 struct Norm {  // items: rows

@@ -75,17 +75,26 @@ void through(const Part& part, i64 rank, const T* x, i64 in, const void* a, T* y
               [&](i64 i, i64 c, V sum, i64 left) { add_into(to + i * out + c, sum, left); });
 }
 
-template <class T, bool Dots, bool Back>
+template <class T, bool Dots>
 void lowrank_tiles(const void* args, i64 begin, i64 end) {
     auto& job = *(const LowRank*)args;
     for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
+        const Part& part = job.parts[job.order[n]];
+        i64 k = part.adapter, rank = job.ranks[k];
+        float* low = (float*)scratch(kRows, (part.end - part.start) * rank * sizeof(float));
+        through<T, Dots>(part, rank, (const T*)job.x, job.in, job.a[k], (T*)job.y, job.out, job.bt[k], low);
+    }
+}
+
+// what the gradients of A and B are made of, and the gradient of x; `low` is made again, which is cheaper than keeping it
+template <class T, bool Dots>
+void lowrank_tiles_back(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LowRank*)args;
+    for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
         i64 i = job.order[n], k = job.parts[i].adapter, rank = job.ranks[k];
-        if (Back)
-            through<T, Dots>(job.parts[i], rank, (const T*)job.grad, job.out, job.bt[k], (T*)job.grad_x, job.in, job.a[k],
-                             job.grad_low + job.places[i]);
-        else
-            through<T, Dots>(job.parts[i], rank, (const T*)job.x, job.in, job.a[k], (T*)job.y, job.out, job.bt[k],
-                             job.low + job.places[i]);
+        float *low = job.low + job.places[i], *thin = job.thin + job.places[i];
+        through<T, Dots>(job.parts[i], rank, (const T*)job.x, job.in, job.a[k], (T*)nullptr, job.out, job.bt[k], low);
+        through<T, Dots>(job.parts[i], rank, (const T*)job.grad, job.out, job.bt[k], (T*)job.grad_x, job.in, job.a[k], thin);
     }
 }
 
@@ -113,7 +122,7 @@ void lowrank_gradients(const void* args, i64 begin, i64 end) {
         i64 adapter = i / (ins + outs), column = i % (ins + outs);
         if (column < ins) {
             i64 first = column * kColumns, last = first + kColumns < job.in ? first + kColumns : job.in;
-            gradient(job, adapter, job.grad_low, (const T*)job.x, job.in, job.grad_a[adapter], first, last);
+            gradient(job, adapter, job.thin, (const T*)job.x, job.in, job.grad_a[adapter], first, last);
         } else {
             i64 first = (column - ins) * kColumns, last = first + kColumns < job.out ? first + kColumns : job.out;
             gradient(job, adapter, job.low, (const T*)job.grad, job.out, job.grad_bt[adapter], first, last);
@@ -123,12 +132,12 @@ void lowrank_gradients(const void* args, i64 begin, i64 end) {
 
 void lowrank(const LowRank& job, int threads) {
     bool wide = job.type == kFloat32;
-    run(threads, job.tile_count, 1, wide ? lowrank_tiles<float, false, false> : lowrank_tiles<bf16, kDots, false>, &job);
+    run(threads, job.tile_count, 1, wide ? lowrank_tiles<float, false> : lowrank_tiles<bf16, kDots>, &job);
 }
 
 void lowrank_backward(const LowRank& job, int threads) {
     bool wide = job.type == kFloat32;
-    run(threads, job.tile_count, 1, wide ? lowrank_tiles<float, false, true> : lowrank_tiles<bf16, kDots, true>, &job);
+    run(threads, job.tile_count, 1, wide ? lowrank_tiles_back<float, false> : lowrank_tiles_back<bf16, kDots>, &job);
     i64 items = job.adapters * (up(job.in, kColumns) + up(job.out, kColumns));
     run(threads, items, 1, wide ? lowrank_gradients<float> : lowrank_gradients<bf16>, &job);
 }

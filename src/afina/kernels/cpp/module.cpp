@@ -123,7 +123,8 @@ struct Table3 {  // (segments, 3): start, end, adapter, in the order of the adap
 
 struct Cut {  // segments cut at the borders of tiles of the run
     std::vector<Part> parts;
-    std::vector<i64> firsts{0}, places, order, tiles;
+    std::vector<i64> firsts, places, order, tiles;
+    i64 numbers = 0;  // of all parts together: rows times rank
 };
 
 // Tiles of 32 rows stay in the cache between the two products; a short run has smaller ones, so that all threads work.
@@ -131,7 +132,7 @@ i64 tile_rows(i64 tokens, int threads) { return std::clamp<i64>(tokens / (4 * th
 
 Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks) {
     Cut made;
-    i64 place = 0, adapters = i64(ranks.size());
+    i64 adapters = i64(ranks.size());
     std::vector<std::vector<i64>> by_tile((tokens + tile - 1) / tile);
     for (i64 s = 0; s < table.count; s++) {
         i64 start = table.rows[3 * s], end = table.rows[3 * s + 1], adapter = table.rows[3 * s + 2];
@@ -140,8 +141,8 @@ Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks
             last = std::min(end, (start / tile + 1) * tile);
             by_tile[start / tile].push_back(i64(made.parts.size()));
             made.parts.push_back({start, last, adapter, table.weights[s]});
-            made.places.push_back(place);
-            place += (last - start) * ranks[adapter];
+            made.places.push_back(made.numbers);
+            made.numbers += (last - start) * ranks[adapter];
         }
     }
     while (i64(made.firsts.size()) <= adapters) made.firsts.push_back(i64(made.parts.size()));
@@ -158,24 +159,28 @@ T* const* pointers(const Addresses& addresses) {
     return reinterpret_cast<T* const*>(addresses.data());
 }
 
+LowRank made(const Cut& c, int type, i64 in, i64 out, const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt) {
+    return {Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.firsts.data(),
+            c.places.data(), i64(ranks.size()), ranks.data(), pointers<const void>(a), pointers<const void>(bt)};
+}
+
 void lowrank(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
-             const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address y, Address low) {
+             const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address y) {
     Cut c = cut({at<i64>(rows), at<float>(weights), count}, tokens, tile_rows(tokens, threads), ranks);
-    LowRank job{Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.firsts.data(),
-                c.places.data(), i64(ranks.size()), ranks.data(), pointers<const void>(a), pointers<const void>(bt)};
-    job.x = at<void>(x), job.y = at<void>(y), job.low = at<float>(low);
+    LowRank job = made(c, type, in, out, ranks, a, bt);
+    job.x = at<void>(x), job.y = at<void>(y);
     kernels->lowrank(job, threads);
 }
 
 void lowrank_backward(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
                       const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address grad,
-                      Address low, Address grad_low, Address grad_x, const Addresses& grad_a, const Addresses& grad_bt) {
+                      Address grad_x, const Addresses& grad_a, const Addresses& grad_bt) {
     Cut c = cut({at<i64>(rows), at<float>(weights), count}, tokens, tile_rows(tokens, threads), ranks);
-    LowRank job{Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.firsts.data(),
-                c.places.data(), i64(ranks.size()), ranks.data(), pointers<const void>(a), pointers<const void>(bt),
-                pointers<float>(grad_a), pointers<float>(grad_bt)};
+    std::vector<float> low(c.numbers), thin(c.numbers);
+    LowRank job = made(c, type, in, out, ranks, a, bt);
     job.x = at<void>(x), job.grad = at<void>(grad), job.grad_x = at<void>(grad_x);
-    job.low = at<float>(low), job.grad_low = at<float>(grad_low);
+    job.low = low.data(), job.thin = thin.data();
+    job.grad_a = pointers<float>(grad_a), job.grad_bt = pointers<float>(grad_bt);
     kernels->lowrank_backward(job, threads);
 }
 
@@ -197,6 +202,6 @@ NB_MODULE(_native, m) {
     m.def("swiglu", swiglu, release);
     m.def("rotary", rotary, release);
     m.def("adamw", adamw, release);
-    m.def("lowrank", lowrank);
-    m.def("lowrank_backward", lowrank_backward);
+    m.def("lowrank", lowrank, release);
+    m.def("lowrank_backward", lowrank_backward, release);
 }
