@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
-SOURCES := pyproject.toml constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/afina/kernels/cpp/*)
 # what the peers' figures were measured with; the versions not named here are those of constraints.txt
 PEERS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 bitsandbytes==0.50.2
 # nothing is sent, and nothing is looked up, while tests and demo run
@@ -14,7 +14,7 @@ QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint peers bench-train clean distclean
+.PHONY: help setup demo test test-fast lint native peers bench-train clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,13 +34,19 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+native:  ## the C++ kernels into the source tree, for a checkout that is used by its path (PYTHONPATH=src)
+	$(BIN)/python -m pip install --quiet nanobind cmake ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install build/native --prefix src
+
 peers: .venv-peers/.installed  ## .venv-peers with the libraries that afina is compared with
 
 bench-train: setup peers  ## training beside TRL and PEFT, in one run
 	$(QUIET) $(BIN)/python benchmarks/train_vs_trl.py $(ARGS)
 
 clean:  ## take away caches and built packages
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist src/afina/kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests recipes benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## take away the environments too; runs/ stays

@@ -23,7 +23,7 @@ from afina.base.safety import hash_tensors
 from afina.delta.layers import Layer
 from afina.errors import BaseError
 from afina.kernels.blockwise import dequantize8, dynamic_levels, quantize8
-from afina.kernels.nf4 import LEVELS, NF4Weight, decode, dequantize, encode, errors, nf4_linear, quantize
+from afina.kernels.nf4 import FEW, LEVELS, NF4Weight, decode, dequantize, encode, errors, nf4_linear, quantize
 from afina.segments import Segments
 from afina.training.eightbit import AdamW8bit
 from helpers import ENVIRONMENT, SHARED, flat_run, logits, put, random_model, same, save_model, state, tiny_tokenizer
@@ -195,19 +195,25 @@ def test_reads_what_bitsandbytes_wrote() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 288), (33, 63), (96, 128)])
-def test_forward_and_backward_are_those_of_the_dense_layer(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [5, 40])  # few rows are multiplied by the codes, the C++ kernel adding up in its own order
+def test_forward_and_backward_are_those_of_the_dense_layer(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     held = NF4Linear.from_linear(linear(*shape, dtype))
     dense = held.plain()
     assert isinstance(dense, nn.Linear)
     assert torch.equal(dense.weight, held.weight)
-    gradient = torch.randn(2, 5, shape[0]).to(dtype)
+    gradient = torch.randn(2, rows, shape[0]).to(dtype)
     results = []
     for layer in (held, dense):
-        x = torch.randn(2, 5, shape[1], generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        x = torch.randn(2, rows, shape[1], generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
         y = layer(x)
         y.backward(gradient)
         results.append((y.detach(), x.grad))
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    (y, grad), (dense_y, dense_grad) = results
+    assert torch.equal(grad, dense_grad)
+    if rows > FEW:
+        assert torch.equal(y, dense_y)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y, dense_y, atol=tolerance, rtol=tolerance)
     assert held(torch.zeros(shape[1], dtype=dtype)).shape == (shape[0],)
 
 
@@ -219,9 +225,10 @@ def test_gradients_by_finite_differences() -> None:
 
 def test_nothing_dense_is_kept_for_the_backward_pass() -> None:
     held, kept = NF4Linear.from_linear(linear(256, 256)), []
-    with saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    stored = {p.data_ptr() for p in held.parameters()}  # they are kept as they are
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         held(torch.randn(2, 256, requires_grad=True)).sum().backward()
-    assert sum(kept) < 256 * 256 / 2
+    assert sum(t.numel() for t in kept if t.data_ptr() not in stored) < 256 * 256 / 2
 
 
 def test_conv1d_is_held_as_its_transpose() -> None:

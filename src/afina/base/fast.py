@@ -1,16 +1,21 @@
 """The fast Llama-like block: the model's own weights under the model's own names, in fewer and leaner operations.
 
-`speed_up` puts afina's norm and feed-forward modules in the places of transformers', openly and in this one file.
-They hold the very same submodules and parameters, so paths, state dict and adapters do not see a difference.
+`speed_up` puts afina's norm, attention and feed-forward modules in the places of transformers', openly and in this one
+file. They hold the very same submodules and parameters, so paths, state dict and adapters do not see a difference.
 """
+
+import sys
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from afina.kernels.elementwise import rms_norm, swiglu
+from afina.kernels.elementwise import rms_norm, rotary, swiglu
 
 # classes of transformers whose arithmetic is exactly the one below; Gemma's norms, say, add one to the weight
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "Olmo2RMSNorm", "GraniteRMSNorm"}
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP", "GraniteMLP", "StableLmMLP"}
 
 
@@ -41,14 +46,62 @@ class FastMLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class FastAttention(nn.Module):
+    """Attention whose queries and keys are turned in one pass each; the attention itself is the model's own choice."""
+
+    o_proj: nn.Module
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        for name, module in attention.named_children():  # projections, and norms of heads where there are any
+            self.add_module(name, module)
+        # what attention functions look for in their module
+        self.config, self.layer_idx, self.is_causal = attention.config, attention.layer_idx, attention.is_causal
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.num_key_value_groups, self.attention_dropout = attention.num_key_value_groups, attention.attention_dropout
+        own = {"MistralAttention": getattr(attention.config, "sliding_window", None)}
+        self.sliding_window = getattr(attention, "sliding_window", own.get(type(attention).__name__))
+        self._eager = sys.modules[type(attention).__module__].eager_attention_forward  # type: ignore[attr-defined]
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        """(batch, tokens, heads, head_dim) of a projection, normed where the model does so."""
+        heads = getattr(self, f"{name}_proj")(x).unflatten(-1, (-1, self.head_dim))
+        return getattr(self, f"{name}_norm")(heads) if hasattr(self, f"{name}_norm") else heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **named: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of hidden_states (batch, tokens, d), called as transformers calls it."""
+        shape = hidden_states.shape[:-1]
+        cos, sin = (angle.expand(*shape, -1).flatten(0, 1) for angle in position_embeddings)  # (batch * tokens, head_dim)
+        query, key = (self._heads(name, hidden_states) for name in ("q", "k"))
+        query, key = (rotary(x.flatten(0, 1), cos, sin).view(x.shape).transpose(1, 2) for x in (query, key))
+        value = self._heads("v", hidden_states).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.sliding_window is not None:
+            named["sliding_window"] = self.sliding_window
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **named)
+        return self.o_proj(out.reshape(*shape, -1).contiguous()), weights
+
+
 def speed_up(model: nn.Module) -> None:
-    """Replace the norms and SwiGLU feed-forwards of `model` by the fast ones, in place."""
+    """Replace the norms, attentions and SwiGLU feed-forwards of `model` by the fast ones, in place."""
     for path, module in list(model.named_modules()):
         name = type(module).__name__
         if name in NORMS:
             fast: nn.Module = FastNorm(module)
         elif name in MLPS and _is_silu(module):
             fast = FastMLP(module)
+        elif name in ATTENTIONS:
+            fast = FastAttention(module)
         else:
             continue
         parent, _, child = path.rpartition(".")

@@ -15,6 +15,8 @@ from afina.delta.contract import Delta, Spec, check_options, method
 from afina.delta.layers import Layer, Loose
 from afina.delta.tokens import Tokens
 from afina.errors import AdapterError, SettingsError
+from afina.kernels.lowrank import grouped_lowrank
+from afina.kernels.native import kernels
 from afina.route.invocation import Route
 from afina.segments import Segment, Switchboard
 
@@ -75,6 +77,10 @@ class Adapted(nn.Module):
         The rows of an adapter are gathered, so that it does one product however many sequences it serves.
         """
         flat = unit == "token"
+        if flat and x.is_floating_point() and not self._layer.channels_first and kernels.take(x, y):
+            deltas = {row.adapter: self._delta(row.adapter) for row in rows}
+            if all(map(_is_thin, deltas.values())):
+                return self._add_thin(x, y, rows, deltas)
         inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
         before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
         groups: dict[tuple[str, float], list[Tensor]] = {}
@@ -85,6 +91,19 @@ class Adapted(nn.Module):
             part = before[index]
             out = out.index_add(0, index, self._delta(name)(inputs[index], part, weight) - part)
         return out.view(y.shape)
+
+    @staticmethod
+    def _add_thin(x: Tensor, y: Tensor, rows: list[Segment], deltas: dict[str, Any]) -> Tensor:
+        """The same in one product, where all that acts is low-rank."""
+        names = list(deltas)
+        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
+        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
+        return grouped_lowrank(y.flatten(0, -2), x.flatten(0, -2), table, a, b).view(y.shape)
+
+
+def _is_thin(delta: Any) -> bool:
+    """Whether the delta adds scale * B A x now, and nothing else."""
+    return delta.low_rank and delta.accumulated is None and not (delta.dropout and delta.training)
 
 
 class AdaptedParameter(nn.Module):

@@ -74,6 +74,7 @@ class Delta(nn.Module):
     peft: ClassVar[Mapping[str, Any] | None] = None  # what tells the method in a LoraConfig of PEFT; None: not known there
     options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
     constants: ClassVar[tuple[str, ...]] = ()  # methods without arguments whose value the gradient takes as constant
+    low_rank: ClassVar[bool] = False  # True where scale * B A x, of its attributes, is all it adds (dropout and restarts aside)
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
     chosen: ClassVar[bool] = True  # False: no method of its own, but a part that an adapter of any method may have
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters

@@ -27,6 +27,7 @@ class DoRA(LoRA):
     """LoRA on the direction of W's rows, and their lengths m. Dropout acts on the low-rank path only."""
 
     peft = {"use_dora": True}
+    low_rank = False  # lengths come in
     constants = ("norm",)
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:

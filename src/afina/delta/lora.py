@@ -17,6 +17,7 @@ class LoRA(Delta):
     """Low-rank update. A starts uniform as in PEFT (Kaiming with a = sqrt 5), B at zero."""
 
     peft = {"use_dora": False}
+    low_rank = True
 
     def __init__(self, layer: Layer, spec: Spec, generator: torch.Generator) -> None:
         super().__init__(layer, spec, generator)

@@ -2,7 +2,8 @@
 
 In eager PyTorch a block of width d and feed-forward width f keeps, for each token in bf16: four float32 and bf16
 copies around each norm (12 d bytes more than its input), both halves of the rotary products, and silu(gate)
-besides gate, up and their product (2 f bytes more). These keep the inputs only.
+besides gate, up and their product (2 f bytes more). These keep the inputs only. The C++ kernels read each input once,
+work in float32 and round once.
 """
 
 from typing import Any
@@ -11,44 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        # the norm and the scaling read x once each and round once, where F.rms_norm makes float32 copies (4 times slower)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        normed = x.float()
-        scale = torch.rsqrt(normed.square().mean(-1, keepdim=True) + ctx.eps)
-        normed *= scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        inner = (grad * weight).float()
-        along = (inner * normed).mean(-1, keepdim=True)
-        return inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = sigmoid * gate
-        grad_up = grad * silu
-        # d silu / d gate = sigmoid + silu (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        return slope.mul_(grad).mul_(up), grad_up
+from afina.kernels.native import TYPES, address, kernels, operation
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,9 +20,179 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Zhang and Sennrich 2019, arXiv 1910.07467.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _norm(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise (Shazeer 2020, arXiv 2002.05202)."""
-    return _SwiGLU.apply(gate, up)
+    """silu(gate) * up, elementwise, of one shape (Shazeer 2020, arXiv 2002.05202)."""
+    return _swiglu(gate, up)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads turned by their position's angles, halves together: x (T, heads, d), cos and sin (T, d).
+
+    (a, b) becomes (a cos - b sin, b cos + a sin), as transformers has it; gradients reach x alone.
+    Su et al. 2021, arXiv 2104.09864.
+    """
+    return _rotary(x, cos, sin, False)
+
+
+# ---- references
+
+
+def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` in PyTorch."""
+    # the norm and the scaling read x once each and round once, where F.rms_norm makes float32 copies (4 times slower)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+
+
+def norm_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Its gradient with respect to x."""
+    normed, scale = _normed(x, eps)
+    inner = (grad * weight).to(normed.dtype)
+    along = (inner * normed).mean(-1, keepdim=True)
+    return inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in PyTorch."""
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Its gradients with respect to gate and up."""
+    sigmoid = torch.sigmoid(gate)
+    silu = sigmoid * gate
+    grad_up = grad * silu
+    # d silu / d gate = sigmoid + silu (1 - sigmoid)
+    slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+    return slope.mul_(grad).mul_(up), grad_up
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """`rotary` in PyTorch, or its transpose, which is its gradient."""
+    if back:
+        a, b = (x * sin[:, None]).chunk(2, -1)
+        return x * cos[:, None] + torch.cat([b, -a], -1)
+    a, b = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of the statistics: float32, and float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(_wide(x), copy=True)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.mul_(scale), scale
+
+
+# ---- the operations
+
+
+def _run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not kernels.take(x, weight):
+        return norm_reference(x, weight, eps)
+    x, weight = x.contiguous(), weight.contiguous()
+    width = x.shape[-1]
+    y = torch.empty_like(x)
+    kernels.norm(address(x), address(weight), 0, address(y), TYPES[x.dtype], x.numel() // width, width, eps)
+    return y
+
+
+def _run_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not kernels.take(x, weight, grad):
+        return norm_backward_reference(grad, x, weight, eps)
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    kernels.norm(address(x), address(weight), address(grad), address(out), TYPES[x.dtype], x.numel() // width, width, eps)
+    return out
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.eps = inputs[2]
+
+
+def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x = _norm_backward(grad, x, weight, ctx.eps) if ctx.needs_input_grad[0] else None
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = (grad * _normed(x, ctx.eps)[0]).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return grad_x, grad_weight, None
+
+
+def _run_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    if not kernels.take(gate, up):
+        return swiglu_reference(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    kernels.swiglu(address(gate), address(up), 0, address(y), 0, 0, TYPES[y.dtype], y.numel())
+    return y
+
+
+def _run_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    if not kernels.take(gate, up, grad):
+        return swiglu_backward_reference(grad, gate, up)
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    where = (address(gate), address(up), address(grad), 0, address(of_gate), address(of_up))
+    kernels.swiglu(*where, TYPES[gate.dtype], gate.numel())
+    return of_gate, of_up
+
+
+def _swiglu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _swiglu_backward(grad, *ctx.saved_tensors)
+
+
+def _run_rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    tokens, heads, width = x.shape
+    if cos.shape != (tokens, width) or sin.shape != cos.shape or width % 2:
+        raise ValueError(f"x {tuple(x.shape)} cannot be turned by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
+    if not kernels.take(x, cos, sin):
+        return rotary_reference(x, cos, sin, back)
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    kernels.rotary(address(x), address(cos), address(sin), address(y), TYPES[x.dtype], tokens, heads, width, back)
+    return y
+
+
+def _keep_rotary(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.back = inputs[3]
+
+
+def _rotary_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _rotary(grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_norm = operation(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    _run_norm, lambda x, weight, eps: torch.empty_like(x), _norm_gradients, _keep_norm,
+)  # fmt: skip
+_norm_backward = operation(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
+    _run_norm_backward, lambda grad, x, weight, eps: torch.empty_like(x),
+)  # fmt: skip
+_swiglu = operation(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    _run_swiglu, lambda gate, up: torch.empty_like(gate),
+    _swiglu_gradients, lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)  # fmt: skip
+_swiglu_backward = operation(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _run_swiglu_backward, lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+)  # fmt: skip
+_rotary = operation(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
+    _run_rotary, lambda x, cos, sin, back: torch.empty_like(x),
+    _rotary_gradients, _keep_rotary,
+)  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.kernels.blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
+from afina.kernels.native import TYPES, address, kernels, operation
 
 # quantiles of the normal distribution, scaled to -1 .. 1, an exact zero among them: arXiv 2305.14314, appendix E
 LEVELS = (
@@ -31,6 +32,7 @@ LEVELS = (
 BLOCK = 64  # weights that share an absmax
 CHUNK = {"cpu": 1 << 18}  # weights worked on at a time, so that temporaries stay small and in the cache
 CHUNK_ELSEWHERE = 1 << 26
+FEW = 32  # rows of x up to which the product reads the codes themselves
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     rows, width = weight.shape
     codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, -(-width // block), device=weight.device)
+    fast = block == BLOCK and weight.device.type == "cpu" and kernels.take(codes.new_empty(0, dtype=torch.float32))
     for part in _rows(weight, width):
+        if fast:
+            some = (weight[part] if weight.dtype in TYPES else weight[part].float()).contiguous()
+            kernels.quantize(address(some), TYPES[some.dtype], *some.shape, address(codes[part]), address(absmax[part]))
+            continue
         blocks = F.pad(weight[part].float(), (0, -width % block)).unflatten(1, (-1, block))
         absmax[part] = blocks.abs().amax(2)
         scaled = (blocks * (1.0 / absmax[part].clamp(min=TINY))[..., None]).flatten(1)
@@ -128,7 +135,7 @@ def quantize(weight: Tensor) -> NF4Weight:
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The matrix (out, in) that `weight` stands for."""
-    return decode(weight.codes, weight.absmax(), weight.in_features, dtype)
+    return _dequantize(*_stored(weight), dtype)
 
 
 def errors(weight: Tensor, quantized: NF4Weight) -> tuple[float, float]:
@@ -147,22 +154,76 @@ def errors(weight: Tensor, quantized: NF4Weight) -> tuple[float, float]:
     return (lost / norm) ** 0.5 if norm else 0.0, zeros / weight.numel()
 
 
-class _NF4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.weight = weight
-        return F.linear(x, dequantize(weight, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
-        grad_x = grad @ dequantize(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bias
-
-
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias (..., out) for x (..., in), in the dtype of x; gradients reach x and bias.
 
-    The dense matrix exists during each product only: the backward pass writes it out again.
+    The dense matrix exists during each product only, and not at all for few rows: the backward pass writes it out again.
     """
-    return _NF4Linear.apply(x, weight, bias)
+    return _linear(x, *_stored(weight), bias)
+
+
+# ---- the operations, over the stored tensors: codes, scales, superscales, offset, in_features
+
+
+def _stored(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    return weight.codes, weight.scales, weight.superscales, weight.offset, weight.in_features
+
+
+def _native(weight: NF4Weight) -> tuple[Any, tuple[Tensor, ...]]:
+    """`weight` as the C++ kernels take it, and the tensors that it points into."""
+    parts = [part.contiguous() for part in _stored(weight)[:4]]  # type: ignore[union-attr]
+    parts.append(dynamic_levels(True, parts[0].device))
+    return kernels.library.NF4(*map(address, parts), *weight.shape), tuple(parts)
+
+
+def _run_dequantize(
+    codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, dtype: torch.dtype
+) -> Tensor:
+    weight = NF4Weight(codes, scales, superscales, offset, width)
+    if not kernels.take(offset):
+        return decode(codes, weight.absmax(), width, dtype)
+    held, _parts = _native(weight)
+    out = torch.empty(weight.shape, dtype=dtype if dtype in TYPES else torch.float32)
+    kernels.dequantize(held, TYPES[out.dtype], address(out))
+    return out.to(dtype)
+
+
+def _run_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, bias: Tensor | None
+) -> Tensor:
+    weight = NF4Weight(codes, scales, superscales, offset, width)
+    if x.shape[-1] != width:
+        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {width}")
+    rows = x.numel() // width
+    if rows > FEW or not kernels.take(x, bias):
+        return F.linear(x, _run_dequantize(codes, scales, superscales, offset, width, x.dtype), bias)
+    held, _parts = _native(weight)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], codes.shape[0])
+    kernels.nf4_product(address(x), TYPES[x.dtype], rows, held, address(bias), address(y))
+    return y
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *weight, ctx.width, _ = inputs
+    ctx.save_for_backward(*weight)  # the stored tensors themselves: nothing new
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad @ _dequantize(*ctx.saved_tensors, ctx.width, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[6] else None
+    return grad_x, None, None, None, None, None, grad_bias
+
+
+_STORED = "Tensor codes, Tensor scales, Tensor superscales, Tensor offset, int width"
+_dequantize = operation(
+    f"nf4_dequantize({_STORED}, ScalarType dtype) -> Tensor",
+    _run_dequantize,
+    lambda codes, scales, superscales, offset, width, dtype: codes.new_empty(codes.shape[0], width, dtype=dtype),
+)
+_linear = operation(
+    f"nf4_linear(Tensor x, {_STORED}, Tensor? bias) -> Tensor",
+    _run_linear,
+    lambda x, codes, scales, superscales, offset, width, bias: x.new_empty(*x.shape[:-1], codes.shape[0]),
+    _linear_backward,
+    _keep,
+)

@@ -1,0 +1,166 @@
+"""Each CPU kernel beside its reference in PyTorch, and beside what the machine can do. `python benchmarks/kernels.py`
+
+Both sides run in turn, in one process; figures are medians. Weights are larger than the caches, as in a model: 24 matrices
+of 4096 x 1024. Activations are those of 512 tokens in a Llama of 215M (width 1024, feed-forward 2688).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from common import publish, roofline
+from torch import Tensor
+
+from afina.kernels import elementwise, lowrank, nf4  # noqa: F401 (they enter the operations)
+from afina.kernels.native import address, kernels
+
+OUT, IN, MATRICES = 4096, 1024, 24
+TOKENS, WIDTH, WIDE = 512, 1024, 2688
+BF16 = torch.bfloat16
+Sides = dict[str, tuple[Callable[[], object], Callable[[], object]]]  # kernel, reference
+
+
+def data(*shape: int) -> Tensor:
+    """Random numbers in bf16."""
+    return torch.randn(shape).to(BF16)
+
+
+def weights() -> Sides:
+    """NF4 and few rows: all matrices, one after another."""
+    dense = [data(OUT, IN) for _ in range(MATRICES)]
+    held = [nf4.quantize(matrix) for matrix in dense]
+    out = torch.empty(OUT, IN, dtype=BF16)
+
+    def plain(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
+        return lambda: without(lambda: [function(*arguments, matrix) for matrix in dense])
+
+    sides: Sides = {
+        "nf4_quantize": (
+            lambda: [nf4.encode(m) for m in dense[:4]],
+            lambda: without(lambda: [nf4.encode(m) for m in dense[:4]]),
+        ),
+        "nf4_dequantize": (
+            lambda: [nf4.dequantize(m, BF16) for m in held],
+            lambda: without(lambda: [nf4.dequantize(m, BF16) for m in held]),
+        ),
+        "copy": (lambda: [out.copy_(m) for m in dense], lambda: None),  # the same number of bytes written, in the same pieces
+    }
+    for rows in (1, 4, 8, 16, 32):
+        x = data(rows, IN)
+        sides[f"bf16_{rows}_rows"] = (
+            lambda x=x: [few(x, m) for m in dense],
+            plain(torch.nn.functional.linear, x),
+        )
+        sides[f"nf4_{rows}_rows"] = (lambda x=x: [nf4.nf4_linear(x, m) for m in held], plain(torch.nn.functional.linear, x))
+    return sides
+
+
+def few(x: Tensor, matrix: Tensor) -> Tensor:
+    """The kernel's product, however many rows."""
+    y = x.new_empty(len(x), len(matrix))
+    kernels.product(address(x), 1, len(x), matrix.shape[1], len(matrix), address(matrix), 0, address(y))
+    return y
+
+
+def activations() -> Sides:
+    """Norm, SwiGLU, rotary, and their backwards."""
+    x, grad, scale = data(TOKENS, WIDTH), data(TOKENS, WIDTH), data(WIDTH)
+    gate, up, wide = data(TOKENS, WIDE), data(TOKENS, WIDE), data(TOKENS, WIDE)
+    heads, cos, sin = data(TOKENS, 16, 64), data(TOKENS, 64), data(TOKENS, 64)
+    ops = torch.ops.afina
+    calls: dict[str, Callable[[], object]] = {
+        "rms_norm": lambda: ops.rms_norm(x, scale, 1e-5),
+        "rms_norm_backward": lambda: ops.rms_norm_backward(grad, x, scale, 1e-5),
+        "swiglu": lambda: ops.swiglu(gate, up),
+        "swiglu_backward": lambda: ops.swiglu_backward(wide, gate, up),
+        "rotary": lambda: ops.rotary(heads, cos, sin, False),
+        "rotary_backward": lambda: ops.rotary(heads, cos, sin, True),
+    }
+    return {name: (call, lambda call=call: without(call)) for name, call in calls.items()}
+
+
+def adapters() -> Sides:
+    """The grouped product, adapters x tokens each, by rank; its reference is a loop over the segments."""
+    sides: Sides = {}
+    for rank, count, each in ((8, 1, 512), (8, 8, 64), (16, 16, 1), (16, 64, 8), (64, 8, 64)):
+        tokens = count * each
+        x, y, grad = data(tokens, WIDTH), data(tokens, WIDTH), data(tokens, WIDTH)
+        a, bt = [data(rank, WIDTH) for _ in range(count)], [data(rank, WIDTH) for _ in range(count)]
+        table = torch.tensor([[k * each, (k + 1) * each, k] for k in range(count)])
+        arguments = (x, table, torch.ones(count), a, bt)
+        calls: dict[str, Callable[[], object]] = {
+            "": lambda y=y, s=arguments: torch.ops.afina.grouped_lowrank(y, *s),
+            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lowrank_backward(g, *s),
+        }
+        for part, call in calls.items():
+            sides[f"lowrank_r{rank}_{count}x{each}{part}"] = (call, lambda call=call: without(call))
+    return sides
+
+
+def without(call: Callable[[], object]) -> object:
+    """The reference: the same call without the C++ library."""
+    library, kernels.library = kernels.library, None
+    try:
+        return call()
+    finally:
+        kernels.library = library
+
+
+def in_turn(sides: Sides, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(kernel, reference) seconds of each round, after one to warm up."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, pair in sides.items():
+            times = []
+            for call in pair:
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+            if turn:
+                seconds[name].append((times[0], times[1]))
+    return seconds
+
+
+def read_bandwidth() -> float:
+    """GB/s of a sum over numbers that no cache holds."""
+    x = torch.randn(64 << 20)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - start)
+    return 4 * x.numel() / statistics.median(times) / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    if not kernels.library:
+        parser.exit(1, "the C++ kernels are not built here\n")
+    machine = roofline() | {"read_gbs": read_bandwidth()}
+    seconds = {name: times for part in (weights, activations, adapters) for name, times in in_turn(part(), rounds).items()}
+    ours = {name: statistics.median(t for t, _ in times) for name, times in seconds.items()}
+    theirs = {name: statistics.median(t for _, t in times) for name, times in seconds.items()}
+    dense, codes = 2 * OUT * IN * MATRICES, 0.516 * OUT * IN * MATRICES  # bytes
+    figures = {f"{name}_ratio": theirs[name] / ours[name] for name in ours if name != "copy"}
+    figures |= {"dequant_gbs": (dense + codes) / ours["nf4_dequantize"] / 1e9}
+    figures["dequant_of_copy"] = figures["dequant_gbs"] / machine["copy_gbs"]
+    for rows in (1, 4, 8, 16, 32):
+        flops = 2 * rows * OUT * IN * MATRICES / 1e9
+        figures[f"bf16_{rows}_rows_of_read"] = dense / ours[f"bf16_{rows}_rows"] / 1e9 / machine["read_gbs"]
+        figures[f"bf16_{rows}_rows_of_products"] = flops / ours[f"bf16_{rows}_rows"] / machine["bf16_gflops"]
+        figures[f"nf4_{rows}_rows_of_read"] = codes / ours[f"nf4_{rows}_rows"] / 1e9 / machine["read_gbs"]
+        figures[f"nf4_{rows}_rows_of_products"] = flops / ours[f"nf4_{rows}_rows"] / machine["bf16_gflops"]
+    for name in sorted(ours):
+        print(
+            f"{name:32} {1e3 * ours[name]:9.3f} ms   reference {1e3 * theirs[name]:9.3f} ms   {theirs[name] / ours[name]:6.2f}x"
+        )
+    print(f"instruction set {kernels.isa}, {torch.get_num_threads()} threads", {k: round(v, 1) for k, v in machine.items()})
+    publish("kernels", figures, {"dequant_of_copy": (">=", 0.7)}, {"seconds": seconds}, machine)
+
+
+if __name__ == "__main__":
+    main()

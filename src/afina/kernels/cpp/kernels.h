@@ -1,0 +1,110 @@
+// What the kernels take and give. Each kernel is a function over a range of its items (rows, tiles, columns), so that
+// one pool (pool.h) spreads them all; each is compiled once for every instruction set (kernels.cpp), and module.cpp
+// picks a table of them when it is loaded.
+#pragma once
+#include <cstdint>
+
+using i64 = int64_t;
+enum Type : int { kFloat32 = 0, kBFloat16 = 1 };
+
+constexpr i64 kBlock = 64;        // weights that share an absmax
+constexpr i64 kSuperBlock = 256;  // absmax that share a superscale
+
+struct NF4 {  // a matrix (rows, width) in four bits; see ../nf4.py
+    const uint8_t* codes;      // (rows, ceil(width / 2))
+    const uint8_t* scales;     // (rows, ceil(width / 64))
+    const float* superscales;  // (ceil(rows * ceil(width / 64) / 256))
+    const float* offset;       // (1)
+    const float* levels8;      // (256): what a scale stands for
+    i64 rows, width;
+};
+
+struct Dequantize {  // items: rows
+    NF4 weight;
+    Type type;
+    void* out;    // (rows, width)
+    bool stream;  // write past the caches
+};
+
+struct Quantize {  // items: rows
+    const void* weight;  // (rows, width)
+    Type type;
+    i64 rows, width;
+    uint8_t* codes;  // (rows, ceil(width / 2))
+    float* absmax;   // (rows, ceil(width / 64))
+};
+
+struct Product {  // y (m, n) = x (m, k) W^T + bias
+    const void* x;
+    Type type;  // of x, bias and y, and of W unless it is NF4
+    i64 m, k, n;
+    const void* w;  // (n, k); null where W is `nf4`
+    NF4 nf4;
+    const void* bias;  // (n) or null
+    void* y;
+};
+
+struct Part {  // one piece of a segment: rows start..end of the run pass through `adapter`, times `weight`
+    i64 start, end, adapter;
+    float weight;
+};
+
+struct LowRank {  // see lowrank.h
+    Type type;  // of x, y, their gradients and the adapters' matrices
+    i64 in, out;
+    const Part* parts;  // in the order of their adapters
+    const i64* order;   // parts by tile of the run: one thread adds all that concerns a row
+    const i64* tiles;   // tile i has the parts order[tiles[i]] .. order[tiles[i + 1]]
+    i64 tile_count;
+    const i64* firsts;  // parts firsts[k] .. firsts[k + 1] are those of adapter k
+    const i64* places;  // where a part starts in `low` and `thin`
+    i64 adapters;
+    const i64* ranks;        // of each adapter
+    const void* const* a;    // (r, in) each
+    const void* const* bt;   // (r, out) each: B transposed
+    float* const* grad_a;    // (r, in) each
+    float* const* grad_bt;   // (r, out) each
+    const void *x, *grad;    // (T, in), (T, out)
+    void *y, *grad_x;        // (T, out), (T, in): added to in place
+    float *low, *thin;       // backward: w x A^T and w grad B of every part, (end - start, r) each, one after another
+};
+
+struct Norm {  // items: rows
+    const void *x, *weight, *grad;
+    void* out;  // y forward, the gradient of x backward
+    Type type;
+    i64 rows, width;
+    float eps;
+};
+
+struct SwiGLU {  // items: elements
+    const void *gate, *up, *grad;
+    void *y, *grad_gate, *grad_up;
+    Type type;
+    i64 count;
+};
+
+struct Rotary {  // items: tokens
+    const void *x, *cos, *sin;  // (T, heads, width), (T, width), (T, width)
+    void* y;
+    Type type;
+    i64 tokens, heads, width;
+    bool back;  // the transpose
+};
+
+struct AdamW {  // items: elements, all float32
+    float *value, *first, *second;
+    const float* grad;
+    i64 count;
+    float rate, beta1, beta2, eps, decay, correction1, correction2;
+};
+
+using Task = void (*)(const void* args, i64 begin, i64 end);
+
+struct Table {
+    const char* name;
+    Task dequantize, quantize, norm, norm_backward, swiglu, swiglu_backward, rotary, adamw;
+    void (*product)(const Product&, int threads);
+    void (*lowrank)(const LowRank&, int threads);
+    void (*lowrank_backward)(const LowRank&, int threads);
+};

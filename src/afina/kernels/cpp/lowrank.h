@@ -1,0 +1,145 @@
+// The adapters' part of a layer, all of them in one call, whatever their ranks: for each segment of adapter k
+//
+//     y[rows]      += low B_k^T          low   = w x[rows] A_k^T         (r numbers a row)
+//     grad_x[rows] += thin A_k           thin  = w grad[rows] B_k
+//     grad_A_k      = sum of thin^T x    grad_B_k^T = sum of low^T grad  (over the segments of k)
+//
+// B comes transposed, so that every product is one of two: dot products of rows (product.h), or sums of rows.
+#pragma once
+#include "product.h"
+
+namespace {
+
+// out[i, :] += sum over k of factor(i, k) * row(k): R rows of out, C vectors of 16 columns, last one perhaps not full
+template <int R, int C, class T, class Factor, class Row, class Sum>
+INLINE void add_rows(i64 count, const Factor& factor, const Row& row, i64 rest, const Sum& give) {
+    V sums[R][C] = {};
+    for (i64 k = 0; k < count; k++) {
+        const T* from = row(k);
+        V x[C];
+        for (int j = 0; j < C; j++) x[j] = rest ? load_part(from + 16 * j, rest) : load(from + 16 * j);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < C; j++) sums[i][j] = fma(all(factor(i, k)), x[j], sums[i][j]);
+    }
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < C; j++) give(i, j, sums[i][j]);
+}
+
+#if defined(__AVX512F__)
+constexpr int kSumR = 4, kSumC = 4;
+#else
+constexpr int kSumR = 2, kSumC = 2;
+#endif
+
+// the same over all rows of out, and columns first..last
+template <class T, class Factor, class Row, class Sum>
+void add_up(i64 rows, i64 first, i64 last, i64 count, const Factor& factor, const Row& row, const Sum& give) {
+    for (i64 c = first; c < last;) {
+        i64 left = last - c, step = left >= 16 * kSumC ? 16 * kSumC : left >= 16 ? 16 : left;
+        auto column = [&](i64 k) { return row(k) + c; };
+        for (i64 i = 0; i < rows;) {
+            auto here = [&](i64 r, i64 k) { return factor(i + r, k); };
+            auto to = [&](i64 r, i64 j, V sum) { give(i + r, c + 16 * j, sum, left); };
+            if (step == 16 * kSumC) {
+                if (rows - i >= kSumR) add_rows<kSumR, kSumC, T>(count, here, column, 0, to), i += kSumR;
+                else add_rows<1, kSumC, T>(count, here, column, 0, to), i++;
+            } else if (rows - i >= kSumR) {
+                add_rows<kSumR, 1, T>(count, here, column, step % 16, to), i += kSumR;
+            } else {
+                add_rows<1, 1, T>(count, here, column, step % 16, to), i++;
+            }
+        }
+        c += step;
+    }
+}
+
+template <class T>
+INLINE void add_into(T* to, V sum, i64 left) {
+    if (left >= 16) store(to, load(to) + sum);
+    else store_part(to, load_part(to, left) + sum, left);
+}
+
+// low[i, k] = weight * x[i, :] . a[k, :] for the rows of a part, then y[i, :] += sum over k of low[i, k] b[k, :]
+template <class T, bool Dots>
+void through(const Part& part, i64 rank, const T* x, i64 in, const void* a, T* y, i64 out, const void* b, float* low) {
+    using X = typename Dense<Dots>::X;
+    constexpr bool apart = sizeof(T) != sizeof(X);
+    i64 rows = part.end - part.start;
+    const X* laid = laid_out<apart, T, X>(x + part.start * in, rows, in);
+    auto keep = [&](i64 i, i64 k, float sum) { low[i * rank + k] = part.weight * sum; };
+    dots(rows, Plain<Dots, apart, T>{(const T*)a, in}, 0, rank, laid, up(in, 32) * 32, keep);
+    if (!y) return;
+    T* to = y + part.start * out;
+    add_up<T>(rows, 0, out, rank, [&](i64 i, i64 k) { return low[i * rank + k]; },
+              [&](i64 k) { return (const T*)b + k * out; },
+              [&](i64 i, i64 c, V sum, i64 left) { add_into(to + i * out + c, sum, left); });
+}
+
+template <class T, bool Dots>
+void lowrank_tiles(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LowRank*)args;
+    for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
+        const Part& part = job.parts[job.order[n]];
+        i64 k = part.adapter, rank = job.ranks[k];
+        float* low = (float*)scratch(kRows, (part.end - part.start) * rank * sizeof(float));
+        through<T, Dots>(part, rank, (const T*)job.x, job.in, job.a[k], (T*)job.y, job.out, job.bt[k], low);
+    }
+}
+
+// what the gradients of A and B are made of, and the gradient of x; `low` is made again, which is cheaper than keeping it
+template <class T, bool Dots>
+void lowrank_tiles_back(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LowRank*)args;
+    for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
+        i64 i = job.order[n], k = job.parts[i].adapter, rank = job.ranks[k];
+        float *low = job.low + job.places[i], *thin = job.thin + job.places[i];
+        through<T, Dots>(job.parts[i], rank, (const T*)job.x, job.in, job.a[k], (T*)nullptr, job.out, job.bt[k], low);
+        through<T, Dots>(job.parts[i], rank, (const T*)job.grad, job.out, job.bt[k], (T*)job.grad_x, job.in, job.a[k], thin);
+    }
+}
+
+constexpr i64 kColumns = 64;  // of a gradient, an item
+
+// gradient (r, width) of one matrix in columns first..last: sum over the adapter's rows of low[row, k] * x[row, :]
+template <class T>
+void gradient(const LowRank& job, i64 adapter, const float* low, const T* x, i64 width, float* out, i64 first, i64 last) {
+    i64 rank = job.ranks[adapter];
+    for (i64 k = 0; k < rank; k++) memset(out + k * width + first, 0, (last - first) * sizeof(float));
+    for (i64 i = job.firsts[adapter]; i < job.firsts[adapter + 1]; i++) {
+        const Part& part = job.parts[i];
+        const float* here = low + job.places[i];
+        add_up<T>(rank, first, last, part.end - part.start, [&](i64 k, i64 row) { return here[row * rank + k]; },
+                  [&](i64 row) { return x + (part.start + row) * width; },
+                  [&](i64 k, i64 c, V sum, i64 left) { add_into(out + k * width + c, sum, left); });
+    }
+}
+
+template <class T>
+void lowrank_gradients(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LowRank*)args;
+    i64 ins = up(job.in, kColumns), outs = up(job.out, kColumns);
+    for (i64 i = begin; i < end; i++) {
+        i64 adapter = i / (ins + outs), column = i % (ins + outs);
+        if (column < ins) {
+            i64 first = column * kColumns, last = first + kColumns < job.in ? first + kColumns : job.in;
+            gradient(job, adapter, job.thin, (const T*)job.x, job.in, job.grad_a[adapter], first, last);
+        } else {
+            i64 first = (column - ins) * kColumns, last = first + kColumns < job.out ? first + kColumns : job.out;
+            gradient(job, adapter, job.low, (const T*)job.grad, job.out, job.grad_bt[adapter], first, last);
+        }
+    }
+}
+
+void lowrank(const LowRank& job, int threads) {
+    bool wide = job.type == kFloat32;
+    run(threads, job.tile_count, 1, wide ? lowrank_tiles<float, false> : lowrank_tiles<bf16, kDots>, &job);
+}
+
+void lowrank_backward(const LowRank& job, int threads) {
+    bool wide = job.type == kFloat32;
+    run(threads, job.tile_count, 1, wide ? lowrank_tiles_back<float, false> : lowrank_tiles_back<bf16, kDots>, &job);
+    i64 items = job.adapters * (up(job.in, kColumns) + up(job.out, kColumns));
+    run(threads, items, 1, wide ? lowrank_gradients<float> : lowrank_gradients<bf16>, &job);
+}
+
+}  // namespace

@@ -1,0 +1,207 @@
+// The Python module afina.kernels._native: the best table of kernels for this machine, over plain pointers.
+//
+// Addresses come as whole numbers (Tensor.data_ptr()); ../native.py sees to it that shapes, types and strides are right.
+// The interpreter's lock is given back while a kernel runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using Address = uintptr_t;
+using Addresses = std::vector<Address>;
+
+extern const Table table_plain;
+#if defined(AFINA_X86)
+extern const Table table_avx2, table_avx512, table_avx512bf16;
+#endif
+
+namespace {
+
+// from the best to the plainest
+std::vector<const Table*> usable() {
+    std::vector<const Table*> found;
+#if defined(AFINA_X86)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&table_avx512bf16);
+    if (avx512) found.push_back(&table_avx512);
+    if (avx2) found.push_back(&table_avx2);
+#endif
+    found.push_back(&table_plain);
+    return found;
+}
+
+const Table* kernels = usable().front();
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (auto* table : usable()) names.push_back(table->name);
+    return names;
+}
+
+void use(const std::string& name) {
+    for (auto* table : usable())
+        if (table->name == name) {
+            kernels = table;
+            return;
+        }
+    throw std::invalid_argument("this machine has no instruction set called " + name);
+}
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+NF4 nf4(Address codes, Address scales, Address superscales, Address offset, Address levels8, i64 rows, i64 width) {
+    return {at<uint8_t>(codes), at<uint8_t>(scales), at<float>(superscales), at<float>(offset), at<float>(levels8), rows, width};
+}
+
+constexpr i64 kGrain = 16384;        // numbers a piece at least: a few microseconds, what waking a thread costs
+constexpr i64 kStreamed = 64 << 20;  // bytes that no cache holds until they are read again
+
+i64 rows_of(i64 numbers, i64 width) { return 1 + numbers / (width > 0 ? width : 1); }
+
+void dequantize(int threads, const NF4& weight, int type, Address out) {
+    i64 bytes = weight.rows * weight.width * (type == kFloat32 ? 4 : 2);
+    bool stream = bytes >= kStreamed && out % 64 == 0 && weight.width % 32 == 0;
+    Dequantize job{weight, Type(type), at<void>(out), stream};
+    run(threads, weight.rows, rows_of(kGrain, weight.width), kernels->dequantize, &job);
+}
+
+void quantize(int threads, Address weight, int type, i64 rows, i64 width, Address codes, Address absmax) {
+    Quantize job{at<void>(weight), Type(type), rows, width, at<uint8_t>(codes), at<float>(absmax)};
+    run(threads, rows, rows_of(kGrain / 4, width), kernels->quantize, &job);
+}
+
+void product(int threads, Address x, int type, i64 m, i64 k, i64 n, Address w, Address bias, Address y) {
+    kernels->product({at<void>(x), Type(type), m, k, n, at<void>(w), {}, at<void>(bias), at<void>(y)}, threads);
+}
+
+void nf4_product(int threads, Address x, int type, i64 m, const NF4& weight, Address bias, Address y) {
+    Product job{at<void>(x), Type(type), m, weight.width, weight.rows, nullptr, weight, at<void>(bias), at<void>(y)};
+    kernels->product(job, threads);
+}
+
+void norm(int threads, Address x, Address weight, Address grad, Address out, int type, i64 rows, i64 width, float eps) {
+    Norm job{at<void>(x), at<void>(weight), at<void>(grad), at<void>(out), Type(type), rows, width, eps};
+    run(threads, rows, rows_of(kGrain, width), grad ? kernels->norm_backward : kernels->norm, &job);
+}
+
+void swiglu(int threads, Address gate, Address up, Address grad, Address y, Address grad_gate, Address grad_up, int type, i64 count) {
+    SwiGLU job{at<void>(gate), at<void>(up), at<void>(grad), at<void>(y), at<void>(grad_gate), at<void>(grad_up), Type(type), count};
+    run(threads, count, kGrain / 2, grad ? kernels->swiglu_backward : kernels->swiglu, &job);
+}
+
+void rotary(int threads, Address x, Address cos, Address sin, Address y, int type, i64 tokens, i64 heads, i64 width, bool back) {
+    Rotary job{at<void>(x), at<void>(cos), at<void>(sin), at<void>(y), Type(type), tokens, heads, width, back};
+    run(threads, tokens, rows_of(kGrain, heads * width), kernels->rotary, &job);
+}
+
+void adamw(int threads, Address value, Address grad, Address first, Address second, i64 count, float rate, float beta1,
+           float beta2, float eps, float decay, float correction1, float correction2) {
+    AdamW job{at<float>(value), at<float>(first), at<float>(second), at<float>(grad), count, rate, beta1, beta2, eps, decay,
+              correction1, correction2};
+    run(threads, count, kGrain, kernels->adamw, &job);
+}
+
+struct Table3 {  // (segments, 3): start, end, adapter, in the order of the adapters; and a weight each
+    const i64* rows;
+    const float* weights;
+    i64 count;
+};
+
+struct Cut {  // segments cut at the borders of tiles of the run
+    std::vector<Part> parts;
+    std::vector<i64> firsts, places, order, tiles;
+    i64 numbers = 0;  // of all parts together: rows times rank
+};
+
+// Tiles of 32 rows stay in the cache between the two products; a short run has smaller ones, so that all threads work.
+i64 tile_rows(i64 tokens, int threads) { return std::clamp<i64>(tokens / (4 * threads), 1, 32); }
+
+Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks) {
+    Cut made;
+    i64 adapters = i64(ranks.size());
+    std::vector<std::vector<i64>> by_tile((tokens + tile - 1) / tile);
+    for (i64 s = 0; s < table.count; s++) {
+        i64 start = table.rows[3 * s], end = table.rows[3 * s + 1], adapter = table.rows[3 * s + 2];
+        while (i64(made.firsts.size()) <= adapter) made.firsts.push_back(i64(made.parts.size()));
+        for (i64 last; start < end; start = last) {
+            last = std::min(end, (start / tile + 1) * tile);
+            by_tile[start / tile].push_back(i64(made.parts.size()));
+            made.parts.push_back({start, last, adapter, table.weights[s]});
+            made.places.push_back(made.numbers);
+            made.numbers += (last - start) * ranks[adapter];
+        }
+    }
+    while (i64(made.firsts.size()) <= adapters) made.firsts.push_back(i64(made.parts.size()));
+    for (auto& parts : by_tile) {
+        made.tiles.push_back(i64(made.order.size()));
+        made.order.insert(made.order.end(), parts.begin(), parts.end());
+    }
+    made.tiles.push_back(i64(made.order.size()));
+    return made;
+}
+
+template <class T>
+T* const* pointers(const Addresses& addresses) {
+    return reinterpret_cast<T* const*>(addresses.data());
+}
+
+LowRank made(const Cut& c, int type, i64 in, i64 out, const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt) {
+    return {Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.firsts.data(),
+            c.places.data(), i64(ranks.size()), ranks.data(), pointers<const void>(a), pointers<const void>(bt)};
+}
+
+void lowrank(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
+             const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address y) {
+    Cut c = cut({at<i64>(rows), at<float>(weights), count}, tokens, tile_rows(tokens, threads), ranks);
+    LowRank job = made(c, type, in, out, ranks, a, bt);
+    job.x = at<void>(x), job.y = at<void>(y);
+    kernels->lowrank(job, threads);
+}
+
+void lowrank_backward(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
+                      const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address grad,
+                      Address grad_x, const Addresses& grad_a, const Addresses& grad_bt) {
+    Cut c = cut({at<i64>(rows), at<float>(weights), count}, tokens, tile_rows(tokens, threads), ranks);
+    std::vector<float> low(c.numbers), thin(c.numbers);
+    LowRank job = made(c, type, in, out, ranks, a, bt);
+    job.x = at<void>(x), job.grad = at<void>(grad), job.grad_x = at<void>(grad_x);
+    job.low = low.data(), job.thin = thin.data();
+    job.grad_a = pointers<float>(grad_a), job.grad_bt = pointers<float>(grad_bt);
+    kernels->lowrank_backward(job, threads);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    auto release = nb::call_guard<nb::gil_scoped_release>();
+    m.def("isas", isas);
+    m.def("isa", [] { return kernels->name; });
+    m.def("use", use);
+    m.def("threads_of", threads_of);
+    nb::class_<NF4>(m, "NF4").def("__init__", [](NF4* self, Address c, Address s, Address ss, Address o, Address l, i64 rows,
+                                                 i64 width) { new (self) NF4(nf4(c, s, ss, o, l, rows, width)); });
+    m.def("dequantize", dequantize, release);
+    m.def("quantize", quantize, release);
+    m.def("product", product, release);
+    m.def("nf4_product", nf4_product, release);
+    m.def("norm", norm, release);
+    m.def("swiglu", swiglu, release);
+    m.def("rotary", rotary, release);
+    m.def("adamw", adamw, release);
+    m.def("lowrank", lowrank, release);
+    m.def("lowrank_backward", lowrank_backward, release);
+}

@@ -1,0 +1,123 @@
+"""The grouped low-rank product: all adapters' parts of a layer in one call, whatever their ranks.
+
+    x, y     | t t t t t | j j j | t t t t |        one flat run
+    rows       (0, 5, k=0, .5) (5, 8, k=1, 1.) (8, 12, k=0, 1.) (8, 12, k=1, 2.)    who acts where, how strongly
+
+    y[rows] += weight * (x[rows] A_k^T) B_k^T        A_k (r_k, in), B_k (out, r_k)
+
+Nothing is gathered, copied or padded to the largest rank. The same table serves training eight adapters, and a decoding
+step in which each row has an adapter of its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afina.kernels.native import TYPES, address, kernels, operation
+
+Row = tuple[int, int, int, float]  # start, end, adapter (a place in the lists of A and B), weight
+
+
+def grouped_lowrank(y: Tensor, x: Tensor, rows: Sequence[Row], a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """y (T, out) plus, on each row's tokens of x (T, in), weight * (x A_k^T) B_k^T; gradients reach y, x, every A and B.
+
+    Rows may overlap. A and B of another dtype (float32 parameters under bf16 activations) are rounded to that of x.
+    """
+    for start, end, adapter, _ in rows:
+        if not 0 <= start <= end <= x.shape[0] or not 0 <= adapter < len(a):
+            raise ValueError(f"row ({start}, {end}, {adapter}) does not fit {x.shape[0]} tokens and {len(a)} adapters")
+    for k, (left, right) in enumerate(zip(a, b, strict=True)):
+        if left.shape != (right.shape[1], x.shape[1]) or right.shape[0] != y.shape[1] or len(y) != len(x):
+            raise ValueError(f"adapter {k}, A {tuple(left.shape)} and B {tuple(right.shape)}, does not fit "
+                             f"x {tuple(x.shape)} and y {tuple(y.shape)}")  # fmt: skip
+    ordered = sorted(rows, key=lambda row: row[2])
+    table = torch.tensor([row[:3] for row in ordered], dtype=torch.int64).view(-1, 3)
+    weights = torch.tensor([row[3] for row in ordered], dtype=torch.float32)
+    return _lowrank(y, x, table, weights, [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b])
+
+
+# ---- references; table (rows, 3) int64: start, end, adapter, in the order of the adapters; bt: B transposed (r, out)
+
+
+def lowrank_reference(y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]) -> Tensor:
+    """The sum, in PyTorch."""
+    y = y.clone()
+    for (start, end, k), weight in zip(table.tolist(), weights.tolist(), strict=True):
+        y[start:end] += weight * (x[start:end] @ a[k].T) @ bt[k]
+    return y
+
+
+def lowrank_backward_reference(
+    grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of x, of each A and of each B transposed."""
+    wide, grad_x = torch.promote_types(x.dtype, torch.float32), torch.zeros_like(x)
+    grad_a, grad_bt = ([torch.zeros_like(t, dtype=wide) for t in ts] for ts in (a, bt))
+    for (start, end, k), weight in zip(table.tolist(), weights.tolist(), strict=True):
+        low, thin = weight * x[start:end] @ a[k].T, weight * grad[start:end] @ bt[k].T
+        grad_x[start:end] += thin @ a[k]
+        grad_a[k] += thin.T @ x[start:end]
+        grad_bt[k] += low.T @ grad[start:end]
+    return grad_x, [t.to(x.dtype) for t in grad_a], [t.to(x.dtype) for t in grad_bt]
+
+
+# ---- the operations
+
+
+def _about(x: Tensor, out: int, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]) -> tuple[Any, ...]:
+    """What both kernels take first."""
+    ranks = [len(t) for t in a]
+    places = ([address(t) for t in a], [address(t) for t in bt])
+    return TYPES[x.dtype], *x.shape, out, address(table), address(weights), len(table), ranks, *places
+
+
+def _run(y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]) -> Tensor:
+    if not kernels.take(x, y, *a, *bt):
+        return lowrank_reference(y, x, table, weights, a, bt)
+    y, x = y.clone(memory_format=torch.contiguous_format), x.contiguous()
+    a, bt = [t.contiguous() for t in a], [t.contiguous() for t in bt]
+    kernels.lowrank(*_about(x, y.shape[1], table, weights, a, bt), address(x), address(y))
+    return y
+
+
+def _run_backward(
+    grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    if not kernels.take(x, grad, *a, *bt):
+        return lowrank_backward_reference(grad, x, table, weights, a, bt)
+    grad, x, grad_x = grad.contiguous(), x.contiguous(), torch.zeros(x.shape, dtype=x.dtype)
+    a, bt = [t.contiguous() for t in a], [t.contiguous() for t in bt]
+    grad_a, grad_bt = ([torch.empty(t.shape) for t in ts] for ts in (a, bt))
+    kernels.lowrank_backward(
+        *_about(x, grad.shape[1], table, weights, a, bt), address(x), address(grad), address(grad_x),
+        [address(t) for t in grad_a], [address(t) for t in grad_bt],
+    )  # fmt: skip
+    return grad_x, [t.to(x.dtype) for t in grad_a], [t.to(x.dtype) for t in grad_bt]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, table, weights, a, bt = inputs
+    ctx.save_for_backward(x, table, weights, *a, *bt)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, table, weights, *matrices = ctx.saved_tensors
+    a, bt = matrices[: len(matrices) // 2], matrices[len(matrices) // 2 :]
+    grad_x, grad_a, grad_bt = _lowrank_backward(grad, x, table, weights, a, bt)
+    return grad, grad_x, None, None, grad_a, grad_bt
+
+
+_ARGUMENTS = "Tensor table, Tensor weights, Tensor[] a, Tensor[] bt"
+_lowrank = operation(
+    f"grouped_lowrank(Tensor y, Tensor x, {_ARGUMENTS}) -> Tensor",
+    _run, lambda y, x, table, weights, a, bt: torch.empty_like(y), _gradients, _keep,
+)  # fmt: skip
+_lowrank_backward = operation(
+    f"grouped_lowrank_backward(Tensor grad, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor[], Tensor[])",
+    _run_backward,
+    lambda grad, x, table, weights, a, bt: (
+        torch.empty_like(x), [torch.empty_like(t) for t in a], [torch.empty_like(t) for t in bt],
+    ),
+)  # fmt: skip

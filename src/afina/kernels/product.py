@@ -1,0 +1,50 @@
+"""The product of a few rows with a frozen matrix, at the speed at which the matrix is read: decoding's main work.
+
+PyTorch's bfloat16 product of few rows puts the matrix into blocks first, which costs more than the product.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from afina.kernels.native import TYPES, address, kernels, operation
+
+FEW = 16  # rows up to which the kernel runs; with more, PyTorch's product is as fast
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias (..., out) for x (..., in), weight (out, in), bias (out), as torch's; gradients reach all three."""
+    return _linear(x, weight, bias)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out, width = weight.shape
+    if x.shape[-1] != width:
+        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {width}")
+    rows = x.numel() // max(1, width)
+    if rows > FEW or not kernels.take(x, weight, bias):
+        return F.linear(x, weight, bias)
+    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(*x.shape[:-1], out)
+    kernels.product(address(x), TYPES[x.dtype], rows, width, out, address(weight), address(bias), address(y))
+    return y
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        grad @ weight if ctx.needs_input_grad[0] else None,
+        rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,
+        rows.sum(0) if ctx.needs_input_grad[2] else None,
+    )
+
+
+_linear = operation(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _run, lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), _gradients, _keep,
+)  # fmt: skip
