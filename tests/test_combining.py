@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -96,9 +97,25 @@ def _shelved(tiny: Path, run: Path) -> dict[str, Tensor]:
 
 
 def _updates(tiny: Path, run: Path | str) -> dict[str, Tensor]:
-    there = opened(tiny, run)
-    x = inputs(there.language)
-    before, after = layer_outputs(there.language, None, x), layer_outputs(there.language, there.route, x)
+    if not (Path(run) / "adapter_config.json").is_file():
+        there = opened(tiny, run)
+        return _added(there.language, there.route)
+    base = _kept_base(tiny)
+    adapter = load_adapter(Path(run), base)
+    try:
+        return _added(base, adapter.route)
+    finally:
+        detach(base.model, adapter)
+
+
+@cache
+def _kept_base(tiny: Path) -> Base:
+    return load_base(str(tiny))
+
+
+def _added(base: Base, route: Route | None) -> dict[str, Tensor]:
+    x = inputs(base)
+    before, after = layer_outputs(base, None, x), layer_outputs(base, route, x)
     return {path: after[path] - before[path] for path in x}
 
 
@@ -415,6 +432,14 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
     lora, out = a["lora"], tmp_path / "out"
     base = load_base(str(tiny))
     save_adapter(put(base, method="full", targets=["q_proj"]), base, tmp_path / "full")
+    copytree(lora, tmp_path / "tokens")
+    story = json.loads((lora / "afina.json").read_text())
+    story["spec"]["tokens"] = {"<x>": 320}
+    (tmp_path / "tokens" / "afina.json").write_text(json.dumps(story))
+    copytree(lora, tmp_path / "pefts")
+    (tmp_path / "pefts" / "afina.json").unlink()
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (tmp_path / "pefts" / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [3]}))
     cases: list[tuple[str, Callable[[], object]]] = [
         ("weight cannot be 'nan'", lambda: combine([f"{lora}:nan"], out=out)),
         ("weight cannot be 'inf'", lambda: combine([f"{lora}:inf"], out=out)),
@@ -427,6 +452,8 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
         ("slerp takes loras", lambda: combine([lora, a["dora"]], how="slerp", out=out)),
         ("no adapter to combine", lambda: combine([], out=out)),
         ("no part of a sum", lambda: combine([lora, tmp_path / "full"], out=out)),
+        ("owns the token '<x>'", lambda: combine([a["few"], tmp_path / "tokens"], out=out)),
+        ("owns tokens", lambda: combine([a["few"], tmp_path / "pefts"], out=out)),
         ("acts alone", lambda: opened(tiny, f"{lora},{tmp_path / 'full'}")),
         ("one adapter, and these are several", lambda: opened(tiny, f"{lora},{a['few']}").adapter),
         ("rows", lambda: combine([lora], how="search", out=out)),

@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 VERBS, AGREEMENT = MISTAKES[:1], MISTAKES[1:3]  # the verb's number; articles and adjectives
 ASK = {"en": "Correct: ", "es": "Corrige: "}
 SKILLS = ("verbs", "agreement", "both in one")
-ROWS, TESTED, FEW = 6000, 150, 40
+ROWS, TESTED, FEW = 6000, 150, 80
 RANK = 16
 
 Row = dict[str, Any]
@@ -151,7 +151,7 @@ def combinations(runs: dict[str, Path], few: Path, folder: Path) -> Iterator[tup
         "magnitude": {"parts": one, "how": "magnitude"},
         "dare": {"parts": one, "how": "dare", "density": 0.9},
         "della": {"parts": one, "how": "della", "density": 0.9},
-        "searched weights": {"parts": one, "how": "search", "data": few, "penalty": 0.01, "steps": 40},
+        "searched weights": {"parts": one, "how": "search", "data": few, "penalty": 0.005, "steps": 40},
     }
     for number, (name, settings) in enumerate(ways.items()):
         out = folder / f"way-{number}"
@@ -161,7 +161,7 @@ def combinations(runs: dict[str, Path], few: Path, folder: Path) -> Iterator[tup
 def main() -> None:
     """Run all of it and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each adapter")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each adapter")
     parser.add_argument("--out", type=Path, default=HERE, help="where results.json and README.md are written")
     arguments = parser.parse_args()
     start = time.perf_counter()

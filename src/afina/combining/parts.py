@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from afina.base.frozen import Frozen
@@ -83,8 +84,8 @@ class Source:
         layer = self.layer(path)
         if not layer.is_matrix:
             return None
-        weight = layer.weight.detach().double().cpu()
-        return self.attached.deltas[path].cpu().merged(weight).detach() - weight
+        weight = layer.weight.detach().to(torch.float32 if layer.device.type == "mps" else torch.float64)  # mps knows no float64
+        return (self.attached.deltas[path].merged(weight).detach() - weight).double().cpu()
 
     def as_parent(self) -> dict[str, object]:
         """The line of afina.json that names it."""
@@ -112,11 +113,14 @@ def open_sources(texts: Sequence[str | Path]) -> list[Source]:
 
 
 def open_source(part: Part) -> Source:
-    """One adapter, read strictly; raises `AdapterError` where it owns modules, of which there is no weighted sum."""
+    """One adapter, read strictly; raises `AdapterError` where it owns more than updates, of which there is no weighted sum."""
     spec = spec_of(part.folder)
     if spec.modules:
         why = "a head learned from its own random start: a weighted sum of heads is no head"
         raise AdapterError(f"this adapter owns {spec.modules[0]}", where=str(part.folder), why=why)
+    if spec.tokens:
+        why = "rows of new tokens are no update of the base's"
+        raise AdapterError(f"this adapter owns the token {next(iter(spec.tokens))!r}", where=str(part.folder), why=why)
     return Source(part, spec, identity(part.folder), Reader(part.folder / WEIGHTS))
 
 

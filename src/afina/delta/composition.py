@@ -101,6 +101,9 @@ def spec_of(folder: Path) -> Spec:
     """What the adapter in `folder` is, from its configuration and the names of its tensors."""
     if not (folder / WEIGHTS).is_file():
         raise AdapterError("no adapter_model.safetensors", where=str(folder))
+    if not (folder / STORY).is_file() and read_json(folder / CONFIG).get("trainable_token_indices"):
+        why = "PEFT tells its tokens by number, and only the base's tokenizer knows what they are"
+        raise AdapterError("this adapter owns tokens", where=str(folder), why=why)
     return read_spec(folder, [name for name in read_header(folder / WEIGHTS)[1] if name != "__metadata__"])
 
 
