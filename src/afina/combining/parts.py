@@ -84,7 +84,8 @@ class Source:
         layer = self.layer(path)
         if not layer.is_matrix:
             return None
-        weight = layer.weight.detach().to(torch.float32 if layer.device.type == "mps" else torch.float64)  # mps knows no float64
+        wide = torch.float32 if layer.device.type == "mps" else torch.float64  # which mps does not know
+        weight = layer.weight.detach().to(wide)
         return (self.attached.deltas[path].merged(weight).detach() - weight).double().cpu()
 
     def as_parent(self) -> dict[str, object]:
