@@ -181,7 +181,7 @@ def main() -> None:
             about[label] = {"weights": weights, "energy": made.get("energy", {}).get("mean", 1.0)}
             print(label, table[label], weights, flush=True)
     seconds = time.perf_counter() - start
-    story = {"seconds": round(seconds), "steps": arguments.steps, "tested": TESTED, "table": table, "combinations": about}
+    story = {"seconds": round(seconds), "cpu_seconds": round(time.process_time()), "steps": arguments.steps, "tested": TESTED, "table": table, "combinations": about}
     write_json(arguments.out / "results.json", story)
     publish(arguments.out / "README.md", markdown(story))
 
@@ -203,7 +203,8 @@ def markdown(story: dict[str, Any]) -> str:
         more = [", ".join(f"{w:g}" for w in about["weights"]), f"{100 * about['energy']:.0f}%"] if about else ["", ""]
         share = f"{kept(story['table'], row):.0f}%" if about or row.startswith("trained") else ""
         lines.append(f"| {row} | " + " | ".join([*(f"{scores[s]:.1f}" for s in SKILLS), *more, share]) + " |")
-    lines += ["", f"{story['tested']} new sentences a column; {story['steps']} steps an adapter; {story['seconds']} s in all."]
+    time_taken = f"{story['seconds']} s in all, of which {story['cpu_seconds']} s of computing"
+    lines += ["", f"{story['tested']} new sentences a column; {story['steps']} steps an adapter; {time_taken}."]
     return "\n".join(lines)
 
 
