@@ -181,7 +181,14 @@ def main() -> None:
             about[label] = {"weights": weights, "energy": made.get("energy", {}).get("mean", 1.0)}
             print(label, table[label], weights, flush=True)
     seconds = time.perf_counter() - start
-    story = {"seconds": round(seconds), "cpu_seconds": round(time.process_time()), "steps": arguments.steps, "tested": TESTED, "table": table, "combinations": about}
+    story = {
+        "seconds": round(seconds),
+        "cpu_seconds": round(time.process_time()),
+        "steps": arguments.steps,
+        "tested": TESTED,
+        "table": table,
+        "combinations": about,
+    }
     write_json(arguments.out / "results.json", story)
     publish(arguments.out / "README.md", markdown(story))
 
