@@ -391,7 +391,7 @@ def test_errors_are_an_object_too_and_set_the_exit_code(
 def test_an_interrupt_tells_how_to_go_on(
     capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("afina.training.progress.Display.tick", interrupted)
