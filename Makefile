@@ -59,9 +59,10 @@ distclean: clean  ## take away the environments too; runs/ stays
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
 
-.venv/.installed-test: .venv/.installed
+.venv/.installed-test: $(SOURCES)  # not after .installed: the kernels are built at each installation
+	$(call make_environment,.venv)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
-	@touch $@
+	@touch .venv/.installed $@
 
 .venv-peers/.installed: Makefile constraints.txt
 	$(call make_environment,.venv-peers)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.es.md"]
 CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILES = {"jsonl": "polite.jsonl", "csv": "questions.csv", "yaml": "settings.yaml"}  # what a block of each kind shows
+FILES = {"jsonl": ["polite.jsonl"], "csv": ["questions.csv"], "yaml": ["sweep.yaml", "settings.yaml"]}  # shown in this order
 
 
 def read(name: str) -> str:
@@ -56,9 +56,9 @@ def table_rows(name: str, columns: int) -> list[list[str]]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that README.md shows, as the reader would have it."""
-    for kind, name in FILES.items():
-        (block,) = blocks("README.md", kind)
-        (tmp_path / name).write_text(block, encoding="utf-8")
+    for kind, names in FILES.items():
+        for name, block in zip(names, blocks("README.md", kind), strict=True):
+            (tmp_path / name).write_text(block, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
