@@ -1,4 +1,4 @@
-// RMSNorm, SwiGLU, rotary embedding and AdamW: each reads its inputs once, works in float32 and rounds once.
+// RMSNorm, SwiGLU and rotary embedding: each reads its inputs once, works in float32 and rounds once.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -112,21 +112,6 @@ void rotary_tokens(const void* args, i64 begin, i64 end) {
             });
         }
     }
-}
-
-void adamw(const void* args, i64 begin, i64 end) {
-    auto& job = *(const AdamW*)args;
-    by_16(end - begin, [&](i64 i, i64 n) {
-        i += begin;
-        V g = load_n(job.grad + i, n), m = load_n(job.first + i, n), v = load_n(job.second + i, n);
-        m = fma(all(1.0f - job.beta1), g - m, m);
-        v = fma(g * g, all(1.0f - job.beta2), v * job.beta2);
-        V step = m / (sqrt(v / job.correction2) + job.eps);
-        V value = load_n(job.value + i, n) * (1.0f - job.rate * job.decay);
-        store_n(job.value + i, fma(step, all(-job.rate / job.correction1), value), n);
-        store_n(job.first + i, m, n);
-        store_n(job.second + i, v, n);
-    });
 }
 
 }  // namespace

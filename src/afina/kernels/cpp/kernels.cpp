@@ -28,7 +28,6 @@ const Table JOIN(table_, AFINA_ISA) = {
     typed<swiglu_items<float>, swiglu_items<bf16>, SwiGLU>,
     typed<swiglu_items_back<float>, swiglu_items_back<bf16>, SwiGLU>,
     typed<rotary_tokens<float>, rotary_tokens<bf16>, Rotary>,
-    adamw,
     product,
     lowrank,
     lowrank_backward,

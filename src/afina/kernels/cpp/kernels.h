@@ -92,18 +92,11 @@ struct Rotary {  // items: tokens
     bool back;  // the transpose
 };
 
-struct AdamW {  // items: elements, all float32
-    float *value, *first, *second;
-    const float* grad;
-    i64 count;
-    float rate, beta1, beta2, eps, decay, correction1, correction2;
-};
-
 using Task = void (*)(const void* args, i64 begin, i64 end);
 
 struct Table {
     const char* name;
-    Task dequantize, quantize, norm, norm_backward, swiglu, swiglu_backward, rotary, adamw;
+    Task dequantize, quantize, norm, norm_backward, swiglu, swiglu_backward, rotary;
     void (*product)(const Product&, int threads);
     void (*lowrank)(const LowRank&, int threads);
     void (*lowrank_backward)(const LowRank&, int threads);

@@ -108,13 +108,6 @@ void rotary(int threads, Address x, Address cos, Address sin, Address y, int typ
     run(threads, tokens, rows_of(kGrain, heads * width), kernels->rotary, &job);
 }
 
-void adamw(int threads, Address value, Address grad, Address first, Address second, i64 count, float rate, float beta1,
-           float beta2, float eps, float decay, float correction1, float correction2) {
-    AdamW job{at<float>(value), at<float>(first), at<float>(second), at<float>(grad), count, rate, beta1, beta2, eps, decay,
-              correction1, correction2};
-    run(threads, count, kGrain, kernels->adamw, &job);
-}
-
 struct Table3 {  // (segments, 3): start, end, adapter, in the order of the adapters; and a weight each
     const i64* rows;
     const float* weights;
@@ -201,7 +194,6 @@ NB_MODULE(_native, m) {
     m.def("norm", norm, release);
     m.def("swiglu", swiglu, release);
     m.def("rotary", rotary, release);
-    m.def("adamw", adamw, release);
     m.def("lowrank", lowrank, release);
     m.def("lowrank_backward", lowrank_backward, release);
 }

@@ -18,7 +18,7 @@ constexpr int rows_beside(int m) { return m <= 4 ? 4 : 2; }  // 16 sums at most,
 constexpr int kTileM = 2;
 constexpr int rows_beside(int) { return 2; }
 #endif
-constexpr i64 kStrip = 16;  // rows of W an item
+constexpr i64 kStrip = 8;  // rows of W an item: in the cache while all rows of x pass
 
 template <bool Dots>
 struct Dense;  // how x, and W once decoded, lie in memory: chunks of 32
@@ -37,7 +37,8 @@ struct Dense<true> {
 };
 #endif
 
-// W's rows, whatever they are stored as: at(n, c) is chunk c of row n, end(n, c) the same for a chunk that is not full
+// W's rows, whatever they are stored as: at(n, c) is chunk c of row n, end(n, c) the same for a chunk that is not full;
+// ahead(n, c) asks memory for what the next strip has there, so that reading goes on while sums are made
 template <bool Dots, bool Apart, class T>
 struct Plain {
     static constexpr bool kDots = Dots, kApart = Apart;
@@ -48,6 +49,7 @@ struct Plain {
         else return Dense<Dots>::at(p);
     }
     INLINE auto at(i64 n, i64 c) const { return chunk(w + n * width + 32 * c); }
+    INLINE void ahead(i64 n, i64 c) const { __builtin_prefetch(w + (n + kStrip) * width + 32 * c); }
     INLINE auto end(i64 n, i64 c) const {
         T buffer[32] = {};
         memcpy(buffer, w + n * width + 32 * c, (width - 32 * c) * sizeof(T));
@@ -67,6 +69,9 @@ struct Fours {
 #endif
             return x;
     }
+    INLINE void ahead(i64 n, i64 c) const {
+        if (c % 4 == 0) __builtin_prefetch(codes + (n + kStrip) * bytes + 16 * c);
+    }
     INLINE auto at(i64 n, i64 c) const { return made(decode(codes + n * bytes + 16 * c, absmax[n * blocks + c / 2])); }
     INLINE auto end(i64 n, i64 c) const {
         return made(decode_part(codes + n * bytes + 16 * c, bytes - 16 * c, absmax[n * blocks + c / 2]));
@@ -78,6 +83,7 @@ struct Buffered {  // rows that were decoded into whole chunks
     const typename Dense<Dots>::X* w;
     i64 stride, width;
     INLINE auto at(i64 n, i64 c) const { return Dense<Dots>::at(w + n * stride + 32 * c); }
+    INLINE void ahead(i64, i64) const {}
     INLINE auto end(i64 n, i64 c) const { return at(n, c); }
 };
 
@@ -87,7 +93,7 @@ INLINE void tile(const Rows& rows, i64 n, const X* x, i64 stride, const Give& gi
     i64 full = rows.width / 32;
     for (i64 c = 0; c < full; c++) {
         decltype(rows.at(0, 0)) w[N];
-        for (int j = 0; j < N; j++) w[j] = rows.at(n + j, c);
+        for (int j = 0; j < N; j++) w[j] = rows.at(n + j, c), rows.ahead(n + j, c);
         for (int i = 0; i < M; i++) {
             auto here = Dense<Rows::kDots>::at(x + i * stride + 32 * c);
             for (int j = 0; j < N; j++) sums[i][j] = dot(sums[i][j], w[j], here);
@@ -195,8 +201,10 @@ void nf4_strips(const void* args, i64 begin, i64 end) {
             continue;
         }
         for (i64 j = 0; j < rows; j++)
-            for (i64 c = 0; c < chunks; c++)
+            for (i64 c = 0; c < chunks; c++) {
+                fours.ahead(j, c);
                 write(decoded + j * stride + 32 * c, c < p.k / 32 ? fours.at(j, c) : fours.end(j, c));
+            }
         dots(p.m, Buffered<Dots>{decoded, stride, p.k}, 0, rows, x, stride, give);
     }
 }

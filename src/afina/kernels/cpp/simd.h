@@ -192,15 +192,6 @@ INLINE V exp(V x) {
     return bits((U)p + ((U)shifted << 23));
 }
 
-INLINE V sqrt(V x) {
-#if defined(__AVX512F__)
-    return (V)_mm512_sqrt_ps((__m512)x);
-#else
-    for (int i = 0; i < 16; i++) x[i] = __builtin_sqrtf(x[i]);
-    return x;
-#endif
-}
-
 // table[index], a table of 16; only the last four bits of an index count
 INLINE V lookup(const float* table, U index) {
 #if defined(__AVX512F__)
