@@ -1,7 +1,8 @@
 """QLoRA's claim: how much memory does it save, and what does it cost in quality? `python benchmarks/qlora_memory.py`
 
 Memory: a random Llama of Llama-3.2-1B's shape, one training step of 512 tokens with activation checkpointing, in a process
-each: lora on bf16 weights, qlora on the same weights in NF4. Quality: held-out loss of the demo's task, three seeds each.
+each: full with 8-bit AdamW, lora on bf16 weights, qlora on the same weights in NF4. Quality: held-out loss of the demo's task,
+three seeds each.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def make_base(folder: Path) -> None:
     AutoTokenizer.from_pretrained(EMBEDDED_FOLDER).save_pretrained(folder)
 
 
-def step(storage: str, folder: Path) -> None:
+def step(method: str, folder: Path) -> None:
     """Load, attach, train three steps; print the peak."""
     import torch
 
@@ -48,10 +49,12 @@ def step(storage: str, folder: Path) -> None:
     from afina.training.optimizer import Optimizer
 
     torch.set_num_threads(2)
-    base = load_base(str(folder), dtype="bfloat16", storage=storage)  # type: ignore[arg-type]
+    full = method == "full"
+    base = load_base(str(folder), dtype="bfloat16", storage="nf4" if method == "qlora" else "plain")
     loaded = peak_mb()
-    adapter = attach(base.model, base.board, "a", Spec("lora", resolve_targets(base.model, "all-linear", None, False), rank=8))
-    optimizer = Optimizer(adapter, 1e-4, {}, 0.0)
+    targets = resolve_targets(base.model, "all" if full else "all-linear", None, full)
+    adapter = attach(base.model, base.board, "a", Spec("full" if full else "lora", targets, rank=8))
+    optimizer = Optimizer(adapter, 1e-4, {}, 0.0, "adamw-8bit" if full else "adamw")
     batch = flatten([Example("", torch.randint(5, 128000, (TOKENS,)).tolist(), [False] + [True] * (TOKENS - 1), 0, None)])
     seconds = []
     with base.checkpointing(True):
@@ -77,7 +80,7 @@ def quality(folder: Path) -> dict[str, list[float]]:
         (folder / f"held-{seed}.jsonl").write_text(lines(held))
         for method in losses:
             run = train(folder / f"train-{seed}.jsonl", holdout=folder / f"held-{seed}.jsonl", method=method, rank=16,
-                        learning_rate=3e-3, steps=150, batch_tokens=2048, seed=seed, out=folder / f"{method}-{seed}")  # fmt: skip
+                        learning_rate=2e-3, steps=150, batch_tokens=2048, seed=seed, out=folder / f"{method}-{seed}")  # fmt: skip
             losses[method].append(run.story["losses"]["held_after"])
             print(seed, method, losses[method][-1], flush=True)
     return losses
@@ -85,9 +88,9 @@ def quality(folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", choices=("plain", "nf4"))
+    parser.add_argument("--side", choices=("full", "lora", "qlora"))
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.side:
         step(arguments.side, arguments.folder)
@@ -98,12 +101,14 @@ def main() -> None:
         interleave({"make": (sys.executable, ["-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
                     f"import qlora_memory as q; from pathlib import Path; q.make_base(Path({name!r}) / 'base'); print('{{}}')"])}, 1)  # fmt: skip
         side = lambda which: (sys.executable, [__file__, "--side", which, "--folder", f"{name}/base"])  # noqa: E731
-        runs = interleave({"lora": side("plain"), "qlora": side("nf4")}, arguments.repeats)
+        runs = interleave({method: side(method) for method in ("full", "lora", "qlora")}, arguments.repeats)
     lora, qlora = statistics.mean(losses["lora"]), statistics.mean(losses["qlora"])
     figures = {
+        "full_8bit_peak_mb": median(runs["full"], "peak_mb"),
         "lora_peak_mb": median(runs["lora"], "peak_mb"),
         "qlora_peak_mb": median(runs["qlora"], "peak_mb"),
         "memory_ratio": median(runs["qlora"], "peak_mb") / median(runs["lora"], "peak_mb"),
+        "full_step_seconds": median(runs["full"], "step_seconds"),
         "lora_step_seconds": median(runs["lora"], "step_seconds"),
         "qlora_step_seconds": median(runs["qlora"], "step_seconds"),
         "lora_held_loss": lora,

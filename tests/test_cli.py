@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,9 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, A
 # help
 
 
-def test_help_is_instant_and_imports_nothing_heavy() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = afina("--help")
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0
-    assert min(times) < 1.0
+def test_help_imports_nothing_heavy() -> None:
+    done = afina("--help")
+    assert done.returncode == 0
     assert all(verb in done.stdout for verb in ("demo", "plan", "train", "eval", "generate", "chat", "merge", "export"))
     code = "import sys; sys.argv = ['afina', 'train', '--help']\ntry:\n import afina.__main__\nexcept SystemExit: pass\n"
     heavy = "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib', 'sacrebleu', 'pandas') if m in sys.modules])"
