@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.base.classifier import Classifier
-from afina.data.labelled import Labelled
+from afina.data.labelled import Labelled, open_picture
 from afina.errors import DataError
 from afina.route.invocation import Route
 from afina.segments import BASE
@@ -112,7 +112,7 @@ class RowsTask:
 
 @dataclass(frozen=True)
 class Row:
-    """A row ready for the model: tokens or pixels, and the number of its class."""
+    """A row ready for the model: tokens or a shrunk picture, and the number of its class."""
 
     where: str
     content: Any
@@ -170,7 +170,7 @@ def make_rows(base: Classifier, rows: Sequence[Labelled], max_length: int, skipp
     made: list[Row] = []
     for row in rows:
         try:
-            made.append(Row(row.where, _content(base, row, max_length), _number(row, numbers)))
+            made.append(Row(row.where, content_of(base, row.content, max_length, row.where), _number(row, numbers)))
         except DataError as error:
             if skipped is None:
                 raise
@@ -188,14 +188,19 @@ def _number(row: Labelled, numbers: dict[str, int]) -> int:
     return numbers[row.label]
 
 
-def _content(base: Classifier, row: Labelled, max_length: int) -> Any:
+def content_of(base: Classifier, content: str | bytes, max_length: int, where: str) -> Any:
+    """A text as tokens, the bytes of a picture as one that is shrunk; raises `DataError` where it cannot be read."""
     if base.images is not None:
-        return base.images.pixels(row.content)
+        if isinstance(content, str):
+            raise DataError("this model reads pictures, and here is a text", where=where)
+        return base.images.shrink(open_picture(content, where))
+    if isinstance(content, bytes):
+        raise DataError("this model reads text, and here is a picture", where=where)
     assert base.tokenizer is not None
-    tokens = base.tokenizer(row.content)["input_ids"]
+    tokens = base.tokenizer(content, verbose=False)["input_ids"]
     if len(tokens) > max_length:
         hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
-        raise DataError(f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=row.where, hint=hint)
+        raise DataError(f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=where, hint=hint)
     return tokens
 
 
