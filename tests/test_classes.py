@@ -23,6 +23,7 @@ from afina.engine.generate import generate
 from afina.errors import AdapterError, AfinaError, BaseError, DataError, SettingsError
 from afina.judge.classes import classification_scores, confusion
 from afina.judge.evaluate import evaluate
+from afina.objective.classify import batch_indices
 from afina.planning.preview import plan
 from afina.segments import BASE, Segments
 from afina.training.run import Run, train
@@ -39,6 +40,9 @@ QUICK: dict[str, dict[str, Any]] = {  # what each method needs to learn the easy
     "full": dict(learning_rate=3e-3),
     "freeze": dict(learning_rate=1e-2),
 }
+
+
+METHODS = [pytest.param(m, marks=[] if m in ("lora", "full") else pytest.mark.slow) for m in QUICK]
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +128,7 @@ def learn(tmp_path: Path) -> Callable[..., Run]:
     """`train` on the CPU, into a new folder each time."""
 
     def call(data: Path, base: Path, method: str = "lora", **values: Any) -> Run:
-        common = dict(objective="classify", steps=30, batch_tokens=512, holdout=0.25, device="cpu")
+        common = dict(objective="classify", steps=60, batch_tokens=512, holdout=0.25, device="cpu")
         name = f"run{len(list(tmp_path.iterdir()))}"
         return train(data, **{**common, **QUICK[method], "base": str(base), "method": method, "out": tmp_path / name, **values})
 
@@ -165,7 +169,7 @@ def is_story_of_a_classifier(run: Run, classes: int = 2) -> None:
 # ---- text
 
 
-@pytest.mark.parametrize("method", list(QUICK))
+@pytest.mark.parametrize("method", METHODS)
 def test_texts(learn: Callable[..., Run], table: Path, encoder: Path, method: str) -> None:
     """Every method learns the easy task; saved is loaded; judged again, it is the same; merged is adapted."""
     run = learn(table, encoder, method)
@@ -224,7 +228,7 @@ def test_masked_tokens_then_labels(learn: Callable[..., Run], table: Path, encod
     assert judged["after"]["loss"] < judged["before"]["loss"] - 1
     made = tmp_path / "made"
     merge(pretrained.folder, out=made)
-    run = learn(table, made)
+    run = learn(table, made, steps=60)
     assert run.story["classes"]["accuracy"] >= 90
     spec = read_json(run.folder / "adapter" / "afina.json")["spec"]
     assert spec["modules"] == ["bert.pooler.dense", "classifier"]  # what masked tokens have no use for is new
@@ -262,10 +266,11 @@ def test_resumed_is_uninterrupted(learn: Callable[..., Run], table: Path, encode
 # ---- pictures
 
 
-@pytest.mark.parametrize("method", list(QUICK))
+@pytest.mark.parametrize("method", METHODS)
 def test_pictures(learn: Callable[..., Run], pictures: Path, vision: Path, method: str) -> None:
     """The same for a folder of pictures; BatchNorm's running means are the base's, bit for bit, before and after."""
-    run = learn(pictures, vision, method, **LOOKING, **({"learning_rate": 2e-3} if method == "full" else {}))
+    longer = {"full": {"learning_rate": 1e-3, "steps": 150}, "freeze": {"steps": 150}}.get(method, {})
+    run = learn(pictures, vision, method, **{**LOOKING, **longer})
     is_story_of_a_classifier(run)
     assert run.story["classes"]["accuracy"] >= (75 if method == "freeze" else 90)  # its first layers stay random
     assert evaluate(run.folder)["classes"]["confusion"] == run.story["classes"]["confusion"]
@@ -505,6 +510,22 @@ def opened_net() -> Classifier:
 
 
 # ---- figures and words
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    """Each row once an epoch, another order each epoch, next to no padding, batches in no order of length."""
+    rng = random.Random(0)
+    lengths = [rng.randrange(1, 50) for _ in range(1000)]
+    epochs = [batch_indices(lengths, 16, 0, epoch) for epoch in (0, 1)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(1000))
+        assert len(batches) == 63
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        assert padded < 1.1 * sum(lengths)
+        means = [sum(lengths[i] for i in batch) / len(batch) for batch in batches]
+        assert means != sorted(means)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == batch_indices(lengths, 16, 0, 0)
 
 
 def test_scores() -> None:
