@@ -26,6 +26,7 @@ from afina.judge.evaluate import evaluate
 from afina.objective.classify import batch_indices
 from afina.planning.preview import plan
 from afina.segments import BASE, Segments
+from afina.training.loop import Loop
 from afina.training.run import Run, train
 from helpers import afina, same, state, write_rows
 
@@ -250,11 +251,15 @@ def test_asked_for_a_class(learn: Callable[..., Run], table: Path, encoder: Path
 
 
 def test_resumed_is_uninterrupted(learn: Callable[..., Run], table: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from afina.training.loop import Loop
-
     whole = learn(table, encoder, steps=8, check_every=2, dropout=0.1)
-    step = Loop._step
-    monkeypatch.setattr(Loop, "_step", lambda self: step(self) if self.progress.step < 5 else (_ for _ in ()).throw(KeyboardInterrupt))
+    begin = Loop.begin
+
+    def cut(self: Loop) -> Any:
+        if self.progress.step == 5:
+            raise KeyboardInterrupt
+        return begin(self)
+
+    monkeypatch.setattr(Loop, "begin", cut)
     out = whole.folder.parent / "cut"
     with pytest.raises(KeyboardInterrupt):
         learn(table, encoder, steps=8, check_every=2, dropout=0.1, out=out)
