@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.es.md"]
 CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILES = {"jsonl": ["polite.jsonl"], "csv": ["questions.csv"], "yaml": ["sweep.yaml", "settings.yaml"]}  # shown in this order
+FILES = {  # shown in this order
+    "jsonl": ["polite.jsonl"], "csv": ["questions.csv", "reviews.csv"], "yaml": ["sweep.yaml", "settings.yaml"],
+}  # fmt: skip
+VISION = "google/vit-base-patch16-224-in21k"  # nothing is downloaded in a test: a tiny one stands for it
 
 
 def read(name: str) -> str:
@@ -127,12 +130,28 @@ def test_the_error_shown_is_the_real_one(workplace: Path) -> None:
     assert blocks("README.md", "text") == [f"afina: {caught.value}\n"]
 
 
+def make_pictures(folder: Path) -> None:
+    """Pictures of two classes, one more, and a tiny ViT to learn them."""
+    from PIL import Image
+    from transformers import ViTConfig, ViTModel
+
+    for label, grey in (("cat", 40), ("dog", 200)):
+        (folder / "pictures" / label).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (12, 12), (grey + number,) * 3).save(folder / "pictures" / label / f"{number}.png")
+    Image.new("RGB", (12, 12), (50, 50, 50)).save(folder / "photo.png")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder / "vit")
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two dozen processes, each of which loads torch
 def test_the_reader_who_types_everything(workplace: Path) -> None:
     """All commands but the demo (which has a test of its own), in order, in an empty folder; then the Python block."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
-    script = [line for line in commands() if "demo" not in line]
+    make_pictures(workplace)
+    script = [line.replace(VISION, "vit") for line in commands() if "demo" not in line]
     assert len(script) > 8
     for line in script:
         done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True)

@@ -4,9 +4,12 @@ The head that chooses among the classes is seldom in the published weights: what
 listed in `fresh`, and belongs to the adapter, which trains and saves it whole.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,13 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from afina.base.frozen import Frozen
-from afina.base.load import check_folder, choose_device, choose_dtype, find_folder, load_config, quiet
+from afina.base.load import check_folder, choose_device, choose_dtype, find_folder, load_config, load_tokenizer, quiet
+from afina.base.safety import hash_tensors
 from afina.errors import BaseError
 
 IMAGE_CONFIG = "preprocessor_config.json"
@@ -46,6 +49,8 @@ class Images:
         if isinstance(size, dict):
             size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
         height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
+        if told.get("do_normalize") is False:
+            return cls((height, width), (0.0,) * channels, (1.0,) * channels)
         mean, std = told.get("image_mean", [0.5] * channels), told.get("image_std", [0.5] * channels)
         return cls((height, width), tuple(mean), tuple(std))
 
@@ -77,10 +82,22 @@ class Classifier(Frozen):
     tokenizer: PreTrainedTokenizerBase | None = None
     images: Images | None = None
 
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False).eval()  # eval for good: the running means of BatchNorm are the base's
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the base: of its published tensors; of a module made in Python, of its tensors in any order."""
+        if self.files:
+            return hash_tensors(self.files)
+        state = {name: t for name, t in self.model.state_dict().items() if ".deltas." not in name}
+        digests = (hashlib.sha256(t.cpu().contiguous().flatten().view(torch.uint8).numpy()) for t in state.values())
+        return hashlib.sha256("".join(sorted(d.hexdigest() for d in digests)).encode()).hexdigest()
+
     @property
     def context(self) -> int:
         """Longest text in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 512)
+        return int(getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or 512)
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Scores of the classes (rows, classes), float32."""
@@ -141,18 +158,28 @@ def _load(
     except (ValueError, KeyError, OSError) as error:
         what = f"{config.model_type} cannot be used for {'pictures' if pictures else 'text'} here"
         raise BaseError(what, where=base, why=str(error).splitlines()[0]) from error
-    model.requires_grad_(False)
-    model.eval().to(place)
-    missing = {key.rpartition(".")[0] for key in [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]}
+    tokenizer = None if pictures else load_tokenizer(folder, base, trust_remote_code)
+    if tokenizer is not None and model.config.pad_token_id is None:  # decoders look for the last token that is no padding
+        model.config.pad_token_id = tokenizer.pad_token_id or 0
     return Classifier(
-        model=model,
+        model=model.to(place),
         name=str(folder.resolve()) if Path(base).expanduser().is_dir() else base,
         revision=revision,
         folder=folder,
         files=files,
         remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
         labels=labels,
-        fresh=tuple(path for path, _ in model.named_modules() if path in missing),
-        tokenizer=None if pictures else AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+        fresh=_fresh(model, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])], base),
+        tokenizer=tokenizer,
         images=Images.of(folder, config) if pictures else None,
     )
+
+
+def _fresh(model: PreTrainedModel, missing: Sequence[str], base: str) -> tuple[str, ...]:
+    """The modules that transformers made up: a head, a pooler. Raises `BaseError` where the body itself is not whole."""
+    body = [key for key in sorted(missing) if re.match(rf"{model.base_model_prefix}\..*\.\d+\.", key)]
+    if body:
+        why = f"{len(body)} tensors are missing or of another shape, the first: {body[0]}"
+        raise BaseError("the weights do not fit config.json", where=base, why=why, hint="download the model again")
+    owners = {key.rpartition(".")[0] for key in missing}
+    return tuple(path for path, _ in model.named_modules() if path in owners)

@@ -51,8 +51,8 @@ class Frozen:
         if not on:
             yield
             return
-        if not self.model.supports_gradient_checkpointing:
-            raise BaseError(f"{self.model.config.model_type} cannot recompute its activations", hint="--checkpointing false")
+        if not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise BaseError(f"{self.name} cannot recompute its activations", hint="--checkpointing false")
         layers: list[Any] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         modes = [(layer, layer.training) for layer in layers]
         for layer in layers:

@@ -190,7 +190,7 @@ def load_base(
     speed_up(model)
     made = Base(
         model=model,
-        tokenizer=_tokenizer(folder, base, trust_remote_code),
+        tokenizer=load_tokenizer(folder, base, trust_remote_code),
         name=str(folder.resolve()) if base != EMBEDDED and Path(base).expanduser().is_dir() else base,
         revision=revision,
         folder=folder,
@@ -238,7 +238,8 @@ def load_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedC
     return config
 
 
-def _tokenizer(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model; raises `BaseError` where there is none that can be read."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:

@@ -91,7 +91,8 @@ def _train(result: dict[str, Any]) -> None:
         return _sweep(result)
     losses = result["losses"]
     table = Table(title=f"run {result['folder']}", title_justify="left")
-    for column in ("nats a token", "before", "after"):
+    words = result["words"]
+    for column in (f"nats a {words['unit']}", "before", "after"):
         table.add_column(column)
     table.add_row("held-out rows", f"{losses['held_before']:.4f}", f"{losses['held_after']:.4f}")
     table.add_row("rows it learned", f"{losses['train_before']:.4f}", f"{losses['train_after']:.4f}")
@@ -105,18 +106,24 @@ def _train(result: dict[str, Any]) -> None:
     for sentence in result["verdict"]:
         console.print(f"- {sentence}", highlight=False)
     console.print(
-        f"{counted(result['steps'], 'step')}, {counted(result['tokens'], 'token')} in {result['seconds']:.0f} s "
+        f"{counted(result['steps'], 'step')}, {counted(result['tokens'], words['piece'])} in {result['seconds']:.0f} s "
         f"({result['tokens_per_second']:,.0f} a second), peak {result['peak_memory_mb']:,.0f} MB, "
         f"adapter {result['adapter_kb']:,.0f} KB",
         highlight=False,
     )
     if result["objective"] in ("sft", "pretrain"):
         console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
+    elif result["objective"] == "classify":
+        what = "FILE.png" if result["data"]["format"] == "pictures" else '"some text"'
+        console.print(f"ask it: afina generate {what} --run {result['folder']}", highlight=False)
+    elif result["objective"] == "mlm":
+        console.print(f"the encoder, whole: afina merge {result['folder']} --out encoder", highlight=False)
 
 
 def _scores(classes: dict[str, Any], thing: str) -> None:
     scores = f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}%"
-    console.print(f"{scores} on {counted(classes['rows'], thing)}", highlight=False)
+    taken = f"who was taken for whom: {classes['picture']}"
+    console.print(f"{scores} on {counted(classes['rows'], thing)}; {taken}", highlight=False)
 
 
 UNITS = {"loss": "loss, nats a token", "perplexity": "perplexity", "general_loss": "loss on general text, nats a token"}
@@ -134,7 +141,7 @@ def _eval(result: dict[str, Any]) -> None:
     for name in result["before"]:
         table.add_row(UNITS.get(name, f"{name}, %"), *(f"{result[side][name]:.3f}" for side in sides))
     console.print(table)
-    _examples(result["examples"][:3], sides)
+    _examples(result.get("examples", [])[:3], sides)
 
 
 def _examples(examples: list[dict[str, Any]], sides: Sequence[str]) -> None:
@@ -146,7 +153,8 @@ def _examples(examples: list[dict[str, Any]], sides: Sequence[str]) -> None:
 
 def _generate(result: dict[str, Any]) -> None:
     for answer in result["answers"]:
-        console.print(answer["text"], highlight=False, markup=False, soft_wrap=True)
+        sure = f"  ({100 * answer['share']:.1f}%)" if "share" in answer else ""
+        console.print(answer["text"] + sure, highlight=False, markup=False, soft_wrap=True)
 
 
 def _merge(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from afina.base.classifier import IMAGE_CONFIG, Classifier, load_classifier, load_masked
 from afina.base.frozen import Frozen
-from afina.base.load import load_base
+from afina.base.load import load_base, quiet
 from afina.base.model import Base
 from afina.base.nf4 import quantize_model, show, write_out
 from afina.base.nf4_files import write_nf4
@@ -56,7 +56,8 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
         if settings.storage == "nf4":
             _requantise(base, folder)
         else:
-            base.model.save_pretrained(folder)
+            with quiet():
+                base.model.save_pretrained(folder)
         _copy_reading(base, folder)
         merged = _reload(base, folder, settings)
         logits = _logits(merged, probe, None)
@@ -133,11 +134,15 @@ def take_in(base: Frozen, adapter: Adapter) -> None:
         _untie(model, path)
         merged = delta.merged(as_matrix(module, module.weight.detach().float()))
         module.weight = nn.Parameter(as_stored(module, merged).to(module.weight.dtype), requires_grad=False)
-    head, embedding = model.get_output_embeddings(), _embedding(model)
+    head, embedding = _output(model), _embedding(model)
     if head is not None and embedding is not None and getattr(model.config, "tie_word_embeddings", False):
         if adapter.spec.tokens and torch.equal(head.weight, embedding.weight):
             head.weight = embedding.weight
         model.config.tie_word_embeddings = head.weight is embedding.weight
+
+
+def _output(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _embedding(model: Any) -> Any:
@@ -159,7 +164,7 @@ def _replace(model: nn.Module, path: str, delta: nn.Module, changed: dict[int, T
 
 def _untie(model: Any, path: str) -> None:
     """Give the output layer at `path` a weight of its own, if it shares the embedding's."""
-    head, embedding = model.get_output_embeddings(), _embedding(model)
+    head, embedding = _output(model), _embedding(model)
     if head is not None and embedding is not None and head is model.get_submodule(path) and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 

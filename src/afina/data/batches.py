@@ -7,18 +7,20 @@
 Which rows share a batch is a pure function of lengths, seed and step.
 """
 
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from afina.data.rows import Row
 from afina.data.template import Example
-from afina.errors import DataError
+from afina.errors import DataError, SettingsError
 
 IGNORED = -100
 WINDOW = 64  # sequences looked at to fill the rest of a batch: order stays nearly that of the shuffle
@@ -168,3 +170,14 @@ def _take(groups: Sequence[list[int]], target: int) -> set[int]:
 def _content(row: Row) -> object:
     messages: Iterable[dict[str, str]] = row.messages or ()
     return tuple(tuple(sorted(message.items())) for message in messages), row.prompt, row.completion, row.text
+
+
+def holdout_share(holdout: float | Path) -> float | None:
+    """The share of rows held out, or None where `holdout` is a file."""
+    try:
+        share = float(os.fspath(holdout)) if isinstance(holdout, Path) else float(holdout)
+    except ValueError:
+        return None
+    if not 0.0 < share < 1.0:
+        raise SettingsError(f"holdout cannot be {holdout}", hint="a share between 0 and 1, or a file of rows")
+    return share

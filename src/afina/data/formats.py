@@ -91,6 +91,12 @@ def read_records(
     return list(_records(path, data, is_header)), hashlib.sha256(data).hexdigest()
 
 
+def first_names(path: Path, is_header: Callable[[list[str]], bool]) -> set[str]:
+    """The names in the first record of a file, as `read_records` would find them."""
+    record = next((r for _, r in _records(path, _bytes(path), is_header) if isinstance(r, dict)), {})
+    return {str(name) for name in record}
+
+
 def _records(path: Path, data: bytes, is_header: Callable[[list[str]], bool]) -> readers.Records:
     """The records of the file, by the reader that its content asks for."""
     if data[:4] == b"PAR1":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.data.formats import read_records
+from afina.data.formats import first_names, read_records
 from afina.errors import DataError, nearest
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -51,16 +51,16 @@ def read_labelled(path: Path, columns: Mapping[str, str], skip_bad_rows: bool = 
 
 
 def has_labels(path: Path, columns: Mapping[str, str]) -> bool:
-    """Whether this can only be meant for a classifier: a folder, or a table with labels beside texts or pictures."""
-    if path.is_dir() or "image" in columns:
+    """Whether this is meant for a classifier: a folder, or a table with labels beside texts or pictures, and no answers."""
+    if path.is_dir():
         return True
-    if not path.is_file():
+    label = columns.get("label", "label")
+    try:
+        names = first_names(path, lambda names: label in names)
+    except DataError:  # said again, and better, by who reads it all
         return False
-    records, _ = read_records(path, lambda names: {"label"} <= set(names))
-    first = next((record for _, record in records if isinstance(record, dict)), {})
-    names = {str(name) for name in first}
-    told = columns.get("label", "label") in names
-    return told and not names & OTHER_FORMATS and bool(names & {"text", "sentence", *IMAGE_NAMES, columns.get("text")})
+    content = {*TEXT_NAMES[:2], *IMAGE_NAMES, columns.get("text"), columns.get("image")}
+    return label in names and not names & OTHER_FORMATS and bool(names & content)
 
 
 def _read_folder(path: Path) -> LabelledTable:
@@ -70,10 +70,18 @@ def _read_folder(path: Path) -> LabelledTable:
         raise DataError("no pictures here", where=str(path), hint="one folder a class: DATA/cat/1.png, DATA/dog/2.png, ...")
     digest, rows = hashlib.sha256(), []
     for file in files:
-        content = file.read_bytes()
+        content = read_picture(file)
         digest.update(file.relative_to(path).as_posix().encode() + hashlib.sha256(content).digest())
         rows.append(Labelled(str(file), content, file.parent.name))
     return LabelledTable(path, "pictures", rows, [], digest.hexdigest())
+
+
+def read_picture(file: Path) -> bytes:
+    """The bytes of a picture's file; raises `DataError` where it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the picture: {error.strerror}", where=str(file)) from None
 
 
 def open_picture(content: bytes, where: str) -> Any:

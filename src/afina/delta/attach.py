@@ -170,7 +170,7 @@ def _loose(model: nn.Module, path: str) -> nn.Parameter:
     """The base's own parameter at `path`."""
     parent, _, name = path.rpartition(".")
     try:
-        owner = model.get_submodule(parent)
+        owner: Any = model.get_submodule(parent)
         own = owner.parametrizations[name].original if parametrize.is_parametrized(owner, name) else getattr(owner, name)
     except AttributeError:
         own = None
@@ -184,8 +184,9 @@ def seat(model: nn.Module, path: str) -> Adapted | AdaptedParameter | None:
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        owner, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        return owner.parametrizations[name][0] if parametrize.is_parametrized(owner, name) else None  # type: ignore[index,union-attr]
+        owner: Any = model.get_submodule(path.rpartition(".")[0])
+        name = path.rpartition(".")[2]
+        return owner.parametrizations[name][0] if parametrize.is_parametrized(owner, name) else None
     return module if isinstance(module, Adapted) else None
 
 

@@ -25,13 +25,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 class Loose(nn.Module):
     """A parameter that a module holds beside layers of its own (a class token, positions, a scale), as a module."""
 
-    def __init__(self, value: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.value = value
+        self.weight = weight
 
     def forward(self, frozen: Tensor) -> Tensor:
         """The parameter itself, whatever it is to stand for."""
-        return self.value
+        return self.weight
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,12 @@ class Layer:
         return y.movedim(1, -1) if self.channels_first else y
 
     def from_rows(self, y: Tensor) -> Tensor:
-        """The way back from `to_rows`."""
-        return y.movedim(-1, 1) if self.channels_first else y
+        """The way back from `to_rows`, in the memory order of the frozen layer.
+
+        A strided view went into the next convolutions: PyTorch 2.13 then crashed in their backward pass on a CPU
+        (8 channels, 56 x 56 pixels, within ten steps).
+        """
+        return y.movedim(-1, 1).contiguous() if self.channels_first else y
 
 
 def _pad(module: nn.Conv1d | nn.Conv2d, dims: int) -> tuple[int, ...]:

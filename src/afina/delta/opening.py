@@ -51,16 +51,24 @@ class Opened:
         return self.base
 
 
-def open_run(run: Path | None, settings: BaseSettings, *, adapter: bool = True, allow_other_base: bool = False) -> Opened:
+def open_run(
+    run: Path | None,
+    settings: BaseSettings,
+    *,
+    adapter: bool = True,
+    allow_other_base: bool = False,
+    model: Classifier | None = None,
+) -> Opened:
     """Load what `run` was trained on, or the base that the settings name, and attach the run's adapter.
 
     `run` may be a composition, or several runs with weights ("A:0.6,B:0.4"): they act together, on one base. The base is
-    held as the (first) run held it (in 4 bits for qlora), and is a classifier where the run trained one.
+    held as the (first) run held it (in 4 bits for qlora), and is a classifier where the run trained one; `model` is one
+    made in Python, which no file could bring.
     """
     named = split_run(run) if run is not None else []
     story = read_run(named[0][0]) if named else {}
     parts = [part for folder, weight in named for part in parts_of(folder, weight)]
-    base = _load(story, same_base(parts) if parts else {}, parts, settings)
+    base = model or _load(story, same_base(parts) if parts else {}, parts, settings)
     on: list[tuple[Adapter, float]] = []
     for number, part in enumerate(parts if adapter else []):
         name = "adapter" if len(parts) == 1 else f"adapter{number + 1}"
@@ -93,8 +101,3 @@ def _load(story: dict[str, Any], origin: dict[str, Any], parts: list[Part], sett
     if objective == "mlm":
         return load_masked(name, *shared)
     return load_base(name, *shared, origin.get("storage", "plain"))
-
-
-def is_text(base: Frozen) -> bool:
-    """Whether the model reads text."""
-    return not (isinstance(base, Classifier) and base.images is not None)

@@ -126,10 +126,11 @@ def _hits(target: str, candidates: Mapping[str, nn.Module], model: Any) -> set[s
     if target == "all":
         return set(candidates)
     if target == "all-linear":
+        blocks = any(block_number(p) is not None for p in candidates)  # a small network of one's own may have none
         return {
             p
             for p, m in candidates.items()
-            if Layer(p, m).is_matrix and not isinstance(m, nn.Embedding) and block_number(p) is not None
+            if Layer(p, m).is_matrix and not isinstance(m, nn.Embedding) and (block_number(p) is not None or not blocks)
         }
     if target == "norms":
         return {p for p, m in candidates.items() if "norm" in type(m).__name__.lower()}

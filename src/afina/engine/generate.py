@@ -8,17 +8,21 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from afina.base.classifier import Classifier
 from afina.base.flat import KeyValueCache
 from afina.base.model import Base
 from afina.config import GenerateSettings, make_settings
+from afina.data.labelled import read_picture
 from afina.data.template import Renderer
 from afina.delta.opening import open_run
 from afina.errors import DataError, counted
+from afina.objective.classify import content_of
 from afina.route.invocation import Route
 from afina.segments import BASE, Segments
 
@@ -154,15 +158,20 @@ def answer(
 
 
 def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[str, Any]:
-    """Answer prompts, with an adapter or without: {"answers": [{"prompt", "text", "tokens", "stopped"}]}."""
+    """Answer prompts, with an adapter or without: {"answers": [{"prompt", "text", "tokens", "stopped"}]}.
+
+    A classifier answers with a class (`text`) and its probability (`share`); of pictures, prompts are the files.
+    """
     settings = (
         prompts
         if isinstance(prompts, GenerateSettings)
         else make_settings(GenerateSettings, {"prompts": list(prompts), **values})
     )
     opened = open_run(settings.run, settings, adapter=settings.adapter == "on")
-    base, route = opened.language, opened.route
     texts = [line for p in settings.prompts for line in (sys.stdin.read().splitlines() if p == "-" else [p]) if line]
+    if isinstance(opened.base, Classifier) and opened.base.labels:
+        return _label(opened.base, opened.route, texts, settings)
+    base, route = opened.language, opened.route
     renderer = Renderer(base.tokenizer, "plain" if settings.raw else opened.template, base.context)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
     answers = answer(base, renderer, [renderer.prompt(text) for text in texts], sampling, route)
@@ -174,3 +183,16 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[s
             for prompt, a in zip(texts, answers, strict=True)
         ],
     }
+
+
+@torch.no_grad()
+def _label(base: Classifier, route: Route | None, prompts: Sequence[str], settings: GenerateSettings) -> dict[str, Any]:
+    """The likeliest class of each text or picture, one at a time."""
+    answers = []
+    for prompt in prompts:
+        content = prompt if base.images is None else read_picture(Path(prompt))
+        with base.board.route(BASE if route is None else route.segments_of_rows()):
+            scores = base.logits(base.batch([content_of(base, content, base.context, prompt)])).softmax(-1)[0]
+        best = int(scores.argmax())
+        answers.append({"prompt": prompt, "text": base.labels[best], "share": float(scores[best])})
+    return {"base": base.name, "adapter": str(settings.run) if route is not None else None, "answers": answers}

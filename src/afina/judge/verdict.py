@@ -18,7 +18,7 @@ FORGOT, FORGOT_MUCH = 0.05, 0.5  # shares of general perplexity
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropy in nats a token, before and after; `train` on rows that were learned.
+    """Mean cross-entropy in nats a token (or row), before and after; `train` on rows that were learned.
 
     `held` and `train` are the changes row by row, from which the intervals come.
     """
@@ -43,19 +43,19 @@ class Losses:
         return self.general_after - self.general_before
 
 
-def verdict(losses: Losses) -> list[str]:
-    """Three sentences for people: learned, overfitted, forgotten."""
-    said = [_learned(losses), _overfitted(losses)]
+def verdict(losses: Losses, unit: str = "token", choices: str = "tokens") -> list[str]:
+    """Three sentences for people: learned, overfitted, forgotten. Losses are nats a `unit`, among `choices`."""
+    said = [_learned(losses, unit, choices), _overfitted(losses, unit)]
     return said if losses.forgetting is None else [*said, _forgot(losses.forgetting)]
 
 
-def _learned(losses: Losses) -> str:
+def _learned(losses: Losses, unit: str, choices: str) -> str:
     """A change counts when its interval excludes none at all."""
     gain, interval, rows = -losses.held.mean, losses.held.interval, counted(losses.held_rows, "held-out row")
     if interval is None:
         return f"Too few to tell whether it learned: there is one held-out row. {_MORE}"
     low, high = interval
-    measured = f"({-gain:+.3f} nats a token on {rows}, 95% interval {low:+.3f} to {high:+.3f})"
+    measured = f"({-gain:+.3f} nats a {unit} on {rows}, 95% interval {low:+.3f} to {high:+.3f})"
     if low <= 0.0 <= high and max(-low, high) > NOISE:
         return f"Too few to tell whether it learned: the interval includes no change {measured}. {_MORE}"
     if abs(gain) < NOISE:
@@ -67,7 +67,7 @@ def _learned(losses: Losses) -> str:
         )
     before, after = (f"{math.exp(x):.2f}" if x < 20 else f"e^{x:.0f}" for x in (losses.held_before, losses.held_after))
     return (
-        f"It learned: on rows it had not seen it now hesitates between {after} tokens instead of {before} "
+        f"It learned: on rows it had not seen it now hesitates between {after} {choices} instead of {before} "
         f"(perplexity) {measured}."
     )
 
@@ -75,14 +75,14 @@ def _learned(losses: Losses) -> str:
 _MORE = "Hold out more: a larger --holdout, or a file of rows."
 
 
-def _overfitted(losses: Losses) -> str:
+def _overfitted(losses: Losses, unit: str) -> str:
     """Only what training widened is overfitting: rows may have been harder than others from the start."""
     gap = losses.held.minus(losses.train)
     limit = max(NOISE, GAP * losses.held_after)
     stopped = losses.best_step < losses.last_step
     note = f" The best state, of step {losses.best_step}, was kept." if stopped else ""
     learned, new = -losses.train.mean, -losses.held.mean
-    fell = f"the loss of rows it learned fell by {learned:.3f}, that of new rows by {new:.3f} nats a token"
+    fell = f"the loss of rows it learned fell by {learned:.3f}, that of new rows by {new:.3f} nats a {unit}"
     if gap.interval is None:
         return f"Too few to tell whether it overfits: {fell}.{note}"
     low, high = gap.interval

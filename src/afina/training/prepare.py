@@ -1,7 +1,6 @@
 """From settings to a base and a task with its data: one function a kind of model. Nothing is attached yet."""
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,9 @@ from afina.base.frozen import Frozen
 from afina.base.load import load_base
 from afina.base.model import Base
 from afina.config import TrainSettings
-from afina.data.batches import split
+from afina.data.batches import holdout_share, split
 from afina.data.formats import Row, read_table
-from afina.data.labelled import Labelled, read_labelled
+from afina.data.labelled import Labelled, has_labels, read_labelled
 from afina.data.template import Example, Renderer
 from afina.delta.presets import preset
 from afina.errors import DataError, SettingsError
@@ -25,6 +24,15 @@ from afina.objective.task import Task
 
 Piece = TypeVar("Piece")
 NEW_TOKENS = "new_tokens"  # the option that every method of a language model has: tokens to learn, new or not
+
+
+@dataclass(frozen=True)
+class Words:
+    """How to speak of a run: a loss is nats a `unit`, a model hesitates between `choices` and reads `piece`s."""
+
+    unit: str = "token"
+    choices: str = "tokens"
+    piece: str = "token"
 
 
 @dataclass
@@ -43,16 +51,26 @@ class Prepared:
     tokens: dict[str, int] = field(default_factory=dict)  # tokens whose rows it owns
     max_length: int | None = None  # longest sequence in tokens; None where there are none (pictures)
     counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
+    words: Words = field(default_factory=Words)
 
 
-def prepare(settings: TrainSettings, base: Base | None = None) -> Prepared:
+def objective_of(settings: TrainSettings) -> str:
+    """The objective as told; rows with labels beside texts or pictures are learned as labels unless something else is said."""
+    auto = settings.objective == "auto"
+    return "classify" if auto and has_labels(settings.data, settings.columns) else settings.objective
+
+
+def prepare(settings: TrainSettings, base: Base | Classifier | None = None) -> Prepared:
     """Load, read, render and check; raises the error of the first thing that is wrong.
 
-    `base` is the language model where it is loaded already, and others learn on it.
+    `base` is a language model that is loaded already, and on which others learn, or a classifier made in Python.
     """
-    if settings.objective == "classify":
-        return _classifier(settings)
-    return _masked(settings) if settings.objective == "mlm" else _language(settings, base)
+    objective = objective_of(settings)
+    if isinstance(base, Classifier) and objective not in ("auto", "classify"):
+        raise SettingsError(f"a classifier cannot learn by {objective}", where="objective", hint="--objective classify")
+    if objective == "classify" or isinstance(base, Classifier):
+        return _classifier(settings, base if isinstance(base, Classifier) else None)
+    return _masked(settings) if objective == "mlm" else _language(settings, base)
 
 
 # ---- language models
@@ -147,18 +165,21 @@ def _as_record(row: Row) -> dict[str, Any]:
 # ---- classifiers and encoders
 
 
-def _classifier(settings: TrainSettings) -> Prepared:
+def _classifier(settings: TrainSettings, model: Classifier | None) -> Prepared:
     _refuse_prefixes(settings)
     table = read_labelled(settings.data, settings.columns, settings.skip_bad_rows)
+    pictures = table.format == "pictures"
+    if len(table.labels) < 2:
+        why = f"all rows are {table.labels[0]!r}" if table.labels else "no row can be used"
+        raise DataError("fewer than two classes", where=str(settings.data), why=why)
     share = holdout_share(settings.holdout)
     if share is None:
         rows, held_rows = table.rows, read_labelled(Path(str(settings.holdout)), settings.columns, settings.skip_bad_rows).rows
     else:
         rows, held_rows = _split_by_class(table.rows, share, settings.seed)
-    base = load_classifier(
-        settings.base, table.labels, table.format == "pictures", settings.revision, settings.trust_remote_code, settings.dtype,
-        settings.device,
-    )  # fmt: skip
+    base = model or load_classifier(
+        settings.base, table.labels, pictures, settings.revision, settings.trust_remote_code, settings.dtype, settings.device
+    )
     skipped = list(table.skipped)
     leave_out = skipped if settings.skip_bad_rows else None
     length = settings.max_length or min(base.context, 512)
@@ -169,11 +190,12 @@ def _classifier(settings: TrainSettings) -> Prepared:
         objective="classify",
         source=_source(table, len(held)) | {"labels": list(table.labels)},
         skipped=skipped,
-        example=f"{rows[0].content if table.format == 'text' else rows[0].where} -> {rows[0].label}",
+        example=f"{rows[0].where if pictures else str(rows[0].content)} -> {rows[0].label}",
         held_records=_labelled_records(table.format, held_rows),
         modules=base.fresh,
         max_length=length if base.images is None else None,
         counts={"train": len(train), "held_out": len(held), "classes": len(table.labels)},
+        words=Words("row", "classes", "picture" if pictures else "token"),
     )
 
 
@@ -197,6 +219,7 @@ def _masked(settings: TrainSettings) -> Prepared:
         modules=base.fresh,
         max_length=length,
         counts={"train": len(train), "held_out": len(held), "tokens": sum(len(t.tokens) for t in train)},
+        words=Words("hidden token"),
     )
 
 
@@ -222,19 +245,17 @@ def _split_by_class(rows: list[Labelled], share: float, seed: int) -> tuple[list
     """About `share` of each class held out, at least one row; equal texts stay on one side."""
     groups: dict[tuple[str, Any], list[Labelled]] = {}
     for row in rows:
-        key = row.content if isinstance(row.content, str) else row.content.tobytes()
-        groups.setdefault((row.label, key), []).append(row)
+        groups.setdefault((row.label, row.content), []).append(row)
     by_label: dict[str, list[list[Labelled]]] = {}
     for (label, _), group in sorted(groups.items(), key=lambda item: item[1][0].where):
         by_label.setdefault(label, []).append(group)
     train, held = [], []
     for label, of_label in by_label.items():
         if len(of_label) < 2:
-            raise DataError(
-                f"class {label!r} has one row only", where=of_label[0][0].where, hint="at least two, one to judge by"
-            )
+            hint = "at least two that differ, one to judge by"
+            raise DataError(f"class {label!r} has one row only", where=of_label[0][0].where, hint=hint)
         random.Random(f"{seed}{label}").shuffle(of_label)
-        cut = max(1, round(share * len(of_label)))
+        cut = min(len(of_label) - 1, max(1, round(share * len(of_label))))
         held += [row for group in of_label[:cut] for row in group]
         train += [row for group in of_label[cut:] for row in group]
     return train, held
@@ -257,17 +278,6 @@ def every_nth(pieces: list[Piece], share: float, where: Path) -> tuple[list[Piec
     step = min(len(pieces), max(2, round(1 / share)))
     held = pieces[step - 1 :: step]
     return [piece for number, piece in enumerate(pieces) if number % step != step - 1], held
-
-
-def holdout_share(holdout: float | Path) -> float | None:
-    """The share of rows held out, or None where `holdout` is a file."""
-    try:
-        share = float(os.fspath(holdout)) if isinstance(holdout, Path) else float(holdout)
-    except ValueError:
-        return None
-    if not 0.0 < share < 1.0:
-        raise SettingsError(f"holdout cannot be {holdout}", hint="a share between 0 and 1, or a file of rows")
-    return share
 
 
 def _source(table: Any, held: int) -> dict[str, Any]:

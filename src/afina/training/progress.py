@@ -30,6 +30,7 @@ class Display(Silent):
     def __init__(self, setups: Sequence[Setup]) -> None:
         self._console = Console(stderr=True)
         self._steps = [setup.steps for setup in setups]
+        self._piece = setups[0].prepared.words.piece
         names = ["training"] if len(setups) == 1 else [str(setup.settings.out and setup.settings.out.name) for setup in setups]
         self._labels = [""] if len(setups) == 1 else [f"{name}  " for name in names]
         self._bar = Progress(
@@ -48,7 +49,7 @@ class Display(Silent):
 
     def tick(self, tick: Tick, run: int = 0) -> None:
         """Move the bar on, and say how it goes."""
-        speed = f"loss {tick.loss:.3f}  {tick.tokens / tick.seconds:,.0f} tokens/s  peak {peak_memory_mb():,.0f} MB"
+        speed = f"loss {tick.loss:.3f}  {tick.tokens / tick.seconds:,.0f} {self._piece}s/s  peak {peak_memory_mb():,.0f} MB"
         self._bar.update(self._tasks[run], completed=tick.step, description=speed)
         if tick.held_out_loss is not None:
             step = f"{self._labels[run]}step {tick.step}/{self._steps[run]}"

@@ -11,7 +11,7 @@ from afina.errors import counted
 from afina.judge.verdict import Losses
 
 
-def draw_curve(metrics: Sequence[Mapping[str, Any]], losses: Losses, file: Path) -> None:
+def draw_curve(metrics: Sequence[Mapping[str, Any]], losses: Losses, file: Path, unit: str) -> None:
     """Loss against steps: training, held-out, and the base's held-out loss as the line to get below. PNG."""
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ def draw_curve(metrics: Sequence[Mapping[str, Any]], losses: Losses, file: Path)
     if losses.best_step:
         axes.axvline(losses.best_step, color="tab:green", linestyle=":", label=f"best: step {losses.best_step}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel(f"loss (nats a {unit})")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -67,14 +67,14 @@ An adapter made by afina {story["environment"]["afina"]}.
 | data | {Path(data["path"]).name}: {counted(data["rows"], "row")} ({data["format"]}), {data["held_out"]:,} held out, {len(data["skipped"]):,} skipped; sha256 `{data["sha256"][:16]}` |
 | licence of the data | not stated: fill in before you publish |
 | objective | {story["objective"]} |
-| trained | {counted(story["trainable_parameters"], "number")}, {counted(story["steps"], "step")}, {counted(story["tokens"], "token")} in {story["seconds"]:.0f} s |
+| trained | {counted(story["trainable_parameters"], "number")}, {counted(story["steps"], "step")}, {counted(story["tokens"], story["words"]["piece"])} in {story["seconds"]:.0f} s |
 | peak memory | {story["peak_memory_mb"]:,.0f} MB |
 | adapter | {story["adapter_kb"]:,.0f} KB, hash `{story["adapter"][:16]}` |
 | code of the model was run | {"yes (trust_remote_code)" if base["remote_code"] else "no"} |
 
 ## What it did
 
-| nats a token | before | after |
+| nats a {story["words"]["unit"]} | before | after |
 |---|---|---|
 | held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
 | rows it learned | {losses["train_before"]:.4f} | {losses["train_after"]:.4f} |

@@ -23,6 +23,7 @@ import transformers
 import yaml
 
 import afina
+from afina.base.classifier import Classifier
 from afina.base.model import Base
 from afina.config import TrainSettings, make_settings, resolved
 from afina.delta.attach import detach
@@ -42,7 +43,7 @@ from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
 from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_together
-from afina.training.prepare import NEW_TOKENS, lines
+from afina.training.prepare import NEW_TOKENS, lines, objective_of
 from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
 from afina.training.setup import Setup, default_out, set_up
@@ -56,19 +57,22 @@ class Run:
     story: dict[str, Any]
 
 
-def train(data: str | Path | TrainSettings, *, quiet: bool = True, **values: Any) -> Run:
+def train(data: str | Path | TrainSettings, *, quiet: bool = True, model: Classifier | None = None, **values: Any) -> Run:
     """Adapt a base to `data`; settings as in `afina train --help`. Returns the finished run.
 
+    `model` is a classifier made in Python out of any torch module; the adapter stays attached to it.
     Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
     """
     settings = data if isinstance(data, TrainSettings) else make_settings(TrainSettings, {"data": Path(data), **values})
-    [outcome] = train_many([settings], quiet=quiet)
+    [outcome] = train_many([settings], quiet=quiet, model=model)
     if isinstance(outcome, TrainingError):
         raise outcome
     return outcome
 
 
-def train_many(runs: Sequence[TrainSettings], *, quiet: bool = True) -> list[Run | TrainingError]:
+def train_many(
+    runs: Sequence[TrainSettings], *, quiet: bool = True, model: Classifier | None = None
+) -> list[Run | TrainingError]:
     """Train several adapters; those on one language model share it, and its passes. Each has its own run folder.
 
     Losses are those of the same runs one by one (to the rounding of float32; with dropout, to its chance). A run that
@@ -84,7 +88,7 @@ def train_many(runs: Sequence[TrainSettings], *, quiet: bool = True) -> list[Run
         groups.setdefault(_shares(settings) or number, []).append(number)
     outcomes: dict[int, Run | TrainingError] = {}
     for numbers in groups.values():
-        made = _train_group([runs[n] for n in numbers], [folders[n] for n in numbers], quiet)
+        made = _train_group([runs[n] for n in numbers], [folders[n] for n in numbers], quiet, model)
         outcomes |= dict(zip(numbers, made, strict=True))
     return [outcomes[number] for number in range(len(runs))]
 
@@ -92,17 +96,19 @@ def train_many(runs: Sequence[TrainSettings], *, quiet: bool = True) -> list[Run
 def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     """What runs that can share a base have in common; None where a run needs one of its own."""
     meant = preset(settings.method, 1)
-    if settings.objective in ("classify", "mlm") or method(meant.delta).replaces or settings.options.get(NEW_TOKENS):
+    if objective_of(settings) in ("classify", "mlm") or method(meant.delta).replaces or settings.options.get(NEW_TOKENS):
         return None
     return (settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage)
 
 
-def _train_group(runs: list[TrainSettings], folders: list[Path], quiet: bool) -> list[Run | TrainingError]:
+def _train_group(
+    runs: list[TrainSettings], folders: list[Path], quiet: bool, model: Classifier | None
+) -> list[Run | TrainingError]:
     """Runs on one base, together."""
     setups: list[Setup] = []
     for number, settings in enumerate(runs):
-        base = setups[0].prepared.base if setups else None
-        assert base is None or isinstance(base, Base)
+        base = setups[0].prepared.base if setups else model
+        assert base is None or isinstance(base, Base | Classifier)
         setups.append(set_up(settings, base, f"run-{number}"))
     display = Silent() if quiet else Display(setups)
     loops = []
@@ -195,13 +201,14 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(),
         "losses": asdict(losses) | {"held_interval": losses.held.interval, "forgetting": losses.forgetting},
         "perplexity": {"before": perplexity(losses.held_before), "after": perplexity(losses.held_after)},
-        "verdict": verdict(losses),
+        "verdict": verdict(losses, setup.prepared.words.unit, setup.prepared.words.choices),
+        "words": asdict(setup.prepared.words),
     }
     if isinstance(task, ClassifyTask):
         story |= {"classes": classify_held_out(task, route, folder / "confusion.png")}
     detach(setup.prepared.base.model, best)
     write_json(folder / "run.json", story)
-    draw_curve(read_metrics(folder), losses, folder / "curve.png")
+    draw_curve(read_metrics(folder), losses, folder / "curve.png", setup.prepared.words.unit)
     card = model_card(story)
     write_text(folder / "adapter" / "README.md", card)
     write_text(folder / "README.md", card)

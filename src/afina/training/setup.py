@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from afina.base.classifier import Classifier
 from afina.base.model import Base
 from afina.config import TrainSettings
 from afina.delta.attach import Adapter, attach
@@ -70,10 +71,10 @@ def make_spec(prepared: Prepared, settings: TrainSettings) -> Spec:
     )
 
 
-def set_up(settings: TrainSettings, base: Base | None = None, name: str = NAME) -> Setup:
+def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name: str = NAME) -> Setup:
     """Load, read, render, check and attach under `name`; raises the error of the first thing that is wrong.
 
-    `base` is the language model where it is loaded already, and others learn on it.
+    `base` is a language model that is loaded already, and on which others learn, or a classifier made in Python.
     """
     prepared = prepare(settings, base)
     spec = make_spec(prepared, settings)

@@ -1,0 +1,160 @@
+"""Does a LoRA on an encoder classify as well as full fine-tuning does? `python benchmarks/sst2.py`
+
+A small BERT-like encoder is made here: a word-piece vocabulary learned from the training rows of SST-2, then masked-token learning
+on the longer ones, by afina's own `mlm`. Then `classify`, full and lora, three seeds each; 2,000 training rows choose the learning
+rate (as many trials for each method, on a seed of their own) and the state that is kept, and the development rows are looked at
+once, at the end. Beside them a bag of words: logistic regression on which words occur, its strength of decay chosen on the same
+2,000 rows. Targets: lora within 2 points of full, both above the bag of words.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SHARED, publish, roofline
+from torch import Tensor
+from torch.nn import functional as F
+
+SEEDS, SEARCH_SEED, SEARCH_STEPS = 3, 1000, 200
+RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (3e-3, 6e-3, 1.2e-2)}
+DECAYS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
+LONG = 10  # words of a row from which masked-token learning can learn something
+Rows = list[tuple[str, int]]
+
+
+def read(name: str) -> Rows:
+    lines = (SHARED / "data/sst2" / name).read_text(encoding="utf-8").splitlines()[1:]
+    return [(text.strip(), int(label)) for text, label in (line.rsplit("\t", 1) for line in lines)]
+
+
+def write(rows: Rows, file: Path) -> None:
+    file.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8")
+
+
+def bag_of_words(train: Rows, choose: Rows, final: Rows) -> dict[str, float]:
+    """Accuracy of logistic regression on which words occur (those seen twice or more), by L-BFGS."""
+    counts: dict[str, int] = {}
+    for text, _ in train:
+        for word in set(text.split()):
+            counts[word] = counts.get(word, 0) + 1
+    number = {word: i for i, word in enumerate(word for word, n in counts.items() if n > 1)}
+
+    def matrix(rows: Rows) -> tuple[Tensor, Tensor]:
+        cells = [(i, number[w]) for i, (text, _) in enumerate(rows) for w in set(text.split()) if w in number]
+        x = torch.sparse_coo_tensor(torch.tensor(cells).T, torch.ones(len(cells)), (len(rows), len(number)))
+        return x.coalesce().to_sparse_csr(), torch.tensor([[float(label)] for _, label in rows])
+
+    parts = [matrix(rows) for rows in (train, choose, final)]
+
+    x, y = parts[0]
+    turned = x.to_sparse_coo().T.coalesce().to_sparse_csr()  # for the gradient, which autograd takes minutes for
+
+    def fit(decay: float) -> list[float]:
+        w, b = torch.zeros(len(number), 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([w, b], max_iter=100, line_search_fn="strong_wolfe")
+
+        @torch.no_grad()
+        def closure() -> Tensor:
+            scores = x @ w + b
+            wrong = (scores.sigmoid() - y) / len(y)
+            w.grad, b.grad = turned @ wrong + 2 * decay * w, wrong.sum(0)
+            return F.binary_cross_entropy_with_logits(scores, y) + decay * (w**2).sum()
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return [100 * float(((x @ w + b > 0) == (y > 0.5)).float().mean()) for x, y in parts]
+
+    fits = {decay: fit(decay) for decay in DECAYS}
+    best = max(fits, key=lambda decay: fits[decay][1])
+    return {"decay": best, "choose": fits[best][1], "accuracy": fits[best][2], "words": len(number)}
+
+
+def random_encoder(train: Rows, folder: Path) -> None:
+    """A random BERT and its word pieces, in Hugging Face's form."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=special, show_progress=False)
+    core.train_from_iterator([text for text, _ in train if len(text.split()) >= LONG], trainer)
+    core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(
+        vocab_size=core.get_vocab_size(), hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
+        max_position_embeddings=128,
+    )).save_pretrained(folder)  # fmt: skip
+
+
+def main() -> None:
+    from afina.combining.merge import merge
+    from afina.judge.evaluate import evaluate
+    from afina.training.run import train
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=float, default=1.0, help="of the rows and steps, to see whether it runs; not published")
+    share = parser.parse_args().share
+    rows = read("sst-2_train.tsv")
+    random.Random(0).shuffle(rows)
+    rows = rows[: int(share * len(rows))]
+    choose, learn, final = rows[:2000], rows[2000:], read("sst-2_dev.tsv")
+    figures: dict[str, float] = {}
+    repeats: dict[str, Any] = {"bag_of_words": bag_of_words(learn, choose, final)}
+    print(repeats["bag_of_words"], flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, of in {"learn": learn, "choose": choose, "final": final}.items():
+            write(of, folder / f"{part}.tsv")
+        text = folder / "text.txt"
+        text.write_text("\n\n\n".join(t for t, _ in learn if len(t.split()) >= LONG), encoding="utf-8")
+        random_encoder(learn, folder / "random")
+        made = train(text, base=str(folder / "random"), objective="mlm", method="full", learning_rate=2e-3, epochs=3, max_length=64,
+                     holdout=0.02, batch_tokens=1024, out=folder / "mlm")  # fmt: skip
+        merge(made.folder, out=folder / "encoder")
+        losses = made.story["losses"]
+        figures |= {"mlm_loss_before": losses["held_before"], "mlm_loss_after": losses["held_after"]}
+        print("mlm", losses, made.story["seconds"], flush=True)
+
+        def move(method: str, rate: float, seed: int, **more: Any) -> Any:
+            out = folder / f"{method}-{rate}-{seed}"
+            return train(folder / "learn.tsv", base=str(folder / "encoder"), objective="classify", method=method, rank=8, seed=seed,
+                         learning_rate=rate, holdout=folder / "choose.tsv", batch_tokens=1024, out=out, **more)  # fmt: skip
+
+        for method, rates in RATES.items():
+            steps = max(2, int(share * SEARCH_STEPS))
+            trials = {r: move(method, r, SEARCH_SEED, steps=steps).story["classes"]["accuracy"] for r in rates}
+            rate = max(trials, key=lambda r: trials[r])
+            print(method, trials, flush=True)
+            runs = []
+            for seed in range(SEEDS):
+                run = move(method, rate, seed, epochs=1)
+                accuracy = evaluate(run.folder, data=folder / "final.tsv")["classes"]["accuracy"]
+                runs.append({"accuracy": accuracy, "rate": rate, "seconds": run.story["seconds"], "trainable": run.story["trainable_parameters"]})
+                print(method, seed, runs[-1], flush=True)
+            repeats[method] = {"trials": {str(r): a for r, a in trials.items()}, "runs": runs}
+            figures[f"{method}_accuracy"] = statistics.mean(run["accuracy"] for run in runs)
+            figures[f"{method}_spread"] = max(r["accuracy"] for r in runs) - min(r["accuracy"] for r in runs)
+    words = repeats["bag_of_words"]["accuracy"]
+    figures |= {
+        "bag_of_words_accuracy": words,
+        "lora_below_full": figures["full_accuracy"] - figures["lora_accuracy"],
+        "full_above_words": figures["full_accuracy"] - words,
+        "lora_above_words": figures["lora_accuracy"] - words,
+        "size_ratio": repeats["lora"]["runs"][0]["trainable"] / repeats["full"]["runs"][0]["trainable"],
+    }
+    targets = {"lora_below_full": ("<=", 2.0), "full_above_words": (">=", 0.0), "lora_above_words": (">=", 0.0)}
+    if share == 1.0:
+        publish("sst2", figures, targets, repeats, roofline())
+    else:
+        print(figures)
+
+
+if __name__ == "__main__":
+    main()
