@@ -217,7 +217,7 @@ def dying(step: int) -> type:
     from afina.training.progress import Silent
 
     class Dying(Silent):
-        def tick(self, tick: Any) -> None:
+        def tick(self, tick: Any, run: int = 0) -> None:
             if tick.step == step:
                 raise Killed
 
