@@ -2,7 +2,7 @@
 
 Random UUID pairs (arXiv 2405.12130, section 3) on the embedded base: given one UUID, say the other. Character accuracy against
 steps for full, and for lora and mora at ranks 2, 8 and 32, three seeds each, at learning rates found beforehand on a seed of
-their own (--search; stored in results/mora_memory_rates.json). The paper's order: full > mora > lora, the gap closing with rank.
+their own (--search; stored in mora_memory_rates.json). The paper's order: full > mora > lora, the gap closing with rank.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from common import RESULTS, publish, roofline
 PAIRS, STEPS, SEARCH_STEPS, EVERY, SEEDS, BATCH = 64, 200, 120, 40, 3, 2048
 MODELS = ["full", *(f"{method}-{rank}" for rank in (2, 8, 32) for method in ("lora", "mora"))]
 GRID = {"full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 5e-3), "mora": (2e-3, 5e-3, 1e-2)}
-RATES = RESULTS / "mora_memory_rates.json"
+RATES = Path(__file__).parent / "mora_memory_rates.json"
 
 
 def pairs(seed: int) -> list[dict[str, str]]:

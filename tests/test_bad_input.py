@@ -613,7 +613,7 @@ def test_a_poisoned_parameter_stops_the_run_at_its_step(train: Train, monkeypatc
 
     held: list[Any] = []
     real = afina.training.run.set_up
-    monkeypatch.setattr(afina.training.run, "set_up", lambda settings: held.append(real(settings)) or held[0])
+    monkeypatch.setattr(afina.training.run, "set_up", lambda *given: held.append(real(*given)) or held[0])
 
     def poison(_: Any, tick: Any, run: int = 0) -> None:
         if tick.step == 3:
