@@ -609,11 +609,12 @@ def test_a_held_out_loss_that_is_not_finite_keeps_what_was_good(train: Train, tm
 
 
 def test_a_poisoned_parameter_stops_the_run_at_its_step(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from afina.training import run as running
     from afina.training.progress import Silent
 
     held: list[Any] = []
-    real = afina.training.run.set_up
-    monkeypatch.setattr(afina.training.run, "set_up", lambda *given: held.append(real(*given)) or held[0])
+    real = running.set_up
+    monkeypatch.setattr(running, "set_up", lambda *given: held.append(real(*given)) or held[0])
 
     def poison(_: Any, tick: Any, run: int = 0) -> None:
         if tick.step == 3:
