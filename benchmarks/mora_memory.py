@@ -1,6 +1,6 @@
 """MoRA's own claim at small scale: who memorises new facts faster at equal parameters? `python benchmarks/mora_memory.py`
 
-Random UUID pairs (arXiv 2405.12130, section 3) on the embedded base: given one UUID, say the other. Character accuracy against
+Random UUID pairs (arXiv 2405.12130, section 3) on the embedded base: given one UUID, say the other. Share of its tokens found against
 steps for full, and for lora and mora at ranks 2, 8 and 32, three seeds each, at learning rates found beforehand on a seed of
 their own (--search; stored in mora_memory_rates.json). The paper's order: full > mora > lora, the gap closing with rank.
 """
@@ -28,7 +28,7 @@ def pairs(seed: int) -> list[dict[str, str]]:
 
 
 def learn(model: str, rate: float, seed: int, folder: Path, steps: int = STEPS) -> list[dict[str, float]]:
-    """Character accuracy (percent, teacher-forced greedy) at each check."""
+    """Percent of the answers' tokens that are the likeliest ones (1.03 characters each), at each check."""
     import torch
 
     from afina.config import TrainSettings
@@ -125,7 +125,7 @@ def draw(curves: dict[str, list]) -> None:
             [max(r[i]["accuracy"] for r in runs) for i in range(len(steps))], color=colours[rank or "full"], alpha=0.12,
         )  # fmt: skip
     axes.set_xlabel("step")
-    axes.set_ylabel("characters right, %")
+    axes.set_ylabel("tokens of the answer found, %")
     axes.set_ylim(0, 101)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
