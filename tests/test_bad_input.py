@@ -522,7 +522,7 @@ def test_a_disk_that_is_really_full(train: Train, tmp_path: Path, monkeypatch: p
     """The log of a running run is put on a full device."""
     from afina.training.progress import Silent
 
-    def swap(_: Any, tick: Any) -> None:
+    def swap(_: Any, tick: Any, run: int = 0) -> None:
         if tick.step == 1:
             log = tmp_path / "run" / "metrics.jsonl"
             log.unlink()
@@ -613,9 +613,9 @@ def test_a_poisoned_parameter_stops_the_run_at_its_step(train: Train, monkeypatc
 
     held: list[Any] = []
     real = afina.training.run.set_up
-    monkeypatch.setattr(afina.training.run, "set_up", lambda settings: held.append(real(settings)) or held[0])
+    monkeypatch.setattr(afina.training.run, "set_up", lambda *told: held.append(real(*told)) or held[0])
 
-    def poison(_: Any, tick: Any) -> None:
+    def poison(_: Any, tick: Any, run: int = 0) -> None:
         if tick.step == 3:
             with torch.no_grad():
                 held[0].adapter.parameters()[5][0, 0] = float("nan")
