@@ -26,7 +26,7 @@ from afina.combining.parts import Source
 from afina.combining.stream import Reader
 from afina.config import ExportSettings
 from afina.data.template import Renderer
-from afina.delta.composition import identity, parts_of, spec_of, told_base
+from afina.delta.composition import Part, identity, parts_of, spec_of, split_run, told_base
 from afina.delta.files import WEIGHTS
 from afina.delta.opening import open_run
 from afina.disk import new_file
@@ -124,7 +124,7 @@ def export_model(settings: ExportSettings, file: Path) -> dict[str, Any]:
     form = form_of(base.model.config, base.name)  # again: an output layer that has changed is tied no longer
     kind = settings.weights if settings.weights != "auto" else next(name for name in TYPES if TYPES[name] == base.dtype)
     template = Renderer(base.tokenizer, opened.template, base.context).template.jinja
-    about = {"base": base.name, "adapter": identity(parts_of(settings.run)[0].folder) if settings.run else None}
+    about = {"base": base.name, "adapter": identity(_parts(settings.run)[0].folder) if settings.run else None}
     with new_file(file) as beside:
         writer = gguf.GGUFWriter(beside, form.family)
         _describe(writer, gguf, base, kind)
@@ -179,7 +179,8 @@ def _tensors(base: Base, form: Form, dtype: torch.dtype) -> Iterator[tuple[str, 
         yield there, tensor if order is None else tensor[order.to(tensor.device)], dtype if tensor.ndim > 1 else torch.float32
     config: Any = base.model.config
     if config.rope_parameters["rope_type"] != "default":  # frequencies of their own, as what divides the plain ones
-        turned = base.model.base_model.rotary_emb.inv_freq.double().cpu()  # type: ignore[union-attr,operator]
+        model: Any = base.model.base_model
+        turned = model.rotary_emb.inv_freq.double().cpu()
         exponents = torch.arange(len(turned), dtype=torch.float64) / len(turned)
         yield "rope_freqs.weight", config.rope_parameters["rope_theta"] ** -exponents / turned, torch.float32
 
@@ -207,7 +208,8 @@ def read_back(base: Base, form: Form, file: Path) -> None:
     gguf = library()
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     for name, there, tensor in _parameters(base, form):
-        values = torch.from_numpy(np.array(gguf.quants.dequantize(held[there].data, held[there].tensor_type))).view(tensor.shape)
+        stored = held[there]
+        values = torch.from_numpy(np.array(gguf.quants.dequantize(stored.data, stored.tensor_type))).view(tensor.shape)
         order = form.order(name, len(tensor))
         tensor.copy_(values if order is None else values[order.argsort()])
 
@@ -253,7 +255,7 @@ def _source(settings: ExportSettings) -> tuple[Source, PretrainedConfig]:
     """The adapter, and its base's configuration; raises `AdapterError` where it is more than low-rank updates everywhere."""
     if settings.run is None:
         raise SettingsError("which adapter?", where="run", hint="afina export RUN --format gguf-lora")
-    parts = parts_of(settings.run)
+    parts = _parts(settings.run)
     if len(parts) > 1 or parts[0].weight != 1.0:
         hint = "make one adapter of them: afina combine ... --how svd"
         raise AdapterError("this takes one adapter, and these are several, or weighted", where=str(settings.run), hint=hint)
@@ -274,6 +276,11 @@ def _source(settings: ExportSettings) -> tuple[Source, PretrainedConfig]:
         raise AdapterError("this adapter does not say what it was trained on", where=str(folder), hint="--base PATH")
     revision = settings.revision or (None if settings.base else base.get("revision"))
     return source, load_config(find_folder(name, revision), name, settings.trust_remote_code)
+
+
+def _parts(run: Path) -> list[Part]:
+    """The adapters that `run` means, with their weights."""
+    return [part for folder, weight in split_run(run) for part in parts_of(folder, weight)]
 
 
 def _not_low(source: Source) -> MergeError:
