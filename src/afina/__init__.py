@@ -25,7 +25,7 @@ _FUNCTIONS = {
     "combine": "afina.combining.algebra",
     "extract": "afina.combining.extract",
     "show": "afina.combining.describe",
-    "export": "afina.combining.merge",
+    "export": "afina.combining.export",
     "load_base": "afina.base.load",
     "load_adapter": "afina.delta.files",
 }

@@ -152,7 +152,12 @@ class MergeSettings(BaseSettings):
 class ExportSettings(MergeSettings):
     """Everything `afina export` can be told."""
 
-    format: Literal["hf", "peft"] = _describe("hf: a merged model; peft: the adapter alone", "hf")
+    run: Path | None = _describe("a run or adapter folder; without it, for gguf, the base alone")  # type: ignore[assignment]
+    out: Path = _describe("the folder to write; for gguf and gguf-lora also a file, FILE.gguf", ...)
+    format: Literal["hf", "peft", "gguf", "gguf-lora"] = _describe(
+        "hf, gguf: a merged model, for transformers or llama.cpp; peft, gguf-lora: the adapter alone", "hf"
+    )
+    weights: Literal["auto", "f32", "bf16", "f16"] = _describe("gguf: how weights are held; by default as the base's", "auto")
 
 
 class CombineSettings(BaseSettings):

@@ -60,6 +60,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write; when the block ends well it takes the place of `path`, else `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    made = not path.parent.exists()
+    with disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            beside.replace(path)
+            made = False
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+                if made:
+                    path.parent.rmdir()
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well it takes the place of `path`, else `path` stays as it was."""
     beside = path.with_name(f".{path.name}.new-{os.getpid()}")

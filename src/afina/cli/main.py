@@ -48,7 +48,7 @@ VERBS = {
     "extract": Verb("a low-rank adapter out of any adapter or tuned model", config.ExtractSettings,
                     "afina.combining.extract:extract", "run"),
     "show": Verb("what an adapter is", config.ShowSettings, "afina.combining.describe:show", "run"),
-    "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.merge:export", "run"),
+    "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.export:export", "run"),
 }
 
 

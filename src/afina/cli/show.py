@@ -168,7 +168,7 @@ def _merge(result: dict[str, Any]) -> None:
 
 
 def _export(result: dict[str, Any]) -> None:
-    if result["format"] == "hf":
+    if "kl" in result:
         _merge(result)
     else:
         console.print(f"written: {result['out']}", highlight=False)

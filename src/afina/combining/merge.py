@@ -18,9 +18,9 @@ from afina.base.load import load_base, quiet
 from afina.base.model import Base
 from afina.base.nf4 import quantize_model, show, write_out
 from afina.base.nf4_files import write_nf4
-from afina.config import ExportSettings, MergeSettings, make_settings
+from afina.config import MergeSettings, make_settings
 from afina.delta.attach import Adapter, detach, frozen_module
-from afina.delta.files import adapter_folder, read_json, read_story
+from afina.delta.files import adapter_folder, read_story
 from afina.delta.layers import Loose, as_matrix, as_stored
 from afina.delta.opening import open_run
 from afina.disk import new_folder, write_json
@@ -42,15 +42,13 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
     Raises `MergeError`, leaving nothing behind, where the merged model is not the adapted one within `tolerance`.
     """
     settings = run if isinstance(run, MergeSettings) else make_settings(MergeSettings, {"run": Path(run), **values})
-    _check_out(settings.out)
+    check_out(settings.out)
     opened = open_run(settings.run, settings, allow_other_base=settings.allow_other_base)
     base, adapter = opened.base, opened.adapter
     assert adapter is not None
-    if adapter.spec.invocation:
-        why = "it acts from its invocation on, and a merged weight acts on every token"
-        raise MergeError("an activated adapter cannot be merged", where=str(settings.run), why=why, hint="serve it unmerged")
-    probe = _probe(base)
-    adapted = _logits(base, probe, adapter.route)
+    check_whole(adapter, str(settings.run))
+    probe = make_probe(base)
+    adapted = probe_logits(base, probe, adapter.route)
     with new_folder(settings.out) as folder:
         take_in(base, adapter)
         if settings.storage == "nf4":
@@ -60,11 +58,11 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
                 base.model.save_pretrained(folder)
         _copy_reading(base, folder)
         merged = _reload(base, folder, settings)
-        logits = _logits(merged, probe, None)
+        logits = probe_logits(merged, probe, None)
         proof = compare(adapted, logits) | {"storage": settings.storage}
         if isinstance(base, Base):
             proof["loss_adapted"], proof["loss_merged"] = _loss(probe, adapted), _loss(probe, logits)
-        _judge(proof, settings.tolerance or (TOLERANCE[base.dtype] if settings.storage == "plain" else REQUANTISED))
+        judge(proof, settings.tolerance or (TOLERANCE[base.dtype] if settings.storage == "plain" else REQUANTISED))
         about = {"base": base.name, "adapter": read_story(adapter_folder(settings.run)).get("hash")}
         write_json(folder / "merge.json", about | proof)
     return {"out": str(settings.out), **about, **proof}
@@ -90,27 +88,17 @@ def _reload(base: Frozen, folder: Path, settings: MergeSettings) -> Frozen:
     return load_masked(str(folder), **how)  # type: ignore[arg-type]
 
 
-def export(run: str | Path | ExportSettings, **values: Any) -> dict[str, Any]:
-    """What other tools read: the merged model ("hf"), or the adapter alone in PEFT's files ("peft")."""
-    settings = run if isinstance(run, ExportSettings) else make_settings(ExportSettings, {"run": Path(run), **values})
-    if settings.format == "hf":
-        fields = {name: getattr(settings, name) for name in MergeSettings.model_fields}
-        return {"format": "hf"} | merge(MergeSettings(**fields))
-    _check_out(settings.out)
-    source = adapter_folder(settings.run)
-    kind = read_json(source / "adapter_config.json").get("peft_type")
-    if kind != "LORA":
-        raise SettingsError(f"PEFT does not know adapters of type {kind}", where=str(source), hint="--format hf")
-    with new_folder(settings.out) as folder:
-        for file in sorted(source.iterdir()):
-            if file.name in ("adapter_config.json", "adapter_model.safetensors", "afina.json", "README.md"):
-                shutil.copy2(file, folder / file.name)
-    return {"format": "peft", "out": str(settings.out), "adapter": str(source)}
-
-
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raise `SettingsError` where something lies in the folder `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError("this folder is not empty", where=str(out), hint="choose another --out")
+
+
+def check_whole(adapter: Adapter, where: str) -> None:
+    """Raise `MergeError` where the adapter does not act on every token."""
+    if adapter.spec.invocation:
+        why = "it acts from its invocation on, and a merged weight acts on every token"
+        raise MergeError("an activated adapter cannot be merged", where=where, why=why, hint="serve it unmerged")
 
 
 @torch.no_grad()
@@ -169,7 +157,7 @@ def _untie(model: Any, path: str) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
-def _probe(base: Frozen) -> Any:
+def make_probe(base: Frozen) -> Any:
     """Something to compare on: general text as one flat run, as rows for encoders, or noise for image models."""
     if isinstance(base, Base):
         tokens = [token for example in general_examples(base) for token in example.tokens][: min(PROBE_TOKENS, base.context)]
@@ -184,7 +172,7 @@ def _probe(base: Frozen) -> Any:
 
 
 @torch.no_grad()
-def _logits(base: Frozen, probe: Any, route: Route | None) -> Tensor:
+def probe_logits(base: Frozen, probe: Any, route: Route | None) -> Tensor:
     """Logits (..., classes) of the probe under `route`."""
     everywhere = BASE if route is None else Segments.all(route.adapter)
     with base.board.route(everywhere):
@@ -199,7 +187,7 @@ def compare(adapted: Tensor, logits: Tensor) -> dict[str, Any]:
     expected, given = adapted.log_softmax(-1), logits.log_softmax(-1)
     agree = float((logits.argmax(-1) == adapted.argmax(-1)).float().mean())
     return {
-        "kl": max(0.0, float((expected.exp() * (expected - given)).sum(-1).mean())),
+        "kl": max(float((expected.exp() * (expected - given)).sum(-1).mean()), 0.0),  # in this order: nan stays nan
         "max_logit_difference": float((logits - adapted).abs().max()),
         "greedy_agreement": agree,
         "probe_tokens": len(logits),
@@ -219,7 +207,8 @@ def _requantise(base: Frozen, folder: Path) -> None:
     write_nf4(base.model, folder)
 
 
-def _judge(proof: dict[str, Any], tolerance: float) -> None:
+def judge(proof: dict[str, Any], tolerance: float) -> None:
+    """Raise `MergeError` where the proof's divergence is over the tolerance, nats a token."""
     if not proof["kl"] <= tolerance:  # also where it is no number
         loss = "; loss {loss_adapted:.3f} adapted, {loss_merged:.3f} merged" if "loss_merged" in proof else ""
         raise MergeError(
