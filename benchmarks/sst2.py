@@ -1,10 +1,12 @@
 """Does a LoRA on an encoder classify as well as full fine-tuning does? `python benchmarks/sst2.py`
 
 A small BERT-like encoder is made here: a word-piece vocabulary learned from the training rows of SST-2, then masked-token learning
-on the longer ones, by afina's own `mlm`. Then `classify`, full and lora, three seeds each; 2,000 other rows choose the learning
-rate (as many trials for each method, on a seed of their own) and the state that is kept, and the development rows are looked at
-once, at the end. The encoder reads all other training rows without labels; 20,000 are learned with them. Beside them a bag of words: logistic regression on which words occur, its strength of decay chosen on the same
-2,000 rows. Targets: lora within 2 points of full, both above the bag of words.
+on the longer ones, without their labels, by afina's own `mlm`. Then `classify` on 20,000 rows, full and lora, three seeds each;
+2,000 other rows choose the learning rate (as many trials for each method, on a seed of their own) and the state that is kept, and
+the development rows are looked at once, at the end. Beside them a bag of words: logistic regression on which words occur, its
+strength of decay chosen on the same 2,000 rows. Targets: lora within 2 points of full, both above the bag of words.
+
+The rows are phrases of parsed sentences, and those of one sentence are on both sides of the split: all three sides gain by that.
 """
 
 import argparse
