@@ -139,7 +139,7 @@ class Count:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the adapter's file, about."""
+        """Size of the adapter's file, at most."""
         return self.trainable * self.width + self.tensors * TENSOR_HEADER
 
 
