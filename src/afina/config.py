@@ -100,6 +100,14 @@ class TrainSettings(BaseSettings):
         return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class PlanSettings(TrainSettings):
+    """Everything `afina plan` can be told: a training run's settings, and what is asked about it."""
+
+    data: Path | None = _describe("as for train; without it, memory and time of full batches alone")  # type: ignore[assignment]
+    compare: bool = _describe("all methods in one table: memory, time, numbers to learn, size of the file", False)
+    probe: bool = _describe("measure this machine anew: a few seconds, kept for later plans", False)
+
+
 class EvalSettings(BaseSettings):
     """Everything `afina eval` can be told."""
 

@@ -71,8 +71,11 @@ def choose_dtype(name: str, device: torch.device, config: PretrainedConfig) -> t
     return torch.bfloat16 if stored == torch.float16 else stored
 
 
-def find_folder(base: str, revision: str | None) -> Path:
-    """The local folder of a base: the package's own, a path as given, or the hub's cache (downloaded if need be)."""
+def find_folder(base: str, revision: str | None, weights: bool = True) -> Path:
+    """The local folder of a base: the package's own, a path as given, or the hub's cache (downloaded if need be).
+
+    Without `weights` nothing but the small files is fetched.
+    """
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
     folder = Path(base).expanduser()
@@ -80,10 +83,10 @@ def find_folder(base: str, revision: str | None) -> Path:
         return folder
     if folder.exists() or base.startswith((".", "/", "~")):
         raise BaseError("not a folder of a model", where=base, hint="give the folder that holds config.json")
-    return _download(base, revision)
+    return _download(base, revision, weights)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -97,7 +100,7 @@ def _download(name: str, revision: str | None) -> Path:
     looked = f"looked for {Path(name).expanduser().absolute()}"
     login = "accept its terms on its page, then type: hf auth login"
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] + (["*.safetensors"] if weights else [])
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise BaseError("this model asks for a licence to be accepted", where=name, hint=login) from error

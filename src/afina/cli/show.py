@@ -43,6 +43,8 @@ def _nothing(result: dict[str, Any]) -> None:
 
 
 def _plan(result: dict[str, Any]) -> None:
+    if "methods" in result:
+        return _compared(result)
     data, settings = result["data"], result["settings"]
     _rows("settings", [(name, _setting(value)) for name, value in settings.items() if value not in (None, {}, [], "")])
     names = {
@@ -51,24 +53,92 @@ def _plan(result: dict[str, Any]) -> None:
         "longest": "longest sequence",
         "labelled_percent": "% of tokens with a label",
     }
-    facts = data | {"skipped": len(data["skipped"])}
-    _rows(
-        "data",
-        [
-            (names.get(k, k), f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v))
-            for k, v in facts.items()
-        ],
-    )
-    for line in data["skipped"]:
+    skipped = data.get("skipped", [])
+    facts = data | {"skipped": len(skipped)} if data else {}
+    if facts:
+        _rows(
+            "data",
+            [
+                (names.get(k, k), f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v))
+                for k, v in facts.items()
+            ],
+        )
+    for line in skipped:
         console.print(f"skipped {line}", highlight=False, markup=False)
-    console.print("one example, the learned tokens marked:", style="bold")
-    console.print(result["example"], highlight=False, markup=False)
-    trainable, total = result["trainable_parameters"], result["base"]["parameters"]
+    if result["example"] is not None:
+        console.print("one example, the learned tokens marked:", style="bold")
+        console.print(result["example"], highlight=False, markup=False)
+    trainable, total, steps = result["trainable_parameters"], result["base"]["parameters"], result["steps"]
     console.print(
         f"{counted(trainable, 'number')} to learn in {counted(result['layers'], 'layer')}, "
-        f"{100 * trainable / total:.2f}% of the base's {total:,}; {counted(result['steps'], 'step')}",
+        f"{100 * trainable / total:.2f}% of the base's {total:,}" + (f"; {counted(steps, 'step')}" if steps else ""),
         highlight=False,
     )
+    if result["cost"] is not None:
+        _cost(result["cost"])
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float | None) -> str:
+    """Seconds as a person says them; a GPU that is not here has not been measured."""
+    if seconds is None:
+        return "not known"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _cost(cost: dict[str, Any]) -> None:
+    batch, memory = cost["batch"], cost["memory"]
+    rows = [
+        ("in one pass", f"{counted(batch['tokens'], 'token')}, {counted(batch['labels'], 'label')}"),
+        ("peak memory", f"{_size(cost['peak_bytes'])}   (" + ", ".join(f"{k} {_size(v)}" for k, v in memory.items()) + ")"),
+        ("a step", _duration(cost["step_seconds"])),
+        ("the run", _duration(cost["run_seconds"])),
+        ("the adapter's file", _size(cost["file_bytes"])),
+    ]
+    if cost["device"] == "cuda":
+        rows.append(("needs a GPU of", f"{cost['card_gib']} GB" if cost["card_gib"] else "more memory than any has"))
+    if cost["fits"] is not None:
+        most = cost["largest_batch_tokens"]
+        room = f"fits in {_size(cost['machine_bytes'])}" if cost["fits"] else f"does NOT fit in {_size(cost['machine_bytes'])}"
+        rows.append(("this machine", room + (f"; passes of up to {most:,} tokens do" if most else "")))
+    _rows(f"predicted, on {cost['device']}", rows)
+    for remedy in cost["remedies"]:
+        flags = " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in remedy["settings"].items())
+        figures = f"{_size(remedy['peak_bytes'])}, {_duration(remedy['step_seconds'])} a step"
+        console.print(f"- fits with {flags}: {figures}", highlight=False)
+    if cost["fits"] is False and not cost["remedies"]:
+        console.print("- nothing that afina can change makes it fit here: a smaller base, or a larger machine", highlight=False)
+    _estimate(cost["exact"])
+
+
+def _estimate(exact: bool) -> None:
+    if not exact:
+        console.print("- this family's blocks are estimated from above, and not counted", highlight=False)
+
+
+def _compared(result: dict[str, Any]) -> None:
+    batch, base, cuda = result["batch"], result["base"], result["device"] == "cuda"
+    passes = counted(batch["tokens"], "token")
+    table = Table(title=f"{base['name']}, {base['parameters']:,} numbers, {passes} a pass, on {result['device']}",
+                  title_justify="left")  # fmt: skip
+    for column in ("method", "peak memory", "a step", "the run", "to learn", "file", "GPU of" if cuda else "fits here"):
+        table.add_column(column)
+    for line in result["methods"]:
+        if "why" in line:
+            table.add_row(line["method"], escape(line["why"]))
+            continue
+        last = f"{line['card_gib']} GB" if line["card_gib"] else "none" if cuda else "yes" if line["fits"] else "no"
+        table.add_row(
+            line["method"], _size(line["peak_bytes"]), _duration(line["step_seconds"]), _duration(line["run_seconds"]),
+            f"{line['trainable_parameters']:,}", _size(line["file_bytes"]), last,
+        )  # fmt: skip
+    console.print(table)
+    _estimate(result["exact"])
 
 
 def _sweep(result: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@
 
 A method is one file in this folder with one class. It says how many numbers it learns (`count`), how they start
 (`__init__`: the model must be unchanged), what it adds (`forward`), what a weight becomes that has taken it in
-(`merged`), and under which names its tensors lie on disk (`keys`). No other file knows its name. A method that can
-merge and restart also says how it begins anew (`restart`), and calls `carried` and `with_carried`.
+(`merged`), under which names its tensors lie on disk (`keys`), and what a pass costs (`cost`). No other file knows its
+name. A method that can merge and restart also says how it begins anew (`restart`), and calls `carried` and
+`with_carried`.
 """
 
 import importlib
@@ -60,6 +61,16 @@ class Spec:
         """The spec that `as_dict` wrote."""
         tuples = {name: tuple(values.get(name, ())) for name in ("targets", "modules", "invocation")}
         return cls(**{**values, **tuples})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a delta costs at one layer, for the plan: a token in numbers kept and multiply-adds, besides those of the base."""
+
+    keeps_input: bool  # whether the backward pass needs x; layers that read the same x share it
+    keeps: int  # further numbers kept for the backward pass, a token
+    products: float  # multiply-adds forward, a token; the backward pass has twice as many
+    once: float = 0.0  # multiply-adds with the written-out weight in each pass, however many tokens there are
 
 
 class Delta(nn.Module):
@@ -123,6 +134,12 @@ class Delta(nn.Module):
     def count(cls, layer: Layer, spec: Spec) -> int:
         """How many numbers this delta learns at `layer`, by its formula."""
         raise TypeError(f"{cls.__name__} must say how many numbers it learns")
+
+    @classmethod
+    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+        """What it costs at `layer`; unless a method says better, its input and output are kept."""
+        return Cost(True, layer.in_features + layer.out_features, float(cls.count(layer, spec)))
+
 
 
 def check_options(kind: type[Delta], spec: Spec) -> None:

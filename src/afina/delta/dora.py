@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afina.delta.contract import Layer, Spec
+from afina.delta.contract import Cost, Layer, Spec
 from afina.delta.lora import LoRA
 from afina.errors import SettingsError
 
@@ -112,6 +112,13 @@ class DoRA(LoRA):
     def count(cls, layer: Layer, spec: Spec) -> int:
         """r (in + out) + out."""
         return super().count(layer, spec) + layer.out_features
+
+    @classmethod
+    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+        """y0 is kept besides what LoRA keeps; A W^T is a product with the whole weight."""
+        of_lora = super().cost(layer, spec)
+        once = float(spec.rank_of(layer.path) * layer.in_features * layer.out_features)
+        return Cost(of_lora.keeps_input, of_lora.keeps + layer.out_features, of_lora.products, once)
 
 
 def _state(*tensors: Tensor) -> tuple[object, ...]:

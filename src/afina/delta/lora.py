@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afina.delta.contract import Delta, Layer, Spec
+from afina.delta.contract import Cost, Delta, Layer, Spec
 
 
 class LoRA(Delta):
@@ -60,6 +60,12 @@ class LoRA(Delta):
     def count(cls, layer: Layer, spec: Spec) -> int:
         """r (in + out)."""
         return spec.rank_of(layer.path) * (layer.in_features + layer.out_features)
+
+    @classmethod
+    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+        """x and A x are kept; with dropout, in the place of x what was left of it and what it was multiplied by."""
+        dropped = 2 * layer.in_features if spec.dropout else 0
+        return Cost(not spec.dropout, spec.rank_of(layer.path) + dropped, float(LoRA.count(layer, spec)))
 
 
 def as_peft(layer: Layer, rank: int) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afina.delta.contract import Delta, Layer, Spec
+from afina.delta.contract import Cost, Delta, Layer, Spec
 from afina.errors import SettingsError, nearest
 
 OPERATORS = ("truncation", "sharing", "decoupling", "rotation")
@@ -147,6 +147,15 @@ class MoRA(Delta):
     def count(cls, layer: Layer, spec: Spec) -> int:
         """q^2, q = floor(sqrt((out + in) r)), for rotation the next even number below."""
         return size_of(layer, spec) ** 2
+
+    @classmethod
+    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+        """What M reads is kept, p vectors of q numbers a token, and x only where it is cut by truncation."""
+        size, operator = size_of(layer, spec), operator_of(layer, spec)
+        blocks = min(math.ceil(layer.in_features / size), math.ceil(layer.out_features / size))
+        slots = blocks if operator in ("decoupling", "rotation") else 1
+        dropped = 2 * layer.in_features if spec.dropout else 0
+        return Cost(operator == "truncation", slots * size + dropped, float(slots * size**2))
 
 
 def operator_of(layer: Layer, spec: Spec) -> str:

@@ -1,35 +1,145 @@
-"""`afina plan`: what would happen, before it does. Settings, data, one example, the numbers to be learned."""
+"""`afina plan`: what would happen, before it does. Settings, data, one example, numbers to learn, memory and time.
 
+The base is loaded where it is there and fits, so that everything is checked that `afina train` checks before its first
+step. Else its configuration is enough: a model of 70B can be asked about on a laptop.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from afina.base.load import load_tokenizer
 from afina.base.nf4 import NF4Linear
-from afina.config import TrainSettings, make_settings, resolved
-from afina.delta.attach import frozen_module
-from afina.delta.contract import method
-from afina.delta.layers import Layer
+from afina.config import PlanSettings, TrainSettings, make_settings, resolved
+from afina.data.batches import Sampler
+from afina.data.formats import read_table
+from afina.data.template import Example
+from afina.delta.contract import Spec, method
 from afina.delta.targets import block_number
+from afina.errors import SettingsError
+from afina.objective.language import LanguageTask
+from afina.planning.cost import Load
+from afina.planning.forecast import compare, find_place, fits, forecast, full_load, largest_batch, load_of, make_step, remedies
+from afina.planning.shape import Shape, read_shape
+from afina.training.prepare import read_examples
 from afina.training.setup import Setup, default_out, set_up
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
-def plan(data: str | Path | TrainSettings, **values: Any) -> dict[str, Any]:
-    """The resolved settings, the data's table, a rendered example and the count of trainable parameters.
 
-    Everything that `afina train` checks before its first step is checked here too.
+@dataclass
+class _Data:
+    """What the rows say about a run; nothing of it is known without rows, or without a tokenizer to count them."""
+
+    about: dict[str, Any] = field(default_factory=dict)
+    example: str | None = None
+    objective: str | None = None
+    max_length: int | None = None
+    train: list[Example] = field(default_factory=list)
+    held_tokens: int = 0
+
+
+def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[str, Any]:
+    """The resolved settings, the data's table, a rendered example, numbers to learn, predicted memory and time.
+
+    With `compare` a line for each method instead. Without `data`, batches are taken to be full.
     """
-    settings = data if isinstance(data, TrainSettings) else make_settings(TrainSettings, {"data": Path(data), **values})
-    setup = set_up(settings)
-    prepared, spec = setup.prepared, setup.adapter.spec
-    model = prepared.base.model
-    counted = {
-        path: method("full" if path in spec.modules else spec.method).count(Layer(path, frozen_module(model, path)), spec)
-        for path in (*spec.targets, *spec.modules)
+    if isinstance(data, TrainSettings):
+        settings = PlanSettings(**{name: getattr(data, name) for name in data.model_fields_set})
+    else:
+        settings = make_settings(PlanSettings, ({} if data is None else {"data": Path(data)}) | values)
+    told = {name: getattr(settings, name) for name in settings.model_fields_set if name in TrainSettings.model_fields}
+    asked = None if settings.data is None else TrainSettings(**told)
+    if settings.objective in ("classify", "mlm"):
+        if asked is None or settings.compare:
+            where = "data" if asked is None else "compare"
+            raise SettingsError("memory and time are predicted for language models so far", where=where)
+        return _checked(set_up(asked)) | {"cost": None}
+    place = find_place(settings)
+    shape = read_shape(settings, place.device)
+    step = make_step(shape, settings, place)
+    held = shape.weight_bytes(step.storage) + place.libraries
+    setup = None
+    if asked is not None and shape.has_weights and fits(held, place) and not settings.compare:
+        setup = set_up(asked)
+        step = make_step(shape, settings, place, setup.adapter.spec)
+    rows = _rows(setup) if setup else _rows_alone(shape, settings)
+    load = load_of(rows.train, settings) if rows.train else full_load(shape, settings)
+    steps = setup.steps if setup else _steps(settings, rows.train)
+    about = {"base": {"name": settings.base, "parameters": shape.parameters, "kinds": shape.kinds}, "steps": steps}
+    if settings.compare:
+        lines = compare(shape, settings, place, load, steps, rows.held_tokens)
+        return about | {"data": rows.about, "device": place.device, "machine_bytes": place.memory, "methods": lines,
+                        "batch": _batch(load), "exact": shape.exact}  # fmt: skip
+    cost = forecast(step, load, place, steps, rows.held_tokens)
+    cost |= {
+        "device": place.device, "machine_bytes": place.memory, "largest_batch_tokens": largest_batch(step, load, place),
+        "remedies": remedies(shape, settings, place, load) if cost["fits"] is False else [], "batch": _batch(load),
+        "exact": shape.exact,
+    }  # fmt: skip
+    if setup:
+        checked = _checked(setup)
+        return checked | {"base": checked["base"] | {"kinds": shape.kinds}, "cost": cost}
+    used = {"dtype": str(shape.dtype).removeprefix("torch."), "device": place.device, "steps": steps}
+    used |= {"objective": rows.objective, "max_length": rows.max_length} if rows.train else {}
+    used |= {"out": str(default_out(asked))} if asked else {}
+    return about | {
+        "settings": resolved(settings) | _targets(step.count.spec) | used,
+        "data": rows.about,
+        "trainable_parameters": step.count.trainable,
+        "layers": len(step.count.layers),
+        "example": rows.example,
+        "cost": cost,
     }
+
+
+def _batch(load: Load) -> dict[str, Any]:
+    return {"tokens": load.tokens, "labels": load.labels, "longest": load.length, "passes": load.passes}
+
+
+def _steps(settings: PlanSettings, train: list[Example]) -> int | None:
+    """Optimizer steps of a run, where rows or settings tell."""
+    if settings.steps is not None or not train:
+        return settings.steps
+    each = Sampler(train, settings.batch_tokens, settings.accumulate, settings.seed).steps_per_epoch
+    return max(1, round(settings.epochs * each))
+
+
+def _rows(setup: Setup) -> _Data:
+    """The rows of a run that is set up."""
+    task = setup.prepared.task
+    assert isinstance(task, LanguageTask)
+    return _Data(train=task.train, held_tokens=sum(len(e.tokens) for e in task.held))
+
+
+def _rows_alone(shape: Shape, settings: PlanSettings) -> _Data:
+    """The rows by the tokenizer alone, without a model."""
+    if settings.data is None:
+        return _Data()
+    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    about = {"format": table.format, "rows": len(table.rows), "skipped": list(table.skipped)}
+    if not any((shape.folder / name).is_file() for name in TOKENIZERS):
+        return _Data(about)
+    tokenizer = load_tokenizer(shape.folder, settings.base, settings.trust_remote_code)
+    made = read_examples(settings, table, tokenizer, shape.context)
+    return _Data(
+        about={**about, "objective": made.objective, "skipped": made.skipped} | made.counts,
+        example=made.renderer.show(made.train[0]),
+        objective=made.objective,
+        max_length=made.renderer.max_length,
+        train=made.train,
+        held_tokens=sum(len(e.tokens) for e in made.held),
+    )
+
+
+def _checked(setup: Setup) -> dict[str, Any]:
+    """What a run that is set up would be."""
+    prepared, spec = setup.prepared, setup.adapter.spec
     return {
-        "settings": resolved(settings) | _used(setup),
-        "base": {"name": prepared.base.name, "parameters": parameters(model)},
+        "settings": resolved(setup.settings) | _used(setup),
+        "base": {"name": prepared.base.name, "parameters": parameters(prepared.base.model)},
         "data": {
             "format": prepared.source["format"],
             "objective": prepared.objective,
@@ -39,22 +149,28 @@ def plan(data: str | Path | TrainSettings, **values: Any) -> dict[str, Any]:
         | prepared.counts,
         "steps": setup.steps,
         "trainable_parameters": setup.adapter.count(),
-        "layers": len(counted),
+        "layers": len({*spec.targets, *spec.modules}),
         "example": prepared.example,
+    }
+
+
+def _targets(spec: Spec) -> dict[str, Any]:
+    """What stands for the settings that choose layers."""
+    blocks = {number for path in spec.targets if (number := block_number(path)) is not None}
+    return {
+        "alpha": None if method(spec.method).replaces else spec.alpha,
+        "targets": list(dict.fromkeys(path.rpartition(".")[2] for path in spec.targets)),
+        "layers": sorted(blocks),
     }
 
 
 def _used(setup: Setup) -> dict[str, Any]:
     """What stands in the place of each setting that was left to afina, or that means more than it says."""
-    settings, prepared, spec = setup.settings, setup.prepared, setup.adapter.spec
-    blocks = {number for path in spec.targets if (number := block_number(path)) is not None}
-    return {
+    settings, prepared = setup.settings, setup.prepared
+    return _targets(setup.adapter.spec) | {
         "out": str(default_out(settings)),
         "dtype": str(prepared.base.dtype).removeprefix("torch."),
         "device": prepared.base.device.type,
-        "alpha": None if method(spec.method).replaces else spec.alpha,
-        "targets": list(dict.fromkeys(path.rpartition(".")[2] for path in spec.targets)),
-        "layers": sorted(blocks),
         "objective": prepared.objective,
         "max_length": prepared.max_length,
         "steps": setup.steps,

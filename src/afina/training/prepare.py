@@ -76,39 +76,63 @@ def prepare(settings: TrainSettings, base: Base | Classifier | None = None) -> P
 # ---- language models
 
 
-def _language(settings: TrainSettings, base: Base | None) -> Prepared:
-    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
-    meant = preset(settings.method, 1)
-    base = base or load_base(
-        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage
-    )
-    own_tokens = base.add_tokens(_new_tokens(settings))
-    renderer = Renderer(base.tokenizer, settings.template, settings.max_length or min(base.context, 2048))
+@dataclass(frozen=True)
+class Examples:
+    """Rows as labelled tokens, to learn from and to judge by; needs a tokenizer, and no model."""
+
+    table: Any
+    renderer: Renderer
+    objective: str
+    invocation: tuple[int, ...]
+    train: list[Example]
+    held: list[Example]
+    held_rows: list[Row]
+    skipped: list[str]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The table for `afina plan`."""
+        tokens, labels = sum(len(e.tokens) for e in self.train), sum(sum(e.labels) for e in self.train)
+        longest = max(len(e.tokens) for e in self.train)
+        return {"train": len(self.train), "held_out": len(self.held), "tokens": tokens, "longest": longest,
+                "labelled_percent": 100.0 * labels / tokens}  # fmt: skip
+
+
+def read_examples(settings: TrainSettings, table: Any, tokenizer: Any, context: int) -> Examples:
+    """The rows of `table` rendered, checked and split, for a model that reads `context` tokens."""
+    renderer = Renderer(tokenizer, settings.template, settings.max_length or min(context, 2048))
     objective = choose(settings.objective, table.rows)
-    invocation = _invocation(renderer, settings) if meant.activated else ()
+    invocation = _invocation(renderer, settings) if preset(settings.method, 1).activated else ()
     skipped = list(table.skipped)
     train, held, held_rows = _split(settings, table.rows, renderer, objective, skipped, invocation)
-    records = [_as_record(row) for row in held_rows] or [{"text": base.text(example.tokens)} for example in held]
-    tokens, labels = sum(len(e.tokens) for e in train), sum(sum(e.labels) for e in train)
+    return Examples(table, renderer, objective, invocation, train, held, held_rows, skipped)
+
+
+def _language(settings: TrainSettings, base: Base | None) -> Prepared:
+    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    base = base or load_base(
+        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device,
+        preset(settings.method, 1).storage,
+    )  # fmt: skip
+    own_tokens = base.add_tokens(new_tokens(settings))
+    made = read_examples(settings, table, base.tokenizer, base.context)
+    records = [_as_record(row) for row in made.held_rows] or [{"text": base.text(example.tokens)} for example in made.held]
     return Prepared(
         base=base,
-        task=LanguageTask(base, train, held, settings.batch_tokens, settings.accumulate, settings.seed),
-        objective=objective,
-        source=_source(table, len(held)),
-        skipped=skipped,
-        example=renderer.show(train[0]),
+        task=LanguageTask(base, made.train, made.held, settings.batch_tokens, settings.accumulate, settings.seed),
+        objective=made.objective,
+        source=_source(table, len(made.held)),
+        skipped=made.skipped,
+        example=made.renderer.show(made.train[0]),
         held_records=records,
-        invocation=invocation,
+        invocation=made.invocation,
         tokens=own_tokens,
-        max_length=renderer.max_length,
-        counts={
-            "train": len(train), "held_out": len(held), "tokens": tokens, "longest": max(len(e.tokens) for e in train),
-            "labelled_percent": 100.0 * labels / tokens,
-        },
-    )  # fmt: skip
+        max_length=made.renderer.max_length,
+        counts=made.counts,
+    )
 
 
-def _new_tokens(settings: TrainSettings) -> list[str]:
+def new_tokens(settings: TrainSettings) -> list[str]:
     """The tokens that get rows of their own."""
     told = settings.options.get(NEW_TOKENS, [])
     names = [told] if isinstance(told, str) else told

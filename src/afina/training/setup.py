@@ -1,9 +1,11 @@
 """From settings to everything a run needs: what `prepare` gives, an adapter attached, rates, steps. `plan` stops here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from afina.base.classifier import Classifier
 from afina.base.model import Base
@@ -48,9 +50,17 @@ def default_out(settings: TrainSettings) -> Path:
     return settings.out or Path("runs") / f"{settings.data.stem}-{settings.method}"
 
 
-def make_spec(prepared: Prepared, settings: TrainSettings) -> Spec:
-    """The adapter that the settings mean, its targets resolved to paths of the base's modules."""
-    model = prepared.base.model
+def make_spec(
+    model: nn.Module,
+    settings: TrainSettings,
+    modules: tuple[str, ...] = (),
+    invocation: tuple[int, ...] = (),
+    tokens: Mapping[str, int] | None = None,
+) -> Spec:
+    """The adapter that the settings mean, its targets resolved to paths of the model's modules.
+
+    `modules` are those that it owns whole, `tokens` those with rows of their own, as `prepare` found them.
+    """
     blocks = 1 + max((block_number(path) or 0 for path, _ in model.named_modules()), default=0)
     meant = preset(settings.method, blocks)
     targets = settings.targets if settings.targets is not None else meant.targets
@@ -58,15 +68,15 @@ def make_spec(prepared: Prepared, settings: TrainSettings) -> Spec:
     paths = resolve_targets(model, targets, layers, any_kind=meant.targets == "all")
     return Spec(
         method=meant.delta,
-        targets=tuple(path for path in paths if path not in prepared.modules),
+        targets=tuple(path for path in paths if path not in modules),
         rank=settings.rank,
         alpha=settings.alpha if settings.alpha is not None else 2.0 * settings.rank,
         scaling=settings.scaling,
         dropout=settings.dropout,
         ranks=by_pattern(settings.ranks, paths, "ranks"),
-        modules=prepared.modules,
-        invocation=prepared.invocation,
-        tokens=prepared.tokens,
+        modules=modules,
+        invocation=invocation,
+        tokens=tokens or {},
         options={name: value for name, value in settings.options.items() if name != NEW_TOKENS},
     )
 
@@ -77,7 +87,7 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
     `base` is a language model that is loaded already, and on which others learn, or a classifier made in Python.
     """
     prepared = prepare(settings, base)
-    spec = make_spec(prepared, settings)
+    spec = make_spec(prepared.base.model, settings, prepared.modules, prepared.invocation, prepared.tokens)
     torch.manual_seed(settings.seed)
     return Setup(
         settings=settings,

@@ -1,0 +1,361 @@
+"""Peak memory and time of a training step, counted from the shape of a model and the code that runs on it.
+
+With T tokens in a pass, L labels, d the width, f the feed-forward width, h the width of all heads, e bytes a number:
+
+    kept by a fast block, a token    2 d      inputs of the two norms
+                                     2 f      gate and up (swiglu makes their product again)
+                                     3 h      queries, and keys and values repeated to as many heads, sorted by sequence
+                                     h + 2    output and log-sums, where PyTorch's attention has the backward pass
+                                     inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
+                                     D        what each delta keeps besides (`Delta.cost`)
+    kept with checkpointing          d a token and block, and all the above of one block
+
+Blocks below the first adapted one keep nothing. At its largest a step holds, besides libraries, weights and what is
+learned (numbers, their copies in e bytes, float32 masters of 16-bit ones, moments), the most of:
+
+    loss        what is kept + hidden states with a label and their gradients, 2 L d e + one chunk of logits
+    backward    the larger of what is kept and all gradients + what lives within a block at a time
+    optimizer   gradients, those of masters in float32 again
+    the end     the best adapter, read back and attached beside the last one
+
+or what loading needs. C libraries give memory back in pieces: SLACK is added to all that comes and goes.
+
+Time is operations over the rates of this machine (`Rates`): products with the base forwards and, above the first adapted
+layer, backwards (again for the weights' gradients where they are trained, again forwards with checkpointing); attention;
+thin products of the deltas; NF4 written out at each product; passes over activations; the optimizer's; and what Python
+and PyTorch take for a block, however little there is to compute.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from afina.base.fast import MLPS, NORMS
+from afina.base.model import HEAD_CHUNK
+from afina.base.nf4 import candidates
+from afina.config import TrainSettings
+from afina.delta.contract import method
+from afina.delta.layers import Layer
+from afina.delta.targets import block_number
+from afina.kernels.attention import LONGEST
+from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
+from afina.planning.shape import Count, Shape
+from afina.training.eightbit import SMALLEST
+
+SLACK = 0.06  # of the memory that comes and goes, on CPUs
+SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is, measured: operations and bytes a second. `product` is (rows, rate) by dtype, rising."""
+
+    product: dict[str, Sequence[Sequence[float]]]
+    attention: dict[str, Sequence[Sequence[float]]]  # (length, rate) by dtype; backwards counts for 2.5 times forwards
+    thin: dict[str, float]  # products with 8 columns
+    copy: float  # bytes read and written
+    dequantise: float  # weights written out of NF4
+    factor: float  # measured over counted time, of a real step
+    block: float  # seconds a block and pass, forwards and backwards, however few the tokens
+    libraries: float  # bytes of a process that has loaded, besides what is counted
+    overlaps: bool = False  # whether the device computes while Python goes on
+
+    def rate(self, dtype: str, rows: float) -> float:
+        """Operations a second of products with `rows` rows."""
+        return _between(self.product[dtype], rows)
+
+    def attention_rate(self, dtype: str, length: float) -> float:
+        """Operations a second of attention, forwards and backwards, over sequences of `length`."""
+        return _between(self.attention[dtype], length)
+
+
+def _between(points: Sequence[Sequence[float]], rows: float) -> float:
+    """The rate at `rows`: between those measured, on a straight line over log rows."""
+    if rows <= points[0][0]:
+        return points[0][1] * rows / points[0][0]
+    for (few, slow), (many, fast) in pairwise(points):
+        if rows <= many:
+            return slow + (fast - slow) * math.log(rows / few) / math.log(many / few)
+    return points[-1][1]
+
+
+@dataclass(frozen=True)
+class Load:
+    """The passes of a run: tokens, labels and longest sequence of the largest one, and what they are on average."""
+
+    tokens: int
+    labels: int
+    length: int
+    mean_tokens: float
+    mean_labels: float
+    mean_length: float  # tokens that a token's sequence has
+    passes: int = 1  # before each optimizer step
+
+    @classmethod
+    def full(cls, tokens: int, length: int, passes: int = 1, labelled: float = 1.0) -> "Load":
+        """Every pass full, of sequences of one length."""
+        length, labels = min(length, tokens), max(1, round(tokens * labelled))
+        return cls(tokens, labels, length, tokens, labels, length, passes)
+
+    def at(self, tokens: int) -> "Load":
+        """The same kind of rows in passes of `tokens`."""
+        share = tokens / self.tokens
+        length = min(self.length, tokens)
+        return replace(self, tokens=tokens, labels=max(1, round(self.labels * share)), length=length,
+                       mean_tokens=self.mean_tokens * share, mean_labels=self.mean_labels * share,
+                       mean_length=min(self.mean_length, tokens))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the largest moment of a run, by what they are for."""
+
+    libraries: float
+    weights: float
+    learned: float
+    optimizer: float
+    activations: float
+    other: float  # gradients, the loss, what lives within a block
+
+    @property
+    def peak(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of an optimizer step, by what takes them."""
+
+    products: float
+    attention: float
+    adapters: float
+    dequantisation: float
+    activations: float
+    optimizer: float
+    overhead: float
+    overlaps: bool = False
+
+    @property
+    def step(self) -> float:
+        """All of it; where the device computes meanwhile, the longer of computing and of Python."""
+        work = sum(asdict(self).values()) - self.overhead - self.overlaps
+        return max(work, self.overhead) if self.overlaps else work + self.overhead
+
+
+@dataclass
+class _Block:
+    """One block. Numbers a token, unless it is said otherwise."""
+
+    matrices: float = 0.0  # weights in products
+    largest: int = 0  # weights of the largest matrix
+    norms: int = 0
+    inner: int = 0  # width of the feed-forward
+    inputs: int = 0  # kept for deltas
+    keeps: int = 0
+    thin: float = 0.0
+    once: float = 0.0  # a pass
+    trained: int = 0  # weights with gradients of their own
+    passes: int = 0  # outputs of adapted layers
+    nf4: int = 0  # weights written out at each product
+    flows: bool = False  # whether gradients flow through it
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step on `shape`: what `settings` and an adapter of `count` numbers make of it, on a kind of device."""
+
+    shape: Shape
+    count: Count
+    settings: TrainSettings
+    storage: str  # "plain" or "nf4"
+    device: str = "cpu"
+
+    # ---- the model
+
+    @property
+    def _width(self) -> int:
+        return int(self.shape.config.hidden_size)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """(heads, width of all of them)."""
+        config = self.shape.config
+        heads = int(config.num_attention_heads)
+        return heads, heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+    @cached_property
+    def _codes(self) -> set[str]:
+        return set(candidates(self.shape.model)) if self.storage == "nf4" else set()
+
+    @cached_property
+    def _blocks(self) -> list[_Block]:
+        """The blocks, from the modules that they hold."""
+        blocks = [_Block() for _ in range(self.shape.blocks)]
+        shared: set[tuple[str, int]] = set()
+        for path, module in self.shape.model.named_modules():
+            if (number := block_number(path)) is None:
+                continue
+            block, layer, name = blocks[number], Layer(path, module), type(module).__name__
+            if layer.is_matrix and not isinstance(module, nn.Embedding):
+                self._add_matrix(block, layer, shared)
+            elif "norm" in name.lower():
+                block.norms += self._norm(path, module) * (1 if name in NORMS else 1 + 12 // self.shape.dtype.itemsize)
+            elif name in MLPS or name.endswith("MLP"):
+                widest = max((Layer("", m).out_features for m in module.modules() if Layer("", m).is_matrix), default=0)
+                block.inner += widest if name in MLPS else 3 * widest
+            else:  # experts in one tensor: each token passes some of them
+                config = self.shape.config
+                some = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_local_experts", None) or 1)
+                block.matrices += min(1.0, some) * sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+        embedded = any(block_number(path) is None and path not in self._output for path in self.count.layers)
+        flows = embedded or bool(self.count.spec.tokens)
+        for number, block in enumerate(blocks):
+            flows = flows or any(block_number(path) == number for path in self.count.layers)
+            block.flows = flows
+        return blocks
+
+    def _add_matrix(self, block: _Block, layer: Layer, shared: set[tuple[str, int]]) -> None:
+        weights = layer.in_features * layer.out_features
+        block.matrices += weights
+        block.largest = max(block.largest, weights)
+        block.nf4 += weights if layer.path in self._codes else 0
+        if layer.path not in self.count.layers:
+            return
+        kind, parent, leaf = method(self.count.spec.method), *layer.path.rpartition(".")[::2]
+        cost = kind.cost(layer, self.count.spec)
+        group = next((n for n, leaves in enumerate(SAME_INPUT) if leaf in leaves), None)
+        if cost.keeps_input and (group is None or (parent, group) not in shared):
+            block.inputs += layer.in_features
+            if group is not None:
+                shared.add((parent, group))
+        block.keeps += cost.keeps
+        block.thin += cost.products
+        block.once += cost.once
+        block.trained += weights if kind.replaces else 0
+        block.passes += 0 if kind.replaces else layer.out_features
+
+    def _norm(self, path: str, module: nn.Module) -> int:
+        """Numbers a token that a norm reads: those of the heads are one norm for all."""
+        own = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "weight")
+        return self._heads[1] if path.endswith(("q_norm", "k_norm")) and own < self._width else own
+
+    @cached_property
+    def _output(self) -> set[str]:
+        """Paths above the blocks: the last norm and the output layer."""
+        head = self.shape.model.get_output_embeddings()
+        return {p for p, m in self.shape.model.named_modules() if m is head or ("norm" in p and block_number(p) is None)}
+
+    @property
+    def _head_adapted(self) -> bool:
+        head = self.shape.model.get_output_embeddings()
+        return bool(self.count.spec.tokens) or any(self.shape.model.get_submodule(p) is head for p in self._listed)
+
+    @property
+    def _listed(self) -> list[str]:
+        return [path for path in self.count.layers if path in self._output]
+
+    # ---- memory
+
+    def memory(self, load: Load, libraries: float) -> Memory:
+        """Bytes at the largest moment, in a process whose libraries take `libraries`; never less than it will be."""
+        e, n, width = self.shape.dtype.itemsize, self.count.trainable, self.count.width
+        cpu, masters = self.device == "cpu", self.count.width < 4
+        learned = n * width + (4 * n if masters else 0) + (e * n if width > e else 0)
+        gradients, kept = n * width, load.tokens * e * self._kept(load)
+        loss = e * self._width * (2 * load.labels + 3 * load.tokens) + self._chunk(load.labels)
+        within = load.tokens * e * self._within(load) + self._packed
+        backward = max(0.0, gradients - kept) + within + 2 * load.labels * self._width * e
+        step = gradients + (4 * n if masters else 0) + self._optimizer_work - kept
+        transient = max(loss, backward, step, 2 * n * width - kept)
+        slack = 1.0 + SLACK if cpu else 1.0
+        weights = float(self.shape.weight_bytes(self.storage))
+        made = Memory(libraries, weights, learned, self._moments, slack * kept, slack * transient)
+        missing = libraries + weights + self.shape.largest(self.storage) - made.peak  # while it is loaded
+        return replace(made, other=made.other + missing) if cpu and missing > 0 else made
+
+    def _kept(self, load: Load) -> float:
+        """Numbers a token kept for the backward pass."""
+        heads, width = self._heads
+        attention = 3.0 * width
+        if not self._short(load.length):
+            attention += width + 2 * heads * 4 / self.shape.dtype.itemsize
+        each = [b.norms + 2 * b.inner + attention + b.inputs + b.keeps for b in self._blocks if b.flows]
+        if self.settings.checkpointing:
+            return len(self._blocks) * self._width + max(each, default=0.0)
+        return sum(each)
+
+    def _within(self, load: Load) -> float:
+        """Numbers a token that live within a block while its backward pass runs."""
+        heads, width = self._heads
+        inner = max((b.inner for b in self._blocks if b.flows), default=0)
+        scores = 3 * heads * load.length * 4 / self.shape.dtype.itemsize if self._short(load.length) else 0.0
+        return 3 * self._width + max(4 * inner, 9 * width + scores)
+
+    @property
+    def _packed(self) -> float:
+        """Bytes of a weight written out for one product: dequantised, and put into blocks by the CPU's 16-bit products."""
+        largest, e = max(b.largest for b in self._blocks), self.shape.dtype.itemsize
+        return largest * e * ((self.storage == "nf4") + (self.device == "cpu" and e == 2))
+
+    def _short(self, length: int) -> bool:
+        return self.device == "cpu" and length <= LONGEST
+
+    def _chunk(self, labels: int) -> float:
+        """Bytes of the logits that exist at a time."""
+        vocabulary, e = int(self.shape.config.vocab_size), self.shape.dtype.itemsize
+        if self._head_adapted:  # logits, in float32, their log-probabilities, both gradients
+            return min(labels, HEAD_CHUNK) * vocabulary * (2 * e + 12.0)
+        return vocabulary * (min(labels, max(16, CHUNK_ELEMENTS // vocabulary)) * e + min(labels, BLOCK_ROWS) * 12.0)
+
+    @property
+    def _moments(self) -> float:
+        """Bytes of AdamW's two moments, on the device."""
+        if self.settings.optimizer == "adamw":
+            return 8.0 * self.count.trainable
+        small = sum(n for n in self.count.layers.values() if n < SMALLEST)
+        on_device = 0.0 if self.settings.optimizer.endswith("offloaded") and self.device != "cpu" else 1.0
+        return on_device * (8.0 * small + 2.04 * (self.count.trainable - small))
+
+    @property
+    def _optimizer_work(self) -> float:
+        """Bytes of one tensor's step in 8 bits: float32 moments, gradient, value and what is between."""
+        return 0.0 if self.settings.optimizer == "adamw" else 24.0 * max(self.count.layers.values(), default=0)
+
+    # ---- time
+
+    def time(self, load: Load, rates: Rates) -> Time:
+        """Seconds of an optimizer step."""
+        dtype = "bfloat16" if self.shape.dtype == torch.bfloat16 else "float32"
+        tokens, e, again = load.mean_tokens, self.shape.dtype.itemsize, int(self.settings.checkpointing)
+        rate = rates.rate(dtype, tokens)
+        flowing = [b for b in self._blocks if b.flows]
+        below = len(self._blocks) - len(flowing)
+        weights = sum(b.matrices for b in self._blocks) + sum((1 + again) * b.matrices + b.trained for b in flowing)
+        head = self._width * int(self.shape.config.vocab_size) * load.mean_labels * (2 + 2 * self._head_adapted)
+        heads = 4 * tokens * load.mean_length * self._heads[1] * (below + (3.5 + again) * len(flowing))
+        thin = sum(b.thin for b in flowing) * tokens * (3 + again)
+        once = sum(b.once for b in flowing) * (1 + again)
+        passes = sum((3 + again) * self._passes(b) for b in flowing) + sum(self._passes(b) for b in self._blocks if not b.flows)
+        codes = sum((2 + again) * b.nf4 for b in flowing) + sum(b.nf4 for b in self._blocks if not b.flows)
+        optimizer = self.count.trainable * ((28 if self.settings.optimizer == "adamw" else 60) + 14 * (self.count.width < 4))
+        factor, many = rates.factor, load.passes
+        return Time(
+            products=factor * many * 2 * (weights * tokens / rate + head / rates.rate(dtype, load.mean_labels)),
+            attention=factor * many * heads / rates.attention_rate(dtype, load.mean_length),
+            adapters=factor * many * 2 * (thin / rates.thin[dtype] + once / rates.thin["float32"]),
+            dequantisation=many * codes / rates.dequantise,
+            activations=factor * many * tokens * e * passes / rates.copy,
+            optimizer=optimizer / rates.copy,
+            overhead=many * rates.block * (below / 3 + (1 + again / 3) * len(flowing)),
+            overlaps=rates.overlaps,
+        )
+
+    def _passes(self, block: _Block) -> float:
+        """Numbers a token that the parts of a block besides its products read and write, forwards."""
+        return 12 * self._width + 3 * block.inner + 6 * self._heads[1] + 2 * block.passes

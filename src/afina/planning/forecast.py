@@ -1,0 +1,186 @@
+"""Will it fit, and how long will it take? One run, what to change where it does not fit, and all methods side by side."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afina.base.load import choose_device
+from afina.config import PlanSettings
+from afina.data.batches import Sampler
+from afina.data.template import Example
+from afina.delta.contract import Spec, method, methods
+from afina.delta.presets import preset
+from afina.errors import AfinaError, SettingsError
+from afina.planning.cost import Load, Rates, Step
+from afina.planning.probe import rates_of
+from afina.planning.shape import Shape, count
+from afina.training.prepare import new_tokens
+from afina.training.setup import make_spec
+
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
+CONTEXT = 1.0e9  # bytes of a GPU that CUDA's context, its libraries and holes between tensors take
+SPARE = 0.95  # share of a machine's memory that one process may take
+LIBRARIES = 5e8  # bytes of a process with torch and transformers, where it has not been measured
+SMALLEST = 64  # tokens of the smallest batch that is worth proposing
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run would be: a kind of device, its memory in bytes (None: not here), its rates (None: not measured)."""
+
+    device: str
+    memory: float | None
+    rates: Rates | None
+
+    @property
+    def libraries(self) -> float:
+        """Bytes that are taken before a model is loaded."""
+        if self.device == "cuda":
+            return 0.0
+        return self.rates.libraries if self.rates else LIBRARIES
+
+
+def find_place(settings: PlanSettings) -> Place:
+    """The device that the settings mean. A GPU that is not here has no memory and no rates, but can be planned for."""
+    device = choose_device("auto").type if settings.device == "auto" else settings.device
+    if device == "cuda" and not torch.cuda.is_available():
+        return Place(device, None, None)
+    rates = rates_of(device, settings.probe) if device in ("cpu", "cuda") else None
+    return Place(device, torch.cuda.get_device_properties(0).total_memory if device == "cuda" else machine_memory(), rates)
+
+
+@lru_cache
+def machine_memory() -> float | None:
+    """Bytes of RAM that this process may use: the machine's, or its container's where that is less."""
+    try:
+        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (ValueError, AttributeError, OSError):  # Windows
+        import psutil
+
+        return float(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text().strip() if limit.exists() else ""
+    return min(total, float(told)) if re.fullmatch(r"\d+", told) else total
+
+
+def load_of(train: Sequence[Example], settings: PlanSettings) -> Load:
+    """The passes of a run over `train`, as they will be packed in its first epoch."""
+    sampler = Sampler(list(train), settings.batch_tokens, settings.accumulate, settings.seed)
+    steps = [sampler.step_examples(step) for step in range(sampler.steps_per_epoch)]
+    passes = [examples for step in steps for examples in step]
+    tokens = [sum(len(e.tokens) for e in examples) for examples in passes]
+    labels = [sum(map(sum, (e.labels for e in examples))) for examples in passes]
+    lengths = [len(e.tokens) for examples in passes for e in examples]
+    return Load(
+        max(tokens), max(labels), max(lengths), sum(tokens) / len(tokens), sum(labels) / len(labels),
+        sum(n * n for n in lengths) / sum(lengths), round(len(passes) / len(steps)),
+    )  # fmt: skip
+
+
+def full_load(shape: Shape, settings: PlanSettings) -> Load:
+    """Passes as full as the settings allow, where there are no rows to look at."""
+    return Load.full(settings.batch_tokens, settings.max_length or min(shape.context, 2048), settings.accumulate)
+
+
+def make_step(shape: Shape, settings: PlanSettings, place: Place, spec: Spec | None = None) -> Step:
+    """A training step as the settings mean it; `spec` is the adapter where it is known already."""
+    meant = preset(settings.method, shape.blocks)
+    storage = "nf4" if shape.quantised else meant.storage
+    if storage == "nf4" and method(meant.delta).replaces:
+        raise SettingsError("codes have no gradient", where="method", why="this base is in 4 bits", hint="--method lora")
+    tokens = {name: number for number, name in enumerate(new_tokens(settings))}
+    spec = spec or make_spec(shape.model, settings, tokens=tokens)
+    return Step(shape, count(shape, spec), settings, storage, place.device)
+
+
+def forecast(step: Step, load: Load, place: Place, steps: int | None, held_tokens: int) -> dict[str, Any]:
+    """Memory and time of a run of `steps` optimizer steps; what is not known is None."""
+    memory = step.memory(load, place.libraries)
+    seconds = step.time(load, place.rates) if place.rates else None
+    shown = None
+    if seconds is not None and steps is not None:
+        checks = steps // (step.settings.check_every or max(1, steps // 10)) + 3  # and before, and twice at the end
+        forwards = checks * held_tokens / (load.mean_tokens * load.passes) / 3
+        shown = seconds.step * (steps + forwards)
+    return {
+        "peak_bytes": round(memory.peak),
+        "memory": {name: round(value) for name, value in asdict(memory).items()},
+        "step_seconds": seconds.step if seconds else None,
+        "time": {n: v for n, v in asdict(seconds).items() if n != "overlaps"} if seconds else None,
+        "run_seconds": shown,
+        "fits": fits(memory.peak, place),
+        "card_gib": card(memory.peak) if place.device == "cuda" else None,
+        "trainable_parameters": step.count.trainable,
+        "file_bytes": step.count.file_bytes,
+    }
+
+
+def fits(peak: float, place: Place) -> bool | None:
+    """Whether a peak fits in the place's memory; None where the device is not here."""
+    if place.memory is None:
+        return None
+    return peak + (CONTEXT if place.device == "cuda" else 0.0) <= SPARE * place.memory
+
+
+def card(peak: float) -> int | None:
+    """GiB of the smallest GPU on which a peak fits; None where it fits on none."""
+    return next((size for size in CARDS if peak + CONTEXT <= SPARE * size * 2**30), None)
+
+
+def largest_batch(step: Step, load: Load, place: Place) -> int | None:
+    """Most tokens in one pass that fit, rows being alike; 0 where not even a few do, None where memory is not known."""
+    if place.memory is None:
+        return None
+    low, high = 0, SMALLEST
+    while high <= 1 << 24 and fits(step.memory(load.at(high), place.libraries).peak, place):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(step.memory(load.at(middle), place.libraries).peak, place) else (low, middle)
+    return low if low >= SMALLEST else 0
+
+
+def remedies(shape: Shape, settings: PlanSettings, place: Place, load: Load) -> list[dict[str, Any]]:
+    """What would make it fit: checkpointing, smaller passes, a base in 4 bits, and these together; the gentlest first."""
+    if place.memory is None:
+        return []
+    found: list[dict[str, Any]] = []
+    delta = preset(settings.method, shape.blocks).delta
+    four_bits = {"method": "qlora" if method(delta).replaces else f"q{settings.method}"}
+    changes: list[dict[str, Any]] = [{}] if settings.checkpointing else [{}, {"checkpointing": True}]
+    if not settings.method.startswith("q"):
+        changes += [{**change, **four_bits} for change in changes]
+    for change in changes:
+        changed = settings.model_copy(update=change)
+        step = make_step(shape, changed, place)
+        batch = largest_batch(step, load, place)
+        if not batch:
+            continue
+        smaller = load.at(min(batch, load.tokens))
+        if smaller.tokens < load.tokens:
+            change = {**change, "batch_tokens": smaller.tokens}
+        peak = step.memory(smaller, place.libraries).peak
+        found.append({"settings": change, "peak_bytes": round(peak),
+                      "step_seconds": step.time(smaller, place.rates).step if place.rates else None})  # fmt: skip
+    return found
+
+
+def compare(
+    shape: Shape, settings: PlanSettings, place: Place, load: Load, steps: int | None, held: int
+) -> list[dict[str, Any]]:
+    """A line for each method, plain and on 4 bits; `why` says why one cannot be."""
+    names = [m for name, kind in methods().items() for m in ([name, "freeze"] if kind.replaces else [name, f"q{name}"])]
+    lines: list[dict[str, Any]] = []
+    for name in names:
+        changed = settings.model_copy(update={"method": name})
+        try:
+            lines.append({"method": name} | forecast(make_step(shape, changed, place), load, place, steps, held))
+        except AfinaError as error:
+            lines.append({"method": name, "why": error.what})
+    return sorted(lines, key=lambda line: line.get("peak_bytes", float("inf")))

@@ -1,0 +1,195 @@
+"""How fast is this machine? A few seconds of measuring, in a process of its own, kept on disk for later plans.
+
+    $AFINA_CACHE/probe.json, or ~/.cache/afina/probe.json      a mapping from machine to `Rates`
+
+The machine is its processor, torch's version, the number of threads, the kernels and the device: where one of them
+changes, it is measured anew. Each rate is the best of several tries, since others may be at work; the last two figures
+come from real steps of the embedded base with a lora, one of few tokens and one of many.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afina.config import TrainSettings
+from afina.disk import write_json
+from afina.errors import AfinaError
+from afina.kernels.native import kernels
+from afina.planning.cost import Load, Rates, Step
+from afina.planning.shape import count, read_shape
+
+ROWS, LENGTHS = (16, 64, 256, 1024), (32, 128, 512, 1024)
+HEADS, HEAD = 8, 64  # of the attention
+WIDTH, OUT = 1024, 4096  # of the matrix in the products: 8 MB in 16 bits
+TRIES, SECONDS = 4, 0.25  # of each figure: at least so many tries, and no more once so long
+FEW, MANY = 64, 1024  # tokens of the embedded base's steps, in sequences of FEW
+
+
+def cache_file() -> Path:
+    """Where rates are kept."""
+    return Path(os.environ.get("AFINA_CACHE") or Path.home() / ".cache" / "afina").expanduser() / "probe.json"
+
+
+def machine(device: str) -> str:
+    """What the rates hold for."""
+    where, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if found := re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else ""):
+        where = found[1]
+    if device == "cuda":
+        where += f", {torch.cuda.get_device_name()}"
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{platform.node()}, {where}, {threads}, torch {torch.__version__}, {kernels.isa}, {device}"
+
+
+def rates_of(device: str, anew: bool = False) -> Rates:
+    """The rates of this machine, measured now where they are not known, or `anew`."""
+    known, key = _read(), machine(device)
+    if key not in known or anew:
+        known[key] = _measured_apart(device)
+        write_json(cache_file(), known)
+    return Rates(**known[key])
+
+
+def _read() -> dict[str, Any]:
+    """All that is kept; nothing where the file is damaged or from another version."""
+    try:
+        names = set(Rates.__dataclass_fields__)
+        return {key: value for key, value in json.loads(cache_file().read_text()).items() if set(value) == names}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _measured_apart(device: str) -> dict[str, Any]:
+    """Rates measured by a process of its own: its memory is then that of a training process, and not ours too."""
+    print("afina: measuring this machine, once, for about ten seconds", file=sys.stderr)
+    command = [sys.executable, "-m", "afina.planning.probe", device, str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise AfinaError("this machine could not be measured", where=device, why=why, hint="try again with --probe")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# ---- what the process measures
+
+
+def measure(device: str) -> Rates:
+    """The rates, measured here and now; for a process that has done nothing else."""
+    peak, rates = _steps(device, Rates({}, {}, {}, 1.0, 1.0, 1.0, 0.0, 0.0, device != "cpu"), None)
+    types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    rates = replace(
+        rates,
+        product={name: [[rows, _product(rows, OUT, dtype, device)] for rows in ROWS] for name, dtype in types.items()},
+        attention={name: [[n, _attention(n, dtype, device)] for n in LENGTHS] for name, dtype in types.items()},
+        thin={name: _product(512, 8, dtype, device) for name, dtype in types.items()},
+        copy=_copy(device),
+        dequantise=_dequantise(device),
+        libraries=peak,
+    )
+    return _steps(device, rates, rates.libraries)[1]
+
+
+def best(run: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest of several runs, after one to warm up."""
+    times: list[float] = []
+    run()
+    while len(times) < TRIES or (sum(times) < SECONDS and len(times) < 100):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _product(rows: int, out: int, dtype: torch.dtype, device: str) -> float:
+    a, w = (torch.randn(n, WIDTH, device=device).to(dtype) for n in (rows, out))
+    return 2.0 * rows * out * WIDTH / best(lambda: a @ w.T, device)
+
+
+def _attention(length: int, dtype: torch.dtype, device: str) -> float:
+    """Of 1,024 tokens in sequences of `length`, forwards and backwards, counted without regard to causality."""
+    from afina.kernels.attention import causal_attention
+
+    shape = (1024 // length, HEADS, length, HEAD)
+    parts = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    grad = torch.ones(shape, device=device, dtype=dtype)
+    run = lambda: causal_attention(*parts, HEAD**-0.5).backward(grad)  # noqa: E731
+    return 3.5 * 4 * 1024 * length * HEADS * HEAD / best(run, device)
+
+
+def _copy(device: str) -> float:
+    """Bytes read and written a second, larger than any cache."""
+    x = torch.ones(32 << 20, device=device)
+    y = torch.empty_like(x)
+    return 2.0 * x.nbytes / best(lambda: y.copy_(x), device)
+
+
+def _dequantise(device: str) -> float:
+    from afina.kernels.nf4 import dequantize, quantize
+
+    weight = quantize(torch.randn(OUT, WIDTH, device=device))
+    return OUT * WIDTH / best(lambda: dequantize(weight, torch.bfloat16), device)
+
+
+def _steps(device: str, rates: Rates, libraries: float | None) -> tuple[float, Rates]:
+    """Steps of the embedded base with a lora: what the libraries take (bytes), and the rates with factor and overhead.
+
+    With two loads, t = factor * counted + blocks * overhead has one solution.
+    """
+    from afina.base.load import load_base
+    from afina.data.batches import flatten
+    from afina.data.template import Example
+    from afina.delta.attach import attach
+    from afina.objective.language import batch_loss
+    from afina.training import run as _imports  # noqa: F401  all that a training process imports
+    from afina.training.loop import peak_memory_mb
+    from afina.training.optimizer import Optimizer
+    from afina.training.setup import make_spec
+
+    settings = TrainSettings(data=Path("none"), device=device)  # type: ignore[arg-type]
+    shape = read_shape(settings, device)
+    spec = make_spec(shape.model, settings)
+    step = Step(shape, count(shape, spec), settings, "plain", device)
+    base = load_base(device=device)
+    adapter = attach(base.model, base.board, "probe", spec)
+    optimizer = Optimizer(adapter, 1e-4, {}, 0.0)
+    adapter.train(True)
+
+    def run(tokens: int) -> None:
+        row = Example("", [5 + n for n in range(FEW)], [False] + [True] * (FEW - 1), 0, None)
+        batch = flatten([row] * (tokens // FEW)).to(device)
+        (batch_loss(base, batch, adapter.route) / batch.label_count).backward()
+        optimizer.step(1.0, 1.0)
+
+    few, many = (Load.full(tokens, FEW, labelled=(FEW - 1) / FEW) for tokens in (FEW, MANY))
+    if libraries is None:
+        run(FEW)
+        held = step.memory(few, 0.0).peak
+        return (max(0.0, 1e6 * peak_memory_mb() - held) if device == "cpu" else 0.0), rates
+    counted = [sum(asdict(step.time(load, rates)).values()) - rates.overlaps for load in (few, many)]
+    seconds = [best(lambda n=load.tokens: run(n), device) for load in (few, many)]  # type: ignore[misc]
+    factor = (seconds[1] - seconds[0]) / (counted[1] - counted[0])
+    factor = min(4.0, max(0.5, 1.0 if rates.overlaps else factor))  # on a GPU so small a model measures Python alone
+    block = max(1e-5, (seconds[0] - (0.0 if rates.overlaps else factor * counted[0])) / shape.blocks)
+    return libraries, replace(rates, factor=factor, block=block)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    print(json.dumps(asdict(measure(sys.argv[1]))))

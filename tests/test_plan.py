@@ -1,0 +1,321 @@
+"""The plan before the run: counts, memory and time, from a configuration alone. Rates are fixed here: nothing is timed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import afina
+from afina.base.load import load_base
+from afina.base.nf4 import quantize_model
+from afina.cli.main import run
+from afina.config import PlanSettings
+from afina.data.batches import flatten
+from afina.data.template import Example
+from afina.delta.attach import attach
+from afina.delta.contract import methods
+from afina.delta.files import WEIGHTS, save_adapter
+from afina.objective.language import batch_loss
+from afina.planning import forecast, probe
+from afina.planning.cost import Load, Rates, Step
+from afina.planning.forecast import Place, card, fits, full_load, largest_batch, make_step, remedies
+from afina.planning.shape import Shape, count, read_shape
+from afina.training.setup import make_spec
+from helpers import write_rows
+
+LARGE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+CURVE = {"bfloat16": [[16, 1e11], [1024, 4e11]], "float32": [[16, 5e10], [1024, 1e11]]}
+RATES = Rates(CURVE, CURVE, {"bfloat16": 5e10, "float32": 3e10}, 2e10, 1e10, 1.0, 1e-3, 4.5e8)
+HERE = Place("cpu", 16e9, RATES)
+
+
+@pytest.fixture(autouse=True)
+def _fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "rates_of", lambda device, anew=False: RATES)
+    monkeypatch.setattr(forecast, "machine_memory", lambda: 16e9)
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configuration of a model of 70B, and nothing else."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text(json.dumps(LARGE))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the shape of Llama-3.2-1B, made shorter."""
+    small = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 32}
+    folder = tmp_path_factory.mktemp("billion")
+    (folder / "config.json").write_text(json.dumps(LARGE | small | {"tie_word_embeddings": True}))
+    return folder
+
+
+def planned(folder: Path | str, **values: Any) -> tuple[Shape, PlanSettings, Step]:
+    settings = PlanSettings(base=str(folder), **values)
+    shape = read_shape(settings, "cpu")
+    return shape, settings, make_step(shape, settings, HERE)
+
+
+def peak(folder: Path, tokens: int = 1024, **values: Any) -> float:
+    shape, settings, step = planned(folder, batch_tokens=tokens, **values)
+    return step.memory(full_load(shape, settings), RATES.libraries).peak
+
+
+def seconds(folder: Path, tokens: int = 1024, **values: Any) -> float:
+    shape, settings, step = planned(folder, batch_tokens=tokens, **values)
+    return step.time(full_load(shape, settings), RATES).step
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tied"])
+def test_parameters_are_those_of_the_model(request: pytest.FixtureRequest, kind: str) -> None:
+    folder = request.getfixturevalue(kind)
+    shape, model = planned(folder)[0], load_base(str(folder)).model
+    assert shape.parameters == sum(p.numel() for p in model.parameters()) == sum(shape.kinds.values())
+    assert shape.weight_bytes("plain") == sum(p.nbytes for p in model.parameters())
+    assert (shape.kinds["output"] == 0) is (kind == "tied")
+    assert shape.blocks == 4
+    assert shape.exact
+    quantize_model(model)
+    assert shape.weight_bytes("nf4") == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [*methods(), "freeze"])
+@pytest.mark.parametrize("kind", ["tiny", "tied"])
+@pytest.mark.parametrize("settings", [{}, {"rank": 3, "layers": "last:2"}, {"targets": ["q_proj", "down_proj", "lm_head"]}], ids=str)
+def test_counts_are_those_of_a_real_adapter(
+    request: pytest.FixtureRequest, kind: str, method: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    _, asked, step = planned(folder, method=method, **settings)
+    base = load_base(str(folder))
+    adapter = attach(base.model, base.board, "a", make_spec(base.model, asked))
+    assert step.count.spec == adapter.spec
+    assert step.count.trainable == adapter.count()
+    save_adapter(adapter, base, tmp_path / "a")
+    size = (tmp_path / "a" / WEIGHTS).stat().st_size
+    assert step.count.width * step.count.trainable < size <= step.count.file_bytes <= size + 450 * len(step.count.layers)
+
+
+def test_new_tokens_are_counted(tiny: Path, tied: Path) -> None:
+    of_lora = planned(tiny)[2].count.trainable
+    for folder, places in ((tiny, 2), (tied, 1)):
+        step = planned(folder, options={"new_tokens": ["<a>", "<b>", "<c>"]})[2]
+        assert step.count.trainable == of_lora + places * 3 * 48
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "mora", "full", "freeze"])
+def test_more_tokens_take_more(billion: Path, method: str) -> None:
+    """Memory never falls, and rises wherever it is not gradients or optimizer that take the most."""
+    tokens = (256, 1024, 1025, 4096, 65536)
+    peaks, times = [peak(billion, n, method=method) for n in tokens], [seconds(billion, n, method=method) for n in tokens]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] > peaks[-2]
+    assert len(set(peaks)) == len(peaks) or method in ("full", "freeze")
+    assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "mora", "qmora"])
+def test_higher_rank_takes_more(billion: Path, method: str) -> None:
+    extra = {"options": {"operator": "sharing"}} if "mora" in method else {}  # rotation rounds its columns to even numbers
+    steps = [(peak(billion, rank=r, method=method, **extra), seconds(billion, rank=r, method=method, **extra)) for r in (4, 8, 256)]
+    assert steps == sorted(set(steps))
+    assert [s for _, s in steps] == sorted({s for _, s in steps})
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "dora"])
+def test_more_layers_take_more(billion: Path, method: str) -> None:
+    layers = ("last:1", "last:2", "last:4", "last:8")
+    peaks = [peak(billion, 4096, layers=n, method=method) for n in layers]
+    times = [seconds(billion, layers=n, method=method) for n in layers]
+    assert peaks == sorted(set(peaks))
+    assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "mora", "full"])
+def test_checkpointing_takes_less_memory_and_more_time(billion: Path, method: str) -> None:
+    tokens = 65536  # with fewer, full's optimizer takes more than its activations
+    assert peak(billion, tokens, checkpointing=True, method=method) < peak(billion, tokens, method=method)
+    assert seconds(billion, checkpointing=True, method=method) > seconds(billion, method=method)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mora"])
+def test_four_bits_take_less_memory_and_more_time(large: Path, method: str) -> None:
+    saved = peak(large, method=method) - peak(large, method=f"q{method}")
+    assert 0.95 * 68.4e9 * (16 - 4.127) / 8 < saved < 68.6e9 * (16 - 4.127) / 8
+    assert seconds(large, method=f"q{method}") > seconds(large, method=method)
+
+
+def test_moments_in_eight_bits_take_less(large: Path) -> None:
+    *_, plain = planned(large, method="full")
+    shape, settings, small = planned(large, method="full", optimizer="adamw-8bit")
+    load = full_load(shape, settings)
+    assert small.memory(load, 0.0).optimizer < 0.27 * plain.memory(load, 0.0).optimizer
+    assert small.memory(load, 0.0).peak < plain.memory(load, 0.0).peak
+
+
+def test_what_full_fine_tuning_holds(large: Path) -> None:
+    """A bf16 copy, float32 masters and two float32 moments: 14 bytes a number besides the frozen base's two."""
+    shape, settings, step = planned(large, method="full")
+    memory = step.memory(full_load(shape, settings), 0.0)
+    assert memory.learned + memory.optimizer == 14 * shape.parameters
+    assert memory.weights == 2 * shape.parameters
+
+
+def test_kept_activations_are_those_that_autograd_keeps(tiny: Path) -> None:
+    """Twice the tokens keep so many bytes more: as counted by hand, and as PyTorch packs them away."""
+    for method in ("lora", "dora", "mora", "full"):
+        base = load_base(str(tiny))
+        shape, asked, step = planned(tiny, method=method)
+        adapter = attach(base.model, base.board, "a", make_spec(base.model, asked))
+        own = {p.untyped_storage().data_ptr() for p in [*base.model.parameters(), *adapter.parameters()]}
+        kept = []
+        for rows in (4, 8):
+            storages: dict[int, torch.UntypedStorage] = {}
+
+            def pack(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> torch.Tensor:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+                return tensor
+
+            batch = flatten([Example("", list(range(5, 69)), [False, *[True] * 63], 0, None)] * rows)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = batch_loss(base, batch, adapter.route)
+            kept.append(sum(s.nbytes() for place, s in storages.items() if place not in own))
+            del loss
+        counted = 256 * 4 * step._kept(Load.full(256, 64))
+        assert 0.9 * counted < kept[1] - kept[0] < 1.12 * counted, method  # besides: the loss's, the angles
+
+
+def test_blocks_below_the_first_adapted_one_keep_nothing(large: Path) -> None:
+    def kept(layers: Any) -> float:
+        return planned(large, layers=layers)[2].memory(Load.full(1024, 512), 0.0).activations
+
+    assert kept("last:20") == pytest.approx(kept(None) / 4)
+    assert 0.6 * kept(None) < kept([0]) < kept(None)  # the others keep no inputs of adapters
+
+
+def test_a_70b_model_in_a_second(large: Path) -> None:
+    planned(large)  # imports are not what is looked at
+    start = time.process_time()
+    result = afina.plan(base=str(large), device="cuda", method="qlora", checkpointing=True)
+    assert time.process_time() - start < 1.0
+    assert result["base"]["parameters"] == 70_553_706_496
+    assert result["cost"]["card_gib"] == 48 if result["cost"]["step_seconds"] is None else True
+    assert result["example"] is None
+    assert result["steps"] is None
+
+
+def test_rows_are_counted_without_weights(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    """With a tokenizer beside its configuration, a model without weights is planned for as one with them."""
+    whole = afina.plan(chats, base=str(tiny))
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    bare = afina.plan(chats, base=str(tmp_path))
+    assert bare["cost"] == whole["cost"]
+    assert {**bare["data"], "objective": "sft"} == whole["data"]
+    assert bare["example"] == whole["example"]
+    for name in ("steps", "trainable_parameters", "layers"):
+        assert bare[name] == whole[name]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    blind = afina.plan(chats, base=str(tmp_path), steps=7)
+    assert (blind["steps"], blind["data"]["rows"], blind["example"]) == (7, 48, None)
+
+
+def test_the_load_is_that_of_the_batches(tiny: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a" * n, "completion": " b"} for n in (5, 9, 30, 31, 60, 80)]
+    data = write_rows(tmp_path / "r.jsonl", *rows)
+    result = afina.plan(data, base=str(tiny), holdout=write_rows(tmp_path / "h.jsonl", rows[0]), batch_tokens=10**6)
+    assert result["cost"]["batch"]["tokens"] == result["data"]["tokens"]
+    assert result["cost"]["batch"]["longest"] == result["data"]["longest"]
+    labels = result["data"]["labelled_percent"] * result["data"]["tokens"] / 100
+    assert result["cost"]["batch"]["labels"] == pytest.approx(labels)
+
+
+def test_what_fits_and_what_would(large: Path) -> None:
+    shape, settings, step = planned(large, method="lora")
+    load = full_load(shape, settings)
+    assert remedies(shape, settings, Place("cpu", 16e9, RATES), load) == []  # not even in 4 bits
+    place = Place("cpu", 64e9, RATES)
+    found = remedies(shape, settings, place, load)
+    assert found
+    for remedy in found:
+        changed = settings.model_copy(update=remedy["settings"])
+        peak = make_step(shape, changed, place).memory(full_load(shape, changed), place.libraries).peak
+        assert peak == pytest.approx(remedy["peak_bytes"], rel=0.02)
+        assert fits(peak, place)
+        assert changed.method == "qlora"
+    roomy = Place("cpu", 400e9, RATES)
+    most = largest_batch(step, load, roomy)
+    assert most is not None
+    assert fits(step.memory(load.at(most), RATES.libraries).peak, roomy)
+    assert not fits(step.memory(load.at(most + most // 32), RATES.libraries).peak, roomy)
+
+
+def test_cards() -> None:
+    assert [card(gigabytes * 2**30) for gigabytes in (1, 7, 20, 21, 44, 75, 1000)] == [8, 12, 24, 24, 48, 80, None]
+
+
+def test_compare(capsys: pytest.CaptureFixture[str], large: Path, tiny: Path, chats: Path) -> None:
+    assert run(["plan", "--compare", "--base", str(large), "--device", "cuda", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = {line["method"]: line for line in result["methods"]}
+    assert set(lines) == {"lora", "qlora", "dora", "qdora", "mora", "qmora", "full", "freeze"}
+    assert lines["qlora"]["peak_bytes"] < lines["lora"]["peak_bytes"] < lines["full"]["peak_bytes"]
+    assert lines["full"]["trainable_parameters"] == result["base"]["parameters"]
+    assert lines["full"]["card_gib"] is None
+    assert run(["plan", str(chats), "--compare", "--base", str(tiny)]) == 0
+    shown = capsys.readouterr().out
+    assert "qdora" in shown
+    assert "yes" in shown
+    assert run(["plan", "--base", str(large)]) == 0
+    assert "does NOT fit in 16.00 GB" in capsys.readouterr().out
+
+
+def test_a_base_in_codes_has_no_full(tiny: Path) -> None:
+    shape = planned(tiny)[0]
+    held = Shape(shape.name, shape.folder, shape.model, shape.dtype, True, True)
+    lines = {x["method"]: x for x in forecast.compare(held, PlanSettings(), HERE, Load.full(256, 64), 3, 0)}
+    assert "why" in lines["full"]
+    assert lines["lora"]["peak_bytes"] == lines["qlora"]["peak_bytes"]
+
+
+def test_rates_between_those_measured() -> None:
+    assert RATES.rate("bfloat16", 8) == pytest.approx(0.5e11)
+    assert RATES.rate("bfloat16", 16) == pytest.approx(1e11)
+    assert RATES.rate("bfloat16", 128) == pytest.approx(2.5e11)
+    assert RATES.rate("bfloat16", 9999) == pytest.approx(4e11)
+
+
+def test_rates_are_kept_until_the_machine_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
+    measured: list[str] = []
+    monkeypatch.setattr(probe, "_measured_apart", lambda device: measured.append(device) or asdict(RATES))
+    assert probe.rates_of("cpu") == probe.rates_of("cpu") == RATES
+    assert len(measured) == 1
+    probe.rates_of("cpu", anew=True)
+    assert len(measured) == 2
+    monkeypatch.setattr(probe, "machine", lambda device: "another")
+    probe.rates_of("cpu")
+    assert len(measured) == 3
+    probe.cache_file().write_text('{"another": {"copy": 1}}')  # of another version
+    assert probe.rates_of("cpu") == RATES
+    probe.cache_file().write_text("{")
+    assert probe.rates_of("cpu") == RATES
+
+
+def test_counts_of_modules_that_are_owned_whole(tiny: Path) -> None:
+    shape, settings, _ = planned(tiny)
+    spec = make_spec(shape.model, settings, modules=("model.norm",))
+    assert count(shape, spec).trainable == planned(tiny)[2].count.trainable + 48
