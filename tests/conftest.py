@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from afina.base.load import load_base
 from afina.base.model import Base
-from helpers import SHARED, save_model, tiny_tokenizer
+from afina.planning import forecast
+from helpers import RATES, SHARED, save_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -35,6 +36,13 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made for one machine of 16 GB, which is not measured."""
+    monkeypatch.setattr(forecast, "rates_of", lambda device, anew=False: RATES)
+    monkeypatch.setattr(forecast, "machine_memory", lambda: 16e9)
 
 
 def _llama(tied: bool, vocabulary: int) -> LlamaConfig:

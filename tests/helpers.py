@@ -18,6 +18,7 @@ from afina.base.model import Base
 from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
 from afina.delta.targets import resolve_targets
+from afina.planning.cost import Rates
 from afina.segments import BASE, Segments
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -29,6 +30,9 @@ CORPUS = (
     "<|system|> <|user|> <|assistant|> say the sol and the luna, the mar and the pan; the casa by the road went at night.",
     "A bird sat on a stone under a tree. La luna salió sobre el mar, y la casa dormía: ¿quién es el niño del café?",
 )
+# a machine that is nobody's: plans in tests are the same everywhere, and measure nothing
+CURVE = {"bfloat16": [[16, 1e11], [1024, 4e11]], "float32": [[16, 5e10], [1024, 1e11]]}
+RATES = Rates(CURVE, CURVE, {"bfloat16": 5e10, "float32": 3e10}, 2e10, 1e10, 1.0, 1e-3, 4.5e8)
 Run = tuple[Tensor, Tensor, tuple[int, ...]]
 
 

@@ -26,6 +26,7 @@ from afina.training.setup import make_spec
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
 CONTEXT = 1.0e9  # bytes of a GPU that CUDA's context, its libraries and holes between tensors take
 SPARE = 0.95  # share of a machine's memory that one process may take
+BESIDES = 25e6  # bytes that rows, logs and judging take in a training process
 LIBRARIES = 5e8  # bytes of a process with torch and transformers, where it has not been measured
 SMALLEST = 64  # tokens of the smallest batch that is worth proposing
 
@@ -43,7 +44,7 @@ class Place:
         """Bytes that are taken before a model is loaded."""
         if self.device == "cuda":
             return 0.0
-        return self.rates.libraries if self.rates else LIBRARIES
+        return BESIDES + (self.rates.libraries if self.rates else LIBRARIES)
 
 
 def find_place(settings: PlanSettings) -> Place:

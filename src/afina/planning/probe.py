@@ -127,9 +127,9 @@ def _attention(length: int, dtype: torch.dtype, device: str) -> float:
     from afina.kernels.attention import causal_attention
 
     shape = (1024 // length, HEADS, length, HEAD)
-    parts = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    query, key, value = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     grad = torch.ones(shape, device=device, dtype=dtype)
-    run = lambda: causal_attention(*parts, HEAD**-0.5).backward(grad)  # noqa: E731
+    run = lambda: causal_attention(query, key, value, HEAD**-0.5).backward(grad)  # noqa: E731
     return 3.5 * 4 * 1024 * length * HEADS * HEAD / best(run, device)
 
 
