@@ -1,4 +1,4 @@
-"""Each CPU kernel beside its reference in PyTorch, and beside what the machine can do. `python benchmarks/kernels.py`
+"""Each CPU kernel beside its reference in PyTorch, and beside what the machine can do. `python benchmarks/kernel_rates.py`
 
 Both sides run in turn, in one process; figures are medians. Weights are larger than the caches, as in a model: 24 matrices
 of 4096 x 1024. Activations are those of 512 tokens in a Llama of 215M (width 1024, feed-forward 2688).
@@ -157,7 +157,7 @@ def main() -> None:
             f"{name:32} {1e3 * ours[name]:9.3f} ms   reference {1e3 * theirs[name]:9.3f} ms   {theirs[name] / ours[name]:6.2f}x"
         )
     print(f"instruction set {kernels.isa}, {torch.get_num_threads()} threads", {k: round(v, 1) for k, v in machine.items()})
-    publish("kernels", figures, {"dequant_of_copy": (">=", 0.7)}, {"seconds": seconds}, machine)
+    publish("kernel_rates", figures, {"dequant_of_copy": (">=", 0.7)}, {"seconds": seconds}, machine)
 
 
 if __name__ == "__main__":
