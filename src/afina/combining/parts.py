@@ -4,7 +4,7 @@ A lora's update is read from its file alone, whatever the size of the base. Upda
 norms, mora's shapes, trained weights) come from the adapter attached to it: D = merged(W) - W in float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ class Source:
     def low(self, path: str) -> Low | None:
         """The update at `path` as thin factors; None where it is none, or not told by the file alone."""
         tensors = {name: self.reader[name] for name in self.by_path[path]}
-        factors = method(self.spec.method).factors(tensors, self.spec, path)
+        factors = _factors(tensors, self.spec, path)
         return None if factors is None else Low(*factors)
 
     @cached_property
@@ -140,3 +140,14 @@ def all_paths(sources: Sequence[Source]) -> Iterator[tuple[str, list[Source]]]:
     paths = dict.fromkeys(path for source in sources for path in source.spec.targets)
     for path in paths:
         yield path, [source for source in sources if path in source.spec.targets]
+
+
+def _factors(tensors: Mapping[str, Tensor], spec: Spec, path: str) -> tuple[Tensor, Tensor] | None:
+    """The update at `path` as s B (out, r) and A (r, in), float64; None where it needs the base, or has full rank.
+
+    `tensors` are those of the path, by their names on disk; more than two where restarts have merged something besides.
+    """
+    if not method(spec.method).low_rank or len(tensors) != 2:
+        return None
+    a, b = (tensor for _, tensor in sorted(tensors.items()))  # ..._A before ..._B, whatever the kind of layer
+    return spec.scale_of(path) * b.double().flatten(1), a.double().flatten(1)

@@ -85,7 +85,7 @@ class Delta(nn.Module):
     peft: ClassVar[Mapping[str, Any] | None] = None  # what tells the method in a LoraConfig of PEFT; None: not known there
     options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
     constants: ClassVar[tuple[str, ...]] = ()  # methods without arguments whose value the gradient takes as constant
-    low_rank: ClassVar[bool] = False  # True where scale * B A x, of its attributes, is all it adds (dropout and restarts aside)
+    low_rank: ClassVar[bool] = False  # True where scale * b a x, of these attributes, is all it adds (dropout, restarts aside)
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
     chosen: ClassVar[bool] = True  # False: no method of its own, but a part that an adapter of any method may have
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
@@ -123,14 +123,6 @@ class Delta(nn.Module):
         return matrix if self.accumulated is None else matrix + self.accumulated.to(matrix)
 
     @classmethod
-    def factors(cls, tensors: Mapping[str, Tensor], spec: Spec, path: str) -> tuple[Tensor, Tensor] | None:
-        """The update at `path` as two thin matrices, (out, r) and (r, in) float64, where it is their product and nothing else.
-
-        `tensors` are those of the path, by their names on disk. None: the update needs the base, or has full rank.
-        """
-        return None
-
-    @classmethod
     def count(cls, layer: Layer, spec: Spec) -> int:
         """How many numbers this delta learns at `layer`, by its formula."""
         raise TypeError(f"{cls.__name__} must say how many numbers it learns")
@@ -139,7 +131,6 @@ class Delta(nn.Module):
     def cost(cls, layer: Layer, spec: Spec) -> Cost:
         """What it costs at `layer`; unless a method says better, its input and output are kept."""
         return Cost(True, layer.in_features + layer.out_features, float(cls.count(layer, spec)))
-
 
 
 def check_options(kind: type[Delta], spec: Spec) -> None:

@@ -10,7 +10,6 @@ The norm is known without the matrix W + s B A:
 so that a step costs a product with the thin A over LoRA's, and a pass over the outputs.
 """
 
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +101,6 @@ class DoRA(LoRA):
         if not known:
             self._base = (key, torch.cat(squares))
         return self._base[1], torch.cat(cross, 1).T
-
-    @classmethod
-    def factors(cls, tensors: Mapping[str, Tensor], spec: Spec, path: str) -> None:
-        """None: the rows of W are scaled too."""
-        return None
 
     @classmethod
     def count(cls, layer: Layer, spec: Spec) -> int:

@@ -4,7 +4,6 @@ D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +46,6 @@ class LoRA(Delta):
     def merged(self, weight: Tensor) -> Tensor:
         """W + s B A."""
         return self.with_carried(weight) + self.scale * (self.b.to(weight) @ self.a.to(weight))
-
-    @classmethod
-    def factors(cls, tensors: Mapping[str, Tensor], spec: Spec, path: str) -> tuple[Tensor, Tensor] | None:
-        """s B (out, r) and A (r, in), float64; None where restarts have merged something besides."""
-        if len(tensors) != 2:
-            return None
-        a, b = (tensor for _, tensor in sorted(tensors.items()))  # ..._A before ..._B, whatever the kind of layer
-        return spec.scale_of(path) * b.double().flatten(1), a.double().flatten(1)
 
     @classmethod
     def count(cls, layer: Layer, spec: Spec) -> int:
