@@ -21,8 +21,8 @@ from common import SHARED, publish, roofline
 from torch import Tensor
 from torch.nn import functional as F
 
-SEEDS, SEARCH_SEED, SEARCH_STEPS = 3, 1000, 200
-RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (3e-3, 6e-3, 1.2e-2)}
+SEEDS, SEARCH_SEED, SEARCH_STEPS = 3, 1000, 300
+RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (5e-3, 1e-2, 2e-2)}
 DECAYS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
 LEARN = 20_000  # rows to learn from, of 60,614: what one thread goes over in time
 LONG = 10  # words of a row from which masked-token learning can learn something
@@ -118,7 +118,7 @@ def main() -> None:
         text = folder / "text.txt"
         text.write_text("\n\n\n".join(t for t, _ in rows[2000:] if len(t.split()) >= LONG), encoding="utf-8")
         random_encoder(rows[2000:], folder / "random")
-        made = train(text, base=str(folder / "random"), objective="mlm", method="full", learning_rate=2e-3, epochs=2, max_length=64,
+        made = train(text, base=str(folder / "random"), objective="mlm", method="full", learning_rate=2e-3, epochs=8, max_length=64,
                      holdout=0.02, batch_tokens=1024, out=folder / "mlm")  # fmt: skip
         merge(made.folder, out=folder / "encoder")
         losses = made.story["losses"]
@@ -128,7 +128,7 @@ def main() -> None:
         def move(method: str, rate: float, seed: int, **more: Any) -> Any:
             out = folder / f"{method}-{rate}-{seed}"
             return train(folder / "learn.tsv", base=str(folder / "encoder"), objective="classify", method=method, rank=8, seed=seed,
-                         learning_rate=rate, holdout=folder / "choose.tsv", batch_tokens=1024, out=out, **more)  # fmt: skip
+                         learning_rate=rate, holdout=folder / "choose.tsv", batch_tokens=512, out=out, **more)  # fmt: skip
 
         for method, rates in RATES.items():
             steps = max(2, int(share * SEARCH_STEPS))
@@ -137,7 +137,7 @@ def main() -> None:
             print(method, trials, flush=True)
             runs = []
             for seed in range(SEEDS):
-                run = move(method, rate, seed, epochs=2)
+                run = move(method, rate, seed, epochs=3)
                 accuracy = evaluate(run.folder, data=folder / "final.tsv")["classes"]["accuracy"]
                 runs.append({"accuracy": accuracy, "rate": rate, "seconds": run.story["seconds"], "trainable": run.story["trainable_parameters"]})
                 print(method, seed, runs[-1], flush=True)

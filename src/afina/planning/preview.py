@@ -23,7 +23,7 @@ from afina.objective.language import LanguageTask
 from afina.planning.cost import Load
 from afina.planning.forecast import compare, find_place, fits, forecast, full_load, largest_batch, load_of, make_step, remedies
 from afina.planning.shape import Shape, read_shape
-from afina.training.prepare import read_examples
+from afina.training.prepare import objective_of, read_examples
 from afina.training.setup import Setup, default_out, set_up
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -52,7 +52,7 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
         settings = make_settings(PlanSettings, ({} if data is None else {"data": Path(data)}) | values)
     told = {name: getattr(settings, name) for name in settings.model_fields_set if name in TrainSettings.model_fields}
     asked = None if settings.data is None else TrainSettings(**told)
-    if settings.objective in ("classify", "mlm"):
+    if (settings.objective if asked is None else objective_of(asked)) in ("classify", "mlm"):
         if asked is None or settings.compare:
             where = "data" if asked is None else "compare"
             raise SettingsError("memory and time are predicted for language models so far", where=where)
