@@ -126,8 +126,9 @@ def test_train_has_at_most_40_settings_and_the_samples_are_all_of_them() -> None
 def test_other_verbs_add_at_most_12_of_their_own() -> None:
     own = set(config.BaseSettings.model_fields)
     for verb in VERBS.values():
-        if verb.settings is not TrainSettings:
-            assert len(set(verb.settings.model_fields) - own) <= 12, verb
+        if verb.settings is not TrainSettings:  # which the plan shares
+            known = own | set(TrainSettings.model_fields if issubclass(verb.settings, TrainSettings) else ())
+            assert len(set(verb.settings.model_fields) - known) <= 12, verb
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -86,6 +86,7 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
 
     `base` is a language model that is loaded already, and on which others learn, or a classifier made in Python.
     """
+    torch.manual_seed(settings.seed)  # a classifier's new head is drawn when its base is loaded
     prepared = prepare(settings, base)
     spec = make_spec(prepared.base.model, settings, prepared.modules, prepared.invocation, prepared.tokens)
     torch.manual_seed(settings.seed)
