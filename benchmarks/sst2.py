@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SEEDS, SEARCH_SEED, SEARCH_STEPS = 3, 1000, 300
-RATES = {"full": (1e-3, 2e-3, 4e-3), "lora": (5e-3, 1e-2, 2e-2)}
+RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3)}  # lora at 5e-3 and above answers one class to all
 DECAYS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
 LEARN = 20_000  # rows to learn from, of 60,614: what one thread goes over in time
 LONG = 10  # words of a row from which masked-token learning can learn something
