@@ -6,7 +6,8 @@ AfinaError
  ├── BaseError         a base model that cannot be loaded
  ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
  ├── TrainingError     a run that cannot start, go on or be resumed
- └── MergeError        a merged model that would not equal the adapted one
+ ├── MergeError        a merged model that would not equal the adapted one
+ └── BusyError         the engine has no room for one more request now
 """
 
 import difflib
@@ -50,6 +51,14 @@ class TrainingError(AfinaError):
 
 class MergeError(AfinaError):
     """A merged model whose answers would differ from the adapted one's."""
+
+
+class BusyError(AfinaError):
+    """The engine's queue is full, or the engine is stopping: worth another try after `retry_after` seconds."""
+
+    def __init__(self, what: str, retry_after: float = 1.0) -> None:
+        super().__init__(what, hint=f"try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
 
 
 def counted(number: int, thing: str) -> str:

@@ -1,0 +1,113 @@
+"""What is asked of the engine, and what comes back: the nouns that scheduler, runner and server share.
+
+    Request  --submit-->  Ticket        one sequence to continue, under some adapters
+    Event    <--on_event--              new text, as it appears; the last one says why it ended
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when to stop: temperature 0 takes the likeliest.
+
+    The penalties, `bias` and `logprobs` are those of OpenAI's API; `repetition_penalty` is CTRL's (arXiv 1909.05858).
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False  # go on after the base's stop tokens, for measurements
+    bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
+    logprobs: int | None = None  # how many likeliest tokens to report beside the chosen one; None: no logprobs
+    schema: Mapping[str, Any] | None = None  # JSON schema that the answer must satisfy; {} means any JSON object
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share in a request: the content hash of an adapter on the shelf, and its weight."""
+
+    adapter: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue. `parts` act together (a weighted sum); none: the base alone.
+
+    `owner` keeps the cached pages of private adapters apart: equal prompts under different owners share none of them.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    parts: tuple[Part, ...] = ()
+    owner: str = ""
+    stops: frozenset[int] = frozenset()  # tokens that end the answer besides the base's own
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability (nats), before temperature and filters, and the likeliest ones beside it."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought to one request: whole characters only, nothing of a stop string.
+
+    The last event of a request has `finish`; after it none comes. `cached` counts the prompt's tokens that came out of
+    the prefix cache.
+    """
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    finish: Finish | None = None
+    error: str | None = None
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request that the engine has taken: what `cancel` wants."""
+
+    number: int
+
+
+OnEvent = Callable[[Event], None]  # called in the engine's thread; it must return at once
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name on the shelf and what it points at. The adapter is its content: `hash`; names are labels.
+
+    `state` says where its tensors are now: "disk", "host", "device", or "merged" into a second copy of the weights.
+    """
+
+    name: str
+    hash: str
+    folder: str
+    method: str
+    rank: int
+    bytes: int
+    state: str = "disk"
+    owner: str | None = None  # None: public
+    card: Mapping[str, Any] = field(default_factory=dict)  # afina.json: base, parents, story
+    invocation: Sequence[int] = ()
+    hits: int = 0
+    tokens: int = 0
+    load_seconds: float = 0.0
