@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from afina.base.paged import PagedCache, ShapeProbe
 from afina.kernels.attention import causal_attention
 
 NAME = "afina"
@@ -27,7 +28,7 @@ class Flat:
     """Boundaries of the sequences in a flat run: bounds = (0, end of first, ..., T); and perhaps a cache."""
 
     bounds: tuple[int, ...]
-    cache: "KeyValueCache | None" = None
+    cache: "Cache | None" = None
 
     @cached_property
     def groups(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -86,6 +87,9 @@ class KeyValueCache:
         self.layers = {n: (k[index], v[index]) for n, (k, v) in self.layers.items()}
 
 
+Cache = KeyValueCache | PagedCache | ShapeProbe
+
+
 def _allowed(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys each query may see, the last query standing at the last key: bool (queries, keys)."""
     position = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -132,6 +136,9 @@ def flat_attention(
         raise RuntimeError("flat attention needs its boundaries: this model family did not pass `flat` on")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     cache = flat.cache
+    if isinstance(cache, PagedCache | ShapeProbe):
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        return cache.attend(layer, query, key, value, flat.bounds, scaling, sliding_window, softcap), None
     if cache is not None and len(flat.bounds) - 1 == query.shape[2]:
         return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
     if cache is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from afina.base.flat import NAME, Flat, KeyValueCache
+from afina.base.flat import NAME, Cache, Flat
 from afina.base.frozen import Frozen
 from afina.base.nf4 import Quantized
 from afina.errors import BaseError
@@ -78,7 +78,7 @@ class Base(Frozen):
 
     # ---- forwards
 
-    def hidden(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: Cache | None = None) -> Tensor:
         """Last hidden states (T, d) of a flat run: tokens (T), positions (T) within each sequence."""
         decoder = self.model.base_model
         if self.flat:
@@ -102,17 +102,18 @@ class Base(Frozen):
         )
 
     def last_logits(
-        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """Logits (sequences, V) in float32 after the last token of each sequence of a flat run."""
-        last = [end - 1 for end in bounds[1:]]
+        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: Cache | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits (sequences, V) in float32 after the last token of each sequence of a flat run, or of those `wanted`."""
+        last = [end - 1 for end in bounds[1:]] if wanted is None else [bounds[sequence + 1] - 1 for sequence in wanted]
         if self._split_head:
-            hidden = self.hidden(tokens, positions, bounds, cache)[torch.tensor(last, device=tokens.device)]
+            hidden = self.hidden(tokens, positions, bounds, cache)[torch.tensor(last, dtype=torch.int64, device=tokens.device)]
             with self.board.route(self.board.current.at(last)):
                 return self.logits(hidden)
         return self._whole(tokens, positions, bounds, cache)[last]
 
-    def _whole(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: KeyValueCache | None = None) -> Tensor:
+    def _whole(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: Cache | None = None) -> Tensor:
         """All logits (T, V) as the model's own forward gives them."""
         if self.flat:
             flat = Flat(bounds, cache)

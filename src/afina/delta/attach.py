@@ -21,6 +21,23 @@ from afina.route.invocation import Route
 from afina.segments import Segment, Switchboard
 
 
+class Thin:
+    """A low-rank delta of one layer as the serving engine holds it: views into its pool of pages, and no module.
+
+    A (r, in) and B (out, r) are of the base's dtype; B is stored transposed. Thousands come and go, so that each is only this.
+    """
+
+    __slots__ = ("a", "b", "scale")
+    replaces = False
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        self.a, self.b, self.scale = a, b, scale
+
+    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 + weight * scale * B A x."""
+        return y0 + weight * self.scale * ((x @ self.a.T) @ self.b.T)
+
+
 class Adapted(nn.Module):
     """A frozen module and the deltas that act on it; the switchboard says which ones in each forward."""
 
@@ -28,6 +45,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = layer.module
         self.deltas = nn.ModuleDict()
+        self.thin: dict[str, Thin] = {}  # those that the serving engine has put here
         self._layer, self._board = layer, board
 
     @property
@@ -51,7 +69,7 @@ class Adapted(nn.Module):
         """
         segments = self._board.current
         acting = [(self._delta(name), weight) for name, weight in segments.everywhere if name in self.deltas]
-        rows = [row for row in segments.rows if row.adapter in self.deltas]
+        rows = [row for row in segments.rows if row.adapter in self.thin or row.adapter in self.deltas]
         if any(delta.replaces for delta, _ in acting) or any(self._delta(row.adapter).replaces for row in rows):
             if rows or len(segments.everywhere) > 1:
                 raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
@@ -66,10 +84,8 @@ class Adapted(nn.Module):
             y = self._add_rows(x, y0, y, rows, segments.unit)
         return self._layer.from_rows(y)
 
-    def _delta(self, name: str) -> Delta:
-        delta = self.deltas[name]
-        assert isinstance(delta, Delta)
-        return delta
+    def _delta(self, name: str) -> Any:
+        return self.thin[name] if name in self.thin else self.deltas[name]
 
     def _add_rows(self, x: Tensor, y0: Tensor, y: Tensor, rows: list[Segment], unit: str) -> Tensor:
         """Add each adapter's part to a copy of y, on its tokens (features last) or on its rows of the batch.
@@ -79,8 +95,11 @@ class Adapted(nn.Module):
         flat = unit == "token"
         if flat and x.is_floating_point() and not self._layer.channels_first and kernels.take(x, y):
             deltas = {row.adapter: self._delta(row.adapter) for row in rows}
-            if all(map(_is_thin, deltas.values())):
-                return self._add_thin(x, y, rows, deltas)
+            thin = {name: delta for name, delta in deltas.items() if _is_thin(delta)}
+            if thin:
+                y = self._add_thin(x, y, [row for row in rows if row.adapter in thin], thin)
+            if not (rows := [row for row in rows if row.adapter not in thin]):
+                return y
         inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
         before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
         groups: dict[tuple[str, float], list[Tensor]] = {}
@@ -103,6 +122,8 @@ class Adapted(nn.Module):
 
 def _is_thin(delta: Any) -> bool:
     """Whether the delta adds scale * B A x now, and nothing else."""
+    if isinstance(delta, Thin):
+        return True
     return delta.low_rank and delta.accumulated is None and not (delta.dropout and delta.training)
 
 
@@ -190,7 +211,7 @@ def seat(model: nn.Module, path: str) -> Adapted | AdaptedParameter | None:
     return module if isinstance(module, Adapted) else None
 
 
-def _take_seat(model: nn.Module, layer: Layer, board: Switchboard) -> Adapted | AdaptedParameter:
+def take_seat(model: nn.Module, layer: Layer, board: Switchboard) -> Adapted | AdaptedParameter:
     """A new place for deltas, put into the model: instead of a module, or over a loose parameter."""
     if not isinstance(layer.module, Loose):
         _put(model, layer.path, made := Adapted(layer, board))
@@ -244,7 +265,7 @@ def attach(model: nn.Module, board: Switchboard, name: str, spec: Spec, seed: in
         if deltas[path].replaces or path in vocabulary:
             _keep_ties(layer, deltas[path], tied)
     for path, delta in deltas.items():
-        place = seat(model, path) or _take_seat(model, delta.layer, board)
+        place = seat(model, path) or take_seat(model, delta.layer, board)
         place.deltas[name] = delta
     return Adapter(name, spec, deltas)
 
@@ -271,5 +292,5 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
         place = seat(model, path)
         assert place is not None
         del place.deltas[adapter.name]
-        if not place.deltas:
+        if not place.deltas and not (isinstance(place, Adapted) and place.thin):
             _leave_seat(model, path, place)

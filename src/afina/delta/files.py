@@ -298,6 +298,24 @@ def _without_frozen(tensors: dict[str, Tensor], base: Frozen, where: str) -> dic
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy `tensors`, named as on disk, into the adapter; every name and shape must fit."""
+    own = _fitting(adapter, tensors, where)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def adopt(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Make `tensors`, named as on disk, the adapter's own numbers, without a copy; every name and shape must fit."""
+    _fitting(adapter, tensors, where)
+    for path, delta in adapter.deltas.items():
+        for name, tensor in _own(delta).items():
+            key = f"{PREFIX}{path}.{delta.keys.get(name, f'{name}.weight')}"
+            if key in tensors:  # a tied one is there once
+                tensor.data = tensors[key].view(tensor.shape)
+
+
+def _fitting(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The adapter's tensors under their names on disk; raises `AdapterError` where `tensors` has others or other shapes."""
     own = _views(adapter)
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
@@ -310,5 +328,4 @@ def fill(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
         if parameter.shape != tensors[name].shape:
             why = f"{tuple(tensors[name].shape)} in the file, {tuple(parameter.shape)} in the model"
             raise AdapterError(f"{name} has the wrong shape", where=where, why=why)
-        with torch.no_grad():
-            parameter.copy_(tensors[name])
+    return own

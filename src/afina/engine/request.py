@@ -47,12 +47,14 @@ class Request:
     """A prompt to continue. `parts` act together (a weighted sum); none: the base alone.
 
     `owner` keeps the cached pages of private adapters apart: equal prompts under different owners share none of them.
+    `client` says whose turn it counts as where many wait; without one, each set of adapters has its turn.
     """
 
     prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     parts: tuple[Part, ...] = ()
     owner: str = ""
+    client: str = ""
     stops: frozenset[int] = frozenset()  # tokens that end the answer besides the base's own
 
 
@@ -106,7 +108,6 @@ class Entry:
     bytes: int
     state: str = "disk"
     owner: str | None = None  # None: public
-    card: Mapping[str, Any] = field(default_factory=dict)  # afina.json: base, parents, story
     invocation: Sequence[int] = ()
     hits: int = 0
     tokens: int = 0

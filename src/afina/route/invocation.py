@@ -36,6 +36,11 @@ def last_occurrences(tokens: Tensor, bounds: Sequence[int], invocation: Sequence
     return [position if position >= 0 else None for position in last.tolist()]
 
 
+def last_start(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Where the last `invocation` starts in one sequence, or None."""
+    return last_occurrences(torch.tensor(tokens), (0, len(tokens)), invocation)[0]
+
+
 @dataclass(frozen=True)
 class Route:
     """How an attached adapter acts: everywhere, or from its invocation on; with a weight; with others beside it.

@@ -1,0 +1,153 @@
+"""Who is in the pool: pages of keys and values, cached prefixes, adapters; and who makes room for whom.
+
+    disk  --prefetch, while the request waits-->  host  --bring-->  pool  --enter-->  layers
+
+What nobody is using stays until its place is wanted; then the longest unused goes first, be it a page of a prefix or an
+adapter. Before an adapter go the pages that it made: without it nobody can use them.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from afina.base.model import Base
+from afina.engine.pages import Pool
+from afina.engine.prefix import PrefixTree
+from afina.engine.resident import Resident, read_numbers
+from afina.engine.shelf import Content, Shelf, stamp
+from afina.errors import AdapterError
+
+
+class Memory:
+    """The pool with everything in it. Only the engine's thread calls, but for reading ahead from disk."""
+
+    def __init__(self, base: Base, shelf: Shelf, pool: Pool) -> None:
+        self.base, self.shelf, self.pool = base, shelf, pool
+        self.tree = PrefixTree()
+        self.residents: dict[str, Resident] = {}
+        self.loads = self.evictions = 0
+        self._ahead: dict[str, Future[Tensor]] = {}
+        self._reader = ThreadPoolExecutor(1, "afina-prefetch")
+
+    def close(self) -> None:
+        """Take every adapter off the layers, and stop reading."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        for name in list(self.residents):
+            self._evict(self.residents[name])
+
+    # ---- pages
+
+    def page(self) -> int | None:
+        """A page for keys and values, if need be that of something unused; None where all are in use."""
+        return self.pool.take() if self._room(1) else None
+
+    @property
+    def available(self) -> int:
+        """Pages that are free, or hold a prefix that nobody is reading."""
+        return self.pool.free + self.tree.unused
+
+    def _room(self, pages: int) -> bool:
+        """Make `pages` free, the longest unused going first; False where too much is in use."""
+        while self.pool.free < pages:
+            idle = [r for r in self.residents.values() if not r.pins]
+            oldest = min(idle, key=lambda r: r.used, default=None)
+            since = self.tree.oldest()
+            if oldest is not None and (since is None or oldest.used < since):
+                self._evict(oldest)
+            elif (page := self.tree.forget()) is not None:
+                self.pool.give_back(page)
+            else:
+                return False
+        return True
+
+    # ---- adapters
+
+    def prefetch(self, content: Content) -> None:
+        """Begin to read an adapter from disk, so that it is there when its turn comes."""
+        if content.hash not in self.residents and content.hash not in self._ahead and len(self._ahead) < 8:
+            self._ahead[content.hash] = self._reader.submit(_read, content)
+
+    def ready(self, content: Content) -> bool:
+        """Whether the adapter can be brought in without waiting for the disk."""
+        return content.hash in self.residents or (content.hash in self._ahead and self._ahead[content.hash].done())
+
+    def bring(self, content: Content) -> bool:
+        """Have the adapter in the pool and in the layers until `release`; False where there is no room now.
+
+        Raises `AdapterError` where its file is not what it was.
+        """
+        resident = self.residents.get(content.hash)
+        if resident is None:
+            begin = time.perf_counter()
+            numbers = content.layout.numbers_in(self.pool.memory.dtype)
+            pages = self.pool.pages_for(numbers)
+            start = self._run(pages)
+            if start is None:
+                return False
+            resident = Resident(content.hash, content.layout, start, pages, self.pool.run(start, numbers))
+            try:
+                ahead = self._ahead.pop(content.hash, None)
+                resident.fill(ahead.result() if ahead is not None else _read(content))
+                resident.enter(self.base)
+            except BaseException:
+                self.pool.give_back_run(start, pages)
+                raise
+            self.residents[content.hash] = resident
+            self.loads += 1
+            self.shelf.states[content.hash] = "device" if self.pool.memory.is_cuda else "host"
+            self.shelf.count(content.hash, 0, load_seconds=time.perf_counter() - begin)
+        resident.enter(self.base)
+        resident.pins += 1
+        resident.used = time.monotonic()
+        return True
+
+    def _run(self, pages: int) -> int | None:
+        """A run of pages for an adapter. Room is made until the free ones also lie so that a run comes together."""
+        wanted = pages
+        while self._room(min(wanted, self.pool.count)):
+            if (start := self.pool.take_run(pages)) is not None:
+                return start
+            if wanted >= self.pool.count:
+                return None
+            wanted = self.pool.free + 1
+        return None
+
+    def release(self, digest: str) -> None:
+        """A sequence needs the adapter no more; its numbers stay until their place is wanted."""
+        resident = self.residents[digest]
+        resident.pins -= 1
+        resident.used = time.monotonic()
+        if not resident.pins:
+            resident.leave(self.base)
+
+    def forget(self, digest: str) -> None:
+        """Nothing points at this adapter any more: its pages are free."""
+        self._ahead.pop(digest, None)
+        resident = self.residents.get(digest)
+        if resident is not None and not resident.pins:
+            self._evict(resident)
+
+    def _evict(self, resident: Resident) -> None:
+        for page in self.tree.forget_adapter(resident.name):
+            self.pool.give_back(page)
+        resident.leave(self.base, evicted=True)
+        self.pool.give_back_run(resident.start, resident.pages)
+        del self.residents[resident.name]
+        self.shelf.states.pop(resident.name, None)
+        self.evictions += 1
+
+
+def _read(content: Content) -> Tensor:
+    """The adapter's numbers, from the very file that was hashed; raises `AdapterError` where it has changed."""
+    try:
+        before = stamp(content.file)
+        numbers = read_numbers(content.file, content.layout)
+        after = stamp(content.file)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise AdapterError("the adapter's file is gone", where=str(content.file), why=why, hint="load it again") from error
+    if not before == after == content.stamp:
+        why = "it was changed after it was loaded, and nobody is answered with what was not checked"
+        raise AdapterError("not the file that was loaded", where=str(content.file), why=why, hint="load it again")
+    return numbers

@@ -1,0 +1,326 @@
+"""The serving engine: one base, any number of adapters, many requests at once.
+
+    submit --> | queues | --plan--> | pieces | --run--> | logits | --choose--> tokens --> on_event
+               scheduler            runner                         sampling    text
+
+One thread runs forwards, and it alone touches pages, tree and layers; everybody else only leaves messages for it.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from afina.base.model import Base
+from afina.engine.generate import stop_tokens
+from afina.engine.memory import Memory
+from afina.engine.pages import PAGE, Pool
+from afina.engine.request import Event, Finish, Logprob, OnEvent, Part, Request, Ticket
+from afina.engine.runner import Runner, shapes_of
+from afina.engine.sampling import Chooser, choose
+from afina.engine.scheduler import Scheduler
+from afina.engine.sequence import Sequence
+from afina.engine.shelf import Shelf
+from afina.engine.text import Text
+from afina.errors import AfinaError, BusyError, DataError, counted
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How much the engine takes: bytes of the pool, tokens of a step, sequences at once, requests that may wait."""
+
+    memory: int = 1 << 30
+    step_tokens: int = 512
+    most_running: int = 64
+    most_waiting: int = 1024
+
+
+class Engine:
+    """Answers requests, each under its own adapters, in one run of tokens a step."""
+
+    def __init__(self, base: Base, settings: EngineSettings = EngineSettings()) -> None:
+        """Raises `BaseError` for a family whose attention cannot be paged, `DataError` where the memory holds no request."""
+        self.base, self.settings = base, settings
+        layers = shapes_of(base)
+        size = sum(layer.numbers for layer in layers) * base.dtype.itemsize
+        if settings.memory < 4 * size:
+            raise DataError(f"{settings.memory:,} bytes of memory", why=f"a page of {PAGE} tokens takes {size:,}")
+        self.shelf = Shelf(base)
+        self.memory = Memory(base, self.shelf, Pool(settings.memory // size, layers, base.dtype, base.device))
+        self.scheduler = Scheduler(self.memory, settings.step_tokens, settings.most_running)
+        self._runner = Runner(base, self.memory.pool)
+        self._stops = stop_tokens(base)
+        self._vocabulary = int(base.head.weight.shape[0])  # type: ignore[index,union-attr]
+        self._messages: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._number = 0
+        self._live: dict[int, Sequence] = {}
+        self.steps = self.generated = self.prompted = self.reused = 0
+        self.busy_seconds = 0.0
+
+    # ---- any thread
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread = threading.Thread(target=self._loop, name="afina-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain: float = 0.0) -> None:
+        """Take no more requests, give those under way `drain` seconds, end the others, and give the layers back."""
+        self._closing = True
+        until = time.monotonic() + drain
+        while self._live and time.monotonic() < until and self._thread is not None:
+            time.sleep(0.01)
+        self._tell(self._end_all)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.memory.close()
+
+    def submit(self, request: Request, on_event: OnEvent) -> Ticket:
+        """Queue a request; its events come in the engine's thread, and `on_event` must return at once.
+
+        Raises `DataError` for what can never be answered, `AdapterError` for an unknown hash, `BusyError` when too many wait.
+        """
+        if self._closing:
+            raise BusyError("the engine is stopping")
+        if len(self._live) >= self.settings.most_waiting + self.settings.most_running:
+            raise BusyError(f"{counted(len(self._live), 'request')} under way", retry_after=self._wait())
+        limit = self._check(request)
+        names = tuple(part.adapter for part in request.parts)
+        contents = self.shelf.hold(names)
+        try:
+            chooser = Chooser(request.sampling, request.prompt, self._vocabulary, self._grammar(request))
+            text = Text(self.base.tokenizer, request.sampling.stop)
+            with self._wake:
+                self._number += 1
+                number = self._number
+            sequence = Sequence(number, request, contents, on_event, chooser, text, limit)
+            self._check_room(sequence)
+        except BaseException:
+            self.shelf.let_go(names)
+            raise
+        self._live[number] = sequence
+        self._tell(lambda: self.scheduler.add(sequence))
+        return Ticket(number)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request, if it is still under way."""
+        self._tell(lambda: self._cancel(ticket.number))
+
+    def embed(self, prompts: Many[tuple[int, ...]], parts: Many[Part] = ()) -> "Future[list[list[float]]]":
+        """One vector of length 1 for each prompt: the mean of its last hidden states under the adapters."""
+        for prompt in prompts:
+            if not 0 < len(prompt) <= self.base.context:
+                raise DataError(f"a text of {counted(len(prompt), 'token')}", why=f"the base reads 1 to {self.base.context}")
+        names = tuple(part.adapter for part in parts)
+        contents = self.shelf.hold(names)
+        future: Future[list[list[float]]] = Future()
+
+        def work() -> None:
+            brought = []
+            try:
+                for content in contents:
+                    if not self.memory.bring(content):
+                        raise BusyError("no room for the adapter now")
+                    brought.append(content.hash)
+                acting = [(part.adapter, part.weight) for part in parts]
+                future.set_result([self._runner.embed([prompt], acting)[0].tolist() for prompt in prompts])
+            except Exception as error:  # told to who asked; the engine lives on
+                future.set_exception(error)
+            finally:
+                for digest in brought:
+                    self.memory.release(digest)
+                self.shelf.let_go(names)
+
+        self._tell(work)
+        return future
+
+    def call(self, work: Callable[[], Any]) -> "Future[Any]":
+        """Run `work` in the engine's thread, between two steps."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._tell(run)
+        return future
+
+    def figures(self) -> dict[str, Any]:
+        """What the engine is doing, in numbers."""
+        pool = self.memory.pool
+        return {
+            "running": len(self.scheduler.running), "waiting": self.scheduler.waiting,
+            "pages": pool.count, "pages_free": pool.free, "pages_cached": self.memory.tree.unused, "page_bytes": pool.page_bytes,
+            "adapters_registered": len(self.shelf.entries()), "adapters_resident": len(self.memory.residents),
+            "adapter_loads": self.memory.loads, "adapter_evictions": self.memory.evictions,
+            "preemptions": self.scheduler.preemptions, "steps": self.steps, "busy_seconds": self.busy_seconds,
+            "prompt_tokens": self.prompted, "prompt_tokens_cached": self.reused, "generated_tokens": self.generated,
+        }  # fmt: skip
+
+    # ---- checks
+
+    def _check(self, request: Request) -> int:
+        """The most tokens of prompt and answer; raises `DataError` where the prompt leaves no room for one."""
+        prompt, sampling = request.prompt, request.sampling
+        if not 0 < len(prompt) < self.base.context:
+            why = f"the base reads from 1 to {self.base.context - 1} before its answer"
+            raise DataError(f"a prompt of {counted(len(prompt), 'token')}", why=why)
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise DataError(f"token {max(prompt)}", why=f"the vocabulary ends at {self._vocabulary}")
+        if sampling.max_new_tokens < 1:
+            raise DataError(f"max_new_tokens is {sampling.max_new_tokens}", why="at least one token is generated")
+        return min(self.base.context, len(prompt) + sampling.max_new_tokens)
+
+    def _check_room(self, sequence: Sequence) -> None:
+        """Raise `DataError` for a request that would not fit if it were alone."""
+        dtype, pool = self.base.dtype, self.memory.pool
+        adapters = sum(pool.pages_for(content.layout.numbers_in(dtype)) for content in sequence.needed)
+        pages = -(-sequence.limit // PAGE)
+        if adapters + pages > pool.count:
+            why = f"it needs {pages} pages for its tokens and {adapters} for its adapters; there are {pool.count}"
+            raise DataError("a request that does not fit into the engine's memory", why=why, hint="more memory, or fewer tokens")
+
+    def _grammar(self, request: Request) -> Any:
+        return None
+
+    def _wait(self) -> float:
+        """About how long until a request will have ended, seconds."""
+        return max(1.0, min(60.0, self.busy_seconds / max(1, self._number - len(self._live))))
+
+    # ---- the engine's own thread
+
+    def _tell(self, message: Callable[[], None]) -> None:
+        with self._wake:
+            self._messages.append(message)
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._messages and not self._live and not self._closing:
+                    self._wake.wait()
+            if not self.step() and self._closing and not self._live and not self._messages:
+                return
+
+    def step(self) -> bool:
+        """Read the messages, run one forward, hand out what it brought; False where there was nothing to run."""
+        while self._messages:
+            self._messages.popleft()()
+        for digest in [self.shelf.dropped.pop() for _ in range(len(self.shelf.dropped))]:
+            self.memory.forget(digest)
+        pieces = self.scheduler.plan()
+        for sequence, error in self.scheduler.failed:
+            self._finish(sequence, "error", str(error))
+        self.scheduler.failed.clear()
+        if not pieces:
+            if self._live:
+                time.sleep(0.0005)  # an adapter is being read from disk
+            return False
+        begin = time.perf_counter()
+        try:
+            sequences, logits = self._runner.run(pieces)
+            chosen = choose(logits, [s.chooser for s in sequences]) if sequences else []
+        except (RuntimeError, ValueError, AfinaError) as error:
+            for sequence, _ in pieces:
+                self._finish(sequence, "error", f"the forward failed: {error}")
+            return True
+        self._count(pieces)
+        self.scheduler.done(pieces)
+        for sequence, logprob in zip(sequences, chosen, strict=True):
+            self._hand_out(sequence, logprob)
+        self.steps += 1
+        self.busy_seconds += time.perf_counter() - begin
+        return True
+
+    def _count(self, pieces: Many[tuple[Sequence, int]]) -> None:
+        for sequence, count in pieces:
+            if sequence.answer == 0 and not sequence.counted:
+                sequence.counted = True
+                self.reused += sequence.cached
+                for name, _, _ in sequence.acting:
+                    self.shelf.count(name, 0, hits=1)
+            self.prompted += count if sequence.answer == 0 else 0
+
+    def _hand_out(self, sequence: Sequence, logprob: Logprob) -> None:
+        """A new token: out goes its text, or the end."""
+        token, sampling = logprob.token, sequence.request.sampling
+        sequence.tokens.append(token)
+        self.generated += 1
+        finish: Finish | None = None
+        ends = token in self._stops or token in sequence.request.stops
+        if ends and not sampling.ignore_end:
+            text, finish = sequence.text.end(), "stop"
+        else:
+            text = sequence.text.add(token)
+            if sequence.text.stopped or sequence.chooser.finished:
+                finish = "stop"
+            elif len(sequence.tokens) >= sequence.limit:
+                finish = "length"
+            if finish:
+                text += sequence.text.end()
+        told = (logprob,) if sampling.logprobs is not None else ()
+        event = Event(text, (token,), told, finish, cached=sequence.cached)
+        if finish:
+            self._leave(sequence)
+        self._emit(sequence, event)
+
+    def _finish(self, sequence: Sequence, finish: Finish, error: str | None = None) -> None:
+        """End a sequence out of turn."""
+        self._leave(sequence)
+        self._emit(sequence, Event(sequence.text.end(), finish=finish, error=error, cached=sequence.cached))
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.number not in self._live:
+            return
+        self.scheduler.drop(sequence)
+        for name, _, _ in sequence.acting:
+            self.shelf.count(name, sequence.answer)
+        self.shelf.let_go(tuple(part.adapter for part in sequence.request.parts))
+        del self._live[sequence.number]
+        self.scheduler.tidy()
+
+    def _emit(self, sequence: Sequence, event: Event) -> None:
+        try:
+            sequence.on_event(event)
+        except Exception:  # a listener that fails harms nobody but itself
+            if sequence.number in self._live:
+                self._leave(sequence)
+
+    def _cancel(self, number: int) -> None:
+        if number in self._live:
+            self._finish(self._live[number], "cancelled")
+
+    def _end_all(self) -> None:
+        for sequence in list(self._live.values()):
+            self._finish(sequence, "cancelled")
+
+
+def answer_all(engine: Engine, requests: Many[Request]) -> list[tuple[str, list[int], Event]]:
+    """Run requests to their ends in this thread, without `start`: text, tokens and last event of each."""
+    texts: list[list[str]] = [[] for _ in requests]
+    tokens: list[list[int]] = [[] for _ in requests]
+    last: list[Event] = [Event() for _ in requests]
+
+    def listener(at: int) -> OnEvent:
+        def listen(event: Event) -> None:
+            texts[at].append(event.text)
+            tokens[at].extend(event.tokens)
+            last[at] = event
+
+        return listen
+
+    for at, request in enumerate(requests):
+        engine.submit(request, listener(at))
+    while any(event.finish is None for event in last):
+        engine.step()
+    return [("".join(t), ids, event) for t, ids, event in zip(texts, tokens, last, strict=True)]

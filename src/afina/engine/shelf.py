@@ -1,0 +1,198 @@
+"""The shelf: names that point at adapters, and the adapters themselves, known by the hash of their content.
+
+    "tone"  ──┐
+    "polite" ─┴─> 3f9a...   runs/tone/adapter      two names, one adapter
+    "law"  ─────> 77c0...   (before: 12b4...)      replaced: who asked before finishes with 12b4...
+
+Adding one reads its files once, to check and to hash them; its numbers stay on disk until somebody asks for it.
+"""
+
+import os
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from afina.base.model import Base
+from afina.base.safety import read_header
+from afina.delta.contract import Spec
+from afina.delta.files import WEIGHTS, adapter_folder, content_hash, read_spec, read_story
+from afina.engine.request import Entry
+from afina.engine.resident import Layout, Layouts
+from afina.errors import AdapterError, nearest
+
+Stamp = tuple[int, int, int, int]  # device, inode, size and time of change (ns) of a file
+
+
+def stamp(file: Path) -> Stamp:
+    """What tells that a file is the one that was hashed."""
+    about = os.stat(file)
+    return about.st_dev, about.st_ino, about.st_size, about.st_ctime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """An adapter as it lies on disk."""
+
+    hash: str
+    file: Path
+    stamp: Stamp
+    layout: Layout
+
+    @property
+    def spec(self) -> Spec:
+        """What it is, apart from its tensors."""
+        return self.layout.spec
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        return self.layout.numbers * self.layout.dtype.itemsize
+
+
+@dataclass(slots=True)
+class _Label:
+    """What is kept of a name."""
+
+    hash: str
+    owner: str | None
+    hits: int = 0
+    tokens: int = 0
+    load_seconds: float = 0.0
+
+
+class Shelf:
+    """Every adapter that may be asked for. All changes are atomic; any thread may call."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._layouts = Layouts(base)
+        self._lock = threading.RLock()
+        self._labels: dict[str, _Label] = {}
+        self._contents: dict[str, Content] = {}
+        self._held: dict[str, int] = {}  # running or waiting requests, by hash
+        self.states: dict[str, str] = {}  # hash to where its numbers are, when not on disk only
+        self.dropped: list[str] = []  # hashes that nothing points at any more, for the engine to clear away
+
+    # ---- names
+
+    def add(self, name: str, folder: Path, owner: str | None = None) -> Entry:
+        """Put the adapter in `folder` (or in a run folder) on the shelf as `name`.
+
+        Raises `AdapterError` where it is damaged, for another base, of a kind that cannot be served, or the name taken.
+        """
+        content = self._read(Path(folder))
+        with self._lock:
+            if name in self._labels:
+                raise AdapterError(f"there is an adapter named {name!r}", where=str(folder), hint="replace it, or another name")
+            return self._point(name, content, _Label(content.hash, owner))
+
+    def replace(self, name: str, folder: Path) -> Entry:
+        """Let `name` point at another adapter from now on; requests that are under way finish with theirs."""
+        content = self._read(Path(folder))
+        with self._lock:
+            old = self._label(name)
+            label = replace(old, hash=content.hash)
+            entry = self._point(name, content, label)
+            self._clear(old.hash)
+            return entry
+
+    def rename(self, old: str, new: str) -> Entry:
+        """Another name for the same adapter."""
+        with self._lock:
+            label = self._label(old)
+            if new in self._labels:
+                raise AdapterError(f"there is an adapter named {new!r}", where=old, hint="another name")
+            self._labels[new] = self._labels.pop(old)
+            return self._entry(new, label)
+
+    def remove(self, name: str) -> Entry:
+        """Take a name off the shelf, and its adapter where no other name points at it and no request needs it."""
+        with self._lock:
+            entry = self._entry(name, self._label(name))
+            del self._labels[name]
+            self._clear(entry.hash)
+            return entry
+
+    def find(self, name: str) -> Entry | None:
+        """What `name` points at now."""
+        with self._lock:
+            label = self._labels.get(name)
+            return self._entry(name, label) if label else None
+
+    def entries(self) -> list[Entry]:
+        """Everything on the shelf, in the order in which it came."""
+        with self._lock:
+            return [self._entry(name, label) for name, label in self._labels.items()]
+
+    def _label(self, name: str) -> _Label:
+        if name not in self._labels:
+            raise AdapterError(f"no adapter named {name!r}", hint=nearest(name, self._labels) if self._labels else None)
+        return self._labels[name]
+
+    def _point(self, name: str, content: Content, label: _Label) -> Entry:
+        self._contents.setdefault(content.hash, content)
+        self._labels[name] = label
+        return self._entry(name, label)
+
+    def _entry(self, name: str, label: _Label) -> Entry:
+        content = self._contents[label.hash]
+        spec = content.spec
+        return Entry(
+            name, content.hash, str(content.file.parent), spec.method, spec.rank, content.bytes,
+            self.states.get(content.hash, "disk"), label.owner, spec.invocation,
+            label.hits, label.tokens, label.load_seconds,
+        )  # fmt: skip
+
+    def _clear(self, digest: str) -> None:
+        """Forget a content that no name and no request needs."""
+        if not self._held.get(digest) and all(label.hash != digest for label in self._labels.values()):
+            self._contents.pop(digest, None)
+            self.dropped.append(digest)
+
+    # ---- contents
+
+    def hold(self, digests: tuple[str, ...]) -> list[Content]:
+        """The contents of these hashes, which stay until `let_go`; raises `AdapterError` where one is unknown."""
+        with self._lock:
+            if missing := [digest for digest in digests if digest not in self._contents]:
+                raise AdapterError(f"no adapter with hash {missing[0][:12]}", hint="ask for it by its name")
+            for digest in digests:
+                self._held[digest] = self._held.get(digest, 0) + 1
+            return [self._contents[digest] for digest in digests]
+
+    def let_go(self, digests: tuple[str, ...]) -> None:
+        """A request is done with these."""
+        with self._lock:
+            for digest in digests:
+                self._held[digest] -= 1
+                if not self._held[digest]:
+                    del self._held[digest]
+                    self._clear(digest)
+
+    def count(self, digest: str, tokens: int, hits: int = 0, load_seconds: float | None = None) -> None:
+        """Write down what an adapter did."""
+        with self._lock:
+            for label in self._labels.values():
+                if label.hash == digest:
+                    label.tokens, label.hits = label.tokens + tokens, label.hits + hits
+                    label.load_seconds = label.load_seconds if load_seconds is None else load_seconds
+
+    def _read(self, folder: Path) -> Content:
+        folder = adapter_folder(folder)
+        file = folder / WEIGHTS
+        if not file.is_file():
+            raise AdapterError("no adapter_model.safetensors", where=str(folder), hint="only safetensors are read")
+        made_for = read_story(folder).get("base", {}).get("hash")
+        if made_for and self.base.hash and made_for != self.base.hash:
+            why = f"base hash {made_for[:12]}, the one that is served has {self.base.hash[:12]}"
+            raise AdapterError("made for another base", where=str(folder), why=why)
+        before = stamp(file)
+        layout = self._layouts.of(folder, self._spec(folder))
+        digest = content_hash(file, layout.spec.as_dict())
+        if stamp(file) != before:
+            raise AdapterError("the file changed while it was read", where=str(file), hint="load it again")
+        return Content(digest, file, before, layout)
+
+    def _spec(self, folder: Path) -> Spec:
+        _, header = read_header(folder / WEIGHTS)
+        return read_spec(folder, [name for name in header if name != "__metadata__"], self.base.tokenizer)

@@ -1,0 +1,291 @@
+"""The serving engine answers as the base and one adapter alone would, whatever is beside, loaded, replaced or sent back."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from afina.base.load import load_base
+from afina.base.model import Base
+from afina.delta.attach import attach, detach
+from afina.delta.contract import Spec
+from afina.delta.files import load_adapter, save_adapter
+from afina.delta.targets import resolve_targets
+from afina.engine.generate import generate_tokens
+from afina.engine.pages import PAGE, LayerShape, Pool
+from afina.engine.prefix import PrefixTree
+from afina.engine.request import Event, Part, Request, Sampling
+from afina.engine.serving import Engine, EngineSettings, answer_all
+from afina.errors import AdapterError, BusyError, DataError
+from afina.route.invocation import Route
+
+INVOCATION = (7, 8)
+KINDS = {
+    "lora4": Spec("lora", (), rank=4),
+    "lora3": Spec("lora", (), rank=3),
+    "rslora": Spec("lora", (), rank=8, scaling="rslora"),
+    "dora": Spec("dora", (), rank=4),
+    "mora": Spec("mora", (), rank=2),
+    "alora": Spec("lora", (), rank=5, invocation=INVOCATION),
+    "amora": Spec("mora", (), rank=3, invocation=INVOCATION),
+}
+
+
+def make_adapters(base: Base, folder: Path, seeds: int = 1) -> dict[str, Path]:
+    """Random adapters of every kind, loud enough to change every answer."""
+    made = {}
+    for kind, spec in KINDS.items():
+        for seed in range(seeds):
+            adapter = attach(base.model, base.board, "new", replace(spec, targets=resolve_targets(base.model, "all-linear", None, any_kind=False)), seed)
+            generator = torch.Generator().manual_seed(seed + 1)
+            with torch.no_grad():
+                for parameter in adapter.parameters():
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            made[f"{kind}-{seed}"] = folder / f"{kind}-{seed}"
+            save_adapter(adapter, base, made[f"{kind}-{seed}"])
+            detach(base.model, adapter)
+    return made
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_adapters(load_base(str(tiny)), tmp_path_factory.mktemp("adapters"), seeds=2)
+
+
+class Alone:
+    """The oracle: each prompt by itself, through the base with its adapters and nothing else."""
+
+    def __init__(self, tiny: Path, adapters: dict[str, Path]) -> None:
+        self.base, self.adapters = load_base(str(tiny)), adapters
+        self._known: dict[object, list[int]] = {}
+
+    def answer(self, prompt: tuple[int, ...], names: tuple[tuple[str, float], ...], length: int) -> list[int]:
+        key = (prompt, names, length)
+        if key not in self._known:
+            on = [load_adapter(self.adapters[name], self.base, f"a{i}") for i, (name, _) in enumerate(names)]
+            routes = [replace(adapter.route, weight=weight) for adapter, (_, weight) in zip(on, names, strict=True)]
+            route = Route.together(routes) if routes else None
+            self._known[key] = generate_tokens(self.base, [prompt], Sampling(max_new_tokens=length), route)[0]
+            for adapter in on:
+                detach(self.base.model, adapter)
+        return self._known[key]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, adapters: dict[str, Path]) -> Alone:
+    return Alone(tiny, adapters)
+
+
+def engine_on(tiny: Path, adapters: dict[str, Path], pages: int = 400, **settings: int) -> Engine:
+    base = load_base(str(tiny))
+    probe = Engine(base)
+    size = probe.memory.pool.page_bytes
+    engine = Engine(base, EngineSettings(memory=pages * size, **settings))
+    for name, folder in adapters.items():
+        engine.shelf.add(name, folder)
+    return engine
+
+
+def parts(engine: Engine, names: tuple[tuple[str, float], ...]) -> tuple[Part, ...]:
+    entries = [(engine.shelf.find(name), weight) for name, weight in names]
+    return tuple(Part(entry.hash, weight) for entry, weight in entries if entry)
+
+
+def random_prompt(rng: random.Random, length: int, invoked: bool = True) -> tuple[int, ...]:
+    prompt = [rng.randrange(10, 300) for _ in range(length)]
+    if invoked and length > 3:
+        at = rng.randrange(0, length - 2)
+        prompt[at : at + 2] = INVOCATION
+    return tuple(prompt)
+
+
+def test_every_kind_of_adapter_side_by_side(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
+    engine, rng = engine_on(tiny, adapters, step_tokens=40), random.Random(1)
+    asked = [((), 30)] + [(((name, 1.0),), rng.randrange(4, 60)) for name in adapters]
+    asked += [((("lora4-0", 0.5), ("dora-1", -0.5)), 33), ((("alora-0", 1.0), ("lora3-1", 0.7)), 35)]
+    prompts = [random_prompt(rng, length, rng.random() < 0.8) for _, length in asked]
+    requests = [Request(p, Sampling(max_new_tokens=12), parts(engine, n)) for p, (n, _) in zip(prompts, asked, strict=True)]
+    for (names, _), prompt, (_, tokens, last) in zip(asked, prompts, answer_all(engine, requests), strict=True):
+        assert last.finish in ("stop", "length"), last.error
+        assert tokens == alone.answer(prompt, names, 12), names
+    engine.stop()
+    assert engine.memory.pool.free + len(engine.memory.tree) == engine.memory.pool.count
+
+
+@pytest.mark.parametrize(("seed", "pages", "running"), [(0, 60, 8), (1, 22, 5), (2, 40, 3)])
+def test_random_mixes_in_little_memory(
+    tiny: Path, adapters: dict[str, Path], alone: Alone, seed: int, pages: int, running: int
+) -> None:
+    """Preemption, eviction of adapters and of prefixes, shared beginnings: the same answers."""
+    rng = random.Random(seed)
+    engine = engine_on(tiny, adapters, pages, step_tokens=rng.choice([17, 64]), most_running=running)
+    heads = [random_prompt(rng, n) for n in (16, 33, 48)]
+    asked = []
+    for _ in range(40):
+        names = tuple((name, rng.choice([1.0, 0.5])) for name in rng.sample(sorted(adapters), rng.choice([0, 1, 1, 1, 2])))
+        prompt = rng.choice(heads) + random_prompt(rng, rng.randrange(1, 30), rng.random() < 0.5)
+        asked.append((names, prompt, rng.randrange(1, 25)))
+    requests = [Request(p, Sampling(max_new_tokens=n), parts(engine, names)) for names, p, n in asked]
+    for (names, prompt, length), (_, tokens, last) in zip(asked, answer_all(engine, requests), strict=True):
+        assert last.finish in ("stop", "length"), last.error
+        assert tokens == alone.answer(prompt, names, length)
+    assert engine.memory.evictions and engine.reused
+    if pages == 22:
+        assert engine.scheduler.preemptions
+    engine.stop()
+    assert engine.memory.pool.free + len(engine.memory.tree) == engine.memory.pool.count
+
+
+def test_activated_adapters_share_what_came_before(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
+    engine, rng = engine_on(tiny, adapters), random.Random(3)
+    history = random_prompt(rng, 100, invoked=False)
+    turn = history + INVOCATION + random_prompt(rng, 5, invoked=False)
+    (_, first, _), *_ = answer_all(engine, [Request(history, Sampling(max_new_tokens=3))])
+    assert first == alone.answer(history, (), 3)
+    for name in ("alora-0", "alora-1", "amora-0"):
+        (_, tokens, last), *_ = answer_all(engine, [Request(turn, Sampling(max_new_tokens=8), parts(engine, ((name, 1.0),)))])
+        assert tokens == alone.answer(turn, ((name, 1.0),), 8)
+        assert last.cached == 96  # all whole pages before the invocation, from the base or another adapter
+    (_, _, plain), *_ = answer_all(engine, [Request(turn, Sampling(max_new_tokens=3), parts(engine, (("lora4-0", 1.0),)))])
+    assert plain.cached == 0  # one that acts everywhere shares with nobody else
+
+
+def test_replacing_while_it_runs(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
+    """In-flight requests finish on the version that they started with; later ones get the new one."""
+    engine, rng = engine_on(tiny, {"tone": adapters["lora4-0"]}), random.Random(4)
+    prompts = [random_prompt(rng, 30) for _ in range(12)]
+    got: list[tuple[str, tuple[int, ...], list[int]]] = []
+
+    def ask(prompt: tuple[int, ...], version: str) -> None:
+        tokens: list[int] = []
+        got.append((version, prompt, tokens))
+        engine.submit(Request(prompt, Sampling(max_new_tokens=10), parts(engine, (("tone", 1.0),))), lambda e: tokens.extend(e.tokens))
+
+    version = 0
+    for prompt in prompts:
+        ask(prompt, f"lora4-{version}")
+        for _ in range(rng.randrange(4)):
+            engine.step()
+        version = 1 - version
+        engine.shelf.replace("tone", adapters[f"lora4-{version}"])
+    while engine.figures()["running"] or engine.figures()["waiting"]:
+        engine.step()
+    for name, prompt, tokens in got:
+        assert tokens == alone.answer(prompt, ((name, 1.0),), 10)
+    engine.shelf.remove("tone")
+    engine.step()
+    assert engine.figures()["adapters_resident"] == 0
+
+
+def test_a_file_that_changes_is_not_served(tiny: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(adapters["lora4-0"], tmp_path / "a")
+    engine = engine_on(tiny, {"a": tmp_path / "a", "b": adapters["lora4-1"]})
+    part_a, part_b = parts(engine, (("a", 1.0),)), parts(engine, (("b", 1.0),))
+    data = bytearray((tmp_path / "a" / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(data)
+    bad, good = answer_all(engine, [Request((5, 6), parts=part_a), Request((5, 6), Sampling(max_new_tokens=3), part_b)])
+    assert bad[2].finish == "error"
+    assert "not the file" in str(bad[2].error)
+    assert good[2].finish == "length"
+
+
+def test_nobody_starves(tiny: Path, adapters: dict[str, Path]) -> None:
+    """One who floods the queue does not delay another by more than a request or two."""
+    engine = engine_on(tiny, adapters, most_running=2)
+    order: list[str] = []
+
+    def ask(client: str) -> None:
+        request = Request(random_prompt(random.Random(len(order)), 20), Sampling(max_new_tokens=5, ignore_end=True), client=client)
+        engine.submit(request, lambda e: order.append(client) if e.finish else None)
+
+    for _ in range(20):
+        ask("flood")
+    for _ in range(3):
+        ask("quiet")
+    while len(order) < 23:
+        engine.step()
+    assert [i for i, who in enumerate(order) if who == "quiet"][-1] <= 8
+
+
+def test_what_cannot_be_answered_is_refused(tiny: Path, adapters: dict[str, Path], base: Base, tmp_path: Path) -> None:
+    engine = engine_on(tiny, adapters, pages=8, most_waiting=1, most_running=1)
+    with pytest.raises(DataError, match="does not fit"):
+        engine.submit(Request(tuple(range(5, 155)), Sampling(max_new_tokens=20)), lambda e: None)
+    with pytest.raises(DataError, match="prompt of 0 tokens"):
+        engine.submit(Request(()), lambda e: None)
+    with pytest.raises(AdapterError, match="no adapter with hash"):
+        engine.submit(Request((5,), parts=(Part("f" * 64),)), lambda e: None)
+    for _ in range(2):
+        engine.submit(Request((5, 6), Sampling(max_new_tokens=4)), lambda e: None)
+    with pytest.raises(BusyError):
+        engine.submit(Request((5, 6), Sampling(max_new_tokens=4)), lambda e: None)
+    with pytest.raises(AdapterError, match="there is an adapter named"):
+        engine.shelf.add("lora4-0", adapters["lora4-1"])
+    full = attach(base.model, base.board, "full", Spec("full", resolve_targets(base.model, "all-linear", None, any_kind=False)))
+    save_adapter(full, base, tmp_path / "full")
+    with pytest.raises(AdapterError, match="cannot be served"):
+        engine.shelf.add("full", tmp_path / "full")
+
+
+def test_cancelled_and_stopped(tiny: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_on(tiny, adapters)
+    engine.start()
+    ends: list[Event] = []
+    request = Request((5, 6, 9), Sampling(max_new_tokens=150, ignore_end=True))
+    tickets = [engine.submit(request, lambda e: ends.append(e) if e.finish else None) for _ in range(3)]
+    engine.cancel(tickets[1])
+    engine.stop(drain=20.0)
+    assert sorted(str(e.finish) for e in ends) == ["cancelled", "length", "length"]
+    with pytest.raises(BusyError, match="stopping"):
+        engine.submit(request, lambda e: None)
+
+
+def test_embeddings(tiny: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_on(tiny, adapters)
+    futures = [engine.embed([(5, 6, 9), (5, 6)]), engine.embed([(5, 6, 9)], parts(engine, (("lora4-0", 1.0),)))]
+    engine.step()
+    (one, _), (other,) = (future.result() for future in futures)
+    assert abs(sum(x * x for x in one) - 1) < 1e-5
+    assert one != other
+
+
+# ---- pages and prefixes by themselves
+
+
+def test_pages_move_aside_for_an_adapter() -> None:
+    pool = Pool(8, [LayerShape(1, 2)], torch.float32, torch.device("cpu"))
+    moved: dict[int, int] = {}
+    pool.moved = lambda old, new: moved.update({old: new})
+    pages = [pool.take() for _ in range(8)]
+    for page in pages:
+        pool.memory[page] = page
+    for page in (0, 2, 4, 5, 6):
+        pool.give_back(page)
+    start = pool.take_run(4)
+    assert start is not None
+    assert pool.free == 1
+    for old, new in moved.items():
+        assert bool((pool.memory[new] == old).all())
+        assert new not in range(start, start + 4)
+    assert pool.take_run(2) is None
+    pool.give_back_run(start, 4)
+    assert pool.free == 5
+
+
+def test_prefix_tree_forgets_the_longest_unused_leaf_first() -> None:
+    tree = PrefixTree()
+    key = lambda n: ((n,) * PAGE, (), "")
+    a = tree.add(tree.root, key(1), 10)
+    b = tree.add(a, key(2), 11)
+    c = tree.add(a, key(3), 12)
+    assert tree.add(a, key(2), 13) is b
+    tree.leave([a, b])
+    assert tree.forget() is None  # b is read by another still, a has children, c is read
+    tree.leave([c])
+    tree.leave([b])
+    assert [tree.forget() for _ in range(4)] == [12, 11, 10, None]
