@@ -25,7 +25,8 @@ from afina.delta.attach import Adapted, detach
 from afina.delta.files import load_adapter, save_adapter
 from afina.delta.layers import Layer
 from afina.delta.opening import Opened, open_run
-from afina.engine.generate import Sampling, generate_tokens
+from afina.engine.generate import generate_tokens
+from afina.engine.request import Sampling
 from afina.errors import AdapterError, AfinaError, SettingsError
 from afina.route.invocation import Route
 from helpers import flat_run, logits, put, save_model

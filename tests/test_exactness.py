@@ -22,7 +22,8 @@ from afina.combining.merge import take_in
 from afina.data.template import Example
 from afina.delta.attach import detach
 from afina.delta.files import load_adapter, save_adapter, tensors_of
-from afina.engine.generate import Sampling, generate_tokens
+from afina.engine.generate import generate_tokens
+from afina.engine.request import Sampling
 from afina.kernels import cross_entropy
 from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.objective.language import LanguageTask

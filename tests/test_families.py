@@ -15,7 +15,8 @@ from afina.base.load import load_base
 from afina.base.model import Base
 from afina.combining.merge import take_in
 from afina.delta.attach import detach
-from afina.engine.generate import Sampling, generate_tokens
+from afina.engine.generate import generate_tokens
+from afina.engine.request import Sampling
 from afina.errors import BaseError
 from afina.segments import Segments
 from helpers import flat_run, logits, one_by_one, put, same, save_model, state

@@ -17,7 +17,8 @@ from afina.delta.contract import Spec
 from afina.delta.files import load_adapter, save_adapter
 from afina.delta.presets import preset
 from afina.delta.targets import resolve_targets
-from afina.engine.generate import Sampling, generate_tokens
+from afina.engine.generate import generate_tokens
+from afina.engine.request import Sampling
 from afina.errors import AfinaError, SettingsError
 from afina.route.invocation import Route, last_occurrences
 from afina.training.run import train

@@ -11,7 +11,8 @@ import afina
 from afina.base.load import load_base
 from afina.base.model import Base
 from afina.delta.files import load_adapter
-from afina.engine.generate import Sampling, generate_tokens
+from afina.engine.generate import generate_tokens
+from afina.engine.request import Sampling
 from afina.segments import Segments
 from helpers import SHARED, flat_run, logits
 

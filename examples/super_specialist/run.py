@@ -27,7 +27,8 @@ from afina.delta.files import load_adapter
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
 from afina.disk import write_json, write_text
-from afina.engine.generate import Sampling, answer
+from afina.engine.generate import answer
+from afina.engine.request import Sampling
 from afina.judge.metrics import exact_match
 from afina.route.invocation import Route
 from afina.training.run import train

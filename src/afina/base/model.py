@@ -43,6 +43,11 @@ class Base(Frozen):
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
 
     @property
+    def vocabulary(self) -> int:
+        """Width of the logits: the tokenizer's tokens, and what rows the model has beyond them."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def head(self) -> nn.Module:
         """The output layer, from hidden states to logits."""
         return self.model.get_output_embeddings()

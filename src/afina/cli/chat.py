@@ -10,7 +10,9 @@ from afina.base.model import Base
 from afina.config import ChatSettings
 from afina.data.template import Renderer
 from afina.delta.opening import open_run
-from afina.engine.generate import Sampling, generate_tokens, stop_tokens
+from afina.engine.generate import generate_tokens, stop_tokens
+from afina.engine.request import Sampling
+from afina.engine.text import Text
 from afina.errors import DataError
 from afina.route.invocation import Route
 
@@ -22,7 +24,7 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
     base, adapted = opened.language, opened.route
     route = adapted
     renderer = Renderer(base.tokenizer, opened.template, base.context)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed)
     opening = [{"role": "system", "content": settings.system}] if settings.system else []
     messages = list(opening)
     who = f"{base.name} with {settings.run}" if settings.run else base.name
@@ -53,21 +55,21 @@ def _read() -> str | None:
 
 
 def _answer(base: Base, renderer: Renderer, prompt: list[int], sampling: Sampling, route: Route | None) -> str:
-    """Generate one answer, writing it out as it comes; a character of several tokens waits until it is whole."""
-    tokens: list[int] = []
-    written = ""
+    """Generate one answer, writing it out as it comes."""
+    text, written = Text(base.tokenizer), ""
     stops = stop_tokens(base) | renderer.stops
 
-    def write(_: int, token: int) -> None:
+    def write(piece: str) -> None:
         nonlocal written
-        if token not in stops:
-            tokens.append(token)
-        text = base.text(tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            sys.stdout.write(text[len(written) :])
-            sys.stdout.flush()
-            written = text
+        written += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
-    generate_tokens(base, [prompt], sampling, route, write, stops)
+    def say(_: int, token: int) -> None:
+        if token not in stops:
+            write(text.add(token))
+
+    generate_tokens(base, [prompt], sampling, route, say, stops)
+    write(text.end())
     print()
     return written.strip()

@@ -6,7 +6,7 @@ decode    | t1 | t2 | t3 |                        one token each, until each has
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from afina.config import GenerateSettings, make_settings
 from afina.data.labelled import read_picture
 from afina.data.template import Renderer
 from afina.delta.opening import open_run
+from afina.engine.grammar import Grammars
+from afina.engine.request import Sampling
+from afina.engine.sampling import Chooser, choose
+from afina.engine.text import Text, text_of
 from afina.errors import DataError, counted
 from afina.objective.classify import content_of
 from afina.route.invocation import Route
@@ -30,34 +34,12 @@ BATCH = 64  # sequences decoded together
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Answer:
     """What came out for one prompt; `stopped` tells a stop token from the limit of tokens."""
 
     text: str
     tokens: list[int]
     stopped: bool
-
-
-def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each sequence, from logits (n, V): int64 (n)."""
-    if sampling.temperature == 0.0:
-        return logits.argmax(-1)
-    probabilities = (logits / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0.0  # the one that crosses the share stays
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
 def stop_tokens(base: Base) -> set[int]:
@@ -76,11 +58,12 @@ def generate_tokens(
     on_token: Callable[[int, int], None] | None = None,
     stops: Collection[int] = (),
 ) -> list[list[int]]:
-    """New tokens for each prompt (at least one token each), its stop token included.
+    """New tokens for each prompt (at least one token each), its stop token or the end of its stop string included.
 
-    The answers do not depend on what they are batched with, up to rounding. `on_token(prompt, token)` is called as
-    each token is chosen; `stops` end an answer besides the base's own stop tokens. Raises `DataError` where a prompt
-    leaves no room in the base's context.
+    The answers do not depend on what they are batched with, up to rounding: prompt i draws with the seed `seed` + i.
+    `on_token(prompt, token)` is called as each token is chosen; `stops` end an answer besides the base's own stop
+    tokens. Raises `DataError` where a prompt leaves no room in the base's context, or for a schema that cannot be
+    followed, `SettingsError` for a setting out of its range.
     """
     results: list[list[int]] = [[] for _ in prompts]
     for index, prompt in enumerate(prompts):
@@ -89,21 +72,41 @@ def generate_tokens(
                 f"prompt {index + 1} has {counted(len(prompt), 'token')}",
                 why=f"the base reads from 1 to {base.context - 1} before its answer",
             )
-    stops = stop_tokens(base) | set(stops)
-    generator = torch.Generator().manual_seed(sampling.seed)
+    stops = set() if sampling.ignore_end else stop_tokens(base) | set(stops)
+    grammars = Grammars(base.tokenizer) if sampling.schema is not None else None
     for start in range(0, len(prompts), BATCH):
         rows = list(range(start, min(start + BATCH, len(prompts))))
-        _generate_batch(base, rows, prompts, results, sampling, route, generator, stops, on_token)
+        writers = {}
+        for row in rows:
+            grammar = grammars.of(sampling.schema or {}, stops) if grammars else None
+            chooser = Chooser(replace(sampling, seed=sampling.seed + row), prompts[row], base.vocabulary, grammar)
+            writers[row] = _Writer(chooser, Text(base.tokenizer, sampling.stop), stops)
+        _generate_batch(base, writers, prompts, results, sampling.max_new_tokens, route, on_token)
     return results
 
 
+@dataclass(frozen=True)
+class _Writer:
+    """How one answer is written, and what ends it."""
+
+    chooser: Chooser
+    text: Text
+    stops: set[int]
+
+    def ends(self, token: int) -> bool:
+        """Whether the answer is whole with this token, which was chosen last."""
+        if self.chooser.sampling.stop:
+            self.text.add(token)
+        return token in self.stops or self.text.stopped or self.chooser.finished
+
+
 def _generate_batch(
-    base: Base, rows: list[int], prompts: Sequence[Sequence[int]], results: list[list[int]],
-    sampling: Sampling, route: Route | None, generator: torch.Generator, stops: set[int],
-    on_token: Callable[[int, int], None] | None,
+    base: Base, writers: dict[int, _Writer], prompts: Sequence[Sequence[int]], results: list[list[int]],
+    limit: int, route: Route | None, on_token: Callable[[int, int], None] | None,
 ) -> None:  # fmt: skip
-    """Answer the prompts `rows`, writing into `results`; a sequence that has stopped leaves the batch."""
-    limits = {row: min(sampling.max_new_tokens, base.context - len(prompts[row])) for row in rows}
+    """Answer the prompts of `writers`, writing into `results`; a sequence that has stopped leaves the batch."""
+    rows = list(writers)
+    limits = {row: min(limit, base.context - len(prompts[row])) for row in rows}
     capacity = max(len(prompts[row]) + limits[row] for row in rows)
     cache = KeyValueCache(capacity, [0] * len(rows)) if base.flat else None
     feed = [list(prompts[row]) for row in rows]
@@ -111,12 +114,13 @@ def _generate_batch(
     while rows:
         with base.board.route(_segments(route, feed, [active[row] for row in rows], cache)):
             logits = _next_logits(base, feed, cache)
-        chosen = choose_tokens(logits, sampling, generator).tolist()
-        for row, token in zip(rows, chosen, strict=True):
-            results[row].append(token)
+        going = []
+        for i, (row, chosen) in enumerate(zip(rows, choose(logits, [writers[row].chooser for row in rows]), strict=True)):
+            results[row].append(chosen.token)
             if on_token:
-                on_token(row, token)
-        going = [i for i, row in enumerate(rows) if results[row][-1] not in stops and len(results[row]) < limits[row]]
+                on_token(row, chosen.token)
+            if not writers[row].ends(chosen.token) and len(results[row]) < limits[row]:
+                going.append(i)
         if cache is not None and 0 < len(going) < len(rows):
             cache.keep(going)
         rows = [rows[i] for i in going]
@@ -152,7 +156,7 @@ def answer(
     answers = []
     for tokens in generate_tokens(base, prompts, sampling, route, stops=stops):
         stopped = bool(tokens) and tokens[-1] in stops
-        text = base.text(tokens[:-1] if stopped else tokens)
+        text = text_of(base.tokenizer, tokens[:-1] if stopped else tokens, sampling.stop)
         answers.append(Answer(text.strip(), tokens, stopped))
     return answers
 
@@ -173,7 +177,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[s
         return _label(opened.base, opened.route, texts, settings)
     base, route = opened.language, opened.route
     renderer = Renderer(base.tokenizer, "plain" if settings.raw else opened.template, base.context)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed)
     answers = answer(base, renderer, [renderer.prompt(text) for text in texts], sampling, route)
     return {
         "base": base.name,

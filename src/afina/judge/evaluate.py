@@ -12,7 +12,8 @@ from afina.data.formats import Row, read_table
 from afina.data.labelled import Labelled, read_labelled
 from afina.data.template import Renderer
 from afina.delta.opening import Opened, open_run
-from afina.engine.generate import Sampling, answer
+from afina.engine.generate import answer
+from afina.engine.request import Sampling
 from afina.errors import DataError, SettingsError
 from afina.judge.classes import classify_held_out
 from afina.judge.losses import BATCH_TOKENS, general_loss, perplexity

@@ -1,0 +1,96 @@
+"""Answers that satisfy a JSON schema: which tokens may come next, by llguidance (extra `afina[serve]`).
+
+It was chosen among the libraries for this: MIT, one wheel for all Pythons and nothing beside it (xgrammar brings tvm and
+triton, outlines-core builds the whole automaton of a schema before the first token), and it refuses what it cannot do.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afina.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from transformers import PreTrainedTokenizerBase
+
+# As json.dumps writes. JSON allows any amount of white space: a model that likes new lines would go on with them.
+WRITING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammar:
+    """Where one answer stands in its schema. `stops` are the tokens that end an answer: allowed once it is whole."""
+
+    def __init__(self, matcher: "LLMatcher", stops: Collection[int]) -> None:
+        self._matcher, self._stops = matcher, sorted(stops)
+        self.finished = False
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        """The tokens that may come next: bool (vocabulary)."""
+        allowed = torch.zeros(vocabulary, dtype=torch.bool)
+        if not self.finished:
+            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")[:vocabulary]
+            allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
+            self._check()
+        allowed[self._stops] = self._matcher.is_accepting()
+        return allowed
+
+    def take(self, token: int) -> None:
+        """Go on by a token; raises `DataError` for one that was not allowed."""
+        if token in self._stops:
+            self.finished = True
+            return
+        self._matcher.consume_token(token)
+        self._check()
+        self.finished = self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise DataError("the schema cannot be followed any further", why=_first_line(self._matcher.get_error()))
+
+
+class Grammars:
+    """Makes grammars for one tokenizer; what it knows of the vocabulary is kept, and so are the latest schemas.
+
+    Raises `SettingsError` where llguidance is not installed, `DataError` for a tokenizer that it cannot read.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        try:
+            from llguidance import LLMatcher
+            from llguidance.hf import from_tokenizer
+        except ImportError as error:
+            raise SettingsError("a JSON schema needs llguidance", hint="pip install 'afina[serve]'") from error
+        try:
+            self._tokens = from_tokenizer(tokenizer)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise DataError("this tokenizer cannot follow a JSON schema", why=_first_line(str(error))) from error
+        self._matcher = LLMatcher
+        self._known: dict[str, LLMatcher] = {}
+
+    def of(self, schema: Mapping[str, Any], stops: Collection[int]) -> Grammar:
+        """A grammar at its beginning; an empty schema stands for any JSON object. Raises `DataError` for a bad schema."""
+        text = json.dumps(schema or {"type": "object"})
+        if text not in self._known:
+            while len(self._known) >= 64:
+                del self._known[next(iter(self._known))]
+            self._known[text] = self._compile(text)
+        return Grammar(self._known[text].deep_copy(), stops)
+
+    def _compile(self, schema: str) -> "LLMatcher":
+        try:
+            written = self._matcher.grammar_from_json_schema(schema, overrides=WRITING)
+        except ValueError as error:
+            raise DataError("this is no JSON schema", why=_first_line(str(error))) from error
+        wrong, said = self._matcher.validate_grammar_with_warnings(written, self._tokens)
+        if wrong:
+            raise DataError("this JSON schema cannot be followed", why=_first_line(said[0]))
+        return self._matcher(self._tokens, written, log_level=0)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
