@@ -15,7 +15,7 @@ from afina.delta.files import load_adapter, save_adapter
 from afina.delta.targets import resolve_targets
 from afina.engine.generate import generate_tokens
 from afina.engine.pages import PAGE, LayerShape, Pool
-from afina.engine.prefix import PrefixTree
+from afina.engine.prefix import Key, PrefixTree
 from afina.engine.request import Event, Part, Request, Sampling
 from afina.engine.serving import Engine, EngineSettings, answer_all
 from afina.errors import AdapterError, BusyError, DataError
@@ -279,7 +279,10 @@ def test_pages_move_aside_for_an_adapter() -> None:
 
 def test_prefix_tree_forgets_the_longest_unused_leaf_first() -> None:
     tree = PrefixTree()
-    key = lambda n: ((n,) * PAGE, (), "")
+
+    def key(n: int) -> Key:
+        return (n,) * PAGE, (), ""
+
     a = tree.add(tree.root, key(1), 10)
     b = tree.add(a, key(2), 11)
     c = tree.add(a, key(3), 12)

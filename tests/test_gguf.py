@@ -361,7 +361,8 @@ def theirs(file: Path, prompts: list[list[int]], lora: Path | None = None) -> li
     """llama.cpp's likeliest 24 tokens after each prompt, given as tokens."""
     from llama_cpp import Llama
 
-    model = Llama(str(file), n_ctx=256, n_threads=1, verbose=False, lora_path=lora and str(lora))
+    full = {"type_k": 0, "type_v": 0}  # keys and values in float32; by default they are rounded to 16 bits
+    model = Llama(str(file), n_ctx=256, n_threads=1, verbose=False, lora_path=lora and str(lora), **full)
     return [list(islice(model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0), 24)) for prompt in prompts]
 
 

@@ -40,7 +40,8 @@ class PrefixTree:
         self.root = Node(((), (), ""), -1, None, users=1)
         self._by_page: dict[int, Node] = {}
         self._by_adapter: dict[str, set[Node]] = {}
-        self._idle: list[tuple[float, int, int, int, Node]] = []  # (used, -depth, page, id, node) for `forget`, perhaps outdated
+        # what `forget` may take, perhaps outdated: (used, -depth, page, id, node)
+        self._idle: list[tuple[float, int, int, int, Node]] = []
         self.unused = 0  # pages that no running sequence reads
 
     def __len__(self) -> int:

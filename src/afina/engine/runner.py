@@ -39,8 +39,9 @@ class Runner:
         positions = [at for s, count in pieces for at in range(s.computed, s.computed + count)]
         slots = [slot for s, count in pieces for slot in s.slots(count)]
         cache = PagedCache(
-            self._views, torch.tensor(slots, device=device), [s.computed for s, _ in pieces], padded([s.pages for s, _ in pieces])
-        )
+            self._views, torch.tensor(slots, device=device),
+            [s.computed for s, _ in pieces], padded([s.pages for s, _ in pieces]),
+        )  # fmt: skip
         whole = [number for number, (s, count) in enumerate(pieces) if s.left == count]
         with self.base.board.route(self.segments(pieces, bounds)):
             logits = self.base.last_logits(

@@ -160,7 +160,8 @@ class Engine:
         pool = self.memory.pool
         return {
             "running": len(self.scheduler.running), "waiting": self.scheduler.waiting,
-            "pages": pool.count, "pages_free": pool.free, "pages_cached": self.memory.tree.unused, "page_bytes": pool.page_bytes,
+            "pages": pool.count, "pages_free": pool.free, "pages_cached": self.memory.tree.unused,
+            "page_bytes": pool.page_bytes,
             "adapters_registered": len(self.shelf.entries()), "adapters_resident": len(self.memory.residents),
             "adapter_loads": self.memory.loads, "adapter_evictions": self.memory.evictions,
             "preemptions": self.scheduler.preemptions, "steps": self.steps, "busy_seconds": self.busy_seconds,
@@ -188,7 +189,7 @@ class Engine:
         pages = -(-sequence.limit // PAGE)
         if adapters + pages > pool.count:
             why = f"it needs {pages} pages for its tokens and {adapters} for its adapters; there are {pool.count}"
-            raise DataError("a request that does not fit into the engine's memory", why=why, hint="more memory, or fewer tokens")
+            raise DataError("a request that does not fit into memory", why=why, hint="more memory, or fewer tokens")
 
     def _grammar(self, request: Request) -> Any:
         return None
