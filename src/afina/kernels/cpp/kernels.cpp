@@ -2,6 +2,7 @@
 #include "elementwise.h"
 #include "lowrank.h"
 #include "nf4.h"
+#include "paged.h"
 #include "product.h"
 
 namespace {
@@ -31,4 +32,5 @@ const Table JOIN(table_, AFINA_ISA) = {
     product,
     lowrank,
     lowrank_backward,
+    paged,
 };

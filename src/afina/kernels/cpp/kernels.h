@@ -92,6 +92,28 @@ struct Rotary {  // items: tokens
     bool back;  // the transpose
 };
 
+struct Stretch {  // keys begin..end of one sequence, for one head of keys and `queries` queries
+    i64 sequence, head, query, queries;  // the first query's place in the run, and how many there are
+    i64 past;                            // the first query's position in its sequence
+    i64 begin, end, place;               // where its result starts in `partial`
+};
+
+struct Paged {  // see paged.h
+    const void *query, *kv;  // (T, heads, width); page p starts at p * page_stride: (2, kv_heads, page_size, width)
+    void* out;               // (T, heads, width)
+    Type type, kv_type;      // of query and out; of kv
+    i64 page_stride, heads, kv_heads, page_size, width;
+    const int32_t* tables;  // (all sequences, table_width): their pages
+    i64 table_width;
+    float scaling, softcap;  // 0: none
+    i64 window;              // 0: none
+    const Stretch* stretches;
+    i64 stretch_count;
+    const i64* firsts;  // sequence i has the stretches firsts[i] .. firsts[i + 1], the heads of one stretch side by side
+    i64 sequences;
+    float* partial;
+};
+
 using Task = void (*)(const void* args, i64 begin, i64 end);
 
 struct Table {
@@ -100,4 +122,5 @@ struct Table {
     void (*product)(const Product&, int threads);
     void (*lowrank)(const LowRank&, int threads);
     void (*lowrank_backward)(const LowRank&, int threads);
+    void (*paged)(const Paged&, int threads);
 };

@@ -31,6 +31,15 @@ constexpr int kSumR = 4, kSumC = 4;
 constexpr int kSumR = 2, kSumC = 2;
 #endif
 
+// the same with up to R rows of the `rows` that are left; returns how many it did
+template <int R, int C, class T, class Factor, class Row, class Sum>
+INLINE i64 add_some(i64 rows, i64 count, const Factor& factor, const Row& row, i64 rest, const Sum& give) {
+    if constexpr (R > 1)
+        if (rows < R) return add_some<R - 1, C, T>(rows, count, factor, row, rest, give);
+    add_rows<R, C, T>(count, factor, row, rest, give);
+    return R;
+}
+
 // the same over all rows of out, and columns first..last
 template <class T, class Factor, class Row, class Sum>
 void add_up(i64 rows, i64 first, i64 last, i64 count, const Factor& factor, const Row& row, const Sum& give) {
@@ -40,14 +49,8 @@ void add_up(i64 rows, i64 first, i64 last, i64 count, const Factor& factor, cons
         for (i64 i = 0; i < rows;) {
             auto here = [&](i64 r, i64 k) { return factor(i + r, k); };
             auto to = [&](i64 r, i64 j, V sum) { give(i + r, c + 16 * j, sum, left); };
-            if (step == 16 * kSumC) {
-                if (rows - i >= kSumR) add_rows<kSumR, kSumC, T>(count, here, column, 0, to), i += kSumR;
-                else add_rows<1, kSumC, T>(count, here, column, 0, to), i++;
-            } else if (rows - i >= kSumR) {
-                add_rows<kSumR, 1, T>(count, here, column, step % 16, to), i += kSumR;
-            } else {
-                add_rows<1, 1, T>(count, here, column, step % 16, to), i++;
-            }
+            if (step == 16 * kSumC) i += add_some<kSumR, kSumC, T>(rows - i, count, here, column, 0, to);
+            else i += add_some<kSumR, 1, T>(rows - i, count, here, column, step % 16, to);
         }
         c += step;
     }

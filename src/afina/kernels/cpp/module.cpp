@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -177,6 +178,57 @@ void lowrank_backward(int threads, int type, i64 tokens, i64 in, i64 out, Addres
     kernels->lowrank_backward(job, threads);
 }
 
+constexpr i64 kShortest = 128;  // keys that are worth an item of their own
+
+void paged(int threads, Address query, int type, Address out, Address kv, int kv_type, i64 pages, i64 page_stride, i64 heads,
+           i64 kv_heads, i64 page_size, i64 width, Address tables, i64 table_width, const std::vector<i64>& bounds,
+           const std::vector<i64>& pasts, i64 most_queries, float scaling, float softcap, i64 window) {
+    std::vector<Stretch> stretches;
+    std::vector<i64> firsts{0};
+    auto first_key = [&](i64 s) { return window ? std::max<i64>(0, pasts[s] + 1 - window) : 0; };
+    i64 work = 0, place = 0;
+    for (size_t s = 0; s < pasts.size(); s++) work += (pasts[s] - first_key(s)) * kv_heads;
+    i64 span = threads > 1 ? std::max(kShortest, work / (4 * threads)) : work + kv_heads;
+    span = (span + page_size - 1) / page_size * page_size;
+    for (size_t s = 0; s < pasts.size(); s++) {
+        i64 queries = bounds[s + 1] - bounds[s], keys = pasts[s] + queries;
+        if (queries <= 0 || queries > most_queries) continue;
+        if (keys > table_width * page_size) throw std::invalid_argument("a table has too few pages for its sequence's keys");
+        for (i64 page = first_key(s) / page_size; page * page_size < keys; page++) {
+            i64 there = at<int32_t>(tables)[i64(s) * table_width + page];
+            if (there < 0 || there >= pages) throw std::invalid_argument("a table names a page that is not there");
+        }
+        for (i64 end, begin = first_key(s); begin < keys; begin = end) {
+            end = keys - begin < 2 * span ? keys : (begin / page_size) * page_size + span;
+            for (i64 head = 0; head < kv_heads; head++) {
+                stretches.push_back({i64(s), head, bounds[s], queries, pasts[s], begin, end, place});
+                place += queries * (heads / kv_heads) * (width + 2);
+            }
+        }
+        firsts.push_back(i64(stretches.size()));
+    }
+    std::vector<float> partial(place);
+    kernels->paged({at<void>(query), at<void>(kv), at<void>(out), Type(type), Type(kv_type), page_stride, heads, kv_heads,
+                    page_size, width, at<int32_t>(tables), table_width, scaling, softcap, window, stretches.data(),
+                    i64(stretches.size()), firsts.data(), i64(firsts.size()) - 1, partial.data()}, threads);
+}
+
+// keys and values (tokens, kv_heads, width) of `size` bytes a number to their slots
+void paged_write(int, Address key, Address value, i64 size, Address kv, i64 pages, i64 page_stride, i64 tokens, i64 kv_heads,
+                 i64 page_size, i64 width, Address slots) {
+    i64 bytes = width * size;
+    for (i64 t = 0; t < tokens; t++)
+        if (at<i64>(slots)[t] < 0 || at<i64>(slots)[t] >= pages * page_size) throw std::invalid_argument("a slot is not in the pool");
+    for (i64 t = 0; t < tokens; t++) {
+        i64 slot = at<i64>(slots)[t];
+        char* to = at<char>(kv) + slot / page_size * page_stride * size + slot % page_size * bytes;
+        for (i64 h = 0; h < kv_heads; h++) {
+            std::memcpy(to + h * page_size * bytes, at<char>(key) + (t * kv_heads + h) * bytes, bytes);
+            std::memcpy(to + (kv_heads + h) * page_size * bytes, at<char>(value) + (t * kv_heads + h) * bytes, bytes);
+        }
+    }
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -196,4 +248,6 @@ NB_MODULE(_native, m) {
     m.def("rotary", rotary, release);
     m.def("lowrank", lowrank, release);
     m.def("lowrank_backward", lowrank_backward, release);
+    m.def("paged", paged, release);
+    m.def("paged_write", paged_write, release);
 }
