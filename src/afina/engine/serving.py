@@ -17,6 +17,7 @@ from typing import Any
 
 from afina.base.model import Base
 from afina.engine.generate import stop_tokens
+from afina.engine.grammar import Grammar, Grammars
 from afina.engine.memory import Memory
 from afina.engine.pages import PAGE, Pool
 from afina.engine.request import Event, Finish, Logprob, OnEvent, Part, Request, Ticket
@@ -60,6 +61,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._number = 0
+        self._grammars: Grammars | None = None
         self._live: dict[int, Sequence] = {}
         self.steps = self.generated = self.prompted = self.reused = 0
         self.busy_seconds = 0.0
@@ -191,8 +193,13 @@ class Engine:
             why = f"it needs {pages} pages for its tokens and {adapters} for its adapters; there are {pool.count}"
             raise DataError("a request that does not fit into memory", why=why, hint="more memory, or fewer tokens")
 
-    def _grammar(self, request: Request) -> Any:
-        return None
+    def _grammar(self, request: Request) -> Grammar | None:
+        """What holds the answer to its schema, where it has one."""
+        if request.sampling.schema is None:
+            return None
+        with self._wake:
+            self._grammars = self._grammars or Grammars(self.base.tokenizer)
+        return self._grammars.of(request.sampling.schema, self._stops | request.stops)
 
     def _wait(self) -> float:
         """About how long until a request will have ended, seconds."""
