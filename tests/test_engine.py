@@ -245,6 +245,30 @@ def test_cancelled_and_stopped(tiny: Path, adapters: dict[str, Path]) -> None:
         engine.submit(request, lambda e: None)
 
 
+def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
+    """While one adapter has nearly all tokens it is merged; answers stay, others get theirs, and W is as it was."""
+    engine = engine_on(tiny, adapters, merged_memory=1 << 20)
+    weights = {name: p.clone() for name, p in engine.base.model.state_dict().items()}
+    engine._merging._pays = lambda: True  # the clock decides otherwise, and a test must not depend on it
+    rng = random.Random(5)
+    hot, other = (("rslora-0", 1.0),), (("lora4-1", 1.0),)
+    for round_ in range(14):
+        names = [hot] * 5 + ([other] if round_ % 3 == 2 else [])
+        texts = [random_prompt(rng, rng.randrange(3, 30)) for _ in names]
+        requests = [Request(t, Sampling(max_new_tokens=9), parts(engine, n)) for t, n in zip(texts, names, strict=True)]
+        for text, name, (_, tokens, _) in zip(texts, names, answer_all(engine, requests), strict=True):
+            assert tokens == alone.answer(text, name, 9)
+    assert engine.figures()["merged_steps"] > 10
+    assert engine.shelf.find("rslora-0").state == "merged"
+    for _ in range(14):
+        requests = [Request(random_prompt(rng, 9), Sampling(max_new_tokens=9), parts(engine, other)) for _ in range(3)]
+        answer_all(engine, requests)
+    assert engine.shelf.find("rslora-0").state == "host"
+    engine.stop()
+    after = engine.base.model.state_dict()
+    assert all(torch.equal(after[name.replace(".base.", ".")], value) for name, value in weights.items() if name in after)
+
+
 def test_embeddings(tiny: Path, adapters: dict[str, Path]) -> None:
     engine = engine_on(tiny, adapters)
     futures = [engine.embed([(5, 6, 9), (5, 6)]), engine.embed([(5, 6, 9)], parts(engine, (("lora4-0", 1.0),)))]

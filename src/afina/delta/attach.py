@@ -38,6 +38,28 @@ class Thin:
         return y0 + weight * self.scale * ((x @ self.a.T) @ self.b.T)
 
 
+class Whole:
+    """A layer's weight with an adapter taken in, beside the frozen one: it acts alone and everywhere."""
+
+    __slots__ = ("bias", "weight")
+    replaces = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def of(cls, adapted: "Adapted", thin: Thin) -> "Whole":
+        """The layer's matrix W + scale * B A, added up in float32 and rounded once to the dtype of A."""
+        layer = adapted._layer
+        weight = layer.weight.float().addmm(thin.b.float(), thin.a.float(), alpha=thin.scale).to(thin.a.dtype)
+        bias: Any = getattr(layer.module, "bias", None)
+        return cls(weight, bias)
+
+    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """The merged layer's output."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class Adapted(nn.Module):
     """A frozen module and the deltas that act on it; the switchboard says which ones in each forward."""
 
@@ -45,7 +67,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = layer.module
         self.deltas = nn.ModuleDict()
-        self.thin: dict[str, Thin] = {}  # those that the serving engine has put here
+        self.thin: dict[str, Thin | Whole] = {}  # those that the serving engine has put here
         self._layer, self._board = layer, board
 
     @property
@@ -68,8 +90,8 @@ class Adapted(nn.Module):
         `others` and `named` are what modules that are no plain layer (experts, learned positions) take besides.
         """
         segments = self._board.current
-        acting = [(self._delta(name), weight) for name, weight in segments.everywhere if name in self.deltas]
-        rows = [row for row in segments.rows if row.adapter in self.thin or row.adapter in self.deltas]
+        acting = [(self._delta(name), weight) for name, weight in segments.everywhere if self._has(name)]
+        rows = [row for row in segments.rows if self._has(row.adapter)]
         if any(delta.replaces for delta, _ in acting) or any(self._delta(row.adapter).replaces for row in rows):
             if rows or len(segments.everywhere) > 1:
                 raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
@@ -83,6 +105,9 @@ class Adapted(nn.Module):
         if rows:
             y = self._add_rows(x, y0, y, rows, segments.unit)
         return self._layer.from_rows(y)
+
+    def _has(self, name: str) -> bool:
+        return name in self.thin or name in self.deltas
 
     def _delta(self, name: str) -> Any:
         return self.thin[name] if name in self.thin else self.deltas[name]

@@ -30,8 +30,11 @@ class Runner:
         self._before: tuple[tuple[int, ...], Segments] = ((), Segments())
 
     @torch.no_grad()
-    def run(self, pieces: Many[Piece]) -> tuple[list[Sequence], Tensor]:
-        """Compute the pieces; returns the sequences whose last token was among them, and their logits (n, V) float32."""
+    def run(self, pieces: Many[Piece], segments: Segments | None = None) -> tuple[list[Sequence], Tensor]:
+        """Compute the pieces; returns the sequences whose last token was among them, and their logits (n, V) float32.
+
+        `segments` says who acts, where it is not each sequence's own adapters.
+        """
         counts = [count for _, count in pieces]
         bounds = (0, *accumulate(counts))
         device = self.base.device
@@ -43,7 +46,7 @@ class Runner:
             [s.computed for s, _ in pieces], padded([s.pages for s, _ in pieces]),
         )  # fmt: skip
         whole = [number for number, (s, count) in enumerate(pieces) if s.left == count]
-        with self.base.board.route(self.segments(pieces, bounds)):
+        with self.base.board.route(segments or self.segments(pieces, bounds)):
             logits = self.base.last_logits(
                 torch.tensor(tokens, device=device), torch.tensor(positions, device=device), bounds, cache, whole
             )

@@ -9,7 +9,8 @@ the youngest goes back to wait: its tokens are kept, its keys and values compute
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
 
 from afina.engine.memory import Memory
 from afina.engine.pages import PAGE
@@ -19,6 +20,7 @@ from afina.errors import AdapterError
 GENERATED = 2.0  # what a generated token counts, a token of the prompt being 1
 PATIENCE = 50  # steps that a client is passed over for want of room before everybody else waits for it
 
+Acting = tuple[str, float, int]  # content hash, weight, first token
 Piece = tuple[Sequence, int]  # a sequence and how many of its next tokens
 
 
@@ -32,6 +34,7 @@ class Scheduler:
         self.served: dict[str, float] = {}  # the virtual token counter of each client that waits or runs
         self.failed: list[tuple[Sequence, AdapterError]] = []  # whose adapter could not be loaded
         self.preemptions = 0
+        self.waits: Callable[[Many[Acting]], bool] = lambda acting: False  # who had better wait a little (merged mode)
         self._passed: dict[str, int] = {}  # steps for which a client's next request found no room
         memory.pool.moved = self._moved
 
@@ -120,6 +123,9 @@ class Scheduler:
         """Let the next request in: of the client that has had the least, among those for which there is room."""
         for client in sorted((c for c, q in self.queues.items() if q), key=lambda c: self.served[c]):
             sequence = self.queues[client][0]
+            if self._better_later(client, sequence):
+                self._passed[client] = self._passed.get(client, 0) + 1
+                continue
             if self._admit(sequence):
                 self.queues[client].popleft()
                 self._passed.pop(client, None)
@@ -131,6 +137,11 @@ class Scheduler:
             if self._passed[client] > PATIENCE and self.running:
                 return None
         return None
+
+    def _better_later(self, client: str, sequence: Sequence) -> bool:
+        """Whether merged steps go on for a while without it; once one such runs, the others may too."""
+        alone = self.running and not any(self.waits(s.acting) for s in self.running)
+        return bool(alone) and self.waits(sequence.acting) and self._passed.get(client, 0) < PATIENCE
 
     def _admit(self, sequence: Sequence) -> bool:
         """Bring in its adapters, take up what the prefix tree knows of it; False where there is no room now."""

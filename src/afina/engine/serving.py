@@ -19,6 +19,7 @@ from afina.base.model import Base
 from afina.engine.generate import stop_tokens
 from afina.engine.grammar import Grammar, Grammars
 from afina.engine.memory import Memory
+from afina.engine.merged import Merging
 from afina.engine.pages import PAGE, Pool
 from afina.engine.request import Event, Finish, Logprob, OnEvent, Part, Request, Ticket
 from afina.engine.runner import Runner, shapes_of
@@ -32,12 +33,16 @@ from afina.errors import AfinaError, BusyError, DataError, counted
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How much the engine takes: bytes of the pool, tokens of a step, sequences at once, requests that may wait."""
+    """How much the engine takes: bytes of the pool, tokens of a step, sequences at once, requests that may wait.
+
+    `merged_memory`: bytes that a second copy of the weights may take, with a hot adapter merged in; 0: never.
+    """
 
     memory: int = 1 << 30
     step_tokens: int = 512
     most_running: int = 64
     most_waiting: int = 1024
+    merged_memory: int = 0
 
 
 class Engine:
@@ -54,6 +59,8 @@ class Engine:
         self.memory = Memory(base, self.shelf, Pool(settings.memory // size, layers, base.dtype, base.device))
         self.scheduler = Scheduler(self.memory, settings.step_tokens, settings.most_running)
         self._runner = Runner(base, self.memory.pool)
+        self._merging = Merging(base, self.memory, settings.merged_memory)
+        self.scheduler.waits = self._merging.waits
         self._stops = stop_tokens(base)
         self._vocabulary = int(base.head.weight.shape[0])  # type: ignore[index,union-attr]
         self._messages: deque[Callable[[], None]] = deque()
@@ -83,6 +90,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._merging.leave()
         self.memory.close()
 
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
@@ -166,7 +174,8 @@ class Engine:
             "page_bytes": pool.page_bytes,
             "adapters_registered": len(self.shelf.entries()), "adapters_resident": len(self.memory.residents),
             "adapter_loads": self.memory.loads, "adapter_evictions": self.memory.evictions,
-            "preemptions": self.scheduler.preemptions, "steps": self.steps, "busy_seconds": self.busy_seconds,
+            "preemptions": self.scheduler.preemptions, "steps": self.steps, "merged_steps": self._merging.steps,
+            "busy_seconds": self.busy_seconds,
             "prompt_tokens": self.prompted, "prompt_tokens_cached": self.reused, "generated_tokens": self.generated,
         }  # fmt: skip
 
@@ -236,7 +245,8 @@ class Engine:
             return False
         begin = time.perf_counter()
         try:
-            sequences, logits = self._runner.run(pieces)
+            merged = self._merging.route(pieces)
+            sequences, logits = self._runner.run(pieces, merged)
             chosen = choose(logits, [s.chooser for s in sequences]) if sequences else []
         except (RuntimeError, ValueError, AfinaError) as error:
             for sequence, _ in pieces:
@@ -247,7 +257,9 @@ class Engine:
         for sequence, logprob in zip(sequences, chosen, strict=True):
             self._hand_out(sequence, logprob)
         self.steps += 1
-        self.busy_seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.busy_seconds += seconds
+        self._merging.note(pieces, seconds, merged is not None)
         return True
 
     def _count(self, pieces: Many[tuple[Sequence, int]]) -> None:
