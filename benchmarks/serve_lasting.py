@@ -1,0 +1,206 @@
+"""Does the server last? `python benchmarks/serve_lasting.py --minutes 30`
+
+A server on the embedded base (float32), asked for more than it can do, while adapters are replaced, renamed, removed and brought
+back without a pause. Every answer is compared with what the version that was named gives alone; every refusal must be a proper
+4xx or 503; memory is written down every five seconds.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from common import publish, roofline
+
+VERSIONS, NAMES, PROMPTS, NEW = 12, 6, 24, 6
+
+
+def make_material(folder: Path) -> dict[str, dict[str, str]]:
+    """Adapters on disk; hash -> prompt -> the answer that this adapter gives alone; "" stands for the base."""
+    import torch
+
+    torch.set_num_threads(1)
+    from afina.base.load import load_base
+    from afina.delta.attach import attach, detach
+    from afina.delta.contract import Spec
+    from afina.delta.files import save_adapter
+    from afina.delta.targets import resolve_targets
+    from afina.engine.generate import generate_tokens
+    from afina.engine.request import Sampling
+    from afina.engine.text import text_of
+
+    base = load_base("embedded", dtype="float32")
+    shutil.rmtree(folder, ignore_errors=True)
+    targets = resolve_targets(base.model, "all-linear", None, False)
+    sampling = Sampling(max_new_tokens=NEW)
+
+    def answers(route: Any) -> dict[str, str]:
+        texts = [f"Text {n}: the house by the road number {n * 7}" for n in range(PROMPTS)]
+        prompts = [base.tokenizer(text)["input_ids"] for text in texts]
+        written = generate_tokens(base, prompts, sampling, route)
+        stop = base.tokenizer.eos_token_id
+        return {text: text_of(base.tokenizer, [t for t in tokens if t != stop]) for text, tokens in zip(texts, written, strict=True)}
+
+    known = {"": answers(None)}
+    for version in range(VERSIONS):
+        method, rank = (("lora", 8), ("dora", 4), ("mora", 4), ("lora", 32))[version % 4]
+        adapter = attach(base.model, base.board, "a", Spec(method, targets, rank=rank), seed=version)
+        generator = torch.Generator().manual_seed(version)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        digest = save_adapter(adapter, base, folder / f"v{version}")
+        known[digest] = answers(adapter.route)
+        detach(base.model, adapter)
+    return known
+
+
+class Load:
+    """Clients and an administrator, and what they saw."""
+
+    def __init__(self, url: str, known: dict[str, dict[str, str]], hashes: list[str], seconds: float) -> None:
+        import httpx
+
+        self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=400))
+        self.known, self.hashes, self.until = known, hashes, time.monotonic() + seconds
+        self.valid: dict[str, list[tuple[float, str | None]]] = {f"n{n}": [] for n in range(NAMES)}  # since when which hash
+        self.statuses: Counter[int] = Counter()
+        self.wrong: list[str] = []
+        self.improper: list[str] = []
+        self.lost = 0
+        self.memory: list[tuple[float, float]] = []
+
+    async def client(self, seed: int) -> None:
+        rng = random.Random(seed)
+        while time.monotonic() < self.until:
+            name = rng.choice(["embedded", *self.valid])
+            text = rng.choice(sorted(self.known[""]))
+            begin = time.monotonic()
+            body = {"model": name, "prompt": text, "max_tokens": NEW, "temperature": 0}
+            try:
+                answer = await self.http.post("/v1/completions", json=body)
+            except Exception as error:
+                self.lost += 1
+                self.improper.append(repr(error))
+                continue
+            self.statuses[answer.status_code] += 1
+            if answer.status_code == 200:
+                self.check(name, text, answer.json(), begin)
+            elif answer.status_code not in (404, 429, 503) or "error" not in answer.json():
+                self.improper.append(f"{answer.status_code} {answer.text[:200]}")
+            elif answer.status_code in (429, 503):
+                await asyncio.sleep(min(1.0, float(answer.headers.get("retry-after", "1"))))
+
+    def check(self, name: str, text: str, body: dict[str, Any], begin: float) -> None:
+        """The answer is that of a version which the name pointed at while the request was under way."""
+        got = body["choices"][0]["text"]
+        if name == "embedded":
+            versions = {""}
+        else:
+            history = self.valid[name]
+            later = [digest for at, digest in history if at >= begin]
+            before = [digest for at, digest in history if at < begin][-1:]
+            versions = {digest for digest in [*before, *later] if digest is not None}
+        if got not in {self.known[version][text] for version in versions}:
+            owner = next((v for v in self.known if self.known[v].get(text) == got), "nobody")
+            self.wrong.append(f"{name} {text!r}: {got!r}, as {owner[:8]} answers, not {[v[:8] for v in versions]}")
+
+    async def admin(self) -> None:
+        rng = random.Random(99)
+        while time.monotonic() < self.until:
+            name, version = rng.choice(sorted(self.valid)), rng.randrange(VERSIONS)
+            there = bool(self.valid[name]) and self.valid[name][-1][1] is not None
+            # written down before the call, since its effect may come before its answer
+            if there and rng.random() < 0.2:
+                self.valid[name].append((time.monotonic(), None))
+                done = await self.http.delete(f"/v1/adapters/{name}")
+            else:
+                self.valid[name].append((time.monotonic(), self.hashes[version]))
+                body = {"folder": f"v{version}"}
+                done = await (self.http.put(f"/v1/adapters/{name}", json=body) if there else
+                              self.http.post("/v1/adapters", json=body | {"name": name}))  # fmt: skip
+            if done.status_code >= 400:
+                self.improper.append(f"admin {done.status_code} {done.text[:200]}")
+            await asyncio.sleep(rng.random() * 0.3)
+
+    async def watch(self, process: int) -> None:
+        begin = time.monotonic()
+        while time.monotonic() < self.until:
+            pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+            self.memory.append((time.monotonic() - begin, pages * os.sysconf("SC_PAGE_SIZE") / 1e6))
+            await asyncio.sleep(5)
+
+    async def run(self, clients: int, process: int) -> None:
+        await asyncio.gather(self.admin(), self.watch(process), *(self.client(n) for n in range(clients)))
+        await self.http.aclose()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--clients", type=int, default=48)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="afina-lasting-"))
+    known = make_material(folder / "adapters")
+    hashes = [json.loads((folder / "adapters" / f"v{n}" / "afina.json").read_text())["hash"] for n in range(VERSIONS)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "empty").mkdir()
+    command = [sys.executable, "-m", "afina", "serve", "--port", str(port), "--insecure", "--dtype", "float32",
+               "--state", str(folder / "state"), "--jobs", "0", "--adapters", str(folder / "adapters")]  # fmt: skip
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_for(port)
+        load = Load(f"http://127.0.0.1:{port}", known, hashes, 60 * options.minutes)
+        asyncio.run(load.run(options.clients, server.pid))
+        server.terminate()
+        ended = server.wait(60)
+    finally:
+        server.kill()
+    third = len(load.memory) // 3
+    early, late = (statistics.median(mb for _, mb in part) for part in (load.memory[third : 2 * third], load.memory[2 * third :]))
+    requests = sum(load.statuses.values())
+    figures = {
+        "requests": float(requests), "answered": float(load.statuses[200]), "wrong_answers": float(len(load.wrong)),
+        "lost": float(load.lost), "improper_refusals": float(len(load.improper)), "memory_growth": late / early,
+        "memory_mb": late, "requests_per_second": requests / (60 * options.minutes), "exit_status": float(ended),
+    }  # fmt: skip
+    targets = {"answered": (">=", 10000), "wrong_answers": ("<=", 0), "lost": ("<=", 0), "improper_refusals": ("<=", 0),
+               "memory_growth": ("<=", 1.02)}  # fmt: skip
+    print(dict(load.statuses), load.wrong[:3], load.improper[:3])
+    for key, value in figures.items():
+        print(f"{key:24} {value:12.3f}")
+    repeats = {"memory": load.memory, "statuses": dict(load.statuses), "wrong": load.wrong[:20], "improper": load.improper[:20]}
+    publish("serve_lasting", figures, targets, repeats, roofline())
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(port: int) -> None:
+    """Until the server answers; at most a minute."""
+    import httpx
+
+    for _ in range(120):
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    sys.exit("the server did not come up")
+
+
+if __name__ == "__main__":
+    main()
