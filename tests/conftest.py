@@ -9,6 +9,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports triton: its kernels run on the CPU then
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 

@@ -187,7 +187,7 @@ def one_run(tiny: Path, tmp_path: Path, batch_tokens: int, accumulate: int, **se
     task = LanguageTask(base, examples, examples[:1], batch_tokens, accumulate, seed=3)
     made = SimpleNamespace(
         prepared=SimpleNamespace(base=base, task=task), adapter=adapter, learning_rate=1e-4, rates={}, steps=4, check_every=99, restart_every=0,
-        settings=SimpleNamespace(weight_decay=0.0, optimizer="adamw", patience=None, schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, **settings),
+        settings=SimpleNamespace(weight_decay=0.0, optimizer="adamw", patience=None, schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, seed=3, **settings),
     )  # fmt: skip
     ticks: list[Any] = []
     Loop(made, tmp_path, {}, ticks.append, lambda: None).train()  # type: ignore[arg-type]

@@ -39,6 +39,9 @@ class BaseSettings(Settings):
 class TrainSettings(BaseSettings):
     """Everything `afina train` (and `afina plan`) can be told."""
 
+    device: Literal["auto", "cpu", "cuda", "mps", "sharded"] = _describe(  # type: ignore[assignment]
+        "where to compute; sharded: as auto, the base split over torchrun's processes", "auto"
+    )
     data: Path = _describe("a file: chat, Alpaca, ShareGPT, prompt/completion, text, CSV, Parquet; or a sweep's YAML", ...)
     out: Path | None = _describe("the run folder; by default runs/DATA-METHOD")
     resume: bool = _describe("go on with the run in the folder instead of starting one", False)
@@ -84,6 +87,16 @@ class TrainSettings(BaseSettings):
     check_every: int | None = _describe("steps between checkpoints, each with a held-out loss; by default a tenth")
     patience: int | None = _describe("stop after so many checks without a better held-out loss", ge=1)
     seed: int = _describe("seed of everything random", 0)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is split over the processes of the run."""
+        return self.device == "sharded"
+
+    @property
+    def place(self) -> str:
+        """The device that each process computes on."""
+        return "auto" if self.sharded else self.device
 
     @field_validator("targets")
     @classmethod

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,6 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from afina.base.safety import hash_tensors
 from afina.errors import BaseError
 from afina.segments import Switchboard
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which this process may hold a part only (see sharded.py); all processes must ask for it together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @dataclass

@@ -154,7 +154,7 @@ class Base(Frozen):
         if type(head) is nn.Linear:
             return linear_cross_entropy(hidden, head.weight, head.bias, labels[keep], self.softcap)
         segments, losses, kept = self.board.current, [], keep.tolist() if self.board.current.rows else []
-        for start in range(0, len(keep), HEAD_CHUNK):  # an adapted head: recompute each chunk in the backward
+        for start in range(0, max(1, len(keep)), HEAD_CHUNK):  # an adapted head: recompute each chunk in the backward
             chunk = slice(start, start + HEAD_CHUNK)
             with self.board.route(segments.at(kept[chunk])):
                 losses.append(checkpoint(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from afina.base.frozen import whole
 from afina.errors import BaseError
 from afina.kernels.nf4 import NF4Weight, dequantize, errors, nf4_linear, quantize
 
@@ -106,7 +107,8 @@ class NF4Linear(nn.Module):
     @property
     def quantized(self) -> NF4Weight:
         """The stored tensors."""
-        return NF4Weight(self.codes, self.scales, self.superscales, self.offset, self.in_features)
+        codes, scales, superscales, offset = (whole(getattr(self, name)) for name in PARTS)
+        return NF4Weight(codes, scales, superscales, offset, self.in_features)
 
     @property
     def weight(self) -> Tensor:

@@ -17,6 +17,7 @@ import yaml
 
 import afina
 from afina import config
+from afina.cli.several import first_to_fail, only_first_speaks
 from afina.config import Settings
 from afina.errors import AfinaError, SettingsError, nearest
 
@@ -159,16 +160,21 @@ def run(arguments: Sequence[str]) -> int:
     try:
         name, settings, as_json = parse(arguments)
         module, _, function = VERBS[name].function.partition(":")
-        call: Callable[[Any], dict[str, Any]] = getattr(importlib.import_module(module), function)
-        result = call(settings)
-        if as_json:
-            print(json.dumps(result, ensure_ascii=False, default=str))
-        else:
-            from afina.cli.show import show
+        with only_first_speaks():
+            call: Callable[[Any], dict[str, Any]] = getattr(importlib.import_module(module), function)
+            result = call(settings)
+            if as_json:
+                print(json.dumps(result, ensure_ascii=False, default=str))
+            else:
+                from afina.cli.show import show
 
-            show(name, result)
+                show(name, result)
         return 0
-    except AfinaError as error:
+    except Exception as error:
+        if not first_to_fail():
+            return 1
+        if not isinstance(error, AfinaError):
+            raise
         print(f"afina: {error}", file=sys.stderr)
         if as_json:
             print(json.dumps({"error": {k: getattr(error, k) for k in ("what", "where", "why", "hint")}}, ensure_ascii=False))

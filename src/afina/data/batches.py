@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -46,6 +46,21 @@ class FlatBatch:
         moved = FlatBatch(self.tokens.to(device), self.positions.to(device), self.labels.to(device), self.bounds)
         moved.__dict__["label_count"] = count
         return moved
+
+    def part(self, number: int, of: int) -> "FlatBatch":
+        """Some of the sequences: one of `of` parts of about as many tokens; one without labels where none is left for it."""
+        spans = sorted(pairwise(self.bounds), key=lambda span: span[0] - span[1])  # the longest first
+        parts: list[list[tuple[int, int]]] = [[] for _ in range(of)]
+        sizes = [0] * of
+        for start, end in spans:
+            lightest = sizes.index(min(sizes))
+            parts[lightest].append((start, end))
+            sizes[lightest] += end - start
+        mine = sorted(parts[number]) or spans[-1:]
+        places = torch.cat([torch.arange(start, end) for start, end in mine]).to(self.tokens.device)
+        labels = self.labels[places] if parts[number] else torch.full_like(places, IGNORED)
+        bounds = tuple(accumulate((end - start for start, end in mine), initial=0))
+        return FlatBatch(self.tokens[places], self.positions[places], labels, bounds)
 
 
 def flatten(examples: Sequence[Example]) -> FlatBatch:

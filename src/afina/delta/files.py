@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import afina
 from afina.base.frozen import Frozen
@@ -91,7 +92,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     paths = [path for path in adapter.deltas if path not in (*rows, *spec.modules)]
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     everywhere = [p for p, _ in base.model.named_modules() if p.rpartition(".")[2] in leaves and not _inside(base.model, p)]
-    transposed = {Layer(p, frozen_module(base.model, p)).weight.is_contiguous() is False for p in paths} == {True}
+    transposed = {isinstance(frozen_module(base.model, p), Conv1D | nn.Embedding) for p in paths} == {True}
     known = None if spec.options.get("restarts") else method(spec.method).peft
     shared = {
         "peft_type": "LORA" if known is not None else f"AFINA_{spec.method.upper()}",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from afina.base.frozen import whole
 from afina.base.nf4 import NF4Linear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
@@ -74,7 +75,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The matrix W (out, in): a view of the stored weight, or written out where it is held in 4 bits."""
-        return as_matrix(self.module, self.module.weight)  # type: ignore[arg-type]
+        return as_matrix(self.module, whole(self.module.weight))  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:

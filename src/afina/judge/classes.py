@@ -51,9 +51,13 @@ def draw_confusion(table: Sequence[Sequence[int]], labels: Sequence[str], file: 
         figure.savefig(file, dpi=120)
 
 
-def classify_held_out(task: ClassifyTask, route: Route | None, picture: Path) -> dict[str, Any]:
-    """Scores of the held-out rows under `route`, and the confusion table as a picture, whose path is among them."""
+def classify_held_out(task: ClassifyTask, route: Route | None, picture: Path, draw: bool = True) -> dict[str, Any]:
+    """Scores of the held-out rows under `route`, and the confusion table as a picture, whose path is among them.
+
+    Without `draw` somebody else draws it.
+    """
     labels = task.base.labels
     scores = classification_scores(task.predictions(task.held, route), [row.target for row in task.held], len(labels))
-    draw_confusion(scores["confusion"], labels, picture)
+    if draw:
+        draw_confusion(scores["confusion"], labels, picture)
     return scores | {"labels": list(labels), "rows": len(task.held), "picture": str(picture)}

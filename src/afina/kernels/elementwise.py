@@ -25,6 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, of one shape (Shazeer 2020, arXiv 2002.05202)."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
     return _swiglu(gate, up)
 
 
@@ -34,6 +36,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (a, b) becomes (a cos - b sin, b cos + a sin), as transformers has it; gradients reach x alone.
     Su et al. 2021, arXiv 2104.09864.
     """
+    tokens, _, width = x.shape
+    if cos.shape != (tokens, width) or sin.shape != cos.shape or width % 2:
+        raise ValueError(f"x {tuple(x.shape)} cannot be turned by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
     return _rotary(x, cos, sin, False)
 
 
@@ -129,8 +134,6 @@ def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _run_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    if gate.shape != up.shape:
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
     if not kernels.take(gate, up):
         return swiglu_reference(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
@@ -155,8 +158,6 @@ def _swiglu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _run_rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     tokens, heads, width = x.shape
-    if cos.shape != (tokens, width) or sin.shape != cos.shape or width % 2:
-        raise ValueError(f"x {tuple(x.shape)} cannot be turned by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
     if not kernels.take(x, cos, sin):
         return rotary_reference(x, cos, sin, back)
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()

@@ -1,9 +1,11 @@
-"""The C++ kernels: loaded where they could be built, chosen for tensors that they can take, entered in torch.library.
+"""Which kernel runs: C++ on CPUs, Triton on CUDA, and the reference in PyTorch on all else; entered in torch.library.
 
 Each operation of this room is `torch.ops.afina.NAME`, so that autograd, compile and the profiler see it. On CPU tensors
-in float32 or bfloat16 it runs the kernel; on all others, and where the kernels are missing, its reference in PyTorch.
+in float32 or bfloat16 it runs the C++ kernel; on CUDA tensors in up to 32 bits the function of the same name in
+`afina.kernels.gpu`, where it has one; on all others, and where kernels are missing, its reference.
 
-`AFINA_ISA` forces an instruction set (avx512bf16, avx512, avx2, plain), or `reference`: PyTorch alone.
+`AFINA_ISA` forces an instruction set (avx512bf16, avx512, avx2, plain); or `reference`: PyTorch alone; or `triton`: the
+Triton kernels on CPU tensors too, which takes its interpreter (TRITON_INTERPRET=1) and is for tests.
 """
 
 import importlib
@@ -22,11 +24,12 @@ OPERATIONS = torch.library.Library("afina", "DEF")
 
 
 class Kernels:
-    """The C++ library, or its absence, which is told once."""
+    """The C++ library and the Triton kernels, or their absence, which is told once."""
 
     def __init__(self) -> None:
         self.library: Any = None
         self.missing = ""
+        self.triton: tuple[str, ...] = ("cuda",)  # devices whose tensors the Triton kernels get
         try:
             self.library = importlib.import_module("afina.kernels._native")
         except ImportError as error:
@@ -41,22 +44,42 @@ class Kernels:
 
     @property
     def isa(self) -> str:
-        """What runs: an instruction set, or "reference"."""
+        """What runs on the CPU: an instruction set, "triton" or "reference"."""
+        if "cpu" in self.triton:
+            return "triton"
         return self.library.isa() if self.library else "reference"
 
     def use(self, isa: str) -> None:
         """Run the kernels in `isa`; raises `SettingsError` where the machine has none of that name."""
+        self.triton = ("cuda", "cpu") if isa == "triton" else () if isa == "reference" else ("cuda",)
         if isa == "reference":
             self.library, self.missing = None, ""
+        elif isa == "triton":
+            return
         elif isa in self.isas:
             self.library.use(isa)
         else:
-            known = [*self.isas, "reference"]
+            known = [*self.isas, "reference", "triton"]
             raise SettingsError(f"no kernels for {isa!r} here", where="AFINA_ISA", why=f"there are: {', '.join(known)}",
                                 hint=nearest(isa, known))  # fmt: skip
 
+    def fast(self, *tensors: Tensor) -> bool:
+        """Whether any kernel, in C++ or Triton, will do the work."""
+        return self.take(*tensors) or self.gpu(*tensors) is not None
+
+    def gpu(self, *arguments: Any) -> Any:
+        """The Triton kernels where they can work on these (tensors, lists of them, and other things), else None."""
+        if arguments[0].device.type not in self.triton or any(map(_is_double, arguments)):
+            return None
+        try:
+            return importlib.import_module("afina.kernels.gpu")
+        except ImportError as error:
+            print(f"afina: without Triton, PyTorch's own operations run, slower ({error})", file=sys.stderr)
+            self.triton = ()
+            return None
+
     def take(self, *tensors: Tensor | None) -> bool:
-        """Whether the kernels can work on these: there, on the CPU, all of one dtype that they know."""
+        """Whether the C++ kernels can work on these: there, on the CPU, all of one dtype that they know."""
         first = tensors[0]
         assert first is not None
         if first.device.type != "cpu":
@@ -74,6 +97,11 @@ class Kernels:
         return lambda *arguments: function(torch.get_num_threads(), *arguments)
 
 
+def _is_double(value: Any) -> bool:
+    tensors = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors)
+
+
 kernels = Kernels()
 
 
@@ -86,11 +114,19 @@ def operation(
 ) -> Any:
     """Enter an operation in torch.library: `run` computes, `fake` gives shapes only; returns the callable.
 
-    `backward(ctx, *grads)` gives the gradients, from what `keep(ctx, inputs, output)` kept.
+    `backward(ctx, *grads)` gives the gradients, from what `keep(ctx, inputs, output)` kept. Where the Triton kernels have
+    a function of the operation's name and can take its arguments, that one runs in the place of `run`.
     """
     name = schema.partition("(")[0]
+
+    def chosen(*arguments: Any) -> Any:
+        if arguments[0].device.type in kernels.triton and (made := getattr(kernels.gpu(*arguments), name, None)):
+            with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+                return made(*arguments)
+        return run(*arguments)
+
     OPERATIONS.define(schema)
-    OPERATIONS.impl(name, run, "CompositeExplicitAutograd")
+    OPERATIONS.impl(name, chosen, "CompositeExplicitAutograd")
     torch.library.register_fake(f"afina::{name}", fake, lib=OPERATIONS)
     if backward is not None:
         torch.library.register_autograd(f"afina::{name}", backward, setup_context=keep, lib=OPERATIONS)

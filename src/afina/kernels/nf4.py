@@ -67,7 +67,8 @@ class NF4Weight:
 
 
 @lru_cache
-def _levels(device: torch.device) -> Tensor:
+def level_table(device: torch.device) -> Tensor:
+    """The 16 levels, float32."""
     return torch.tensor(LEVELS, device=device)
 
 
@@ -75,7 +76,7 @@ def _levels(device: torch.device) -> Tensor:
 def _pairs(device: torch.device) -> Tensor:
     """The two levels that each byte of codes stands for: (256, 2) float32."""
     byte = torch.arange(256, device=device)
-    return _levels(device)[torch.stack([byte >> 4, byte & 15], 1)]
+    return level_table(device)[torch.stack([byte >> 4, byte & 15], 1)]
 
 
 def _rows(matrix: Tensor, width: int) -> Iterator[slice]:
@@ -87,6 +88,8 @@ def _rows(matrix: Tensor, width: int) -> Iterator[slice]:
 def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Codes (out, ceil(in / 2)) uint8 and absmax (out, ceil(in / block)) float32 of weight (out, in)."""
     rows, width = weight.shape
+    if block == BLOCK and (gpu := kernels.gpu(weight)):
+        return gpu.nf4_encode(weight)
     codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, -(-width // block), device=weight.device)
     fast = block == BLOCK and weight.device.type == "cpu" and kernels.take(codes.new_empty(0, dtype=torch.float32))
@@ -98,7 +101,7 @@ def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
         blocks = F.pad(weight[part].float(), (0, -width % block)).unflatten(1, (-1, block))
         absmax[part] = blocks.abs().amax(2)
         scaled = (blocks * (1.0 / absmax[part].clamp(min=TINY))[..., None]).flatten(1)
-        nearest = nearest_codes(scaled, _levels(weight.device)).to(torch.uint8)[:, : width + width % 2]
+        nearest = nearest_codes(scaled, level_table(weight.device)).to(torch.uint8)[:, : width + width % 2]
         codes[part] = nearest[:, ::2] << 4 | nearest[:, 1::2]
     return codes, absmax
 
@@ -159,6 +162,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
     The dense matrix exists during each product only, and not at all for few rows: the backward pass writes it out again.
     """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {weight.in_features}")
     return _linear(x, *_stored(weight), bias)
 
 
@@ -192,8 +197,6 @@ def _run_linear(
     x: Tensor, codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, bias: Tensor | None
 ) -> Tensor:
     weight = NF4Weight(codes, scales, superscales, offset, width)
-    if x.shape[-1] != width:
-        raise ValueError(f"x has {x.shape[-1]} columns, the matrix {width}")
     rows = x.numel() // width
     if rows > FEW or not kernels.take(x, bias):
         return F.linear(x, _run_dequantize(codes, scales, superscales, offset, width, x.dtype), bias)

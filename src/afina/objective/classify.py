@@ -33,6 +33,12 @@ class Batch:
     inputs: dict[str, Tensor]
     targets: Tensor
 
+    def part(self, number: int, of: int) -> "Batch":
+        """Every `of`-th row from `number` on; a row without a target where none is left."""
+        if number < len(self.targets):
+            return Batch({name: t[number::of] for name, t in self.inputs.items()}, self.targets[number::of])
+        return Batch({name: t[:1] for name, t in self.inputs.items()}, torch.full_like(self.targets[:1], IGNORE))
+
 
 def batch_indices(lengths: Sequence[int], rows: int, seed: int, epoch: int) -> list[list[int]]:
     """The rows of each batch of an epoch, shuffled; one may be smaller. Rows of like length share a batch.

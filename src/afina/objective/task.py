@@ -12,7 +12,11 @@ from afina.route.invocation import Route
 
 
 class Task(Protocol):
-    """An objective with its data, on a base. `Batch` is its own affair."""
+    """An objective with its data, on a base.
+
+    What a batch is, is its own affair; but batch.part(number, of) is one of `of` parts of it, their losses and counts
+    those of the batch when they are added up. Several processes take one each.
+    """
 
     @property
     def train(self) -> Sequence[Any]:

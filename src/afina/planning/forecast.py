@@ -49,7 +49,7 @@ class Place:
 
 def find_place(settings: PlanSettings) -> Place:
     """The device that the settings mean. A GPU that is not here has no memory and no rates, but can be planned for."""
-    device = choose_device("auto").type if settings.device == "auto" else settings.device
+    device = choose_device("auto").type if settings.place == "auto" else settings.place
     if device == "cuda" and not torch.cuda.is_available():
         return Place(device, None, None)
     rates = rates_of(device, settings.probe) if device in ("cpu", "cuda") else None

@@ -20,6 +20,7 @@ from afina.errors import TrainingError
 from afina.objective.together import side_by_side
 from afina.training import checkpoint
 from afina.training.checkpoint import Progress
+from afina.training.distributed import ALONE, World
 from afina.training.memory import process_peak_mb
 from afina.training.optimizer import Optimizer, schedule_factor
 from afina.training.setup import Setup
@@ -57,8 +58,9 @@ class Loop:
         identity: dict[str, Any],
         on_tick: Callable[[Tick], None],
         on_best: Callable[[], None],
+        world: World = ALONE,
     ) -> None:
-        self.setup, self.run, self.identity = setup, run, identity
+        self.setup, self.run, self.identity, self.world = setup, run, identity, world
         self.on_tick, self.on_best = on_tick, on_best
         told = setup.settings
         self.optimizer = Optimizer(setup.adapter, setup.learning_rate, setup.rates, told.weight_decay, told.optimizer)
@@ -67,6 +69,8 @@ class Loop:
     def resume(self) -> None:
         """Go back to the run's checkpoint; what was logged after it is forgotten."""
         self.progress = checkpoint.load(self.run, self.optimizer, self.identity)
+        if not self.world.first:
+            return
         log = self.run / "metrics.jsonl"
         lines = [line for line in log.read_text().splitlines() if line] if log.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.progress.step]
@@ -84,8 +88,9 @@ class Loop:
         return self.progress.step >= self.setup.steps or bool(patience and self.progress.worse_checks >= patience)
 
     def begin(self) -> tuple[list[Any], int]:
-        """The micro-batches of the next step, and how many labels they have; the adapter is set to learn."""
+        """The micro-batches of the next step, and how many labels they have in all; the adapter is set to learn."""
         task = self.setup.prepared.task
+        self.world.seed(self.setup.settings.seed, self.progress.step)
         batches = task.step_batches(self.progress.step)
         self.setup.adapter.train(True)
         return batches, sum(task.count(batch) for batch in batches)
@@ -96,6 +101,7 @@ class Loop:
         Raises `TrainingError` where the loss or a gradient is not finite; then nothing has changed.
         """
         setup, progress, task = self.setup, self.progress, self.setup.prepared.task
+        self.world.add_gradients(self.optimizer.parameters.values())
         norm = self.optimizer.step(factor := self._factor(), setup.settings.clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self.not_finite("loss" if not math.isfinite(loss) else "gradient")
@@ -111,8 +117,13 @@ class Loop:
         progress.seconds += time.perf_counter() - start
         self._log(tick)
         if check:
-            checkpoint.save(self.run, self.optimizer, progress, self.identity)
+            self.save()
         self.on_tick(tick)
+
+    def save(self) -> None:
+        """Write the state from which the run can go on."""
+        if self.world.first:
+            checkpoint.save(self.run, self.optimizer, self.progress, self.identity)
 
     def _factor(self) -> float:
         """Factor of the learning rate at this step: the schedule's, rising again after each restart."""
@@ -125,18 +136,21 @@ class Loop:
         """Judge on the held-out rows; keep the adapter if it is the best so far."""
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
-        loss = setup.prepared.task.held_out_loss(setup.adapter.route)
+        loss = self.world.agree(setup.prepared.task.held_out_loss(setup.adapter.route))
         if not math.isfinite(loss):  # before anything is saved: what was kept stays good
             progress.step -= 1
             raise self.not_finite("held-out loss")
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
-            self.on_best()
+            if self.world.first:
+                self.on_best()
         else:
             progress.worse_checks += 1
         return Tick(**{**vars(tick), "held_out_loss": loss})
 
     def _log(self, tick: Tick) -> None:
+        if not self.world.first:
+            return
         with disk_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(vars(tick)) + "\n")
 
@@ -167,22 +181,25 @@ def train_together(loops: Sequence[Loop]) -> dict[Loop, TrainingError]:
 
 def _step(loops: Sequence[Loop]) -> dict[Loop, TrainingError]:
     """One step of each loop, their micro-batches side by side in as few passes as their tasks allow."""
-    start = time.perf_counter()
+    start, world = time.perf_counter(), loops[0].world
     begun = {loop: loop.begin() for loop in loops}
     totals = dict.fromkeys(loops, 0.0)
     for number in range(max(len(batches) for batches, _ in begun.values())):
         present = [loop for loop, (batches, _) in begun.items() if number < len(batches)]
-        parts = [(loop.setup.prepared.task, begun[loop][0][number], loop.setup.adapter.route) for loop in present]
-        means = [loss / begun[loop][1] for loop, loss in zip(present, side_by_side(parts), strict=True)]
-        broken = [loop for loop, mean in zip(present, means, strict=True) if not math.isfinite(mean.item())]
+        setups = [loop.setup for loop in present]
+        shares = [world.share(begun[loop][0][number]) for loop in present]
+        parts = [(own.prepared.task, share, own.adapter.route) for own, share in zip(setups, shares, strict=True)]
+        means = torch.stack([loss / begun[loop][1] for loop, loss in zip(present, side_by_side(parts), strict=True)])
+        told = world.sum(means.detach()).tolist()
+        broken = [loop for loop, mean in zip(present, told, strict=True) if not math.isfinite(mean)]
         if broken and len(loops) > 1:  # again, without them: their numbers must not touch the others' gradients
             for loop in loops:
                 loop.optimizer.forget()
             rest = [loop for loop in loops if loop not in broken]
             return {loop: loop.not_finite("loss") for loop in broken} | (_step(rest) if rest else {})
-        torch.stack(means).sum().backward()
-        for loop, mean in zip(present, means, strict=True):
-            totals[loop] += mean.item()
+        means.sum().backward()
+        for loop, mean in zip(present, told, strict=True):
+            totals[loop] += mean
     failed: dict[Loop, TrainingError] = {}
     for loop, (batches, _) in begun.items():
         try:

@@ -111,7 +111,7 @@ def read_examples(settings: TrainSettings, table: Any, tokenizer: Any, context: 
 def _language(settings: TrainSettings, base: Base | None) -> Prepared:
     table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
     base = base or load_base(
-        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device,
+        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.place,
         preset(settings.method, 1).storage,
     )  # fmt: skip
     own_tokens = base.add_tokens(new_tokens(settings))
@@ -202,7 +202,7 @@ def _classifier(settings: TrainSettings, model: Classifier | None) -> Prepared:
     else:
         rows, held_rows = _split_by_class(table.rows, share, settings.seed)
     base = model or load_classifier(
-        settings.base, table.labels, pictures, settings.revision, settings.trust_remote_code, settings.dtype, settings.device
+        settings.base, table.labels, pictures, settings.revision, settings.trust_remote_code, settings.dtype, settings.place
     )
     skipped = list(table.skipped)
     leave_out = skipped if settings.skip_bad_rows else None
@@ -227,7 +227,7 @@ def _masked(settings: TrainSettings) -> Prepared:
     _refuse_prefixes(settings)
     table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
     choose("pretrain", table.rows)
-    base = load_masked(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device)
+    base = load_masked(settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.place)
     length = settings.max_length or min(base.context, 128)
     pieces = make_texts(base, table.rows, length)
     train, held = every_nth(pieces, holdout_share(settings.holdout) or 0.1, settings.data)

@@ -25,6 +25,7 @@ import yaml
 import afina
 from afina.base.classifier import Classifier
 from afina.base.model import Base
+from afina.base.sharded import shard
 from afina.config import TrainSettings, make_settings, resolved
 from afina.delta.attach import detach
 from afina.delta.contract import method
@@ -42,6 +43,7 @@ from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
+from afina.training.distributed import world
 from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_together
 from afina.training.prepare import NEW_TOKENS, lines, objective_of
 from afina.training.progress import Display, Silent
@@ -79,10 +81,14 @@ def train_many(
     breaks ends alone, and its error stands in its place. Settings and data that are wrong raise before anything begins.
     """
     folders = [default_out(settings) for settings in runs]
+    world()  # processes that torchrun started meet before anything is read
     for folder, settings in zip(folders, runs, strict=True):
         _check_folder(folder, settings)
         if folders.count(folder) > 1:
             raise SettingsError("two runs would share a folder", where=str(folder), hint="give each an --out of its own")
+        if settings.sharded and method(preset(settings.method, 1).delta).replaces:
+            why = "it trains the weights themselves, and each process holds what it trains whole"
+            raise SettingsError(f"{settings.method} cannot be sharded", where="device", why=why, hint="--device auto")
     groups: dict[Any, list[int]] = {}
     for number, settings in enumerate(runs):
         groups.setdefault(_shares(settings) or number, []).append(number)
@@ -105,25 +111,30 @@ def _train_group(
     runs: list[TrainSettings], folders: list[Path], quiet: bool, model: Classifier | None
 ) -> list[Run | TrainingError]:
     """Runs on one base, together."""
+    all_of_us = world()
     setups: list[Setup] = []
-    for number, settings in enumerate(runs):
-        base = setups[0].prepared.base if setups else model
-        assert base is None or isinstance(base, Base | Classifier)
-        setups.append(set_up(settings, base, f"run-{number}"))
-    display = Silent() if quiet else Display(setups)
-    loops = []
-    for number, (setup, folder) in enumerate(zip(setups, folders, strict=True)):
-        loop = Loop(setup, folder, _identity(setup), partial(display.tick, run=number), partial(_save_best, setup, folder))
-        if checkpoint.exists(folder):  # else it may have been cut off before the first one: nothing is lost then
-            loop.resume()
-        else:
-            _begin(setup, folder)
-        loops.append(loop)
+    loops: list[Loop] = []
+    with all_of_us.in_turn():
+        for number, settings in enumerate(runs):
+            base = setups[0].prepared.base if setups else model
+            assert base is None or isinstance(base, Base | Classifier)
+            setups.append(set_up(settings, base, f"run-{number}"))
+        display = Silent() if quiet or not all_of_us.first else Display(setups)
+        for number, (setup, folder) in enumerate(zip(setups, folders, strict=True)):
+            tell, keep = partial(display.tick, run=number), partial(_save_best, setup, folder)
+            loop = Loop(setup, folder, _identity(setup), tell, keep, all_of_us)
+            if checkpoint.exists(folder):  # else it may have been cut off before the first one: nothing is lost then
+                loop.resume()
+            elif all_of_us.first:
+                _begin(setup, folder)
+            loops.append(loop)
+    if runs[0].sharded and all_of_us.size > 1:
+        shard(setups[0].prepared.base, [p for setup in setups for p in setup.adapter.parameters()])
     with display:
         for loop in loops:
             if not loop.progress.before:
                 loop.progress.before = _losses(loop.setup, None)
-                checkpoint.save(loop.run, loop.optimizer, loop.progress, loop.identity)
+                loop.save()
         failed = train_together(loops)
         return [failed[loop] if loop in failed else Run(loop.run, _finish(loop.setup, loop.run, loop)) for loop in loops]
 
@@ -180,8 +191,10 @@ def _save_best(setup: Setup, folder: Path) -> None:
 
 
 def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
-    """Judge the best adapter and write run.json, the curve and the card."""
-    rescue(folder / "adapter")
+    """Judge the best adapter, and write run.json, the curve and the card."""
+    if loop.world.first:
+        rescue(folder / "adapter")
+    loop.world.wait()
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     route = best.route
     after = _losses(setup, route)
@@ -205,14 +218,21 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         "words": asdict(setup.prepared.words),
     }
     if isinstance(task, ClassifyTask):
-        story |= {"classes": classify_held_out(task, route, folder / "confusion.png")}
+        story |= {"classes": classify_held_out(task, route, folder / "confusion.png", loop.world.first)}
     detach(setup.prepared.base.model, best)
+    if loop.world.first:
+        _write(folder, story, losses)
+    loop.world.wait()
+    return story
+
+
+def _write(folder: Path, story: dict[str, Any], losses: Losses) -> None:
+    """The end of a run's story, for machines, as a picture and as a card."""
     write_json(folder / "run.json", story)
-    draw_curve(read_metrics(folder), losses, folder / "curve.png", setup.prepared.words.unit)
+    draw_curve(read_metrics(folder), losses, folder / "curve.png", story["words"]["unit"])
     card = model_card(story)
     write_text(folder / "adapter" / "README.md", card)
     write_text(folder / "README.md", card)
-    return story
 
 
 def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
@@ -233,7 +253,8 @@ def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
                  "licence": _licence(base.folder), "remote_code": base.remote_code},
         "data": source | {"skipped": setup.prepared.skipped, "licence": None},
         "environment": {"afina": afina.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                        "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()},
+                        "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads(),
+                        "processes": world().size},
     }  # fmt: skip
 
 

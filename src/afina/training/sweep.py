@@ -14,6 +14,7 @@ from typing import Any
 from afina.config import TrainSettings, make_settings, read_yaml
 from afina.disk import write_json
 from afina.errors import SettingsError, TrainingError, nearest
+from afina.training.distributed import world
 from afina.training.run import Run, train_many
 
 SUFFIXES = (".yaml", ".yml")
@@ -60,7 +61,8 @@ def sweep(file: Path, told: Mapping[str, Any], *, quiet: bool = True) -> dict[st
     outcomes = train_many(runs, quiet=quiet)
     folder = runs[0].out.parent  # type: ignore[union-attr]
     result = {"folder": str(folder), "runs": [_line(s, outcome) for s, outcome in zip(runs, outcomes, strict=True)]}
-    write_json(folder / "sweep.json", result)
+    if world().first:
+        write_json(folder / "sweep.json", result)
     return result
 
 

@@ -1,0 +1,229 @@
+"""Two processes give the run of one: data parallel, the base split, resumed with more or fewer; errors end all, told once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import afina
+from afina.base.load import load_base
+from afina.base.sharded import blocks
+from afina.config import TrainSettings
+from afina.data.batches import FlatBatch
+from afina.errors import SettingsError
+from afina.objective.classify import IGNORE, Batch
+from afina.objective.language import LanguageTask
+from helpers import ENVIRONMENT, flat_run, metrics, put, write_rows
+
+TOGETHER = dict(steps=20, batch_tokens=256, check_every=5, learning_rate=2e-3)
+
+
+def torchrun(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node N ...` on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=250, env=ENVIRONMENT)
+
+
+def train(tiny: Path, data: Path, general: Path, out: Path, *more: object, processes: int = 2, **settings: Any) -> dict[str, Any]:
+    """`afina train` in several processes; returns the story."""
+    flags = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), json.dumps(value).strip('"'))]
+    command = ["train", data, "--base", tiny, "--general", general, "--out", out, *flags, *more, "--json"]
+    done = torchrun("-m", "afina", *command, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, "only the first process speaks"
+    return json.loads(done.stdout)
+
+
+def same_losses(a: Path, b: Path) -> None:
+    """Whether two runs are one but for rounding."""
+    ours, theirs = metrics(a), metrics(b)
+    assert len(ours) == len(theirs) > 0
+    for x, y in zip(ours, theirs, strict=True):
+        assert (x["step"], x["tokens"]) == (y["step"], y["tokens"])
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5), x["step"]
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3, abs=1e-5), x["step"]
+        if y["held_out_loss"] is not None:
+            assert x["held_out_loss"] == pytest.approx(y["held_out_loss"], abs=1e-5), x["step"]
+
+
+# ---- parts of a batch
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_parts_of_a_flat_batch_add_up_to_it(tiny: Path, of: int) -> None:
+    base = load_base(str(tiny))
+    adapter = put(base)
+    tokens, positions, bounds = flat_run((9, 1, 14, 6, 3))
+    labels = torch.where(torch.arange(len(tokens)) % 3 > 0, tokens.roll(-1), -100)
+    batch, task = FlatBatch(tokens, positions, labels, bounds), LanguageTask.__new__(LanguageTask)
+    task.base = base
+    parts = [batch.part(number, of) for number in range(of)]
+    assert sum(part.label_count for part in parts) == batch.label_count
+    whole = task.loss(batch, adapter.route)
+    gradients = torch.autograd.grad(whole, adapter.parameters())
+    losses = [task.loss(part, adapter.route) for part in parts]  # the last of 7 have no labels, and a backward all the same
+    torch.testing.assert_close(torch.stack(losses).sum(), whole)
+    for a, b in zip(torch.autograd.grad(torch.stack(losses).sum(), adapter.parameters()), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    sizes = sorted(len(part.tokens) for part in parts)
+    assert of > 2 or sizes[-1] - sizes[0] <= 14
+
+
+def test_a_part_without_labels_reaches_an_adapted_output_layer(tiny: Path) -> None:
+    base = load_base(str(tiny))
+    adapter = put(base, targets=["lm_head", "q_proj"])
+    tokens, positions, bounds = flat_run((4,))
+    part = FlatBatch(tokens, positions, tokens.roll(-1), bounds).part(1, 2)
+    with base.board.route(adapter.route.segments(part.tokens, part.bounds)):
+        loss = base.loss(part.tokens, part.positions, part.bounds, part.labels)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in adapter.parameters())  # type: ignore[union-attr]
+
+
+def test_parts_of_rows() -> None:
+    batch = Batch({"input_ids": torch.arange(10).view(5, 2)}, torch.arange(5))
+    assert [part.targets.tolist() for part in (batch.part(n, 2) for n in range(2))] == [[0, 2, 4], [1, 3]]
+    assert batch.part(1, 2).inputs["input_ids"].tolist() == [[2, 3], [6, 7]]
+    assert batch.part(5, 6).targets.tolist() == [IGNORE]
+
+
+def test_blocks_are_the_outermost_members_of_lists(tiny: Path) -> None:
+    assert len(blocks(load_base(str(tiny)).model)) == 4
+    nested = nn.Sequential(nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})]))
+    assert blocks(nested) == [nested[0][0]]  # type: ignore[index]
+
+
+def test_full_fine_tuning_is_not_sharded(tiny: Path, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="full cannot be sharded"):
+        afina.train(chats, base=str(tiny), method="full", device="sharded", out=tmp_path / "run")
+
+
+def test_sharded_in_one_process_is_the_whole_base(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
+    runs = [
+        afina.train(chats, base=str(tiny), general=general, steps=2, device=device, out=tmp_path / device)
+        for device in ("auto", "sharded")
+    ]
+    assert metrics(runs[0].folder) == metrics(runs[1].folder)
+
+
+# ---- two processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(method="lora", accumulate=2),
+        dict(method="alora", device="sharded", checkpointing=True),
+        dict(method="dora", device="sharded", rank=4),
+        dict(method="qmora", device="sharded", rank=2),
+        dict(method="full", targets=["q_proj"], learning_rate=2e-4),
+        dict(method="lora", targets=["lm_head", "v_proj"], device="sharded", batch_tokens=24),  # batches of one row
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_two_processes_are_one(tiny: Path, chats: Path, general: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = TOGETHER | settings
+    story = train(tiny, chats, general, tmp_path / "two", **settings)
+    one = afina.train(chats, base=str(tiny), general=general, out=tmp_path / "one", **settings)  # type: ignore[arg-type]
+    same_losses(tmp_path / "two", tmp_path / "one")
+    assert story["environment"]["processes"] == 2
+    for key, value in one.story["losses"].items():
+        if isinstance(value, float):
+            assert story["losses"][key] == pytest.approx(value, abs=1e-4), key
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert list(a) == list(b)
+    assert all((a[name] - b[name]).norm() <= 0.02 * b[name].norm() + 1e-4 for name in a)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_bases_and_classifiers_too(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", *({"text": f"{w} {n}", "label": w} for w in ("sol", "mar") for n in range(9)))
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"base: {tiny}\ngeneral: {general}\nsteps: 6\nbatch_tokens: 128\nruns:\n"
+        f"  - {{data: {chats}, rank: 2, name: a}}\n  - {{data: {chats}, method: dora, name: b, accumulate: 2}}\n"
+        f"  - {{data: {rows}, name: c}}\n"
+    )
+    done = torchrun("-m", "afina", "train", sweep, "--out", tmp_path / "two", "--json")
+    assert done.returncode == 0, done.stderr
+    from afina.training.sweep import sweep as run_sweep
+
+    run_sweep(sweep, {"out": tmp_path / "one"})
+    for name in "abc":
+        same_losses(tmp_path / "two" / name, tmp_path / "one" / name)
+    assert (tmp_path / "two" / "c" / "confusion.png").is_file()
+    assert len(json.loads((tmp_path / "two" / "sweep.json").read_text())["runs"]) == 3
+
+
+# a run that ends of itself after some ticks, in all processes at once or in one of them
+BREAKING = """
+import os, sys
+from afina.cli.main import main
+from afina.errors import TrainingError
+from afina.training import loop
+
+end, breaks = loop.Loop.end, os.environ["BREAKS"]
+def ending(self, *arguments):
+    if self.progress.step == 7 and breaks in (os.environ["RANK"], "all"):
+        raise TrainingError(f"broken on purpose by {os.environ['RANK']}", hint="nothing")
+    end(self, *arguments)
+loop.Loop.end = ending
+main()
+"""
+
+
+def broken(tmp_path: Path, breaks: str, *command: object) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "breaking.py").write_text(BREAKING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launcher, tmp_path / "breaking.py", *command]
+    environment = ENVIRONMENT | {"BREAKS": breaks}
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=100, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_goes_on_with_more_or_fewer_processes(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path, processes: int
+) -> None:
+    settings = TOGETHER | dict(method="lora", device="sharded")
+    whole = afina.train(chats, base=str(tiny), general=general, out=tmp_path / "whole", **settings)  # type: ignore[arg-type]
+    flags = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)]
+    cut = broken(tmp_path, "all", "train", chats, "--base", tiny, "--general", general, "--out", tmp_path / "cut", *flags)
+    assert cut.returncode != 0
+    assert cut.stderr.count("broken on purpose") == 1, "told once"
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(1, 8))
+    if processes == 1:
+        afina.train(chats, base=str(tiny), general=general, out=tmp_path / "cut", resume=True, **(settings | {"device": "cpu"}))  # type: ignore[arg-type]
+    else:
+        train(tiny, chats, general, tmp_path / "cut", "--resume", processes=processes, **settings)
+    same_losses(tmp_path / "cut", whole.folder)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
+    command = ("train", chats, "--base", tiny, "--general", general, "--out", tmp_path / "run", "--steps", 12)
+    for rank in ("0", "1"):
+        done = broken(tmp_path, rank, *command, *(["--resume"] if rank == "1" else []))
+        assert done.returncode != 0
+        assert f"afina: broken on purpose by {rank}\n  next: nothing\n" in done.stderr
+        ours = done.stderr[: done.stderr.index("torch.distributed")]  # what the launcher says comes after
+        assert ours.count("broken on purpose") == 1
+        assert "Traceback" not in ours
+    wrong = torchrun("-m", "afina", "train", chats, "--rnak", 3)
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("unknown flag --rnak") == 1
+
+
+def test_settings_know_where_each_process_computes() -> None:
+    told = TrainSettings(data=Path("x"), device="sharded")
+    assert (told.sharded, told.place) == (True, "auto")
+    told = TrainSettings(data=Path("x"), device="cpu")
+    assert (told.sharded, told.place) == (False, "cpu")
