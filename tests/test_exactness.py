@@ -313,7 +313,7 @@ def test_the_dial_of_checkpointing_changes_no_number(base: Base, method: str, ac
     if activated:
         table = Segments(rows=tuple(Segment(end - (end - start + 1) // 2, end, "a", 1.0) for start, end in pairwise(run[2])))
     adapter.train(True)
-    inside = {every: 0 for every in (0, 1, 2, 3)}
+    inside = dict.fromkeys((0, 1, 2, 3), 0)
 
     def count(*_: Any) -> None:
         inside[every] += 1

@@ -109,7 +109,8 @@ class TrainSettings(BaseSettings):
     @property
     def recomputed(self) -> int:
         """n where the activations of each n-th block are made again; 0 for none."""
-        return {"auto": 0, "off": 0, "all": 1}[self.checkpointing] if isinstance(self.checkpointing, str) else self.checkpointing
+        told = self.checkpointing
+        return told if isinstance(told, int) else int(told == "all")
 
     @field_validator("layers", mode="before")
     @classmethod

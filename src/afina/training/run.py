@@ -48,9 +48,8 @@ from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
 from afina.training.setup import Setup, default_out, set_up
 
-
 # how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
-Choose = Callable[[Sequence[Setup]], tuple[str | int, str]]
+Choose = Callable[[Sequence[Setup]], tuple[str | int, str | None]]
 
 
 @dataclass(frozen=True)
