@@ -18,7 +18,7 @@ from afina.base.model import Base
 from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
 from afina.delta.targets import resolve_targets
-from afina.planning.cost import Rates
+from afina.planning.figures import Rates
 from afina.segments import BASE, Segments
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -111,7 +111,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "warmup": ("0.2", 0.2),
     "weight_decay": ("0.01", 0.01),
     "clip": ("0.5", 0.5),
-    "checkpointing": ("true", True),
+    "checkpointing": ("4", 4),
     "check_every": ("3", 3),
     "patience": ("2", 2),
     "seed": ("5", 5),
@@ -171,8 +171,19 @@ def test_a_switch_does_not_swallow_the_word_after_it() -> None:
         settings = parse(line)[1]
         assert (settings.resume, str(settings.data)) == (True, "rows.jsonl")  # type: ignore[attr-defined]
     settings = parse(["train", "rows.jsonl", "--checkpointing", "false"])[1]
-    assert settings.checkpointing is False  # type: ignore[attr-defined]
+    assert settings.checkpointing == "off"  # type: ignore[attr-defined]
     assert parse(["generate", "--raw", "Once upon"])[1].prompts == ["Once upon"]  # type: ignore[attr-defined]
+
+
+def test_the_dial_of_checkpointing_is_a_word_or_a_number_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for told, meant, every in (("off", "off", 0), ("all", "all", 1), ("true", "all", 1), ("1", "all", 1), ("3", 3, 3)):
+        for line in (["--checkpointing", told], ["--config", str(tmp_path / "s.yaml")]):
+            (tmp_path / "s.yaml").write_text(f"checkpointing: {told}\n")
+            settings = parse(["train", "rows.jsonl", *line])[1]
+            assert (settings.checkpointing, settings.recomputed) == (meant, every)  # type: ignore[attr-defined]
+    assert parse(["train", "rows.jsonl"])[1].checkpointing == "auto"  # type: ignore[attr-defined]
+    assert run(["train", "rows.jsonl", "--checkpointing", "0"]) == 2
+    assert "each n-th block" in capsys.readouterr().err
 
 
 def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from afina.base.model import Base
 from afina.combining.merge import take_in
 from afina.data.template import Example
 from afina.delta.attach import detach
+from afina.delta.contract import methods
 from afina.delta.files import load_adapter, save_adapter, tensors_of
 from afina.engine.generate import generate_tokens
 from afina.engine.request import Sampling
@@ -187,7 +189,7 @@ def one_run(tiny: Path, tmp_path: Path, batch_tokens: int, accumulate: int, **se
     task = LanguageTask(base, examples, examples[:1], batch_tokens, accumulate, seed=3)
     made = SimpleNamespace(
         prepared=SimpleNamespace(base=base, task=task), adapter=adapter, learning_rate=1e-4, rates={}, steps=4, check_every=99, restart_every=0,
-        settings=SimpleNamespace(weight_decay=0.0, optimizer="adamw", patience=None, schedule="constant", warmup=0.0, clip=1.0, checkpointing=False, seed=3, **settings),
+        settings=SimpleNamespace(weight_decay=0.0, optimizer="adamw", patience=None, schedule="constant", warmup=0.0, clip=1.0, recomputed=0, seed=3, **settings),
     )  # fmt: skip
     ticks: list[Any] = []
     Loop(made, tmp_path, {}, ticks.append, lambda: None).train()  # type: ignore[arg-type]
@@ -297,6 +299,38 @@ def test_checkpointing_on_is_off(base: Base, dropout: float) -> None:
         results.append([loss, *gradients(base, adapter.parameters(), loss)])  # the route is another one by now
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert [module.training for module in base.model.modules()] == modes
+
+
+@pytest.mark.parametrize("activated", [False, True], ids=["everywhere", "activated"])
+@pytest.mark.parametrize("method", methods())
+def test_the_dial_of_checkpointing_changes_no_number(base: Base, method: str, activated: bool) -> None:
+    """Off, each n-th block, all: losses and gradients are equal, for each delta, also where it acts from a token on."""
+    if activated and method == "full":
+        pytest.skip("full acts everywhere")
+    adapter = put(base, method=method)
+    run = flat_run(LENGTHS)
+    labels = labels_for(run[0])
+    table = Segments.all("a")
+    if activated:
+        table = Segments(rows=tuple(Segment(end - (end - start + 1) // 2, end, "a", 1.0) for start, end in pairwise(run[2])))
+    adapter.train(True)
+    inside = dict.fromkeys((0, 1, 2, 3), 0)
+
+    def count(*_: Any) -> None:
+        inside[every] += 1
+
+    results = []
+    handles = [m.register_forward_pre_hook(count) for name, m in base.model.named_modules() if name.endswith(".input_layernorm")]
+    for every in inside:
+        with base.checkpointing(every), base.board.route(table):
+            loss = base.loss(*run, labels)
+        results.append([loss, *gradients(base, adapter.parameters(), loss)])
+    for handle in handles:
+        handle.remove()
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert any(g.abs().max() > 0 for g in results[0][1:])
+    assert inside == {0: 4, 1: 8, 2: 6, 3: 6}  # of four blocks: all run twice, each second (0, 2), each third (0, 3)
 
 
 def test_several_forwards_may_come_before_their_backward(base: Base) -> None:

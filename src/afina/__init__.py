@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before huggingface_hub is imported, which reads it then
 
 _FUNCTIONS = {
-    "train": "afina.training.run",
-    "train_many": "afina.training.run",
+    "train": "afina.planning.dial",
+    "train_many": "afina.planning.dial",
     "plan": "afina.planning.preview",
     "evaluate": "afina.judge.evaluate",
     "generate": "afina.engine.generate",

@@ -83,7 +83,11 @@ class TrainSettings(BaseSettings):
     warmup: float = _describe("share of the steps in which the rate rises", 0.05, ge=0.0, le=1.0)
     weight_decay: float = _describe("AdamW's weight decay", 0.0, ge=0.0)
     clip: float = _describe("largest norm of the gradient", 1.0, gt=0.0)
-    checkpointing: bool = _describe("less memory, more time: recompute activations in the backward pass", False)
+    checkpointing: Literal["auto", "off", "all"] | int = _describe(
+        "activations made again in the backward pass (less memory, more time): off, those of all blocks, of each n-th block; "
+        "auto: of as few as fit in memory",
+        "auto",
+    )
     check_every: int | None = _describe("steps between checkpoints, each with a held-out loss; by default a tenth")
     patience: int | None = _describe("stop after so many checks without a better held-out loss", ge=1)
     seed: int = _describe("seed of everything random", 0)
@@ -103,6 +107,23 @@ class TrainSettings(BaseSettings):
     def _split_names(cls, value: str | list[str] | None) -> str | list[str] | None:
         """A list may be written with commas."""
         return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _dial(cls, value: Any) -> Any:
+        """YAML takes off for false; each block is all of them. Raises where it is neither word nor number of blocks."""
+        word = str(value).strip().lower()
+        if word in ("auto", "off", "all", "true", "false"):
+            return {"true": "all", "false": "off"}.get(word, word)
+        if not word.isdigit() or int(word) < 1:
+            raise ValueError("auto, off, all, or a number n from 1: each n-th block")
+        return "all" if int(word) == 1 else int(word)
+
+    @property
+    def recomputed(self) -> int:
+        """n where the activations of each n-th block are made again; 0 for none."""
+        told = self.checkpointing
+        return told if isinstance(told, int) else int(told == "all")
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -51,14 +51,18 @@ class Frozen:
         return hash_tensors(self.files) if self.files else ""
 
     @contextmanager
-    def checkpointing(self, on: bool) -> Iterator[None]:
-        """Within the block, blocks keep no activations and recompute them in the backward pass."""
-        if not on:
+    def checkpointing(self, every: int) -> Iterator[None]:
+        """Within the block, each `every`-th block keeps its input only, and makes the rest again in the backward pass.
+
+        1 means all blocks, 0 none. The first of each `every` is the one: its turn in the backward pass comes when what the
+        others kept is free again.
+        """
+        if not every:
             yield
             return
         if not getattr(self.model, "supports_gradient_checkpointing", False):
-            raise BaseError(f"{self.name} cannot recompute its activations", hint="--checkpointing false")
-        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+            raise BaseError(f"{self.name} cannot recompute its activations", hint="--checkpointing off")
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)][::every]
         modes = [(layer, layer.training) for layer in layers]
         for layer in layers:
             layer.training = True  # only the block's own flag, which is what turns recomputation on

@@ -100,12 +100,17 @@ def _cost(cost: dict[str, Any]) -> None:
         ("the run", _duration(cost["run_seconds"])),
         ("the adapter's file", _size(cost["file_bytes"])),
     ]
+    dial = cost["checkpointing"]
+    if dial["why"]:
+        rows.append(("checkpointing", f"{_dial(dial['used'])}: {dial['why']}"))
     if cost["device"] == "cuda":
-        rows.append(("needs a GPU of", f"{cost['card_gib']} GB" if cost["card_gib"] else "more memory than any has"))
+        rows.append(("needs a GPU of", _card(cost)))
     if cost["fits"] is not None:
         most = cost["largest_batch_tokens"]
         room = f"fits in {_size(cost['machine_bytes'])}" if cost["fits"] else f"does NOT fit in {_size(cost['machine_bytes'])}"
-        rows.append(("this machine", room + (f"; passes of up to {most:,} tokens do" if most else "")))
+        every = cost["largest_batch_tokens_all"]
+        more = f" ({every:,} with --checkpointing all)" if every and every > (most or 0) else ""
+        rows.append(("this machine", room + (f"; passes of up to {most:,} tokens do" if most else "") + more))
     _rows(f"predicted, on {cost['device']}", rows)
     for remedy in cost["remedies"]:
         flags = " ".join(f"--{name.replace('_', '-')} {str(value).lower()}" for name, value in remedy["settings"].items())
@@ -114,6 +119,19 @@ def _cost(cost: dict[str, Any]) -> None:
     if cost["fits"] is False and not cost["remedies"]:
         console.print("- nothing that afina can change makes it fit here: a smaller base, or a larger machine", highlight=False)
     _estimate(cost["exact"])
+
+
+def _dial(used: str | int) -> str:
+    """The dial of checkpointing in words."""
+    return f"each {used}th block".replace("2th", "2nd").replace("3th", "3rd") if isinstance(used, int) else str(used)
+
+
+def _card(line: dict[str, Any]) -> str:
+    """The smallest GPU; a smaller one in brackets, where checkpointing makes that do."""
+    least, all_blocks = line["card_gib"], line["card_gib_all"]
+    if least is None:
+        return f"none ({all_blocks} GB with checkpointing)" if all_blocks else "more memory than any has"
+    return f"{least} GB" + (f" ({all_blocks} GB with checkpointing)" if all_blocks < least else "")
 
 
 def _estimate(exact: bool) -> None:
@@ -126,16 +144,17 @@ def _compared(result: dict[str, Any]) -> None:
     passes = counted(batch["tokens"], "token")
     table = Table(title=f"{base['name']}, {base['parameters']:,} numbers, {passes} a pass, on {result['device']}",
                   title_justify="left")  # fmt: skip
-    for column in ("method", "peak memory", "a step", "the run", "to learn", "file", "GPU of" if cuda else "fits here"):
+    last = "GPU of" if cuda else "fits here"
+    for column in ("method", "peak memory", "checkpointing", "a step", "the run", "to learn", "file", last):
         table.add_column(column)
     for line in result["methods"]:
         if "why" in line:
             table.add_row(line["method"], escape(line["why"]))
             continue
-        last = f"{line['card_gib']} GB" if line["card_gib"] else "none" if cuda else "yes" if line["fits"] else "no"
+        last = _card(line) if cuda else "yes" if line["fits"] else "no"
         table.add_row(
-            line["method"], _size(line["peak_bytes"]), _duration(line["step_seconds"]), _duration(line["run_seconds"]),
-            f"{line['trainable_parameters']:,}", _size(line["file_bytes"]), last,
+            line["method"], _size(line["peak_bytes"]), _dial(line["checkpointing"]["used"]), _duration(line["step_seconds"]),
+            _duration(line["run_seconds"]), f"{line['trainable_parameters']:,}", _size(line["file_bytes"]), last,
         )  # fmt: skip
     console.print(table)
     _estimate(result["exact"])

@@ -3,7 +3,8 @@
 from typing import Any
 
 from afina.config import TrainSettings
-from afina.training import run
+from afina.planning.dial import choose
+from afina.planning.dial import train as train_one
 from afina.training.sweep import SUFFIXES, sweep
 
 
@@ -11,6 +12,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """Train with a progress bar; returns run.json and the folder, or a line for each run of a sweep."""
     if settings.data.suffix in SUFFIXES:
         told = {name: getattr(settings, name) for name in settings.model_fields_set}
-        return sweep(settings.data, told, quiet=False)
-    finished = run.train(settings, quiet=False)
+        return sweep(settings.data, told, quiet=False, choose=choose)
+    finished = train_one(settings, quiet=False)
     return {"folder": str(finished.folder)} | finished.story

@@ -71,6 +71,7 @@ class Cost:
     keeps: int  # further numbers kept for the backward pass, a token
     products: float  # multiply-adds forward, a token; the backward pass has twice as many
     once: float = 0.0  # multiply-adds with the written-out weight in each pass, however many tokens there are
+    works: float = 0.0  # numbers that live while it works, a token, besides inputs and outputs and what is kept
 
 
 class Delta(nn.Module):

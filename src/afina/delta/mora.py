@@ -155,7 +155,8 @@ class MoRA(Delta):
         blocks = min(math.ceil(layer.in_features / size), math.ceil(layer.out_features / size))
         slots = blocks if operator in ("decoupling", "rotation") else 1
         dropped = 2 * layer.in_features if spec.dropout else 0
-        return Cost(operator == "truncation", slots * size + dropped, float(slots * size**2))
+        works = 2.0 * layer.in_features if operator == "rotation" else 0.0  # inputs padded, and turned
+        return Cost(operator == "truncation", slots * size + dropped, float(slots * size**2), works=works)
 
 
 def operator_of(layer: Layer, spec: Spec) -> str:

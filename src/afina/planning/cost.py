@@ -8,18 +8,18 @@ With T tokens in a pass, L labels, d the width, f the feed-forward width, h the 
                                      h + 2    output and log-sums, where PyTorch's attention has the backward pass
                                      inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
                                      D        what each delta keeps besides (`Delta.cost`)
-    kept with checkpointing          d a token and block, and all the above of one block
+    kept where a block is recomputed d, until its turn comes, and then all the above of this one
 
 Blocks below the first adapted one keep nothing. At its largest a step holds, besides libraries, weights and what is
 learned (numbers, their copies in e bytes, float32 masters of 16-bit ones, moments), the most of:
 
     loss        what is kept + hidden states with a label and their gradients, 2 L d e + one chunk of logits
-    backward    the larger of what is kept and all gradients + what lives within a block at a time
+    backward    at each block: what it and those below it keep, gradients of those above it, what lives within it
     optimizer   gradients, those of masters in float32 again
     the end     the best adapter, read back and attached beside the last one
 
-or what loading needs. A CPU's allocator leaves holes: SLACK is the share that they add to activations, HOLES to
-what lives within a block.
+or what loading needs. A CPU's allocator leaves holes: SLACK is the share that they add to what is kept, HOLES to what
+lives within a block, `Rates.heap` what the probe found over both.
 
 Time is operations over the rates of this machine (`Rates`): products with the base forwards and, above the first adapted
 layer, backwards (again for the weights' gradients where they are trained, again forwards with checkpointing); attention;
@@ -27,11 +27,8 @@ thin products of the deltas; NF4 written out at each product; passes over activa
 and PyTorch take for a block, however little there is to compute.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -45,110 +42,13 @@ from afina.delta.layers import Layer
 from afina.delta.targets import block_number
 from afina.kernels.attention import LONGEST
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
+from afina.planning.figures import Load, Memory, Rates, Time
 from afina.planning.shape import Count, Shape
 from afina.training.eightbit import SMALLEST
 
-# C's malloc on Linux, measured on four cases (lora on 10M and 40M in bf16, 1,024 to 4,096 tokens, checkpointing on and
-# off): besides a few hundredths of what is kept, holes between tensors that come and go take 2.4 times what a block needs
-SLACK, HOLES = 0.09, 2.6
+# C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again
+SLACK, HOLES = 0.25, 3.0
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a machine is, measured: operations and bytes a second. `product` is (rows, rate) by dtype, rising."""
-
-    product: dict[str, Sequence[Sequence[float]]]
-    attention: dict[str, Sequence[Sequence[float]]]  # (length, rate) by dtype; backwards counts for 2.5 times forwards
-    thin: dict[str, float]  # products with 8 columns
-    copy: float  # bytes read and written
-    dequantise: float  # weights written out of NF4
-    factor: float  # measured over counted time, of a real step
-    block: float  # seconds a block and pass, forwards and backwards, however few the tokens
-    libraries: float  # bytes of a process that has loaded, besides what is counted
-    overlaps: bool = False  # whether the device computes while Python goes on
-
-    def rate(self, dtype: str, rows: float) -> float:
-        """Operations a second of products with `rows` rows."""
-        return _between(self.product[dtype], rows)
-
-    def attention_rate(self, dtype: str, length: float) -> float:
-        """Operations a second of attention, forwards and backwards, over sequences of `length`."""
-        return _between(self.attention[dtype], length)
-
-
-def _between(points: Sequence[Sequence[float]], rows: float) -> float:
-    """The rate at `rows`: between those measured, on a straight line over log rows."""
-    if rows <= points[0][0]:
-        return points[0][1] * rows / points[0][0]
-    for (few, slow), (many, fast) in pairwise(points):
-        if rows <= many:
-            return slow + (fast - slow) * math.log(rows / few) / math.log(many / few)
-    return points[-1][1]
-
-
-@dataclass(frozen=True)
-class Load:
-    """The passes of a run: tokens, labels and longest sequence of the largest one, and what they are on average."""
-
-    tokens: int
-    labels: int
-    length: int
-    mean_tokens: float
-    mean_labels: float
-    mean_length: float  # tokens that a token's sequence has
-    passes: int = 1  # before each optimizer step
-
-    @classmethod
-    def full(cls, tokens: int, length: int, passes: int = 1, labelled: float = 1.0) -> "Load":
-        """Every pass full, of sequences of one length."""
-        length, labels = min(length, tokens), max(1, round(tokens * labelled))
-        return cls(tokens, labels, length, tokens, labels, length, passes)
-
-    def at(self, tokens: int) -> "Load":
-        """The same kind of rows in passes of `tokens`."""
-        share = tokens / self.tokens
-        length = min(self.length, tokens)
-        return replace(self, tokens=tokens, labels=max(1, round(self.labels * share)), length=length,
-                       mean_tokens=self.mean_tokens * share, mean_labels=self.mean_labels * share,
-                       mean_length=min(self.mean_length, tokens))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the largest moment of a run, by what they are for."""
-
-    libraries: float
-    weights: float
-    learned: float
-    optimizer: float
-    activations: float
-    other: float  # gradients, the loss, what lives within a block
-
-    @property
-    def peak(self) -> float:
-        """All of it."""
-        return float(sum(getattr(self, field.name) for field in fields(self)))
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds of an optimizer step, by what takes them."""
-
-    products: float
-    attention: float
-    adapters: float
-    dequantisation: float
-    activations: float
-    optimizer: float
-    overhead: float
-    overlaps: bool = False
-
-    @property
-    def step(self) -> float:
-        """All of it; where the device computes meanwhile, the longer of computing and of Python."""
-        work = sum(asdict(self).values()) - self.overhead - self.overlaps
-        return max(work, self.overhead) if self.overlaps else work + self.overhead
 
 
 @dataclass
@@ -165,7 +65,10 @@ class _Block:
     once: float = 0.0  # a pass
     trained: int = 0  # weights with gradients of their own
     passes: int = 0  # outputs of adapted layers
+    learned: int = 0  # numbers with a gradient of the adapter, in all
     nf4: int = 0  # weights written out at each product
+    works: float = 0.0  # of its deltas, while they work
+    kept: float = 0.0  # for the backward pass
     flows: bool = False  # whether gradients flow through it
 
 
@@ -178,6 +81,7 @@ class Step:
     settings: TrainSettings
     storage: str  # "plain" or "nf4"
     device: str = "cpu"
+    every: int = 0  # activations of each `every`-th block are made again in the backward pass; 0: of none
 
     # ---- the model
 
@@ -221,6 +125,9 @@ class Step:
         for number, block in enumerate(blocks):
             flows = flows or any(block_number(path) == number for path in self.count.layers)
             block.flows = flows
+        for path, numbers in self.count.layers.items():
+            if (at := block_number(path)) is not None:
+                blocks[at].learned += numbers
         return blocks
 
     def _add_matrix(self, block: _Block, layer: Layer, shared: set[tuple[str, int]]) -> None:
@@ -238,6 +145,7 @@ class Step:
             if group is not None:
                 shared.add((parent, group))
         block.keeps += cost.keeps
+        block.works = max(block.works, cost.works)
         block.thin += cost.products
         block.once += cost.once
         block.trained += weights if kind.replaces else 0
@@ -265,40 +173,61 @@ class Step:
 
     # ---- memory
 
-    def memory(self, load: Load, libraries: float) -> Memory:
-        """Bytes at the largest moment, in a process whose libraries take `libraries`; never less than it will be."""
+    def memory(self, load: Load, libraries: float, heap: float = 1.0) -> Memory:
+        """Bytes at the largest moment, in a process whose libraries take `libraries`; never less than it will be.
+
+        `heap` is what this machine's allocator takes over what is counted here, as the probe found it.
+        """
         e, n, width = self.shape.dtype.itemsize, self.count.trainable, self.count.width
         cpu, masters = self.device == "cpu", self.count.width < 4
         learned = n * width + (4 * n if masters else 0) + (e * n if width > e else 0)
-        slack, holes = (1.0 + SLACK, 1.0 + HOLES) if cpu else (1.0, 1.0)
-        gradients, kept = n * width, slack * load.tokens * e * self._kept(load)
-        loss = e * self._width * (2 * load.labels + 3 * load.tokens) + self._chunk(load.labels)
-        within = load.tokens * e * self._within(load) * holes + self._packed
-        backward = max(0.0, gradients - kept) + slack * (within + 2 * load.labels * self._width * e)
-        step = gradients + (4 * n if masters else 0) + self._optimizer_work - kept
-        transient = max(slack * loss, backward, step, 2 * n * width - kept)
+        slack, holes = (heap * (1.0 + SLACK), heap * (1.0 + HOLES)) if cpu else (1.0, 1.0)
+        each = [load.tokens * e * slack * numbers for numbers in self._kept(load)]
+        kept = sum(each)
+        loss = slack * (e * self._width * (2 * load.labels + 3 * load.tokens) + self._chunk(load.labels))
+        within = load.tokens * e * self._within(load) * holes + self._packed + 2 * slack * load.labels * self._width * e
+        step = n * width + (4 * n if masters else 0) + self._optimizer_work
+        moments = [kept + loss, step, 2.0 * n * width, *self._backward(each, load.tokens * e * slack, within)]
         weights = float(self.shape.weight_bytes(self.storage))
-        made = Memory(libraries, weights, learned, self._moments, kept, transient)
+        made = Memory(libraries, weights, learned, self._moments, kept, max(moments) - kept)
         missing = libraries + weights + self.shape.largest(self.storage) - made.peak  # while it is loaded
         return replace(made, other=made.other + missing) if cpu and missing > 0 else made
 
-    def _kept(self, load: Load) -> float:
-        """Numbers a token kept for the backward pass."""
+    def _backward(self, each: list[float], unit: float, within: float) -> list[float]:
+        """Bytes at the turn of each block in the backward pass: `each` kept by the blocks, `unit` a number of all tokens."""
+        moments, kept, gradients = [], sum(each), float(self.count.width * self.count.trainable)
+        gradients -= self.count.width * sum(block.learned for block in self._blocks)  # those above the blocks
+        for number, block in reversed(list(enumerate(self._blocks))):
+            if block.flows:
+                again = unit * (block.kept - self._width) if self._recomputes(number) else 0.0
+                gradients += self.count.width * block.learned
+                moments.append(kept + again + gradients + within)
+                kept -= each[number]
+        return moments
+
+    def _recomputes(self, number: int) -> bool:
+        return bool(self.every) and number % self.every == 0
+
+    def _kept(self, load: Load) -> list[float]:
+        """Numbers a token that each block keeps for the backward pass; `block.kept` are those without recomputation."""
         heads, width = self._heads
         attention = 3.0 * width
         if not self._short(load.length):
             attention += width + 2 * heads * 4 / self.shape.dtype.itemsize
-        each = [b.norms + 2 * b.inner + attention + b.inputs + b.keeps for b in self._blocks if b.flows]
-        if self.settings.checkpointing:
-            return len(self._blocks) * self._width + max(each, default=0.0)
-        return sum(each)
+        for block in self._blocks:
+            block.kept = block.norms + 2 * block.inner + attention + block.inputs + block.keeps if block.flows else 0.0
+        return [
+            float(self._width) if block.flows and self._recomputes(number) else block.kept
+            for number, block in enumerate(self._blocks)
+        ]
 
     def _within(self, load: Load) -> float:
         """Numbers a token that live within a block while its backward pass runs."""
         heads, width = self._heads
         inner = max((b.inner for b in self._blocks if b.flows), default=0)
         scores = 3 * heads * load.length * 4 / self.shape.dtype.itemsize if self._short(load.length) else 0.0
-        return 3 * self._width + max(4 * inner, 9 * width + scores)
+        works = max((b.works for b in self._blocks), default=0.0)
+        return 3 * self._width + max(4 * inner + works, 9 * width + scores)
 
     @property
     def _packed(self) -> float:
@@ -335,10 +264,12 @@ class Step:
     def time(self, load: Load, rates: Rates) -> Time:
         """Seconds of an optimizer step."""
         dtype = "bfloat16" if self.shape.dtype == torch.bfloat16 else "float32"
-        tokens, e, again = load.mean_tokens, self.shape.dtype.itemsize, int(self.settings.checkpointing)
+        tokens, e = load.mean_tokens, self.shape.dtype.itemsize
         rate = rates.rate(dtype, tokens)
         flowing = [b for b in self._blocks if b.flows]
         below = len(self._blocks) - len(flowing)
+        # blocks are alike: each counts as recomputed for the share that is
+        again = sum(self._recomputes(n) and b.flows for n, b in enumerate(self._blocks)) / max(1, len(flowing))
         weights = sum(b.matrices for b in self._blocks) + sum((1 + again) * b.matrices + b.trained for b in flowing)
         head = self._width * int(self.shape.config.vocab_size) * load.mean_labels * (2 + 2 * self._head_adapted)
         heads = 4 * tokens * load.mean_length * self._heads[1] * (below + (3.5 + again) * len(flowing))

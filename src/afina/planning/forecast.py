@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from afina.base.load import choose_device
-from afina.config import PlanSettings
+from afina.config import PlanSettings, TrainSettings
 from afina.data.batches import Sampler
 from afina.data.template import Example
 from afina.delta.contract import Spec, method, methods
 from afina.delta.presets import preset
 from afina.errors import AfinaError, SettingsError
-from afina.planning.cost import Load, Rates, Step
-from afina.planning.probe import rates_of
+from afina.planning.cost import Step
+from afina.planning.figures import Load, Memory, Rates
+from afina.planning.probe import known_rates, rates_of
 from afina.planning.shape import Shape, count
 from afina.training.prepare import new_tokens
 from afina.training.setup import make_spec
@@ -26,9 +27,11 @@ from afina.training.setup import make_spec
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
 CONTEXT = 1.0e9  # bytes of a GPU that CUDA's context, its libraries and holes between tensors take
 SPARE = 0.95  # share of a machine's memory that one process may take
-BESIDES = 25e6  # bytes that rows, logs and judging take in a training process
-LIBRARIES = 5e8  # bytes of a process with torch and transformers, where it has not been measured
+BESIDES = 40e6  # bytes that rows, logs, judging and the curve's picture take in a training process
+LIBRARIES = 6e8  # bytes of a process with torch and transformers, where it has not been measured
 SMALLEST = 64  # tokens of the smallest batch that is worth proposing
+# of checkpointing: each takes less memory and more time than the one before
+DIAL: tuple[str | int, ...] = ("off", 4, 3, 2, "all")
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,21 @@ class Place:
             return 0.0
         return BESIDES + (self.rates.libraries if self.rates else LIBRARIES)
 
+    @property
+    def heap(self) -> float:
+        """What activations take over what is counted, as the probe found it."""
+        return self.rates.heap if self.rates else 1.0
 
-def find_place(settings: PlanSettings) -> Place:
-    """The device that the settings mean. A GPU that is not here has no memory and no rates, but can be planned for."""
+
+def find_place(settings: TrainSettings, anew: bool = False, measure: bool = True) -> Place:
+    """The device that the settings mean. A GPU that is not here has no memory and no rates, but can be planned for.
+
+    Without `measure` nothing is measured: rates are those of an earlier plan, if there was one.
+    """
     device = choose_device("auto").type if settings.place == "auto" else settings.place
     if device == "cuda" and not torch.cuda.is_available():
         return Place(device, None, None)
-    rates = rates_of(device, settings.probe) if device in ("cpu", "cuda") else None
+    rates = (rates_of(device, anew) if measure else known_rates(device)) if device in ("cpu", "cuda") else None
     return Place(device, torch.cuda.get_device_properties(0).total_memory if device == "cuda" else machine_memory(), rates)
 
 
@@ -70,7 +81,7 @@ def machine_memory() -> float | None:
     return min(total, float(told)) if re.fullmatch(r"\d+", told) else total
 
 
-def load_of(train: Sequence[Example], settings: PlanSettings) -> Load:
+def load_of(train: Sequence[Example], settings: TrainSettings) -> Load:
     """The passes of a run over `train`, as they will be packed in its first epoch."""
     sampler = Sampler(list(train), settings.batch_tokens, settings.accumulate, settings.seed)
     steps = [sampler.step_examples(step) for step in range(sampler.steps_per_epoch)]
@@ -97,12 +108,43 @@ def make_step(shape: Shape, settings: PlanSettings, place: Place, spec: Spec | N
         raise SettingsError("codes have no gradient", where="method", why="this base is in 4 bits", hint="--method lora")
     tokens = {name: number for number, name in enumerate(new_tokens(settings))}
     spec = spec or make_spec(shape.model, settings, tokens=tokens)
-    return Step(shape, count(shape, spec), settings, storage, place.device)
+    return Step(shape, count(shape, spec), settings, storage, place.device, settings.recomputed)
+
+
+def held(step: Step, load: Load, place: Place) -> Memory:
+    """What a run holds at its largest moment, there."""
+    return step.memory(load, place.libraries, place.heap)
+
+
+def turn(step: Step, load: Load, place: Place, besides: float = 0.0) -> tuple[Step, str | int, str | None]:
+    """The step with the dial where it belongs, its value, and why; as it is where the settings say it.
+
+    `besides` are bytes of other adapters in the same passes.
+    """
+    told = step.settings.checkpointing
+    if told != "auto":
+        return step, told, None
+    if not step.shape.model.supports_gradient_checkpointing:
+        return step, "off", "this family's blocks cannot make their activations again"
+    if place.memory is None:
+        return step, "off", "there is no such device here, so that its memory is not known"
+    room, first = f"{place.memory / 1e9:,.1f} GB", 0.0
+    for value in DIAL:
+        turned = replace(step, every=step.settings.model_copy(update={"checkpointing": value}).recomputed)
+        peak = held(turned, load, place).peak + besides
+        first = first or peak
+        if fits(peak, place):
+            break
+    if value == "off":
+        return turned, value, f"{peak / 1e9:,.2f} GB fit in {room}"
+    short = "" if fits(peak, place) else ", still too much"
+    return turned, value, f"without, {first / 1e9:,.2f} GB of {room} would be taken; so {peak / 1e9:,.2f} GB{short}"
 
 
 def forecast(step: Step, load: Load, place: Place, steps: int | None, held_tokens: int) -> dict[str, Any]:
     """Memory and time of a run of `steps` optimizer steps; what is not known is None."""
-    memory = step.memory(load, place.libraries)
+    step, dial, why = turn(step, load, place)
+    memory = held(step, load, place)
     seconds = step.time(load, place.rates) if place.rates else None
     shown = None
     if seconds is not None and steps is not None:
@@ -116,7 +158,9 @@ def forecast(step: Step, load: Load, place: Place, steps: int | None, held_token
         "time": {n: v for n, v in asdict(seconds).items() if n != "overlaps"} if seconds else None,
         "run_seconds": shown,
         "fits": fits(memory.peak, place),
+        "checkpointing": {"used": dial, "why": why},
         "card_gib": card(memory.peak) if place.device == "cuda" else None,
+        "card_gib_all": card(held(replace(step, every=1), load, place).peak) if place.device == "cuda" else None,
         "trainable_parameters": step.count.trainable,
         "file_bytes": step.count.file_bytes,
     }
@@ -139,11 +183,11 @@ def largest_batch(step: Step, load: Load, place: Place) -> int | None:
     if place.memory is None:
         return None
     low, high = 0, SMALLEST
-    while high <= 1 << 24 and fits(step.memory(load.at(high), place.libraries).peak, place):
+    while high <= 1 << 24 and fits(held(step, load.at(high), place).peak, place):
         low, high = high, 2 * high
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(step.memory(load.at(middle), place.libraries).peak, place) else (low, middle)
+        low, high = (middle, high) if fits(held(step, load.at(middle), place).peak, place) else (low, middle)
     return low if low >= SMALLEST else 0
 
 
@@ -154,19 +198,20 @@ def remedies(shape: Shape, settings: PlanSettings, place: Place, load: Load) -> 
     found: list[dict[str, Any]] = []
     delta = preset(settings.method, shape.blocks).delta
     four_bits = {"method": "qlora" if method(delta).replaces else f"q{settings.method}"}
-    changes: list[dict[str, Any]] = [{}] if settings.checkpointing else [{}, {"checkpointing": True}]
+    changes: list[dict[str, Any]] = [{}] if settings.checkpointing in ("all", "auto") else [{}, {"checkpointing": "all"}]
     if not settings.method.startswith("q"):
         changes += [{**change, **four_bits} for change in changes]
     for change in changes:
         changed = settings.model_copy(update=change)
         step = make_step(shape, changed, place)
-        batch = largest_batch(step, load, place)
+        batch = largest_batch(replace(step, every=1) if settings.checkpointing == "auto" else step, load, place)
         if not batch:
             continue
         smaller = load.at(min(batch, load.tokens))
         if smaller.tokens < load.tokens:
             change = {**change, "batch_tokens": smaller.tokens}
-        peak = step.memory(smaller, place.libraries).peak
+        step = turn(step, smaller, place)[0]
+        peak = held(step, smaller, place).peak
         found.append({"settings": change, "peak_bytes": round(peak),
                       "step_seconds": step.time(smaller, place.rates).step if place.rates else None})  # fmt: skip
     return found

@@ -4,7 +4,7 @@ The base is loaded where it is there and fits, so that everything is checked tha
 step. Else its configuration is enough: a model of 70B can be asked about on a laptop.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,19 @@ from afina.delta.contract import Spec, method
 from afina.delta.targets import block_number
 from afina.errors import SettingsError
 from afina.objective.language import LanguageTask
-from afina.planning.cost import Load
-from afina.planning.forecast import compare, find_place, fits, forecast, full_load, largest_batch, load_of, make_step, remedies
+from afina.planning.figures import Load
+from afina.planning.forecast import (
+    compare,
+    find_place,
+    fits,
+    forecast,
+    full_load,
+    largest_batch,
+    load_of,
+    make_step,
+    remedies,
+    turn,
+)
 from afina.planning.shape import Shape, read_shape
 from afina.training.prepare import objective_of, read_examples
 from afina.training.setup import Setup, default_out, set_up
@@ -57,12 +68,12 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
             where = "data" if asked is None else "compare"
             raise SettingsError("memory and time are predicted for language models so far", where=where)
         return _checked(set_up(asked)) | {"cost": None}
-    place = find_place(settings)
+    place = find_place(settings, settings.probe)
     shape = read_shape(settings, place.device)
     step = make_step(shape, settings, place)
-    held = shape.weight_bytes(step.storage) + place.libraries
+    weights = shape.weight_bytes(step.storage) + place.libraries
     setup = None
-    if asked is not None and shape.has_weights and fits(held, place) and not settings.compare:
+    if asked is not None and shape.has_weights and fits(weights, place) and not settings.compare:
         setup = set_up(asked)
         step = make_step(shape, settings, place, setup.adapter.spec)
     rows = _rows(setup) if setup else _rows_alone(shape, settings)
@@ -75,14 +86,17 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
                         "batch": _batch(load), "exact": shape.exact}  # fmt: skip
     cost = forecast(step, load, place, steps, rows.held_tokens)
     cost |= {
-        "device": place.device, "machine_bytes": place.memory, "largest_batch_tokens": largest_batch(step, load, place),
-        "remedies": remedies(shape, settings, place, load) if cost["fits"] is False else [], "batch": _batch(load),
-        "exact": shape.exact,
+        "device": place.device, "machine_bytes": place.memory, "batch": _batch(load), "exact": shape.exact,
+        "largest_batch_tokens": largest_batch(turn(step, load, place)[0], load, place),
+        "largest_batch_tokens_all": largest_batch(replace(step, every=1), load, place),
+        "remedies": remedies(shape, settings, place, load) if cost["fits"] is False else [],
     }  # fmt: skip
+    dial = {"checkpointing": cost["checkpointing"]["used"]}
     if setup:
         checked = _checked(setup)
+        checked["settings"] |= dial
         return checked | {"base": checked["base"] | {"kinds": shape.kinds}, "cost": cost}
-    used = {"dtype": str(shape.dtype).removeprefix("torch."), "device": place.device, "steps": steps}
+    used = dial | {"dtype": str(shape.dtype).removeprefix("torch."), "device": place.device, "steps": steps}
     used |= {"objective": rows.objective, "max_length": rows.max_length} if rows.train else {}
     used |= {"out": str(default_out(asked))} if asked else {}
     return about | {

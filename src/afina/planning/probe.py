@@ -3,8 +3,9 @@
     $AFINA_CACHE/probe.json, or ~/.cache/afina/probe.json      a mapping from machine to `Rates`
 
 The machine is its processor, torch's version, the number of threads, the kernels and the device: where one of them
-changes, it is measured anew. Each rate is the best of several tries, since others may be at work; the last two figures
-come from real steps of the embedded base with a lora, one of few tokens and one of many.
+changes, it is measured anew. Each rate is the best of several tries, since others may be at work. Real steps of the
+embedded base with a lora, one of few tokens and one of many, tell the rest: what the libraries take, what activations take
+over what is counted for them (1 where that is no more), seconds over counted seconds, and seconds a block.
 """
 
 import json
@@ -25,7 +26,8 @@ from afina.config import TrainSettings
 from afina.disk import write_json
 from afina.errors import AfinaError
 from afina.kernels.native import kernels
-from afina.planning.cost import Load, Rates, Step
+from afina.planning.cost import Step
+from afina.planning.figures import Load, Rates
 from afina.planning.shape import count, read_shape
 
 ROWS, LENGTHS = (16, 64, 256, 1024), (32, 128, 512, 1024)
@@ -33,6 +35,7 @@ HEADS, HEAD = 8, 64  # of the attention
 WIDTH, OUT = 1024, 4096  # of the matrix in the products: 8 MB in 16 bits
 TRIES, SECONDS = 4, 0.25  # of each figure: at least so many tries, and no more once so long
 FEW, MANY = 64, 1024  # tokens of the embedded base's steps, in sequences of FEW
+AGAIN = 4  # steps after which a heap has stopped growing
 
 
 def cache_file() -> Path:
@@ -60,6 +63,12 @@ def rates_of(device: str, anew: bool = False) -> Rates:
     return Rates(**known[key])
 
 
+def known_rates(device: str) -> Rates | None:
+    """The rates of this machine, where they have been measured."""
+    found = _read().get(machine(device))
+    return Rates(**found) if found else None
+
+
 def _read() -> dict[str, Any]:
     """All that is kept; nothing where the file is damaged or from another version."""
     try:
@@ -85,7 +94,7 @@ def _measured_apart(device: str) -> dict[str, Any]:
 
 def measure(device: str) -> Rates:
     """The rates, measured here and now; for a process that has done nothing else."""
-    peak, rates = _steps(device, Rates({}, {}, {}, 1.0, 1.0, 1.0, 0.0, 0.0, device != "cpu"), None)
+    rates = _steps(device, Rates({}, {}, {}, 1.0, 1.0, 1.0, 0.0, 0.0, device != "cpu"), timed=False)
     types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     rates = replace(
         rates,
@@ -94,9 +103,8 @@ def measure(device: str) -> Rates:
         thin={name: _product(512, 8, dtype, device) for name, dtype in types.items()},
         copy=_copy(device),
         dequantise=_dequantise(device),
-        libraries=peak,
     )
-    return _steps(device, rates, rates.libraries)[1]
+    return _steps(device, rates, timed=True)
 
 
 def best(run: Callable[[], Any], device: str) -> float:
@@ -147,8 +155,8 @@ def _dequantise(device: str) -> float:
     return OUT * WIDTH / best(lambda: dequantize(weight, torch.bfloat16), device)
 
 
-def _steps(device: str, rates: Rates, libraries: float | None) -> tuple[float, Rates]:
-    """Steps of the embedded base with a lora: what the libraries take (bytes), and the rates with factor and overhead.
+def _steps(device: str, rates: Rates, timed: bool) -> Rates:
+    """The rates with what steps of the embedded base with a lora tell of memory, or, `timed`, of seconds.
 
     With two loads, t = factor * counted + blocks * overhead has one solution.
     """
@@ -178,16 +186,23 @@ def _steps(device: str, rates: Rates, libraries: float | None) -> tuple[float, R
         optimizer.step(1.0, 1.0)
 
     few, many = (Load.full(tokens, FEW, labelled=(FEW - 1) / FEW) for tokens in (FEW, MANY))
-    if libraries is None:
+    if not timed:
+        if device != "cpu":
+            return rates
         run(FEW)
-        held = step.memory(few, 0.0).peak
-        return (max(0.0, 1e6 * peak_memory_mb() - held) if device == "cpu" else 0.0), rates
+        libraries = max(0.0, 1e6 * peak_memory_mb() - step.memory(few, 0.0).peak)
+        for _ in range(AGAIN):
+            run(MANY)
+        counted_bytes = step.memory(many, libraries)
+        working = counted_bytes.activations + counted_bytes.other
+        more = (1e6 * peak_memory_mb() - counted_bytes.peak + working) / working
+        return replace(rates, libraries=libraries, heap=max(1.0, more))
     counted = [sum(asdict(step.time(load, rates)).values()) - rates.overlaps for load in (few, many)]
     seconds = [best(lambda n=load.tokens: run(n), device) for load in (few, many)]  # type: ignore[misc]
     factor = (seconds[1] - seconds[0]) / (counted[1] - counted[0])
     factor = min(4.0, max(0.5, 1.0 if rates.overlaps else factor))  # on a GPU so small a model measures Python alone
     block = max(1e-5, (seconds[0] - (0.0 if rates.overlaps else factor * counted[0])) / shape.blocks)
-    return libraries, replace(rates, factor=factor, block=block)
+    return replace(rates, factor=factor, block=block)
 
 
 if __name__ == "__main__":

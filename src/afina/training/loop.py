@@ -172,8 +172,8 @@ def train_together(loops: Sequence[Loop]) -> dict[Loop, TrainingError]:
     One that breaks, breaks alone: a loss that is not finite leaves the pass before its gradients reach the others.
     """
     failed: dict[Loop, TrainingError] = {}
-    recompute = any(loop.setup.settings.checkpointing for loop in loops)
-    with loops[0].setup.prepared.base.checkpointing(recompute):
+    told = [every for loop in loops if (every := loop.setup.settings.recomputed)]
+    with loops[0].setup.prepared.base.checkpointing(min(told, default=0)):
         while active := [loop for loop in loops if loop not in failed and not loop.ended]:
             failed |= _step(active)
     return failed

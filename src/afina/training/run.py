@@ -12,7 +12,7 @@ RUN/curve.png, RUN/README.md
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,9 @@ from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
 from afina.training.setup import Setup, default_out, set_up
 
+# how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
+Choose = Callable[[Sequence[Setup]], tuple[str | int, str | None]]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,21 +62,29 @@ class Run:
     story: dict[str, Any]
 
 
-def train(data: str | Path | TrainSettings, *, quiet: bool = True, model: Classifier | None = None, **values: Any) -> Run:
+def train(
+    data: str | Path | TrainSettings,
+    *,
+    quiet: bool = True,
+    model: Classifier | None = None,
+    choose: Choose | None = None,
+    **values: Any,
+) -> Run:
     """Adapt a base to `data`; settings as in `afina train --help`. Returns the finished run.
 
-    `model` is a classifier made in Python out of any torch module; the adapter stays attached to it.
+    `model` is a classifier made in Python out of any torch module; the adapter stays attached to it. `choose` turns the dial
+    of checkpointing where that is "auto"; without it nothing is made again.
     Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
     """
     settings = data if isinstance(data, TrainSettings) else make_settings(TrainSettings, {"data": Path(data), **values})
-    [outcome] = train_many([settings], quiet=quiet, model=model)
+    [outcome] = train_many([settings], quiet=quiet, model=model, choose=choose)
     if isinstance(outcome, TrainingError):
         raise outcome
     return outcome
 
 
 def train_many(
-    runs: Sequence[TrainSettings], *, quiet: bool = True, model: Classifier | None = None
+    runs: Sequence[TrainSettings], *, quiet: bool = True, model: Classifier | None = None, choose: Choose | None = None
 ) -> list[Run | TrainingError]:
     """Train several adapters; those on one language model share it, and its passes. Each has its own run folder.
 
@@ -94,7 +105,7 @@ def train_many(
         groups.setdefault(_shares(settings) or number, []).append(number)
     outcomes: dict[int, Run | TrainingError] = {}
     for numbers in groups.values():
-        made = _train_group([runs[n] for n in numbers], [folders[n] for n in numbers], quiet, model)
+        made = _train_group([runs[n] for n in numbers], [folders[n] for n in numbers], quiet, model, choose)
         outcomes |= dict(zip(numbers, made, strict=True))
     return [outcomes[number] for number in range(len(runs))]
 
@@ -108,7 +119,7 @@ def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
 
 
 def _train_group(
-    runs: list[TrainSettings], folders: list[Path], quiet: bool, model: Classifier | None
+    runs: list[TrainSettings], folders: list[Path], quiet: bool, model: Classifier | None, choose: Choose | None
 ) -> list[Run | TrainingError]:
     """Runs on one base, together."""
     all_of_us = world()
@@ -119,6 +130,7 @@ def _train_group(
             base = setups[0].prepared.base if setups else model
             assert base is None or isinstance(base, Base | Classifier)
             setups.append(set_up(settings, base, f"run-{number}"))
+        _turn_dial(setups, choose)
         display = Silent() if quiet or not all_of_us.first else Display(setups)
         for number, (setup, folder) in enumerate(zip(setups, folders, strict=True)):
             tell, keep = partial(display.tick, run=number), partial(_save_best, setup, folder)
@@ -139,6 +151,14 @@ def _train_group(
         return [failed[loop] if loop in failed else Run(loop.run, _finish(loop.setup, loop.run, loop)) for loop in loops]
 
 
+def _turn_dial(setups: Sequence[Setup], choose: Choose | None) -> None:
+    """Put what is used in the place of checkpointing "auto", in the settings that the run keeps."""
+    open_ones = [setup for setup in setups if setup.settings.checkpointing == "auto"]
+    value, why = choose(setups) if choose and open_ones else ("off", None)
+    for setup in open_ones:
+        setup.settings, setup.why = setup.settings.model_copy(update={"checkpointing": value}), why
+
+
 def _check_folder(folder: Path, settings: TrainSettings) -> None:
     """A new run never writes over an old one; a resumed one must have begun."""
     if folder.exists() and not folder.is_dir():
@@ -156,9 +176,9 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
 def _identity(setup: Setup) -> dict[str, Any]:
     """What must be the same when a run is resumed: every setting that changes the result, data, base.
 
-    Files may lie elsewhere by then: data and base are known by their content.
+    Files may lie elsewhere by then: data and base are known by their content. Checkpointing changes no number.
     """
-    elsewhere = ("resume", "out", "data", "base", "device")
+    elsewhere = ("resume", "out", "data", "base", "device", "checkpointing")
     return {
         "settings": {k: v for k, v in resolved(setup.settings).items() if k not in elsewhere},
         "data": setup.prepared.source["sha256"],
@@ -242,6 +262,7 @@ def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "settings": resolved(setup.settings),
+        "checkpointing": {"used": setup.settings.checkpointing, "why": setup.why},
         "method": setup.adapter.spec.method,
         "objective": setup.prepared.objective,
         "learning_rate": setup.learning_rate,

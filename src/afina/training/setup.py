@@ -30,6 +30,7 @@ class Setup:
     learning_rate: float
     rates: dict[str, float]
     steps: int
+    why: str | None = None  # why checkpointing is what it is, where it was left to afina
 
     @property
     def check_every(self) -> int:

@@ -15,7 +15,7 @@ from afina.config import TrainSettings, make_settings, read_yaml
 from afina.disk import write_json
 from afina.errors import SettingsError, TrainingError, nearest
 from afina.training.distributed import world
-from afina.training.run import Run, train_many
+from afina.training.run import Choose, Run, train_many
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -55,10 +55,10 @@ def _beside(file: Path, data: Any) -> Path:
     return file.parent / path if not path.exists() and (file.parent / path).exists() else path
 
 
-def sweep(file: Path, told: Mapping[str, Any], *, quiet: bool = True) -> dict[str, Any]:
+def sweep(file: Path, told: Mapping[str, Any], *, quiet: bool = True, choose: Choose | None = None) -> dict[str, Any]:
     """Run a sweep file; returns a line a run, and writes them to sweep.json beside the run folders."""
     runs = read_sweep(file, told)
-    outcomes = train_many(runs, quiet=quiet)
+    outcomes = train_many(runs, quiet=quiet, choose=choose)
     folder = runs[0].out.parent  # type: ignore[union-attr]
     result = {"folder": str(folder), "runs": [_line(s, outcome) for s, outcome in zip(runs, outcomes, strict=True)]}
     if world().first:
