@@ -20,7 +20,7 @@ from afina.errors import AfinaError, SettingsError
 from afina.planning.cost import Load, Rates, Step
 from afina.planning.probe import rates_of
 from afina.planning.shape import Shape, count
-from afina.training.prepare import new_tokens
+from afina.training.prepared import new_tokens
 from afina.training.setup import make_spec
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
