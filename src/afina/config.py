@@ -56,7 +56,7 @@ class TrainSettings(BaseSettings):
     ranks: dict[str, int] = _describe("ranks of their own, by name or pattern of the layer", {})
     invocation: str | None = _describe("alora: text from which on the adapter acts; by default the start of an answer")
     options: dict[str, Any] = _describe(
-        "what only one method or objective knows: {operator: sharing} for mora, {beta: 0.2} for dpo; start: a run to go on from",
+        "what only one method or objective knows: {operator: sharing} for mora, {beta: 0.2} for dpo; start: a run to go on",
         {},
     )
     # on what

@@ -50,7 +50,7 @@ class RewardTask(ChoiceTask):
         found = rewards(self.base, batch.flat, route)
         good, bad = found[batch.good], found[batch.bad]
         margin = (good - bad).detach()
-        lengths = torch.tensor(batch.flat.bounds).diff().float()
+        lengths = torch.tensor([float(sum(example.labels)) for example in batch.examples])
         facts = {
             "margin": margin, "accuracy": (margin > 0).float(), "chosen_reward": good.detach(), "rejected_reward": bad.detach(),
             "chosen_length": lengths[batch.good.cpu()], "rejected_length": lengths[batch.bad.cpu()],

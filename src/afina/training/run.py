@@ -35,9 +35,8 @@ from afina.disk import rescue, write_json, write_text
 from afina.errors import SettingsError, TrainingError
 from afina.judge.change import measure
 from afina.judge.classes import classify_held_out
-from afina.judge.evaluate import HELD_OUT
 from afina.judge.losses import general_loss, perplexity
-from afina.judge.preferences import judge_preferences
+from afina.judge.preferences import HELD_OUT, judge_preferences
 from afina.judge.verdict import Losses, verdict
 from afina.objective.choices import ChoiceTask, PreferenceTask
 from afina.objective.classify import ClassifyTask
@@ -215,8 +214,9 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     if isinstance(task, ClassifyTask):
         story |= {"classes": classify_held_out(task, route, folder / "confusion.png")}
     if isinstance(task, ChoiceTask):
-        story |= {"preferences": judge_preferences(task, setup.prepared.objective, first, route)}
-        story["verdict"] += story["preferences"].pop("verdict")
+        found = judge_preferences(task, setup.prepared.objective, first, route)
+        story["verdict"] += found.pop("verdict")
+        story |= {"preferences": found | {"start": setup.prepared.start}}
     detach(setup.prepared.base.model, best)
     write_json(folder / "run.json", story)
     draw_curve(read_metrics(folder), losses, folder / "curve.png", setup.prepared.words.unit)
