@@ -35,7 +35,7 @@ def judge_preferences(task: ChoiceTask, objective: str, before: Route | None, af
     if objective in (*COMPARED, "reward"):  # there everything begins equal: nobody is preferred
         facts["before"] = {name: value for name, value in facts["before"].items() if name not in BEGIN_EQUAL}
     reference = getattr(task, "reference", None)
-    said = [_who_wins(facts, objective), *_displaced(facts, objective)]
+    said = [_who_wins(facts, objective), *displaced(facts, objective)]
     if objective == "reward":
         said.append(_calibrated(facts))
     return facts | ({"reference": reference.about()} if reference is not None else {}) | {"verdict": said}
@@ -59,7 +59,7 @@ def _calibrated(facts: dict[str, Any]) -> str:
     return f"Its probabilities are off by {error:.1f} points on average (expected calibration error)."
 
 
-def _displaced(facts: dict[str, Any], objective: str) -> list[str]:
+def displaced(facts: dict[str, Any], objective: str) -> list[str]:
     """A warning with a remedy where the better answers have become less likely; nothing else."""
     names = "before", "after"
     chosen = [facts[name].get("chosen_logp") for name in names]
