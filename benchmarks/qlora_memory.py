@@ -70,7 +70,7 @@ def step(method: str, folder: Path) -> None:
 def quality(folder: Path) -> dict[str, list[float]]:
     """Held-out losses of the demo's task after the demo's training, lora against qlora."""
     from afina.demo.demo import make_rows
-    from afina.training.prepare import lines
+    from afina.training.prepared import lines
     from afina.training.run import train
 
     losses: dict[str, list[float]] = {"lora": [], "qlora": []}

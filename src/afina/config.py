@@ -58,10 +58,15 @@ class TrainSettings(BaseSettings):
     layers: str | list[int] | None = _describe("which blocks: a list, or 'last:4'")
     ranks: dict[str, int] = _describe("ranks of their own, by name or pattern of the layer", {})
     invocation: str | None = _describe("alora: text from which on the adapter acts; by default the start of an answer")
-    options: dict[str, Any] = _describe("what only one method knows, e.g. {operator: sharing} for mora", {})
+    options: dict[str, Any] = _describe(
+        "what only one method or objective knows: {operator: sharing} for mora, {beta: 0.2} for dpo; start: a run to go on",
+        {},
+    )
     # on what
-    objective: Literal["auto", "sft", "pretrain", "classify", "mlm"] = _describe(
-        "sft: learn the answers; pretrain: every token of a text; classify: a label; mlm: hidden tokens", "auto"
+    objective: Literal["auto", "sft", "pretrain", "classify", "mlm", "dpo", "kto", "orpo", "simpo", "reward"] = _describe(
+        "sft: learn the answers; pretrain: every token of a text; classify: a label; mlm: hidden tokens; dpo, kto, orpo, "
+        "simpo: prefer the better of two answers; reward: a judge of answers",
+        "auto",
     )
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
     template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
@@ -74,7 +79,7 @@ class TrainSettings(BaseSettings):
     steps: int | None = _describe("optimizer steps; takes the place of epochs", ge=1)
     batch_tokens: int = _describe("tokens in one pass", 2048, ge=1)
     accumulate: int = _describe("passes added up before each optimizer step", 1, ge=1)
-    learning_rate: float | None = _describe("by default 2e-4 for adapters, 2e-5 for full", gt=0)
+    learning_rate: float | None = _describe("by default 2e-4 for adapters, 2e-5 for full; a tenth of it for preferences", gt=0)
     learning_rates: dict[str, float] = _describe("rates of their own, by name or pattern of the layer", {})
     optimizer: Literal["adamw", "adamw-8bit", "adamw-8bit-offloaded"] = _describe(
         "8bit: a quarter of the optimizer's memory; offloaded: kept in the host's memory, off the GPU", "adamw"
@@ -134,6 +139,28 @@ class TrainSettings(BaseSettings):
         return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class PreferenceOptions(Settings):
+    """What `options` can tell a preference objective; which of it each one reads is in `PREFERENCES`."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = _describe("dpo: the loss on the margin", "sigmoid")
+    beta: float | None = _describe("how closely it is held to the reference: 0.1, for simpo 2 (orpo: weight of the odds)", gt=0)
+    smoothing: float = _describe("dpo, sigmoid and robust: share of pairs that are the wrong way round", 0.0, ge=0.0, lt=0.5)
+    gamma: float = _describe("simpo: margin that the better answer should have", 1.0, ge=0.0)
+    good_weight: float = _describe("kto: weight of good answers", 1.0, ge=0.0)
+    bad_weight: float = _describe("kto: weight of bad answers", 1.0, ge=0.0)
+    sft: float = _describe("dpo, simpo: weight of the better answer's own loss, against its becoming unlikely", 0.0, ge=0.0)
+    reference: Literal["auto", "base", "adapter", "precomputed"] = _describe("dpo, kto: what it is compared with", "auto")
+
+
+PREFERENCES: dict[str, tuple[str, ...]] = {
+    "dpo": ("loss", "beta", "smoothing", "sft", "reference"),
+    "kto": ("beta", "good_weight", "bad_weight", "reference"),
+    "orpo": ("beta",),
+    "simpo": ("beta", "gamma", "sft"),
+    "reward": (),
+}
+
+
 class PlanSettings(TrainSettings):
     """Everything `afina plan` can be told: a training run's settings, and what is asked about it."""
 
@@ -178,6 +205,20 @@ class ChatSettings(BaseSettings):
     temperature: float = _describe("0 takes the likeliest token each time", 0.0, ge=0.0)
     top_p: float = _describe("sample from the likeliest tokens that hold this share", 1.0, gt=0.0, le=1.0)
     seed: int = _describe("seed of the sampling", 0)
+
+
+class PreferSettings(BaseSettings):
+    """Everything `afina prefer` can be told."""
+
+    base: str | None = _describe("the frozen model; by default the one that the adapter was trained on")  # type: ignore[assignment]
+    prompts: Path = _describe("a file of prompts: one a line, or JSONL with a prompt or messages", ...)
+    adapter: Path | None = _describe("a run or adapter whose answers are judged; without it the base's")
+    against: str = _describe("whose the other answer is: base, same (a second sample), or another run or adapter", "base")
+    out: Path | None = _describe("folder of the judgements; by default preferences/PROMPTS")
+    max_new_tokens: int = _describe("longest answer in tokens", 128, ge=1)
+    temperature: float = _describe("0 takes the likeliest token each time", 0.7, ge=0.0)
+    top_p: float = _describe("sample from the likeliest tokens that hold this share", 1.0, gt=0.0, le=1.0)
+    seed: int = _describe("seed of the sampling, and of which answer is shown first", 0)
 
 
 class MergeSettings(BaseSettings):

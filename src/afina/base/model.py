@@ -17,6 +17,7 @@ from afina.kernels.cross_entropy import linear_cross_entropy
 
 HEAD_CHUNK = 1024  # positions whose logits exist at a time where the output layer is adapted
 PROBE = 6  # tokens of the self-check at loading
+SCORE = "score"  # the module of a reward: as transformers calls it in a decoder that classifies
 
 
 @dataclass
@@ -80,6 +81,21 @@ class Base(Frozen):
                 layer.weight[before:] = layer.weight[:before].float().mean(0)  # type: ignore[index,operator]
                 layer.requires_grad_(False)
         return {name: int(self.tokenizer.convert_tokens_to_ids(name)) for name in names}  # type: ignore[arg-type]
+
+    def add_score(self) -> str:
+        """Give the model a head from a hidden state to one number, all zero, where it has none; returns its name.
+
+        Raises `BaseError` where the model does not give its last hidden states.
+        """
+        if not self._split_head:
+            why = "its output layer is not the last thing that it does"
+            raise BaseError("no hidden states to judge by", where=self.name, why=why)
+        if not hasattr(self.model, SCORE):
+            width = int(self.head.weight.shape[1])  # type: ignore[index,arg-type]
+            head = nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
+            self.model.add_module(SCORE, head.requires_grad_(False))
+            nn.init.zeros_(head.weight)
+        return SCORE
 
     # ---- forwards
 

@@ -188,6 +188,8 @@ def _train(result: dict[str, Any]) -> None:
     if losses["general_before"] is not None:
         table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
     console.print(table)
+    if "preferences" in result:
+        _preferences(result["preferences"])
     if "classes" in result:
         _scores(result["classes"], "held-out row")
     for line in result["data"]["skipped"]:
@@ -200,13 +202,26 @@ def _train(result: dict[str, Any]) -> None:
         f"adapter {result['adapter_kb']:,.0f} KB",
         highlight=False,
     )
-    if result["objective"] in ("sft", "pretrain"):
+    if result["objective"] in ("sft", "pretrain", "dpo", "kto", "orpo", "simpo"):
         console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
     elif result["objective"] == "classify":
         what = "FILE.png" if result["data"]["format"] == "pictures" else '"some text"'
         console.print(f"ask it: afina generate {what} --run {result['folder']}", highlight=False)
     elif result["objective"] == "mlm":
         console.print(f"the encoder, whole: afina merge {result['folder']} --out encoder", highlight=False)
+
+
+def _preferences(found: dict[str, Any]) -> None:
+    from afina.training.report import preference_rows
+
+    table = Table(title=counted(found["rows"], "held-out row"), title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column)
+    for row in preference_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    if found.get("reference"):
+        console.print(f"compared with {found['reference']['of']}: {found['reference']['why']}", highlight=False)
 
 
 def _scores(classes: dict[str, Any], thing: str) -> None:
@@ -221,6 +236,11 @@ UNITS = {"loss": "loss, nats a token", "perplexity": "perplexity", "general_loss
 def _eval(result: dict[str, Any]) -> None:
     if "classes" in result:
         _scores(result["classes"], "row")
+        return
+    if "verdict" in result:
+        _preferences(result)
+        for sentence in result["verdict"]:
+            console.print(f"- {sentence}", highlight=False)
         return
     sides = [side for side in ("before", "after") if side in result]
     table = Table(title=counted(result["rows"], "row"), title_justify="left")

@@ -9,19 +9,20 @@ Which rows share a batch is a pure function of lengths, seed and step.
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from afina.data.rows import Row
 from afina.data.template import Example
 from afina.errors import DataError, SettingsError
 
+Piece = TypeVar("Piece")
 IGNORED = -100
 WINDOW = 64  # sequences looked at to fill the rest of a batch: order stays nearly that of the shuffle
 
@@ -151,17 +152,19 @@ class Sampler:
         return self._plan[1]
 
 
-def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split(
+    rows: list[Piece], share: float, seed: int, key: Callable[[Any], object] | None = None
+) -> tuple[list[Piece], list[Piece]]:
     """Rows to train on and rows held out for judging, about `share` of them; both in the order of the file.
 
-    Identical rows stay on one side, so that nothing held out was seen. Raises `DataError` when there are fewer
-    than two different rows.
+    Rows with the same `key` (by default, the same content) stay on one side, so that nothing held out was seen. Raises
+    `DataError` when there are fewer than two different rows.
     """
     if not 0 <= share < 1:
         raise DataError(f"a held-out share of {share} leaves nothing to train on", hint="e.g. --holdout 0.1")
     groups: dict[object, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(_content(row), []).append(index)
+        groups.setdefault((key or _content)(row), []).append(index)
     if len(groups) < 2:
         why = "some rows are kept for judging, and what is judged must not be trained on"
         raise DataError(f"at least 2 different rows are needed, found {len(groups)}", why=why, hint="add rows")
@@ -182,7 +185,7 @@ def _take(groups: Sequence[list[int]], target: int) -> set[int]:
     return held
 
 
-def _content(row: Row) -> object:
+def _content(row: Any) -> object:
     messages: Iterable[dict[str, str]] = row.messages or ()
     return tuple(tuple(sorted(message.items())) for message in messages), row.prompt, row.completion, row.text
 

@@ -91,10 +91,14 @@ def read_records(
     return list(_records(path, data, is_header)), hashlib.sha256(data).hexdigest()
 
 
+def first_record(path: Path, is_header: Callable[[list[str]], bool]) -> dict[str, Any]:
+    """The first record of a file that is one, as `read_records` would find it; empty where there is none."""
+    return next((r for _, r in _records(path, _bytes(path), is_header) if isinstance(r, dict)), {})
+
+
 def first_names(path: Path, is_header: Callable[[list[str]], bool]) -> set[str]:
-    """The names in the first record of a file, as `read_records` would find them."""
-    record = next((r for _, r in _records(path, _bytes(path), is_header) if isinstance(r, dict)), {})
-    return {str(name) for name in record}
+    """The names in the first record of a file."""
+    return {str(name) for name in first_record(path, is_header)}
 
 
 def _records(path: Path, data: bytes, is_header: Callable[[list[str]], bool]) -> readers.Records:

@@ -55,12 +55,12 @@ class Record:
 
     def text(self, field: str) -> str:
         """The text of a field that must not be empty; raises `DataError`."""
-        return _text(self.values.get(field), self.place(field))
+        return usable_text(self.values.get(field), self.place(field))
 
     def optional(self, field: str) -> str:
         """The text of a field that may be missing or empty; raises `DataError` when it is no text."""
         value = self.values.get(field)
-        return "" if value is None else _text(value, self.place(field), may_be_empty=True)
+        return "" if value is None else usable_text(value, self.place(field), may_be_empty=True)
 
 
 def kind_of(value: Any) -> str:
@@ -69,7 +69,7 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _text(value: Any, where: str, may_be_empty: bool = False) -> str:
+def usable_text(value: Any, where: str, may_be_empty: bool = False) -> str:
     """`value` if it is text that can be used; raises `DataError`."""
     if value is None:
         raise DataError("the field is missing", where=where)
@@ -110,19 +110,19 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
         for n, part in enumerate(value):
             if not isinstance(part, dict) or part.get("type", "text") != "text":
                 raise DataError("only parts of type text can be used", where=f"{where}.{key}[{n}]")
-        value = "".join(_text(part.get("text"), f"{where}.{key}[{n}].text", True) for n, part in enumerate(value))
+        value = "".join(usable_text(part.get("text"), f"{where}.{key}[{n}].text", True) for n, part in enumerate(value))
     if value is None and calls:
         return calls
-    text = _text(value, f"{where}.{key}", may_be_empty=True)
+    text = usable_text(value, f"{where}.{key}", may_be_empty=True)
     return f"{text}\n{calls}" if text and calls else text or calls
 
 
-def _turn(turn: Any, where: str) -> Message | None:
+def read_turn(turn: Any, where: str) -> Message | None:
     """One message of a chat in either spelling; None for an empty system message; raises `DataError`."""
     if not isinstance(turn, dict):
         raise DataError(f"expected an object with a role and a content, found {kind_of(turn)}", where=where)
     role_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
-    name = _text(turn.get(role_key), f"{where}.{role_key}")
+    name = usable_text(turn.get(role_key), f"{where}.{role_key}")
     if name not in ROLES:
         raise DataError(f"unknown role {name!r}", where=f"{where}.{role_key}", hint=nearest(name, ROLES))
     role, content = ROLES[name], _content(turn, content_key, where)
@@ -149,7 +149,7 @@ def _chat(record: Record) -> Row:
         raise DataError("the field is missing", where=place)
     if not isinstance(turns, list):
         raise DataError(f"expected a list of messages, found {kind_of(turns)}", where=place)
-    messages = [m for n, turn in enumerate(turns) if (m := _turn(turn, f"{place}[{n}]"))]
+    messages = [m for n, turn in enumerate(turns) if (m := read_turn(turn, f"{place}[{n}]"))]
     if system := record.optional("system").strip():
         messages.insert(0, {"role": "system", "content": system})
     if not any(message["role"] == "assistant" for message in messages):
@@ -157,8 +157,8 @@ def _chat(record: Record) -> Row:
     return Row(record.where, messages=tuple(messages))
 
 
-def _alpaca(record: Record) -> Row:
-    """Alpaca: earlier turns, then the instruction with its input on the next line, and the output."""
+def read_history(record: Record) -> tuple[Message, ...]:
+    """Alpaca's question: system, earlier turns, then the instruction with its input on the next line."""
     messages: list[Message] = []
     if system := record.optional("system").strip():
         messages.append({"role": "system", "content": system})
@@ -169,11 +169,16 @@ def _alpaca(record: Record) -> Row:
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError("expected a pair: [question, answer]", where=f"{place}[{n}]")
         for role, value in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": _text(value, f"{place}[{n}]")})
+            messages.append({"role": role, "content": usable_text(value, f"{place}[{n}]")})
     question, detail = record.text("instruction"), record.optional("input")
     messages.append({"role": "user", "content": f"{question}\n{detail}" if detail.strip() else question})
-    messages.append({"role": "assistant", "content": record.text("output")})
-    return Row(record.where, messages=tuple(messages))
+    return tuple(messages)
+
+
+def _alpaca(record: Record) -> Row:
+    """Alpaca: the question and the output."""
+    answer = {"role": "assistant", "content": record.text("output")}
+    return Row(record.where, messages=(*read_history(record), answer))
 
 
 def _completion(record: Record) -> Row:
@@ -182,7 +187,7 @@ def _completion(record: Record) -> Row:
     if label is None or record.values.get("completion") is not None:
         return Row(record.where, prompt=prompt, completion=record.text("completion"))
     value = str(label) if isinstance(label, int) else label
-    return Row(record.where, prompt=prompt, completion=_text(value, record.place("label")))
+    return Row(record.where, prompt=prompt, completion=usable_text(value, record.place("label")))
 
 
 def _plain(record: Record) -> Row:

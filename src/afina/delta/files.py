@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import afina
 from afina.base.frozen import Frozen
-from afina.base.model import Base
+from afina.base.model import SCORE, Base
 from afina.base.safety import check_file, hash_tensors
 from afina.delta.attach import Adapted, Adapter, attach, detach, frozen_module, vocabulary_layers
 from afina.delta.contract import Delta, Spec, method, methods
@@ -96,7 +96,7 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
     known = None if spec.options.get("restarts") else method(spec.method).peft
     shared = {
         "peft_type": "LORA" if known is not None else f"AFINA_{spec.method.upper()}",
-        "task_type": "CAUSAL_LM" if hasattr(base.model, "prepare_inputs_for_generation") else None,
+        "task_type": _task_type(adapter, base),
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "target_modules": leaves if sorted(everywhere) == sorted(paths) else paths,
@@ -119,6 +119,13 @@ def peft_config(adapter: Adapter, base: Frozen) -> dict[str, Any]:
         "trainable_token_indices": {path.rpartition(".")[2]: sorted(spec.tokens.values()) for path in rows} or None,
         **known,
     }
+
+
+def _task_type(adapter: Adapter, base: Frozen) -> str | None:
+    """What PEFT would do with it. A decoder with a score is a classifier of one class (num_labels=1): a reward model."""
+    if isinstance(base, Base) and SCORE in adapter.spec.modules:
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if hasattr(base.model, "prepare_inputs_for_generation") else None
 
 
 def _inside(model: nn.Module, path: str) -> bool:
@@ -262,6 +269,8 @@ def load_adapter(folder: Path, base: Frozen, name: str = "adapter", allow_other_
     spec = read_spec(folder, list(tensors), getattr(base, "tokenizer", None))
     if spec.tokens:
         _make_room(base, spec, str(folder))
+    if SCORE in spec.modules and isinstance(base, Base):
+        base.add_score()
     adapter = attach(base.model, base.board, name, spec)
     try:
         fill(adapter, tensors, str(folder / WEIGHTS))

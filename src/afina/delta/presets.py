@@ -8,9 +8,14 @@ freeze = full on the last quarter of the blocks
 from dataclasses import dataclass
 from typing import Literal
 
+from afina.config import PREFERENCES
 from afina.delta.contract import method, methods
 from afina.errors import SettingsError
 
+# objectives that others call methods, and how they are asked for here
+OBJECTIVES = {name: name for name in (*PREFERENCES, "sft", "pretrain")} | {
+    name: f"dpo --options '{{loss: {name}}}'" for name in ("ipo", "hinge", "robust")
+}
 LAST_SHARE = 4  # freeze trains the last quarter of the blocks
 
 
@@ -30,6 +35,10 @@ def preset(name: str, blocks: int) -> Preset:
     if name == "freeze":
         return Preset("full", targets="all", layers=f"last:{max(1, blocks // LAST_SHARE)}")
     known = methods()
+    if (objective := name.removeprefix("q").removeprefix("a")) in OBJECTIVES and name not in known:
+        hint = f"--objective {OBJECTIVES[objective]}"
+        why = "any method can learn by it"
+        raise SettingsError(f"{objective} is an objective, not a method", where="method", why=why, hint=hint)
     prefix = next((p for p in ("", "qa", "q", "a") if name.startswith(p) and name.removeprefix(p) in known), "")
     delta = name.removeprefix(prefix)
     replaces = method(delta).replaces

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from afina.objective.choices import ChoiceTask
 from afina.objective.task import Task
 from afina.route.invocation import Route
 
@@ -62,10 +63,12 @@ def change(before: Sequence[float], after: Sequence[float], labels: Sequence[int
 
 
 @torch.no_grad()
-def measure(task: Task, rows: Sequence[Any], route: Route | None) -> Change:
-    """The change that `route` makes on `rows` of a task; of many rows, on MOST_ROWS spread over them."""
+def measure(task: Task, rows: Sequence[Any], route: Route | None, before: Route | None = None) -> Change:
+    """The change from `before` to `route` on `rows` of a task; of many rows, on MOST_ROWS spread over them."""
     some = rows[:: -(-len(rows) // MOST_ROWS)]
+    if isinstance(task, ChoiceTask):
+        return change(task.row_losses(some, before), task.row_losses(some, route), [1] * len(some))
     batches = (task.make_batch([row], number) for number, row in enumerate(some))
-    found = [(task.count(b), task.loss(b, None).item(), task.loss(b, route).item()) for b in batches]
-    labels, before, after = zip(*found, strict=True)
-    return change(before, after, labels)
+    found = [(task.count(b), task.loss(b, before).item(), task.loss(b, route).item()) for b in batches]
+    labels, without, with_it = zip(*found, strict=True)
+    return change(without, with_it, labels)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.base.classifier import Classifier
-from afina.config import EvalSettings, make_settings
+from afina.config import PREFERENCES, EvalSettings, make_settings
 from afina.data.batches import holdout_share
 from afina.data.formats import Row, read_table
 from afina.data.labelled import Labelled, read_labelled
@@ -18,11 +18,10 @@ from afina.errors import DataError, SettingsError
 from afina.judge.classes import classify_held_out
 from afina.judge.losses import BATCH_TOKENS, general_loss, perplexity
 from afina.judge.metrics import score
+from afina.judge.preferences import HELD_OUT, evaluate_preferences, held_out_file
 from afina.objective.classify import ClassifyTask, MaskedTask, make_rows, make_texts
 from afina.objective.language import choose, make_examples, mean_loss
 from afina.route.invocation import Route
-
-HELD_OUT = "held_out.jsonl"
 
 
 def evaluate(
@@ -38,6 +37,8 @@ def evaluate(
     if isinstance(opened.base, Classifier):
         judge = _evaluate_classifier if opened.base.labels else _evaluate_masked
         return judge(opened.base, opened, settings)
+    if opened.run.get("objective") in PREFERENCES:
+        return evaluate_preferences(opened, settings)
     base, rows = opened.language, _rows(settings)
     routes: dict[str, Route | None] = {"before": None} | ({"after": opened.route} if opened.route else {})
     renderer = Renderer(base.tokenizer, opened.template, min(base.context, 2048))
@@ -120,9 +121,4 @@ def question(text: str) -> str:
 def _rows(settings: EvalSettings) -> list[Row]:
     if settings.data is not None:
         return read_table(settings.data, settings.columns).rows
-    if settings.run is None:
-        raise SettingsError("nothing to judge on", where="data", hint="--data FILE, or --run RUN for its own held-out rows")
-    kept = settings.run / HELD_OUT
-    if not kept.is_file():
-        raise DataError("this folder has no held-out rows of its own", where=str(settings.run), hint="--data FILE")
-    return read_table(kept).rows
+    return read_table(held_out_file(settings)).rows

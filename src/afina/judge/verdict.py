@@ -44,7 +44,7 @@ class Losses:
 
 
 def verdict(losses: Losses, unit: str = "token", choices: str = "tokens") -> list[str]:
-    """Three sentences for people: learned, overfitted, forgotten. Losses are nats a `unit`, among `choices`."""
+    """Three sentences for people: learned, overfitted, forgotten. Losses are nats a `unit`, among `choices` (or none)."""
     said = [_learned(losses, unit, choices), _overfitted(losses, unit)]
     return said if losses.forgetting is None else [*said, _forgot(losses.forgetting)]
 
@@ -65,6 +65,8 @@ def _learned(losses: Losses, unit: str, choices: str) -> str:
             f"It did not learn: on rows it had not seen it is worse than before {measured}. "
             "Try a lower learning rate or more data."
         )
+    if not choices:  # a loss that is no perplexity
+        return f"It learned: the loss on rows it had not seen fell {measured}."
     before, after = (f"{math.exp(x):.2f}" if x < 20 else f"e^{x:.0f}" for x in (losses.held_before, losses.held_after))
     return (
         f"It learned: on rows it had not seen it now hesitates between {after} {choices} instead of {before} "

@@ -125,6 +125,10 @@ class RowsTask:
             total, count = total + self.loss(batch, route).item(), count + self.count(batch)
         return total / max(1, count)
 
+    def noted(self) -> dict[str, float]:
+        """Nothing: the loss says it all."""
+        return {}
+
     def held_out_loss(self, route: Route | None) -> float:
         """Mean over the held-out rows, in nats."""
         return self._mean(self.held, route)

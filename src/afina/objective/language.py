@@ -124,6 +124,10 @@ class LanguageTask:
         """Sum of the cross-entropy over the batch's labels, in nats."""
         return batch_loss(self.base, batch, route)
 
+    def noted(self) -> dict[str, float]:
+        """Nothing: the loss says it all."""
+        return {}
+
     def held_out_loss(self, route: Route | None) -> float:
         """Mean over the labels of the held-out rows, in nats."""
         return mean_loss(self.base, self.held, self._batch_tokens, route)

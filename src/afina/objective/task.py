@@ -54,6 +54,9 @@ class Task(Protocol):
     def learned_loss(self, route: Route | None) -> float:
         """Mean loss on as many of the rows that are learned from, those of `learned_rows`."""
 
+    def noted(self) -> dict[str, float]:
+        """What the last step, and the check after it, had to tell besides the loss."""
+
 
 def learned_rows(task: Task) -> Sequence[Any]:
     """As many of the rows that are learned from as are held out, spread over all of them."""

@@ -21,7 +21,7 @@ from afina.planning.cost import Step
 from afina.planning.figures import Load, Memory, Rates
 from afina.planning.probe import known_rates, rates_of
 from afina.planning.shape import Shape, count
-from afina.training.prepare import new_tokens
+from afina.training.prepared import new_tokens
 from afina.training.setup import make_spec
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale

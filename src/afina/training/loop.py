@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Tick:
     tokens: int
     seconds: float
     held_out_loss: float | None = None
+    noted: dict[str, float] = field(default_factory=dict)  # what else the objective has to tell
 
 
 def peak_memory_mb() -> float:
@@ -114,6 +115,7 @@ class Loop:
         tick = Tick(progress.step, loss, norm, factor * setup.learning_rate, tokens, time.perf_counter() - start)
         check = tick.step % setup.check_every == 0 or tick.step == setup.steps
         tick = self._check(tick) if check else tick
+        tick = replace(tick, noted=task.noted())
         progress.seconds += time.perf_counter() - start
         self._log(tick)
         if check:
@@ -146,13 +148,14 @@ class Loop:
                 self.on_best()
         else:
             progress.worse_checks += 1
-        return Tick(**{**vars(tick), "held_out_loss": loss})
+        return replace(tick, held_out_loss=loss)
 
     def _log(self, tick: Tick) -> None:
         if not self.world.first:
             return
+        told = {name: value for name, value in vars(tick).items() if name != "noted"} | tick.noted
         with disk_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(vars(tick)) + "\n")
+            stream.write(json.dumps(told) + "\n")
 
     def not_finite(self, what: str) -> TrainingError:
         """Say where the numbers broke: at which step, on which rows, and what to do."""

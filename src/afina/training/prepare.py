@@ -1,63 +1,38 @@
 """From settings to a base and a task with its data: one function a kind of model. Nothing is attached yet."""
 
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from afina.base.classifier import Classifier, load_classifier, load_masked
-from afina.base.frozen import Frozen
 from afina.base.load import load_base
 from afina.base.model import Base
-from afina.config import TrainSettings
+from afina.config import PREFERENCES, TrainSettings
 from afina.data.batches import holdout_share, split
 from afina.data.formats import Row, read_table
 from afina.data.labelled import Labelled, has_labels, read_labelled
+from afina.data.preferences import PAIRS, preference_format
 from afina.data.template import Example, Renderer
 from afina.delta.presets import preset
 from afina.errors import DataError, SettingsError
 from afina.objective.classify import ClassifyTask, MaskedTask, make_rows, make_texts
 from afina.objective.language import LanguageTask, choose, make_examples
-from afina.objective.task import Task
+from afina.training.prepare_preferences import prepare_preferences
+from afina.training.prepared import START, Prepared, Words, find_invocation, new_tokens, source_of
 
 Piece = TypeVar("Piece")
-NEW_TOKENS = "new_tokens"  # the option that every method of a language model has: tokens to learn, new or not
-
-
-@dataclass(frozen=True)
-class Words:
-    """How to speak of a run: a loss is nats a `unit`, a model hesitates between `choices` and reads `piece`s."""
-
-    unit: str = "token"
-    choices: str = "tokens"
-    piece: str = "token"
-
-
-@dataclass
-class Prepared:
-    """A base and what is to be learned on it; `source` are the facts about the data for run.json."""
-
-    base: Frozen
-    task: Task
-    objective: str
-    source: dict[str, Any]
-    skipped: list[str]
-    example: str  # one row as the model reads it, what is learned marked
-    held_records: list[dict[str, Any]]  # the held-out rows, to be read again by `afina eval`
-    invocation: tuple[int, ...] = ()
-    modules: tuple[str, ...] = ()  # modules that the adapter owns whole
-    tokens: dict[str, int] = field(default_factory=dict)  # tokens whose rows it owns
-    max_length: int | None = None  # longest sequence in tokens; None where there are none (pictures)
-    counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
-    words: Words = field(default_factory=Words)
 
 
 def objective_of(settings: TrainSettings) -> str:
-    """The objective as told; rows with labels beside texts or pictures are learned as labels unless something else is said."""
-    auto = settings.objective == "auto"
-    return "classify" if auto and has_labels(settings.data, settings.columns) else settings.objective
+    """The objective as told; by itself, it is what the rows are for: labels beside texts or pictures, pairs of answers."""
+    if settings.objective != "auto":
+        return settings.objective
+    if has_labels(settings.data, settings.columns):
+        return "classify"
+    format = preference_format(settings.data, settings.columns)
+    return "auto" if format is None else "dpo" if format == PAIRS else "kto"
 
 
 def prepare(settings: TrainSettings, base: Base | Classifier | None = None) -> Prepared:
@@ -70,6 +45,8 @@ def prepare(settings: TrainSettings, base: Base | Classifier | None = None) -> P
         raise SettingsError(f"a classifier cannot learn by {objective}", where="objective", hint="--objective classify")
     if objective == "classify" or isinstance(base, Classifier):
         return _classifier(settings, base if isinstance(base, Classifier) else None)
+    if objective in PREFERENCES:
+        return prepare_preferences(settings.model_copy(update={"objective": objective}), base)
     return _masked(settings) if objective == "mlm" else _language(settings, base)
 
 
@@ -102,7 +79,7 @@ def read_examples(settings: TrainSettings, table: Any, tokenizer: Any, context: 
     """The rows of `table` rendered, checked and split, for a model that reads `context` tokens."""
     renderer = Renderer(tokenizer, settings.template, settings.max_length or min(context, 2048))
     objective = choose(settings.objective, table.rows)
-    invocation = _invocation(renderer, settings) if preset(settings.method, 1).activated else ()
+    invocation = find_invocation(renderer, settings) if preset(settings.method, 1).activated else ()
     skipped = list(table.skipped)
     train, held, held_rows = _split(settings, table.rows, renderer, objective, skipped, invocation)
     return Examples(table, renderer, objective, invocation, train, held, held_rows, skipped)
@@ -121,7 +98,7 @@ def _language(settings: TrainSettings, base: Base | None) -> Prepared:
         base=base,
         task=LanguageTask(base, made.train, made.held, settings.batch_tokens, settings.accumulate, settings.seed),
         objective=made.objective,
-        source=_source(table, len(made.held)),
+        source=source_of(table, len(made.held)),
         skipped=made.skipped,
         example=made.renderer.show(made.train[0]),
         held_records=records,
@@ -130,24 +107,6 @@ def _language(settings: TrainSettings, base: Base | None) -> Prepared:
         max_length=made.renderer.max_length,
         counts=made.counts,
     )
-
-
-def new_tokens(settings: TrainSettings) -> list[str]:
-    """The tokens that get rows of their own."""
-    told = settings.options.get(NEW_TOKENS, [])
-    names = [told] if isinstance(told, str) else told
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise SettingsError(f"{NEW_TOKENS} cannot be {told!r}", where="options", hint=f"--options '{{{NEW_TOKENS}: [<tool>]}}'")
-    return list(dict.fromkeys(names))
-
-
-def _invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:
-    """The tokens that switch an activated adapter on: as told, or what the template puts before an answer."""
-    tokens = renderer.invocation(settings.invocation)
-    if not tokens:
-        why = "the template writes nothing between a question and its answer"
-        raise SettingsError("an activated adapter needs an invocation", where="invocation", why=why, hint="--invocation TEXT")
-    return tuple(tokens)
 
 
 def _split(
@@ -212,7 +171,7 @@ def _classifier(settings: TrainSettings, model: Classifier | None) -> Prepared:
         base=base,
         task=ClassifyTask(base, train, held, _rows_a_batch(settings, base, train), settings.accumulate, settings.seed),
         objective="classify",
-        source=_source(table, len(held)) | {"labels": list(table.labels)},
+        source=source_of(table, len(held)) | {"labels": list(table.labels)},
         skipped=skipped,
         example=f"{rows[0].where if pictures else str(rows[0].content)} -> {rows[0].label}",
         held_records=_labelled_records(table.format, held_rows),
@@ -236,7 +195,7 @@ def _masked(settings: TrainSettings) -> Prepared:
         base=base,
         task=MaskedTask(base, train, held, _rows_a_batch(settings, base, train), settings.accumulate, settings.seed),
         objective="mlm",
-        source=_source(table, len(held)),
+        source=source_of(table, len(held)),
         skipped=list(table.skipped),
         example=str(base.tokenizer.decode(train[0].tokens)),
         held_records=[{"text": str(base.tokenizer.decode(t.tokens, skip_special_tokens=True))} for t in held],
@@ -248,6 +207,8 @@ def _masked(settings: TrainSettings) -> Prepared:
 
 
 def _refuse_prefixes(settings: TrainSettings) -> None:
+    if START in settings.options:
+        raise SettingsError("only language models can go on from an adapter so far", where="options", hint=f"leave {START} out")
     meant = preset(settings.method, 1)
     if meant.activated:
         raise SettingsError("an activated adapter needs a text with an answer", where="method", hint=f"--method {meant.delta}")
@@ -302,12 +263,3 @@ def every_nth(pieces: list[Piece], share: float, where: Path) -> tuple[list[Piec
     step = min(len(pieces), max(2, round(1 / share)))
     held = pieces[step - 1 :: step]
     return [piece for number, piece in enumerate(pieces) if number % step != step - 1], held
-
-
-def _source(table: Any, held: int) -> dict[str, Any]:
-    return {"path": str(table.path), "format": table.format, "sha256": table.digest, "rows": len(table.rows), "held_out": held}
-
-
-def lines(records: Sequence[dict[str, Any]]) -> str:
-    """Records as JSON lines."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

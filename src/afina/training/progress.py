@@ -51,6 +51,8 @@ class Display(Silent):
         """Move the bar on, and say how it goes."""
         speed = f"loss {tick.loss:.3f}  {tick.tokens / tick.seconds:,.0f} {self._piece}s/s  peak {peak_memory_mb():,.0f} MB"
         self._bar.update(self._tasks[run], completed=tick.step, description=speed)
+        if "accuracy" in tick.noted:
+            speed += f"  preferred {100 * tick.noted['accuracy']:.0f}%"
         if tick.held_out_loss is not None:
             step = f"{self._labels[run]}step {tick.step}/{self._steps[run]}"
             self._console.print(f"{step}  {speed}  held-out loss {tick.held_out_loss:.3f}", highlight=False)

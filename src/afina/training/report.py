@@ -78,7 +78,7 @@ An adapter made by afina {story["environment"]["afina"]}.
 |---|---|---|
 | held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
 | rows it learned | {losses["train_before"]:.4f} | {losses["train_after"]:.4f} |
-{_general(losses)}
+{_general(losses)}{_preferences(story.get("preferences"))}
 {chr(10).join("- " + sentence for sentence in story["verdict"])}
 {_classes(story.get("classes"))}
 ## How to run it again
@@ -93,6 +93,34 @@ def _general(losses: Mapping[str, Any]) -> str:
     if losses["general_before"] is None:
         return ""
     return f"| general text | {losses['general_before']:.4f} | {losses['general_after']:.4f} |\n"
+
+
+PREFERRED = {
+    "accuracy": "better answer preferred", "margin": "margin", "chosen_logp": "log-probability of the better answer (nats)",
+    "rejected_logp": "log-probability of the worse answer (nats)", "chosen_length": "length of the better answer (tokens)",
+    "rejected_length": "length of the worse answer (tokens)", "calibration_error": "calibration error",
+}  # fmt: skip
+
+
+def preference_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Lines of a table about held-out preferences: what, before, after."""
+    percent, rows = ("accuracy", "calibration_error"), []
+    for name, label in PREFERRED.items():
+        if name in found["after"]:
+            form = "{:.1%}" if name in percent else "{:.3f}"
+            before = form.format(found["before"][name]) if name in found["before"] else ""
+            rows.append((label, before, form.format(found["after"][name])))
+    return rows
+
+
+def _preferences(found: Mapping[str, Any] | None) -> str:
+    """Another table of the card, and what the policy was compared with."""
+    if found is None:
+        return ""
+    reference = found.get("reference")
+    compared = f"\nCompared with {reference['of']}: {reference['why']}.\n" if reference else ""
+    table = "".join(f"| {what} | {before} | {after} |\n" for what, before, after in preference_rows(found))
+    return f"\n| {counted(found['rows'], 'held-out row')} | before | after |\n|---|---|---|\n{table}{compared}"
 
 
 def _classes(classes: Mapping[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ RUN/settings.yaml     the resolved settings; `afina train --config` runs them ag
 RUN/example.txt       one row as the model reads it, the learned tokens marked
 RUN/metrics.jsonl     a line a step
 RUN/held_out.jsonl    the rows kept for judging
+RUN/reference.json    dpo and kto: what the policy is compared with
 RUN/checkpoint/       the state from which --resume goes on
 RUN/adapter/          the best adapter, in PEFT's files
 RUN/run.json          data, base, environment, figures, verdict
@@ -35,9 +36,10 @@ from afina.disk import rescue, write_json, write_text
 from afina.errors import SettingsError, TrainingError
 from afina.judge.change import measure
 from afina.judge.classes import classify_held_out
-from afina.judge.evaluate import HELD_OUT
 from afina.judge.losses import general_loss, perplexity
+from afina.judge.preferences import HELD_OUT, judge_preferences
 from afina.judge.verdict import Losses, verdict
+from afina.objective.choices import ChoiceTask, PreferenceTask
 from afina.objective.classify import ClassifyTask
 from afina.objective.task import learned_rows
 from afina.route.invocation import Route
@@ -45,7 +47,8 @@ from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
 from afina.training.distributed import world
 from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_together
-from afina.training.prepare import NEW_TOKENS, lines, objective_of
+from afina.training.prepare import objective_of
+from afina.training.prepared import NEW_TOKENS, START, lines
 from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
 from afina.training.setup import Setup, default_out, set_up
@@ -113,7 +116,8 @@ def train_many(
 def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     """What runs that can share a base have in common; None where a run needs one of its own."""
     meant = preset(settings.method, 1)
-    if objective_of(settings) in ("classify", "mlm") or method(meant.delta).replaces or settings.options.get(NEW_TOKENS):
+    alone = objective_of(settings) in ("classify", "mlm", "reward") or method(meant.delta).replaces
+    if alone or settings.options.get(NEW_TOKENS) or settings.options.get(START):
         return None
     return (settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage)
 
@@ -139,13 +143,15 @@ def _train_group(
                 loop.resume()
             elif all_of_us.first:
                 _begin(setup, folder)
+            if isinstance(setup.prepared.task, PreferenceTask):
+                setup.prepared.task.settle(folder)
             loops.append(loop)
     if runs[0].sharded and all_of_us.size > 1:
         shard(setups[0].prepared.base, [p for setup in setups for p in setup.adapter.parameters()])
     with display:
         for loop in loops:
             if not loop.progress.before:
-                loop.progress.before = _losses(loop.setup, None)
+                loop.progress.before = _losses(loop.setup, loop.setup.prepared.before)
                 loop.save()
         failed = train_together(loops)
         return [failed[loop] if loop in failed else Run(loop.run, _finish(loop.setup, loop.run, loop)) for loop in loops]
@@ -184,7 +190,7 @@ def _identity(setup: Setup) -> dict[str, Any]:
         "data": setup.prepared.source["sha256"],
         "base": setup.prepared.base.hash,
         "held-out rows": hashlib.sha256(lines(setup.prepared.held_records).encode()).hexdigest(),
-    }
+    } | ({} if setup.prepared.start is None else {"adapter it goes on from": setup.prepared.start})
 
 
 def _begin(setup: Setup, folder: Path) -> None:
@@ -218,11 +224,12 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     route = best.route
     after = _losses(setup, route)
-    task, before, progress = setup.prepared.task, loop.progress.before, loop.progress
+    task, before, progress, first = setup.prepared.task, loop.progress.before, loop.progress, setup.prepared.before
     losses = Losses(
         held_before=before["held_out"], held_after=after["held_out"],
-        train_before=task.learned_loss(None), train_after=task.learned_loss(route),
-        held=measure(task, task.held, route), train=measure(task, learned_rows(task), route), held_rows=len(task.held),
+        train_before=task.learned_loss(first), train_after=task.learned_loss(route),
+        held=measure(task, task.held, route, first), train=measure(task, learned_rows(task), route, first),
+        held_rows=len(task.held),
         general_before=before.get("general"), general_after=after.get("general"),
         best_step=progress.best_step, last_step=progress.step,
     )  # fmt: skip
@@ -239,6 +246,10 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     }
     if isinstance(task, ClassifyTask):
         story |= {"classes": classify_held_out(task, route, folder / "confusion.png", loop.world.first)}
+    if isinstance(task, ChoiceTask):
+        found = judge_preferences(task, setup.prepared.objective, first, route)
+        story["verdict"] += found.pop("verdict")
+        story |= {"preferences": found | {"start": setup.prepared.start}}
     detach(setup.prepared.base.model, best)
     if loop.world.first:
         _write(folder, story, losses)

@@ -9,13 +9,18 @@ from torch import nn
 
 from afina.base.classifier import Classifier
 from afina.base.model import Base
-from afina.config import TrainSettings
+from afina.config import PREFERENCES, PreferenceOptions, TrainSettings
 from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
 from afina.delta.presets import preset
 from afina.delta.targets import block_number, by_pattern, resolve_targets
 from afina.errors import SettingsError
-from afina.training.prepare import NEW_TOKENS, Prepared, prepare
+from afina.objective.choices import PreferenceTask
+from afina.objective.preference import COMPARED
+from afina.objective.reference import choose_reference
+from afina.training.prepare import objective_of, prepare
+from afina.training.prepared import NEW_TOKENS, START, Prepared
+from afina.training.start import go_on_from
 
 NAME = "adapter"
 
@@ -78,8 +83,13 @@ def make_spec(
         modules=modules,
         invocation=invocation,
         tokens=tokens or {},
-        options={name: value for name, value in settings.options.items() if name != NEW_TOKENS},
+        options={name: value for name, value in settings.options.items() if name not in _others(settings)},
     )
+
+
+def _others(settings: TrainSettings) -> tuple[str, ...]:
+    """The names in `options` that are not the method's."""
+    return (NEW_TOKENS, START, *(PreferenceOptions.model_fields if objective_of(settings) in PREFERENCES else ()))
 
 
 def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name: str = NAME) -> Setup:
@@ -91,11 +101,23 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
     prepared = prepare(settings, base)
     spec = make_spec(prepared.base.model, settings, prepared.modules, prepared.invocation, prepared.tokens)
     torch.manual_seed(settings.seed)
+    if START in settings.options:
+        adapter = go_on_from(settings, prepared, spec, name)
+    else:
+        adapter = attach(prepared.base.model, prepared.base.board, name, spec, settings.seed)
+    if isinstance(prepared.task, PreferenceTask) and prepared.objective in COMPARED:
+        options = prepared.task.options
+        prepared.task.reference = choose_reference(options, prepared.before, prepared.start, adapter.spec.dropout)
     return Setup(
         settings=settings,
         prepared=prepared,
-        adapter=attach(prepared.base.model, prepared.base.board, name, spec, settings.seed),
-        learning_rate=settings.learning_rate or (2e-5 if spec.method == "full" else 2e-4),
-        rates=by_pattern(settings.learning_rates, (*spec.targets, *spec.modules), "learning_rates"),
+        adapter=adapter,
+        learning_rate=settings.learning_rate or _default_rate(adapter.spec.method, prepared.objective),
+        rates=by_pattern(settings.learning_rates, (*adapter.spec.targets, *adapter.spec.modules), "learning_rates"),
         steps=settings.steps or max(1, round(settings.epochs * prepared.task.steps_per_epoch)),
     )
+
+
+def _default_rate(method: str, objective: str) -> float:
+    """Usual rates: preferences are learned from where the model already is good, in small steps; a new head is not."""
+    return (2e-5 if method == "full" else 2e-4) * (0.1 if objective in PREFERENCES and objective != "reward" else 1.0)

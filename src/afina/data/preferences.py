@@ -1,0 +1,245 @@
+"""Preferences: which of two answers is better, or whether one answer is good. Formats in, one kind of row out.
+
+    OpenAI          {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
+    pairs           {"prompt": ..., "chosen": ..., "rejected": ...}          texts, messages, or lists of these
+    conversations   {"conversations" or "messages": [...], "chosen": {...}, "rejected": {...}}
+    whole chats     {"chosen": [...], "rejected": [...]}                     the prompt is what they share
+    Alpaca          {"instruction": ..., "input": ..., "chosen": ..., "rejected": ...}
+    labels (KTO)    {"messages": [...], "label": true}, {"prompt", "completion", "label"}, {"instruction", "output", "kto_tag"}
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from afina.data.formats import first_record, read_records
+from afina.data.rows import Message, Record, Row, kind_of, read_history, read_turn, usable_text
+from afina.data.skipped import reasons
+from afina.errors import DataError, nearest
+
+FIELDS = (
+    "messages", "prompt", "completion", "chosen", "rejected", "label", "instruction", "input", "output", "system", "history",
+)  # fmt: skip
+ALIASES = {
+    "conversations": "messages", "preferred_output": "chosen", "non_preferred_output": "rejected", "kto_tag": "label",
+}  # fmt: skip
+PAIRS, LABELS = "pairs", "labels"
+Prompt = str | tuple[Message, ...]
+TRUTH = {"true": True, "false": False, "1": True, "0": False}  # what a cell of a CSV file says
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One row: a prompt, a good answer and a bad one; a row with a label has one of the two.
+
+    The prompt is a text to go on with, or messages; an answer likewise.
+    """
+
+    where: str
+    prompt: Prompt
+    good: Prompt | None
+    bad: Prompt | None
+
+    def row(self, answer: Prompt) -> Row:
+        """The prompt with an answer, of which only that is learned."""
+        if isinstance(self.prompt, str) and isinstance(answer, str):
+            return Row(self.where, prompt=self.prompt, completion=answer)
+        before = tuple(m | {"weight": "0"} if m["role"] == "assistant" else m for m in _messages(self.prompt, "user"))
+        return Row(self.where, messages=(*before, *_messages(answer, "assistant")))
+
+    def record(self) -> dict[str, Any]:
+        """The row for a file, as `read_preferences` reads it."""
+        prompt = {"prompt": self.prompt} if isinstance(self.prompt, str) else {"messages": list(self.prompt)}
+        good, bad = (list(a) if isinstance(a, tuple) else a for a in (self.good, self.bad))
+        if good is None or bad is None:
+            return prompt | {"completion": bad if good is None else good, "label": good is not None}
+        return prompt | {"chosen": good, "rejected": bad}
+
+
+@dataclass(frozen=True)
+class PreferenceTable:
+    """The rows of one file, "pairs" or "labels", the rows left out ("file:line:field: what"), and the file's sha256."""
+
+    path: Path
+    format: str
+    rows: list[Preference]
+    skipped: list[str]
+    digest: str
+
+
+def preference_format(path: Path, columns: Mapping[str, str]) -> str | None:
+    """ "pairs" or "labels" where the first row of a file says so, else None. Labels are true or false beside an answer."""
+    if path.is_dir():
+        return None
+    try:
+        first = first_record(path, lambda names: {"chosen", "rejected"} <= _ours(dict.fromkeys(names), columns).keys())
+    except DataError:  # said again, and better, by who reads it all
+        return None
+    values = _ours(first, columns)
+    if {"chosen", "rejected"} <= values.keys():
+        return PAIRS
+    answers = {"messages", "completion", "output"} & values.keys()
+    return LABELS if answers and isinstance(values.get("label"), bool) else None
+
+
+def read_preferences(path: Path, columns: Mapping[str, str], skip_bad_rows: bool = False) -> PreferenceTable:
+    """Read a file of pairs or of labelled answers; raises `DataError` with file:line:field.
+
+    `columns` gives our field names the file's own. With `skip_bad_rows` a row that cannot be used is left out and listed.
+    """
+    for name in columns:
+        if name not in FIELDS:
+            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
+    records, digest = read_records(path, lambda names: bool({"chosen", "label"} & _ours(dict.fromkeys(names), columns).keys()))
+    rows: list[Preference] = []
+    skipped: list[str] = []
+    for where, record in records:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            rows.append(_row(Record(where, _ours(record, columns), _theirs(record, columns))))
+        except DataError as error:
+            if not skip_bad_rows:
+                raise
+            skipped.append(f"{error.where}: {error.what}")
+    if not rows:
+        raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}" if skipped else None)
+    kinds = {PAIRS if row.good is not None and row.bad is not None else LABELS for row in rows}
+    if len(kinds) > 1:
+        raise DataError("some rows are pairs and some have labels", where=str(path), hint="a file for each")
+    return PreferenceTable(Path(path), kinds.pop(), rows, skipped, digest)
+
+
+def as_labels(rows: Sequence[Preference]) -> list[Preference]:
+    """Pairs as two labelled rows each: a good answer and a bad one."""
+    return [half for row in rows for half in (replace(row, bad=None), replace(row, good=None)) if half.good or half.bad]
+
+
+def prompt_key(row: Preference) -> str:
+    """What tells prompts apart: rows of one prompt are judged, or learned, together."""
+    return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
+
+
+def _ours(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A record by our field names."""
+    taken = {theirs: ours for ours, theirs in columns.items()}
+    kept = {name: value for name, value in record.items() if name in taken or name not in columns}
+    named = {taken.get(name) or ALIASES.get(name, name): value for name, value in kept.items()}
+    if isinstance(named.get("input"), dict) and "messages" not in named:  # OpenAI's
+        named["messages"] = named.pop("input").get("messages")
+    return named
+
+
+def _theirs(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """What the file calls our fields, for errors."""
+    names = {ours: theirs for theirs, ours in ALIASES.items() if theirs in record}
+    return ({"messages": "input.messages"} if isinstance(record.get("input"), dict) else {}) | names | dict(columns)
+
+
+def _row(record: Record) -> Preference:
+    values = record.values
+    if values.get("chosen") is not None or values.get("rejected") is not None:
+        return _pair(record)
+    if "label" not in values:
+        found = ", ".join(map(str, values))
+        hint = "chosen and rejected, or label; name yours: --columns '{chosen: better, rejected: worse}'"
+        raise DataError("neither a pair of answers nor a label", where=record.where, why=f"fields: {found}", hint=hint)
+    label = values["label"]
+    truth = label if isinstance(label, bool) else TRUTH.get(str(label).strip().lower())
+    if truth is None:
+        raise DataError("a label is true (a good answer) or false", where=record.place("label"), why=f"found {label!r}")
+    prompt, answer = _prompt(record), None
+    for field in ("completion", "output"):
+        if values.get(field) is not None:
+            answer = _answer(values[field], record.place(field), prompt)
+    if answer is None:
+        prompt, answer = _last_answer(prompt, record)
+    return Preference(record.where, prompt, answer if truth else None, None if truth else answer)
+
+
+def _pair(record: Record) -> Preference:
+    for field in ("chosen", "rejected"):
+        if record.values.get(field) is None:
+            raise DataError("the field is missing", where=record.place(field))
+    if not {"messages", "prompt", "instruction"} & {n for n, v in record.values.items() if v is not None}:
+        return _implicit(record)
+    prompt = _prompt(record)
+    good, bad = (_answer(record.values[f], record.place(f), prompt) for f in ("chosen", "rejected"))
+    return _different(Preference(record.where, prompt, good, bad))
+
+
+def _implicit(record: Record) -> Preference:
+    """Two whole chats: the prompt is what both begin with."""
+    good, bad = (_turns(record.values[f], record.place(f), "assistant") for f in ("chosen", "rejected"))
+    pairs = zip(good, bad, strict=False)
+    shared = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(good), len(bad)))
+    ends = [n for n in range(1, shared + 1) if good[n - 1]["role"] != "assistant"]
+    if not ends:
+        hint = "add the prompt: {prompt: ..., chosen: ..., rejected: ...}"
+        raise DataError("the two chats do not begin alike", where=record.place("chosen"), hint=hint)
+    cut = ends[-1]
+    return _different(Preference(record.where, good[:cut], good[cut:], bad[cut:]))
+
+
+def _different(row: Preference) -> Preference:
+    for answer, name in ((row.good, "chosen"), (row.bad, "rejected")):
+        if not answer:
+            raise DataError("the answer is missing", where=f"{row.where}:{name}")
+    if row.good == row.bad:
+        raise DataError("the two answers are the same", where=row.where, hint="leave it out with --skip-bad-rows")
+    return row
+
+
+def _prompt(record: Record) -> Prompt:
+    """Messages, a text, or Alpaca's instruction; with the system message where there is one."""
+    values = record.values
+    system = record.optional("system").strip()
+    opening = ({"role": "system", "content": system},) if system else ()
+    if values.get("messages") is not None:
+        return (*opening, *_turns(values["messages"], record.place("messages"), "user"))
+    if values.get("prompt") is None:
+        return read_history(record)
+    if isinstance(values["prompt"], str):
+        text = record.text("prompt")
+        return (*opening, {"role": "user", "content": text}) if opening else text
+    return (*opening, *_turns(values["prompt"], record.place("prompt"), "user"))
+
+
+def _answer(value: Any, place: str, prompt: Prompt) -> Prompt:
+    """An answer: a text, or its messages, without the prompt where they repeat it; raises `DataError`."""
+    if isinstance(value, str):
+        return usable_text(value, place)
+    turns = _turns(value, place, "assistant")
+    before = _messages(prompt, "user")
+    if turns[: len(before)] == before:
+        turns = turns[len(before) :]
+    if not turns or turns[0]["role"] not in ("assistant", "tool") or not any(m["role"] == "assistant" for m in turns):
+        raise DataError("the answer does not follow the prompt", where=place, why="it has to begin with the assistant's turn")
+    return turns
+
+
+def _last_answer(prompt: Prompt, record: Record) -> tuple[Prompt, Prompt]:
+    """A whole chat, cut before its last answer."""
+    place = record.place("messages")
+    if isinstance(prompt, str) or not prompt or prompt[-1]["role"] != "assistant":
+        hint = "a last turn of the assistant, or a completion"
+        raise DataError("there is no answer for the label to be about", where=place, hint=hint)
+    if len(prompt) < 2:
+        raise DataError("no prompt comes before the answer", where=place)
+    return prompt[:-1], prompt[-1:]
+
+
+def _turns(value: Any, place: str, role: str) -> tuple[Message, ...]:
+    """A text, one message or a list of them, as messages; a text is the `role`'s."""
+    if isinstance(value, str):
+        return ({"role": role, "content": usable_text(value, place)},)
+    listed = [value] if isinstance(value, dict) else value
+    if not isinstance(listed, list) or not listed:
+        raise DataError(f"expected a text or messages, found {kind_of(value)}", where=place)
+    return tuple(m for n, turn in enumerate(listed) if (m := read_turn(turn, f"{place}[{n}]")))
+
+
+def _messages(prompt: Prompt, role: str) -> tuple[Message, ...]:
+    return ({"role": role, "content": prompt},) if isinstance(prompt, str) else prompt

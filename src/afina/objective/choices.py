@@ -1,0 +1,278 @@
+"""Learning from preferences: rows of one or two answers, laid end to end like any others, and a loss for each row.
+
+    tokens     | prompt 1 + better | prompt 2 + better | prompt 1 + worse | prompt 2 + worse |
+    labels     |           ooooooo |           ooooooo |           oooooo |           oooooo |    only answers
+    rows       |         1         |         2         |        1         |        2         |
+
+Masked tokens never reach the output layer. A row is the unit: it has one loss, is held out whole, and its answers share a
+batch. What KTO compares with (z) is the same for all rows of an optimizer step, however they are packed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afina.base.model import Base
+from afina.config import PreferenceOptions
+from afina.data.batches import FlatBatch, Sampler, flatten, pack
+from afina.data.preferences import Preference, prompt_key
+from afina.data.skipped import reasons
+from afina.data.template import Example, Renderer
+from afina.errors import DataError
+from afina.objective.language import after_invocation
+from afina.objective.preference import Answers, facts_of, kto_losses, pair_losses
+from afina.objective.reference import Reference, answer_logps
+from afina.objective.task import learned_rows
+from afina.route.invocation import Route
+
+MATE_TRIES = 8  # other rows looked at for one whose answer fits to a prompt
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row as tokens: the better answer and the worse one (with a label, one of them), each with its prompt.
+
+    `mate` is the prompt with the answer of another row, which KTO's z is an average over.
+    """
+
+    where: str
+    good: Example | None
+    bad: Example | None
+    mate: Example | None = None
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """All that passes through the model, by which rows are packed."""
+        return [token for example in (self.good, self.bad) if example for token in example.tokens]
+
+
+@dataclass
+class Mates:
+    """The mismatched answers of an optimizer step, and z once it is known."""
+
+    examples: list[Example]
+    z: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceBatch:
+    """Answers end to end, better ones first; `good` and `bad` are their numbers among the sequences of `flat`."""
+
+    flat: FlatBatch
+    examples: tuple[Example, ...]
+    good: Tensor
+    bad: Tensor
+    rows: int
+    mates: Mates
+
+
+def make_choices(
+    renderer: Renderer, rows: Sequence[Preference], skipped: list[str] | None, invocation: tuple[int, ...], mates: bool
+) -> list[tuple[Preference, Choice]]:
+    """Rows with their tokens. One that cannot be used is an error, or is listed in `skipped` when that is given.
+
+    With an `invocation`, only what follows its last occurrence counts: before it policy and reference are the base.
+    """
+
+    def example(row: Preference, answer: Any) -> Example:
+        made = renderer.example(row.row(answer))
+        return after_invocation(made, invocation) if invocation else made
+
+    made: list[tuple[Preference, Choice]] = []
+    for number, row in enumerate(rows):
+        try:
+            good, bad = (example(row, answer) if answer is not None else None for answer in (row.good, row.bad))
+            if good is not None and bad is not None and good.tokens == bad.tokens:
+                raise DataError("the two answers are the same tokens", where=row.where)
+            made.append((row, Choice(row.where, good, bad, _mate(example, rows, number) if mates else None)))
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(f"{error.where or row.where}: {error.what}")
+    if not made:
+        raise DataError("no row is left to learn from", why=f"skipped: {reasons(skipped or [])}")
+    return made
+
+
+def _mate(example: Any, rows: Sequence[Preference], number: int) -> Example | None:
+    """The prompt of a row with the answer of one before it that has another prompt; None where there is none that fits."""
+    row, tries = rows[number], 0
+    for distance in range(1, len(rows)):
+        other = rows[number - distance]
+        if prompt_key(other) == prompt_key(row):
+            continue
+        try:
+            return example(row, other.good if other.good is not None else other.bad)
+        except DataError:  # too long, or a text where messages are needed
+            tries += 1
+            if tries == MATE_TRIES:
+                return None
+    return None
+
+
+class ChoiceTask:
+    """Preferences to learn from and to judge by, under any objective. See `Task`; what is minimised is in `judge`."""
+
+    def __init__(
+        self, base: Base, train: list[Choice], held: list[Choice], batch_tokens: int, accumulate: int, seed: int
+    ) -> None:
+        self.base, self.train, self.held = base, train, held
+        self._batch_tokens = batch_tokens
+        self._sampler = Sampler(train, batch_tokens, accumulate, seed)  # type: ignore[arg-type]
+        self._step, self._check = Tally(), Tally()
+
+    def judge(self, batch: ChoiceBatch, route: Route | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of each row of a batch, in its order, and facts about the answers."""
+        raise TypeError(f"{type(self).__name__} must say what a loss is")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return self._sampler.steps_per_epoch
+
+    def _step_rows(self, step: int) -> list[list[Choice]]:
+        return self._sampler.step_examples(step)  # type: ignore[return-value]
+
+    def step_batches(self, step: int) -> list[ChoiceBatch]:
+        """The micro-batches of an optimizer step, on the base's device; facts are collected anew."""
+        self._step, self._check = Tally(), Tally()
+        batches = self._step_rows(step)
+        mates = mates_of([row for rows in batches for row in rows])
+        return [self._batch(rows, mates) for rows in batches]
+
+    def step_rows(self, step: int) -> list[str]:
+        """Names of the rows of an optimizer step."""
+        return sorted({row.where for rows in self._step_rows(step) for row in rows})
+
+    def make_batch(self, rows: Sequence[Choice], seed: int) -> ChoiceBatch:
+        """Some rows, on the base's device; nothing about them is random."""
+        return self._batch(rows, mates_of(rows))
+
+    def _batch(self, rows: Sequence[Choice], mates: Mates) -> ChoiceBatch:
+        good, bad = [row.good for row in rows if row.good], [row.bad for row in rows if row.bad]
+        if all(row.good and row.bad for row in rows):
+            numbers = torch.arange(len(rows)), torch.arange(len(rows)) + len(rows)
+        else:
+            numbers = torch.arange(len(good)), torch.arange(len(bad)) + len(good)
+        flat = flatten([*good, *bad]).to(self.base.device)
+        first, second = (n.to(self.base.device) for n in numbers)
+        return ChoiceBatch(flat, (*good, *bad), first, second, len(rows), mates)
+
+    def count(self, batch: ChoiceBatch) -> int:
+        """Rows: pairs, or labelled answers."""
+        return batch.rows
+
+    def size(self, batch: ChoiceBatch) -> int:
+        """Tokens."""
+        return len(batch.flat.tokens)
+
+    def loss(self, batch: ChoiceBatch, route: Route | None) -> Tensor:
+        """Sum of the losses of the rows; what is trained on is noted."""
+        losses, facts = self.judge(batch, route)
+        if torch.is_grad_enabled():
+            self._step.add(facts)
+        return losses.sum()
+
+    @torch.no_grad()
+    def row_losses(self, rows: Sequence[Choice], route: Route | None, tally: "Tally | None" = None) -> list[float]:
+        """The loss of each row, packed; facts are added to `tally`."""
+        found, mates = dict.fromkeys(range(len(rows)), 0.0), mates_of(rows)
+        for indices in pack([len(row.tokens) for row in rows], self._batch_tokens, range(len(rows))):
+            chosen = sorted(indices, key=lambda i: rows[i].good is None)  # labels: good answers come first in a batch
+            losses, facts = self.judge(self._batch([rows[i] for i in chosen], mates), route)
+            found |= dict(zip(chosen, losses.tolist(), strict=True))
+            if tally is not None:
+                tally.add(facts)
+        return list(found.values())
+
+    def held_out_loss(self, route: Route | None) -> float:
+        """Mean over the held-out rows; their facts are noted."""
+        self._check = Tally()
+        losses = self.row_losses(self.held, route, self._check)
+        return sum(losses) / len(losses)
+
+    def learned_loss(self, route: Route | None) -> float:
+        """The same over as many of the rows that are learned from."""
+        losses = self.row_losses(learned_rows(self), route)
+        return sum(losses) / len(losses)
+
+    def facts(self, route: Route | None) -> dict[str, float]:
+        """Means over the held-out rows: who won, by how much, log-probabilities, lengths."""
+        tally = Tally()
+        self.row_losses(self.held, route, tally)
+        return tally.means()
+
+    def noted(self) -> dict[str, float]:
+        """Means over the rows of the last step, and, after a check, of those held out."""
+        return self._step.means() | {f"held_out_{name}": value for name, value in self._check.means().items()}
+
+
+def mates_of(rows: Sequence[Choice]) -> Mates:
+    """The mismatched answers of some rows."""
+    return Mates([row.mate for row in rows if row.mate is not None])
+
+
+@dataclass
+class Tally:
+    """Sums of facts, for their means."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, facts: Mapping[str, Tensor]) -> None:
+        """Count some more: each fact is a tensor of values."""
+        for name, values in facts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+            self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        """Mean of each fact of which there is a value."""
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+
+
+class PreferenceTask(ChoiceTask):
+    """dpo, kto, orpo and simpo. `reference` is what the first two compare with; `set_up` gives it when adapters are on."""
+
+    def __init__(self, objective: str, options: PreferenceOptions, *given: Any) -> None:
+        super().__init__(*given)
+        self.objective, self.options = objective, options
+        self.reference: Reference | None = None
+
+    def judge(self, batch: ChoiceBatch, route: Route | None) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Losses (rows) and facts under `route`."""
+        logps, tokens = answer_logps(self.base, batch.flat, route)
+        known = None if self.reference is None else self.reference.logps(self.base, batch.flat, batch.examples)
+        good, bad = (
+            Answers(logps[side], None if known is None else known[side], tokens[side]) for side in (batch.good, batch.bad)
+        )
+        facts = facts_of(self.objective, self.options, good, bad)
+        if self.objective != "kto":
+            return pair_losses(self.objective, self.options, good, bad), facts
+        z = self._z(batch.mates, route)
+        return torch.cat(kto_losses(self.options, good, bad, z)), facts | {"z": z[None]}
+
+    @torch.no_grad()
+    def _z(self, mates: Mates, route: Route | None) -> Tensor:
+        """Mean of log p - log p' over the mismatched answers of a step, at least 0; worked out once a step."""
+        if mates.z is None:
+            ratios = [torch.zeros(0, device=self.base.device)]
+            examples = mates.examples
+            for indices in pack([len(e.tokens) for e in examples], self._batch_tokens, range(len(examples))):
+                chosen = [examples[i] for i in indices]
+                flat = flatten(chosen).to(self.base.device)
+                assert self.reference is not None
+                ratios.append(answer_logps(self.base, flat, route)[0] - self.reference.logps(self.base, flat, chosen))
+            together = torch.cat(ratios)
+            mates.z = together.mean().clamp(min=0) if len(together) else together.new_zeros(())
+        return mates.z
+
+    def settle(self, folder: Any) -> None:
+        """Write down the reference of a run, and what it has to know beforehand."""
+        if self.reference is not None:
+            rows = [*self.train, *self.held]
+            sequences = [e for row in rows for e in (row.good, row.bad, row.mate) if e is not None]
+            self.reference.settle(folder, self.base, sequences, self._batch_tokens)

@@ -1,0 +1,75 @@
+"""What a run learns, and on what: the outcome of preparing it, and the helpers that all ways of preparing share."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from afina.base.frozen import Frozen
+from afina.config import TrainSettings
+from afina.data.template import Renderer
+from afina.errors import SettingsError
+from afina.objective.task import Task
+from afina.route.invocation import Route
+
+# options that every method of a language model has
+NEW_TOKENS = "new_tokens"  # tokens to learn, new or not
+START = "start"  # an adapter, or the run that made it, to go on from
+
+
+@dataclass(frozen=True)
+class Words:
+    """How to speak of a run: a loss is nats a `unit`, a model hesitates between `choices` and reads `piece`s."""
+
+    unit: str = "token"
+    choices: str = "tokens"
+    piece: str = "token"
+
+
+@dataclass
+class Prepared:
+    """A base and what is to be learned on it; `source` are the facts about the data for run.json."""
+
+    base: Frozen
+    task: Task
+    objective: str
+    source: dict[str, Any]
+    skipped: list[str]
+    example: str  # one row as the model reads it, what is learned marked
+    held_records: list[dict[str, Any]]  # the held-out rows, to be read again by `afina eval`
+    invocation: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()  # modules that the adapter owns whole
+    tokens: dict[str, int] = field(default_factory=dict)  # tokens whose rows it owns
+    max_length: int | None = None  # longest sequence in tokens; None where there are none (pictures)
+    counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
+    words: Words = field(default_factory=Words)
+    before: Route | None = None  # what the outcome is compared with: None is the base alone
+    start: str | None = None  # hash of the adapter that the run goes on from
+
+
+def new_tokens(settings: TrainSettings) -> list[str]:
+    """The tokens that get rows of their own."""
+    told = settings.options.get(NEW_TOKENS, [])
+    names = [told] if isinstance(told, str) else told
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise SettingsError(f"{NEW_TOKENS} cannot be {told!r}", where="options", hint=f"--options '{{{NEW_TOKENS}: [<tool>]}}'")
+    return list(dict.fromkeys(names))
+
+
+def find_invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:
+    """The tokens that switch an activated adapter on: as told, or what the template puts before an answer."""
+    tokens = renderer.invocation(settings.invocation)
+    if not tokens:
+        why = "the template writes nothing between a question and its answer"
+        raise SettingsError("an activated adapter needs an invocation", where="invocation", why=why, hint="--invocation TEXT")
+    return tuple(tokens)
+
+
+def source_of(table: Any, held: int) -> dict[str, Any]:
+    """The facts about a table of rows, of which so many are held out."""
+    return {"path": str(table.path), "format": table.format, "sha256": table.digest, "rows": len(table.rows), "held_out": held}
+
+
+def lines(records: Sequence[dict[str, Any]]) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
