@@ -6,7 +6,8 @@ AfinaError
  ├── BaseError         a base model that cannot be loaded
  ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
  ├── TrainingError     a run that cannot start, go on or be resumed
- └── MergeError        a merged model that would not equal the adapted one
+ ├── MergeError        a merged model that would not equal the adapted one
+ └── AuditError        an adapter that may not be used, or cannot be vouched for
 """
 
 import difflib
@@ -50,6 +51,10 @@ class TrainingError(AfinaError):
 
 class MergeError(AfinaError):
     """A merged model whose answers would differ from the adapted one's."""
+
+
+class AuditError(AfinaError):
+    """An adapter that may not be used, or whose origin cannot be proved."""
 
 
 def counted(number: int, thing: str) -> str:
