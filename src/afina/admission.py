@@ -50,7 +50,8 @@ def report_of(digest: str) -> dict[str, Any] | None:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AuditError("this report cannot be read", where=str(file), hint="audit the adapter again") from error
-    if not isinstance(report, dict) or report.get("hash") != digest or report.get("verdict") not in ("allow", "review", "block"):
+    known = ("allow", "review", "block")
+    if not isinstance(report, dict) or report.get("hash") != digest or report.get("verdict") not in known:
         raise AuditError("this is no report on that adapter", where=str(file), hint="audit the adapter again")
     return report
 
@@ -70,8 +71,10 @@ def admitted(digest: str, where: str = "") -> dict[str, Any]:
                          hint=f"afina audit {where}")  # fmt: skip
     if report["verdict"] == "block" or (report["verdict"] == "review" and not report.get("accepted")):
         reasons = [finding["text"] for finding in report.get("findings", ()) if finding["level"] != "note"]
-        hint = "do not use it" if report["verdict"] == "block" else f'look at it, then: afina audit {where} --accept "who, why"'
-        raise AuditError(f"the audit's verdict is {report['verdict']}", where=where, why="; ".join(reasons[:3]) or None, hint=hint)
+        review = f'look at it, then: afina audit {where} --accept "who, why"'
+        hint = "do not use it" if report["verdict"] == "block" else review
+        why = "; ".join(reasons[:3]) or None
+        raise AuditError(f"the audit's verdict is {report['verdict']}", where=where, why=why, hint=hint)
     return report
 
 

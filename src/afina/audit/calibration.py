@@ -107,7 +107,8 @@ class Calibration:
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
             if told["format_version"] != 1:
-                raise AuditError(f"a calibration of version {told['format_version']}", where=str(file), hint="pip install -U afina")
+                what = f"a calibration of version {told['format_version']}"
+                raise AuditError(what, where=str(file), hint="pip install -U afina")
             kind = Kind(**{**told["kind"], "layers": tuple(told["kind"]["layers"])})
             middle, spread, precision, scores = (np.array(told[n]) for n in ("middle", "spread", "precision", "scores"))
             weights, supervised = (None if told[n] is None else np.array(told[n]) for n in ("weights", "supervised"))

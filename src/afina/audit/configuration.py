@@ -12,7 +12,8 @@ from afina.audit.report import Gate
 from afina.audit.strict import is_plain_pattern
 
 LORA = "LORA"
-KINDS = {LORA: None, "AFINA_LORA": "lora", "AFINA_MORA": "mora", "AFINA_FULL": "full"}  # peft_type: method, None: use_dora tells
+# method by peft_type; None: use_dora tells
+KINDS = {LORA: None, "AFINA_LORA": "lora", "AFINA_MORA": "mora", "AFINA_FULL": "full"}
 # keys that change nothing about what is computed, or are checked below
 KNOWN = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules",
@@ -46,7 +47,8 @@ def check_configuration(config: Mapping[str, Any], gate: Gate, where: str, vocab
                 gate.block("config-dangerous", f"{key} is set: {DANGEROUS[key]}", where, key=key)
         elif key in UNREAD:
             if not empty and value != UNREAD[key]:
-                gate.block("config-unread", f"{key}={str(value)[:60]!r} changes the result, and afina does not follow it", where)
+                what = f"{key}={str(value)[:60]!r} changes the result, and afina does not follow it"
+                gate.block("config-unread", what, where)
         elif key not in KNOWN:
             gate.block("config-unknown", f"unknown key {key[:60]!r}: some loader might obey it", where, key=key[:60])
     if config.get("megatron_core", "megatron.core") not in (None, "megatron.core"):
@@ -94,7 +96,8 @@ def _check_patterns(config: Mapping[str, Any], gate: Gate, where: str) -> None:
         value = config.get(key) or []
         for text in value if isinstance(value, list) else [value]:
             if not is_plain_pattern(text):
-                gate.block("config-pattern", f"{key} holds {str(text)[:60]!r}, which is neither a name nor a plain pattern", where)
+                what = f"{key} holds {str(text)[:60]!r}, which is neither a name nor a plain pattern"
+                gate.block("config-pattern", what, where)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
         if isinstance(pattern, dict) and not all(is_plain_pattern(text) for text in pattern):
@@ -116,7 +119,8 @@ def _check_owned(config: Mapping[str, Any], gate: Gate, where: str) -> None:
 def _check_invocation(tokens: Any, gate: Gate, where: str, vocabulary: int | None) -> None:
     if tokens is None:
         return
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens) or not 1 <= len(tokens) <= MAX_INVOCATION:
+    numbers = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    if not numbers or not 1 <= len(tokens) <= MAX_INVOCATION:
         gate.block("config-invocation", f"its invocation is 1 to {MAX_INVOCATION} token numbers", where)
     elif min(tokens) < 0 or (vocabulary is not None and max(tokens) >= vocabulary):
         gate.block("config-invocation", f"its invocation {tokens[:8]} is not in the base's vocabulary", where)

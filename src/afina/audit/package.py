@@ -137,7 +137,8 @@ def _list(folder: Path, gate: Gate) -> set[str]:
         elif about.st_size > (MAX_WEIGHTS if entry.name == WEIGHTS else MAX_OTHER):
             gate.block("size", f"{about.st_size:,} bytes are more than such a file may have", shown)
         elif entry.name not in ALLOWED:
-            why = next((why for pattern, why in DANGER if re.fullmatch(pattern, entry.name.lower())), "no adapter has this file")
+            whys = (why for pattern, why in DANGER if re.fullmatch(pattern, entry.name.lower()))
+            why = next(whys, "no adapter has this file")
             gate.block("foreign-file", f"does not belong into an adapter: {why}", shown)
     return names
 
@@ -227,7 +228,8 @@ def _check_shapes(package: Package, base: BaseFiles, gate: Gate) -> None:
     modules = package.modules()
     known = {path: base.shape(path) for path in modules}
     if not base.has_shapes or not any(known.values()):
-        gate.review("base-shapes", "none of its layers is in the base's files by that name: shapes could not be compared", WEIGHTS)
+        what = "none of its layers is in the base's files by that name: shapes could not be compared"
+        gate.review("base-shapes", what, WEIGHTS)
         return
     for path, parts in modules.items():
         shape, place = known[path], f"{WEIGHTS}: {path}"

@@ -132,7 +132,8 @@ def check_signature(folder: Path, key: Path) -> None:
         raise
     except Exception as error:  # the library raises of many kinds, some without words; each means: not proved
         why = str(error)[:300] or type(error).__name__
-        raise AuditError("the signature does not hold", where=str(folder), why=why, hint="get it from its maker again") from error
+        hint = "get it from its maker again"
+        raise AuditError("the signature does not hold", where=str(folder), why=why, hint=hint) from error
 
 
 def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None) -> None:
@@ -154,7 +155,8 @@ def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None)
             checks.append(("tokenizer", manifest["tokenizer"], tokenizer_hash(base)))
     for what, told, found in checks:
         if told != found:
-            raise AuditError(f"{what}: not what was signed", where=str(folder), why=f"{_short(told)} then, {_short(found)} now")
+            why = f"{_short(told)} then, {_short(found)} now"
+            raise AuditError(f"{what}: not what was signed", where=str(folder), why=why)
 
 
 def provenance_gate(folder: Path, digest: str | None, key: Path | None, base: Path | None, gate: Gate) -> None:

@@ -13,13 +13,14 @@ def as_sarif(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report as one SARIF run: a rule for each kind of finding, a result for each finding."""
     findings = report["findings"]
     rules = list(dict.fromkeys(f"{finding['gate']}/{finding['rule']}" for finding in findings))
+    told = [{"id": rule, "shortDescription": {"text": rule.partition("/")[2].replace("-", " ")}} for rule in rules]
     return {
         "$schema": SCHEMA,
         "version": "2.1.0",
         "runs": [{
             "tool": {"driver": {
                 "name": "afina audit", "version": afina.__version__,
-                "rules": [{"id": rule, "shortDescription": {"text": rule.partition("/")[2].replace("-", " ")}} for rule in rules],
+                "rules": told,
             }},
             "invocations": [{"executionSuccessful": not any(f["rule"] == "gate-error" for f in findings)}],
             "results": [_result(finding, rules) for finding in findings],

@@ -50,7 +50,9 @@ VERBS = {
     "show": Verb("what an adapter is", config.ShowSettings, "afina.combining.describe:show", "run"),
     "audit": Verb("is this adapter safe to load?", config.AuditSettings, "afina.audit.audit:audit", "run"),
     "sign": Verb("sign an adapter with your key", config.SignSettings, "afina.audit.provenance:sign", "run"),
-    "verify": Verb("who signed this adapter, and is it unchanged?", config.VerifySettings, "afina.audit.provenance:verify", "run"),
+    "verify": Verb(
+        "who signed this adapter, and is it unchanged?", config.VerifySettings, "afina.audit.provenance:verify", "run"
+    ),
     "revoke": Verb("refuse an adapter from now on", config.RevokeSettings, "afina.audit.provenance:revoke", "target"),
     "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.export:export", "run"),
 }
