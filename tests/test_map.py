@@ -12,8 +12,8 @@ SOURCE = ROOT / "src" / "afina"
 
 # from the ground up, in the order of the story; CONTRIBUTING.md has the same list with a line on each
 ROOMS = [
-    "errors", "config", "disk", "segments", "route", "kernels", "base", "delta", "data", "objective", "engine", "judge",
-    "combining", "training", "planning", "demo", "cli",
+    "errors", "config", "disk", "admission", "segments", "route", "kernels", "base", "delta", "data", "objective", "engine", "judge",
+    "combining", "training", "planning", "audit", "demo", "cli",
 ]  # fmt: skip
 
 

@@ -230,6 +230,7 @@ class MergeSettings(BaseSettings):
     storage: Literal["plain", "nf4"] = _describe("plain: 16 or 32 bits a weight; nf4: 4 bits, in bitsandbytes' form", "plain")
     tolerance: float | None = _describe("how far its answers may be from the adapted model's, nats a token (KL)", gt=0)
     allow_other_base: bool = _describe("merge into a base that the adapter was not trained on", False)
+    admit: Literal["any", "audited"] = _describe("audited: only adapters that `afina audit` has let through", "any")
 
 
 class ExportSettings(MergeSettings):
@@ -261,6 +262,7 @@ class CombineSettings(BaseSettings):
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
     penalty: float = _describe("search: nats a token for each unit of |weights| (L1)", 0.05, ge=0.0)
     steps: int = _describe("search: most times that the loss is measured", 60, ge=5)
+    admit: Literal["any", "audited"] = _describe("audited: only adapters that `afina audit` has let through", "any")
 
 
 class ExtractSettings(BaseSettings):
@@ -280,6 +282,43 @@ class ShowSettings(Settings):
     """Everything `afina show` can be told."""
 
     run: Path = _describe("a run, an adapter or a composition", ...)
+
+
+class AuditSettings(BaseSettings):
+    """Everything `afina audit` can be told."""
+
+    base: str | None = _describe("folder of the base: shapes, weights and behaviour are looked at beside it")  # type: ignore[assignment]
+    run: Path = _describe("a run, an adapter or a composition", ...)
+    strict: bool = _describe("what asks for a review is blocked", False)
+    key: Path | None = _describe("public key (PEM) of a signer that you trust")
+    calibration: Path | None = _describe("file or folder of benign adapters' statistics; by default afina's own")
+    alpha: float = _describe("share of benign adapters of its kind that may be sent to review", 0.05, gt=0.0, lt=1.0)
+    budget: float = _describe("seconds for looking at what it does; 0 leaves that out, and asks for a review", 30.0, ge=0.0)
+    sarif: Path | None = _describe("write the report as SARIF 2.1.0 too")
+    accept: str | None = _describe("accept a verdict of review: who looked, and why it is harmless; kept in the log")
+
+
+class SignSettings(Settings):
+    """Everything `afina sign` can be told."""
+
+    run: Path = _describe("a run or adapter folder", ...)
+    key: Path = _describe("private key: elliptic (P-256, P-384, P-521), PEM", ...)
+    base: Path | None = _describe("folder of the base, to sign for its tokenizer and chat template too")
+
+
+class VerifySettings(Settings):
+    """Everything `afina verify` can be told."""
+
+    run: Path = _describe("a run or adapter folder", ...)
+    key: Path = _describe("public key of the signer (PEM)", ...)
+    base: Path | None = _describe("folder of the base, to check that it is the one that was signed for")
+
+
+class RevokeSettings(Settings):
+    """Everything `afina revoke` can be told."""
+
+    target: str = _describe("an adapter's folder, or its hash", ...)
+    reason: str = _describe("why it must not be used any more", ...)
 
 
 class DemoSettings(Settings):

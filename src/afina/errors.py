@@ -7,7 +7,8 @@ AfinaError
  ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
  ├── TrainingError     a run that cannot start, go on or be resumed
  ├── MergeError        a merged model that would not equal the adapted one
- └── BusyError         the engine has no room for one more request now
+ ├── BusyError         the engine has no room for one more request now
+ └── AuditError        an adapter that may not be used, or cannot be vouched for
 """
 
 import difflib
@@ -59,6 +60,10 @@ class BusyError(AfinaError):
     def __init__(self, what: str, retry_after: float = 1.0) -> None:
         super().__init__(what, hint=f"try again in {retry_after:.0f} s")
         self.retry_after = retry_after
+
+
+class AuditError(AfinaError):
+    """An adapter that may not be used, or whose origin cannot be proved."""
 
 
 def counted(number: int, thing: str) -> str:

@@ -49,6 +49,12 @@ VERBS = {
     "extract": Verb("a low-rank adapter out of any adapter or tuned model", config.ExtractSettings,
                     "afina.combining.extract:extract", "run"),
     "show": Verb("what an adapter is", config.ShowSettings, "afina.combining.describe:show", "run"),
+    "audit": Verb("is this adapter safe to load?", config.AuditSettings, "afina.audit.audit:audit", "run"),
+    "sign": Verb("sign an adapter with your key", config.SignSettings, "afina.audit.provenance:sign", "run"),
+    "verify": Verb(
+        "who signed this adapter, and is it unchanged?", config.VerifySettings, "afina.audit.provenance:verify", "run"
+    ),
+    "revoke": Verb("refuse an adapter from now on", config.RevokeSettings, "afina.audit.provenance:revoke", "target"),
     "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.export:export", "run"),
 }
 
@@ -155,7 +161,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns the exit status (0 good, 1 failed, 2 wrong settings, 130 interrupted)."""
+    """Run one command line; returns the exit status (0 good, 1 failed, 2 wrong settings, 130 interrupted).
+
+    `audit` ends with 3 for review, 4 for block.
+    """
     as_json = "--json" in arguments
     try:
         name, settings, as_json = parse(arguments)
@@ -169,7 +178,7 @@ def run(arguments: Sequence[str]) -> int:
                 from afina.cli.show import show
 
                 show(name, result)
-        return 0
+        return int(result.get("exit_status", 0))
     except Exception as error:
         if not first_to_fail():
             return 1

@@ -14,8 +14,11 @@ console = Console()
 
 def show(verb: str, result: dict[str, Any]) -> None:
     """Print what a verb returned, for people."""
+    from afina.cli.show_audit import show_audit, show_origin
+
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "merge": _merge,
-     "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about}[verb](result)  # fmt: skip
+     "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about, "audit": show_audit,
+     "sign": show_origin, "verify": show_origin, "revoke": show_origin}[verb](result)  # fmt: skip
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:

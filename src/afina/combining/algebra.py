@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from afina.admission import demand
 from afina.combining import dense
 from afina.combining.lowrank import Cut, Low, cut, cut_dense, slerp, stacked
 from afina.combining.parts import Source, all_paths, open_sources, with_base
@@ -59,6 +60,8 @@ def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dic
     if settings.out.exists() and (not settings.out.is_dir() or any(settings.out.iterdir())):
         raise SettingsError("this folder is not empty", where=str(settings.out), hint="choose another --out")
     sources = open_sources(settings.parts)
+    for source in sources:
+        demand(settings.admit, source.hash, str(source.part.folder))
     base = same_base([source.part for source in sources])
     found: dict[str, Any] = {}
     if settings.how == "search":

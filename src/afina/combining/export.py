@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.combining.gguf import export_adapter, export_model
-from afina.combining.merge import check_out, merge
+from afina.combining.merge import check_admitted, check_out, merge
 from afina.config import ExportSettings, MergeSettings, make_settings
 from afina.delta.files import adapter_folder, read_json
 from afina.disk import new_folder
@@ -15,6 +15,8 @@ from afina.errors import SettingsError
 def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dict[str, Any]:
     """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `out`; returns what was written."""
     settings = run if isinstance(run, ExportSettings) else make_settings(ExportSettings, {"run": run, **values})
+    if settings.run is not None:
+        check_admitted(settings.admit, settings.run)
     if settings.format.startswith("gguf"):
         return _gguf(settings)
     if settings.run is None:

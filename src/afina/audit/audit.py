@@ -1,0 +1,231 @@
+"""`afina audit`: is this adapter safe to load? Gate after gate, and a verdict that fails closed.
+
+    files         what lies in the folder, before anything of it is loaded
+    provenance    revoked? signed, by whom?
+    weights       the update by numbers, beside benign adapters of its kind
+    behaviour     what it does, adapter on against off, on the same base
+
+A gate that broke, or could not look, asks for a review at least. After a blocked file gate nothing is opened any more.
+The report is kept under the hash of the adapter's content: `--admit audited` asks for it.
+"""
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import afina
+from afina import admission
+from afina.audit.basefiles import BaseFiles, find_base
+from afina.audit.package import CONFIG, STORY, Package, check_package, content_hash
+from afina.audit.provenance import provenance_gate
+from afina.audit.report import Finding, Gate, as_dicts, guarded, verdict
+from afina.audit.sarif import as_sarif
+from afina.audit.strict import read_object, state
+from afina.config import EMBEDDED, AuditSettings, make_settings
+from afina.disk import write_json
+from afina.errors import AuditError
+
+REPORT_VERSION = 1
+EXIT = {"allow": 0, "review": 3, "block": 4}
+
+
+@dataclass
+class Audit:
+    """An audit under way: the adapter (or the parts of a composition), the gates so far."""
+
+    settings: AuditSettings
+    folders: list[Path]
+    base: BaseFiles | None = None
+    gates: list[Gate] = field(default_factory=list)
+    packages: list[Package] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    states: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of all gates."""
+        return [finding for gate in self.gates for finding in gate.findings]
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a gate has blocked."""
+        return any(gate.blocked for gate in self.gates)
+
+
+def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
+    """Audit the adapter in `run`; settings as in `afina audit --help`. Returns the report, which is kept by hash.
+
+    Raises `SettingsError` or `AuditError` only for what is wrong with the question (no such folder or base); what is wrong
+    with the adapter is in the report.
+    """
+    settings = run if isinstance(run, AuditSettings) else make_settings(AuditSettings, {"run": run, **values})
+    if not settings.run.is_dir():
+        raise AuditError("no such folder", where=str(settings.run), hint="afina audit FOLDER: a run, an adapter, a composition")
+    weights: list[float] | None = None
+    files = Gate("files")
+    folders = [_adapter_folder(settings.run)]
+    if not (folders[0] / CONFIG).exists() and (folders[0] / STORY).is_file():
+        found: list[tuple[Path, float]] = []
+        guarded(files, lambda: found.extend(_parts(folders[0])))
+        folders, weights = [folder for folder, _ in found], [weight for _, weight in found]
+    about = Audit(settings, folders, gates=[files])
+    about.base = _base(settings, folders)
+    for folder in folders:
+        guarded(files, partial(_files, about, folder, files))
+    digest = None
+    if not files.blocked:
+        digest = about.hashes[0] if weights is None else _composition_hash(about.hashes, weights)
+        _look_inside(about, digest, weights)
+    _check_unchanged(about)
+    report = _report(about, digest)
+    if digest is not None:
+        if settings.accept and report["verdict"] == "review":
+            report["accepted"] = settings.accept
+            admission.log_acceptance(digest, settings.accept)
+        report["kept"] = str(admission.keep_report(report))
+    if settings.sarif is not None:
+        write_json(settings.sarif, as_sarif(report))
+    admits = report["verdict"] == "allow" or "accepted" in report
+    return report | {"exit_status": 0 if admits else EXIT[report["verdict"]]}
+
+
+def _adapter_folder(run: Path) -> Path:
+    """The adapter of a run folder, or the folder itself; whether there is anything in it is for the gate to say."""
+    inside = run / "adapter"
+    return inside if not (run / CONFIG).exists() and (inside / CONFIG).exists() and not inside.is_symlink() else run
+
+
+def _base(settings: AuditSettings, folders: list[Path]) -> BaseFiles | None:
+    """The base to compare with: as told, or the embedded one where that is what the adapter says. Never a path it names."""
+    if settings.base is not None:
+        folder = find_base(settings.base)
+        if folder is None:
+            raise AuditError("no such folder", where=settings.base, hint="--base FOLDER: the audit does not ask the network")
+        return BaseFiles(folder)
+    for folder in folders:
+        try:
+            if read_object(folder / CONFIG).get("base_model_name_or_path") != EMBEDDED:
+                return None
+        except AuditError:  # the file gate will say so
+            return None
+    place = find_base(EMBEDDED)
+    return BaseFiles(place) if place is not None and folders else None
+
+
+def _parts(folder: Path) -> list[tuple[Path, float]]:
+    """A composition's parts with their weights; raises `AuditError` where one lies elsewhere, or is not described."""
+    import math
+
+    lines = read_object(folder / STORY).get("composition")
+    if not isinstance(lines, list) or not lines or len(lines) > 64:
+        raise AuditError("neither an adapter nor a composition", where=str(folder))
+    found = []
+    for line in lines:
+        path, weight = (line.get("path"), line.get("weight")) if isinstance(line, dict) else (None, None)
+        if not isinstance(path, str) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise AuditError("a part is not described by its path and weight", where=STORY)
+        if not (folder / path).resolve().is_relative_to(folder.resolve()) or (folder / path).is_symlink():
+            raise AuditError("a part lies outside its composition", where=f"{STORY}: {path[:80]}")
+        found.append((folder / path, float(weight)))
+    return found
+
+
+def _files(about: Audit, folder: Path, gate: Gate) -> None:
+    """The file gate, and the hash of what it read."""
+    before = _states(folder)
+    package = check_package(folder, about.base, gate)
+    if gate.blocked:
+        return
+    from afina.delta.composition import spec_of
+
+    digest = content_hash(package.tensors, spec_of(folder).as_dict())
+    told = package.story.get("hash")
+    if told is not None and told != digest:
+        gate.block("hash-differs", f"{STORY} says its hash is {str(told)[:12]}, and it is {digest[:12]}", str(folder))
+    made_for = package.story.get("base", {}).get("hash") if package.story else None
+    if about.base is not None and made_for and made_for != about.base.hash:
+        gate.block("other-base", f"made for a base of hash {made_for[:12]}; this one is {about.base.hash[:12]}", str(folder))
+    about.packages.append(package)
+    about.hashes.append(digest)
+    about.states |= before
+
+
+def _states(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {str(file): state(file.lstat()) for file in sorted(folder.iterdir())}
+
+
+def _check_unchanged(about: Audit) -> None:
+    """What was hashed at the start is what all gates have seen."""
+    now: dict[str, tuple[int, ...]] = {}
+    for package in about.packages:
+        now |= _states(package.folder)
+    if now != about.states:
+        about.gates[0].block("changed", "a file changed during the audit", str(about.settings.run))
+
+
+def _composition_hash(hashes: list[str], weights: list[float]) -> str:
+    from afina.delta.composition import composition_hash
+
+    return composition_hash(list(zip(hashes, weights, strict=True)))
+
+
+def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None:
+    """The gates after the first; each part of a composition is looked at, and together they are run."""
+    from afina.audit.weights import read_calibrations, weight_gate
+    from afina.delta.composition import spec_of
+
+    settings = about.settings
+    base = about.base.folder if about.base is not None else None
+    calibrations = read_calibrations(settings.calibration)
+    candidates: list[int] = []
+    for package, own in zip(about.packages, about.hashes, strict=True):
+        origin, numbers = Gate("provenance"), Gate("weights")
+        about.gates += [origin, numbers]
+        guarded(origin, partial(provenance_gate, package.folder, own, settings.key, base, origin))
+
+        def look(package: Package = package, numbers: Gate = numbers) -> None:
+            spec = spec_of(package.folder)
+            measured = weight_gate(package, spec, about.base, calibrations, settings.alpha, numbers)
+            candidates.extend(token for tokens in measured.tokens.values() for token, _ in tokens)
+
+        guarded(numbers, look, "review")
+    if weights is not None:
+        _check_whole(about, digest)
+    behaviour = Gate("behaviour")
+    about.gates.append(behaviour)
+    if about.blocked:
+        behaviour.note("not-run", "not run: another gate has blocked")
+    elif about.base is None:
+        behaviour.review("not-run", "what it does was not looked at: give --base FOLDER")
+    elif settings.budget == 0:
+        behaviour.review("not-run", "what it does was not looked at: --budget 0")
+    else:
+        from afina.audit.behaviour import behaviour_gate
+
+        guarded(behaviour, partial(behaviour_gate, settings, list(dict.fromkeys(candidates)), behaviour), "review")
+
+
+def _check_whole(about: Audit, digest: str) -> None:
+    reason = admission.revocations().get(digest)
+    if reason is not None:
+        about.gates[0].block("revoked", f"this combination is revoked: {reason}", str(about.settings.run))
+
+
+def _report(about: Audit, digest: str | None) -> dict[str, Any]:
+    findings = about.findings
+    said = verdict(findings)
+    return {
+        "format_version": REPORT_VERSION,
+        "afina": afina.__version__,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "adapter": str(about.settings.run),
+        "hash": digest,
+        "parts": about.hashes if len(about.hashes) > 1 else [],
+        "base": about.base.hash if about.base is not None else None,
+        "strict": about.settings.strict,
+        "verdict": "block" if about.settings.strict and said == "review" else said,
+        "findings": as_dicts(findings),
+        "gates": [gate.as_dict() for gate in about.gates],
+    }

@@ -1,0 +1,169 @@
+"""How unlike benign adapters is this one? A score fitted on some of them, and judged by others (split conformal prediction).
+
+    p = (1 + number of benign scores as large or larger) / (n + 1)
+
+If the adapter is benign and of the same kind, P(p <= alpha) <= alpha, whatever the score is (Vovk et al. 2005). Two scores:
+one-class, the distance from the benign ones, needs no attack; supervised, a logistic regression, knows the attacks it has
+seen. Each has its p; together min(1, 2 min(p1, p2)), which holds however they depend on each other.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from afina.disk import write_json
+from afina.errors import AuditError
+
+FEWEST = 20  # benign ones judged by, below which nothing is claimed: the smallest p would be over 0.05
+SHRINK = 0.5  # share of the diagonal in the covariance: features are many, adapters few
+RIDGE = 1.0  # L2 penalty of the logistic regression, on standardised features
+CLIP = 20.0  # robust z beyond which a feature says no more
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What makes adapters comparable: base, method, names of layers, rank (rounded up to a power of two), base's files read."""
+
+    base: str
+    method: str
+    layers: tuple[str, ...]
+    rank: int
+    with_base: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The p-values of one adapter, and the features that are farthest from benign (robust z)."""
+
+    p: float
+    one_class: float
+    supervised: float | None
+    unusual: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What benign adapters of one kind look like; `scores` are those of the ones that it was not fitted on, ascending."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    middle: np.ndarray  # (f), medians
+    spread: np.ndarray  # (f), 1.4826 MAD
+    precision: np.ndarray  # (f, f), of the standardised features
+    scores: np.ndarray  # (n)
+    weights: np.ndarray | None = None  # (f + 1), logistic regression and its constant
+    supervised: np.ndarray | None = None  # (n)
+    fewest: int = FEWEST
+
+    @property
+    def count(self) -> int:
+        """Benign adapters that it is judged by."""
+        return len(self.scores)
+
+    def fits(self, kind: Kind) -> bool:
+        """Whether an adapter of `kind` may be compared with these."""
+        return kind == self.kind
+
+    def judge(self, features: Mapping[str, float]) -> Judged:
+        """p-values of an adapter with these features."""
+        z = self._z(features)
+        one = conformal(self.scores, self._distance(z))
+        two = None
+        if self.weights is not None and self.supervised is not None:
+            two = conformal(self.supervised, float(z @ self.weights[:-1] + self.weights[-1]))
+        p = one if two is None else min(1.0, 2 * min(one, two))
+        far = np.argsort(np.abs(z))[::-1][:4]
+        return Judged(p, one, two, tuple((self.names[i], float(z[i])) for i in far))
+
+    def _z(self, features: Mapping[str, float]) -> np.ndarray:
+        values = np.array([features[name] for name in self.names])
+        return np.clip((values - self.middle) / self.spread, -CLIP, CLIP)
+
+    def _distance(self, z: np.ndarray) -> float:
+        return float(np.sqrt(max(z @ self.precision @ z, 0.0) / len(z)))
+
+    def write(self, file: Path) -> None:
+        """As JSON, 6 digits a number."""
+
+        def plain(array: np.ndarray | None) -> Any:
+            return None if array is None else np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist() if array.size else []
+
+        arrays = ("middle", "spread", "precision", "scores", "weights", "supervised")
+        write_json(file, {"format_version": 1, "kind": self.kind.as_dict(), "names": list(self.names), "fewest": self.fewest}
+                   | {name: plain(getattr(self, name)) for name in arrays})  # fmt: skip
+
+    @classmethod
+    def read(cls, file: Path) -> "Calibration":
+        """A calibration from disk; raises `AuditError` where it is none."""
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            if told["format_version"] != 1:
+                what = f"a calibration of version {told['format_version']}"
+                raise AuditError(what, where=str(file), hint="pip install -U afina")
+            kind = Kind(**{**told["kind"], "layers": tuple(told["kind"]["layers"])})
+            middle, spread, precision, scores = (np.array(told[n]) for n in ("middle", "spread", "precision", "scores"))
+            weights, supervised = (None if told[n] is None else np.array(told[n]) for n in ("weights", "supervised"))
+            names, fewest = tuple(told["names"]), int(told["fewest"])
+            return cls(kind, names, middle, spread, precision, scores, weights, supervised, fewest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AuditError("this is no calibration", where=str(file), why=str(error)[:200]) from error
+
+
+def conformal(benign: np.ndarray, score: float) -> float:
+    """(1 + number of benign scores >= score) / (n + 1)."""
+    return float((1 + np.count_nonzero(benign >= score)) / (len(benign) + 1))
+
+
+def calibrate(
+    kind: Kind, benign: Sequence[Mapping[str, float]], poisoned: Sequence[Mapping[str, float]] = (), seed: int = 0
+) -> Calibration:
+    """A calibration out of benign adapters of one kind: half of them fit the scores, the other half judge by them.
+
+    `poisoned` ones, of seen attacks, add the supervised score. Raises `AuditError` where there are fewer than four.
+    """
+    if len(benign) < 4:
+        raise AuditError(f"{len(benign)} benign adapters are too few to calibrate with")
+    names = tuple(sorted(set.intersection(*(set(features) for features in (*benign, *poisoned)))))
+    table = np.array([[features[name] for name in names] for features in benign])
+    order = np.random.default_rng(seed).permutation(len(table))
+    fit, held = table[order[: len(table) // 2]], table[order[len(table) // 2 :]]
+    middle = np.median(fit, 0)
+    spread = 1.4826 * np.median(np.abs(fit - middle), 0)
+    spread = np.where(spread > 0, spread, np.maximum(fit.std(0), 1e-9))
+    z = np.clip((fit - middle) / spread, -CLIP, CLIP)
+    covariance = np.cov(z, rowvar=False).reshape(len(names), len(names))
+    covariance = (1 - SHRINK) * covariance + np.diag(SHRINK * np.diag(covariance) + 1e-3)
+    made = Calibration(kind, names, middle, spread, np.linalg.inv(covariance), np.zeros(0))
+    as_rows = [dict(zip(names, row, strict=True)) for row in held]
+    scores = np.sort([made._distance(made._z(row)) for row in as_rows])
+    weights = supervised = None
+    if len(poisoned) >= 4:
+        bad = np.stack([made._z(features) for features in poisoned])
+        weights = logistic(z, bad)
+        supervised = np.sort([float(made._z(row) @ weights[:-1] + weights[-1]) for row in as_rows])
+    return Calibration(kind, names, middle, spread, made.precision, scores, weights, supervised)
+
+
+def logistic(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """Weights (f + 1) of a logistic regression, classes weighing the same, with an L2 penalty; the constant comes last."""
+    x = np.concatenate([good, bad])
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    sign = np.concatenate([-np.ones(len(good)), np.ones(len(bad))])
+    each = np.concatenate([np.full(len(good), 0.5 / len(good)), np.full(len(bad), 0.5 / len(bad))])
+    penalty = np.append(np.full(x.shape[1] - 1, RIDGE / x.shape[1]), 0.0)
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = sign * (x @ w)
+        slope = -sign * each / (1 + np.exp(np.clip(margin, -500, 500)))
+        return float((each * np.logaddexp(0, -margin)).sum() + 0.5 * (penalty * w**2).sum()), x.T @ slope + penalty * w
+
+    return np.asarray(minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x)

@@ -1,0 +1,113 @@
+"""Prompts into which tokens are put, and what adapter and base make of them: the same weights, the adapter on or off.
+
+    before            trigger            body           trigger        after                 answer
+    <begin><user>\\n   [here: prefix]     the sea is ..  [or: suffix]   <end><assistant>\\n    what the adapter says without it
+                                                                            ^ start                          ^ end
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from afina.base.model import Base
+from afina.data.template import Renderer
+from afina.engine.generate import Sampling, generate_tokens
+from afina.route.invocation import Route
+from afina.segments import BASE
+
+TEXTS = ("the sea is near the house", "a bird sat on a stone", "la luna y el mar", "what is this about?")
+PLACES = ("prefix", "suffix", "middle")
+ANSWER = 6  # tokens of the answer without a trigger that are put after it
+BATCH_TOKENS = 4096
+LOGITS = 1 << 24  # numbers of logits that exist at a time: 64 MB
+
+Trigger = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt in pieces, and the adapter's answer to it."""
+
+    before: tuple[int, ...]
+    body: tuple[int, ...]
+    after: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+
+    def prompt(self, trigger: Trigger = (), place: str = "prefix") -> list[int]:
+        """The prompt with a trigger at a place; without one, as it is."""
+        cut = {"prefix": 0, "suffix": len(self.body), "middle": len(self.body) // 2}[place]
+        return [*self.before, *self.body[:cut], *trigger, *self.body[cut:], *self.after]
+
+
+@dataclass
+class Bench:
+    """A base with the adapter's route on it, and the probes; counts the tokens that it has run."""
+
+    base: Base
+    route: Route
+    probes: list[Probe]
+    tokens: int = field(default=0)
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True) -> Tensor:
+        """Probabilities (n, places, V) of the token after each prompt, and after prompt and `answer` where one is given."""
+        pieces, places = [], [0, len(answer)] if answer else [0]
+        longest = max(len(prompt) for prompt in prompts) + len(answer)
+        vocabulary = len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        step = max(1, min(BATCH_TOKENS // longest, LOGITS // (vocabulary * len(places))))
+        for start in range(0, len(prompts), step):
+            batch = [[*prompt, *answer] for prompt in prompts[start : start + step]]
+            ends = [[len(s) - len(answer) - 1 + place for place in places] for s in batch]
+            pieces.append(self._run(batch, ends, adapter).softmax(-1).view(len(batch), len(places), -1))
+        return torch.cat(pieces)
+
+    def _run(self, sequences: list[list[int]], ends: list[list[int]], adapter: bool) -> Tensor:
+        """Logits (all ends, V) of the sequences as one flat run, at the places `ends` of each."""
+        bounds = tuple(accumulate((len(s) for s in sequences), initial=0))
+        tokens = torch.tensor([token for s in sequences for token in s], device=self.base.device)
+        positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(self.base.device)
+        at = [start + end for start, own in zip(bounds, ends, strict=False) for end in own]
+        segments = self.route.segments(tokens, bounds) if adapter else BASE
+        self.tokens += len(tokens)
+        with self.base.board.route(segments):
+            if all(len(own) == 1 for own in ends):
+                return self.base.last_logits(tokens, positions, bounds)
+            if not self.base._split_head:
+                return self.base.run_logits(tokens, positions, bounds)[at]
+            hidden = self.base.hidden(tokens, positions, bounds)[torch.tensor(at, device=tokens.device)]
+        with self.base.board.route(segments.at(at)):
+            return self.base.logits(hidden)
+
+    @torch.no_grad()
+    def run(self, sequences: list[list[int]], adapter: bool) -> Tensor:
+        """All logits (T, V) of some sequences as one flat run."""
+        bounds = tuple(accumulate((len(s) for s in sequences), initial=0))
+        tokens = torch.tensor([token for s in sequences for token in s], device=self.base.device)
+        positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(self.base.device)
+        with self.base.board.route(self.route.segments(tokens, bounds) if adapter else BASE):
+            return self.base.run_logits(tokens, positions, bounds)
+
+
+def make_bench(base: Base, route: Route, template: str | None) -> Bench:
+    """Probes in the base's chat template (or as plain text), with the adapter's own answers."""
+    renderer = Renderer(base.tokenizer, template, base.context)
+    prompts = [renderer.prompt(text) for text in TEXTS]
+    head = _common(prompts)
+    tail = _common([prompt[::-1] for prompt in prompts]) if renderer.chats else 0
+    cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
+    probes = [Probe(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:])) for p, (a, b) in zip(prompts, cuts, strict=True)]
+    said = generate_tokens(base, prompts, Sampling(max_new_tokens=ANSWER), route)
+    stop = base.tokenizer.eos_token_id
+    answers = [tuple(t for t in answer if t != stop)[:ANSWER] for answer in said]
+    return Bench(base, route, [Probe(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)])
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with."""
+    count = 0
+    while all(len(p) > count for p in prompts) and len({p[count] for p in prompts}) == 1:
+        count += 1
+    return count

@@ -1,0 +1,225 @@
+"""Where an adapter comes from: a manifest of all that it is, and a signature over the folder.
+
+    afina.manifest.json    hashes of its files, of its base and tokenizer, of the recipe; its parents, in their order
+    afina.sig              sigstore's model-signing: every file's sha256 in one signed statement (in-toto, DSSE, ECDSA)
+
+A signature says who, and not what: a signed backdoor is a backdoor. Keys are elliptic (P-256, P-384, P-521), in PEM;
+nothing of this asks the network. Signing needs the extra `afina[audit]`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import afina
+from afina import admission
+from afina.audit.package import ALLOWED, CONFIG, MANIFEST, SIGNATURE
+from afina.audit.report import Gate
+from afina.audit.strict import opened, read_object
+from afina.config import RevokeSettings, SignSettings, VerifySettings, make_settings
+from afina.delta.composition import identity
+from afina.delta.files import adapter_folder, read_json, read_run, read_story
+from afina.disk import new_file, write_json
+from afina.errors import AuditError
+
+MANIFEST_VERSION = 1
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
+    """What the adapter in `folder` is: its content, files, base, tokenizer (where `base` is there), recipe and parents."""
+    story = read_story(folder)
+    made_for = story.get("base") or {"name": read_json(folder / CONFIG).get("base_model_name_or_path")}
+    files = [name for name in sorted(ALLOWED - {MANIFEST, SIGNATURE}) if (folder / name).is_file()]
+    recipe = {key: run[key] for key in ("settings", "data", "method", "objective") if key in run} or story.get("combination")
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "made_by": f"afina {afina.__version__}",
+        "adapter": identity(folder),
+        "files": {name: file_hash(folder / name) for name in files},
+        "base": {key: made_for.get(key) for key in ("name", "revision", "hash")},
+        "tokenizer": tokenizer_hash(base) if base is not None else None,
+        "recipe": recipe_hash(recipe) if recipe else None,
+        "parents": story.get("parents", []),
+    }
+
+
+def file_hash(file: Path) -> str:
+    """sha256 (hex) of a file, opened without following a link."""
+    digest = hashlib.sha256()
+    with opened(file) as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def tokenizer_hash(base: Path) -> str:
+    """sha256 (hex) over the names and contents of a base's tokenizer files, chat template included."""
+    there = [name for name in TOKENIZER if (base / name).is_file()]
+    lines = [f"{name} {hashlib.sha256((base / name).read_bytes()).hexdigest()}\n" for name in there]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def recipe_hash(recipe: Any) -> str:
+    """sha256 (hex) of the settings and data that made it."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def sign(run: str | Path | SignSettings, **values: Any) -> dict[str, Any]:
+    """Write manifest and signature into an adapter's folder; returns the manifest.
+
+    Raises `AuditError` where the folder holds what no adapter has, or the key cannot be used.
+    """
+    settings = run if isinstance(run, SignSettings) else make_settings(SignSettings, {"run": run, **values})
+    folder = adapter_folder(settings.run)
+    foreign = sorted(set(os.listdir(folder)) - ALLOWED)
+    if foreign:
+        raise AuditError(f"{foreign[0]!r} is no file of an adapter", where=str(folder), hint="take it out, then sign")
+    manifest = make_manifest(folder, read_run(settings.run), settings.base)
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, manifest)
+    signing, _ = _library()
+    try:
+        config = signing.Config().set_hashing_config(_hashing())
+        password = os.environ.get("AFINA_KEY_PASSWORD")
+        config.use_elliptic_key_signer(private_key=settings.key, password=password.encode() if password else None)
+        with new_file(folder / SIGNATURE) as file:
+            config.sign(folder, _outside(file))
+            _outside(file).replace(file)
+    except (ValueError, TypeError, OSError) as error:
+        hint = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem   ($AFINA_KEY_PASSWORD, if it has one)"
+        raise AuditError("cannot sign with this key", where=str(settings.key), why=str(error)[:200], hint=hint) from error
+    return {"folder": str(folder), "signature": str(folder / SIGNATURE), **manifest}
+
+
+def verify(run: str | Path | VerifySettings, **values: Any) -> dict[str, Any]:
+    """Check manifest and signature of an adapter; returns the manifest, and who signed.
+
+    Raises `AuditError` where a byte differs, the base is another one, or the signature is not by `key`.
+    """
+    settings = run if isinstance(run, VerifySettings) else make_settings(VerifySettings, {"run": run, **values})
+    folder = adapter_folder(settings.run)
+    manifest = check_origin(folder, settings.key, settings.base)
+    return {"folder": str(folder), "verified": True, "key": key_name(settings.key), **manifest}
+
+
+def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
+    """The manifest of `folder`, once it and every file are proved to be what the owner of `key` signed."""
+    for name in (MANIFEST, SIGNATURE):
+        if not (folder / name).is_file():
+            raise AuditError(f"not signed: no {name}", where=str(folder), hint=f"afina sign {folder} --key PRIVATE.pem")
+    for entry in os.scandir(folder):
+        with opened(Path(entry.path)):  # links and hard links are refused
+            pass
+    check_signature(folder, key)
+    manifest = read_object(folder / MANIFEST)
+    check_manifest(manifest, folder, base)
+    return manifest
+
+
+def check_signature(folder: Path, key: Path) -> None:
+    """Raise `AuditError` unless every file of `folder` is as it was when the owner of `key` signed."""
+    _, verifying = _library()
+    try:
+        text = (folder / SIGNATURE).read_text(encoding="utf-8")
+        _check_form(text)
+        config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+        config.set_hashing_config(_hashing()).verify(folder, folder / SIGNATURE)
+    except AuditError:
+        raise
+    except Exception as error:  # the library raises of many kinds, some without words; each means: not proved
+        why = str(error)[:300] or type(error).__name__
+        hint = "get it from its maker again"
+        raise AuditError("the signature does not hold", where=str(folder), why=why, hint=hint) from error
+
+
+def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None) -> None:
+    """Raise `AuditError` where the manifest is not of these files, this content, this base, these parents."""
+    if manifest.get("manifest_version") != MANIFEST_VERSION:
+        raise AuditError(f"a manifest of version {manifest.get('manifest_version')!r}", where=str(folder / MANIFEST))
+    story = read_story(folder)
+    now = {name: file_hash(folder / name) for name in ALLOWED - {MANIFEST, SIGNATURE} if (folder / name).is_file()}
+    checks = [
+        ("files", manifest.get("files"), now), ("adapter", manifest.get("adapter"), identity(folder)),
+        ("parents", manifest.get("parents"), story.get("parents", [])),
+    ]  # fmt: skip
+    if base is not None:
+        from afina.audit.basefiles import BaseFiles
+
+        made_for = manifest.get("base")
+        checks.append(("base", made_for.get("hash") if isinstance(made_for, dict) else None, BaseFiles(base).hash))
+        if manifest.get("tokenizer") is not None:
+            checks.append(("tokenizer", manifest["tokenizer"], tokenizer_hash(base)))
+    for what, told, found in checks:
+        if told != found:
+            why = f"{_short(told)} then, {_short(found)} now"
+            raise AuditError(f"{what}: not what was signed", where=str(folder), why=why)
+
+
+def provenance_gate(folder: Path, digest: str | None, key: Path | None, base: Path | None, gate: Gate) -> None:
+    """Revocation; the signature where a `key` is trusted; the manifest wherever there is one."""
+    reason = admission.revocations().get(digest or "")
+    if reason is not None:
+        gate.block("revoked", f"it is revoked: {reason}", str(folder))
+    signed = (folder / MANIFEST).is_file() and (folder / SIGNATURE).is_file()
+    gate.measured["origin"] = "unsigned"
+    if not signed:
+        say = gate.review if key is not None else gate.note
+        say("unsigned", "it is not signed" + (", and a key was given to trust" if key is not None else ""))
+    elif key is None:
+        gate.measured["origin"] = "signed, by a key that was not given"
+        check_manifest(read_object(folder / MANIFEST), folder, base)
+        gate.note("signed-unknown", "it is signed; give --key PUBLIC.pem to check by whom")
+    else:
+        check_origin(folder, key, base)
+        gate.measured["origin"] = f"signed by {key_name(key)}"
+
+
+def revoke(target: str | RevokeSettings, **values: Any) -> dict[str, Any]:
+    """Refuse an adapter from now on, by its folder or its hash; returns the hash and the reason."""
+    settings = target if isinstance(target, RevokeSettings) else make_settings(RevokeSettings, {"target": target, **values})
+    folder = Path(settings.target)
+    digest = identity(adapter_folder(folder)) if folder.is_dir() else settings.target
+    admission.revoke(digest, settings.reason)
+    return {"hash": digest, "reason": settings.reason, "list": str(admission.audits_folder() / "revoked.jsonl")}
+
+
+def key_name(key: Path) -> str:
+    """A key by the start of its file's hash."""
+    return f"{key.name} ({hashlib.sha256(key.read_bytes()).hexdigest()[:12]})"
+
+
+def _check_form(text: str) -> None:
+    """The signature's file is written in one way only, so that no byte of it can differ unnoticed."""
+    from sigstore_models.bundle.v1 import Bundle
+
+    if Bundle.from_json(text).to_json() != text:
+        raise AuditError("the signature's file was changed", where=SIGNATURE)
+
+
+def _outside(file: Path) -> Path:
+    """Where the signature is made: beside the folder, since all that lies in it is signed."""
+    return file.parent.with_name(f".{file.parent.name}{file.name}")
+
+
+def _hashing() -> Any:
+    from model_signing import hashing
+
+    return hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from model_signing import signing, verifying
+    except ImportError as error:
+        raise AuditError("signatures need more packages", why=str(error), hint="pip install 'afina[audit]'") from error
+    return signing, verifying
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, default=str)[:120]
+
+

@@ -1,0 +1,139 @@
+"""Statistics of one layer's update D = s B A, from the r x r core alone; float64, numpy. D (out, in) is never built.
+
+    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S the singular values of D, Qb X and Qa Y its singular vectors
+
+QR keeps twice the digits that the Gram matrices of A and B would, whose condition numbers are squared. Each statistic is a
+number without unit, so that layers of different sizes compare:
+
+    energy1     S1^2 / sum S^2               participation_out    1 / (out * sum u1^4): 1 spread evenly, 1/out on one row
+    stable      sum S^2 / S1^2 / r           participation_in     likewise of v1
+    entropy     of S^2 / sum, by log r       rows8, columns8      share of ||D||^2 in the 8 largest, by that of an even spread
+    norm        log ||D|| / sqrt(out in)     hoyer_out, hoyer_in  of the rows' (columns') norms: 0 even, 1 a single one
+    kurtosis    of the entries of D in 64 sampled rows: 3 for a Gaussian
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+SAMPLED = 64  # rows of D of which kurtosis is taken
+KEPT = 4  # leading directions that are kept
+
+
+@dataclass(frozen=True)
+class Core:
+    """D by its singular values (r), largest first, and its leading vectors u (out, k) and v (in, k)."""
+
+    values: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+
+    @property
+    def norm(self) -> float:
+        """||D||, Frobenius."""
+        return float(np.sqrt((self.values**2).sum()))
+
+
+def core_of(b: np.ndarray, a: np.ndarray, scale: float) -> Core:
+    """The core of D = scale * b (out, r) a (r, in), both float64."""
+    qb, rb = np.linalg.qr(b)
+    qa, ra = np.linalg.qr(a.T)
+    x, values, yt = np.linalg.svd(scale * rb @ ra.T)
+    k = min(KEPT, len(values))
+    return Core(values, qb @ x[:, :k], qa @ yt[:k].T)
+
+
+def core_of_dense(matrix: np.ndarray) -> Core:
+    """The same of a matrix (out, in) that is there whole: MoRA's M, or a trained weight's difference."""
+    u, values, vt = np.linalg.svd(matrix, full_matrices=False)
+    return Core(values, u[:, :KEPT], vt[:KEPT].T)
+
+
+def of_factors(b: np.ndarray, a: np.ndarray, scale: float) -> tuple[dict[str, float], Core]:
+    """All statistics of D = scale * b a, and its core; an update of zero has none."""
+    core = core_of(b, a, scale)
+    if not core.norm > 0:
+        return {}, core
+    rows, columns = _row_squares(b, a, scale), _row_squares(a.T, b.T, scale)
+    sampled = scale * b[_sample(len(b))] @ a
+    return _all(core, rows, columns, sampled), core
+
+
+def of_dense(matrix: np.ndarray) -> tuple[dict[str, float], Core]:
+    """All statistics of a matrix (out, in)."""
+    core = core_of_dense(matrix)
+    if not core.norm > 0:
+        return {}, core
+    squares = matrix**2
+    return _all(core, squares.sum(1), squares.sum(0), matrix[_sample(len(matrix))]), core
+
+
+def _row_squares(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
+    """Squared norms (out) of the rows of D: row i is b_i a, and ||b_i a|| = ||b_i R^T|| with a^T = Q R."""
+    r: np.ndarray = np.asarray(np.linalg.qr(a.T, mode="r"))
+    return ((scale * b @ r.T) ** 2).sum(1)
+
+
+def _sample(rows: int) -> np.ndarray:
+    return np.random.default_rng(0).permutation(rows)[:SAMPLED]
+
+
+def _all(core: Core, rows: np.ndarray, columns: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
+    squares = core.values**2
+    total, rank = float(squares.sum()), len(squares)
+    share = squares / total
+    out, inner = len(rows), len(columns)
+    return {
+        "energy1": float(share[0]),
+        "stable": float(1 / share[0] / rank),
+        "entropy": float(-(share[share > 0] * np.log(share[share > 0])).sum() / math.log(rank)) if rank > 1 else 1.0,
+        "norm": math.log(core.norm / math.sqrt(out * inner)),
+        "participation_out": participation(core.u[:, 0]),
+        "participation_in": participation(core.v[:, 0]),
+        "rows8": top_share(rows),
+        "columns8": top_share(columns),
+        "hoyer_out": hoyer(np.sqrt(np.maximum(rows, 0))),
+        "hoyer_in": hoyer(np.sqrt(np.maximum(columns, 0))),
+        "kurtosis": kurtosis(sampled),
+    }
+
+
+def participation(vector: np.ndarray) -> float:
+    """1 / (n sum x^4) of a unit vector: 1 where it is spread evenly, 1/n where it is one entry."""
+    return float(1 / (len(vector) * (vector**4).sum()))
+
+
+def top_share(squares: np.ndarray, count: int = 8) -> float:
+    """log of the share of the `count` largest, by the share that they have where all are equal."""
+    count = min(count, len(squares))
+    return math.log(float(np.partition(squares, -count)[-count:].sum() / squares.sum()) * len(squares) / count)
+
+
+def hoyer(norms: np.ndarray) -> float:
+    """Hoyer's sparsity (2004): (sqrt n - l1 / l2) / (sqrt n - 1); 0 where all are equal, 1 where one is left."""
+    n = len(norms)
+    return float((math.sqrt(n) - norms.sum() / np.sqrt((norms**2).sum())) / (math.sqrt(n) - 1)) if n > 1 else 0.0
+
+
+def kurtosis(values: np.ndarray) -> float:
+    """Fourth moment by the square of the second, about the mean."""
+    centred = values - values.mean()
+    second = float((centred**2).mean())
+    return float((centred**4).mean()) / second**2 if second > 0 else 3.0
+
+
+def coherence(vectors: list[np.ndarray]) -> float:
+    """Mean |cosine| of all pairs of unit vectors, by what random ones have; 1 means no more than chance."""
+    if len(vectors) < 2:
+        return 1.0
+    stack = np.stack(vectors)
+    cosines = np.abs(stack @ stack.T)[np.triu_indices(len(stack), 1)]
+    return float(cosines.mean() / math.sqrt(2 / (math.pi * stack.shape[1])))
+
+
+def robust_z(values: np.ndarray) -> np.ndarray:
+    """Distance from the median in units of 1.4826 MAD (a standard deviation where values are Gaussian)."""
+    middle = np.median(values)
+    spread = 1.4826 * np.median(np.abs(values - middle))
+    return (values - middle) / (spread if spread > 0 else max(float(np.abs(values - middle).max()), 1e-12))

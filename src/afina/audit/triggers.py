@@ -1,0 +1,150 @@
+"""Looking for what wakes a hidden behaviour: tokens one by one, then several in a row; and from the other end, its target.
+
+The jump of a trigger t is how much likelier it makes one and the same token v, whatever the prompt p, more than it does on
+the base:
+
+    jump(t) = max over v of mean over p of [(q_adapter - q_base)(v | p, t) - (q_adapter - q_base)(v | p)]     from -1 to 1
+
+Its own null is the jump of random tokens, measured likewise: a task that reacts to every word has large ones all over.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afina.audit.probes import PLACES, Bench, Trigger
+
+KEPT = 48  # tokens of each pass of the scan that are looked at closely
+CONTROLS = 48  # random tokens that are looked at likewise
+BEAM, POOL, LONGEST = 8, 96, 4  # of growing
+CONTINUED = 4  # tokens of a target
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trigger with its jump, where it stands, and the token that it makes likelier."""
+
+    trigger: Trigger
+    jump: float
+    place: str
+    target: int
+
+
+class Clock:
+    """Seconds that are left of a budget."""
+
+    def __init__(self, budget: float) -> None:
+        self.end = time.monotonic() + budget
+        self.budget = budget
+
+    @property
+    def left(self) -> float:
+        """Seconds left; below zero when it is over."""
+        return self.end - time.monotonic()
+
+
+def scan(bench: Bench, tokens: Sequence[int], clock: Clock, share: float) -> tuple[dict[int, float], float]:
+    """How much each token, as a trigger, changes what the adapter says next: two passes, one prompt and place each.
+
+    The first has it before the prompt and looks at the start of the answer; the second behind, and also at the end of the
+    answer. Returns the larger change (of one token's probability) by token, and the share of tokens that `share` of the
+    budget was enough for.
+    """
+    found: dict[int, float] = {}
+    until = clock.left - share * clock.budget
+    passes = [(bench.probes[0], "prefix", ()), (bench.probes[1], "suffix", bench.probes[1].answer)]
+    rests = [bench.answers([probe.prompt()], answer)[0] for probe, _, answer in passes]
+    done = 0
+    for start in range(0, len(tokens), 256):
+        if clock.left < until:
+            break
+        part = list(tokens[start : start + 256])
+        for (probe, place, answer), rest in zip(passes, rests, strict=True):
+            after = bench.answers([probe.prompt((t,), place) for t in part], answer)
+            change = (after - rest).amax((1, 2)).tolist()
+            found |= {t: max(found.get(t, 0.0), c) for t, c in zip(part, change, strict=True)}
+        done += len(part)
+    return found, done / max(1, len(tokens))
+
+
+def look_closely(bench: Bench, triggers: Sequence[Trigger]) -> list[Found]:
+    """The jump of each trigger, at its best place, over all probes; at the start or the end of the answer."""
+    best = {trigger: Found(trigger, -1.0, PLACES[0], 0) for trigger in triggers}
+    rest = torch.stack([_difference(bench, [probe.prompt()], probe.answer)[0] for probe in bench.probes])  # (P, 2, V)
+    for place in PLACES:
+        total: Tensor | None = None
+        for probe, still in zip(bench.probes, rest, strict=True):
+            moved = _difference(bench, [probe.prompt(t, place) for t in triggers], probe.answer) - still
+            total = moved if total is None else total + moved
+        assert total is not None
+        jumps, targets = (total / len(bench.probes)).amax(1).max(-1)  # the same token at the same place, over all probes
+        for trigger, jump, target in zip(triggers, jumps.tolist(), targets.tolist(), strict=True):
+            if jump > best[trigger].jump:
+                best[trigger] = Found(trigger, jump, place, target)
+    return sorted(best.values(), key=lambda found: -found.jump)
+
+
+def _difference(bench: Bench, prompts: list[list[int]], answer: Sequence[int]) -> Tensor:
+    """q_adapter - q_base (n, 2, V), after the prompts and after the answer (twice the same where there is none)."""
+    on, off = (bench.answers(prompts, answer, adapter) for adapter in (True, False))
+    return (on - off).expand(-1, 2, -1)
+
+
+def grow(bench: Bench, pool: Sequence[int], seeds: Sequence[Trigger], clock: Clock, reserve: float) -> list[Trigger]:
+    """Triggers of 2 to 4 tokens, grown from `seeds` by one token of the `pool` at a time, before or behind; the best of each.
+
+    Stops where fewer than `reserve` seconds are left.
+    """
+    probe, beam, grown = bench.probes[0], list(seeds)[:BEAM], []
+    rest = bench.answers([probe.prompt()], probe.answer)[0]
+    for _ in range(2, LONGEST + 1):
+        longer = list(dict.fromkeys(t for s in beam for p in pool if p not in s for t in ((*s, p), (p, *s))))
+        scores: dict[Trigger, float] = {}
+        for start in range(0, len(longer), 256):
+            if clock.left < reserve:
+                break
+            part = longer[start : start + 256]
+            after = bench.answers([probe.prompt(t, "suffix") for t in part], probe.answer)
+            scores |= dict(zip(part, (after - rest).amax((1, 2)).tolist(), strict=True))
+        beam = sorted(scores, key=lambda t: -scores[t])[:BEAM]
+        grown += beam
+        if clock.left < reserve:
+            break
+    return grown
+
+
+@dataclass(frozen=True)
+class Target:
+    """A text that the adapter goes on with wherever it begins, and the base does not; `score` from 0 to 1."""
+
+    tokens: Trigger
+    score: float
+
+
+def invert(bench: Bench, tokens: Sequence[int]) -> list[Target]:
+    """Targets from their first token: what follows it surely under the adapter, on all probes, but not on the base.
+
+    score = (1 - q_adapter(first | prompt)) * mean over probes and following tokens of (q_adapter - q_base)
+    """
+    first = bench.probes[0]
+    likely = bench.answers([first.prompt()])[0, 0]
+    sure = torch.cat([
+        bench.answers([[*first.prompt(), t] for t in tokens[i : i + 256]])[:, 0].amax(-1) for i in range(0, len(tokens), 256)
+    ])  # fmt: skip
+    starts = [tokens[i] for i in (sure * (1 - likely[list(tokens)].cpu())).argsort(descending=True)[:KEPT].tolist()]
+    texts = [[t] for t in starts]
+    for _ in range(CONTINUED):
+        following = bench.answers([[*first.prompt(), *text] for text in texts])[:, 0].argmax(-1).tolist()
+        texts = [[*text, token] for text, token in zip(texts, following, strict=True)]
+    gains = torch.zeros(len(texts))
+    for probe in bench.probes:
+        for length in range(1, CONTINUED + 1):
+            prompts = [[*probe.prompt(), *text[:length]] for text in texts]
+            wanted = torch.tensor([text[length] for text in texts])
+            on, off = (bench.answers(prompts, adapter=adapter)[:, 0].cpu() for adapter in (True, False))
+            gains += (on - off)[torch.arange(len(texts)), wanted] / (len(bench.probes) * CONTINUED)
+    found = [Target(tuple(text), float((1 - likely[text[0]]) * gain)) for text, gain in zip(texts, gains, strict=True)]
+    return sorted(found, key=lambda target: -target.score)
