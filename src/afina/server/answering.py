@@ -47,7 +47,9 @@ class Answers:
         self._began, self._closed, self._late, self._stack = time.perf_counter(), False, False, ExitStack()
 
     @classmethod
-    async def begin(cls, state: State, caller: Caller, chosen: Chosen, requests: Sequence[Request], log: dict[str, Any]) -> "Answers":
+    async def begin(
+        cls, state: State, caller: Caller, chosen: Chosen, requests: Sequence[Request], log: dict[str, Any]
+    ) -> "Answers":
         """Queue all of them, or none; raises `Refusal`."""
         answers = cls(state, caller, chosen, requests, log)
         answers._stack.enter_context(state.limits.running(caller))
@@ -58,10 +60,14 @@ class Answers:
             answers.close()
             raise refusal_of(error) from None
         except BaseException:  # gone while they were being queued: what was, is cancelled
-            submitted.add_done_callback(lambda done: (done.exception(), answers.close()))
+            submitted.add_done_callback(answers._queued_for_nobody)
             raise
         answers._stack.callback(answers._loop.call_later(state.settings.timeout, answers._too_late).cancel)
         return answers
+
+    def _queued_for_nobody(self, submitted: "asyncio.Future[None]") -> None:
+        submitted.exception()  # looked at, so that asyncio does not complain of it
+        self.close()
 
     def _submit(self) -> None:
         for number, request in enumerate(self.requests):
@@ -167,7 +173,9 @@ def requests_for(
     for prompt in prompts:
         if len(prompt) + (most or 1) > context:
             told = f"the prompt's {len(prompt):,} tokens and {most or 1:,} for the answer"
-            raise Refusal(400, f"{told} are more than the {context:,} that the base reads", "messages", "context_length_exceeded")
+            raise Refusal(
+                400, f"{told} are more than the {context:,} that the base reads", "messages", "context_length_exceeded"
+            )
         limit = most or context - len(prompt)
         sampling: list[Sampling] = [asked.sampling(limit, state.vocabulary, choice, **more) for choice in range(asked.n)]
         request = Request(tuple(prompt), parts=chosen.parts, owner=chosen.owner, stops=state.renderer.stops)

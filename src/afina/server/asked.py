@@ -143,7 +143,11 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_empty(cls, values: Any) -> Any:
-        return {k: v for k, v in values.items() if v not in (None, []) or k == "content"} if isinstance(values, Mapping) else values
+        return (
+            {k: v for k, v in values.items() if v not in (None, []) or k == "content"}
+            if isinstance(values, Mapping)
+            else values
+        )
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates want them."""
@@ -200,9 +204,12 @@ class ChatAsked(SampledAsked):
 
 Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(min_length=1)]
 Text = Annotated[str, Field(strict=True)]
-Prompts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)] | Tokens | Annotated[
-    list[Tokens], Field(min_length=1, max_length=2048)
-]
+Prompts = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=2048)]
+)
 
 
 class CompletionAsked(SampledAsked):
@@ -219,7 +226,9 @@ class CompletionAsked(SampledAsked):
         if self.best_of not in (None, self.n):
             raise PydanticCustomError("best_of", "best_of: all answers that are made are given; leave it out, or set it to n")
         if self.echo and self.logprobs is not None:
-            raise PydanticCustomError("echo", "echo: the prompt's own log-probabilities are not computed; leave out one of the two")
+            raise PydanticCustomError(
+                "echo", "echo: the prompt's own log-probabilities are not computed; leave out one of the two"
+            )
         if self.n * len(prompts_of(self.prompt)) > 256:
             raise PydanticCustomError("prompt", "prompt: at most 256 answers in one request")
         return self

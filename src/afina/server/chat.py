@@ -1,11 +1,11 @@
 """POST /v1/chat/completions."""
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import json
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 

@@ -33,9 +33,7 @@ async def embed(asked: EmbeddingAsked, request: Request) -> Response:
     with state.limits.running(caller):
         try:
             future = state.engine.embed([tuple(tokens) for tokens in prompts], chosen.parts)
-            vectors = await asyncio.wait_for(
-                unless_gone(request.receive, asyncio.wrap_future(future)), state.settings.timeout
-            )
+            vectors = await asyncio.wait_for(unless_gone(request.receive, asyncio.wrap_future(future)), state.settings.timeout)
         except AfinaError as error:
             raise refusal_of(error, "input") from None
         except TimeoutError:

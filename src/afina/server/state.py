@@ -59,6 +59,7 @@ class State:
     worker: "Worker"
     choosing: Any = None
     ready: bool = True
+    inherited: tuple[int, ...] = ()  # what a job's process holds open: the lock on the state folder
     pen: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokens"))
     """One thread for templates and tokenizing: a long text does not hold up the others' streams."""
 

@@ -5,7 +5,7 @@ The tables are made and changed by the migrations beside this file.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,14 +127,14 @@ class Store:
             session.add_all(rows)
 
     def get(self, table: type[Row], key: Any) -> Row | None:
-        """One row by its primary key."""
+        """One row by its primary key; a key that cannot be one (PostgreSQL takes no NUL) has none."""
         with self.write() as session:
-            return session.get(table, key)
+            return None if "\0" in str(key) else session.get(table, key)
 
-    def rows(self, table: type[Row], *where: Any, order: Any = None, limit: int | None = None) -> list[Row]:
+    def rows(self, table: type[Row], *where: Any, order: Sequence[Any] = (), limit: int | None = None) -> list[Row]:
         """The rows that fulfil `where`."""
         with self.write() as session:
-            return list(session.scalars(select(table).where(*where).order_by(order).limit(limit)))
+            return list(session.scalars(select(table).where(*where).order_by(*order).limit(limit)))
 
     def move(self, job: str, of: tuple[str, ...], **values: Any) -> bool:
         """Change a job if its status is one of `of`; tells whether it was."""

@@ -21,7 +21,7 @@ LETTERS = _byte_letters()
 
 def token_bytes(base: Base, token: int) -> bytes:
     """The bytes of one token, which may be a part of a character."""
-    text = base.tokenizer.decode([token], skip_special_tokens=False)
+    text = str(base.tokenizer.decode([token], skip_special_tokens=False))
     raw = str(base.tokenizer.convert_ids_to_tokens(token))
     if "\N{REPLACEMENT CHARACTER}" in text:
         if raw.startswith("<0x") and raw.endswith(">"):
@@ -30,7 +30,7 @@ def token_bytes(base: Base, token: int) -> bytes:
             return bytes(LETTERS[letter] for letter in raw)
     elif raw.startswith("\u2581") and not text.startswith(" "):
         text = f" {text}"  # SentencePiece's decoder leaves out the space before a word that stands alone
-    return str(text).encode()
+    return text.encode()
 
 
 def _one(base: Base, token: int, logprob: float) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def _one(base: Base, token: int, logprob: float) -> dict[str, Any]:
 def chat_logprobs(base: Base, logprobs: Sequence[Logprob]) -> dict[str, Any]:
     """As chat completions have them."""
     content = [
-        _one(base, p.token, p.logprob) | {"top_logprobs": [_one(base, token, value) for token, value in p.top]} for p in logprobs
+        _one(base, p.token, p.logprob) | {"top_logprobs": [_one(base, token, value) for token, value in p.top]}
+        for p in logprobs
     ]
     return {"content": content, "refusal": None}
 

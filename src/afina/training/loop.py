@@ -56,7 +56,7 @@ class Loop:
         run: Path,
         identity: dict[str, Any],
         on_tick: Callable[[Tick], None],
-        on_best: Callable[[], None],
+        on_best: Callable[[int], None],
     ) -> None:
         self.setup, self.run, self.identity = setup, run, identity
         self.on_tick, self.on_best = on_tick, on_best
@@ -131,7 +131,7 @@ class Loop:
             raise self.not_finite("held-out loss")
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
-            self.on_best()
+            self.on_best(progress.step)
         else:
             progress.worse_checks += 1
         return Tick(**{**vars(tick), "held_out_loss": loss})

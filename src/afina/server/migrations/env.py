@@ -4,7 +4,5 @@ from alembic import context
 
 from afina.server.store import Table
 
-context.configure(
-    connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True
-)
+context.configure(connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True)
 context.run_migrations()
