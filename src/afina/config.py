@@ -200,6 +200,9 @@ class ChatSettings(BaseSettings):
 
     base: str | None = _describe("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
     run: Path | None = _describe("a run or adapter folder; without it the base answers")
+    url: str | None = _describe("talk to a server instead, e.g. http://127.0.0.1:8000")
+    model: str | None = _describe("with --url: the adapter's name there, several with weights (a:0.7,b:0.3), or auto")
+    key: str | None = _describe("with --url: a key of the server; by default what AFINA_KEY or OPENAI_API_KEY says")
     system: str | None = _describe("a first message that sets the scene")
     max_new_tokens: int = _describe("longest answer in tokens", 256, ge=1)
     temperature: float = _describe("0 takes the likeliest token each time", 0.0, ge=0.0)
@@ -276,6 +279,46 @@ class ExtractSettings(BaseSettings):
     energy: float | None = _describe("share of each layer's squared change to keep, e.g. 0.9; ranks follow", gt=0.0, le=1.0)
     data: Path | None = _describe("rows to measure the loss on; by default the run's own held-out rows, or general text")
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+
+
+class ServeSettings(BaseSettings):
+    """Everything `afina serve` can be told."""
+
+    host: str = _describe("address to listen on; 0.0.0.0 for all of the machine's", "127.0.0.1")
+    port: int = _describe("port to listen on; 0 takes a free one", 8000, ge=0, le=65535)
+    adapters: list[Path] = _describe("folders of runs or adapters: each is served under its name, more may be loaded later", [])
+    storage: Literal["plain", "nf4"] = _describe("plain: the base in 16 or 32 bits a weight; nf4: in 4 bits", "plain")
+    template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
+    state: Path = _describe("folder of uploaded files, jobs and their adapters", Path("runs/serve"))
+    database: str | None = _describe("URL of the tables; by default SQLite in the state folder, or postgresql://...")
+    # who may what, and how much
+    keys: Path | None = _describe("YAML of keys, NAME: KEY or NAME: {key: KEY, admin: true}; without it anybody may ask")
+    insecure: bool = _describe("no admin key: anybody who reaches the port may change everything", False)
+    body_bytes: int = _describe("longest body of a request", 8_000_000, ge=1024)
+    file_bytes: int = _describe("longest uploaded file", 512_000_000, ge=1024)
+    key_requests: int | None = _describe("most requests of one key at once", ge=1)
+    key_tokens: int | None = _describe("most tokens of one key a minute, read and written", ge=1)
+    timeout: float = _describe("longest time of a request, in seconds", 600.0, gt=0.0)
+    drain: float = _describe("seconds that running requests get when the server is told to stop", 30.0, ge=0.0)
+    # fine-tuning jobs beside serving
+    jobs: int = _describe("jobs that train at once; 0: none, they wait", 1, ge=0)
+    job_threads: int | None = _describe("CPU threads of a job; by default half of the cores", ge=1)
+    job_nice: int = _describe("how far a job stands back behind serving, 0 to 19", 10, ge=0, le=19)
+
+
+class LoadSettings(Settings):
+    """Everything `afina bench-serve` can be told."""
+
+    url: str = _describe("the server", "http://127.0.0.1:8000")
+    key: str | None = _describe("a key of the server; by default what AFINA_KEY or OPENAI_API_KEY says")
+    models: list[str] = _describe("whom to ask; by default the base and all adapters that are there", [])
+    rates: list[float] = _describe("requests a second, one run each", [1.0, 2.0, 4.0])
+    seconds: float = _describe("length of each run", 20.0, gt=0.0)
+    zipf: float = _describe("how unevenly the models are asked: the k-th as often as 1/k^zipf", 1.0, ge=0.0)
+    prompt_words: int = _describe("words of a prompt", 64, ge=1)
+    new_tokens: int = _describe("tokens of an answer", 32, ge=1)
+    seed: int = _describe("seed of arrivals, models and prompts", 0)
+    out: Path = _describe("the picture: latency against rate", Path("bench-serve.png"))
 
 
 class ShowSettings(Settings):

@@ -40,6 +40,8 @@ VERBS = {
     "eval": Verb("judge an adapter against its base", config.EvalSettings, "afina.judge.evaluate:evaluate", "run"),
     "generate": Verb("answer prompts", config.GenerateSettings, "afina.engine.generate:generate", "prompts", many=True),
     "chat": Verb("talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "run"),
+    "serve": Verb("answer over HTTP, as OpenAI's API does; train beside it", config.ServeSettings, "afina.cli.serve:serve"),
+    "bench-serve": Verb("load a server and draw its latency", config.LoadSettings, "afina.cli.serve:bench"),
     "merge": Verb(
         "one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"
     ),

@@ -58,7 +58,7 @@ class Loop:
         run: Path,
         identity: dict[str, Any],
         on_tick: Callable[[Tick], None],
-        on_best: Callable[[], None],
+        on_best: Callable[[int], None],
         world: World = ALONE,
     ) -> None:
         self.setup, self.run, self.identity, self.world = setup, run, identity, world
@@ -145,7 +145,7 @@ class Loop:
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.worse_checks = loss, progress.step, 0
             if self.world.first:
-                self.on_best()
+                self.on_best(progress.step)
         else:
             progress.worse_checks += 1
         return replace(tick, held_out_loss=loss)

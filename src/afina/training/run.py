@@ -210,9 +210,9 @@ def _losses(setup: Setup, route: Route | None) -> dict[str, float]:
     return losses
 
 
-def _save_best(setup: Setup, folder: Path) -> None:
+def _save_best(setup: Setup, folder: Path, step: int) -> None:
     data = {key: setup.prepared.source[key] for key in ("path", "sha256")}
-    story = {"data": data, "objective": setup.prepared.objective}
+    story = {"data": data, "objective": setup.prepared.objective, "step": step}
     save_adapter(setup.adapter, setup.prepared.base, folder / "adapter", story)
 
 

@@ -1,0 +1,31 @@
+"""`afina serve` and `afina bench-serve`: what they need beyond afina itself is an extra, and this says so where it is missing."""
+
+from typing import Any
+
+from afina.config import LoadSettings, ServeSettings
+from afina.errors import SettingsError
+
+
+def serve(settings: ServeSettings) -> dict[str, Any]:
+    """Serve until told to stop."""
+    try:
+        from afina.server import serve as server
+    except ImportError as error:
+        raise missing(error) from None
+    return server.serve(settings)
+
+
+def bench(settings: LoadSettings) -> dict[str, Any]:
+    """Load a server, and draw its latency against the rate."""
+    try:
+        from afina.server import bench as load
+    except ImportError as error:
+        raise missing(error) from None
+    return load.bench(settings)
+
+
+def missing(error: ImportError) -> SettingsError:
+    """What to install; an import of afina's own that fails is no matter of extras."""
+    if (error.name or "afina").partition(".")[0] == "afina":
+        raise error
+    return SettingsError(f"{error.name} is not installed", hint="pip install 'afina[serve]'")

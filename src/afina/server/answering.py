@@ -1,0 +1,183 @@
+"""From the engine's thread to a client: n sequences of one request, their events in the order in which they come.
+
+    engine's thread   on_event ---> call_soon_threadsafe ---> queue ---> events()   the server's loop
+
+Whatever happens (an error, a client that is gone, too much time) what is still running is cancelled, once.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from afina.engine.request import Event, Finish, Logprob, Request, Sampling, Ticket
+from afina.errors import AfinaError
+from afina.server.asked import SampledAsked
+from afina.server.door import unless_gone
+from afina.server.keys import Caller
+from afina.server.refusal import Refusal, refusal_of
+from afina.server.state import Chosen, State
+
+
+@dataclass
+class Written:
+    """One whole answer."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish: Finish = "stop"
+    cached: int = 0
+
+
+class Answers:
+    """The running answers of one request."""
+
+    def __init__(self, state: State, caller: Caller, chosen: Chosen, requests: Sequence[Request], log: dict[str, Any]) -> None:
+        self.state, self.caller, self.chosen, self.requests, self.log = state, caller, chosen, requests, log
+        self.written = [Written() for _ in requests]
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._running: dict[int, Ticket] = {}
+        self._began, self._closed, self._late, self._stack = time.perf_counter(), False, False, ExitStack()
+
+    @classmethod
+    async def begin(
+        cls, state: State, caller: Caller, chosen: Chosen, requests: Sequence[Request], log: dict[str, Any]
+    ) -> "Answers":
+        """Queue all of them, or none; raises `Refusal`."""
+        answers = cls(state, caller, chosen, requests, log)
+        answers._stack.enter_context(state.limits.running(caller))
+        submitted = asyncio.get_running_loop().run_in_executor(None, answers._submit)  # a grammar may take a while
+        try:
+            await asyncio.shield(submitted)
+        except AfinaError as error:
+            answers.close()
+            raise refusal_of(error) from None
+        except BaseException:  # gone while they were being queued: what was, is cancelled
+            submitted.add_done_callback(answers._queued_for_nobody)
+            raise
+        answers._stack.callback(answers._loop.call_later(state.settings.timeout, answers._too_late).cancel)
+        return answers
+
+    def _queued_for_nobody(self, submitted: "asyncio.Future[None]") -> None:
+        submitted.exception()  # looked at, so that asyncio does not complain of it
+        self.close()
+
+    def _submit(self) -> None:
+        for number, request in enumerate(self.requests):
+            self._running[number] = self.state.engine.submit(request, self._listener(number))
+
+    def _listener(self, number: int) -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+
+        return listen
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """(which, event) until all have ended; raises `Refusal` where one cannot be ended well."""
+        left, first = len(self.requests), True
+        while left:
+            item = await self._queue.get()
+            if item is None:
+                raise Refusal(503, f"no answer within {self.state.settings.timeout:.0f} s", code="timeout", retry_after=10.0)
+            number, event = item
+            if event.finish == "error":
+                raise Refusal(500, event.error or "the engine failed")
+            if event.finish == "cancelled":
+                raise Refusal(503, "the server is stopping", code="stopping", retry_after=10.0)
+            if first and event.tokens:
+                first = False
+                self._seen_first()
+            written = self.written[number]
+            written.text += event.text
+            written.tokens += event.tokens
+            written.logprobs += event.logprobs
+            if event.finish is not None:
+                written.finish, written.cached = event.finish, event.cached
+                left -= 1
+                self._running.pop(number, None)
+            yield number, event
+
+    async def all(self) -> list[Written]:
+        """The whole answers."""
+        async for _ in self.events():
+            pass
+        return self.written
+
+    def usage(self, prompts: int = 1) -> dict[str, Any]:
+        """Tokens as they are counted for the client; the n answers to one prompt count it once."""
+        each = len(self.requests) // prompts
+        read = sum(len(request.prompt) for request in self.requests[::each])
+        wrote = sum(len(written.tokens) for written in self.written)
+        cached = sum(written.cached for written in self.written[::each])
+        return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote,
+                "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip
+
+    def close(self) -> None:
+        """Cancel what is still running, and write down what was used."""
+        if self._closed:
+            return
+        self._closed = True
+        for ticket in self._running.values():
+            self.state.engine.cancel(ticket)
+        self._stack.close()
+        metrics, read = self.state.metrics, sum(len(request.prompt) for request in self.requests)
+        wrote, cached = (sum(n) for n in zip(*((len(w.tokens), w.cached) for w in self.written), strict=True))
+        for name in metrics.models(self.chosen.names):
+            metrics.read.labels(name).inc(read)
+            metrics.cached.labels(name).inc(cached)
+            metrics.written.labels(name).inc(wrote)
+        metrics.whole.observe(time.perf_counter() - self._began)
+        self.state.limits.spend(self.caller, read + wrote)
+        self.log |= {"model": self.chosen.label, "prompt_tokens": read, "completion_tokens": wrote, "cached_tokens": cached}
+
+    def _seen_first(self) -> None:
+        seconds = time.perf_counter() - self._began
+        self.log["first_token"] = round(seconds, 4)
+        for name in self.state.metrics.models(self.chosen.names):
+            self.state.metrics.first.labels(name).observe(seconds)
+
+    def _too_late(self) -> None:
+        """Cancel in the engine now, whether somebody still reads or not."""
+        for ticket in self._running.values():
+            self.state.engine.cancel(ticket)
+        self._queue.put_nowait(None)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, for as long as somebody listens."""
+
+    def __init__(self, answers: Answers, content: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache", **headers})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the end, or until the client hangs up."""
+        try:
+            await unless_gone(receive, self.stream_response(send))
+        finally:
+            self._answers.close()
+
+
+def requests_for(
+    state: State, asked: SampledAsked, chosen: Chosen, prompts: Sequence[Sequence[int]], most: int | None, **more: Any
+) -> list[Request]:
+    """n requests to the engine for each prompt; raises `Refusal` where prompt and answer do not fit the base's context."""
+    context, made = state.base.context, []
+    for prompt in prompts:
+        if len(prompt) + (most or 1) > context:
+            told = f"the prompt's {len(prompt):,} tokens and {most or 1:,} for the answer"
+            raise Refusal(
+                400, f"{told} are more than the {context:,} that the base reads", "messages", "context_length_exceeded"
+            )
+        limit = most or context - len(prompt)
+        sampling: list[Sampling] = [asked.sampling(limit, state.vocabulary, choice, **more) for choice in range(asked.n)]
+        request = Request(tuple(prompt), parts=chosen.parts, owner=chosen.owner, stops=state.renderer.stops)
+        made += [replace(request, sampling=one) for one in sampling]
+    return made

@@ -1,0 +1,241 @@
+"""/v1/fine_tuning/jobs: adapters made from uploaded rows, while others are asked."""
+
+import re
+import secrets
+import uuid
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from afina.config import TrainSettings, make_settings
+from afina.delta.contract import method as delta_method
+from afina.delta.presets import preset
+from afina.errors import SettingsError
+from afina.server.asked import Asked
+from afina.server.files import Owner, find, path_of
+from afina.server.keys import Caller
+from afina.server.pages import listed, page
+from afina.server.refusal import Refusal, not_found, refusal_of
+from afina.server.state import State, state_of
+from afina.server.store import File, Job, JobCheckpoint, JobEvent, now
+
+router = APIRouter()
+LEARNING_RATE = 2e-4  # what a multiplier of 1 means: afina's own for adapters
+# settings of `afina train` that a job may be given beside OpenAI's: none that names a place on this machine
+OWN = ("method", "rank", "alpha", "scaling", "dropout", "targets", "layers", "ranks", "learning_rate", "steps", "schedule",
+       "warmup", "weight_decay", "clip", "max_length", "check_every", "patience", "skip_bad_rows", "checkpointing", "options")  # fmt: skip
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Auto = Literal["auto"]
+
+
+class Strict(BaseModel):
+    """No name that is not known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Hyperparameters(Strict):
+    """OpenAI's three: rows a step, a factor on the learning rate, times to go over the rows."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] | None = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0.0, le=1e4)] = "auto"
+
+
+class Supervised(Strict):
+    """Learning the answers of the rows."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Strict):
+    """How to learn. The other two methods of OpenAI's API are refused by name."""
+
+    type: str = "supervised"
+    supervised: Supervised = Supervised()
+    dpo: Any = None
+    reinforcement: Any = None
+
+    @field_validator("type")
+    @classmethod
+    def _is_there(cls, value: str) -> str:
+        if value != "supervised":
+            raise PydanticCustomError(
+                "method", "method: this server's jobs learn by supervised only, not by {how}", {"how": value[:50]}
+            )
+        return value
+
+
+class JobAsked(Asked):
+    """POST /v1/fine_tuning/jobs. `afina` has settings of `afina train`: method, rank, steps, learning_rate, ..."""
+
+    model: str = Field(max_length=1000)
+    training_file: str
+    validation_file: str | None = None
+    hyperparameters: Hyperparameters | None = Field(None, description="the older place of method.supervised.hyperparameters")
+    method: Method = Method()
+    suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    metadata: dict[str, Annotated[str, Field(max_length=512)]] = Field({}, max_length=16)
+    integrations: list[Any] | None = Field(None, max_length=0)
+    afina: dict[str, Any] = {}
+
+
+@router.post("/v1/fine_tuning/jobs")
+def create(asked: JobAsked, request: Request, caller: Owner) -> dict[str, Any]:
+    """Queue a job; its adapter will belong to who asked."""
+    state = state_of(request)
+    if asked.model != state.base_name:
+        raise Refusal(400, f"adapters are made for the base, which is {state.base_name!r} here", "model", "model_not_found")
+    training = find(state, caller, asked.training_file)
+    validation = find(state, caller, asked.validation_file) if asked.validation_file else None
+    name, seed = f"ftjob-{uuid.uuid4().hex}", secrets.randbits(31) if asked.seed is None else asked.seed
+    told = asked.method.supervised.hyperparameters if asked.hyperparameters is None else asked.hyperparameters
+    own = {
+        "settings": _settings(state, asked, told, training, validation, seed),
+        "batch_size": told.batch_size if isinstance(told.batch_size, int) else None,
+    }
+    job = Job(
+        id=name, owner=caller.name, asked=asked.model_dump(mode="json") | own, training_file=training.id,
+        validation_file=validation.id if validation else None, seed=seed,
+        model=f"ft:{state.base_name.rpartition('/')[2]}:afina:{asked.suffix or ''}:{name[6:14]}",
+    )  # fmt: skip
+    state.store.add(job)
+    state.worker.say(job.id, f"Created fine-tuning job: {job.id}")
+    state.worker.wake()
+    return told_of(job)
+
+
+def _settings(
+    state: State, asked: JobAsked, told: Hyperparameters, training: File, validation: File | None, seed: int
+) -> dict[str, Any]:
+    """The settings of `afina train` that a job means; raises `Refusal` where they are none."""
+    if unknown := set(asked.afina) - set(OWN):
+        raise Refusal(400, f"afina: {sorted(unknown)[0]!r} cannot be set for a job; what can: {', '.join(OWN)}", "afina")
+    serve = state.settings
+    values: dict[str, Any] = {
+        "base": serve.base, "revision": serve.revision, "trust_remote_code": serve.trust_remote_code, "dtype": serve.dtype,
+        "device": serve.device, "template": serve.template, "seed": seed, "data": str(path_of(state, training).resolve()),
+    }  # fmt: skip
+    if validation is not None:
+        values["holdout"] = str(path_of(state, validation).resolve())
+    if told.n_epochs != "auto":
+        values["epochs"] = told.n_epochs
+    if told.learning_rate_multiplier != "auto":
+        values["learning_rate"] = LEARNING_RATE * float(told.learning_rate_multiplier)
+    values |= asked.afina
+    method = str(values.get("method", "lora"))
+    if serve.storage == "nf4" and not method.startswith("q"):
+        values["method"] = f"q{method}"
+    try:
+        settings = make_settings(TrainSettings, values)
+        if delta_method(preset(settings.method, 1).delta).replaces:
+            raise SettingsError(f"{settings.method} makes a whole model, and no adapter", hint="lora, dora or mora")
+    except SettingsError as error:
+        raise refusal_of(error, "afina") from None
+    return values
+
+
+@router.get("/v1/fine_tuning/jobs")
+def list_jobs(request: Request, caller: Owner, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    """The caller's jobs, newest first."""
+    return page(state_of(request).store, caller, Job, told_of, limit, after)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}")
+def get_job(job_id: str, request: Request, caller: Owner) -> dict[str, Any]:
+    """One job."""
+    return told_of(_find(state_of(request), caller, job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
+def cancel(job_id: str, request: Request, caller: Owner) -> dict[str, Any]:
+    """End a job for good."""
+    return _move(request, caller, job_id, ("queued", "running", "paused"), "cancelled")
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/pause")
+def pause(job_id: str, request: Request, caller: Owner) -> dict[str, Any]:
+    """Stop a job at its last checkpoint."""
+    return _move(request, caller, job_id, ("queued", "running"), "paused")
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/resume")
+def resume(job_id: str, request: Request, caller: Owner) -> dict[str, Any]:
+    """Let a paused job go on from there."""
+    return _move(request, caller, job_id, ("paused",), "queued")
+
+
+def _move(request: Request, caller: Caller, name: str, of: tuple[str, ...], status: str) -> dict[str, Any]:
+    state = state_of(request)
+    job = _find(state, caller, name)
+    if not state.store.move(job.id, of, status=status, finished=now() if status == "cancelled" else None):
+        raise Refusal(409, f"a job that is {_find(state, caller, name).status} cannot be made {status}", code="wrong_status")
+    state.worker.say(
+        job.id, {"cancelled": "The job was cancelled", "paused": "The job was paused"}.get(status, "The job goes on")
+    )
+    if status == "cancelled":
+        state.metrics.jobs.labels("cancelled").inc()
+    state.worker.wake()
+    return told_of(_find(state, caller, name))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/events")
+def events(job_id: str, request: Request, caller: Owner, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    """What happened to a job, the latest first."""
+    store, job = state_of(request).store, _find(state_of(request), caller, job_id)
+    where = [JobEvent.job == job.id]
+    if after is not None:
+        number = after.removeprefix("ftevent-")
+        if not re.fullmatch(r"[0-9]{1,18}", number):
+            raise not_found("event", after)
+        where.append(JobEvent.number < int(number))
+    rows = store.rows(JobEvent, *where, order=[JobEvent.number.desc()], limit=limit + 1)
+    told = [
+        {"object": "fine_tuning.job.event", "id": f"ftevent-{row.number}", "created_at": row.created, "level": row.level,
+         "message": row.message, "type": "metrics" if "train_loss" in row.data else "message", "data": row.data}
+        for row in rows
+    ]  # fmt: skip
+    return listed(told, limit)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+def checkpoints(job_id: str, request: Request, caller: Owner, limit: Limit = 10, after: str | None = None) -> dict[str, Any]:
+    """The adapters that a job has kept on its way; each answers under its own name."""
+    store, job = state_of(request).store, _find(state_of(request), caller, job_id)
+    where = [JobCheckpoint.job == job.id]
+    if after is not None:
+        last = store.get(JobCheckpoint, f"{job.model}:ckpt-step-{after.rpartition('-')[2]}")
+        if last is None:
+            raise not_found("checkpoint", after)
+        where.append(JobCheckpoint.step < last.step)
+    rows = store.rows(JobCheckpoint, *where, order=[JobCheckpoint.step.desc()], limit=limit + 1)
+    told = [
+        {"object": "fine_tuning.job.checkpoint", "id": f"ftckpt-{job.id[6:]}-{row.step}", "created_at": row.created,
+         "fine_tuned_model_checkpoint": row.model, "step_number": row.step, "metrics": row.metrics, "fine_tuning_job_id": job.id}
+        for row in rows
+    ]  # fmt: skip
+    return listed(told, limit)
+
+
+def _find(state: State, caller: Caller, name: str) -> Job:
+    job = state.store.get(Job, name)
+    if job is None or not caller.sees(job.owner):
+        raise not_found("job", name)
+    return job
+
+
+def told_of(job: Job) -> dict[str, Any]:
+    """A job as OpenAI's API tells of it."""
+    asked = job.asked
+    told = asked["hyperparameters"] or asked["method"]["supervised"]["hyperparameters"]
+    return {
+        "object": "fine_tuning.job", "id": job.id, "model": asked["model"], "created_at": job.created,
+        "finished_at": job.finished, "fine_tuned_model": job.model if job.status == "succeeded" else None,
+        "organization_id": job.owner or "public", "result_files": [], "status": job.status, "error": job.error,
+        "validation_file": job.validation_file, "training_file": job.training_file, "hyperparameters": told,
+        "trained_tokens": job.tokens, "seed": job.seed, "estimated_finish": None, "integrations": [],
+        "method": {"type": "supervised", "supervised": {"hyperparameters": told}}, "metadata": asked["metadata"],
+    }  # fmt: skip

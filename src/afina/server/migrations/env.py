@@ -1,0 +1,8 @@
+"""Alembic's entry: it is called by `afina.server.store.migrate`, with a connection in a transaction."""
+
+from alembic import context
+
+from afina.server.store import Table
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True)
+context.run_migrations()

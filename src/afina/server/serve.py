@@ -1,0 +1,127 @@
+"""`afina serve`: settings into a base, an engine, tables, a worker and an application; then uvicorn, until it is told to stop."""
+
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import uvicorn
+
+from afina.base.load import load_base
+from afina.config import ServeSettings, make_settings
+from afina.data.template import Renderer
+from afina.delta.files import CONFIG
+from afina.engine.serving import Engine
+from afina.errors import AfinaError, SettingsError
+from afina.server.app import make_app
+from afina.server.keys import Keys
+from afina.server.limits import Limits
+from afina.server.logs import LOG, set_up_logs
+from afina.server.metrics import Metrics
+from afina.server.models import NAME
+from afina.server.state import State, served_name
+from afina.server.store import Adapter, Store
+from afina.server.worker import Worker
+
+LOCK_SECONDS = 15.0  # a killed server's jobs take a moment to see that it is gone
+
+
+def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any]:
+    """Serve until SIGTERM or Ctrl-C; running requests are then given `drain` seconds."""
+    settings = settings or make_settings(ServeSettings, values)
+    set_up_logs()
+    lock = _take(settings.state)
+    state = build(settings)
+    state.inherited = (lock.fileno(),)
+    app = make_app(state, lambda: close(state))
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="on",
+        timeout_graceful_shutdown=max(1, round(settings.drain)), server_header=False,
+    )  # fmt: skip
+    state.worker.start(state)
+    count = len(state.engine.shelf.entries())
+    LOG.info("serving", extra={"base": state.base_name, "host": settings.host, "port": settings.port, "adapters": count})
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        close(state)
+        lock.close()
+    return {"base": state.base_name, "adapters": count}
+
+
+def build(settings: ServeSettings) -> State:
+    """Everything but the network; the engine is running."""
+    base = load_base(
+        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, settings.storage
+    )
+    engine = Engine(base)
+    name = served_name(settings.base)
+    settings.state.mkdir(parents=True, exist_ok=True)
+    store = Store(settings.database or f"sqlite:///{(settings.state / 'state.db').resolve()}")
+    state = State(
+        settings=settings,
+        engine=engine,
+        renderer=Renderer(base.tokenizer, settings.template, base.context),
+        store=store,
+        keys=Keys(settings),
+        limits=Limits(settings.key_requests, settings.key_tokens),
+        metrics=Metrics(engine, name),
+        worker=Worker(settings, store),
+    )
+    _fill(state)
+    engine.start()
+    return state
+
+
+def close(state: State) -> None:
+    """End jobs (they go on after the next start), then the engine; once."""
+    if state.ready:
+        state.ready = False
+        state.worker.stop()
+        state.engine.stop()
+        state.store.close()
+        state.pen.shutdown()
+
+
+def _fill(state: State) -> None:
+    """Adapters as they were when the server stopped, then those of the folders that it was given."""
+    shelf = state.engine.shelf
+    for row in state.store.rows(Adapter):
+        try:
+            shelf.add(row.name, Path(row.folder), row.owner)
+        except AfinaError as error:  # its files are gone or changed: the others answer all the same
+            LOG.error("an adapter cannot be loaded", extra={"adapter": row.name, "why": str(error)})
+    for root in state.settings.adapters:
+        found = [folder for folder in (root, *sorted(root.expanduser().glob("*"))) if _holds_adapter(folder)]
+        if not found:
+            raise SettingsError(
+                "no adapter in this folder", where=str(root), hint="--adapters FOLDER_OF_RUNS, or a run's folder"
+            )
+        for folder in found:
+            name = folder.resolve().name
+            if not NAME.fullmatch(name):
+                raise SettingsError(f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder")
+            if shelf.find(name) is None:
+                shelf.add(name, folder)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any((place / CONFIG).is_file() for place in (folder, folder / "adapter"))
+
+
+def _take(folder: Path) -> IO[str]:
+    """Lock the state folder for this process and the jobs that it begins; raises `SettingsError` where another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = (folder / "lock").open("w")
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody checks
+        return stream
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stream
+        except OSError:
+            if time.monotonic() > until:
+                raise SettingsError("another server uses this folder", where=str(folder), hint="--state FOLDER") from None
+            time.sleep(0.1)

@@ -1,0 +1,149 @@
+"""What every request may need, in one place, and who answers under which name."""
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+
+from afina.base.model import Base
+from afina.config import EMBEDDED, ServeSettings
+from afina.data.template import Renderer
+from afina.engine.request import Entry, Part
+from afina.errors import DataError
+from afina.server.keys import Caller, Keys
+from afina.server.limits import Limits
+from afina.server.metrics import Metrics
+from afina.server.refusal import Refusal, not_found, refusal_of
+from afina.server.store import Store
+
+if TYPE_CHECKING:
+    from afina.engine.serving import Engine
+    from afina.server.worker import Worker
+
+AUTO, MOST_PARTS = "auto", 8
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Who answers: the adapters and their weights, none for the base; `choice` tells how "auto" came to it."""
+
+    label: str  # the model's name in the answer
+    names: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    owner: str = ""  # whose cached pages these are; "" where everything is public
+    choice: dict[str, Any] | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Who answers, for those who left the choice to us."""
+        return {} if self.choice is None else {"x-afina-adapter": self.label, "x-afina-score": f"{self.choice['score']:.4f}"}
+
+
+@dataclass
+class State:
+    """A server: engine and base, tables and keys, limits and figures."""
+
+    settings: ServeSettings
+    engine: "Engine"
+    renderer: Renderer
+    store: Store
+    keys: Keys
+    limits: Limits
+    metrics: Metrics
+    worker: "Worker"
+    choosing: Any = None
+    ready: bool = True
+    inherited: tuple[int, ...] = ()  # what a job's process holds open: the lock on the state folder
+    pen: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokens"))
+    """One thread for templates and tokenizing: a long text does not hold up the others' streams."""
+
+    @property
+    def base(self) -> Base:
+        """The base that all adapters are on."""
+        base: Base = self.engine.base
+        return base
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the base can write."""
+        return int(self.base.head.weight.shape[0])  # type: ignore[index,union-attr]
+
+    @property
+    def base_name(self) -> str:
+        """What the base is called here: its name, and never where it lies on this machine."""
+        return served_name(self.settings.base)
+
+    def entry(self, caller: Caller, name: str) -> Entry | None:
+        """The adapter of this name, if there is one that the caller may see."""
+        entry: Entry | None = self.engine.shelf.find(name)
+        return entry if entry is not None and caller.sees(entry.owner) else None
+
+    def entries(self, caller: Caller) -> list[Entry]:
+        """The adapters that the caller may see, by name."""
+        return sorted((e for e in self.engine.shelf.entries() if caller.sees(e.owner)), key=lambda entry: entry.name)
+
+    def choose(self, caller: Caller, model: str, prompt: Sequence[int] = ()) -> Chosen:
+        """Who `model` means: the base, an adapter, several (a:0.7,b:0.3), or "auto", by the prompt's tokens."""
+        if model == self.base_name:
+            return Chosen(model)
+        if model == AUTO:
+            return self._by_query(caller, prompt)
+        told = [self._weighted(caller, piece) for piece in model.split(",")]
+        if len(told) > MOST_PARTS:
+            raise Refusal(400, f"at most {MOST_PARTS} adapters act together", "model")
+        return _together(model, told)
+
+    async def tokens(self, make: Callable[[], Result]) -> Result:
+        """What `make` gives, made by the one thread that tokenizes; raises `Refusal` where the template refuses."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pen, make)
+        except DataError as error:
+            raise refusal_of(error, "messages") from None
+
+    def _weighted(self, caller: Caller, piece: str) -> tuple[Entry, float]:
+        """NAME or NAME:WEIGHT; names may have colons in them, and a whole name goes first."""
+        if (entry := self.entry(caller, piece.strip())) is not None:
+            return entry, 1.0
+        name, _, weight = piece.strip().rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if (entry := self.entry(caller, name)) is None or math.isnan(value):
+            raise not_found("model", piece.strip())
+        if abs(value) > 100.0:
+            raise Refusal(400, f"the weight of {name} is beyond 100", "model")
+        return entry, value
+
+    def _by_query(self, caller: Caller, prompt: Sequence[int]) -> Chosen:
+        if self.choosing is None:
+            raise Refusal(400, "this server does not choose by the query; name a model", "model")
+        choice = self.choosing.choose(prompt, {entry.name for entry in self.entries(caller)})
+        told = {"adapter": choice.name, "score": choice.score, "why": choice.why}
+        entry = self.entry(caller, choice.name) if choice.name is not None else None
+        if entry is None:
+            return Chosen(self.base_name, choice=told)
+        return _together(entry.name, [(entry, 1.0)], told)
+
+
+def _together(label: str, told: Sequence[tuple[Entry, float]], choice: dict[str, Any] | None = None) -> Chosen:
+    owner = next((entry.owner for entry, _ in told if entry.owner is not None), "")
+    parts = tuple(Part(entry.hash, weight) for entry, weight in told)
+    return Chosen(label, tuple(entry.name for entry, _ in told), parts, owner, choice)
+
+
+def served_name(base: str) -> str:
+    """The name of a base for clients: a hub name as it is, of a folder the last part."""
+    return base if base == EMBEDDED or not Path(base).expanduser().exists() else Path(base).expanduser().resolve().name
+
+
+def state_of(request: Request) -> State:
+    """The server that a request came to."""
+    state: State = request.app.state.afina
+    return state

@@ -1,0 +1,162 @@
+"""What must outlive the process: files, jobs, their events and checkpoints, adapters. SQLite, or PostgreSQL by URL.
+
+What a request was told is on the disk before it was told: each `write` is one transaction, committed when it ends.
+The tables are made and changed by the migrations beside this file.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import JSON, BigInteger, Engine, ForeignKey, Index, Integer, create_engine, event, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from afina.errors import SettingsError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+ACTIVE = ("queued", "running")
+
+
+def now() -> int:
+    """Seconds since 1970, as OpenAI's API counts."""
+    return int(time.time())
+
+
+class Table(DeclarativeBase):
+    """All tables."""
+
+    type_annotation_map = {dict[str, Any]: JSON, int: BigInteger}
+
+
+class File(Table):
+    """An uploaded file; its bytes are in the state folder, files/ID."""
+
+    __tablename__ = "files"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str | None] = mapped_column(index=True)
+    name: Mapped[str]
+    purpose: Mapped[str]
+    bytes: Mapped[int]
+    created: Mapped[int] = mapped_column(default=now)
+
+
+class Job(Table):
+    """A fine-tuning job. `status`: queued, running, paused, succeeded, failed or cancelled."""
+
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str | None] = mapped_column(index=True)
+    status: Mapped[str] = mapped_column(default="queued", index=True)
+    asked: Mapped[dict[str, Any]]  # the request as it came
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    seed: Mapped[int]
+    model: Mapped[str]  # the name under which its adapter will answer
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    tokens: Mapped[int | None]
+    created: Mapped[int] = mapped_column(default=now)
+    finished: Mapped[int | None]
+
+
+class JobEvent(Table):
+    """Something that happened to a job, in order of `number`."""
+
+    __tablename__ = "events"
+    number: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    level: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    created: Mapped[int] = mapped_column(default=now)
+    __table_args__ = (Index("events_of_job", "job", "number"),)
+
+
+class JobCheckpoint(Table):
+    """A job's adapter as it was after `step`, the best until then; it answers under `model`."""
+
+    __tablename__ = "checkpoints"
+    model: Mapped[str] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    step: Mapped[int]
+    metrics: Mapped[dict[str, Any]]
+    created: Mapped[int] = mapped_column(default=now)
+
+
+class Adapter(Table):
+    """A name under which an adapter answers, and the folder that it lies in."""
+
+    __tablename__ = "adapters"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    folder: Mapped[str]
+    owner: Mapped[str | None]
+    created: Mapped[int] = mapped_column(default=now)
+
+
+Row = TypeVar("Row", bound=Table)
+
+
+class Store:
+    """The tables behind one URL; any thread."""
+
+    def __init__(self, url: str) -> None:
+        """Connect and bring the tables up to date; raises `SettingsError` where that cannot be."""
+        try:
+            self.engine: Engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True)
+            if self.engine.dialect.name == "sqlite":
+                event.listen(self.engine, "connect", _durable)
+                event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+            migrate(self.engine)
+        except (SQLAlchemyError, ImportError) as error:
+            hint = "--database sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/NAME (pip install 'afina[postgres]')"
+            raise SettingsError("cannot open the database", why=str(error).splitlines()[0], hint=hint) from None
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session whose changes are on the disk when the block ends well, and never happened when it does not."""
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def add(self, *rows: Table) -> None:
+        """Keep new rows."""
+        with self.write() as session:
+            session.add_all(rows)
+
+    def get(self, table: type[Row], key: Any) -> Row | None:
+        """One row by its primary key; a key that cannot be one (PostgreSQL takes no NUL) has none."""
+        with self.write() as session:
+            return None if "\0" in str(key) else session.get(table, key)
+
+    def rows(self, table: type[Row], *where: Any, order: Sequence[Any] = (), limit: int | None = None) -> list[Row]:
+        """The rows that fulfil `where`."""
+        with self.write() as session:
+            return list(session.scalars(select(table).where(*where).order_by(*order).limit(limit)))
+
+    def move(self, job: str, of: tuple[str, ...], **values: Any) -> bool:
+        """Change a job if its status is one of `of`; tells whether it was."""
+        with self.write() as session:
+            changed = session.execute(update(Job).where(Job.id == job, Job.status.in_(of)).values(**values))
+            return bool(changed.rowcount)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self.engine.dispose()
+
+
+def _durable(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions are begun by us, at once and not at the first write
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {setting}")
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the tables to the newest form."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
