@@ -269,6 +269,28 @@ def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> Non
     assert all(torch.equal(after[name.replace(".base.", ".")], value) for name, value in weights.items() if name in after)
 
 
+def test_an_adapter_that_is_being_trained_is_lent(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
+    """Its numbers are used where they are; after a change, nothing that the former ones made is read."""
+    engine = engine_on(tiny, adapters)
+    base = engine.base
+    learning = attach(base.model, base.board, "run-0", Spec("lora", resolve_targets(base.model, "all-linear", None, False), rank=4))
+    prompt = random_prompt(random.Random(7), 60)
+    for seed in (1, 2):
+        with torch.no_grad():
+            for parameter in learning.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        lent = engine.shelf.lend(learning)
+        requests = [Request(prompt, Sampling(max_new_tokens=8), (Part(lent),)) for _ in range(3)]
+        requests.append(Request(prompt, Sampling(max_new_tokens=8), parts(engine, (("dora-0", 1.0),))))
+        *ours, (_, other, _) = answer_all(engine, requests)
+        expected = generate_tokens(base, [prompt], Sampling(max_new_tokens=8), learning.route)[0]
+        assert [tokens for _, tokens, _ in ours] == [expected] * 3
+        assert other == alone.answer(prompt, (("dora-0", 1.0),), 8)
+        engine.shelf.take_back(lent)
+    engine.step()
+    assert not engine.memory.tree.forget_adapter("run-0@1")
+
+
 def test_embeddings(tiny: Path, adapters: dict[str, Path]) -> None:
     engine = engine_on(tiny, adapters)
     futures = [engine.embed([(5, 6, 9), (5, 6)]), engine.embed([(5, 6, 9)], parts(engine, (("lora4-0", 1.0),)))]

@@ -15,7 +15,7 @@ from afina.base.model import Base
 from afina.engine.pages import Pool
 from afina.engine.prefix import PrefixTree
 from afina.engine.resident import Resident, read_numbers
-from afina.engine.shelf import Content, Shelf, stamp
+from afina.engine.shelf import Content, Lent, Shelf, stamp
 from afina.errors import AdapterError
 
 
@@ -63,20 +63,22 @@ class Memory:
 
     # ---- adapters
 
-    def prefetch(self, content: Content) -> None:
+    def prefetch(self, content: Content | Lent) -> None:
         """Begin to read an adapter from disk, so that it is there when its turn comes."""
-        if content.hash not in self.residents and content.hash not in self._ahead and len(self._ahead) < 8:
+        if isinstance(content, Content) and content.hash not in self.residents and content.hash not in self._ahead and len(self._ahead) < 8:
             self._ahead[content.hash] = self._reader.submit(_read, content)
 
-    def ready(self, content: Content) -> bool:
+    def ready(self, content: Content | Lent) -> bool:
         """Whether the adapter can be brought in without waiting for the disk."""
-        return content.hash in self.residents or (content.hash in self._ahead and self._ahead[content.hash].done())
+        return isinstance(content, Lent) or content.hash in self.residents or (content.hash in self._ahead and self._ahead[content.hash].done())
 
-    def bring(self, content: Content) -> bool:
+    def bring(self, content: Content | Lent) -> bool:
         """Have the adapter in the pool and in the layers until `release`; False where there is no room now.
 
         Raises `AdapterError` where its file is not what it was.
         """
+        if isinstance(content, Lent):
+            return True
         resident = self.residents.get(content.hash)
         if resident is None:
             begin = time.perf_counter()
@@ -115,7 +117,9 @@ class Memory:
 
     def release(self, digest: str) -> None:
         """A sequence needs the adapter no more; its numbers stay until their place is wanted."""
-        resident = self.residents[digest]
+        resident = self.residents.get(digest)
+        if resident is None:  # it was lent
+            return
         resident.pins -= 1
         resident.used = time.monotonic()
         if not resident.pins:
@@ -124,6 +128,8 @@ class Memory:
     def forget(self, digest: str) -> None:
         """Nothing points at this adapter any more: its pages are free."""
         self._ahead.pop(digest, None)
+        for page in self.tree.forget_adapter(digest):
+            self.pool.give_back(page)
         resident = self.residents.get(digest)
         if resident is not None and not resident.pins:
             self._evict(resident)

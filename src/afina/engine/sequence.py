@@ -6,7 +6,7 @@ from afina.engine.pages import PAGE
 from afina.engine.prefix import Key, Node, keys_of
 from afina.engine.request import OnEvent, Request
 from afina.engine.sampling import Chooser
-from afina.engine.shelf import Content
+from afina.engine.shelf import Content, Lent
 from afina.engine.text import Text
 from afina.route.invocation import last_start
 from afina.segments import Segment
@@ -22,7 +22,7 @@ class Sequence:
 
     number: int
     request: Request
-    contents: list[Content]
+    contents: list[Content | Lent]
     on_event: OnEvent
     chooser: Chooser
     text: Text
@@ -60,7 +60,7 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
-    def needed(self) -> list[Content]:
+    def needed(self) -> list[Content | Lent]:
         """The adapters that act: one that is never invoked need not be there."""
         names = {name for name, _, _ in self.acting}
         return [content for content in self.contents if content.hash in names]
@@ -72,9 +72,10 @@ class Sequence:
     def rows(self, offset: int, count: int) -> list[Segment]:
         """Who acts on the next `count` tokens, which lie at `offset` of the flat run."""
         first, rows = self.computed, []
+        labels = {content.hash: content.label for content in self.contents}
         for name, weight, start in self.acting:
             if start < first + count:
-                rows.append(Segment(offset + max(0, start - first), offset + count, name, weight))
+                rows.append(Segment(offset + max(0, start - first), offset + count, labels[name], weight))
         return rows
 
     def slots(self, count: int) -> list[int]:

@@ -26,7 +26,7 @@ from afina.engine.runner import Runner, shapes_of
 from afina.engine.sampling import Chooser, choose
 from afina.engine.scheduler import Scheduler
 from afina.engine.sequence import Sequence
-from afina.engine.shelf import Shelf
+from afina.engine.shelf import Content, Shelf
 from afina.engine.text import Text
 from afina.errors import AfinaError, BusyError, DataError, counted
 
@@ -196,7 +196,8 @@ class Engine:
     def _check_room(self, sequence: Sequence) -> None:
         """Raise `DataError` for a request that would not fit if it were alone."""
         dtype, pool = self.base.dtype, self.memory.pool
-        adapters = sum(pool.pages_for(content.layout.numbers_in(dtype)) for content in sequence.needed)
+        files = [content for content in sequence.needed if isinstance(content, Content)]
+        adapters = sum(pool.pages_for(content.layout.numbers_in(dtype)) for content in files)
         pages = -(-sequence.limit // PAGE)
         if adapters + pages > pool.count:
             why = f"it needs {pages} pages for its tokens and {adapters} for its adapters; there are {pool.count}"

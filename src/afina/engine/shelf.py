@@ -14,6 +14,7 @@ from pathlib import Path
 
 from afina.base.model import Base
 from afina.base.safety import read_header
+from afina.delta.attach import Adapter
 from afina.delta.contract import Spec
 from afina.delta.files import WEIGHTS, adapter_folder, content_hash, read_spec, read_story
 from afina.engine.request import Entry
@@ -39,6 +40,11 @@ class Content:
     layout: Layout
 
     @property
+    def label(self) -> str:
+        """Its name in the layers."""
+        return self.hash
+
+    @property
     def spec(self) -> Spec:
         """What it is, apart from its tensors."""
         return self.layout.spec
@@ -47,6 +53,18 @@ class Content:
     def bytes(self) -> int:
         """Its size on disk."""
         return self.layout.numbers * self.layout.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """An adapter that somebody else has attached to the base, and may be training: its numbers are used where they are.
+
+    `label` is its name in the layers; `hash` stands for its numbers as they are now.
+    """
+
+    hash: str
+    label: str
+    spec: Spec
 
 
 @dataclass(slots=True)
@@ -68,8 +86,9 @@ class Shelf:
         self._layouts = Layouts(base)
         self._lock = threading.RLock()
         self._labels: dict[str, _Label] = {}
-        self._contents: dict[str, Content] = {}
+        self._contents: dict[str, Content | Lent] = {}
         self._held: dict[str, int] = {}  # running or waiting requests, by hash
+        self._lendings = 0
         self.states: dict[str, str] = {}  # hash to where its numbers are, when not on disk only
         self.dropped: list[str] = []  # hashes that nothing points at any more, for the engine to clear away
 
@@ -136,6 +155,7 @@ class Shelf:
 
     def _entry(self, name: str, label: _Label) -> Entry:
         content = self._contents[label.hash]
+        assert isinstance(content, Content)  # what is lent has no name
         spec = content.spec
         return Entry(
             name, content.hash, str(content.file.parent), spec.method, spec.rank, content.bytes,
@@ -151,7 +171,24 @@ class Shelf:
 
     # ---- contents
 
-    def hold(self, digests: tuple[str, ...]) -> list[Content]:
+    def lend(self, adapter: Adapter) -> str:
+        """Let requests use an adapter that is attached to the base, as it is now; returns what stands for it in a `Part`.
+
+        Lend it again after each change: pages that its former numbers made are then never read again. Until `take_back`,
+        requests that are under way follow the numbers as they change, so let them end first.
+        """
+        with self._lock:
+            self._lendings += 1
+            digest = f"{adapter.name}@{self._lendings}"
+            self._contents[digest] = Lent(digest, adapter.name, adapter.spec)
+            return digest
+
+    def take_back(self, digest: str) -> None:
+        """No more requests for what was lent."""
+        with self._lock:
+            self._clear(digest)
+
+    def hold(self, digests: tuple[str, ...]) -> list[Content | Lent]:
         """The contents of these hashes, which stay until `let_go`; raises `AdapterError` where one is unknown."""
         with self._lock:
             if missing := [digest for digest in digests if digest not in self._contents]:
