@@ -124,11 +124,12 @@ def test_train_has_at_most_40_settings_and_the_samples_are_all_of_them() -> None
 
 
 def test_other_verbs_add_at_most_12_of_their_own() -> None:
+    """A server has keys, limits and jobs besides: 24."""
     own = set(config.BaseSettings.model_fields)
-    for verb in VERBS.values():
+    for name, verb in VERBS.items():
         if verb.settings is not TrainSettings:  # which the plan shares
             known = own | set(TrainSettings.model_fields if issubclass(verb.settings, TrainSettings) else ())
-            assert len(set(verb.settings.model_fields) - known) <= 12, verb
+            assert len(set(verb.settings.model_fields) - known) <= (24 if name == "serve" else 12), verb
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -378,7 +379,7 @@ def test_a_long_conversation_says_how_to_start_again(
         (["frobnicate"], 2),
         (["eval"], 2),
         (["generate", "hi", "--base", "/nowhere"], 1),
-        (["merge", "/nowhere", "--out", "/tmp/x"], 1),
+        (["merge", "/nowhere", "--out", "/nowhere/x"], 1),
     ],
 )
 def test_errors_are_an_object_too_and_set_the_exit_code(

@@ -27,7 +27,7 @@ Piece = TypeVar("Piece")
 
 def objective_of(settings: TrainSettings) -> str:
     """The objective as told; by itself, it is what the rows are for: labels beside texts or pictures, pairs of answers."""
-    if settings.objective != "auto":
+    if settings.objective != "auto" or settings.data is None:  # a plan without data is for texts
         return settings.objective
     if has_labels(settings.data, settings.columns):
         return "classify"
