@@ -5,6 +5,7 @@ module and the deltas of any number of adapters. Detaching puts the very same mo
 """
 
 from collections.abc import Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from afina.delta.contract import Delta, Spec, check_options, method
 from afina.delta.layers import Layer, Loose
 from afina.delta.tokens import Tokens
 from afina.errors import AdapterError, SettingsError
-from afina.kernels.lowrank import grouped_lowrank
-from afina.kernels.native import kernels
+from afina.kernels.lowrank import Prepared, grouped_lowrank
+from afina.kernels.native import direct, kernels
 from afina.route.invocation import Route
-from afina.segments import Segment, Switchboard
+from afina.segments import Segment, Segments, Switchboard
+
+# where PyTorch's products of one adapter that acts everywhere beat the kernel: many tokens of no small rank
+LONG, THIN = 128, 16
 
 
 class Adapted(nn.Module):
@@ -29,6 +33,7 @@ class Adapted(nn.Module):
         self.base = layer.module
         self.deltas = nn.ModuleDict()
         self._layer, self._board = layer, board
+        self._kept: _Lean | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -50,21 +55,37 @@ class Adapted(nn.Module):
         `others` and `named` are what modules that are no plain layer (experts, learned positions) take besides.
         """
         segments = self._board.current
-        acting = [(self._delta(name), weight) for name, weight in segments.everywhere if name in self.deltas]
-        rows = [row for row in segments.rows if row.adapter in self.deltas]
+        if not segments.everywhere and not segments.rows:
+            return self.base(x, *others, **named)
+        lean = self._lean(segments, x) if direct() else None
+        if lean is not None and lean.alone:
+            return lean.add(self.base(x, *others, **named), x)
+        apart = () if lean is None else lean.names  # what acts below, in one product
+        acting = [(self._delta(n), weight) for n, weight in segments.everywhere if n in self.deltas and n not in apart]
+        rows = [row for row in segments.rows if row.adapter in self.deltas and row.adapter not in apart]
         if any(delta.replaces for delta, _ in acting) or any(self._delta(row.adapter).replaces for row in rows):
             if rows or len(segments.everywhere) > 1:
                 raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
             return acting[0][0](x, x, acting[0][1], *others, **named)
         y = self.base(x, *others, **named)
-        if not acting and not rows:
-            return y
-        y = y0 = self._layer.to_rows(y)
-        for delta, weight in acting:  # each sees the base's output; the first one's sum needs no second pass
-            y = delta(x, y0, weight) if y is y0 else y + (delta(x, y0, weight) - y0)
-        if rows:
-            y = self._add_rows(x, y0, y, rows, segments.unit)
-        return self._layer.from_rows(y)
+        if acting or rows:
+            y = y0 = self._layer.to_rows(y)
+            for delta, weight in acting:  # each sees the base's output; the first one's sum needs no second pass
+                y = delta(x, y0, weight) if y is y0 else y + (delta(x, y0, weight) - y0)
+            if rows:
+                y = self._add_rows(x, y0, y, rows, segments.unit)
+            y = self._layer.from_rows(y)
+        return y if lean is None else lean.add(y, x)
+
+    def _lean(self, segments: Segments, x: Tensor) -> "_Lean | None":
+        """One product for all low-rank deltas that act, where nothing is learned.
+
+        It is kept: a table is the same in all layers of a forward, and mostly in the next step of decoding.
+        """
+        kept = self._kept
+        if kept is None or not kept.is_for(segments, x, self.deltas._modules):
+            self._kept = kept = None if self._layer.channels_first else _Lean.prepare(segments, x, self.deltas)
+        return kept
 
     def _delta(self, name: str) -> Delta:
         delta = self.deltas[name]
@@ -99,6 +120,58 @@ class Adapted(nn.Module):
         table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
         a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
         return grouped_lowrank(y.flatten(0, -2), x.flatten(0, -2), table, a, b).view(y.shape)
+
+
+class _Lean:
+    """The product of the low-rank deltas that act in one layer, ready for it, and what it holds for."""
+
+    def __init__(self, segments: Segments, x: Tensor, deltas: nn.ModuleDict, rows: list[Segment]) -> None:
+        named = dict.fromkeys([*(name for name, _ in segments.everywhere), *(row.adapter for row in segments.rows)])
+        self._segments, self._shape, self._dtype = segments, x.shape, x.dtype
+        self._named, self._deltas = list(named), [deltas._modules.get(name) for name in named]
+        acting: dict[str, Any] = {row.adapter: deltas[row.adapter] for row in rows}
+        self.names = list(acting)
+        self.alone = not named.keys() & deltas.keys() - acting.keys()  # whether nothing else acts here
+        matrices = [delta.thin(x.dtype) for delta in acting.values()]
+        self._acting, self._made = list(acting.values()), [delta.made for delta in acting.values()]
+        self._sources = [t for delta in acting.values() for t in (delta.a, delta.b) if not t.is_inference()]
+        self._versions = [t._version for t in self._sources]
+        table = [(row.start, row.end, self.names.index(row.adapter), row.weight * acting[row.adapter].scale) for row in rows]
+        self._product = Prepared(x.shape[:-1].numel(), table, *zip(*matrices, strict=True))
+
+    @classmethod
+    def prepare(cls, segments: Segments, x: Tensor, deltas: nn.ModuleDict) -> "_Lean | None":
+        """The product for what acts on x; None where nothing is low-rank, or PyTorch's own products are faster."""
+        if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.take(x):
+            return None
+        tokens = x.shape[:-1].numel()
+        rows = [Segment(0, tokens, n, w) for n, w in segments.everywhere if tokens <= LONG or _rank(deltas, n) <= THIN]
+        rows = [row for row in (*rows, *segments.rows) if row.adapter in deltas and _is_thin(deltas[row.adapter])]
+        return cls(segments, x, deltas, rows) if rows else None
+
+    def is_for(self, segments: Segments, x: Tensor, deltas: dict[str, Any]) -> bool:
+        """Whether it still holds; an equal table of the next step takes the place of the last one."""
+        if segments is not self._segments:
+            if segments != self._segments:
+                return False
+            self._segments = segments
+        return (
+            x.shape == self._shape
+            and x.dtype == self._dtype
+            and all(map(is_, map(deltas.get, self._named), self._deltas))
+            and all(map(is_, [delta.made for delta in self._acting], self._made))
+            and [t._version for t in self._sources] == self._versions
+        )
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, to which the deltas are added in place."""
+        y = y if y.dtype == x.dtype and y.is_contiguous() else y.to(x.dtype).contiguous()
+        return self._product.add(y, x)
+
+
+def _rank(deltas: nn.ModuleDict, name: str) -> int:
+    delta: Any = deltas._modules.get(name)
+    return len(delta.a) if delta is not None and _is_thin(delta) else 0
 
 
 def _is_thin(delta: Any) -> bool:

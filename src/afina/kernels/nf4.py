@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.kernels.blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
-from afina.kernels.native import TYPES, address, kernels, operation
+from afina.kernels.native import TYPES, address, direct, kernels, operation
 
 # quantiles of the normal distribution, scaled to -1 .. 1, an exact zero among them: arXiv 2305.14314, appendix E
 LEVELS = (
@@ -159,7 +159,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
     The dense matrix exists during each product only, and not at all for few rows: the backward pass writes it out again.
     """
-    return _linear(x, *_stored(weight), bias)
+    return (_run_linear if direct() else _linear)(x, *_stored(weight), bias)
 
 
 # ---- the operations, over the stored tensors: codes, scales, superscales, offset, in_features
