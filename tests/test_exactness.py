@@ -192,7 +192,7 @@ def one_run(tiny: Path, tmp_path: Path, batch_tokens: int, accumulate: int, **se
         settings=SimpleNamespace(weight_decay=0.0, optimizer="adamw", patience=None, schedule="constant", warmup=0.0, clip=1.0, recomputed=0, seed=3, **settings),
     )  # fmt: skip
     ticks: list[Any] = []
-    Loop(made, tmp_path, {}, ticks.append, lambda: None).train()  # type: ignore[arg-type]
+    Loop(made, tmp_path, {}, ticks.append, lambda step: None).train()  # type: ignore[arg-type]
     return {name: p.detach().clone() for name, p in adapter.named_parameters()}, ticks
 
 

@@ -5,10 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from afina.base.fast import FastLinear, speed_up
+from afina.base.nf4 import NF4Linear
+from afina.delta.attach import Adapter, attach, detach
+from afina.delta.contract import Spec
+from afina.kernels.lowrank import Prepared, grouped_lowrank
 from afina.kernels.native import kernels
 from afina.kernels.paged import FEW, paged_attention, paged_write
+from afina.segments import Segment, Segments, Switchboard
+from afina.training.optimizer import Optimizer
 
 KINDS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]  # of queries, of pages
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
@@ -125,3 +132,135 @@ def test_paged_attention_refuses_what_does_not_fit(library: Any, monkeypatch: py
         paged_attention(pool.query[..., :4], pool.kv, [0, 1], [20], [[0, 1]], 1.0)
     with pytest.raises(ValueError, match="do not fit"):
         paged_attention(pool.query, pool.kv, [0, 2], [20], [[0, 1]], 1.0)
+
+
+# ---- products of few rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_take_the_kernel_where_nothing_is_learned(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.odd = nn.Linear(70, 33, dtype=dtype), type("Odd", (nn.Linear,), {})(3, 4)
+            self.again, self.plain = self.first, nn.Linear(33, 5, bias=False, dtype=dtype)
+
+    model = Tied().requires_grad_(False)
+    weight, names = model.first.weight, dict(model.named_parameters())
+    speed_up(model)
+    assert type(model.first) is FastLinear and model.again is model.first and type(model.odd).__name__ == "Odd"
+    assert model.first.weight is weight and dict(model.named_parameters()).keys() == names.keys()
+    calls: list[int] = []
+    if kernels.library:
+        product = kernels.product
+        monkeypatch.setattr(kernels, "product", lambda *a: (calls.append(1), product(*a)), raising=False)
+    for rows, taken in (((3,), True), ((2, 4), True), ((9,), False), ((0,), True)):
+        x, layer = torch.randn(*rows, 70).to(dtype), model.first
+        want = x.double() @ layer.weight.double().T + layer.bias.double()  # type: ignore[union-attr]
+        for learns in (True, False):
+            calls.clear()
+            with torch.set_grad_enabled(learns):
+                torch.testing.assert_close(layer(x).double(), want, rtol=2**-6, atol=2**-6)
+            assert bool(calls) == (taken and not learns and kernels.library is not None)
+
+
+def test_nf4_layers_give_the_same_with_and_without_gradients(isa: str) -> None:
+    layer = NF4Linear.from_linear(nn.Linear(130, 33)).requires_grad_(False)
+    for rows in (1, 8, 32, 33):
+        x = torch.randn(rows, 130)
+        with torch.no_grad():
+            lean = layer(x)
+        torch.testing.assert_close(lean, layer(x))
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, 37])
+def test_prepared_product_is_the_grouped_one(isa: str, dtype: torch.dtype, tokens: int) -> None:
+    if not kernels.library:
+        pytest.skip("no kernels here")
+    ranks, width, out = (1, 8, 5, 64), 70, 45
+    rows = [(0, tokens, 1, 0.5), (0, 1, 0, 2.0), (tokens // 2, tokens, 3, -1.0), (0, 0, 2, 1.0)]
+    a, b = [torch.randn(r, width).to(dtype) for r in ranks], [torch.randn(out, r).to(dtype) for r in ranks]
+    product = Prepared(tokens, rows, a, [t.T.contiguous() for t in b])
+    for _ in range(2):
+        x, y = torch.randn(tokens, width).to(dtype), torch.randn(1, tokens, out).to(dtype)
+        want = grouped_lowrank(y[0].double(), x.double(), rows, [t.double() for t in a], [t.double() for t in b])
+        size = float(want.abs().max())
+        assert product.add(y, x) is y
+        torch.testing.assert_close(y[0].double() / size, want / size, rtol=2**-8, atol=2**-8 if dtype == torch.bfloat16 else 1e-6)
+    for wrong_x, wrong_y in ((x[:, :69], y), (x, y.double()), (x, y[..., :44])):
+        with pytest.raises(ValueError, match="prepared"):
+            product.add(wrong_y, wrong_x)
+    with pytest.raises(ValueError, match="does not fit"):
+        Prepared(tokens, [(0, tokens + 1, 0, 1.0)], a, b)
+    with pytest.raises(ValueError, match="do not fit"):
+        Prepared(tokens, rows, a, b)
+
+
+SPECS = {"a": ("lora", 4), "b": ("lora", 3), "c": ("dora", 2), "d": ("mora", 2)}
+TABLES = {
+    "nobody": Segments(),
+    "one everywhere": Segments.all("a", 0.5),
+    "a sum everywhere": Segments(everywhere=(("a", 0.5), ("c", 1.0), ("b", -1.0))),
+    "a row each": Segments(rows=(Segment(0, 2, "a"), Segment(2, 3, "b", 0.5), Segment(5, 9, "a", 2.0))),
+    "all methods": Segments(rows=(Segment(0, 4, "c"), Segment(1, 4, "a"), Segment(4, 9, "d", 0.5), Segment(4, 9, "b"))),
+    "both": Segments(everywhere=(("b", 1.0),), rows=(Segment(1, 7, "d"), Segment(3, 4, "a"))),
+    "a stranger": Segments(rows=(Segment(0, 3, "nobody knows it"), Segment(3, 5, "b"))),
+}
+
+
+def adapted_layer() -> tuple[nn.ModuleDict, Switchboard, dict[str, Adapter]]:
+    """A layer with four adapters that do something."""
+    model, board = nn.ModuleDict({"layer": nn.Linear(12, 10)}).requires_grad_(False), Switchboard()
+    made = {name: attach(model, board, name, Spec(method, ("layer",), rank=rank)) for name, (method, rank) in SPECS.items()}
+    with torch.no_grad():
+        for adapter in made.values():
+            adapter.train(False)
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn(parameter.shape) / 3)
+    return model, board, made
+
+
+@pytest.mark.parametrize("segments", TABLES.values(), ids=TABLES)
+def test_adapters_without_gradients_are_those_with_gradients(isa: str, segments: Segments) -> None:
+    model, board, _ = adapted_layer()
+    for x in (torch.randn(9, 12), torch.randn(1, 9, 12), torch.randn(9, 12)):
+        with board.route(segments):
+            want = model["layer"](x)
+            for _ in range(2):
+                with torch.no_grad():
+                    torch.testing.assert_close(model["layer"](x), want)
+
+
+def test_what_is_kept_for_inference_follows_every_change(isa: str) -> None:
+    """In place, by the optimizer, by another adapter of the same name, by new rows, by a new place."""
+    model, board, made = adapted_layer()
+    x, table = torch.randn(9, 12), TABLES["a row each"]
+
+    def check(segments: Segments = table) -> None:
+        with board.route(segments):
+            want = model["layer"](x)
+            with torch.no_grad():
+                torch.testing.assert_close(model["layer"](x), want)
+
+    check()
+    with torch.no_grad():
+        made["a"].deltas["layer"].b.add_(1.0)  # type: ignore[operator]
+    check()
+    optimizer = Optimizer(made["b"], 0.1, {}, 0.0)
+    for parameter in made["b"].parameters():
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step(1.0, 1.0)
+    check()
+    check(Segments(rows=(Segment(0, 2, "b"),)))
+    check(Segments(rows=(*table.rows, Segment(0, 9, "nobody knows it"))))
+    detach(model, made["a"])
+    check()
+    other = attach(model, board, "a", Spec("lora", ("layer",), rank=5))
+    other.train(False)
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if n.endswith("b")).add_(1.0)
+    check()

@@ -1,22 +1,42 @@
 """The fast Llama-like block: the model's own weights under the model's own names, in fewer and leaner operations.
 
-`speed_up` puts afina's norm, attention and feed-forward modules in the places of transformers', openly and in this one
-file. They hold the very same submodules and parameters, so paths, state dict and adapters do not see a difference.
+`speed_up` puts afina's norm, attention, feed-forward and linear modules in the places of transformers', openly and in this
+one file. They hold the very same submodules and parameters, so paths, state dict and adapters do not see a difference.
 """
 
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from afina.kernels.elementwise import rms_norm, rotary, swiglu
+from afina.kernels.product import linear
 
 # classes of transformers whose arithmetic is exactly the one below; Gemma's norms, say, add one to the weight
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "Olmo2RMSNorm", "GraniteRMSNorm"}
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP", "GraniteMLP", "StableLmMLP"}
+
+
+class FastLinear(nn.Linear):
+    """A Linear layer whose product with few rows, where nothing is learned, runs at the speed of reading its weight."""
+
+    @classmethod
+    def in_place_of(cls, module: nn.Linear) -> "FastLinear":
+        """The layer with the very same parameters."""
+        made = cls(module.in_features, module.out_features, bias=False, device="meta")
+        made.weight, made.bias = module.weight, module.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + b (..., out) of x (..., in)."""
+        return F.linear(x, self.weight, self.bias) if torch.is_grad_enabled() else linear(x, self.weight, self.bias)
+
+
+PLAIN = (nn.Linear, FastLinear)  # layers that are y = W x + b and no more
 
 
 class FastNorm(nn.Module):
@@ -93,19 +113,25 @@ class FastAttention(nn.Module):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Replace the norms, attentions and SwiGLU feed-forwards of `model` by the fast ones, in place."""
-    for path, module in list(model.named_modules()):
+    """Replace the norms, attentions, SwiGLU feed-forwards and plain Linear layers of `model` by the fast ones, in place."""
+    made: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         name = type(module).__name__
-        if name in NORMS:
-            fast: nn.Module = FastNorm(module)
+        if module in made:
+            fast = made[module]
+        elif name in NORMS:
+            fast = FastNorm(module)
         elif name in MLPS and _is_silu(module):
             fast = FastMLP(module)
         elif name in ATTENTIONS:
             fast = FastAttention(module)
+        elif type(module) is nn.Linear:
+            fast = FastLinear.in_place_of(module)
         else:
             continue
+        made[module] = fast.train(module.training)
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, fast.train(module.training))
+        setattr(model.get_submodule(parent), child, fast)
 
 
 def _is_silu(mlp: nn.Module) -> bool:

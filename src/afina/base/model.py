@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from afina.base.fast import PLAIN
 from afina.base.flat import NAME, Cache, Flat
 from afina.base.frozen import Frozen
 from afina.base.nf4 import Quantized
@@ -167,7 +168,8 @@ class Base(Frozen):
             return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
         hidden = self.hidden(tokens, positions, bounds)[keep]
         head = self.head
-        if type(head) is nn.Linear:
+        if type(head) in PLAIN:
+            assert isinstance(head, nn.Linear)
             return linear_cross_entropy(hidden, head.weight, head.bias, labels[keep], self.softcap)
         segments, losses, kept = self.board.current, [], keep.tolist() if self.board.current.rows else []
         for start in range(0, max(1, len(keep)), HEAD_CHUNK):  # an adapted head: recompute each chunk in the backward

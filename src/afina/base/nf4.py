@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from afina.base.fast import PLAIN
 from afina.base.frozen import whole
 from afina.errors import BaseError
 from afina.kernels.nf4 import NF4Weight, dequantize, errors, nf4_linear, quantize
@@ -168,7 +169,7 @@ def candidates(model: nn.Module, skip: Collection[str] = SKIP) -> dict[str, nn.L
     found = {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
-        if (type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear")
+        if (type(module) in (*PLAIN, Conv1D) or type(module).__name__ == "FalconLinear")
         and module is not output
         and any(part.isdigit() for part in path.split("."))
         and not set(path.split(".")) & set(skip)

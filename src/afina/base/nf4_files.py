@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from afina.base.fast import PLAIN
 from afina.base.nf4 import NF4Linear
 from afina.errors import BaseError, MergeError
 from afina.kernels.blockwise import BLOCK as NESTED_BLOCK
@@ -60,7 +61,7 @@ def write_nf4(model: PreTrainedModel, folder: Path) -> None:
     tensors = {n: model.state_dict()[n] for n in sorted(names) if not n.startswith(inside) or n.endswith(".bias")}
     for path, layer in layers.items():
         tensors |= _to_files(path, layer)
-    plain = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    plain = [path for path, module in model.named_modules() if type(module) in PLAIN]
     config = copy.deepcopy(model.config)
     config.quantization_config = {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,

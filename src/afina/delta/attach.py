@@ -8,165 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
+from afina.delta.adapted import Adapted, AdaptedParameter
 from afina.delta.contract import Delta, Spec, check_options, method
 from afina.delta.layers import Layer, Loose
 from afina.delta.tokens import Tokens
-from afina.errors import AdapterError, SettingsError
-from afina.kernels.lowrank import grouped_lowrank
-from afina.kernels.native import kernels
+from afina.errors import AdapterError
 from afina.route.invocation import Route
-from afina.segments import Segment, Switchboard
-
-
-class Thin:
-    """A low-rank delta of one layer as the serving engine holds it: views into its pool of pages, and no module.
-
-    A (r, in) and B (out, r) are of the base's dtype; B is stored transposed. Thousands come and go, so that each is only this.
-    """
-
-    __slots__ = ("a", "b", "scale")
-    replaces = False
-
-    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
-        self.a, self.b, self.scale = a, b, scale
-
-    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 + weight * scale * B A x."""
-        return y0 + weight * self.scale * ((x @ self.a.T) @ self.b.T)
-
-
-class Whole:
-    """A layer's weight with an adapter taken in, beside the frozen one: it acts alone and everywhere."""
-
-    __slots__ = ("bias", "weight")
-    replaces = True
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-
-    @classmethod
-    def of(cls, adapted: "Adapted", thin: Thin) -> "Whole":
-        """The layer's matrix W + scale * B A, added up in float32 and rounded once to the dtype of A."""
-        layer = adapted._layer
-        weight = layer.weight.float().addmm(thin.b.float(), thin.a.float(), alpha=thin.scale).to(thin.a.dtype)
-        bias: Any = getattr(layer.module, "bias", None)
-        return cls(weight, bias)
-
-    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """The merged layer's output."""
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-class Adapted(nn.Module):
-    """A frozen module and the deltas that act on it; the switchboard says which ones in each forward."""
-
-    def __init__(self, layer: Layer, board: Switchboard) -> None:
-        super().__init__()
-        self.base = layer.module
-        self.deltas = nn.ModuleDict()
-        self.thin: dict[str, Thin | Whole] = {}  # those that the serving engine has put here
-        self._layer, self._board = layer, board
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight in use, frozen or fully trained: some models look at their layers' weights directly."""
-        return self._in_use("weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias in use."""
-        return self._in_use("bias")
-
-    def _in_use(self, name: str) -> Any:
-        trained = [self._delta(a) for a, _ in self._board.current.everywhere if a in self.deltas and self._delta(a).replaces]
-        return getattr(trained[0] if trained else self.base, name)
-
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        """y0 plus each acting adapter's part; x (..., in) is the flat run, or rows that make one when flattened.
-
-        `others` and `named` are what modules that are no plain layer (experts, learned positions) take besides.
-        """
-        segments = self._board.current
-        acting = [(self._delta(name), weight) for name, weight in segments.everywhere if self._has(name)]
-        rows = [row for row in segments.rows if self._has(row.adapter)]
-        if any(delta.replaces for delta, _ in acting) or any(self._delta(row.adapter).replaces for row in rows):
-            if rows or len(segments.everywhere) > 1:
-                raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
-            return acting[0][0](x, x, acting[0][1], *others, **named)
-        y = self.base(x, *others, **named)
-        if not acting and not rows:
-            return y
-        y = y0 = self._layer.to_rows(y)
-        for delta, weight in acting:  # each sees the base's output; the first one's sum needs no second pass
-            y = delta(x, y0, weight) if y is y0 else y + (delta(x, y0, weight) - y0)
-        if rows:
-            y = self._add_rows(x, y0, y, rows, segments.unit)
-        return self._layer.from_rows(y)
-
-    def _has(self, name: str) -> bool:
-        return name in self.thin or name in self.deltas
-
-    def _delta(self, name: str) -> Any:
-        return self.thin[name] if name in self.thin else self.deltas[name]
-
-    def _add_rows(self, x: Tensor, y0: Tensor, y: Tensor, rows: list[Segment], unit: str) -> Tensor:
-        """Add each adapter's part to a copy of y, on its tokens (features last) or on its rows of the batch.
-
-        The rows of an adapter are gathered, so that it does one product however many sequences it serves.
-        """
-        flat = unit == "token"
-        if flat and x.is_floating_point() and not self._layer.channels_first and kernels.fast(x, y):
-            deltas = {row.adapter: self._delta(row.adapter) for row in rows}
-            thin = {name: delta for name, delta in deltas.items() if _is_thin(delta)}
-            if thin:
-                y = self._add_thin(x, y, [row for row in rows if row.adapter in thin], thin)
-            if not (rows := [row for row in rows if row.adapter not in thin]):
-                return y
-        inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
-        before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
-        groups: dict[tuple[str, float], list[Tensor]] = {}
-        for row in rows:
-            groups.setdefault((row.adapter, row.weight), []).append(torch.arange(row.start, row.end, device=x.device))
-        for (name, weight), ranges in groups.items():
-            index = torch.cat(ranges)
-            part = before[index]
-            out = out.index_add(0, index, self._delta(name)(inputs[index], part, weight) - part)
-        return out.view(y.shape)
-
-    @staticmethod
-    def _add_thin(x: Tensor, y: Tensor, rows: list[Segment], deltas: dict[str, Any]) -> Tensor:
-        """The same in one product, where all that acts is low-rank."""
-        names = list(deltas)
-        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
-        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
-        return grouped_lowrank(y.flatten(0, -2), x.flatten(0, -2), table, a, b).view(y.shape)
-
-
-def _is_thin(delta: Any) -> bool:
-    """Whether the delta adds scale * B A x now, and nothing else."""
-    if isinstance(delta, Thin):
-        return True
-    return delta.low_rank and delta.accumulated is None and not (delta.dropout and delta.training)
-
-
-class AdaptedParameter(nn.Module):
-    """What stands for a loose parameter where it is used: the frozen one, or the trained one of the adapter that acts."""
-
-    def __init__(self, board: Switchboard, order: list[str]) -> None:
-        super().__init__()
-        self.deltas = nn.ModuleDict()
-        self._board, self.order = board, order  # the owner's parameters in their order, for the way back
-
-    def forward(self, frozen: Tensor) -> Tensor:
-        """The parameter in use, in its own shape."""
-        segments = self._board.current
-        acting = [(self.deltas[name], weight) for name, weight in segments.everywhere if name in self.deltas]
-        if any(row.adapter in self.deltas for row in segments.rows) or (acting and len(segments.everywhere) > 1):
-            raise SettingsError("a fully fine-tuned parameter acts alone and everywhere", where="route")
-        return acting[0][0](frozen, frozen, acting[0][1]) if acting else frozen
+from afina.segments import Switchboard
 
 
 class Adapter:
@@ -317,5 +168,5 @@ def detach(model: nn.Module, adapter: Adapter) -> None:
         place = seat(model, path)
         assert place is not None
         del place.deltas[adapter.name]
-        if not place.deltas and not (isinstance(place, Adapted) and place.thin):
+        if not place.deltas and not (isinstance(place, Adapted) and place.served):
             _leave_seat(model, path, place)

@@ -78,7 +78,8 @@ class DoRA(LoRA):
     def train(self, mode: bool = True) -> "DoRA":
         """As of any module; the norm is forgotten, since parameters change between one mode and the other."""
         self._norm = (None, self._norm[1])
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     @torch.no_grad()
     def _compute(self) -> Tensor:

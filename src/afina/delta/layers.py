@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from afina.base.fast import FastLinear
 from afina.base.frozen import whole
 from afina.base.nf4 import NF4Linear
 
@@ -48,7 +49,8 @@ class Layer:
         module = self.module
         if isinstance(module, CONVOLUTIONS):
             return module.groups == 1 and module.padding_mode == "zeros"
-        kind = next((kind for kind in (nn.Linear, NF4Linear, Conv1D, nn.Embedding) if isinstance(module, kind)), None)
+        kinds = (FastLinear, nn.Linear, NF4Linear, Conv1D, nn.Embedding)
+        kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         # a subclass may return more (Llama 4's router) or scale (Gemma's embedding); Falcon's only spells it out
         return kind is not None and (type(module).forward is kind.forward or type(module).__name__ == "FalconLinear")
 

@@ -26,6 +26,7 @@ class LoRA(Delta):
         self.scale = spec.scale_of(layer.path)
         self.dropout = spec.dropout
         self.keys, self.shapes = as_peft(layer, rank)
+        self.made: tuple[object, tuple[Tensor, Tensor]] | None = None  # what `thin` keeps
         LoRA.restart(self, generator)
 
     @torch.no_grad()
@@ -42,6 +43,19 @@ class LoRA(Delta):
             x = F.dropout(x, self.dropout)
         low = self.layer.project(x, self.a.to(y0.dtype)).flatten(0, -2)  # (T, r)
         return torch.addmm(y0.flatten(0, -2), low, self.b.to(y0.dtype).T, alpha=weight * self.scale).view(y0.shape)
+
+    @torch.no_grad()
+    def thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B transposed (r, out), contiguous and in `dtype`, for inference: kept until A or B change."""
+        state = (dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (self.a, self.b)))
+        if self.made is None or self.made[0] != state:
+            self.made = (state, (self.a.to(dtype).contiguous(), self.b.T.to(dtype).contiguous()))
+        return self.made[1]
+
+    def train(self, mode: bool = True) -> "LoRA":
+        """As of any module; what was kept for inference is forgotten."""
+        self.made = None
+        return super().train(mode)
 
     def merged(self, weight: Tensor) -> Tensor:
         """W + s B A."""

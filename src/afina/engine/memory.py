@@ -65,12 +65,16 @@ class Memory:
 
     def prefetch(self, content: Content | Lent) -> None:
         """Begin to read an adapter from disk, so that it is there when its turn comes."""
-        if isinstance(content, Content) and content.hash not in self.residents and content.hash not in self._ahead and len(self._ahead) < 8:
+        if isinstance(content, Lent) or content.hash in self.residents or content.hash in self._ahead:
+            return
+        if len(self._ahead) < 8:
             self._ahead[content.hash] = self._reader.submit(_read, content)
 
     def ready(self, content: Content | Lent) -> bool:
         """Whether the adapter can be brought in without waiting for the disk."""
-        return isinstance(content, Lent) or content.hash in self.residents or (content.hash in self._ahead and self._ahead[content.hash].done())
+        if isinstance(content, Lent) or content.hash in self.residents:
+            return True
+        return content.hash in self._ahead and self._ahead[content.hash].done()
 
     def bring(self, content: Content | Lent) -> bool:
         """Have the adapter in the pool and in the layers until `release`; False where there is no room now.

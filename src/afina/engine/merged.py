@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from afina.base.model import Base
-from afina.delta.attach import Thin, Whole
+from afina.delta.adapted import Thin, Whole
 from afina.engine.memory import Memory
 from afina.engine.resident import seat_of
 from afina.engine.scheduler import Piece
@@ -138,9 +138,9 @@ class Merging:
         resident = self.memory.residents[name]
         for place in resident.layout.places or ():
             adapted = seat_of(self.base, place.path)
-            thin = adapted.thin[name]
+            thin = adapted.served[name]
             assert isinstance(thin, Thin)
-            adapted.thin[_label(name)] = Whole.of(adapted, thin)
+            adapted.served[_label(name)] = Whole.of(adapted.layer, thin)
             yield
         self.ready = True
         self.memory.shelf.states[name] = "merged"
@@ -152,7 +152,7 @@ class Merging:
         name, self.hot, self.ready = self.hot, None, False
         resident = self.memory.residents[name]
         for place in resident.layout.places or ():
-            seat_of(self.base, place.path).thin.pop(_label(name), None)
+            seat_of(self.base, place.path).served.pop(_label(name), None)
         self.memory.shelf.states[name] = "device" if self.memory.pool.memory.is_cuda else "host"
         self.memory.release(name)
 

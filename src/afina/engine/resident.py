@@ -2,7 +2,7 @@
 
     file     | A1 B1 A2 B2 ... |      one stretch of numbers, in the file's own order
     pool     | A1 B1'A2 B2'... |      the same stretch on a run of pages, B transposed (low rank); others as in the file
-    layers   Adapted.thin[hash] = two views    while a request wants it; an idle adapter is nothing but its numbers
+    layers   Adapted.served[hash] = two views    while a request wants it; an idle adapter is nothing but its numbers
 
 Adapters of one spec share one `Layout`: which of the file's tensors belongs to which layer, worked out once.
 """
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from afina.base.model import Base
 from afina.base.safety import check_file, read_header
-from afina.delta.attach import Adapted, Adapter, Thin, attach, detach, frozen_module, seat, take_seat
+from afina.delta.adapted import Adapted, Thin
+from afina.delta.attach import Adapter, attach, detach, frozen_module, seat, take_seat
 from afina.delta.contract import Delta, Spec, method
 from afina.delta.files import PREFIX, WEIGHTS, adopt
 from afina.delta.layers import Layer
@@ -162,7 +163,7 @@ class Resident:
         for place in self.layout.places:
             a = self.memory[place.a : place.a + place.rank * place.inputs].view(place.rank, place.inputs)
             b = self.memory[place.b : place.b + place.rank * place.outputs].view(place.rank, place.outputs)
-            seat_of(base, place.path).thin[self.name] = Thin(a, b.T, place.scale)
+            seat_of(base, place.path).served[self.name] = Thin(a, b, place.scale)
 
     def _tensors(self, flat: Tensor) -> dict[str, Tensor]:
         size, tensors = self.layout.dtype.itemsize, {}
@@ -181,7 +182,7 @@ class Resident:
             self._adapter = None
             return
         for place in self.layout.places or ():
-            del seat_of(base, place.path).thin[self.name]
+            del seat_of(base, place.path).served[self.name]
 
 
 def seat_of(base: Base, path: str) -> Adapted:

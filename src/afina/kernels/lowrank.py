@@ -25,9 +25,7 @@ def grouped_lowrank(y: Tensor, x: Tensor, rows: Sequence[Row], a: Sequence[Tenso
 
     Rows may overlap. A and B of another dtype (float32 parameters under bf16 activations) are rounded to that of x.
     """
-    for start, end, adapter, _ in rows:
-        if not 0 <= start <= end <= x.shape[0] or not 0 <= adapter < len(a):
-            raise ValueError(f"row ({start}, {end}, {adapter}) does not fit {x.shape[0]} tokens and {len(a)} adapters")
+    _check_rows(rows, x.shape[0], len(a))
     for k, (left, right) in enumerate(zip(a, b, strict=True)):
         if left.shape != (right.shape[1], x.shape[1]) or right.shape[0] != y.shape[1] or len(y) != len(x):
             raise ValueError(f"adapter {k}, A {tuple(left.shape)} and B {tuple(right.shape)}, does not fit "
@@ -36,6 +34,46 @@ def grouped_lowrank(y: Tensor, x: Tensor, rows: Sequence[Row], a: Sequence[Tenso
     table = torch.tensor([row[:3] for row in ordered], dtype=torch.int64).view(-1, 3)
     weights = torch.tensor([row[3] for row in ordered], dtype=torch.float32)
     return _lowrank(y, x, table, weights, [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b])
+
+
+class Prepared:
+    """The same for inference: one table with its matrices, ready for any number of x and y of one shape and dtype.
+
+    `a` (r, in) and `bt` (r, out), B transposed, are in the dtype of x, contiguous and on the CPU. They are kept, not
+    copied: what is written into them counts from the next call on.
+    """
+
+    def __init__(self, tokens: int, rows: Sequence[Row], a: Sequence[Tensor], bt: Sequence[Tensor]) -> None:
+        _check_rows(rows, tokens, len(a))
+        width, out, dtype = a[0].shape[1], bt[0].shape[1], a[0].dtype
+        for left, right in zip(a, bt, strict=True):
+            fits = left.shape == (len(right), width) and right.shape[1] == out and left.dtype == dtype
+            if not fits or not kernels.take(left, right) or not (left.is_contiguous() and right.is_contiguous()):
+                raise ValueError(f"A {tuple(left.shape)} and B transposed {tuple(right.shape)} do not fit each other")
+        self.width, self.sizes, self.dtype, self._matrices = width, (tokens * width, tokens * out), dtype, (a, bt)
+        ordered = sorted(rows, key=lambda row: row[2])
+        self._native = kernels.library.Prepared(
+            torch.get_num_threads(), TYPES[dtype], tokens, width, out, [n for row in ordered for n in row[:3]],
+            [row[3] for row in ordered], [len(t) for t in a], [address(t) for t in a], [address(t) for t in bt],
+        )  # fmt: skip
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (..., out), contiguous, to which the adapters' parts are added in place; x (..., in).
+
+        Raises `ValueError` where they are not of the prepared size and dtype.
+        """
+        fits = (x.numel(), y.numel()) == self.sizes and x.shape[-1] == self.width and x.dtype == y.dtype == self.dtype
+        if not fits or not y.is_contiguous():
+            raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)}, {x.dtype}, are not what was prepared for")
+        x = x.contiguous()
+        kernels.add(self._native, address(x), address(y))
+        return y
+
+
+def _check_rows(rows: Sequence[Row], tokens: int, adapters: int) -> None:
+    for start, end, adapter, _ in rows:
+        if not 0 <= start <= end <= tokens or not 0 <= adapter < adapters:
+            raise ValueError(f"row ({start}, {end}, {adapter}) does not fit {tokens} tokens and {adapters} adapters")
 
 
 # ---- references; table (rows, 3) int64: start, end, adapter, in the order of the adapters; bt: B transposed (r, out)

@@ -93,8 +93,13 @@ class Kernels:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """A function of the library, which gets the number of PyTorch's threads as its first argument."""
-        function = getattr(self.library, name)
-        return lambda *arguments: function(torch.get_num_threads(), *arguments)
+        function, threads = getattr(self.library, name), torch.get_num_threads
+
+        def call(*arguments: Any) -> None:
+            function(threads(), *arguments)
+
+        self.__dict__[name] = call  # found without coming here from now on: decoding calls hundreds of them a token
+        return call
 
 
 def _is_double(value: Any) -> bool:
@@ -131,6 +136,11 @@ def operation(
     if backward is not None:
         torch.library.register_autograd(f"afina::{name}", backward, setup_context=keep, lib=OPERATIONS)
     return getattr(torch.ops.afina, name).default
+
+
+def direct() -> bool:
+    """Whether a kernel may be called past torch.library, which costs more than a small product: no gradients, no tracing."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -64,6 +64,8 @@ class Optimizer:
                 for name, parameter in self.parameters.items():
                     if self.masters[name] is not parameter:
                         parameter.copy_(self.masters[name])
+            # fused AdamW does not tell that it wrote, and what is kept for inference must not be used then
+            torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.adamw.zero_grad(set_to_none=True)
         return norm
 

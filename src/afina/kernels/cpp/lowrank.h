@@ -101,6 +101,7 @@ void lowrank_tiles_back(const void* args, i64 begin, i64 end) {
     }
 }
 
+constexpr i64 kWorth = 1 << 17;  // multiply-adds: some 5 microseconds
 constexpr i64 kColumns = 64;  // of a gradient, an item
 
 // gradient (r, width) of one matrix in columns first..last: sum over the adapter's rows of low[row, k] * x[row, :]
@@ -133,9 +134,18 @@ void lowrank_gradients(const void* args, i64 begin, i64 end) {
     }
 }
 
+// tiles that are worth waking a thread for: a decoding step's few rows take less time than that
+i64 tiles_worth(const LowRank& job) {
+    i64 numbers = 1;
+    for (i64 k = 0; k < job.adapters; k++)
+        for (i64 i = job.firsts[k]; i < job.firsts[k + 1]; i++)
+            numbers += (job.parts[i].end - job.parts[i].start) * job.ranks[k] * (job.in + job.out);
+    return 1 + kWorth * job.tile_count / numbers;
+}
+
 void lowrank(const LowRank& job, int threads) {
     bool wide = job.type == kFloat32;
-    run(threads, job.tile_count, 1, wide ? lowrank_tiles<float, false> : lowrank_tiles<bf16, kDots>, &job);
+    run(threads, job.tile_count, tiles_worth(job), wide ? lowrank_tiles<float, false> : lowrank_tiles<bf16, kDots>, &job);
 }
 
 void lowrank_backward(const LowRank& job, int threads) {

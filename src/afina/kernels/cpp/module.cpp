@@ -178,6 +178,25 @@ void lowrank_backward(int threads, int type, i64 tokens, i64 in, i64 out, Addres
     kernels->lowrank_backward(job, threads);
 }
 
+// A table and its matrices, cut and gathered once: decoding calls it for each layer and token.
+struct Prepared {
+    Cut c;
+    std::vector<i64> ranks;
+    Addresses a, bt;
+    LowRank job;
+    Prepared(int threads, int type, i64 tokens, i64 in, i64 out, const std::vector<i64>& rows, const std::vector<float>& weights,
+             std::vector<i64> r, Addresses left, Addresses right)
+        : c(cut({rows.data(), weights.data(), i64(weights.size())}, tokens, tile_rows(tokens, threads), r)),
+          ranks(std::move(r)), a(std::move(left)), bt(std::move(right)), job(made(c, type, in, out, ranks, a, bt)) {}
+    Prepared(const Prepared&) = delete;
+};
+
+void add(int threads, const Prepared& prepared, Address x, Address y) {
+    LowRank job = prepared.job;
+    job.x = at<void>(x), job.y = at<void>(y);
+    kernels->lowrank(job, threads);
+}
+
 constexpr i64 kShortest = 128;  // keys that are worth an item of their own
 
 void paged(int threads, Address query, int type, Address out, Address kv, int kv_type, i64 pages, i64 page_stride, i64 heads,
@@ -248,6 +267,9 @@ NB_MODULE(_native, m) {
     m.def("rotary", rotary, release);
     m.def("lowrank", lowrank, release);
     m.def("lowrank_backward", lowrank_backward, release);
+    nb::class_<Prepared>(m, "Prepared").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
+                                                     std::vector<i64>, Addresses, Addresses>());
+    m.def("add", add, release);
     m.def("paged", paged, release);
     m.def("paged_write", paged_write, release);
 }

@@ -1,0 +1,257 @@
+"""What stands in a frozen module's place: the module, and the deltas that act on it as the switchboard says.
+
+    forward    y0 = W x, then every acting delta's part: one by one, or all low-rank ones in one product (`Lean`)
+    training   deltas are modules                 serving   low-rank ones are two views into the engine's pool (`Thin`)
+"""
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afina.base.fast import FastLinear
+from afina.delta.layers import Layer
+from afina.errors import SettingsError
+from afina.kernels.lowrank import Prepared, grouped_lowrank
+from afina.kernels.native import direct, kernels
+from afina.segments import Segment, Segments, Switchboard
+
+# where PyTorch's products of one adapter that acts everywhere beat the kernel: many tokens of no small rank
+LONG, THIN = 128, 16
+
+
+class Thin:
+    """A low-rank delta of one layer as the serving engine holds it: views into its pool of pages, and no module.
+
+    A (r, in) and B transposed (r, out) are of the base's dtype. Thousands come and go, so that each is only this.
+    """
+
+    __slots__ = ("a", "bt", "scale")
+    replaces, low_rank, made = False, True, None
+
+    def __init__(self, a: Tensor, bt: Tensor, scale: float) -> None:
+        self.a, self.bt, self.scale = a, bt, scale
+
+    @property
+    def b(self) -> Tensor:
+        """B (out, r)."""
+        return self.bt.T
+
+    def thin(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B transposed, which are in the base's dtype already."""
+        return self.a, self.bt
+
+    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 + weight * scale * B A x."""
+        return y0 + weight * self.scale * ((x @ self.a.T) @ self.bt)
+
+
+class Whole:
+    """A layer's weight with an adapter taken in, beside the frozen one: it acts alone and everywhere."""
+
+    __slots__ = ("layer",)
+    replaces, low_rank = True, False
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged matrix (out, in)."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias."""
+        return self.layer.bias
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: Layer, thin: Thin) -> "Whole":
+        """The layer's matrix W + scale * B A, added up in float32 and rounded once to the dtype of A."""
+        bias: Any = getattr(layer.module, "bias", None)
+        made = FastLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.float().addmm(thin.b.float(), thin.a.float(), alpha=thin.scale).to(thin.a.dtype)
+        made.weight, made.bias = nn.Parameter(weight, requires_grad=False), bias
+        return cls(made)
+
+    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """The merged layer's output."""
+        return self.layer(x)
+
+
+class Adapted(nn.Module):
+    """A frozen module and the deltas that act on it; the switchboard says which ones in each forward."""
+
+    def __init__(self, layer: Layer, board: Switchboard) -> None:
+        super().__init__()
+        self.base = layer.module
+        self.deltas = nn.ModuleDict()
+        self.served: dict[str, Thin | Whole] = {}  # those that the serving engine has put here
+        self.layer, self._board = layer, board
+        self._kept: Lean | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use, frozen or fully trained: some models look at their layers' weights directly."""
+        return self._in_use("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias in use."""
+        return self._in_use("bias")
+
+    def _in_use(self, name: str) -> Any:
+        trained = [d for name, _ in self._board.current.everywhere if (d := self.find(name)) is not None and d.replaces]
+        return getattr(trained[0] if trained else self.base, name)
+
+    def find(self, name: str) -> Any:
+        """What the adapter `name` has here; None where it has nothing."""
+        return self.served.get(name) or self.deltas._modules.get(name)
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        """y0 plus each acting adapter's part; x (..., in) is the flat run, or rows that make one when flattened.
+
+        `others` and `named` are what modules that are no plain layer (experts, learned positions) take besides.
+        """
+        segments = self._board.current
+        if not segments.everywhere and not segments.rows:
+            return self.base(x, *others, **named)
+        lean = self._lean(segments, x) if direct() else None
+        if lean is not None and lean.alone:
+            return lean.add(self.base(x, *others, **named), x)
+        apart = () if lean is None else lean.names  # what acts below, in one product
+        acting = [(d, weight) for n, weight in segments.everywhere if n not in apart and (d := self.find(n)) is not None]
+        rows = [row for row in segments.rows if row.adapter not in apart and self.find(row.adapter) is not None]
+        if any(delta.replaces for delta, _ in acting) or any(self.find(row.adapter).replaces for row in rows):
+            if rows or len(segments.everywhere) > 1:
+                raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
+            return acting[0][0](x, x, acting[0][1], *others, **named)
+        y = self.base(x, *others, **named)
+        if acting or rows:
+            y = y0 = self.layer.to_rows(y)
+            for delta, weight in acting:  # each sees the base's output; the first one's sum needs no second pass
+                y = delta(x, y0, weight) if y is y0 else y + (delta(x, y0, weight) - y0)
+            if rows:
+                y = self._add_rows(x, y0, y, rows, segments.unit)
+            y = self.layer.from_rows(y)
+        return y if lean is None else lean.add(y, x)
+
+    def _lean(self, segments: Segments, x: Tensor) -> "Lean | None":
+        """One product for all low-rank deltas that act, where nothing is learned.
+
+        It is kept: a table is the same in all layers of a forward, and mostly in the next step of decoding.
+        """
+        kept = self._kept
+        if kept is None or not kept.is_for(segments, x):
+            self._kept = kept = None if self.layer.channels_first else Lean.prepare(segments, x, self)
+        return kept
+
+    def _add_rows(self, x: Tensor, y0: Tensor, y: Tensor, rows: list[Segment], unit: str) -> Tensor:
+        """Add each adapter's part to a copy of y, on its tokens (features last) or on its rows of the batch.
+
+        The rows of an adapter are gathered, so that it does one product however many sequences it serves.
+        """
+        flat = unit == "token"
+        if flat and x.is_floating_point() and not self.layer.channels_first and kernels.take(x, y):
+            deltas = {row.adapter: self.find(row.adapter) for row in rows}
+            thin = {name: delta for name, delta in deltas.items() if is_thin(delta)}
+            if thin:
+                y = self._add_thin(x, y, [row for row in rows if row.adapter in thin], thin)
+            if not (rows := [row for row in rows if row.adapter not in thin]):
+                return y
+        inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
+        before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
+        groups: dict[tuple[str, float], list[Tensor]] = {}
+        for row in rows:
+            groups.setdefault((row.adapter, row.weight), []).append(torch.arange(row.start, row.end, device=x.device))
+        for (name, weight), ranges in groups.items():
+            index = torch.cat(ranges)
+            part = before[index]
+            out = out.index_add(0, index, self.find(name)(inputs[index], part, weight) - part)
+        return out.view(y.shape)
+
+    @staticmethod
+    def _add_thin(x: Tensor, y: Tensor, rows: list[Segment], deltas: dict[str, Any]) -> Tensor:
+        """The same in one product, where all that acts is low-rank."""
+        names = list(deltas)
+        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
+        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
+        return grouped_lowrank(y.flatten(0, -2), x.flatten(0, -2), table, a, b).view(y.shape)
+
+
+class Lean:
+    """The product of the low-rank deltas that act in one layer, ready for it, and what it holds for."""
+
+    def __init__(self, segments: Segments, x: Tensor, adapted: Adapted, rows: list[Segment]) -> None:
+        named = dict.fromkeys([*(name for name, _ in segments.everywhere), *(row.adapter for row in segments.rows)])
+        self._segments, self._shape, self._dtype = segments, x.shape, x.dtype
+        self._find, self._named, self._found = adapted.find, list(named), [adapted.find(name) for name in named]
+        acting: dict[str, Any] = {row.adapter: adapted.find(row.adapter) for row in rows}
+        self.names = list(acting)
+        self.alone = all(found is None or name in acting for name, found in zip(named, self._found, strict=True))
+        matrices = [delta.thin(x.dtype) for delta in acting.values()]
+        learned = [delta for delta in acting.values() if not isinstance(delta, Thin)]  # a served one stays as it is
+        self._learned, self._made = learned, [delta.made for delta in learned]
+        self._sources = [t for delta in learned for t in (delta.a, delta.b) if not t.is_inference()]
+        self._versions = [t._version for t in self._sources]
+        table = [(row.start, row.end, self.names.index(row.adapter), row.weight * acting[row.adapter].scale) for row in rows]
+        self._product = Prepared(x.shape[:-1].numel(), table, *zip(*matrices, strict=True))
+
+    @classmethod
+    def prepare(cls, segments: Segments, x: Tensor, adapted: Adapted) -> "Lean | None":
+        """The product for what acts on x; None where nothing is low-rank, or PyTorch's own products are faster."""
+        if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.take(x):
+            return None
+        tokens = x.shape[:-1].numel()
+        rows = [Segment(0, tokens, n, w) for n, w in segments.everywhere if tokens <= LONG or _rank(adapted.find(n)) <= THIN]
+        rows = [row for row in (*rows, *segments.rows) if is_thin(adapted.find(row.adapter))]
+        return cls(segments, x, adapted, rows) if rows else None
+
+    def is_for(self, segments: Segments, x: Tensor) -> bool:
+        """Whether it still holds; an equal table of the next step takes the place of the last one."""
+        if segments is not self._segments:
+            if segments != self._segments:
+                return False
+            self._segments = segments
+        return (
+            x.shape == self._shape
+            and x.dtype == self._dtype
+            and all(map(is_, map(self._find, self._named), self._found))
+            and all(map(is_, [delta.made for delta in self._learned], self._made))
+            and [t._version for t in self._sources] == self._versions
+        )
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, to which the deltas are added in place."""
+        y = y if y.dtype == x.dtype and y.is_contiguous() else y.to(x.dtype).contiguous()
+        return self._product.add(y, x)
+
+
+def _rank(delta: Any) -> int:
+    return len(delta.a) if is_thin(delta) else 0
+
+
+def is_thin(delta: Any) -> bool:
+    """Whether the delta adds scale * B A x now, and nothing else; False for none."""
+    if delta is None or not delta.low_rank:
+        return False
+    return isinstance(delta, Thin) or (delta.accumulated is None and not (delta.dropout and delta.training))
+
+
+class AdaptedParameter(nn.Module):
+    """What stands for a loose parameter where it is used: the frozen one, or the trained one of the adapter that acts."""
+
+    def __init__(self, board: Switchboard, order: list[str]) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleDict()
+        self._board, self.order = board, order  # the owner's parameters in their order, for the way back
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        """The parameter in use, in its own shape."""
+        segments = self._board.current
+        acting = [(self.deltas[name], weight) for name, weight in segments.everywhere if name in self.deltas]
+        if any(row.adapter in self.deltas for row in segments.rows) or (acting and len(segments.everywhere) > 1):
+            raise SettingsError("a fully fine-tuned parameter acts alone and everywhere", where="route")
+        return acting[0][0](frozen, frozen, acting[0][1]) if acting else frozen
