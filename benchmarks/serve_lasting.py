@@ -8,6 +8,7 @@ back without a pause. Every answer is compared with what the version that was na
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import shutil
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ class Load:
 
         self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=400))
         self.known, self.hashes, self.until = known, hashes, time.monotonic() + seconds
-        self.valid: dict[str, list[tuple[float, str | None]]] = {f"n{n}": [] for n in range(NAMES)}  # since when which hash
+        # which hash a name got, asked for at the first time and done at the second at the latest
+        self.valid: dict[str, list[tuple[float, float, str | None]]] = {f"n{n}": [] for n in range(NAMES)}
         self.statuses: Counter[int] = Counter()
         self.wrong: list[str] = []
         self.improper: list[str] = []
@@ -108,10 +111,8 @@ class Load:
         if name == "embedded":
             versions = {""}
         else:
-            history = self.valid[name]
-            later = [digest for at, digest in history if at >= begin]
-            before = [digest for at, digest in history if at < begin][-1:]
-            versions = {digest for digest in [*before, *later] if digest is not None}
+            history = [*self.valid[name], (math.inf, math.inf, None)]
+            versions = {digest for (_, _, digest), (_, ended, _) in pairwise(history) if digest is not None and ended >= begin}
         if got not in {self.known[version][text] for version in versions}:
             owner = next((v for v in self.known if self.known[v].get(text) == got), "nobody")
             self.wrong.append(f"{name} {text!r}: {got!r}, as {owner[:8]} answers, not {[v[:8] for v in versions]}")
@@ -120,16 +121,18 @@ class Load:
         rng = random.Random(99)
         while time.monotonic() < self.until:
             name, version = rng.choice(sorted(self.valid)), rng.randrange(VERSIONS)
-            there = bool(self.valid[name]) and self.valid[name][-1][1] is not None
-            # written down before the call, since its effect may come before its answer
-            if there and rng.random() < 0.2:
-                self.valid[name].append((time.monotonic(), None))
+            there = bool(self.valid[name]) and self.valid[name][-1][2] is not None
+            digest = None if there and rng.random() < 0.2 else self.hashes[version]
+            asked = time.monotonic()
+            self.valid[name].append((asked, math.inf, digest))  # its effect may come before its answer
+            body = {"folder": f"v{version}"}
+            if digest is None:
                 done = await self.http.delete(f"/v1/adapters/{name}")
+            elif there:
+                done = await self.http.put(f"/v1/adapters/{name}", json=body)
             else:
-                self.valid[name].append((time.monotonic(), self.hashes[version]))
-                body = {"folder": f"v{version}"}
-                done = await (self.http.put(f"/v1/adapters/{name}", json=body) if there else
-                              self.http.post("/v1/adapters", json=body | {"name": name}))  # fmt: skip
+                done = await self.http.post("/v1/adapters", json=body | {"name": name})
+            self.valid[name][-1] = (asked, time.monotonic(), digest)
             if done.status_code >= 400:
                 self.improper.append(f"admin {done.status_code} {done.text[:200]}")
             await asyncio.sleep(rng.random() * 0.3)
