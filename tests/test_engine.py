@@ -20,6 +20,7 @@ from afina.engine.request import Event, Part, Request, Sampling
 from afina.engine.serving import Engine, EngineSettings, answer_all
 from afina.errors import AdapterError, BusyError, DataError
 from afina.route.invocation import Route
+from afina.segments import BASE
 
 INVOCATION = (7, 8)
 KINDS = {
@@ -289,6 +290,37 @@ def test_an_adapter_that_is_being_trained_is_lent(tiny: Path, adapters: dict[str
         engine.shelf.take_back(lent)
     engine.step()
     assert not engine.memory.tree.forget_adapter("run-0@1")
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("nf4", "float32"), ("plain", "bfloat16"), ("nf4", "bfloat16")])
+def test_other_bases(tiny: Path, tmp_path: Path, storage: str, dtype: str) -> None:
+    """In 4 bits, and in 16: logits at each step as alone, up to what 16 bits round."""
+    base = load_base(str(tiny), dtype=dtype, storage=storage)
+    made = make_adapters(base, tmp_path)
+    engine = Engine(base)
+    for name, folder in made.items():
+        engine.shelf.add(name, folder)
+    rng = random.Random(6)
+    names = [(), *(((name, 1.0),) for name in made)]
+    prompts = [random_prompt(rng, rng.randrange(5, 40)) for _ in names]
+    sampling = Sampling(max_new_tokens=1, logprobs=5)
+    requests = [Request(p, sampling, parts(engine, n)) for p, n in zip(prompts, names, strict=True)]
+    told: list[Event] = []
+    for request in requests:
+        engine.submit(request, lambda e: told.append(e))
+    while len(told) < len(requests):
+        engine.step()
+    engine.stop()
+    for event, prompt, who in zip(told, prompts, names, strict=True):
+        adapter = load_adapter(made[who[0][0]], base, "alone") if who else None
+        run = torch.tensor(prompt), torch.arange(len(prompt)), (0, len(prompt))
+        table = adapter.route.segments(run[0], run[2]) if adapter else BASE
+        with torch.no_grad(), base.board.route(table):
+            expected = base.last_logits(*run)[0].log_softmax(-1)
+        if adapter:
+            detach(base.model, adapter)
+        for token, logprob in event.logprobs[0].top:
+            assert abs(logprob - float(expected[token])) < (1e-4 if dtype == "float32" else 0.25), who
 
 
 def test_embeddings(tiny: Path, adapters: dict[str, Path]) -> None:

@@ -15,8 +15,10 @@ from afina.base.load import load_base
 from afina.base.model import Base
 from afina.combining.merge import take_in
 from afina.delta.attach import detach
+from afina.delta.files import save_adapter
 from afina.engine.generate import generate_tokens
-from afina.engine.request import Sampling
+from afina.engine.request import Part, Request, Sampling
+from afina.engine.serving import Engine, EngineSettings, answer_all
 from afina.errors import BaseError
 from afina.segments import Segments
 from helpers import flat_run, logits, one_by_one, put, same, save_model, state
@@ -133,6 +135,25 @@ def test_cached_generation_is_recomputed(of_family: Base, family: str, folders: 
             tokens.append(int(eager(torch.tensor(tokens))[-1].argmax()))
         expected.append(tokens[len(prompt) :])
     assert generate_tokens(of_family, prompts, Sampling(max_new_tokens=10)) == expected
+
+
+def test_served_is_alone(of_family: Base, family: str, tmp_path: Path) -> None:
+    """The serving engine, with and without an adapter, prompts in pieces: what each gives alone. Others are refused."""
+    if not FAMILIES[family][1]:
+        with pytest.raises(BaseError, match="cannot be served"):
+            Engine(of_family)
+        return
+    engine = Engine(of_family, EngineSettings(memory=1 << 22, step_tokens=7))
+    adapter = put(of_family)
+    save_adapter(adapter, of_family, tmp_path / "a")
+    prompts = [flat_run((n,), seed=n)[0].tolist() for n in (2, 19, 11, 20)]
+    sampling = Sampling(max_new_tokens=8)
+    expected = [generate_tokens(of_family, [p], sampling, r)[0] for p, r in zip(prompts, [None, adapter.route] * 2, strict=True)]
+    detach(of_family.model, adapter)
+    part = Part(engine.shelf.add("a", tmp_path / "a").hash)
+    requests = [Request(tuple(p), sampling, parts) for p, parts in zip(prompts, [(), (part,)] * 2, strict=True)]
+    assert [tokens for _, tokens, _ in answer_all(engine, requests)] == expected
+    engine.stop()
 
 
 def test_lora_trains_and_merges(of_family: Base) -> None:
