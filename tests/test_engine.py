@@ -115,16 +115,16 @@ def test_every_kind_of_adapter_side_by_side(tiny: Path, adapters: dict[str, Path
     assert engine.memory.pool.free + len(engine.memory.tree) == engine.memory.pool.count
 
 
-@pytest.mark.parametrize(("seed", "pages", "running"), [(0, 60, 8), (1, 22, 5), (2, 40, 3)])
+@pytest.mark.parametrize(("seed", "pages", "running", "host"), [(0, 60, 8, 0), (1, 22, 5, 60_000), (2, 40, 3, 1 << 20)])
 def test_random_mixes_in_little_memory(
-    tiny: Path, adapters: dict[str, Path], alone: Alone, seed: int, pages: int, running: int
+    tiny: Path, adapters: dict[str, Path], alone: Alone, seed: int, pages: int, running: int, host: int
 ) -> None:
     """Preemption, eviction of adapters and of prefixes, shared beginnings: the same answers."""
     rng = random.Random(seed)
-    engine = engine_on(tiny, adapters, pages, step_tokens=rng.choice([17, 64]), most_running=running)
+    engine = engine_on(tiny, adapters, pages, step_tokens=rng.choice([17, 64]), most_running=running, host_memory=host)
     heads = [random_prompt(rng, n) for n in (16, 33, 48)]
     asked = []
-    for _ in range(40):
+    for _ in range(30):
         names = tuple((name, rng.choice([1.0, 0.5])) for name in rng.sample(sorted(adapters), rng.choice([0, 1, 1, 1, 2])))
         prompt = rng.choice(heads) + random_prompt(rng, rng.randrange(1, 30), rng.random() < 0.5)
         asked.append((names, prompt, rng.randrange(1, 25)))

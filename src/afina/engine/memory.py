@@ -2,6 +2,8 @@
 
     disk  --prefetch, while the request waits-->  host  --bring-->  pool  --enter-->  layers
 
+On a CPU the pool is in the host's memory itself. Before a GPU's, the latest adapters are kept in the host's too.
+
 What nobody is using stays until its place is wanted; then the longest unused goes first, be it a page of a prefix or an
 adapter. Before an adapter go the pages that it made: without it nobody can use them.
 """
@@ -22,12 +24,14 @@ from afina.errors import AdapterError
 class Memory:
     """The pool with everything in it. Only the engine's thread calls, but for reading ahead from disk."""
 
-    def __init__(self, base: Base, shelf: Shelf, pool: Pool) -> None:
-        self.base, self.shelf, self.pool = base, shelf, pool
+    def __init__(self, base: Base, shelf: Shelf, pool: Pool, host: int = 0) -> None:
+        """`host`: bytes of adapters that are kept in the host's memory besides the pool."""
+        self.base, self.shelf, self.pool, self._host_bytes = base, shelf, pool, host
         self.tree = PrefixTree()
         self.residents: dict[str, Resident] = {}
         self.loads = self.evictions = 0
         self._ahead: dict[str, Future[Tensor]] = {}
+        self._host: dict[str, Tensor] = {}  # the latest last
         self._reader = ThreadPoolExecutor(1, "afina-prefetch")
 
     def close(self) -> None:
@@ -65,16 +69,38 @@ class Memory:
 
     def prefetch(self, content: Content | Lent) -> None:
         """Begin to read an adapter from disk, so that it is there when its turn comes."""
-        if isinstance(content, Lent) or content.hash in self.residents or content.hash in self._ahead:
+        if isinstance(content, Lent) or self._near(content.hash) or content.hash in self._ahead:
             return
         if len(self._ahead) < 8:
             self._ahead[content.hash] = self._reader.submit(_read, content)
 
     def ready(self, content: Content | Lent) -> bool:
         """Whether the adapter can be brought in without waiting for the disk."""
-        if isinstance(content, Lent) or content.hash in self.residents:
+        if isinstance(content, Lent) or self._near(content.hash):
             return True
         return content.hash in self._ahead and self._ahead[content.hash].done()
+
+    def _near(self, digest: str) -> bool:
+        """Whether it is in the pool or in the host's memory."""
+        return digest in self.residents or digest in self._host
+
+    def _numbers(self, content: Content) -> Tensor:
+        """The adapter's numbers on the host: kept, read ahead, or read now."""
+        numbers = self._host.pop(content.hash, None)
+        if numbers is None:
+            ahead = self._ahead.pop(content.hash, None)
+            numbers = ahead.result() if ahead is not None else _read(content)
+            if self._host_bytes and self.pool.memory.is_cuda:
+                numbers = numbers.pin_memory()
+        if self._host_bytes:
+            self._host[content.hash] = numbers
+            self.shelf.states[content.hash] = "host"
+        while sum(t.nbytes for t in self._host.values()) > self._host_bytes:
+            oldest = next(iter(self._host))
+            del self._host[oldest]
+            if oldest not in self.residents:
+                self.shelf.states.pop(oldest, None)
+        return numbers
 
     def bring(self, content: Content | Lent) -> bool:
         """Have the adapter in the pool and in the layers until `release`; False where there is no room now.
@@ -93,8 +119,7 @@ class Memory:
                 return False
             resident = Resident(content.hash, content.layout, start, pages, self.pool.run(start, numbers))
             try:
-                ahead = self._ahead.pop(content.hash, None)
-                resident.fill(ahead.result() if ahead is not None else _read(content))
+                resident.fill(self._numbers(content))
                 resident.enter(self.base)
             except BaseException:
                 self.pool.give_back_run(start, pages)
@@ -132,6 +157,7 @@ class Memory:
     def forget(self, digest: str) -> None:
         """Nothing points at this adapter any more: its pages are free."""
         self._ahead.pop(digest, None)
+        self._host.pop(digest, None)
         for page in self.tree.forget_adapter(digest):
             self.pool.give_back(page)
         resident = self.residents.get(digest)
@@ -144,7 +170,10 @@ class Memory:
         resident.leave(self.base, evicted=True)
         self.pool.give_back_run(resident.start, resident.pages)
         del self.residents[resident.name]
-        self.shelf.states.pop(resident.name, None)
+        if resident.name in self._host:
+            self.shelf.states[resident.name] = "host"
+        else:
+            self.shelf.states.pop(resident.name, None)
         self.evictions += 1
 
 

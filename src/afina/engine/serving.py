@@ -35,13 +35,15 @@ from afina.errors import AfinaError, BusyError, DataError, counted
 class EngineSettings:
     """How much the engine takes: bytes of the pool, tokens of a step, sequences at once, requests that may wait.
 
-    `merged_memory`: bytes that a second copy of the weights may take, with a hot adapter merged in; 0: never.
+    `host_memory`: bytes of adapters kept in the host's memory besides the pool, for a pool on a GPU. `merged_memory`: bytes
+    that a second copy of the weights may take, with a hot adapter merged in; 0: never.
     """
 
     memory: int = 1 << 30
     step_tokens: int = 512
     most_running: int = 64
     most_waiting: int = 1024
+    host_memory: int = 0
     merged_memory: int = 0
 
 
@@ -56,7 +58,8 @@ class Engine:
         if settings.memory < 4 * size:
             raise DataError(f"{settings.memory:,} bytes of memory", why=f"a page of {PAGE} tokens takes {size:,}")
         self.shelf = Shelf(base)
-        self.memory = Memory(base, self.shelf, Pool(settings.memory // size, layers, base.dtype, base.device))
+        pool = Pool(settings.memory // size, layers, base.dtype, base.device)
+        self.memory = Memory(base, self.shelf, pool, settings.host_memory)
         self.scheduler = Scheduler(self.memory, settings.step_tokens, settings.most_running)
         self._runner = Runner(base, self.memory.pool)
         self._merging = Merging(base, self.memory, settings.merged_memory)
