@@ -18,7 +18,7 @@ from afina.route.invocation import Route
 
 
 def chat(settings: ChatSettings) -> dict[str, Any]:
-    """Talk until the input ends, here or with a server; `/off` and `/on` switch the adapter, `/new` forgets the conversation."""
+    """Talk until the input ends, here or with a server; `/off` and `/on` switch the adapter, `/new` forgets what was said."""
     if settings.url is not None:
         from afina.cli.talk import talk
 

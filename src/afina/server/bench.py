@@ -17,7 +17,7 @@ from afina.disk import disk_errors
 from afina.errors import SettingsError
 from afina.server.client import Client, ServerError
 
-WORDS = "the dog reads a book in the garden while seven small birds sing near an old red house by the river".split()
+WORDS = ("the", "dog", "reads", "a", "book", "in", "garden", "while", "seven", "small", "birds", "sing", "near", "river")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ from afina.server.store import File, Job, JobCheckpoint, JobEvent, now
 router = APIRouter()
 LEARNING_RATE = 2e-4  # what a multiplier of 1 means: afina's own for adapters
 # settings of `afina train` that a job may be given beside OpenAI's: none that names a place on this machine
-OWN = ("method", "rank", "alpha", "scaling", "dropout", "targets", "layers", "ranks", "learning_rate", "steps", "schedule",
-       "warmup", "weight_decay", "clip", "max_length", "check_every", "patience", "skip_bad_rows", "checkpointing", "options")  # fmt: skip
+OWN = (
+    "method", "rank", "alpha", "scaling", "dropout", "targets", "layers", "ranks", "learning_rate", "steps", "schedule",
+    "warmup", "weight_decay", "clip", "max_length", "check_every", "patience", "skip_bad_rows", "checkpointing", "options",
+)  # fmt: skip
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Auto = Literal["auto"]
 
@@ -214,7 +216,8 @@ def checkpoints(job_id: str, request: Request, caller: Owner, limit: Limit = 10,
     rows = store.rows(JobCheckpoint, *where, order=[JobCheckpoint.step.desc()], limit=limit + 1)
     told = [
         {"object": "fine_tuning.job.checkpoint", "id": f"ftckpt-{job.id[6:]}-{row.step}", "created_at": row.created,
-         "fine_tuned_model_checkpoint": row.model, "step_number": row.step, "metrics": row.metrics, "fine_tuning_job_id": job.id}
+         "fine_tuned_model_checkpoint": row.model, "step_number": row.step, "metrics": row.metrics,
+         "fine_tuning_job_id": job.id}
         for row in rows
     ]  # fmt: skip
     return listed(told, limit)

@@ -1,4 +1,4 @@
-"""`afina serve`: settings into a base, an engine, tables, a worker and an application; then uvicorn, until it is told to stop."""
+"""`afina serve`: settings into base, engine, tables, worker and application; then uvicorn, until it is told to stop."""
 
 import time
 from pathlib import Path
