@@ -140,6 +140,27 @@ def test_from_rows_to_answers_of_the_tuned_model(server: Live, alice: openai.Ope
         alice.chat.completions.create(model=done.fine_tuned_model, messages=ask)
 
 
+def test_a_job_that_learns_from_pairs(server: Live, alice: openai.OpenAI, tmp_path: Path) -> None:
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    pairs = [
+        {"input": {"messages": [{"role": "user", "content": f"say {word}"}]}, "preferred_output": said(word),
+         "non_preferred_output": said("night")}
+        for word in ("sol", "luna", "mar", "pan", "casa", "tree", "bird", "road", "stone")
+    ]  # fmt: skip
+    rows = write_rows(tmp_path / "pairs.jsonl", *pairs)
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
+    done = ended(alice, start(alice, rows, server.state.base_name, method=method, afina={"steps": 2}).id)
+    assert done.status == "succeeded", done.error
+    assert done.method.type == "dpo" and done.method.dpo.hyperparameters.beta == 0.2
+    settings = (server.state.settings.state / "jobs" / done.id / "run" / "settings.yaml").read_text()
+    assert "objective: dpo" in settings and "beta: 0.2" in settings
+    assert alice.chat.completions.create(
+        model=done.fine_tuned_model, messages=[{"role": "user", "content": "say sol"}], max_tokens=2
+    )
+
+
 def test_pause_goes_on_where_it_was_and_cancel_ends(server: Live, alice: openai.OpenAI, chats: Path) -> None:
     base = server.state.base_name
     job = start(alice, chats, base, afina={"steps": 400, "check_every": 5})
@@ -175,7 +196,9 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(server: Live, ali
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"method": {"type": "dpo", "dpo": {}}}, "dpo"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 4}}}}, "batch_size"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "another method"),
+        ({"extra_body": {"afina": {"options": {"start": "/etc"}}}}, "start"),
         ({"method": {"type": "reinforcement"}}, "reinforcement"),
         ({"extra_body": {"afina": {"data": "/etc/passwd"}}}, "data"),
         ({"extra_body": {"afina": {"rank": 0}}}, "rank"),

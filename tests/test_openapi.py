@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import schemathesis
 import yaml
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from jsonschema import Draft202012Validator
 
 from helpers import SHARED
@@ -25,26 +25,28 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
         yield running
 
 
-@pytest.fixture
-def description(server: Live) -> Any:
-    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-
-
-schema = schemathesis.pytest.from_fixture("description")
-
-
-@pytest.mark.slow
-@schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_nothing_that_may_be_sent_breaks_the_server(case: Any) -> None:
+def answered(case: Any) -> None:
+    """Send one case; raise where the answer is no answer."""
     response = case.call(timeout=60)
-    if response.status_code == 503:  # a full queue: told with a time
-        assert response.headers["retry-after"]
-    else:
-        assert response.status_code < 500, response.text
+    assert response.status_code < 500, response.text
     if response.status_code >= 400:
         error = response.json()["error"]
         assert error["message"] and error["type"] and set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.slow
+def test_nothing_that_may_be_sent_breaks_the_server(server: Live) -> None:
+    """Driven by hand: schemathesis' own pytest plugin (4.32) does not know pytest 9.2."""
+    description = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    names = set()
+    for found in description.get_all_operations():
+        operation = found.ok()
+        names.add(f"{operation.method.upper()} {operation.path}")
+        send = given(case=operation.as_strategy())(answered)
+        settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)(
+            send
+        )()
+    assert {"POST /v1/chat/completions", "POST /v1/fine_tuning/jobs", "PUT /v1/adapters/{name}"} <= names and len(names) > 25
 
 
 # ---- OpenAI's own description

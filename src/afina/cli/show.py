@@ -18,7 +18,8 @@ def show(verb: str, result: dict[str, Any]) -> None:
 
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "merge": _merge,
      "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about, "audit": show_audit,
-     "sign": show_origin, "verify": show_origin, "revoke": show_origin, "serve": _nothing, "bench-serve": _load}[verb](result)  # fmt: skip
+     "sign": show_origin, "verify": show_origin, "revoke": show_origin,
+     "serve": _nothing, "bench-serve": _load}[verb](result)  # fmt: skip
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
