@@ -287,6 +287,7 @@ class ServeSettings(BaseSettings):
     host: str = _describe("address to listen on; 0.0.0.0 for all of the machine's", "127.0.0.1")
     port: int = _describe("port to listen on; 0 takes a free one", 8000, ge=0, le=65535)
     adapters: list[Path] = _describe("folders of runs or adapters: each is served under its name, more may be loaded later", [])
+    admit: Literal["any", "audited"] = _describe("audited: of these, only what `afina audit` has let through", "any")
     storage: Literal["plain", "nf4"] = _describe("plain: the base in 16 or 32 bits a weight; nf4: in 4 bits", "plain")
     template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
     state: Path = _describe("folder of uploaded files, jobs and their adapters", Path("runs/serve"))

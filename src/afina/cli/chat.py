@@ -18,7 +18,11 @@ from afina.route.invocation import Route
 
 
 def chat(settings: ChatSettings) -> dict[str, Any]:
-    """Talk until an empty line of input ends; `/off` and `/on` switch the adapter, `/new` forgets the conversation."""
+    """Talk until the input ends, here or with a server; `/off` and `/on` switch the adapter, `/new` forgets what was said."""
+    if settings.url is not None:
+        from afina.cli.talk import talk
+
+        return talk(settings)
     console = Console(stderr=True)
     opened = open_run(settings.run, settings)
     base, adapted = opened.language, opened.route
@@ -29,7 +33,7 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
     messages = list(opening)
     who = f"{base.name} with {settings.run}" if settings.run else base.name
     console.print(f"{who}. /on and /off switch the adapter, /new starts again, Ctrl-D leaves.", highlight=False)
-    while (line := _read()) is not None:
+    while (line := read_line()) is not None:
         if line in ("/on", "/off"):
             route = adapted if line == "/on" else None
         elif line == "/new":
@@ -47,7 +51,8 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
     return {"base": base.name, "run": str(settings.run) if settings.run else None, "messages": messages}
 
 
-def _read() -> str | None:
+def read_line() -> str | None:
+    """What the person typed; None at the end."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

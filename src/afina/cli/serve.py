@@ -1,4 +1,4 @@
-"""`afina serve` and `afina bench-serve`: what they need beyond afina itself is an extra, and this says so where it is missing."""
+"""`afina serve` and `afina bench-serve`: what they need beyond afina itself is an extra; this says so where it is missing."""
 
 from typing import Any
 

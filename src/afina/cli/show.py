@@ -18,7 +18,8 @@ def show(verb: str, result: dict[str, Any]) -> None:
 
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "merge": _merge,
      "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about, "audit": show_audit,
-     "sign": show_origin, "verify": show_origin, "revoke": show_origin}[verb](result)  # fmt: skip
+     "sign": show_origin, "verify": show_origin, "revoke": show_origin,
+     "serve": _nothing, "bench-serve": _load}[verb](result)  # fmt: skip
 
 
 def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -79,6 +80,22 @@ def _plan(result: dict[str, Any]) -> None:
     )
     if result["cost"] is not None:
         _cost(result["cost"])
+
+
+def _load(result: dict[str, Any]) -> None:
+    """A server under load: a line for each rate."""
+    table = Table(title=f"{result['url']}, {counted(result['models'], 'model')}", title_justify="left")
+    for name in ("requests a second", "sent", "failed", "first text 50%", "95%", "99%", "whole 50%", "95%", "99%"):
+        table.add_column(name, justify="right")
+    for run in result["runs"]:
+        waits = [run[f"{what}_p{share}"] for what in ("first", "whole") for share in (50, 95, 99)]
+        counts = [f"{run['rate']:g}", f"{run['requests']:,}", f"{run['failed']:,}"]
+        table.add_row(*counts, *("-" if wait is None else f"{wait:.3f} s" for wait in waits))
+    console.print(table)
+    for run in result["runs"]:
+        for error in run["errors"]:
+            console.print(f"- at {run['rate']:g}: {error}", highlight=False, markup=False)
+    console.print(result["picture"], highlight=False)
 
 
 def _size(size: float) -> str:

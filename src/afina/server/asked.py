@@ -54,7 +54,7 @@ class Asked(BaseModel):
             raise PydanticCustomError("unicode", "not valid Unicode") from None
         kept = {}
         for name, value in values.items():
-            if value is None and name in {*cls.model_fields, *NOT_HERE} and name not in ("model", "messages", "prompt"):
+            if value is None and name in {*cls.model_fields, *NOT_HERE} and name not in ("messages", "prompt", "input"):
                 continue
             if name in NOT_HERE and name not in cls.model_fields:
                 why, nothing = NOT_HERE[name]
@@ -76,7 +76,7 @@ class StreamOptions(BaseModel):
 class SampledAsked(Asked):
     """What chats and completions share. top_k, min_p, repetition_penalty and ignore_eos are ours, as in other servers."""
 
-    model: str = Field(min_length=1, max_length=1000)
+    model: str = Field("", max_length=1000, description="who shall answer; Azure's paths say it themselves")
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -237,7 +237,7 @@ class CompletionAsked(SampledAsked):
 class EmbeddingAsked(Asked):
     """POST /v1/embeddings."""
 
-    model: str = Field(min_length=1, max_length=1000)
+    model: str = Field("", max_length=1000, description="who shall answer; Azure's paths say it themselves")
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)

@@ -14,7 +14,7 @@ from afina.server.asked import ChatAsked
 from afina.server.door import unless_gone
 from afina.server.keys import caller_of
 from afina.server.refusal import Refusal
-from afina.server.state import State, state_of
+from afina.server.state import State, model_of, state_of
 from afina.server.wording import chat_logprobs
 
 router = APIRouter()
@@ -24,7 +24,7 @@ router = APIRouter()
 async def chat(asked: ChatAsked, request: Request) -> Response:
     """Go on with a conversation."""
     state, caller, log = state_of(request), caller_of(request), request.state.log
-    model = getattr(request.state, "deployment", asked.model)
+    model = model_of(request, asked.model)
     messages = [message.plain() for message in asked.messages]
     prompt = await state.tokens(lambda: state.renderer.prompt(messages))
     chosen = state.choose(caller, model, prompt)

@@ -14,7 +14,7 @@ from afina.server.chat import sse
 from afina.server.door import unless_gone
 from afina.server.keys import caller_of
 from afina.server.refusal import Refusal
-from afina.server.state import State, state_of
+from afina.server.state import State, model_of, state_of
 from afina.server.wording import text_logprobs
 
 router = APIRouter()
@@ -24,7 +24,7 @@ router = APIRouter()
 async def complete(asked: CompletionAsked, request: Request) -> Response:
     """Go on with each of the prompts, n times."""
     state, caller, log = state_of(request), caller_of(request), request.state.log
-    model, prompts = getattr(request.state, "deployment", asked.model), prompts_of(asked.prompt)
+    model, prompts = model_of(request, asked.model), prompts_of(asked.prompt)
     tokens = await state.tokens(lambda: tokens_of(state, prompts))
     chosen = state.choose(caller, model, tokens[0])
     log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}

@@ -18,7 +18,7 @@ from afina.server.logs import LOG
 from afina.server.refusal import Refusal
 from afina.server.state import State
 
-DEPLOYMENT = re.compile(r"/openai/deployments/(.+)/(chat/completions|completions|embeddings)")
+DEPLOYMENT = re.compile(r"/openai/deployments/(.+?)/(chat/completions|completions|embeddings)")
 OPEN = ("/healthz", "/readyz")  # what a balancer asks, without a key
 UPLOAD = "/v1/files"
 BODY_SECONDS = 120.0  # a body that takes longer to come in is refused

@@ -14,7 +14,7 @@ from afina.server.completions import tokens_of
 from afina.server.door import unless_gone
 from afina.server.keys import caller_of
 from afina.server.refusal import Refusal, refusal_of
-from afina.server.state import state_of
+from afina.server.state import model_of, state_of
 
 router = APIRouter()
 
@@ -27,7 +27,7 @@ async def embed(asked: EmbeddingAsked, request: Request) -> Response:
     if longest := max((len(tokens) for tokens in prompts if len(tokens) > state.base.context), default=0):
         message = f"an input has {longest:,} tokens; the base reads {state.base.context:,}"
         raise Refusal(400, message, "input", "context_length_exceeded")
-    chosen = state.choose(caller, getattr(request.state, "deployment", asked.model), prompts[0])
+    chosen = state.choose(caller, model_of(request, asked.model), prompts[0])
     used = sum(map(len, prompts))
     log |= {"user": asked.user, "model": chosen.label, "prompt_tokens": used}
     with state.limits.running(caller):

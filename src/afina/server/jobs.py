@@ -6,7 +6,7 @@ import uuid
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from afina.config import TrainSettings, make_settings
@@ -20,12 +20,16 @@ from afina.server.pages import listed, page
 from afina.server.refusal import Refusal, not_found, refusal_of
 from afina.server.state import State, state_of
 from afina.server.store import File, Job, JobCheckpoint, JobEvent, now
+from afina.training.setup import default_rate
 
 router = APIRouter()
-LEARNING_RATE = 2e-4  # what a multiplier of 1 means: afina's own for adapters
 # settings of `afina train` that a job may be given beside OpenAI's: none that names a place on this machine
-OWN = ("method", "rank", "alpha", "scaling", "dropout", "targets", "layers", "ranks", "learning_rate", "steps", "schedule",
-       "warmup", "weight_decay", "clip", "max_length", "check_every", "patience", "skip_bad_rows", "checkpointing", "options")  # fmt: skip
+OWN = (
+    "method", "rank", "alpha", "scaling", "dropout", "targets", "layers", "ranks", "learning_rate", "steps", "schedule",
+    "warmup", "weight_decay", "clip", "max_length", "check_every", "patience", "skip_bad_rows", "checkpointing", "options",
+    "batch_tokens",
+)  # fmt: skip
+OPTIONS = ("operator", "restart_every", "loss", "smoothing", "sft")  # of these, none that does so or changes the base
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Auto = Literal["auto"]
 
@@ -50,22 +54,50 @@ class Supervised(Strict):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
+class PreferenceParameters(Hyperparameters):
+    """The same, and how closely the adapter is held to the base."""
+
+    beta: Auto | Annotated[float, Field(gt=0.0, le=2.0)] = "auto"
+
+
+class Preferred(Strict):
+    """Preferring the better of two answers (direct preference optimization)."""
+
+    hyperparameters: PreferenceParameters = PreferenceParameters()
+
+
 class Method(Strict):
-    """How to learn. The other two methods of OpenAI's API are refused by name."""
+    """How to learn: from answers, or from pairs of a better and a worse one. Reinforcement is refused by name."""
 
     type: str = "supervised"
-    supervised: Supervised = Supervised()
-    dpo: Any = None
+    supervised: Supervised | None = None
+    dpo: Preferred | None = None
     reinforcement: Any = None
 
     @field_validator("type")
     @classmethod
     def _is_there(cls, value: str) -> str:
-        if value != "supervised":
-            raise PydanticCustomError(
-                "method", "method: this server's jobs learn by supervised only, not by {how}", {"how": value[:50]}
-            )
+        if value not in ("supervised", "dpo"):
+            message = "method: this server's jobs learn by supervised or by dpo, not by {how}"
+            raise PydanticCustomError("method", message, {"how": value[:50]})
         return value
+
+    @model_validator(mode="after")
+    def _only_one(self) -> "Method":
+        if any(getattr(self, name) is not None for name in ("supervised", "dpo", "reinforcement") if name != self.type):
+            raise PydanticCustomError(
+                "method", "method: what is set for another method than {type} is read by nobody", {"type": self.type}
+            )
+        return self
+
+    @property
+    def told(self) -> Hyperparameters:
+        """The hyperparameters of the method that it is."""
+        return (
+            (self.dpo or Preferred()).hyperparameters
+            if self.type == "dpo"
+            else (self.supervised or Supervised()).hyperparameters
+        )
 
 
 class JobAsked(Asked):
@@ -92,8 +124,13 @@ def create(asked: JobAsked, request: Request, caller: Owner) -> dict[str, Any]:
     training = find(state, caller, asked.training_file)
     validation = find(state, caller, asked.validation_file) if asked.validation_file else None
     name, seed = f"ftjob-{uuid.uuid4().hex}", secrets.randbits(31) if asked.seed is None else asked.seed
-    told = asked.method.supervised.hyperparameters if asked.hyperparameters is None else asked.hyperparameters
+    told = asked.method.told if asked.hyperparameters is None else asked.hyperparameters
+    if asked.method.type == "dpo" and isinstance(told.batch_size, int):
+        raise Refusal(
+            400, "batch_size: pairs are batched by tokens here; leave it auto, or set batch_tokens in afina", "method"
+        )
     own = {
+        "told": told.model_dump(mode="json"),
         "settings": _settings(state, asked, told, training, validation, seed),
         "batch_size": told.batch_size if isinstance(told.batch_size, int) else None,
     }
@@ -123,9 +160,19 @@ def _settings(
         values["holdout"] = str(path_of(state, validation).resolve())
     if told.n_epochs != "auto":
         values["epochs"] = told.n_epochs
-    if told.learning_rate_multiplier != "auto":
-        values["learning_rate"] = LEARNING_RATE * float(told.learning_rate_multiplier)
+    if asked.method.type == "dpo":
+        values["objective"] = "dpo"
+    if told.learning_rate_multiplier != "auto":  # a multiplier of 1 is what afina takes by itself
+        values["learning_rate"] = default_rate("lora", values.get("objective", "sft")) * float(told.learning_rate_multiplier)
     values |= asked.afina
+    options = asked.afina.get("options", {})
+    if not isinstance(options, dict):
+        raise Refusal(400, "options: expected names with values", "afina")
+    if unknown := set(options) - set(OPTIONS):
+        raise Refusal(400, f"options: {sorted(unknown)[0]!r} cannot be set for a job; what can: {', '.join(OPTIONS)}", "afina")
+    if isinstance(told, PreferenceParameters) and told.beta != "auto":
+        options = options | {"beta": told.beta}
+    values["options"] = options
     method = str(values.get("method", "lora"))
     if serve.storage == "nf4" and not method.startswith("q"):
         values["method"] = f"q{method}"
@@ -214,7 +261,8 @@ def checkpoints(job_id: str, request: Request, caller: Owner, limit: Limit = 10,
     rows = store.rows(JobCheckpoint, *where, order=[JobCheckpoint.step.desc()], limit=limit + 1)
     told = [
         {"object": "fine_tuning.job.checkpoint", "id": f"ftckpt-{job.id[6:]}-{row.step}", "created_at": row.created,
-         "fine_tuned_model_checkpoint": row.model, "step_number": row.step, "metrics": row.metrics, "fine_tuning_job_id": job.id}
+         "fine_tuned_model_checkpoint": row.model, "step_number": row.step, "metrics": row.metrics,
+         "fine_tuning_job_id": job.id}
         for row in rows
     ]  # fmt: skip
     return listed(told, limit)
@@ -230,12 +278,13 @@ def _find(state: State, caller: Caller, name: str) -> Job:
 def told_of(job: Job) -> dict[str, Any]:
     """A job as OpenAI's API tells of it."""
     asked = job.asked
-    told = asked["hyperparameters"] or asked["method"]["supervised"]["hyperparameters"]
+    told, how = asked["told"], asked["method"]["type"]
+    shared = {name: value for name, value in told.items() if name != "beta"}
     return {
         "object": "fine_tuning.job", "id": job.id, "model": asked["model"], "created_at": job.created,
         "finished_at": job.finished, "fine_tuned_model": job.model if job.status == "succeeded" else None,
         "organization_id": job.owner or "public", "result_files": [], "status": job.status, "error": job.error,
-        "validation_file": job.validation_file, "training_file": job.training_file, "hyperparameters": told,
+        "validation_file": job.validation_file, "training_file": job.training_file, "hyperparameters": shared,
         "trained_tokens": job.tokens, "seed": job.seed, "estimated_finish": None, "integrations": [],
-        "method": {"type": "supervised", "supervised": {"hyperparameters": told}}, "metadata": asked["metadata"],
+        "method": {"type": how, how: {"hyperparameters": told}}, "metadata": asked["metadata"],
     }  # fmt: skip

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
+from afina.combining.merge import check_admitted
 from afina.delta.files import adapter_folder
 from afina.engine.request import Entry
-from afina.errors import AdapterError
+from afina.errors import AdapterError, AuditError
 from afina.server.asked import Asked
 from afina.server.keys import Caller, admin_of, caller_of
 from afina.server.refusal import Refusal, not_found, refusal_of
@@ -134,8 +135,9 @@ def replace(name: str, asked: ReplaceAsked, request: Request, caller: Admin) -> 
     _known(state, name)
     folder = allowed(state, asked.folder)
     try:
+        check_admitted(state.settings.admit, folder)
         entry = state.engine.shelf.replace(name, folder)
-    except AdapterError as error:
+    except (AdapterError, AuditError) as error:
         raise refusal_of(error, "folder") from None
     with state.store.write() as session:
         session.merge(Adapter(name=name, folder=str(folder), owner=entry.owner))
@@ -173,8 +175,9 @@ def place(state: State, name: str, folder: Path, owner: str | None) -> Entry:
     if name == state.base_name:
         raise Refusal(400, f"{name} is the base", "name")
     try:
+        check_admitted(state.settings.admit, folder)
         entry = state.engine.shelf.add(name, adapter_folder(folder), owner)
-    except AdapterError as error:
+    except (AdapterError, AuditError) as error:
         raise refusal_of(error, "folder") from None
     try:
         with state.store.write() as session:

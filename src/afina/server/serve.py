@@ -1,4 +1,4 @@
-"""`afina serve`: settings into a base, an engine, tables, a worker and an application; then uvicorn, until it is told to stop."""
+"""`afina serve`: settings into base, engine, tables, worker and application; then uvicorn, until it is told to stop."""
 
 import time
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import IO, Any
 import uvicorn
 
 from afina.base.load import load_base
+from afina.combining.merge import check_admitted
 from afina.config import ServeSettings, make_settings
 from afina.data.template import Renderer
 from afina.delta.files import CONFIG
@@ -101,6 +102,7 @@ def _fill(state: State) -> None:
             if not NAME.fullmatch(name):
                 raise SettingsError(f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder")
             if shelf.find(name) is None:
+                check_admitted(state.settings.admit, folder)
                 shelf.add(name, folder)
 
 

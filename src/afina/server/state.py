@@ -143,6 +143,14 @@ def served_name(base: str) -> str:
     return base if base == EMBEDDED or not Path(base).expanduser().exists() else Path(base).expanduser().resolve().name
 
 
+def model_of(request: Request, asked: str) -> str:
+    """Who is asked: as Azure's path says, or the body; raises `Refusal` where neither does."""
+    model: str = getattr(request.state, "deployment", asked)
+    if not model:
+        raise Refusal(400, "model: who shall answer?", "model")
+    return model
+
+
 def state_of(request: Request) -> State:
     """The server that a request came to."""
     state: State = request.app.state.afina
