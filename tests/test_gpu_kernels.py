@@ -19,6 +19,7 @@ from afina.kernels import nf4
 from afina.kernels.native import kernels
 from afina.segments import Segment, Segments
 from helpers import ENVIRONMENT, flat_run, logits, put
+from test_serving_kernels import CASES, Pool
 
 pytest.importorskip("triton")
 CARD = torch.cuda.is_available()
@@ -269,11 +270,31 @@ def test_paged_attention(
     kv, query = pool[:, 1], torch.randn(21, heads, width).to(dtype)
     assert not kv.is_contiguous()
     tables = torch.randperm(len(kv)).view(len(pasts), most).int()
-    out = torch.full_like(query, 7.0)
+    tables, out = tables.to(DEVICE), torch.full_like(query, 7.0)
     paged_attention(query, kv, bounds, pasts, tables, out, 16, width**-0.5, window, softcap)
     exact = plain_attention(query, kv, bounds, pasts, tables, width**-0.5, window, softcap)
     near(out[:4], exact[:4], 2.0)
     assert (out[4:] == 7.0).all()  # a sequence with more queries is somebody else's
+
+
+@pytest.mark.parametrize("case", ["mixed", "odd pages and heads", "window", "softcap", "nobody"])
+def test_serving_takes_it(case: str, used: list[str]) -> None:
+    """As the engine calls it, few queries and many side by side, in a pool full of NaN."""
+    *shape, window, softcap = CASES[case]
+    with torch.device("cpu"):
+        pool = Pool(*shape, (torch.float32, torch.float32))
+        exact = pool.exact(window, softcap)
+    pool.kv, pool.query = pool.kv.to(DEVICE), pool.query.to(DEVICE)
+    torch.testing.assert_close(pool.attend(window=window, softcap=softcap).double().cpu(), exact, rtol=2e-5, atol=2e-5)
+    assert used == ["paged_attention"]
+
+
+def test_pages_that_are_not_there_are_refused() -> None:
+    pool = Pool(16, 1, 1, 8, [20], [1], (torch.float32, torch.float32))
+    for table, why in (([pool.tables[0][0]], "too few"), ([99, 0], "not there"), ([-1, 0], "not there")):
+        pool.tables = [table]
+        with pytest.raises(ValueError, match=why):
+            pool.attend()
 
 
 # ---- the choice, and the compiler

@@ -50,18 +50,29 @@ class FlatBatch:
 
     def part(self, number: int, of: int) -> "FlatBatch":
         """Some of the sequences: one of `of` parts of about as many tokens; one without labels where none is left for it."""
-        spans = sorted(pairwise(self.bounds), key=lambda span: span[0] - span[1])  # the longest first
-        parts: list[list[tuple[int, int]]] = [[] for _ in range(of)]
-        sizes = [0] * of
-        for start, end in spans:
-            lightest = sizes.index(min(sizes))
-            parts[lightest].append((start, end))
-            sizes[lightest] += end - start
-        mine = sorted(parts[number]) or spans[-1:]
-        places = torch.cat([torch.arange(start, end) for start, end in mine]).to(self.tokens.device)
-        labels = self.labels[places] if parts[number] else torch.full_like(places, IGNORED)
-        bounds = tuple(accumulate((end - start for start, end in mine), initial=0))
-        return FlatBatch(self.tokens[places], self.positions[places], labels, bounds)
+        mine = fair_parts([end - start for start, end in pairwise(self.bounds)], of)[number]
+        if mine:
+            return self.only(mine)
+        one = self.only([0])
+        return FlatBatch(one.tokens, one.positions, torch.full_like(one.labels, IGNORED), one.bounds)
+
+    def only(self, sequences: Sequence[int]) -> "FlatBatch":
+        """These sequences, in this order."""
+        spans = [(self.bounds[n], self.bounds[n + 1]) for n in sequences]
+        places = torch.cat([torch.arange(start, end) for start, end in spans]).to(self.tokens.device)
+        bounds = tuple(accumulate((end - start for start, end in spans), initial=0))
+        return FlatBatch(self.tokens[places], self.positions[places], self.labels[places], bounds)
+
+
+def fair_parts(sizes: Sequence[int], of: int) -> list[list[int]]:
+    """The numbers of some things in `of` lists of about equal size: the largest first, each to the lightest list."""
+    parts: list[list[int]] = [[] for _ in range(of)]
+    loads = [0] * of
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        lightest = loads.index(min(loads))
+        parts[lightest].append(number)
+        loads[lightest] += sizes[number]
+    return [sorted(part) for part in parts]
 
 
 def flatten(examples: Sequence[Example]) -> FlatBatch:

@@ -40,7 +40,11 @@ def paged_attention(
     tables = padded(tables)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     fast = 0
-    if kernels.take(query) and kv.dtype in TYPES and (query.dtype == torch.float32 or kv.dtype == query.dtype):
+    if gpu := kernels.gpu(query, kv):
+        _check_pages(tables, bounds, pasts, kv)
+        fast = FEW
+        gpu.paged_attention(query, kv, bounds, pasts, tables, out, FEW, scaling, window, softcap)
+    elif kernels.take(query) and kv.dtype in TYPES and (query.dtype == torch.float32 or kv.dtype == query.dtype):
         fast, query = FEW, query.contiguous()
         heads, width = query.shape[1:]
         pages, _, kv_heads, page_size, _ = kv.shape
@@ -118,6 +122,16 @@ def gathered(
     scores = q[0].unflatten(0, (kv.shape[2], -1)).float() @ keys[:, None].mT.float() * (scaling / softcap)
     weights = scores.tanh_().mul_(softcap).masked_fill_(~allowed, float("-inf")).softmax(-1)
     return (weights @ values[:, None].float()).flatten(0, 1).transpose(0, 1).to(query.dtype)
+
+
+def _check_pages(tables: Tensor, bounds: Sequence[int], pasts: Sequence[int], kv: Tensor) -> None:
+    """Raise `ValueError` where a sequence's keys have no page; tables that lie on a GPU are not waited for."""
+    counts = [-(-(past + end - start) // kv.shape[3]) for past, (start, end) in zip(pasts, pairwise(bounds), strict=True)]
+    if max(counts, default=0) > tables.shape[1]:
+        raise ValueError("a table has too few pages for its sequence's keys")
+    used = torch.arange(tables.shape[1])[None] < torch.tensor(counts)[:, None]
+    if tables.device.type == "cpu" and bool((((tables < 0) | (tables >= len(kv))) & used).any()):
+        raise ValueError("a table names a page that is not there")
 
 
 def _check(query: Tensor, kv: Tensor, bounds: Sequence[int], pasts: Sequence[int], tables: Tables) -> None:

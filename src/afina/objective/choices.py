@@ -18,7 +18,7 @@ from torch import Tensor
 
 from afina.base.model import Base
 from afina.config import PreferenceOptions
-from afina.data.batches import FlatBatch, Sampler, flatten, pack
+from afina.data.batches import FlatBatch, Sampler, fair_parts, flatten, pack
 from afina.data.preferences import Preference, prompt_key
 from afina.data.skipped import reasons
 from afina.data.template import Example, Renderer
@@ -26,7 +26,7 @@ from afina.errors import DataError
 from afina.objective.language import after_invocation
 from afina.objective.preference import Answers, facts_of, kto_losses, pair_losses
 from afina.objective.reference import Reference, answer_logps
-from afina.objective.task import learned_rows
+from afina.objective.task import Total, as_is, learned_rows
 from afina.route.invocation import Route
 
 MATE_TRIES = 8  # other rows looked at for one whose answer fits to a prompt
@@ -68,6 +68,24 @@ class ChoiceBatch:
     bad: Tensor
     rows: int
     mates: Mates
+
+    def part(self, number: int, of: int) -> "ChoiceBatch":
+        """Some of the rows: one of `of` parts of about as many tokens; one without rows where none is left for it.
+
+        z stays that of all rows of the step: each part works it out from the same mates.
+        """
+        good, bad, bounds = self.good.tolist(), self.bad.tolist(), self.flat.bounds
+        pairs = self.rows == len(good) == len(bad)
+        rows = list(zip(good, bad, strict=True)) if pairs else [(n,) for n in (*good, *bad)]
+        sizes = [sum(bounds[n + 1] - bounds[n] for n in row) for row in rows]
+        mine = [rows[n] for n in fair_parts(sizes, of)[number]]
+        kept = {n for row in mine for n in row}
+        better, worse = [n for n in good if n in kept], [n for n in bad if n in kept]
+        sequences = [*better, *worse] or [0]
+        numbers = torch.arange(len(kept), device=self.good.device)
+        examples = tuple(self.examples[n] for n in sequences)
+        first, second = numbers[: len(better)], numbers[len(better) :]
+        return ChoiceBatch(self.flat.only(sequences), examples, first, second, len(mine), self.mates)
 
 
 def make_choices(
@@ -206,9 +224,9 @@ class ChoiceTask:
         self.row_losses(self.held, route, tally)
         return tally.means()
 
-    def noted(self) -> dict[str, float]:
+    def noted(self, total: Total = as_is) -> dict[str, float]:
         """Means over the rows of the last step, and, after a check, of those held out."""
-        return self._step.means() | {f"held_out_{name}": value for name, value in self._check.means().items()}
+        return self._step.added_up(total).means() | {f"held_out_{name}": value for name, value in self._check.means().items()}
 
 
 def mates_of(rows: Sequence[Choice]) -> Mates:
@@ -228,6 +246,13 @@ class Tally:
         for name, values in facts.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
             self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def added_up(self, total: Total) -> "Tally":
+        """With those of other processes, which count the same facts."""
+        names = list(self.sums)
+        told = torch.tensor([[self.sums[name], self.counts[name]] for name in names], dtype=torch.float64).view(-1, 2)
+        sums, counts = total(told).T.tolist()
+        return Tally(dict(zip(names, sums, strict=True)), dict(zip(names, map(round, counts), strict=True)))
 
     def means(self) -> dict[str, float]:
         """Mean of each fact of which there is a value."""

@@ -3,12 +3,19 @@
 Every objective is a class like this one; the loop is the same for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from afina.route.invocation import Route
+
+Total = Callable[[Tensor], Tensor]  # from this process's numbers to their sum over all
+
+
+def as_is(numbers: Tensor) -> Tensor:
+    """The sum over one process."""
+    return numbers
 
 
 class Task(Protocol):
@@ -54,8 +61,8 @@ class Task(Protocol):
     def learned_loss(self, route: Route | None) -> float:
         """Mean loss on as many of the rows that are learned from, those of `learned_rows`."""
 
-    def noted(self) -> dict[str, float]:
-        """What the last step, and the check after it, had to tell besides the loss."""
+    def noted(self, total: Total = as_is) -> dict[str, float]:
+        """What the last step, and the check after it, had to tell besides the loss; `total` adds up over processes."""
 
 
 def learned_rows(task: Task) -> Sequence[Any]:

@@ -64,7 +64,10 @@ def find_place(settings: TrainSettings, anew: bool = False, measure: bool = True
     if device == "cuda" and not torch.cuda.is_available():
         return Place(device, None, None)
     rates = (rates_of(device, anew) if measure else known_rates(device)) if device in ("cpu", "cuda") else None
-    return Place(device, torch.cuda.get_device_properties(0).total_memory if device == "cuda" else machine_memory(), rates)
+    if device == "cuda":
+        return Place(device, torch.cuda.get_device_properties(0).total_memory, rates)
+    memory, processes = machine_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # those of torchrun on this machine
+    return Place(device, memory and memory / processes, rates)
 
 
 @lru_cache

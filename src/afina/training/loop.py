@@ -115,7 +115,7 @@ class Loop:
         tick = Tick(progress.step, loss, norm, factor * setup.learning_rate, tokens, time.perf_counter() - start)
         check = tick.step % setup.check_every == 0 or tick.step == setup.steps
         tick = self._check(tick) if check else tick
-        tick = replace(tick, noted=task.noted())
+        tick = replace(tick, noted=task.noted(self.world.sum))
         progress.seconds += time.perf_counter() - start
         self._log(tick)
         if check:

@@ -23,7 +23,7 @@ def prepare_preferences(settings: TrainSettings, base: Base | None) -> Prepared:
     objective, options = settings.objective, preference_options(settings)
     table = _read(settings.data, settings)
     base = base or load_base(
-        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device,
+        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.place,
         preset(settings.method, 1).storage,
     )  # fmt: skip
     own_tokens = base.add_tokens(new_tokens(settings))

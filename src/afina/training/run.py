@@ -45,7 +45,7 @@ from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
-from afina.training.distributed import world
+from afina.training.distributed import World, world
 from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_together
 from afina.training.prepare import objective_of
 from afina.training.prepared import NEW_TOKENS, START, lines
@@ -134,7 +134,8 @@ def _train_group(
             base = setups[0].prepared.base if setups else model
             assert base is None or isinstance(base, Base | Classifier)
             setups.append(set_up(settings, base, f"run-{number}"))
-        _turn_dial(setups, choose)
+    _turn_dial(setups, choose, all_of_us)
+    with all_of_us.in_turn():
         display = Silent() if quiet or not all_of_us.first else Display(setups)
         for number, (setup, folder) in enumerate(zip(setups, folders, strict=True)):
             tell, keep = partial(display.tick, run=number), partial(_save_best, setup, folder)
@@ -157,12 +158,14 @@ def _train_group(
         return [failed[loop] if loop in failed else Run(loop.run, _finish(loop.setup, loop.run, loop)) for loop in loops]
 
 
-def _turn_dial(setups: Sequence[Setup], choose: Choose | None) -> None:
-    """Put what is used in the place of checkpointing "auto", in the settings that the run keeps."""
+def _turn_dial(setups: Sequence[Setup], choose: Choose | None, all_of_us: World) -> None:
+    """Put what is used in the place of checkpointing "auto", in the settings that the run keeps; the same everywhere."""
     open_ones = [setup for setup in setups if setup.settings.checkpointing == "auto"]
     value, why = choose(setups) if choose and open_ones else ("off", None)
+    agreed = round(all_of_us.agree({"off": 0.0, "all": 1.0}[value] if isinstance(value, str) else value))
     for setup in open_ones:
-        setup.settings, setup.why = setup.settings.model_copy(update={"checkpointing": value}), why
+        dial = {"checkpointing": {0: "off", 1: "all"}.get(agreed, agreed)}
+        setup.settings, setup.why = setup.settings.model_copy(update=dial), why
 
 
 def _check_folder(folder: Path, settings: TrainSettings) -> None:
