@@ -39,6 +39,8 @@ VERBS = {
     "eval": Verb("judge an adapter against its base", config.EvalSettings, "afina.judge.evaluate:evaluate", "run"),
     "generate": Verb("answer prompts", config.GenerateSettings, "afina.engine.generate:generate", "prompts", many=True),
     "chat": Verb("talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "run"),
+    "prefer": Verb("say which of two answers is better, for --objective dpo and reward", config.PreferSettings,
+                   "afina.cli.prefer:prefer", "prompts"),
     "merge": Verb(
         "one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"
     ),
