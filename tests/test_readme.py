@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ READMES = ["README.md", "README.es.md"]
 CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILES = {  # shown in this order
-    "jsonl": ["polite.jsonl"], "csv": ["questions.csv", "reviews.csv"], "yaml": ["sweep.yaml", "settings.yaml"],
+    "jsonl": ["polite.jsonl", "pairs.jsonl"], "csv": ["questions.csv", "reviews.csv"], "yaml": ["sweep.yaml", "settings.yaml"],
 }  # fmt: skip
 VISION = "google/vit-base-patch16-224-in21k"  # nothing is downloaded in a test: a tiny one stands for it
 
@@ -118,7 +119,8 @@ def test_the_methods_named_are_there() -> None:
 
     rows = table_rows("README.md", 3)
     start = rows.index(["method", "what learns", "when"]) + 1
-    named = [row[0].strip("`") for row in rows[start:] if re.fullmatch(r"`[a-z]+`", row[0])]
+    table = takewhile(lambda row: row[0].startswith("`"), rows[start:])
+    named = [row[0].strip("`") for row in table if re.fullmatch(r"`[a-z]+`", row[0])]
     assert {"lora", "full", "freeze"} <= set(named)
     for name in named:
         assert preset(name, blocks=4).delta in methods()

@@ -42,6 +42,8 @@ VERBS = {
     "chat": Verb("talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "run"),
     "serve": Verb("answer over HTTP, as OpenAI's API does; train beside it", config.ServeSettings, "afina.cli.serve:serve"),
     "bench-serve": Verb("load a server and draw its latency", config.LoadSettings, "afina.cli.serve:bench"),
+    "prefer": Verb("say which of two answers is better, for --objective dpo and reward", config.PreferSettings,
+                   "afina.cli.prefer:prefer", "prompts"),
     "merge": Verb(
         "one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"
     ),

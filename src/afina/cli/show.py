@@ -16,7 +16,7 @@ def show(verb: str, result: dict[str, Any]) -> None:
     """Print what a verb returned, for people."""
     from afina.cli.show_audit import show_audit, show_origin
 
-    {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "merge": _merge,
+    {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "prefer": _preferred, "merge": _merge,
      "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about, "audit": show_audit,
      "sign": show_origin, "verify": show_origin, "revoke": show_origin,
      "serve": _nothing, "bench-serve": _load}[verb](result)  # fmt: skip
@@ -284,6 +284,16 @@ def _generate(result: dict[str, Any]) -> None:
     for answer in result["answers"]:
         sure = f"  ({100 * answer['share']:.1f}%)" if "share" in answer else ""
         console.print(answer["text"] + sure, highlight=False, markup=False, soft_wrap=True)
+
+
+def _preferred(result: dict[str, Any]) -> None:
+    rows = [("pairs, for afina train", f"{result['pairs']:,} in {result['folder']}/pairs.jsonl")]
+    rows += [(name, f"{result[key]:,}") for name, key in (("ties", "ties"), ("skipped", "skipped"), ("not judged yet", "left"))]
+    rows += [(f"won by {name}", f"{count:,}") for name, count in result["wins"].items()]
+    if result["win_rate"] is not None:
+        low, high = (100 * bound for bound in result["interval"])
+        rows.append((f"{next(iter(result['wins']))} wins", f"{100 * result['win_rate']:.1f}%  (95%: {low:.1f} to {high:.1f})"))
+    _rows("preferences", rows)
 
 
 def _merge(result: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     for name in known:
         if name not in FIELDS:
             raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
-    data = _bytes(path)
+    data = file_bytes(path)
     records = list(_records(path, data, lambda names: _is_header(names, known)))
     if not records:
         raise DataError("the file has no rows", where=str(path))
@@ -68,7 +68,8 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     return Table(path, format, rows, skipped, hashlib.sha256(data).hexdigest())
 
 
-def _bytes(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
+    """What is in a data file; raises `DataError` where there is nothing to read."""
     if path.is_dir():
         hint = "name one file in it, or --objective classify for pictures in folders"
         raise DataError("this is a folder", where=str(path), hint=hint)
@@ -87,13 +88,13 @@ def read_records(
     path: Path, is_header: Callable[[list[str]], bool]
 ) -> tuple[list[tuple[str, dict[str, Any] | DataError]], str]:
     """(records with their places, sha256 of the file), whatever their fields mean; `is_header` knows a CSV's first line."""
-    data = _bytes(path)
+    data = file_bytes(path)
     return list(_records(path, data, is_header)), hashlib.sha256(data).hexdigest()
 
 
 def first_record(path: Path, is_header: Callable[[list[str]], bool]) -> dict[str, Any]:
     """The first record of a file that is one, as `read_records` would find it; empty where there is none."""
-    return next((r for _, r in _records(path, _bytes(path), is_header) if isinstance(r, dict)), {})
+    return next((r for _, r in _records(path, file_bytes(path), is_header) if isinstance(r, dict)), {})
 
 
 def first_names(path: Path, is_header: Callable[[list[str]], bool]) -> set[str]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from afina.data.formats import first_record, read_records
+from afina.data.formats import file_bytes, first_record, read_records
+from afina.data.readers import decode, looks_like_json, read_json
 from afina.data.rows import Message, Record, Row, kind_of, read_history, read_turn, usable_text
 from afina.data.skipped import reasons
 from afina.errors import DataError, nearest
@@ -110,6 +111,30 @@ def read_preferences(path: Path, columns: Mapping[str, str], skip_bad_rows: bool
     if len(kinds) > 1:
         raise DataError("some rows are pairs and some have labels", where=str(path), hint="a file for each")
     return PreferenceTable(Path(path), kinds.pop(), rows, skipped, digest)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts alone: a line each, or records with `prompt` or `messages`, of which a last answer is left out.
+
+    Raises `DataError` where a record has none.
+    """
+    text = decode(path, file_bytes(path))
+    if not looks_like_json(path, text):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    prompts: list[Prompt] = []
+    for where, record in read_json(path, text):
+        if isinstance(record, DataError):
+            raise record
+        values = _ours(record, {})
+        if not {"messages", "prompt", "instruction"} & values.keys():
+            raise DataError("no prompt", where=where, hint="prompt, messages, or plain text with a prompt a line")
+        prompt = _prompt(Record(where, values, _theirs(record, {})))
+        while isinstance(prompt, tuple) and prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        if not prompt:
+            raise DataError("no prompt", where=where, why="there is nothing to answer")
+        prompts.append(prompt)
+    return prompts
 
 
 def as_labels(rows: Sequence[Preference]) -> list[Preference]:

@@ -4,6 +4,7 @@ Likelihood displacement: both answers become less likely and only their distance
 neither (Razin et al. 2024, arXiv 2410.08847). A fall of the better answers' log-probability by 5% is worth a warning.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ from afina.route.invocation import Route
 HELD_OUT = "held_out.jsonl"
 BEGIN_EQUAL = ("accuracy", "margin", "z", "chosen_reward", "rejected_reward", "calibration_error")
 FALL = 0.05  # share of the log-probability
+
+
+def wilson(wins: int, of: int) -> tuple[float, float]:
+    """The 95% interval of a share of `of` (at least one) trials. Wilson 1927, J. Am. Stat. Assoc. 22, 209."""
+    z, share = 1.959964, wins / of
+    middle, reach = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    return (middle - reach) / (1 + z * z / of), (middle + reach) / (1 + z * z / of)
 
 
 def judge_preferences(task: ChoiceTask, objective: str, before: Route | None, after: Route | None) -> dict[str, Any]:
