@@ -68,7 +68,7 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
     return "block" if "block" in levels else "review" if "review" in levels else "allow"
 
 
-def guarded(gate: Gate, run: Callable[[], None], level: Level = "block") -> Gate:
+def guarded(gate: Gate, run: Callable[[], object], level: Level = "block") -> Gate:
     """Run a gate; any error inside becomes a finding of `level`: what could not be looked at is not allowed."""
     import time
 
