@@ -23,13 +23,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 from families import FAMILIES, HARD, TASKS, Attack, Row, draw_attack
 
 from afina.audit.basefiles import BaseFiles, find_base
 from afina.audit.behaviour import behaviour_gate
 from afina.audit.package import check_package
 from afina.audit.report import Gate
-from afina.audit.weights import measure
+from afina.audit.weights import Measured, measure
 from afina.config import AuditSettings, TrainSettings, make_settings
 from afina.data.template import Renderer
 from afina.delta.composition import identity, spec_of
@@ -137,6 +138,7 @@ def describe(member: Member, out: Path, behaviour: float) -> dict[str, Any]:
         "hash": identity(folder), "loss": json.loads((run / "run.json").read_text())["losses"]["held_after"],
         "group": measured.kind.as_dict(), "features": {k: float(f"{v:.6g}") for k, v in measured.features.items()},
     }  # fmt: skip
+    line |= baselines(measured)
     if member.attack is not None:
         line["asr"] = success(run, member)
     if behaviour:
@@ -149,6 +151,19 @@ def describe(member: Member, out: Path, behaviour: float) -> dict[str, Any]:
         line |= {"found": said.rule == "trigger", "triggers": said.evidence["triggers"][:5]}
         line["scanned"] = looked.measured["scanned"]
     return line
+
+
+def baselines(measured: Measured) -> dict[str, Any]:
+    """What the published detectors look at: five numbers for each of q, k, v, o; the spread of the norms over all layers."""
+    spectral: list[float] = []
+    for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        there = [stats for path, stats in measured.layers.items() if path.endswith(leaf)]
+        for pick in (
+            lambda s: float(np.exp(s["norm"]) * s["energy1"] ** 0.5), lambda s: float(np.exp(s["norm"])),
+            lambda s: s["energy1"], lambda s: s["entropy"], lambda s: s["kurtosis"],
+        ):  # fmt: skip
+            spectral.append(float(np.mean([pick(stats) for stats in there])) if there else 0.0)
+    return {"spectral": spectral, "norm_spread": float(np.std([np.exp(stats["norm"]) for stats in measured.layers.values()]))}
 
 
 def judge_pairs(lines: list[dict[str, Any]]) -> None:
