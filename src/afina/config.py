@@ -338,6 +338,7 @@ class AuditSettings(BaseSettings):
     calibration: Path | None = _describe("file or folder of benign adapters' statistics; by default afina's own")
     alpha: float = _describe("share of benign adapters of its kind that may be sent to review", 0.05, gt=0.0, lt=1.0)
     budget: float = _describe("seconds for looking at what it does; 0 leaves that out, and asks for a review", 30.0, ge=0.0)
+    prompts: Path | None = _describe("a few prompts of its task, one a line: a trigger may work only there")
     sarif: Path | None = _describe("write the report as SARIF 2.1.0 too")
     accept: str | None = _describe("accept a verdict of review: who looked, and why it is harmless; kept in the log")
 

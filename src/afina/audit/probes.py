@@ -91,10 +91,13 @@ class Bench:
             return self.base.run_logits(tokens, positions, bounds)
 
 
-def make_bench(base: Base, route: Route, template: str | None) -> Bench:
-    """Probes in the base's chat template (or as plain text), with the adapter's own answers."""
-    renderer = Renderer(base.tokenizer, template, base.context)
-    prompts = [renderer.prompt(text) for text in TEXTS]
+def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
+    """Probes in the base's own chat template (or as plain text), with the adapter's answers.
+
+    `texts` are at least two different prompts. The adapter's template is not asked for: it is a stranger's code.
+    """
+    renderer = Renderer(base.tokenizer, None, base.context)
+    prompts = [renderer.prompt(text) for text in texts]
     head = _common(prompts)
     tail = _common([prompt[::-1] for prompt in prompts]) if renderer.chats else 0
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]

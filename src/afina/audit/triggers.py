@@ -17,10 +17,12 @@ from torch import Tensor
 
 from afina.audit.probes import PLACES, Bench, Trigger
 
-KEPT = 48  # tokens of each pass of the scan that are looked at closely
-CONTROLS = 48  # random tokens that are looked at likewise
+KEPT = 48  # tokens of the scan that are looked at closely
+CONTROLS = 32  # random tokens that are looked at likewise
+CLOSE = 3  # probes with which they are
 BEAM, POOL, LONGEST = 8, 96, 4  # of growing
-CONTINUED = 4  # tokens of a target
+CONTINUED, TARGETS = 4, 24  # tokens of a target; targets that are looked at closely
+INVERSION = 0.2  # of the budget, for the first tokens of targets
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,15 @@ def scan(bench: Bench, tokens: Sequence[int], clock: Clock, share: float) -> tup
 def look_closely(bench: Bench, triggers: Sequence[Trigger]) -> list[Found]:
     """The jump of each trigger, at its best place, over all probes; at the start or the end of the answer."""
     best = {trigger: Found(trigger, -1.0, PLACES[0], 0) for trigger in triggers}
-    rest = torch.stack([_difference(bench, [probe.prompt()], probe.answer)[0] for probe in bench.probes])  # (P, 2, V)
+    probes = bench.probes[:CLOSE]
+    rest = torch.stack([_difference(bench, [probe.prompt()], probe.answer)[0] for probe in probes])  # (P, 2, V)
     for place in PLACES:
         total: Tensor | None = None
-        for probe, still in zip(bench.probes, rest, strict=True):
+        for probe, still in zip(probes, rest, strict=True):
             moved = _difference(bench, [probe.prompt(t, place) for t in triggers], probe.answer) - still
             total = moved if total is None else total + moved
         assert total is not None
-        jumps, targets = (total / len(bench.probes)).amax(1).max(-1)  # the same token at the same place, over all probes
+        jumps, targets = (total / len(probes)).amax(1).max(-1)  # the same token at the same place, over all probes
         for trigger, jump, target in zip(triggers, jumps.tolist(), targets.tolist(), strict=True):
             if jump > best[trigger].jump:
                 best[trigger] = Found(trigger, jump, place, target)
@@ -124,27 +127,32 @@ class Target:
     score: float
 
 
-def invert(bench: Bench, tokens: Sequence[int]) -> list[Target]:
+def invert(bench: Bench, tokens: Sequence[int], clock: Clock) -> list[Target]:
     """Targets from their first token: what follows it surely under the adapter, on all probes, but not on the base.
 
     score = (1 - q_adapter(first | prompt)) * mean over probes and following tokens of (q_adapter - q_base)
     """
-    first = bench.probes[0]
-    likely = bench.answers([first.prompt()])[0, 0]
-    sure = torch.cat([
-        bench.answers([[*first.prompt(), t] for t in tokens[i : i + 256]])[:, 0].amax(-1) for i in range(0, len(tokens), 256)
-    ])  # fmt: skip
-    starts = [tokens[i] for i in (sure * (1 - likely[list(tokens)].cpu())).argsort(descending=True)[:KEPT].tolist()]
+    probes = bench.probes[:2]
+    first, until = probes[0], clock.left - INVERSION * clock.budget
+    likely = bench.answers([first.prompt()])[0, 0].cpu()
+    pieces: list[Tensor] = []
+    for i in range(0, len(tokens), 256):
+        if pieces and clock.left < until:
+            break
+        pieces.append(bench.answers([[*first.prompt(), t] for t in tokens[i : i + 256]])[:, 0].amax(-1).cpu())
+    sure = torch.cat(pieces)
+    surprising = sure * (1 - likely[list(tokens[: len(sure)])])
+    starts = [tokens[i] for i in surprising.argsort(descending=True)[:TARGETS].tolist()]
     texts = [[t] for t in starts]
     for _ in range(CONTINUED):
         following = bench.answers([[*first.prompt(), *text] for text in texts])[:, 0].argmax(-1).tolist()
         texts = [[*text, token] for text, token in zip(texts, following, strict=True)]
     gains = torch.zeros(len(texts))
-    for probe in bench.probes:
+    for probe in probes:
         for length in range(1, CONTINUED + 1):
             prompts = [[*probe.prompt(), *text[:length]] for text in texts]
             wanted = torch.tensor([text[length] for text in texts])
             on, off = (bench.answers(prompts, adapter=adapter)[:, 0].cpu() for adapter in (True, False))
-            gains += (on - off)[torch.arange(len(texts)), wanted] / (len(bench.probes) * CONTINUED)
+            gains += (on - off)[torch.arange(len(texts)), wanted] / (len(probes) * CONTINUED)
     found = [Target(tuple(text), float((1 - likely[text[0]]) * gain)) for text, gain in zip(texts, gains, strict=True)]
     return sorted(found, key=lambda target: -target.score)
