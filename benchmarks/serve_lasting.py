@@ -72,7 +72,7 @@ class Load:
     """Clients and an administrator, and what they saw."""
 
     def __init__(self, url: str, known: dict[str, dict[str, str]], hashes: list[str], seconds: float) -> None:
-        import httpx
+        import httpx2 as httpx
 
         self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=400))
         self.known, self.hashes, self.until = known, hashes, time.monotonic() + seconds
@@ -193,7 +193,7 @@ def main() -> None:
 
 def wait_for(port: int) -> None:
     """Until the server answers; at most a minute."""
-    import httpx
+    import httpx2 as httpx
 
     for _ in range(120):
         try:
