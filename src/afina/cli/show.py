@@ -17,8 +17,8 @@ def show(verb: str, result: dict[str, Any]) -> None:
     from afina.cli.show_audit import show_audit, show_origin
 
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "prefer": _preferred,
-     "merge": _merge, "export": _export, "demo": _demo, "combine": _combine, "extract": _extract, "show": _about, "audit": show_audit,
-     "sign": show_origin, "verify": show_origin, "revoke": show_origin,
+     "merge": _merge, "export": _export, "demo": _demo, "combine": _combine, "extract": _extract,
+     "show": _about, "audit": show_audit, "sign": show_origin, "verify": show_origin, "revoke": show_origin,
      "serve": _nothing, "bench-serve": _load}[verb](result)  # fmt: skip
 
 
