@@ -13,9 +13,10 @@ import text as source
 
 from afina.base.load import EMBEDDED_FOLDER, load_base
 from afina.data.formats import read_table
+from afina.data.general import GENERAL
 from afina.data.template import Renderer
-from afina.engine.generate import Sampling, answer
-from afina.judge.losses import GENERAL
+from afina.engine.generate import answer
+from afina.engine.request import Sampling
 from afina.objective.language import make_examples, mean_loss
 
 CARD = """---

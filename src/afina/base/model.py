@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,11 @@ class Base(Frozen):
     def context(self) -> int:
         """Longest sequence that the model was made for, in tokens."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks (layers of the decoder) there are."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def vocabulary(self) -> int:
@@ -111,6 +117,18 @@ class Base(Frozen):
                 cache.advance(bounds)
             return states
         return self._one_by_one(lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state, tokens, bounds)
+
+    def states(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], layers: Sequence[int]) -> Tensor:
+        """Hidden states (T, layers, d) of a flat run, after these blocks; 0 stands for the embedding."""
+        decoder = self.model.base_model
+
+        def run(ids: Tensor, **flat: Any) -> Tensor:
+            states = decoder(input_ids=ids, use_cache=False, output_hidden_states=True, **flat).hidden_states
+            return torch.stack([states[layer] for layer in layers], -2)
+
+        if self.flat:
+            return run(tokens[None], position_ids=positions[None], flat=Flat(bounds))[0]
+        return self._one_by_one(run, tokens, bounds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) in float32 of hidden states (n, d)."""

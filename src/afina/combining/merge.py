@@ -20,6 +20,7 @@ from afina.base.model import Base
 from afina.base.nf4 import quantize_model, show, write_out
 from afina.base.nf4_files import write_nf4
 from afina.config import MergeSettings, make_settings
+from afina.data.general import GENERAL
 from afina.delta.attach import Adapter, detach, frozen_module
 from afina.delta.composition import identity
 from afina.delta.files import adapter_folder, read_story
@@ -27,7 +28,7 @@ from afina.delta.layers import Loose, as_matrix, as_stored
 from afina.delta.opening import open_run
 from afina.disk import new_folder, write_json
 from afina.errors import MergeError, SettingsError
-from afina.judge.losses import GENERAL, general_examples
+from afina.judge.losses import general_examples
 from afina.route.invocation import Route
 from afina.segments import BASE, Segments
 

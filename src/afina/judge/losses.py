@@ -5,11 +5,11 @@ from pathlib import Path
 
 from afina.base.model import Base
 from afina.data.formats import read_table
+from afina.data.general import GENERAL
 from afina.data.template import Example, Renderer
 from afina.objective.language import make_examples, mean_loss
 from afina.route.invocation import Route
 
-GENERAL = Path(__file__).parent / "general.txt"
 GENERAL_TOKENS = 8192  # enough for a standard error of about 0.03 nats on the built-in text
 BATCH_TOKENS = 2048
 

@@ -6,7 +6,7 @@ RUN/metrics.jsonl     a line a step
 RUN/held_out.jsonl    the rows kept for judging
 RUN/reference.json    dpo and kto: what the policy is compared with
 RUN/checkpoint/       the state from which --resume goes on
-RUN/adapter/          the best adapter, in PEFT's files
+RUN/adapter/          the best adapter, in PEFT's files, and what its prompts look like to the base
 RUN/run.json          data, base, environment, figures, verdict
 RUN/curve.png, RUN/README.md
 """
@@ -22,17 +22,20 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from torch import Tensor
 
 import afina
 from afina.base.classifier import Classifier
 from afina.base.model import Base
 from afina.base.sharded import shard
 from afina.config import TrainSettings, make_settings, resolved
+from afina.data.template import Renderer
 from afina.delta.attach import detach
 from afina.delta.contract import method
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
 from afina.delta.presets import preset
 from afina.disk import rescue, write_json, write_text
+from afina.engine.profile import BaseEmbedding, Frame, make_profile, write_profile
 from afina.errors import SettingsError, TrainingError
 from afina.judge.change import measure
 from afina.judge.classes import classify_held_out
@@ -41,6 +44,7 @@ from afina.judge.preferences import HELD_OUT, judge_preferences
 from afina.judge.verdict import Losses, verdict
 from afina.objective.choices import ChoiceTask, PreferenceTask
 from afina.objective.classify import ClassifyTask
+from afina.objective.language import LanguageTask
 from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
@@ -55,6 +59,7 @@ from afina.training.setup import Setup, default_out, set_up
 
 # how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
 Choose = Callable[[Sequence[Setup]], tuple[str | int, str | None]]
+BEGINNING = 64  # tokens of a text without a question that stand for it in the profile
 
 
 @dataclass(frozen=True)
@@ -254,8 +259,11 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         story["verdict"] += found.pop("verdict")
         story |= {"preferences": found | {"start": setup.prepared.start}}
     detach(setup.prepared.base.model, best)
+    profile, key = _profile(setup)  # in every process: the base may be spread over them
     if loop.world.first:
         _write(folder, story, losses)
+        if profile is not None:
+            write_profile(folder / "adapter", profile, key)
     loop.world.wait()
     return story
 
@@ -267,6 +275,19 @@ def _write(folder: Path, story: dict[str, Any], losses: Losses) -> None:
     card = model_card(story)
     write_text(folder / "adapter" / "README.md", card)
     write_text(folder / "README.md", card)
+
+
+def _profile(setup: Setup) -> tuple[Tensor | None, str]:
+    """What the adapter's own prompts (or the beginnings of its texts) look like to the base, and what made that.
+
+    Nothing where it is not wanted, or where there are no prompts: classifiers and encoders answer no queries.
+    """
+    base, task = setup.prepared.base, setup.prepared.task
+    if not setup.settings.profile or not isinstance(base, Base) or not isinstance(task, LanguageTask):
+        return None, ""
+    frame, embedding = Frame.of(Renderer(base.tokenizer, setup.settings.template, base.context)), BaseEmbedding(base)
+    prompts = [frame.question(e.tokens[: e.prompt_tokens] or e.tokens[:BEGINNING]) for e in task.train]
+    return make_profile(embedding, prompts), embedding.key
 
 
 def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
