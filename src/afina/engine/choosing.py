@@ -15,7 +15,7 @@ from torch import Tensor
 
 from afina.base.model import Base
 from afina.data.general import GENERAL
-from afina.engine.profile import BaseEmbedding, Embedding
+from afina.engine.profile import BaseEmbedding, Embedding, Frame
 from afina.errors import AdapterError
 
 THRESHOLD = 0.35  # cosine under which the base answers; benchmarks/routing.py has what it lets through and what not
@@ -37,13 +37,15 @@ class Choice:
 class Choosing:
     """Knows the profiles of adapters by name, and chooses among them. Not safe to change from several threads at once.
 
-    `embedding` makes vectors of prompts; by default the base itself does.
+    `frame` is what the chat template writes around a question; `embedding` makes vectors of prompts, by default the
+    base itself does.
     """
 
     def __init__(
-        self, base: Base, threshold: float = THRESHOLD, margin: float = MARGIN, embedding: Embedding | None = None
-    ) -> None:
-        self.threshold, self.margin = threshold, margin
+        self, base: Base, frame: Frame = Frame(), threshold: float = THRESHOLD, margin: float = MARGIN,
+        embedding: Embedding | None = None,
+    ) -> None:  # fmt: skip
+        self.threshold, self.margin, self._frame = threshold, margin, frame
         self.embedding = embedding or BaseEmbedding(base)
         self._set_general(self.embedding(_general(base)))
         self._points: dict[str, Tensor] = {}  # name -> (k, r), white as general text
@@ -66,19 +68,25 @@ class Choosing:
         if self._points.pop(name, None) is not None:
             self._table = None
 
-    def choose(self, query: Sequence[int] | Tensor, resident: Collection[str] = ()) -> Choice:
-        """The adapter for a query: its tokens, or its vectors (parts, d). A resident one is taken when it is close."""
-        if not self._points:
-            return Choice(None, 0.0, "no adapter is known by a profile: the base answers")
-        vectors = query if isinstance(query, Tensor) else self.embedding([query])[0]
+    def choose(
+        self, query: Sequence[int] | Tensor, resident: Collection[str] = (), among: Collection[str] | None = None
+    ) -> Choice:
+        """The adapter for a query: a prompt's tokens, or its vectors (parts, d). A resident one is taken when it is close.
+
+        Only adapters `among` these (None: all) are looked at and spoken of: others may be somebody's own.
+        """
         names, points, owners = self._table or self._tabulate()
+        open_to = [row for row, name in enumerate(names) if among is None or name in among]
+        if not open_to:
+            return Choice(None, 0.0, "no adapter is known by a profile: the base answers")
+        vectors = query if isinstance(query, Tensor) else self.embedding([self._frame.question(query)])[0]
         white = torch.nn.functional.normalize(self._white(vectors[None]) @ self._within, dim=-1)[0]
         scores = torch.full((len(names),), -1.0).scatter_reduce(0, owners, points @ white, "amax").tolist()
-        best = max(range(len(names)), key=scores.__getitem__)
+        best = max(open_to, key=scores.__getitem__)
         score, why = scores[best], f"closest to the prompts that {names[best]!r} learned from"
         if score < self.threshold:
             return Choice(None, score, f"{names[best]!r} is closest, but under {self.threshold:g}: the base answers")
-        here = [row for row, name in enumerate(names) if name in resident] if names[best] not in resident else []
+        here = [row for row in open_to if names[row] in resident] if names[best] not in resident else []
         near = max(here, key=scores.__getitem__, default=best)
         if near != best and scores[near] >= max(score - self.margin, self.threshold):
             why = f"resident, and as close as {names[best]!r} ({score:.2f}) but for {score - scores[near]:.3f}"
@@ -105,8 +113,9 @@ class Choosing:
         names = list(self._points)
         if not self._fitted <= len(names) <= GROWTH * self._fitted:
             self._fit_within()
-        points = torch.nn.functional.normalize(torch.cat(list(self._points.values())) @ self._within, dim=-1)
-        owners = torch.arange(len(names)).repeat_interleave(torch.tensor([len(p) for p in self._points.values()]))
+        points = torch.cat([self._within.new_zeros(0, len(self._within)), *self._points.values()])
+        points = torch.nn.functional.normalize(points @ self._within, dim=-1)
+        owners = torch.arange(len(names)).repeat_interleave(torch.tensor([len(p) for p in self._points.values()], dtype=torch.int64))
         self._table = names, points, owners
         return self._table
 

@@ -192,7 +192,7 @@ def _identity(setup: Setup) -> dict[str, Any]:
 
     Files may lie elsewhere by then: data and base are known by their content. Checkpointing changes no number.
     """
-    elsewhere = ("resume", "out", "data", "base", "device", "checkpointing")
+    elsewhere = ("resume", "out", "data", "base", "device", "checkpointing", "profile")
     return {
         "settings": {k: v for k, v in resolved(setup.settings).items() if k not in elsewhere},
         "data": setup.prepared.source["sha256"],
@@ -283,10 +283,11 @@ def _profile(setup: Setup) -> tuple[Tensor | None, str]:
     Nothing where it is not wanted, or where there are no prompts: classifiers and encoders answer no queries.
     """
     base, task = setup.prepared.base, setup.prepared.task
-    if not setup.settings.profile or not isinstance(base, Base) or not isinstance(task, LanguageTask):
+    if not setup.settings.profile or not isinstance(base, Base) or not isinstance(task, LanguageTask | PreferenceTask):
         return None, ""
+    rows = task.train if isinstance(task, LanguageTask) else [e for row in task.train if (e := row.good or row.bad)]
     frame, embedding = Frame.of(Renderer(base.tokenizer, setup.settings.template, base.context)), BaseEmbedding(base)
-    prompts = [frame.question(e.tokens[: e.prompt_tokens] or e.tokens[:BEGINNING]) for e in task.train]
+    prompts = [frame.question(e.tokens[: e.prompt_tokens] or e.tokens[:BEGINNING]) for e in rows]
     return make_profile(embedding, prompts), embedding.key
 
 
