@@ -5,6 +5,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 
@@ -81,7 +84,7 @@ def test_what_stands_between_backticks_is_the_same() -> None:
     assert english ^ spanish == {"Correct: the dogs runs in the park", "Corrige: los perros corre en el parque"}
 
 
-@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "docs/serving.md"])
 def test_links_lead_somewhere(name: str) -> None:
     titles = re.findall(r"^#+ (.+)$", prose(name), re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -146,19 +149,47 @@ def make_pictures(folder: Path) -> None:
     ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder / "vit")
 
 
+@contextmanager
+def served(line: str, environment: dict[str, str], key: Path) -> Iterator[None]:
+    """A command that serves until it is stopped, run while the block is; its port is the one that README names."""
+    server = subprocess.Popen(shlex.split(line), env=environment, stderr=subprocess.PIPE)
+    try:
+        assert server.stderr is not None
+        told = b""
+        while b"Uvicorn running" not in told:
+            line_told = server.stderr.readline()
+            assert line_told, told.decode()
+            told += line_told
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        assert key.is_file()
+        yield
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # two dozen processes, each of which loads torch
-def test_the_reader_who_types_everything(workplace: Path) -> None:
+def test_the_reader_who_types_everything(workplace: Path, request: pytest.FixtureRequest) -> None:
     """All commands but the demo (which has a test of its own), in order, in an empty folder; then the Python block."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     make_pictures(workplace)
     script = [line.replace(VISION, "vit") for line in commands() if "demo" not in line]
     assert len(script) > 8
+    servers = ExitStack()
+    request.addfinalizer(servers.close)
     for line in script:
+        if line.startswith("afina serve"):
+            servers.enter_context(served(line, environment, workplace / "runs" / "serve" / "admin.key"))
+            continue
         done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    (block,) = blocks("README.md", "python")
+    client, block = blocks("README.md", "python")
+    done = subprocess.run([sys.executable, "-c", client], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "please" in done.stdout
+    servers.close()
     done = subprocess.run([sys.executable, "-c", block], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     section = prose("README.md").partition("## The run folder")[2].partition("\n## ")[0]

@@ -84,13 +84,14 @@ def _plan(result: dict[str, Any]) -> None:
 
 def _load(result: dict[str, Any]) -> None:
     """A server under load: a line for each rate."""
-    table = Table(title=f"{result['url']}, {counted(result['models'], 'model')}", title_justify="left")
-    for name in ("requests a second", "sent", "failed", "first text 50%", "95%", "99%", "whole 50%", "95%", "99%"):
+    title = f"{result['url']}, {counted(result['models'], 'model')}; seconds to the first text and to the last"
+    table = Table(title=title, title_justify="left")
+    for name in ("rate", "sent", "failed", "first 50%", "95%", "99%", "last 50%", "95%", "99%"):
         table.add_column(name, justify="right")
     for run in result["runs"]:
         waits = [run[f"{what}_p{share}"] for what in ("first", "whole") for share in (50, 95, 99)]
         counts = [f"{run['rate']:g}", f"{run['requests']:,}", f"{run['failed']:,}"]
-        table.add_row(*counts, *("-" if wait is None else f"{wait:.3f} s" for wait in waits))
+        table.add_row(*counts, *("-" if wait is None else f"{wait:.3f}" for wait in waits))
     console.print(table)
     for run in result["runs"]:
         for error in run["errors"]:

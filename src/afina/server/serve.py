@@ -92,18 +92,32 @@ def _fill(state: State) -> None:
         except AfinaError as error:  # its files are gone or changed: the others answer all the same
             LOG.error("an adapter cannot be loaded", extra={"adapter": row.name, "why": str(error)})
     for root in state.settings.adapters:
-        found = [folder for folder in (root, *sorted(root.expanduser().glob("*"))) if _holds_adapter(folder)]
-        if not found:
+        if _holds_adapter(root):
+            _place(state, root)
+        elif not sum([_fits(state, folder) for folder in sorted(root.expanduser().glob("*")) if _holds_adapter(folder)]):
             raise SettingsError(
-                "no adapter in this folder", where=str(root), hint="--adapters FOLDER_OF_RUNS, or a run's folder"
+                "no adapter of this base in the folder", where=str(root), hint="--adapters FOLDER_OF_RUNS, or a run"
             )
-        for folder in found:
-            name = folder.resolve().name
-            if not NAME.fullmatch(name):
-                raise SettingsError(f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder")
-            if shelf.find(name) is None:
-                check_admitted(state.settings.admit, folder)
-                shelf.add(name, folder)
+
+
+def _place(state: State, folder: Path) -> None:
+    """Serve one adapter under the name of its folder, unless that name is taken from before."""
+    name = folder.resolve().name
+    if not NAME.fullmatch(name):
+        raise SettingsError(f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder")
+    if state.engine.shelf.find(name) is None:
+        check_admitted(state.settings.admit, folder)
+        state.engine.shelf.add(name, folder)
+
+
+def _fits(state: State, folder: Path) -> bool:
+    """Serve one of a folder's adapters; one that is for another base, or damaged, is left out, and said."""
+    try:
+        _place(state, folder)
+    except AfinaError as error:
+        LOG.warning("not served", extra={"adapter": folder.name, "why": str(error)})
+        return False
+    return True
 
 
 def _holds_adapter(folder: Path) -> bool:
