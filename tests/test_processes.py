@@ -123,7 +123,7 @@ def test_parts_of_preferences_add_up(tiny: Path, tmp_path: Path, objective: str,
 def test_blocks_are_the_outermost_members_of_lists(tiny: Path) -> None:
     assert len(blocks(load_base(str(tiny)).model)) == 4
     nested = nn.Sequential(nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})]))
-    assert blocks(nested) == [nested[0][0]]  # type: ignore[index]
+    assert blocks(nested) == {"0.0": nested[0][0]}  # type: ignore[index]
 
 
 def test_full_fine_tuning_is_not_sharded(tiny: Path, chats: Path, tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ from afina.base.sharded import blocks, shard
 from afina.training.distributed import world
 world()
 base = load_base(sys.argv[1], storage=sys.argv[2])
-held = lambda: sum(getattr(p, "_local_tensor", p).nbytes for b in blocks(base.model) for p in b.parameters())
+held = lambda: sum(getattr(p, "_local_tensor", p).nbytes for b in blocks(base.model).values() for p in b.parameters())
 before = held()
-shard(base, [])
+shard(base, [], base.device, 2)
 print(before, held(), flush=True)
 """
 
@@ -282,6 +282,6 @@ def test_an_error_in_one_process_ends_all(tiny: Path, chats: Path, general: Path
 
 def test_settings_know_where_each_process_computes() -> None:
     told = TrainSettings(data=Path("x"), device="sharded")
-    assert (told.sharded, told.place) == (True, "auto")
+    assert (told.sharded, told.place) == (True, "cpu")
     told = TrainSettings(data=Path("x"), device="cpu")
     assert (told.sharded, told.place) == (False, "cpu")

@@ -105,8 +105,8 @@ class TrainSettings(BaseSettings):
 
     @property
     def place(self) -> str:
-        """The device that each process computes on."""
-        return "auto" if self.sharded else self.device
+        """The device that a base is loaded to: one that will be split goes to its devices a block at a time."""
+        return "cpu" if self.sharded else self.device
 
     @field_validator("targets")
     @classmethod

@@ -9,8 +9,9 @@ so do adapters. PyTorch's `fully_shard` does the work.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 
-import torch.distributed as dist
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,25 +20,31 @@ from afina.base.frozen import Frozen
 from afina.errors import BaseError
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The members of the model's lists of modules, without those within another."""
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The members of the model's lists of modules by path, without those within another."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
         within = any(path.startswith(f"{block}.") for block in found)
         if name.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList) and not within:
             found[path] = module
-    return list(found.values())
+    return found
 
 
-def shard(base: Frozen, kept: Iterable[nn.Parameter]) -> None:
-    """Split the blocks of `base` over all processes, which must all call this; `kept`, adapters' parameters, stay whole.
+def shard(base: Frozen, kept: Iterable[nn.Parameter], device: torch.device, processes: int) -> None:
+    """Move `base` to `device`, its blocks split over all processes, which must all call this.
 
-    Raises `BaseError` where the model is no sequence of blocks.
+    `kept`, adapters' parameters, stay whole. No more than one block of it is ever whole on the device. Raises `BaseError`
+    where the model is no sequence of blocks.
     """
-    found, whole = blocks(base.model), set(kept)
+    found, adapters = blocks(base.model), set(kept)
     if not found:
         raise BaseError("this model has no blocks to split", where=base.name, hint="--device auto")
-    mesh = init_device_mesh(base.device.type, (dist.get_world_size(),))
-    for block in found:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    mesh = init_device_mesh(device.type, (processes,)) if processes > 1 else None
+    for block in found.values():
+        block.to(device)
+        if mesh is not None:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+    for path, tensor in chain(base.model.named_parameters(), base.model.named_buffers()):
+        if not any(path.startswith(f"{block}.") for block in found):
+            tensor.data = tensor.data.to(device)

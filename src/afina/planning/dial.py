@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from afina.base.classifier import Classifier
-from afina.base.model import Base
 from afina.config import TrainSettings
 from afina.errors import TrainingError
 from afina.objective.language import LanguageTask
@@ -25,9 +24,8 @@ from afina.training.setup import Setup
 
 def choose(setups: Sequence[Setup]) -> tuple[str | int, str | None]:
     """The dial of runs that share a base and its passes, and why."""
-    bases = [setup.prepared.base for setup in setups]
-    if not all(isinstance(base, Base) for base in bases):
-        return "off", "memory is predicted for language models so far"
+    if not all(isinstance(setup.prepared.task, LanguageTask) for setup in setups):
+        return "off", "memory is predicted for next-token learning so far"
     settings = setups[0].settings
     place = find_place(settings, measure=False)
     shape, storage = read_shape(settings, place.device), setups[0].prepared.base.storage  # type: ignore[attr-defined]

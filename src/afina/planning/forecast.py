@@ -60,7 +60,7 @@ def find_place(settings: TrainSettings, anew: bool = False, measure: bool = True
 
     Without `measure` nothing is measured: rates are those of an earlier plan, if there was one.
     """
-    device = choose_device("auto").type if settings.place == "auto" else settings.place
+    device = choose_device("auto").type if settings.device in ("auto", "sharded") else settings.device
     if device == "cuda" and not torch.cuda.is_available():
         return Place(device, None, None)
     rates = (rates_of(device, anew) if measure else known_rates(device)) if device in ("cpu", "cuda") else None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import afina
 from afina.base.classifier import Classifier
+from afina.base.load import choose_device
 from afina.base.model import Base
 from afina.base.sharded import shard
 from afina.config import TrainSettings, make_settings, resolved
@@ -140,6 +141,9 @@ def _train_group(
             assert base is None or isinstance(base, Base | Classifier)
             setups.append(set_up(settings, base, f"run-{number}"))
     _turn_dial(setups, choose, all_of_us)
+    if runs[0].sharded:
+        learned = [parameter for setup in setups for parameter in setup.adapter.parameters()]
+        shard(setups[0].prepared.base, learned, choose_device("auto"), all_of_us.size)
     with all_of_us.in_turn():
         display = Silent() if quiet or not all_of_us.first else Display(setups)
         for number, (setup, folder) in enumerate(zip(setups, folders, strict=True)):
@@ -149,13 +153,11 @@ def _train_group(
                 loop.resume()
             elif all_of_us.first:
                 _begin(setup, folder)
-            if isinstance(setup.prepared.task, PreferenceTask):
-                setup.prepared.task.settle(folder)
             loops.append(loop)
-    if runs[0].sharded and all_of_us.size > 1:
-        shard(setups[0].prepared.base, [p for setup in setups for p in setup.adapter.parameters()])
     with display:
         for loop in loops:
+            if isinstance(task := loop.setup.prepared.task, PreferenceTask):
+                task.settle(loop.run)
             if not loop.progress.before:
                 loop.progress.before = _losses(loop.setup, loop.setup.prepared.before)
                 loop.save()
