@@ -15,7 +15,9 @@ from afina.base.load import load_base
 from afina.data.template import Renderer
 from afina.delta.files import load_adapter
 from afina.engine.generate import Sampling, answer, generate_tokens
+from afina.engine.profile import BaseEmbedding, make_profile, write_profile
 from afina.route.invocation import Route
+from conftest import WORDS
 from live import Live, live, make_adapters
 
 ASK: list[Any] = [{"role": "system", "content": "night"}, {"role": "user", "content": "say the sol and the luna"}]
@@ -314,20 +316,27 @@ def test_the_stock_client_of_azure(server: Live, client: openai.OpenAI) -> None:
 # ---- auto
 
 
-def test_auto_says_whom_it_chose_and_why(server: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Choice:
-        name, score, why = "two", 0.75, "the nearest example is 'say the mar'"
-
-    class Choosing:
-        def choose(self, tokens: Any, names: Any) -> Choice:
-            assert len(tokens) > 3 and set(names) == {"one", "two"}
-            return Choice()
-
-    with pytest.raises(openai.BadRequestError, match="does not choose"):
-        greedy(client, "auto")
-    monkeypatch.setattr(server.state, "choosing", Choosing())
-    raw = client.chat.completions.with_raw_response.create(model="auto", messages=ASK, temperature=0, max_completion_tokens=12)
-    assert raw.headers["x-afina-adapter"] == "two" and float(raw.headers["x-afina-score"]) == 0.75
+def test_auto_says_whom_it_chose_and_why(server: Live, client: openai.OpenAI) -> None:
+    state = server.state
+    embedding = BaseEmbedding(state.base)
+    asked = {"one": "the mar {} and the pan by the road at night {}", "two": "say {} again, say {}"}
+    for name, form in asked.items():
+        entry = state.engine.shelf.find(name)
+        assert entry is not None
+        prompts = [state.base.tokenizer(form.format(a, b))["input_ids"] for a in WORDS for b in WORDS]
+        points = make_profile(embedding, prompts)
+        assert points is not None
+        write_profile(Path(entry.folder), points, embedding.key)
+    question = [{"role": "user", "content": "say tree again, say sol"}]
+    raw = client.chat.completions.with_raw_response.create(
+        model="auto", messages=question, temperature=0, max_completion_tokens=12  # type: ignore[arg-type]
+    )
+    assert raw.headers["x-afina-adapter"] == "two" and float(raw.headers["x-afina-score"]) > 0.35
     got = raw.parse()
-    assert got.model == "two" and got.afina["why"] == Choice.why  # type: ignore[attr-defined]
-    assert got.choices[0].message.content == greedy(client, "two").choices[0].message.content
+    assert got.model == "two" and "closest" in got.afina["why"]  # type: ignore[attr-defined]
+    alone = client.chat.completions.create(model="two", messages=question, temperature=0, max_completion_tokens=12)  # type: ignore[arg-type]
+    assert got.choices[0].message.content == alone.choices[0].message.content
+    state.engine.shelf.rename("two", "three")
+    raw = client.chat.completions.with_raw_response.create(model="auto", messages=question, max_completion_tokens=2)  # type: ignore[arg-type]
+    assert raw.headers["x-afina-adapter"] == "three"
+    state.engine.shelf.rename("three", "two")

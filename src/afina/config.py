@@ -290,6 +290,8 @@ class ServeSettings(BaseSettings):
     adapters: list[Path] = _describe("folders of runs or adapters: each is served under its name, more may be loaded later", [])
     admit: Literal["any", "audited"] = _describe("audited: of these, only what `afina audit` has let through", "any")
     storage: Literal["plain", "nf4"] = _describe("plain: the base in 16 or 32 bits a weight; nf4: in 4 bits", "plain")
+    memory: float = _describe("GB for keys, values and adapters, besides the base", 1.0, gt=0.0)
+    merge: bool = _describe("take an adapter that has nearly all requests into a second copy of the weights", False)
     template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
     state: Path = _describe("folder of uploaded files, jobs and their adapters", Path("runs/serve"))
     database: str | None = _describe("URL of the tables; by default SQLite in the state folder, or postgresql://...")

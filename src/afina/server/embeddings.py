@@ -27,7 +27,8 @@ async def embed(asked: EmbeddingAsked, request: Request) -> Response:
     if longest := max((len(tokens) for tokens in prompts if len(tokens) > state.base.context), default=0):
         message = f"an input has {longest:,} tokens; the base reads {state.base.context:,}"
         raise Refusal(400, message, "input", "context_length_exceeded")
-    chosen = state.choose(caller, model_of(request, asked.model), prompts[0])
+    model = model_of(request, asked.model)
+    chosen = await state.tokens(lambda: state.choose(caller, model, prompts[0]))
     used = sum(map(len, prompts))
     log |= {"user": asked.user, "model": chosen.label, "prompt_tokens": used}
     with state.limits.running(caller):

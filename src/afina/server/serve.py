@@ -7,13 +7,15 @@ from typing import IO, Any
 import uvicorn
 
 from afina.base.load import load_base
+from afina.base.model import Base
 from afina.combining.merge import check_admitted
 from afina.config import ServeSettings, make_settings
 from afina.data.template import Renderer
 from afina.delta.files import CONFIG
-from afina.engine.serving import Engine
+from afina.engine.serving import Engine, EngineSettings
 from afina.errors import AfinaError, SettingsError
 from afina.server.app import make_app
+from afina.server.choosing import Chooses
 from afina.server.keys import Keys
 from afina.server.limits import Limits
 from afina.server.logs import LOG, set_up_logs
@@ -54,23 +56,32 @@ def build(settings: ServeSettings) -> State:
     base = load_base(
         settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, settings.storage
     )
-    engine = Engine(base)
+    engine = Engine(base, engine_settings(settings, base))
     name = served_name(settings.base)
     settings.state.mkdir(parents=True, exist_ok=True)
     store = Store(settings.database or f"sqlite:///{(settings.state / 'state.db').resolve()}")
     state = State(
         settings=settings,
         engine=engine,
-        renderer=Renderer(base.tokenizer, settings.template, base.context),
+        renderer=(renderer := Renderer(base.tokenizer, settings.template, base.context)),
         store=store,
         keys=Keys(settings),
         limits=Limits(settings.key_requests, settings.key_tokens),
         metrics=Metrics(engine, name),
         worker=Worker(settings, store),
+        choosing=Chooses(base, renderer, engine.shelf),
     )
     _fill(state)
     engine.start()
     return state
+
+
+def engine_settings(settings: ServeSettings, base: Base) -> EngineSettings:
+    """How much the engine takes. What adapters need of the host's memory before a GPU's is a quarter as much."""
+    size = round(settings.memory * 1e9)
+    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    host = 0 if base.device.type == "cpu" else size // 4
+    return EngineSettings(memory=size, host_memory=host, merged_memory=4 * weights if settings.merge else 0)
 
 
 def close(state: State) -> None:

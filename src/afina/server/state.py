@@ -15,6 +15,7 @@ from afina.config import EMBEDDED, ServeSettings
 from afina.data.template import Renderer
 from afina.engine.request import Entry, Part
 from afina.errors import DataError
+from afina.server.choosing import Chooses
 from afina.server.keys import Caller, Keys
 from afina.server.limits import Limits
 from afina.server.metrics import Metrics
@@ -57,7 +58,7 @@ class State:
     limits: Limits
     metrics: Metrics
     worker: "Worker"
-    choosing: Any = None
+    choosing: Chooses
     ready: bool = True
     inherited: tuple[int, ...] = ()  # what a job's process holds open: the lock on the state folder
     pen: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokens"))
@@ -122,9 +123,7 @@ class State:
         return entry, value
 
     def _by_query(self, caller: Caller, prompt: Sequence[int]) -> Chosen:
-        if self.choosing is None:
-            raise Refusal(400, "this server does not choose by the query; name a model", "model")
-        choice = self.choosing.choose(prompt, {entry.name for entry in self.entries(caller)})
+        choice = self.choosing.choose(prompt, self.entries(caller))
         told = {"adapter": choice.name, "score": choice.score, "why": choice.why}
         entry = self.entry(caller, choice.name) if choice.name is not None else None
         if entry is None:
