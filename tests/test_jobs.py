@@ -140,6 +140,7 @@ def test_from_rows_to_answers_of_the_tuned_model(server: Live, alice: openai.Ope
         alice.chat.completions.create(model=done.fine_tuned_model, messages=ask)
 
 
+@pytest.mark.slow
 def test_a_job_that_learns_from_pairs(server: Live, alice: openai.OpenAI, tmp_path: Path) -> None:
     def said(text: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": text}]
@@ -161,6 +162,7 @@ def test_a_job_that_learns_from_pairs(server: Live, alice: openai.OpenAI, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_pause_goes_on_where_it_was_and_cancel_ends(server: Live, alice: openai.OpenAI, chats: Path) -> None:
     base = server.state.base_name
     job = start(alice, chats, base, afina={"steps": 400, "check_every": 5})

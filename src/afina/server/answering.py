@@ -44,7 +44,7 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._running: dict[int, Ticket] = {}
-        self._began, self._closed, self._late, self._stack = time.perf_counter(), False, False, ExitStack()
+        self._began, self._closed, self._asked, self._stack = time.perf_counter(), False, 0, ExitStack()
 
     @classmethod
     async def begin(
@@ -53,7 +53,7 @@ class Answers:
         """Queue all of them, or none; raises `Refusal`."""
         answers = cls(state, caller, chosen, requests, log)
         answers._stack.enter_context(state.limits.running(caller))
-        submitted = asyncio.get_running_loop().run_in_executor(None, answers._submit)  # a grammar may take a while
+        submitted = answers._loop.run_in_executor(None, answers._submit)  # a grammar may take a while
         try:
             await asyncio.shield(submitted)
         except AfinaError as error:
@@ -71,6 +71,7 @@ class Answers:
 
     def _submit(self) -> None:
         for number, request in enumerate(self.requests):
+            self._asked += len(request.prompt)
             self._running[number] = self.state.engine.submit(request, self._listener(number))
 
     def _listener(self, number: int) -> Callable[[Event], None]:
@@ -127,7 +128,7 @@ class Answers:
         for ticket in self._running.values():
             self.state.engine.cancel(ticket)
         self._stack.close()
-        metrics, read = self.state.metrics, sum(len(request.prompt) for request in self.requests)
+        metrics, read = self.state.metrics, self._asked
         wrote, cached = (sum(n) for n in zip(*((len(w.tokens), w.cached) for w in self.written), strict=True))
         for name in metrics.models(self.chosen.names):
             metrics.read.labels(name).inc(read)

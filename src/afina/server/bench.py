@@ -98,15 +98,15 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name, title in zip(figure.subplots(1, 2), ("first", "whole"), ("first text", "whole answer"), strict=True):
-        for share, colour in ((50, "tab:blue"), (95, "tab:orange"), (99, "tab:red")):
+        for share, style in ((50, "o-"), (95, "s--"), (99, "^:")):
             seen = [(run["rate"], run[f"{name}_p{share}"]) for run in runs if run[f"{name}_p{share}"] is not None]
-            axes.plot([x for x, _ in seen], [y for _, y in seen], "o-", color=colour, label=f"{share}%")
+            axes.plot([x for x, _ in seen], [y for _, y in seen], style, label=f"{share}%")
         axes.set_title(f"time to the {title}")
         axes.set_xlabel("requests a second")
         axes.set_ylabel("seconds")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, title="as fast or faster")
+        axes.legend(frameon=False, title="of the requests within")
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120)

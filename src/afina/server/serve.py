@@ -1,5 +1,6 @@
 """`afina serve`: settings into base, engine, tables, worker and application; then uvicorn, until it is told to stop."""
 
+import signal
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +44,8 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any
     state.worker.start(state)
     count = len(state.engine.shelf.entries())
     LOG.info("serving", extra={"base": state.base_name, "host": settings.host, "port": settings.port, "adapters": count})
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops at these, and sends them once more when it has
+        signal.signal(number, lambda *_: None)
     try:
         uvicorn.Server(config).run()
     finally:
