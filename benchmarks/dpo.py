@@ -1,0 +1,176 @@
+"""DPO with an adapter beside full fine-tuning with two copies: memory and time. `python benchmarks/dpo.py`
+
+A random Llama of 215M (12 x 1024) in bf16, pairs of 2 x 256 tokens of which half are answers, adapters of rank 64 on all linear
+layers. Each side is a process of its own; its peak is VmHWM. What the reference costs is a difference of two sides: DPO from a
+new adapter against SimPO, which has no reference; DPO that goes on from an adapter, and so holds a frozen copy of it, against
+DPO from a new one. Times are of the same tokens, DPO against SFT.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import PEERS, interleave, median, peak_mb, publish, roofline
+from train_vs_trl import DENSE
+
+STEPS, PROMPT, ANSWER, RANK, PAIRS = 5, 128, 128, 64, 8
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+OURS = ("libraries", "sft", "simpo", "dpo", "dpo_precomputed", "dpo_continued", "dpo_full")
+
+
+def ours(side: str, shape: dict[str, int]) -> None:
+    """Median seconds of a step, peak memory, and bytes of the adapter."""
+    import torch
+
+    torch.set_num_threads(2)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from afina.base.fast import speed_up
+    from afina.base.model import Base
+    from afina.config import PreferenceOptions
+    from afina.data.template import Example
+    from afina.delta.attach import attach
+    from afina.delta.contract import Spec
+    from afina.delta.files import fill, tensors_of
+    from afina.delta.targets import resolve_targets
+    from afina.objective.choices import Choice, PreferenceTask
+    from afina.objective.language import LanguageTask
+    from afina.objective.reference import Reference
+    from afina.training.optimizer import Optimizer
+
+    if side == "libraries":
+        print(json.dumps({"peak_mb": peak_mb()}))
+        return
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="afina", dtype=torch.bfloat16)
+    model.requires_grad_(False).eval()
+    speed_up(model)
+    base = Base(model, "random")
+    full = side == "dpo_full"
+    spec = Spec("full" if full else "lora", resolve_targets(model, "all" if full else "all-linear", None, full), rank=RANK)
+    adapter = attach(model, base.board, "policy", spec)
+    route = None
+    if side == "dpo_continued":
+        frozen = attach(model, base.board, "start", spec)
+        fill(frozen, tensors_of(adapter), "")
+        for parameter in frozen.parameters():
+            parameter.requires_grad_(False)
+        route = frozen.route
+    examples = [[Example(str(n), tokens, [False] * PROMPT + [True] * ANSWER, PROMPT, None) for tokens in both]
+                for n, both in enumerate(torch.randint(5, 32000, (PAIRS, 2, PROMPT + ANSWER)).tolist())]  # fmt: skip
+    size = 2 * (PROMPT + ANSWER)
+    if side == "sft":
+        task: Any = LanguageTask(base, [e for both in examples for e in both], [], size, 1, 0)
+    else:
+        objective = "simpo" if side == "simpo" else "dpo"
+        options = PreferenceOptions(beta=0.1)
+        rows = [Choice(good.where, good, bad) for good, bad in examples]
+        task = PreferenceTask(objective, options, base, rows, [], size, 1, 0)
+        if objective == "dpo":
+            task.reference = Reference("precomputed" if side == "dpo_precomputed" else "base", "", route)
+    optimizer = Optimizer(adapter, 1e-5, {}, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "dpo_precomputed":
+            task.settle(Path(folder))
+    seconds = []
+    for step in range(STEPS + 1):
+        start = time.perf_counter()
+        batches = task.step_batches(step)
+        assert [task.size(batch) for batch in batches] == [size]
+        (task.loss(batches[0], adapter.route) / task.count(batches[0])).backward()
+        optimizer.step(1.0, 1.0)
+        seconds.append(time.perf_counter() - start)
+    held = sum(p.numel() * p.element_size() for p in adapter.parameters())
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak_mb": peak_mb(), "adapter_mb": held / 1e6}))
+
+
+def trl(shape: dict[str, int]) -> None:
+    """TRL's DPOTrainer, all weights trained, its reference a second copy of the model."""
+    import torch
+
+    torch.set_num_threads(2)
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3} | {f"w{n}": n for n in range(4, 32000)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    torch.manual_seed(0)
+    numbers = torch.randint(5, 32000, (PAIRS, 3, PROMPT)).tolist()
+    texts = [[" ".join(f"w{n}" for n in part) for part in row] for row in numbers]
+    rows = [{"prompt": p, "chosen": f" {c.rpartition(' ')[0]} </s>", "rejected": f" {r.rpartition(' ')[0]} </s>"} for p, c, r in texts]
+    model = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16)
+    reference = LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16)
+    reference.load_state_dict(model.state_dict())
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            output_dir=folder, per_device_train_batch_size=1, max_steps=STEPS + 1, learning_rate=1e-6, logging_steps=1, report_to=[],
+            use_cpu=True, bf16=False, max_length=PROMPT + ANSWER, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = DPOTrainer(model, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        step = trainer.training_step
+
+        def timed(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            assert given[1]["input_ids"].numel() == 2 * (PROMPT + ANSWER), given[1]["input_ids"].shape
+            loss = step(*given, **named)
+            seconds.append(time.perf_counter() - start)
+            return loss
+
+        trainer.training_step = timed
+        trainer.train()
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak_mb": peak_mb()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--side", choices=(*OURS, "trl_full"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a model of 10M, one repeat, nothing published: does it run?")
+    arguments = parser.parse_args()
+    shape = DENSE | (SMALL if arguments.small else {})
+    if arguments.side:
+        return trl(shape) if arguments.side == "trl_full" else ours(arguments.side, shape)
+    if not PEERS.exists():
+        sys.exit("the peers' environment is missing: make peers")
+    pythons = dict.fromkeys(OURS, sys.executable) | {"trl_full": PEERS}
+    small = ["--small"] if arguments.small else []
+    runs = interleave(
+        {side: (python, [__file__, "--side", side, *small]) for side, python in pythons.items()},
+        1 if small else arguments.repeats,
+    )
+    peak = {side: median(rows, "peak_mb") for side, rows in runs.items()}
+    seconds = {side: median(rows, "seconds") for side, rows in runs.items() if side != "libraries"}
+    adapter = runs["dpo"][0]["adapter_mb"]
+    figures = {
+        "memory_below_trl_full_percent": 100 * (1 - peak["dpo"] / peak["trl_full"]),
+        "memory_below_our_full_percent": 100 * (1 - peak["dpo"] / peak["dpo_full"]),
+        "new_reference_in_adapters": (peak["dpo"] - peak["simpo"]) / adapter,
+        "continued_reference_in_adapters": (peak["dpo_continued"] - peak["dpo"]) / adapter,
+        "dpo_over_sft": seconds["dpo"] / seconds["sft"],
+        "precomputed_over_sft": seconds["dpo_precomputed"] / seconds["sft"],
+        "adapter_mb": adapter,
+        **{f"{side}_peak_mb": value for side, value in peak.items()},
+        **{f"{side}_seconds": value for side, value in seconds.items()},
+    }
+    targets = {
+        "memory_below_trl_full_percent": (">=", 45), "memory_below_our_full_percent": (">=", 45),
+        "new_reference_in_adapters": ("<=", 1), "continued_reference_in_adapters": ("<=", 1), "dpo_over_sft": ("<=", 1.6),
+    }  # fmt: skip
+    if small:
+        print(json.dumps(figures))
+        return
+    publish("dpo", figures, targets, runs, roofline())
+
+
+if __name__ == "__main__":
+    main()
