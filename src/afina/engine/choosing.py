@@ -25,9 +25,6 @@ SHRINK_GENERAL, SHRINK_WITHIN = 0.3, 1.0  # of the mean variance, added to all: 
 GROWTH = 1.25  # profiles since the last second whitening at which it is made anew
 
 
-WHOLE = Frame()  # a prompt without a template is the question itself
-
-
 @dataclass(frozen=True)
 class Choice:
     """The adapter that was chosen (None: the base), how close it is (cosine, -1 to 1), and why in words."""
@@ -45,10 +42,10 @@ class Choosing:
     """
 
     def __init__(
-        self, base: Base, frame: Frame = WHOLE, threshold: float = THRESHOLD, margin: float = MARGIN,
+        self, base: Base, frame: Frame | None = None, threshold: float = THRESHOLD, margin: float = MARGIN,
         embedding: Embedding | None = None,
     ) -> None:  # fmt: skip
-        self.threshold, self.margin, self._frame = threshold, margin, frame
+        self.threshold, self.margin, self._frame = threshold, margin, frame or Frame()
         self.embedding = embedding or BaseEmbedding(base)
         self._set_general(self.embedding(_general(base)))
         self._points: dict[str, Tensor] = {}  # name -> (k, r), white as general text
@@ -118,7 +115,7 @@ class Choosing:
             self._fit_within()
         points = torch.cat([self._within.new_zeros(0, len(self._within)), *self._points.values()])
         points = torch.nn.functional.normalize(points @ self._within, dim=-1)
-        counts = torch.tensor([len(p) for p in self._points.values()], dtype=torch.int64)
+        counts = torch.tensor([len(own) for own in self._points.values()], dtype=torch.int64)
         owners = torch.arange(len(names)).repeat_interleave(counts)
         self._table = names, points, owners
         return self._table
