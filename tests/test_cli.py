@@ -115,7 +115,6 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "check_every": ("3", 3),
     "patience": ("2", 2),
     "seed": ("5", 5),
-    "profile": ("false", False),
 }
 
 
