@@ -219,10 +219,3 @@ def test_from_training_to_the_choice(tmp_path: Path, embedded: Base, general: Pa
         asked = [renderer.prompt(query) for query in queries(skill, 0, 8, "new wordings")]
         assert [choosing.choose(question).name for question in asked].count(skill.name) >= 7
     assert "profile" not in json.loads((folders["poem"] / "afina.json").read_text())
-
-
-def test_no_profile_where_it_is_not_wanted(tmp_path: Path, tiny: Path, chats: Path, general: Path) -> None:
-    run = afina.train(chats, base=str(tiny), out=tmp_path / "run", steps=1, general=general, profile=False)
-    assert not (run.folder / "adapter" / FILE).exists()
-    run = afina.train(chats, base=str(tiny), out=tmp_path / "with", steps=1, general=general)
-    assert (run.folder / "adapter" / FILE).is_file()

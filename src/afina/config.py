@@ -96,7 +96,6 @@ class TrainSettings(BaseSettings):
     check_every: int | None = _describe("steps between checkpoints, each with a held-out loss; by default a tenth")
     patience: int | None = _describe("stop after so many checks without a better held-out loss", ge=1)
     seed: int = _describe("seed of everything random", 0)
-    profile: bool = _describe("write what the adapter is for, to be chosen by the query: means of embeddings, no text", True)
 
     @property
     def sharded(self) -> bool:

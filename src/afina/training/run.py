@@ -194,7 +194,7 @@ def _identity(setup: Setup) -> dict[str, Any]:
 
     Files may lie elsewhere by then: data and base are known by their content. Checkpointing changes no number.
     """
-    elsewhere = ("resume", "out", "data", "base", "device", "checkpointing", "profile")
+    elsewhere = ("resume", "out", "data", "base", "device", "checkpointing")
     return {
         "settings": {k: v for k, v in resolved(setup.settings).items() if k not in elsewhere},
         "data": setup.prepared.source["sha256"],
@@ -282,10 +282,10 @@ def _write(folder: Path, story: dict[str, Any], losses: Losses) -> None:
 def _profile(setup: Setup) -> tuple[Tensor | None, str]:
     """What the adapter's own prompts (or the beginnings of its texts) look like to the base, and what made that.
 
-    Nothing where it is not wanted, or where there are no prompts: classifiers and encoders answer no queries.
+    Nothing where there are no prompts: classifiers and encoders answer no queries.
     """
     base, task = setup.prepared.base, setup.prepared.task
-    if not setup.settings.profile or not isinstance(base, Base) or not isinstance(task, LanguageTask | PreferenceTask):
+    if not isinstance(base, Base) or not isinstance(task, LanguageTask | PreferenceTask):
         return None, ""
     rows = task.train if isinstance(task, LanguageTask) else [e for row in task.train if (e := row.good or row.bad)]
     frame, embedding = Frame.of(Renderer(base.tokenizer, setup.settings.template, base.context)), BaseEmbedding(base)
