@@ -250,15 +250,17 @@ def test_the_reference_with_the_adapter_off_is_a_separate_frozen_copy(method: st
     assert (on - off).abs().max() > 0.1  # the adapter would have shown
 
 
-KINDS = [(method, {}) for method in ("lora", "dora", "mora", "full", "alora", "qlora", "qdora", "qmora", "adora", "amora")]
+KINDS = ("lora", "dora", "mora", "full", "alora", "qlora", "qdora", "qmora", "adora", "amora")
 
 
-@pytest.mark.parametrize(("method", "more"), KINDS)
-@pytest.mark.parametrize("continued", [False, True])
-def test_dpo_begins_at_ln_2(
-    learn: Learn, method: str, more: dict[str, Any], continued: bool, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "continued"),
+    [(method, False) for method in KINDS]
+    + [pytest.param(method, True, marks=[] if method in ("lora", "alora") else pytest.mark.slow) for method in KINDS],
+)
+def test_dpo_begins_at_ln_2(learn: Learn, method: str, continued: bool, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     """Each method on each base, from nothing and from an adapter that has learned something."""
-    values = {**TRAINED, "base": str(tiny), "method": method, **more}
+    values = {**TRAINED, "base": str(tiny), "method": method}
     values |= {"targets": "norms", "rank": 8} if method == "full" else {}
     if "a" in method.removesuffix("dora").removesuffix("mora").removesuffix("lora"):
         values |= {"invocation": ":"}
@@ -348,7 +350,9 @@ def test_labels_are_for_kto(tiny: Path, tmp_path: Path) -> None:
 # ---- runs
 
 
-@pytest.mark.parametrize("objective", sorted(PREFERENCES))
+@pytest.mark.parametrize(
+    "objective", [name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow) for name in sorted(PREFERENCES)]
+)
 def test_a_run_learns_and_logs(learn: Learn, objective: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     run = learn(pairs, tmp_path / "run", objective=objective, steps=8, check_every=4, batch_tokens=2000)
     ticks, found = metrics(run.folder), run.story["preferences"]
@@ -399,7 +403,8 @@ def test_packed_is_unpacked(objective: str, tiny: Path, pairs: Path) -> None:
 
 
 @pytest.mark.parametrize(("objective", "options"), [
-    ("dpo", {}), ("dpo", {"reference": "precomputed"}), ("dpo", {"start": "sft"}), ("kto", {}), ("reward", {}),
+    ("dpo", {"start": "sft", "reference": "precomputed"}),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dpo", {}), ("dpo", {"start": "sft"}), ("kto", {}), ("reward", {}))),
 ])  # fmt: skip
 def test_resumed_is_uninterrupted(
     learn: Learn, objective: str, options: dict[str, Any], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -427,6 +432,7 @@ def test_resumed_is_uninterrupted(
     assert resumed.story["adapter"] == whole.story["adapter"]
 
 
+@pytest.mark.slow
 def test_another_start_is_not_gone_on_with(learn: Learn, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sft = write_rows(tmp_path / "sft.jsonl", *({"prompt": r["prompt"], "completion": r["chosen"]} for r in rows_of(24)))
@@ -447,6 +453,7 @@ def test_the_better_answers_becoming_unlikely_is_a_warning_with_a_remedy() -> No
     assert not displaced({"before": before, "after": {**after, "chosen_logp": -41.9}}, "dpo")
 
 
+@pytest.mark.slow
 def test_the_sft_term_keeps_the_better_answers_likely(learn: Learn, pairs: Path, tmp_path: Path) -> None:
     told = {"steps": 10, "check_every": 10, "batch_tokens": 2000}
     found = [
@@ -459,7 +466,7 @@ def test_the_sft_term_keeps_the_better_answers_likely(learn: Learn, pairs: Path,
 # ---- reward models
 
 
-@pytest.mark.parametrize("method", ["lora", "alora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("alora", "qlora"))])
 def test_a_reward_model_on_disk_is_the_one_in_memory(learn: Learn, method: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
     more = {"invocation": ":"} if method == "alora" else {}
     run = learn(pairs, tmp_path / "run", objective="reward", method=method, steps=6, **more)
