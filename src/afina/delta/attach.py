@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from afina.base.fast import PLAIN
+from afina.base.nf4 import NF4Linear
 from afina.delta.contract import Delta, Spec, check_options, method
 from afina.delta.layers import Layer, Loose
 from afina.delta.tokens import Tokens
 from afina.errors import AdapterError, SettingsError
-from afina.kernels.lowrank import Prepared, grouped_lowrank
+from afina.kernels.lowrank import Prepared, adapted_linear, grouped_lowrank
 from afina.kernels.native import direct, kernels
 from afina.route.invocation import Route
 from afina.segments import Segment, Segments, Switchboard
 
-# where PyTorch's products of one adapter that acts everywhere beat the kernel: many tokens of no small rank
+# PyTorch's products of one adapter beat the kernel beyond both: many tokens, and no small rank
 LONG, THIN = 128, 16
 
 
@@ -60,6 +62,8 @@ class Adapted(nn.Module):
         lean = self._lean(segments, x) if direct() else None
         if lean is not None and lean.alone:
             return lean.add(self.base(x, *others, **named), x)
+        if lean is None and (rows := self._thin_alone(segments, x)):
+            return self._adapted(x, rows)
         apart = () if lean is None else lean.names  # what acts below, in one product
         acting = [(self._delta(n), weight) for n, weight in segments.everywhere if n in self.deltas and n not in apart]
         rows = [row for row in segments.rows if row.adapter in self.deltas and row.adapter not in apart]
@@ -76,6 +80,32 @@ class Adapted(nn.Module):
                 y = self._add_rows(x, y0, y, rows, segments.unit)
             y = self._layer.from_rows(y)
         return y if lean is None else lean.add(y, x)
+
+    def _thin_alone(self, segments: Segments, x: Tensor) -> list[Segment]:
+        """The rows of what acts, where all of it is low-rank, the base plain and frozen, and gradients are wanted."""
+        base: Any = self.base
+        if type(base) not in (*PLAIN, NF4Linear) or segments.unit != "token" or not torch.is_grad_enabled():
+            return []
+        held = [] if isinstance(base, NF4Linear) else [p for p in (base.weight, base.bias) if p is not None]
+        if torch.compiler.is_compiling() or x.ndim < 2 or not kernels.take(x, *held) or any(p.requires_grad for p in held):
+            return []
+        rows = [row for row in _rows(segments, x.shape[:-1].numel()) if row.adapter in self.deltas]
+        deltas = {row.adapter: self._delta(row.adapter) for row in rows}
+        suits = all(map(_is_thin, deltas.values())) and all(_suits(deltas[row.adapter], row) for row in rows)
+        return rows if suits else []
+
+    def _adapted(self, x: Tensor, rows: list[Segment]) -> Tensor:
+        """The base's product and the parts of `rows`, as one operation."""
+        base: Any = self.base
+        deltas: dict[str, Any] = {row.adapter: self.deltas[row.adapter] for row in rows}
+        names = list(deltas)
+        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
+        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
+
+        def back(grad: Tensor) -> Tensor:
+            return grad @ (base.dequantize(grad.dtype) if isinstance(base, NF4Linear) else base.weight)
+
+        return adapted_linear(x, base, back, table, a, b)
 
     def _lean(self, segments: Segments, x: Tensor) -> "_Lean | None":
         """One product for all low-rank deltas that act, where nothing is learned.
@@ -144,9 +174,8 @@ class _Lean:
         """The product for what acts on x; None where nothing is low-rank, or PyTorch's own products are faster."""
         if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.take(x):
             return None
-        tokens = x.shape[:-1].numel()
-        rows = [Segment(0, tokens, n, w) for n, w in segments.everywhere if tokens <= LONG or _rank(deltas, n) <= THIN]
-        rows = [row for row in (*rows, *segments.rows) if row.adapter in deltas and _is_thin(deltas[row.adapter])]
+        rows = [row for row in _rows(segments, x.shape[:-1].numel()) if row.adapter in deltas]
+        rows = [row for row in rows if _is_thin(deltas[row.adapter]) and _suits(deltas[row.adapter], row)]
         return cls(segments, x, deltas, rows) if rows else None
 
     def is_for(self, segments: Segments, x: Tensor, deltas: dict[str, Any]) -> bool:
@@ -169,9 +198,14 @@ class _Lean:
         return self._product.add(y, x)
 
 
-def _rank(deltas: nn.ModuleDict, name: str) -> int:
-    delta: Any = deltas._modules.get(name)
-    return len(delta.a) if delta is not None and _is_thin(delta) else 0
+def _rows(segments: Segments, tokens: int) -> list[Segment]:
+    """All that acts, as rows."""
+    return [*(Segment(0, tokens, name, weight) for name, weight in segments.everywhere), *segments.rows]
+
+
+def _suits(delta: Any, row: Segment) -> bool:
+    """Whether the kernel is faster on this row than PyTorch's products are."""
+    return row.end - row.start <= LONG or len(delta.a) <= THIN
 
 
 def _is_thin(delta: Any) -> bool:
