@@ -264,3 +264,107 @@ def test_what_is_kept_for_inference_follows_every_change(isa: str) -> None:
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if n.endswith("b")).add_(1.0)
     check()
+
+
+# ---- training: the base's product and the adapters' parts as one operation
+
+
+def base_layer(kind: str, dtype: torch.dtype) -> nn.Module:
+    plain = nn.Linear(70, 45).to(dtype).requires_grad_(False)
+    return NF4Linear.from_linear(plain) if kind == "nf4" else FastLinear.in_place_of(plain) if kind == "fast" else plain
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast", "nf4"])
+@pytest.mark.parametrize("segments", [TABLES["one everywhere"], TABLES["a row each"], TABLES["a stranger"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_one_operation_are_autograds(
+    isa: str, kind: str, segments: Segments, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the same layer with PyTorch's own operations, in float64."""
+    model, board = nn.ModuleDict({"layer": base_layer(kind, dtype)}), Switchboard()
+    made = [attach(model, board, name, Spec("lora", ("layer",), rank=rank)) for name, rank in (("a", 5), ("b", 16))]
+    parameters = [p for adapter in made for p in adapter.parameters()]
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(torch.randn(p.shape).to(dtype) / 4)
+    weight = model["layer"].base.weight.double()
+    found = []
+    for exact in (False, True):
+        torch.manual_seed(1)
+        x, seed = torch.randn(1, 9, 70).to(dtype), torch.randn(1, 9, 45).to(dtype)
+        x = (x.double() if exact else x).requires_grad_()
+        with board.route(segments), monkeypatch.context() as patch:
+            if exact:
+                y = nn.functional.linear(x, weight, None if model["layer"].bias is None else model["layer"].bias.double())
+                for start, end, name, w in [(0, 9, *pair) for pair in segments.everywhere] + [
+                    (row.start, row.end, row.adapter, row.weight) for row in segments.rows if row.adapter in ("a", "b")
+                ]:
+                    delta: Any = model["layer"].deltas[name]
+                    part = w * delta.scale * (x[:, start:end] @ delta.a.double().T @ delta.b.double().T)
+                    y = y + nn.functional.pad(part, (0, 0, start, 9 - end))
+            else:
+                if kernels.library:
+                    patch.setattr(type(model["layer"]), "_add_rows", None)  # the one operation does it all
+                y = model["layer"](x)
+        y.backward(seed.to(y.dtype))
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        found.append([y.detach(), x.grad, *grads])
+        for p in parameters:
+            p.grad = None
+    near = 1e-5 if dtype == torch.float32 else 2**-6
+    for ours, true in zip(*found, strict=True):
+        assert true is not None and ours is not None
+        size = max(1.0, float(true.abs().max()))
+        torch.testing.assert_close(ours.double() / size, true.double() / size, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("kind", ["fast", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_layer_keeps_its_input_and_no_other_activation(kind: str, dtype: torch.dtype) -> None:
+    """Bytes: x, which layers that read it share; A and B once in the dtype of x, where that is not their own; the table.
+
+    B is kept transposed, so always anew; A only where its dtype is another one. 3 * 8 + 4 bytes a row of the table.
+    """
+    if not kernels.library:
+        pytest.skip("PyTorch's operations keep A x besides")
+    model, board, rank = nn.ModuleDict({"layer": base_layer(kind, dtype)}), Switchboard(), 4
+    attach(model, board, "a", Spec("lora", ("layer",), rank=rank))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for tokens in (9, 90):
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: Tensor, kept: dict[int, torch.UntypedStorage] = storages) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        x = torch.randn(tokens, 70, requires_grad=True).to(dtype)
+        with board.route(Segments.all("a")), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model["layer"](x)
+        matrices = rank * 45 * dtype.itemsize + (rank * 70 * dtype.itemsize if dtype != torch.float32 else 0)
+        counted = tokens * 70 * dtype.itemsize + matrices + 28
+        assert sum(s.nbytes() for place, s in storages.items() if place not in own) == counted
+
+
+def test_layers_below_the_first_adapter_have_no_graph(base: Any) -> None:
+    blocks = base.model.base_model.layers
+    paths = [path for path, module in base.model.named_modules() if f"layers.{len(blocks) - 1}." in path and type(module) is FastLinear]
+    adapter = attach(base.model, base.board, "a", Spec("lora", tuple(paths), rank=2))
+    graphs: dict[str, bool] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, _i, out, path=path: graphs.update({path: isinstance(out, Tensor) and out.grad_fn is not None})
+        )
+        for path, module in base.model.named_modules()
+        if not list(module.children())
+    ]
+    tokens = torch.arange(5, 17)
+    with base.board.route(adapter.route.segments(tokens, [0, 12])):
+        base.loss(tokens, torch.arange(12), (0, 12), tokens.roll(-1)).backward()
+    for hook in hooks:
+        hook.remove()
+    with_graph = {path for path, graph in graphs.items() if graph}
+    below = {path for path in graphs if any(f"layers.{n}." in path for n in range(len(blocks) - 1))}
+    assert below and not with_graph & below and with_graph
+    first = {path for path in with_graph if path.endswith(("input_layernorm", "rotary_emb"))}
+    assert not first  # nor has what the first adapter reads
+    assert all(p.grad is not None for p in adapter.parameters())

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afina.base.fast import FastLinear
+from afina.base.fast import PLAIN, FastLinear
+from afina.base.nf4 import NF4Linear
 from afina.delta.layers import Layer
 from afina.errors import SettingsError
-from afina.kernels.lowrank import Prepared, grouped_lowrank
+from afina.kernels.lowrank import Prepared, adapted_linear, grouped_lowrank
 from afina.kernels.native import direct, kernels
 from afina.segments import Segment, Segments, Switchboard
 
-# where PyTorch's products of one adapter that acts everywhere beat the kernel: many tokens of no small rank
+# PyTorch's products of one adapter beat the kernel beyond both: many tokens, and no small rank
 LONG, THIN = 128, 16
 
 
@@ -121,6 +122,8 @@ class Adapted(nn.Module):
         lean = self._lean(segments, x) if direct() else None
         if lean is not None and lean.alone:
             return lean.add(self.base(x, *others, **named), x)
+        if lean is None and (rows := self._thin_alone(segments, x)):
+            return self._adapted(x, rows)
         apart = () if lean is None else lean.names  # what acts below, in one product
         acting = [(d, weight) for n, weight in segments.everywhere if n not in apart and (d := self.find(n)) is not None]
         rows = [row for row in segments.rows if row.adapter not in apart and self.find(row.adapter) is not None]
@@ -137,6 +140,31 @@ class Adapted(nn.Module):
                 y = self._add_rows(x, y0, y, rows, segments.unit)
             y = self.layer.from_rows(y)
         return y if lean is None else lean.add(y, x)
+
+    def _thin_alone(self, segments: Segments, x: Tensor) -> list[Segment]:
+        """The rows of what acts, where all of it is low-rank, the base plain and frozen, and gradients are wanted."""
+        base: Any = self.base
+        if type(base) not in (*PLAIN, NF4Linear) or segments.unit != "token" or not torch.is_grad_enabled():
+            return []
+        held = [] if isinstance(base, NF4Linear) else [p for p in (base.weight, base.bias) if p is not None]
+        if torch.compiler.is_compiling() or x.ndim < 2 or not kernels.take(x, *held) or any(p.requires_grad for p in held):
+            return []
+        rows = [row for row in _rows(segments, x.shape[:-1].numel()) if self.find(row.adapter) is not None]
+        suits = all(is_thin(self.find(row.adapter)) and _suits(self.find(row.adapter), row) for row in rows)
+        return rows if suits else []
+
+    def _adapted(self, x: Tensor, rows: list[Segment]) -> Tensor:
+        """The base's product and the parts of `rows`, as one operation."""
+        base: Any = self.base
+        deltas: dict[str, Any] = {row.adapter: self.find(row.adapter) for row in rows}
+        names = list(deltas)
+        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
+        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
+
+        def back(grad: Tensor) -> Tensor:
+            return grad @ (base.dequantize(grad.dtype) if isinstance(base, NF4Linear) else base.weight)
+
+        return adapted_linear(x, base, back, table, a, b)
 
     def _lean(self, segments: Segments, x: Tensor) -> "Lean | None":
         """One product for all low-rank deltas that act, where nothing is learned.
@@ -204,9 +232,8 @@ class Lean:
         """The product for what acts on x; None where nothing is low-rank, or PyTorch's own products are faster."""
         if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.take(x):
             return None
-        tokens = x.shape[:-1].numel()
-        rows = [Segment(0, tokens, n, w) for n, w in segments.everywhere if tokens <= LONG or _rank(adapted.find(n)) <= THIN]
-        rows = [row for row in (*rows, *segments.rows) if is_thin(adapted.find(row.adapter))]
+        rows = [row for row in _rows(segments, x.shape[:-1].numel()) if is_thin(adapted.find(row.adapter))]
+        rows = [row for row in rows if _suits(adapted.find(row.adapter), row)]
         return cls(segments, x, adapted, rows) if rows else None
 
     def is_for(self, segments: Segments, x: Tensor) -> bool:
@@ -229,8 +256,14 @@ class Lean:
         return self._product.add(y, x)
 
 
-def _rank(delta: Any) -> int:
-    return len(delta.a) if is_thin(delta) else 0
+def _rows(segments: Segments, tokens: int) -> list[Segment]:
+    """All that acts, as rows."""
+    return [*(Segment(0, tokens, name, weight) for name, weight in segments.everywhere), *segments.rows]
+
+
+def _suits(delta: Any, row: Segment) -> bool:
+    """Whether the kernel is faster on this row than PyTorch's products are."""
+    return row.end - row.start <= LONG or len(delta.a) <= THIN
 
 
 def is_thin(delta: Any) -> bool:

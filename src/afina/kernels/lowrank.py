@@ -9,14 +9,16 @@ Nothing is gathered, copied or padded to the largest rank. The same table serves
 step in which each row has an adapter of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from afina.kernels.native import TYPES, address, kernels, operation
 
+Product = Callable[[Tensor], Tensor]
 Row = tuple[int, int, int, float]  # start, end, adapter (a place in the lists of A and B), weight
 
 
@@ -30,10 +32,7 @@ def grouped_lowrank(y: Tensor, x: Tensor, rows: Sequence[Row], a: Sequence[Tenso
         if left.shape != (right.shape[1], x.shape[1]) or right.shape[0] != y.shape[1] or len(y) != len(x):
             raise ValueError(f"adapter {k}, A {tuple(left.shape)} and B {tuple(right.shape)}, does not fit "
                              f"x {tuple(x.shape)} and y {tuple(y.shape)}")  # fmt: skip
-    ordered = sorted(rows, key=lambda row: row[2])
-    table = torch.tensor([row[:3] for row in ordered], dtype=torch.int64).view(-1, 3)
-    weights = torch.tensor([row[3] for row in ordered], dtype=torch.float32)
-    return _lowrank(y, x, table, weights, [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b])
+    return _lowrank(y, x, *_as_table(rows), [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b])
 
 
 class Prepared:
@@ -74,6 +73,61 @@ def _check_rows(rows: Sequence[Row], tokens: int, adapters: int) -> None:
     for start, end, adapter, _ in rows:
         if not 0 <= start <= end <= tokens or not 0 <= adapter < adapters:
             raise ValueError(f"row ({start}, {end}, {adapter}) does not fit {tokens} tokens and {adapters} adapters")
+
+
+class _Adapted(torch.autograd.Function):
+    """A frozen product and the adapters' parts added to it in place, forwards and backwards: no copy of y, no sum of grads."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, product: Product, back: Product, table: Tensor, weights: Tensor, *matrices: Tensor
+    ) -> Tensor:
+        y = product(x)
+        half = len(matrices) // 2
+        a = [t.to(x.dtype).contiguous() for t in matrices[:half]]
+        bt = [t.T.to(x.dtype).contiguous() for t in matrices[half:]]
+        flat = x.flatten(0, -2).contiguous()
+        kernels.lowrank(*_about(flat, y.shape[-1], table, weights, a, bt), address(flat), address(y))
+        ctx.save_for_backward(x, table, weights, *a, *bt)
+        ctx.back, ctx.dtypes = back, [t.dtype for t in matrices]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, table, weights, *matrices = ctx.saved_tensors
+        half = len(matrices) // 2
+        a, bt = matrices[:half], matrices[half:]
+        grad, flat = grad.contiguous(), x.flatten(0, -2).contiguous()
+        grad_x = ctx.back(grad).contiguous() if ctx.needs_input_grad[0] else None
+        made = [torch.empty(t.shape) for t in matrices]
+        kernels.lowrank_backward(
+            *_about(flat, grad.shape[-1], table, weights, a, bt), address(flat), address(grad), address(grad_x),
+            [address(t) for t in made[:half]], [address(t) for t in made[half:]],
+        )  # fmt: skip
+        grads = [*made[:half], *(t.T for t in made[half:])]
+        return grad_x, None, None, None, None, *(t.to(dtype) for t, dtype in zip(grads, ctx.dtypes, strict=True))
+
+
+def adapted_linear(
+    x: Tensor, product: Product, back: Product, rows: Sequence[Row], a: Sequence[Tensor], b: Sequence[Tensor]
+) -> Tensor:
+    """product(x) plus, on each row's tokens of x (..., in), weight * (x A_k^T) B_k^T: (..., out), by the C++ kernels alone.
+
+    `product` is frozen and linear, its result (..., out) new and contiguous in the dtype of x; `back` takes the gradient of
+    that to the gradient of x. Gradients reach x, every A (r, in) and B (out, r).
+    """
+    tokens = x.shape[:-1].numel()
+    _check_rows(rows, tokens, len(a))
+    if not kernels.take(x) or any(left.shape != (right.shape[1], x.shape[-1]) for left, right in zip(a, b, strict=True)):
+        raise ValueError(f"x {tuple(x.shape)} on {x.device} does not fit, or there are no kernels")
+    return _Adapted.apply(x, product, back, *_as_table(rows), *a, *b)
+
+
+def _as_table(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    ordered = sorted(rows, key=lambda row: row[2])
+    table = torch.tensor([row[:3] for row in ordered], dtype=torch.int64).view(-1, 3)
+    return table, torch.tensor([row[3] for row in ordered], dtype=torch.float32)
 
 
 # ---- references; table (rows, 3) int64: start, end, adapter, in the order of the adapters; bt: B transposed (r, out)

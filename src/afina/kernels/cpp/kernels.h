@@ -66,7 +66,7 @@ struct LowRank {  // see lowrank.h
     float* const* grad_bt;   // (r, out) each
     const void *x, *grad;    // (T, in), (T, out)
     void *y, *grad_x;        // (T, out), (T, in): added to in place
-    float *low, *thin;       // backward: w x A^T and w grad B of every part, (end - start, r) each, one after another
+    float *low, *thin;  // backward: w x A^T and w grad B of every part, (end - start, r) each, one after another
 };
 
 struct Norm {  // items: rows

@@ -62,6 +62,70 @@ INLINE void add_into(T* to, V sum, i64 left) {
     else store_part(to, load_part(to, left) + sum, left);
 }
 
+#if defined(__AVX512BF16__)
+// The same where the machine multiplies bfloat16: two rows at a time, side by side, against a pair of factors, which
+// factor(i, p) gives as rows 2p and 2p + 1 want them.
+INLINE void side_by_side(const bf16* a, const bf16* b, W32* pairs) {
+    alignas(64) static constexpr uint16_t order[64] = {
+        0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+        16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    __m512i x = read<__m512i>(a), y = read<__m512i>(b);
+    pairs[0] = (W32)_mm512_permutex2var_epi16(x, read<__m512i>(order), y);
+    pairs[1] = (W32)_mm512_permutex2var_epi16(x, read<__m512i>(order + 32), y);
+}
+
+template <int R, int C, class Factor, class Row, class Sum>  // C chunks of 32 columns; `rest` where one is not full
+INLINE i64 add_pairs(i64 rows, i64 count, const Factor& factor, const Row& row, i64 rest, const Sum& give) {
+    if constexpr (R > 1)
+        if (rows < R) return add_pairs<R - 1, C>(rows, count, factor, row, rest, give);
+    V sums[R][2 * C] = {};
+    for (i64 p = 0; 2 * p < count; p++) {
+        const bf16 *a = row(2 * p), *b = row(2 * p + 1 < count ? 2 * p + 1 : 2 * p);
+        bf16 ends[2][32] = {};
+        if (rest) memcpy(ends[0], a, rest * sizeof(bf16)), memcpy(ends[1], b, rest * sizeof(bf16)), a = ends[0], b = ends[1];
+        W32 x[2 * C];
+        for (int j = 0; j < C; j++) side_by_side(a + 32 * j, b + 32 * j, x + 2 * j);
+        for (int i = 0; i < R; i++) {
+            W32 both = (W32)_mm512_set1_epi32(factor(i, p));
+            for (int j = 0; j < 2 * C; j++) sums[i][j] = dot(sums[i][j], x[j], both);
+        }
+    }
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < 2 * C; j++) give(i, j, sums[i][j]);
+    return R;
+}
+
+template <class Factor, class Row, class Sum>
+void add_up_pairs(i64 rows, i64 first, i64 last, i64 count, const Factor& factor, const Row& row, const Sum& give) {
+    for (i64 c = first; c < last; c += last - c >= 64 ? 64 : 32) {
+        i64 left = last - c;
+        auto column = [&](i64 k) { return row(k) + c; };
+        for (i64 i = 0; i < rows;) {
+            auto here = [&](i64 r, i64 p) { return factor(i + r, p); };
+            auto to = [&](i64 r, i64 j, V sum) {
+                if (16 * j < left) give(i + r, c + 16 * j, sum, left - 16 * j);
+            };
+            if (left >= 64) i += add_pairs<4, 2>(rows - i, count, here, column, 0, to);
+            else i += add_pairs<4, 1>(rows - i, count, here, column, left < 32 ? left : 0, to);
+        }
+    }
+}
+
+INLINE int pair_at(const bf16* p) { return read<int>(p); }
+#endif
+
+// low (rows, rank) as factors in bfloat16: rows of `rank`, or their transpose, each row filled up to an even number
+template <bool Transposed>
+INLINE void as_factors(const float* low, i64 rows, i64 rank, bf16* out) {
+    i64 stride = Transposed ? up(rows, 2) * 2 : up(rank, 2) * 2;
+    for (i64 i = 0; i < rows; i++)
+        for (i64 k = 0; k < rank; k++) store1(out + (Transposed ? k * stride + i : i * stride + k), low[i * rank + k]);
+    if (Transposed && rows % 2)
+        for (i64 k = 0; k < rank; k++) out[k * stride + rows] = bf16{0};
+    if (!Transposed && rank % 2)
+        for (i64 i = 0; i < rows; i++) out[i * stride + rank] = bf16{0};
+}
+
 // low[i, k] = weight * x[i, :] . a[k, :] for the rows of a part, then y[i, :] += sum over k of low[i, k] b[k, :]
 template <class T, bool Dots>
 void through(const Part& part, i64 rank, const T* x, i64 in, const void* a, T* y, i64 out, const void* b, float* low) {
@@ -73,6 +137,16 @@ void through(const Part& part, i64 rank, const T* x, i64 in, const void* a, T* y
     dots(rows, Plain<Dots, apart, T>{(const T*)a, in}, 0, rank, laid, up(in, 32) * 32, keep);
     if (!y) return;
     T* to = y + part.start * out;
+#if defined(__AVX512BF16__)
+    if constexpr (Dots) {
+        i64 stride = up(rank, 2) * 2;
+        bf16* factors = (bf16*)scratch(kFactors, rows * stride * sizeof(bf16));
+        as_factors<false>(low, rows, rank, factors);
+        return add_up_pairs(rows, 0, out, rank, [&](i64 i, i64 p) { return pair_at(factors + i * stride + 2 * p); },
+                            [&](i64 k) { return (const T*)b + k * out; },
+                            [&](i64 i, i64 c, V sum, i64 left) { add_into(to + i * out + c, sum, left); });
+    }
+#endif
     add_up<T>(rows, 0, out, rank, [&](i64 i, i64 k) { return low[i * rank + k]; },
               [&](i64 k) { return (const T*)b + k * out; },
               [&](i64 i, i64 c, V sum, i64 left) { add_into(to + i * out + c, sum, left); });
@@ -98,6 +172,14 @@ void lowrank_tiles_back(const void* args, i64 begin, i64 end) {
         float *low = job.low + job.places[i], *thin = job.thin + job.places[i];
         through<T, Dots>(job.parts[i], rank, (const T*)job.x, job.in, job.a[k], (T*)nullptr, job.out, job.bt[k], low);
         through<T, Dots>(job.parts[i], rank, (const T*)job.grad, job.out, job.bt[k], (T*)job.grad_x, job.in, job.a[k], thin);
+        if (!Dots) continue;
+        i64 rows = job.parts[i].end - job.parts[i].start;  // as the sums over rows want them, in the same place
+        float* both[2] = {low, thin};
+        for (float* numbers : both) {
+            float* copy = (float*)scratch(kFactors, rows * rank * sizeof(float));
+            memcpy(copy, numbers, rows * rank * sizeof(float));
+            as_factors<true>(copy, rows, rank, (bf16*)numbers);
+        }
     }
 }
 
@@ -105,20 +187,29 @@ constexpr i64 kWorth = 1 << 17;  // multiply-adds: some 5 microseconds
 constexpr i64 kColumns = 64;  // of a gradient, an item
 
 // gradient (r, width) of one matrix in columns first..last: sum over the adapter's rows of low[row, k] * x[row, :]
-template <class T>
+template <class T, bool Dots>
 void gradient(const LowRank& job, i64 adapter, const float* low, const T* x, i64 width, float* out, i64 first, i64 last) {
     i64 rank = job.ranks[adapter];
     for (i64 k = 0; k < rank; k++) memset(out + k * width + first, 0, (last - first) * sizeof(float));
     for (i64 i = job.firsts[adapter]; i < job.firsts[adapter + 1]; i++) {
         const Part& part = job.parts[i];
         const float* here = low + job.places[i];
+#if defined(__AVX512BF16__)
+        if constexpr (Dots) {
+            i64 rows = part.end - part.start, stride = up(rows, 2) * 2;
+            add_up_pairs(rank, first, last, rows, [&](i64 k, i64 p) { return pair_at((const bf16*)here + k * stride + 2 * p); },
+                         [&](i64 row) { return x + (part.start + row) * width; },
+                         [&](i64 k, i64 c, V sum, i64 left) { add_into(out + k * width + c, sum, left); });
+            continue;
+        }
+#endif
         add_up<T>(rank, first, last, part.end - part.start, [&](i64 k, i64 row) { return here[row * rank + k]; },
                   [&](i64 row) { return x + (part.start + row) * width; },
                   [&](i64 k, i64 c, V sum, i64 left) { add_into(out + k * width + c, sum, left); });
     }
 }
 
-template <class T>
+template <class T, bool Dots>
 void lowrank_gradients(const void* args, i64 begin, i64 end) {
     auto& job = *(const LowRank*)args;
     i64 ins = up(job.in, kColumns), outs = up(job.out, kColumns);
@@ -126,10 +217,10 @@ void lowrank_gradients(const void* args, i64 begin, i64 end) {
         i64 adapter = i / (ins + outs), column = i % (ins + outs);
         if (column < ins) {
             i64 first = column * kColumns, last = first + kColumns < job.in ? first + kColumns : job.in;
-            gradient(job, adapter, job.thin, (const T*)job.x, job.in, job.grad_a[adapter], first, last);
+            gradient<T, Dots>(job, adapter, job.thin, (const T*)job.x, job.in, job.grad_a[adapter], first, last);
         } else {
             i64 first = (column - ins) * kColumns, last = first + kColumns < job.out ? first + kColumns : job.out;
-            gradient(job, adapter, job.low, (const T*)job.grad, job.out, job.grad_bt[adapter], first, last);
+            gradient<T, Dots>(job, adapter, job.low, (const T*)job.grad, job.out, job.grad_bt[adapter], first, last);
         }
     }
 }
@@ -152,7 +243,7 @@ void lowrank_backward(const LowRank& job, int threads) {
     bool wide = job.type == kFloat32;
     run(threads, job.tile_count, 1, wide ? lowrank_tiles_back<float, false> : lowrank_tiles_back<bf16, kDots>, &job);
     i64 items = job.adapters * (up(job.in, kColumns) + up(job.out, kColumns));
-    run(threads, items, 1, wide ? lowrank_gradients<float> : lowrank_gradients<bf16>, &job);
+    run(threads, items, 1, wide ? lowrank_gradients<float, false> : lowrank_gradients<bf16, kDots>, &job);
 }
 
 }  // namespace

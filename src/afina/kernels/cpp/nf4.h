@@ -37,8 +37,7 @@ INLINE Pair decode_part(const uint8_t* codes, i64 bytes, float absmax) {
 
 INLINE void join_streaming(bf16* p, Pair x) {
 #if defined(__AVX512F__)
-    U both = (rounded(x.even) >> 16) | (rounded(x.odd) & 0xffff0000u);
-    _mm512_stream_si512((__m512i*)p, (__m512i)both);
+    _mm512_stream_si512((__m512i*)p, (__m512i)joined(x));
 #else
     join(p, x);
 #endif

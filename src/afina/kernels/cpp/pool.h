@@ -9,7 +9,7 @@
 void run(int threads, i64 items, i64 grain, Task task, const void* args);
 
 // Memory of this thread, at least `bytes`, aligned to 64. A thread has kSlots such pieces; each is whoever's asked last.
-enum Slot { kInput, kRows, kSlots };
+enum Slot { kInput, kRows, kFactors, kSlots };
 void* scratch(Slot slot, i64 bytes);
 
 // Whose threads they are: the path of the OpenMP library, or "own".

@@ -164,7 +164,17 @@ INLINE Pair split(const bf16* p) {
     U u = read<U>(p);
     return {bits(u << 16), bits(u & 0xffff0000u)};
 }
-INLINE void join(bf16* p, Pair x) { write(p, (rounded(x.even) >> 16) | (rounded(x.odd) & 0xffff0000u)); }
+INLINE U joined(Pair x) {
+#if defined(__AVX512BF16__)
+    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i apart = (__m512i)_mm512_cvtne2ps_pbh((__m512)x.odd, (__m512)x.even);  // numbers below 1e-38 become zero
+    return (U)_mm512_permutexvar_epi16(read<__m512i>(order), apart);
+#else
+    return (rounded(x.even) >> 16) | (rounded(x.odd) & 0xffff0000u);
+#endif
+}
+INLINE void join(bf16* p, Pair x) { write(p, joined(x)); }
 INLINE void join(float* p, Pair x) {
     write(p, __builtin_shufflevector(x.even, x.odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
     write(p + 16, __builtin_shufflevector(x.even, x.odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
