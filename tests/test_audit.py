@@ -311,6 +311,15 @@ def test_statistics_of_factors_are_those_of_the_product() -> None:
     assert thin["rows8"] == pytest.approx(np.log(rows[:8].sum() / rows.sum() * 60 / 8))
 
 
+def test_the_triangle_of_a_tall_matrix_is_that_of_its_pieces() -> None:
+    for shape in ((1500, 7), (1024, 7), (3, 7), (7, 1), (1300, 600)):
+        matrix = np.random.default_rng(0).standard_normal(shape)
+        matrix[:, 0] = 0.0  # a direction that is not there
+        found, r = statistics.triangle(matrix), np.linalg.qr(matrix, mode="r")
+        np.testing.assert_allclose(found.T @ found, matrix.T @ matrix, atol=1e-10)
+        np.testing.assert_allclose(np.linalg.svd(found)[1], np.linalg.svd(r)[1], atol=1e-11)
+
+
 def test_statistics_at_their_ends() -> None:
     one = np.zeros(9)
     one[3] = 1.0

@@ -1,6 +1,7 @@
 """Statistics of one layer's update D = s B A, from the r x r core alone; float64, numpy. D (out, in) is never built.
 
-    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S the singular values of D, Qb X and Qa Y its singular vectors
+    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S the singular values of D
+    u = Qb x = s B Ra^T y / S,  v = Qa y = s A^T Rb^T x / S   its singular vectors, without Qb and Qa
 
 QR keeps twice the digits that the Gram matrices of A and B would, whose condition numbers are squared. Each statistic is a
 number without unit, so that layers of different sizes compare:
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLED = 64  # rows of D of which kurtosis is taken
+PIECE = 512  # rows of a tall matrix whose triangle is made at a time
 KEPT = 4  # leading directions that are kept
 
 
@@ -35,15 +37,6 @@ class Core:
         return float(np.sqrt((self.values**2).sum()))
 
 
-def core_of(b: np.ndarray, a: np.ndarray, scale: float) -> Core:
-    """The core of D = scale * b (out, r) a (r, in), both float64."""
-    qb, rb = np.linalg.qr(b)
-    qa, ra = np.linalg.qr(a.T)
-    x, values, yt = np.linalg.svd(scale * rb @ ra.T)
-    k = min(KEPT, len(values))
-    return Core(values, qb @ x[:, :k], qa @ yt[:k].T)
-
-
 def core_of_dense(matrix: np.ndarray) -> Core:
     """The same of a matrix (out, in) that is there whole: MoRA's M, or a trained weight's difference."""
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
@@ -52,12 +45,29 @@ def core_of_dense(matrix: np.ndarray) -> Core:
 
 def of_factors(b: np.ndarray, a: np.ndarray, scale: float) -> tuple[dict[str, float], Core]:
     """All statistics of D = scale * b a, and its core; an update of zero has none."""
-    core = core_of(b, a, scale)
-    if not core.norm > 0:
-        return {}, core
-    rows, columns = _row_squares(b, a, scale), _row_squares(a.T, b.T, scale)
+    rb, ra = triangle(b), triangle(a.T)
+    x, values, yt = np.linalg.svd(scale * rb @ ra.T, full_matrices=False)
+    k = max(1, min(KEPT, int((values > 1e-12 * values[0]).sum())))
+    if not values[0] > 0:
+        return {}, Core(values, np.zeros((len(b), 1)), np.zeros((a.shape[1], 1)))
+    left, right = scale * b @ ra.T, scale * a.T @ rb.T  # D = left Qa^T, so that rows of D are as long as those of left
+    core = Core(values, left @ yt[:k].T / values[:k], right @ x[:, :k] / values[:k])
     sampled = scale * b[_sample(len(b))] @ a
-    return _all(core, rows, columns, sampled), core
+    return _all(core, (left**2).sum(1), (right**2).sum(1), sampled), core
+
+
+def triangle(matrix: np.ndarray) -> np.ndarray:
+    """R (r, r) of matrix (n, r) = Q R; (n, r) where n < r. Tall ones in pieces that stay in the cache: 1.6 times as fast.
+
+    Demmel et al. 2012 (TSQR): the triangles of the pieces, one above the other, have the triangle of the whole.
+    """
+    rank = matrix.shape[1]
+    pieces = len(matrix) // PIECE
+    if pieces > 1 and rank < PIECE:
+        cut = pieces * PIECE
+        tops = np.asarray(np.linalg.qr(matrix[:cut].reshape(pieces, PIECE, rank), mode="r")).reshape(-1, rank)
+        matrix = np.concatenate([tops, matrix[cut:]])
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
 
 
 def of_dense(matrix: np.ndarray) -> tuple[dict[str, float], Core]:
@@ -67,12 +77,6 @@ def of_dense(matrix: np.ndarray) -> tuple[dict[str, float], Core]:
         return {}, core
     squares = matrix**2
     return _all(core, squares.sum(1), squares.sum(0), matrix[_sample(len(matrix))]), core
-
-
-def _row_squares(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
-    """Squared norms (out) of the rows of D: row i is b_i a, and ||b_i a|| = ||b_i R^T|| with a^T = Q R."""
-    r: np.ndarray = np.asarray(np.linalg.qr(a.T, mode="r"))
-    return ((scale * b @ r.T) ** 2).sum(1)
 
 
 def _sample(rows: int) -> np.ndarray:
@@ -118,9 +122,9 @@ def hoyer(norms: np.ndarray) -> float:
 
 def kurtosis(values: np.ndarray) -> float:
     """Fourth moment by the square of the second, about the mean."""
-    centred = values - values.mean()
-    second = float((centred**2).mean())
-    return float((centred**4).mean()) / second**2 if second > 0 else 3.0
+    squares = (values - values.mean()) ** 2
+    second = float(squares.mean())
+    return float((squares**2).mean()) / second**2 if second > 0 else 3.0  # numpy's **4 is a power: 20 times as slow
 
 
 def coherence(vectors: list[np.ndarray]) -> float:
