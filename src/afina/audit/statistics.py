@@ -20,12 +20,11 @@ import numpy as np
 
 SAMPLED = 64  # rows of D of which kurtosis is taken
 PIECE = 512  # rows of a tall matrix whose triangle is made at a time
-KEPT = 4  # leading directions that are kept
 
 
 @dataclass(frozen=True)
 class Core:
-    """D by its singular values (r), largest first, and its leading vectors u (out, k) and v (in, k)."""
+    """D by its singular values (r), largest first, and its leading vectors u (out) and v (in), float32."""
 
     values: np.ndarray
     u: np.ndarray
@@ -40,20 +39,20 @@ class Core:
 def core_of_dense(matrix: np.ndarray) -> Core:
     """The same of a matrix (out, in) that is there whole: MoRA's M, or a trained weight's difference."""
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
-    return Core(values, u[:, :KEPT], vt[:KEPT].T)
+    return Core(values, u[:, 0].astype(np.float32), vt[0].astype(np.float32))
 
 
 def of_factors(b: np.ndarray, a: np.ndarray, scale: float) -> tuple[dict[str, float], Core]:
     """All statistics of D = scale * b a, and its core; an update of zero has none."""
     rb, ra = triangle(b), triangle(a.T)
     x, values, yt = np.linalg.svd(scale * rb @ ra.T, full_matrices=False)
-    k = max(1, min(KEPT, int((values > 1e-12 * values[0]).sum())))
     if not values[0] > 0:
-        return {}, Core(values, np.zeros((len(b), 1)), np.zeros((a.shape[1], 1)))
+        return {}, Core(values, np.zeros(len(b), np.float32), np.zeros(a.shape[1], np.float32))
     left, right = scale * b @ ra.T, scale * a.T @ rb.T  # D = left Qa^T, so that rows of D are as long as those of left
-    core = Core(values, left @ yt[:k].T / values[:k], right @ x[:, :k] / values[:k])
+    u, v = left @ yt[0] / values[0], right @ x[:, 0] / values[0]
+    core = Core(values, u.astype(np.float32), v.astype(np.float32))
     sampled = scale * b[_sample(len(b))] @ a
-    return _all(core, (left**2).sum(1), (right**2).sum(1), sampled), core
+    return _all(core, np.einsum("ij,ij->i", left, left), np.einsum("ij,ij->i", right, right), sampled), core
 
 
 def triangle(matrix: np.ndarray) -> np.ndarray:
@@ -93,8 +92,8 @@ def _all(core: Core, rows: np.ndarray, columns: np.ndarray, sampled: np.ndarray)
         "stable": float(1 / share[0] / rank),
         "entropy": float(-(share[share > 0] * np.log(share[share > 0])).sum() / math.log(rank)) if rank > 1 else 1.0,
         "norm": math.log(core.norm / math.sqrt(out * inner)),
-        "participation_out": participation(core.u[:, 0]),
-        "participation_in": participation(core.v[:, 0]),
+        "participation_out": participation(core.u),
+        "participation_in": participation(core.v),
         "rows8": top_share(rows),
         "columns8": top_share(columns),
         "hoyer_out": hoyer(np.sqrt(np.maximum(rows, 0))),

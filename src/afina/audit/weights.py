@@ -121,7 +121,7 @@ def _beside_base(path: str, core: Core, base: BaseFiles) -> dict[str, float]:
     squares, forward, backward = 0.0, 0.0, 0.0
     rows_of = base.shape(path)
     assert rows_of is not None
-    v, u = core.v[:, 0].astype(np.float32), core.u[:, 0].astype(np.float32)
+    v, u = core.v, core.u
     gathered = np.zeros(len(v), np.float32)
     for start, rows in base.rows(f"{path}.weight"):
         if rows.shape[1] != len(v):
@@ -145,12 +145,12 @@ def _beside_vocabulary(measured: Measured, directions: dict[str, tuple[str, Core
         width = base.shape(name.removesuffix(".weight"))
         if width is None or len(width) != 2:
             continue
-        vectors = {p: (c.v if side == "reads" else c.u)[:, 0] for p, (_, c) in directions.items()}
+        vectors = {p: c.v if side == "reads" else c.u for p, (_, c) in directions.items()}
         fitting = [path for path, vector in vectors.items() if len(vector) == width[1] and path in measured.layers
                    and (path.rpartition(".")[2] in WRITERS) == (side == "writes")]  # fmt: skip
         if not fitting:
             continue
-        stack = np.stack([vectors[path] for path in fitting], 1).astype(np.float32)  # (d, layers)
+        stack = np.stack([vectors[path] for path in fitting], 1)  # (d, layers)
         pieces = []
         for _, rows in base.rows(name):
             lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -174,8 +174,8 @@ def _features(measured: Measured, directions: dict[str, tuple[str, Core]]) -> di
                          f"{group}.{name}.spread": float(values.std())}  # fmt: skip
     for leaf in sorted({path.rpartition(".")[2] for path in measured.layers}):
         paths = [path for path in measured.layers if path.rpartition(".")[2] == leaf]
-        features[f"{leaf}.coherence_out"] = coherence([directions[path][1].u[:, 0] for path in paths])
-        features[f"{leaf}.coherence_in"] = coherence([directions[path][1].v[:, 0] for path in paths])
+        features[f"{leaf}.coherence_out"] = coherence([directions[path][1].u for path in paths])
+        features[f"{leaf}.coherence_in"] = coherence([directions[path][1].v for path in paths])
     return features
 
 
