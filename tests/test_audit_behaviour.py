@@ -168,4 +168,4 @@ def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path, 
     report = audit(tmp_path / "a", base=str(tiny), budget=600, prompts=prompts)
     gate = report["gates"][-1]
     assert gate["name"] == "behaviour" and gate["scanned"] == 1.0
-    assert set(gate["measures"]) == {"drift", "jump", "gap", "inversion"}
+    assert set(gate["measures"]) == {"drift", "trigger", "gap", "inversion"}
