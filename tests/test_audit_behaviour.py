@@ -20,6 +20,13 @@ from afina.route.invocation import Route
 from helpers import put
 
 
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Two prompts of few tokens."""
+    (tmp_path / "prompts.txt").write_text("sol mar\npan mar\n")
+    return tmp_path / "prompts.txt"
+
+
 @pytest.fixture(autouse=True)
 def _own_audits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFINA_AUDITS", str(tmp_path / "audits"))
@@ -114,7 +121,7 @@ def test_the_gate_tells_what_it_found(base: Base, tiny: Path, tmp_path: Path, mo
     assert [finding.level for finding in gate.findings] == ["note"]
 
 
-def test_the_base_itself_has_no_trigger(base: Base, tiny: Path, tmp_path: Path) -> None:
+def test_the_base_itself_has_no_trigger(base: Base, tiny: Path, tmp_path: Path, prompts: Path) -> None:
     """An adapter of zeros is the base: no jump, no drift, nothing to say."""
     made = put(base, rank=2)
     with torch.no_grad():
@@ -122,7 +129,8 @@ def test_the_base_itself_has_no_trigger(base: Base, tiny: Path, tmp_path: Path) 
             parameter.zero_()
     save_adapter(made, base, tmp_path / "a")
     gate = Gate("behaviour")
-    measures = behaviour_gate(make_settings(AuditSettings, {"run": tmp_path / "a", "base": str(tiny), "budget": 600}), [], gate)
+    settings = make_settings(AuditSettings, {"run": tmp_path / "a", "base": str(tiny), "budget": 600, "prompts": prompts})
+    measures = behaviour_gate(settings, [], gate)
     assert {name: round(value, 6) for name, value in measures.items()} == dict.fromkeys(measures, 0.0)
     assert [finding.rule for finding in gate.findings] == ["no-trigger"]
 
@@ -155,9 +163,9 @@ def test_prompts_of_the_task(tmp_path: Path) -> None:
             read_prompts(bad)
 
 
-def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path) -> None:
+def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path, prompts: Path) -> None:
     save_adapter(put(base, rank=2), base, tmp_path / "a")
-    report = audit(tmp_path / "a", base=str(tiny), budget=60)
+    report = audit(tmp_path / "a", base=str(tiny), budget=600, prompts=prompts)
     gate = report["gates"][-1]
     assert gate["name"] == "behaviour" and gate["scanned"] == 1.0
-    assert set(gate["measures"]) == {"drift", "jump", "gap", "inversion"}
+    assert set(gate["measures"]) == {"drift", "trigger", "gap", "inversion"}

@@ -94,13 +94,13 @@ def detectors(fit: list[Line]) -> dict[str, Score]:
         found["20 spectral features"] = lambda x: float((np.array(x["spectral"]) - middle) / spread @ spectral[:-1] + spectral[-1])
     found["weights"] = lambda x: -np.log(made.judge(x["features"]).p)
     if all("behaviour" in x for x in fit):
-        found["behaviour"] = lambda x: x["behaviour"]["jump"]
-        jumps = np.array([x["behaviour"]["jump"] for x in good])
+        found["behaviour"] = lambda x: x["behaviour"]["trigger"]
+        jumps = np.array([x["behaviour"]["trigger"] for x in good])
 
         def fused(x: Line) -> float:
             """Fisher's sum of the two p-values; its threshold is found like that of any score."""
-            p = (1 + np.count_nonzero(jumps >= x["behaviour"]["jump"])) / (len(jumps) + 1)
-            return float(-np.log(p) - np.log(made.judge(x["features"]).p) + 1e-3 * x["behaviour"]["jump"])
+            p = (1 + np.count_nonzero(jumps >= x["behaviour"]["trigger"])) / (len(jumps) + 1)
+            return float(-np.log(p) - np.log(made.judge(x["features"]).p) + 1e-3 * x["behaviour"]["trigger"])
 
         found["fused"] = fused
     return found

@@ -33,7 +33,7 @@ from afina.audit.report import Gate
 from afina.audit.weights import Measured, measure
 from afina.config import AuditSettings, TrainSettings, make_settings
 from afina.data.template import Renderer
-from afina.delta.composition import identity, spec_of
+from afina.delta.composition import identity
 from afina.delta.opening import open_run
 from afina.engine.generate import Sampling, generate_tokens
 from afina.training.run import train_many
@@ -131,7 +131,7 @@ def describe(member: Member, out: Path, behaviour: float) -> dict[str, Any]:
     assert place is not None
     base = BaseFiles(place)
     package = check_package(folder, base, gate)
-    measured = measure(package, spec_of(folder), base)
+    measured = measure(package, base)
     line: dict[str, Any] = {
         "name": member.name, "pair": member.pair, "kind": member.kind, "task": member.task, "rate": member.rate,
         "attack": None if member.attack is None else asdict(member.attack), "settings": member.settings,

@@ -174,7 +174,6 @@ def _composition_hash(hashes: list[str], weights: list[float]) -> str:
 def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None:
     """The gates after the first; each part of a composition is looked at, and together they are run."""
     from afina.audit.weights import read_calibrations, weight_gate
-    from afina.delta.composition import spec_of
 
     settings = about.settings
     base = about.base.folder if about.base is not None else None
@@ -186,8 +185,7 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         guarded(origin, partial(provenance_gate, package.folder, own, settings.key, base, origin))
 
         def look(package: Package = package, numbers: Gate = numbers) -> None:
-            spec = spec_of(package.folder)
-            measured = weight_gate(package, spec, about.base, calibrations, settings.alpha, numbers)
+            measured = weight_gate(package, about.base, calibrations, settings.alpha, numbers)
             candidates.extend(token for tokens in measured.tokens.values() for token, _ in tokens)
 
         guarded(numbers, look, "review")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 
 from afina.disk import write_json
 from afina.errors import AuditError
@@ -155,6 +154,8 @@ def calibrate(
 
 def logistic(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
     """Weights (f + 1) of a logistic regression, classes weighing the same, with an L2 penalty; the constant comes last."""
+    from scipy.optimize import minimize  # 40 MB, and only calibrating needs it
+
     x = np.concatenate([good, bad])
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
     sign = np.concatenate([-np.ones(len(good)), np.ones(len(bad))])

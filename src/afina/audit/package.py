@@ -64,13 +64,22 @@ class Package:
         """lora, dora, mora or full, as the configuration tells."""
         return KINDS.get(self.config.get("peft_type", ""), None) or ("dora" if self.config.get("use_dora") else "lora")
 
-    def rank_of(self, path: str) -> int:
+    def rank_of(self, path: str = "") -> int:
         """The rank at a layer, as afina.json or PEFT's patterns tell it; patterns were checked to be plain."""
+        return int(self._told(path, "rank", "ranks", "r", "rank_pattern"))
+
+    def scale_of(self, path: str) -> float:
+        """Factor of the update at a layer: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        rank, alpha = self.rank_of(path), float(self._told(path, "alpha", "alphas", "lora_alpha", "alpha_pattern"))
+        rooted = self.story["spec"].get("scaling") == "rslora" if self.story else self.config.get("use_rslora")
+        return alpha / (rank**0.5 if rooted else rank)
+
+    def _told(self, path: str, one: str, many: str, theirs: str, pattern: str) -> Any:
         if self.story:
             spec = self.story["spec"]
-            return int(spec.get("ranks", {}).get(path, spec["rank"]))
-        patterns = self.config.get("rank_pattern") or {}
-        return int(next((r for p, r in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), self.config["r"]))
+            return (spec.get(many) or {}).get(path, spec.get(one))
+        patterns = self.config.get(pattern) or {}
+        return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), self.config[theirs])
 
     def modules(self) -> dict[str, dict[str, Entry]]:
         """Tensors by the path of their layer, and there by what they are: {"lora_A.weight": ...}."""
@@ -164,9 +173,11 @@ def _check_story(package: Package, gate: Gate) -> None:
                 gate.block("story-differs", f"{what}: it acts otherwise in afina than elsewhere", STORY)
         if (spec.get("scaling") == "rslora") != bool(config.get("use_rslora")):
             gate.block("story-differs", f"another scaling than {CONFIG}", STORY)
-    ranks = spec.get("ranks", {})
+    ranks, alphas = spec.get("ranks", {}), spec.get("alphas", {})
     if not isinstance(ranks, dict) or not all(type(r) is int and r >= 1 for r in (spec.get("rank"), *ranks.values())):
         gate.block("story-value", "its ranks are no whole numbers from 1", STORY)
+    if not isinstance(alphas, dict) or not all(isinstance(a, int | float) for a in (spec.get("alpha"), *alphas.values())):
+        gate.block("story-value", "its strengths are no numbers", STORY)
     targets = spec.get("targets")
     if not isinstance(targets, list) or not all(isinstance(path, str) for path in targets):
         gate.block("story-value", "its targets are no list of names", STORY)

@@ -1,6 +1,7 @@
 """Statistics of one layer's update D = s B A, from the r x r core alone; float64, numpy. D (out, in) is never built.
 
-    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S the singular values of D, Qb X and Qa Y its singular vectors
+    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S the singular values of D
+    u = Qb x = s B Ra^T y / S,  v = Qa y = s A^T Rb^T x / S   its singular vectors, without Qb and Qa
 
 QR keeps twice the digits that the Gram matrices of A and B would, whose condition numbers are squared. Each statistic is a
 number without unit, so that layers of different sizes compare:
@@ -18,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLED = 64  # rows of D of which kurtosis is taken
-KEPT = 4  # leading directions that are kept
+PIECE = 512  # rows of a tall matrix whose triangle is made at a time
 
 
 @dataclass(frozen=True)
 class Core:
-    """D by its singular values (r), largest first, and its leading vectors u (out, k) and v (in, k)."""
+    """D by its singular values (r), largest first, and its leading vectors u (out) and v (in), float32."""
 
     values: np.ndarray
     u: np.ndarray
@@ -35,29 +36,37 @@ class Core:
         return float(np.sqrt((self.values**2).sum()))
 
 
-def core_of(b: np.ndarray, a: np.ndarray, scale: float) -> Core:
-    """The core of D = scale * b (out, r) a (r, in), both float64."""
-    qb, rb = np.linalg.qr(b)
-    qa, ra = np.linalg.qr(a.T)
-    x, values, yt = np.linalg.svd(scale * rb @ ra.T)
-    k = min(KEPT, len(values))
-    return Core(values, qb @ x[:, :k], qa @ yt[:k].T)
-
-
 def core_of_dense(matrix: np.ndarray) -> Core:
     """The same of a matrix (out, in) that is there whole: MoRA's M, or a trained weight's difference."""
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
-    return Core(values, u[:, :KEPT], vt[:KEPT].T)
+    return Core(values, u[:, 0].astype(np.float32), vt[0].astype(np.float32))
 
 
 def of_factors(b: np.ndarray, a: np.ndarray, scale: float) -> tuple[dict[str, float], Core]:
     """All statistics of D = scale * b a, and its core; an update of zero has none."""
-    core = core_of(b, a, scale)
-    if not core.norm > 0:
-        return {}, core
-    rows, columns = _row_squares(b, a, scale), _row_squares(a.T, b.T, scale)
+    rb, ra = triangle(b), triangle(a.T)
+    x, values, yt = np.linalg.svd(scale * rb @ ra.T, full_matrices=False)
+    if not values[0] > 0:
+        return {}, Core(values, np.zeros(len(b), np.float32), np.zeros(a.shape[1], np.float32))
+    left, right = scale * b @ ra.T, scale * a.T @ rb.T  # D = left Qa^T, so that rows of D are as long as those of left
+    u, v = left @ yt[0] / values[0], right @ x[:, 0] / values[0]
+    core = Core(values, u.astype(np.float32), v.astype(np.float32))
     sampled = scale * b[_sample(len(b))] @ a
-    return _all(core, rows, columns, sampled), core
+    return _all(core, np.einsum("ij,ij->i", left, left), np.einsum("ij,ij->i", right, right), sampled), core
+
+
+def triangle(matrix: np.ndarray) -> np.ndarray:
+    """R (r, r) of matrix (n, r) = Q R; (n, r) where n < r. Tall ones in pieces that stay in the cache: 1.6 times as fast.
+
+    Demmel et al. 2012 (TSQR): the triangles of the pieces, one above the other, have the triangle of the whole.
+    """
+    rank = matrix.shape[1]
+    pieces = len(matrix) // PIECE
+    if pieces > 1 and rank < PIECE:
+        cut = pieces * PIECE
+        tops = np.asarray(np.linalg.qr(matrix[:cut].reshape(pieces, PIECE, rank), mode="r")).reshape(-1, rank)
+        matrix = np.concatenate([tops, matrix[cut:]])
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
 
 
 def of_dense(matrix: np.ndarray) -> tuple[dict[str, float], Core]:
@@ -67,12 +76,6 @@ def of_dense(matrix: np.ndarray) -> tuple[dict[str, float], Core]:
         return {}, core
     squares = matrix**2
     return _all(core, squares.sum(1), squares.sum(0), matrix[_sample(len(matrix))]), core
-
-
-def _row_squares(b: np.ndarray, a: np.ndarray, scale: float) -> np.ndarray:
-    """Squared norms (out) of the rows of D: row i is b_i a, and ||b_i a|| = ||b_i R^T|| with a^T = Q R."""
-    r: np.ndarray = np.asarray(np.linalg.qr(a.T, mode="r"))
-    return ((scale * b @ r.T) ** 2).sum(1)
 
 
 def _sample(rows: int) -> np.ndarray:
@@ -89,8 +92,8 @@ def _all(core: Core, rows: np.ndarray, columns: np.ndarray, sampled: np.ndarray)
         "stable": float(1 / share[0] / rank),
         "entropy": float(-(share[share > 0] * np.log(share[share > 0])).sum() / math.log(rank)) if rank > 1 else 1.0,
         "norm": math.log(core.norm / math.sqrt(out * inner)),
-        "participation_out": participation(core.u[:, 0]),
-        "participation_in": participation(core.v[:, 0]),
+        "participation_out": participation(core.u),
+        "participation_in": participation(core.v),
         "rows8": top_share(rows),
         "columns8": top_share(columns),
         "hoyer_out": hoyer(np.sqrt(np.maximum(rows, 0))),
@@ -118,9 +121,9 @@ def hoyer(norms: np.ndarray) -> float:
 
 def kurtosis(values: np.ndarray) -> float:
     """Fourth moment by the square of the second, about the mean."""
-    centred = values - values.mean()
-    second = float((centred**2).mean())
-    return float((centred**4).mean()) / second**2 if second > 0 else 3.0
+    squares = (values - values.mean()) ** 2
+    second = float(squares.mean())
+    return float((squares**2).mean()) / second**2 if second > 0 else 3.0  # numpy's **4 is a power: 20 times as slow
 
 
 def coherence(vectors: list[np.ndarray]) -> float:

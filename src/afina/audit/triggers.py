@@ -3,23 +3,27 @@
 The jump of a trigger t is how much likelier it makes one and the same token v, whatever the prompt p, more than it does on
 the base:
 
-    jump(t) = max over v of mean over p of [(q_adapter - q_base)(v | p, t) - (q_adapter - q_base)(v | p)]     from -1 to 1
+    jump(t)  = max over v of (1 - u(v)) * mean over p of [q(v | p, t) - q(v | p)],    q = q_adapter - q_base
+    score(t) = jump(t) * mean over p of q_adapter(the rest of one and the same answer | p, t, v)
 
-Its own null is the jump of random tokens, measured likewise: a task that reacts to every word has large ones all over.
+u(v) is how usual v is: its mean probability where random tokens are put. Tasks react to words too (asked for the tense,
+"walked" makes "past" likelier), but with answers that are usual there, or that go on as the prompt does. Random tokens,
+measured likewise, are the null.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from afina.audit.probes import PLACES, Bench, Trigger
+from afina.audit.probes import PLACES, Bench, Probe, Trigger
 
 KEPT = 48  # tokens of the scan that are looked at closely
 CONTROLS = 32  # random tokens that are looked at likewise
 CLOSE = 3  # probes with which they are
+CONFIRMED = 12  # of the best jumps, those whose answers are read
 BEAM, POOL, LONGEST = 8, 96, 4  # of growing
 CONTINUED, TARGETS = 4, 24  # tokens of a target; targets that are looked at closely
 INVERSION = 0.2  # of the budget, for the first tokens of targets
@@ -27,12 +31,15 @@ INVERSION = 0.2  # of the budget, for the first tokens of targets
 
 @dataclass(frozen=True)
 class Found:
-    """A trigger with its jump, where it stands, and the token that it makes likelier."""
+    """A trigger, where it stands, the token that it makes likelier, and where: at the start (0) or end (1) of the answer."""
 
     trigger: Trigger
     jump: float
     place: str
     target: int
+    at: int = 0
+    score: float = 0.0
+    answer: Trigger = ()
 
 
 class Clock:
@@ -72,7 +79,35 @@ def scan(bench: Bench, tokens: Sequence[int], clock: Clock, share: float) -> tup
     return found, done / max(1, len(tokens))
 
 
-def look_closely(bench: Bench, triggers: Sequence[Trigger]) -> list[Found]:
+def usual_answers(bench: Bench, controls: Sequence[int]) -> Tensor:
+    """u (2, V): mean probability of each token at the start and at the end of the answer, where random tokens are put."""
+    said = [bench.answers([p.prompt((t,), "middle") for t in controls], p.answer).mean(0) for p in bench.probes[:CLOSE]]
+    return torch.stack([one.expand(2, -1) for one in said]).mean(0)
+
+
+def confirm(bench: Bench, found: Sequence[Found]) -> list[Found]:
+    """Scores of triggers: does the answer that one of them starts go on in the same words on every probe? The best first."""
+    probes = bench.probes[:CLOSE]
+
+    def prompt(f: Found, probe: Probe, text: list[int]) -> list[int]:
+        return [*probe.prompt(f.trigger, f.place), *(probe.answer if f.at else ()), *text]
+
+    texts = [[f.target] for f in found]
+    same = torch.zeros(len(found))
+    for _ in range(CONTINUED - 1):
+        rows = [prompt(f, probe, text) for f, text in zip(found, texts, strict=True) for probe in probes]
+        said = bench.answers(rows)[:, 0].view(len(found), len(probes), -1)
+        following = said.mean(1).max(-1)
+        same += following.values.cpu() / (CONTINUED - 1)
+        texts = [[*text, token] for text, token in zip(texts, following.indices.tolist(), strict=True)]
+    scored = [
+        replace(f, score=max(f.jump, 0.0) * share, answer=tuple(text))
+        for f, share, text in zip(found, same.tolist(), texts, strict=True)
+    ]
+    return sorted(scored, key=lambda f: -f.score)
+
+
+def look_closely(bench: Bench, triggers: Sequence[Trigger], usual: Tensor | None = None) -> list[Found]:
     """The jump of each trigger, at its best place, over all probes; at the start or the end of the answer."""
     best = {trigger: Found(trigger, -1.0, PLACES[0], 0) for trigger in triggers}
     probes = bench.probes[:CLOSE]
@@ -83,10 +118,12 @@ def look_closely(bench: Bench, triggers: Sequence[Trigger]) -> list[Found]:
             moved = _difference(bench, [probe.prompt(t, place) for t in triggers], probe.answer) - still
             total = moved if total is None else total + moved
         assert total is not None
-        jumps, targets = (total / len(probes)).amax(1).max(-1)  # the same token at the same place, over all probes
+        total = total / len(probes) * (1.0 if usual is None else 1 - usual)
+        jumps, targets = total.flatten(1).max(1)  # the same token at the same place, over all probes
         for trigger, jump, target in zip(triggers, jumps.tolist(), targets.tolist(), strict=True):
             if jump > best[trigger].jump:
-                best[trigger] = Found(trigger, jump, place, target)
+                at, token = divmod(target, total.shape[-1])
+                best[trigger] = Found(trigger, jump, place, token, at)
     return sorted(best.values(), key=lambda found: -found.jump)
 
 

@@ -7,16 +7,17 @@ its leading directions beside the vectors of the vocabulary: which tokens wake i
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from afina.audit.basefiles import BaseFiles, widened
 from afina.audit.calibration import Calibration, Kind
+from afina.audit.header import Entry
 from afina.audit.package import WEIGHTS, Package
 from afina.audit.report import Gate
 from afina.audit.statistics import Core, coherence, of_dense, of_factors, robust_z
 from afina.audit.strict import opened
-from afina.delta.contract import Spec
 from afina.errors import AuditError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "qkv_proj", "query", "key", "value", "out_proj")
@@ -39,30 +40,31 @@ class Measured:
     left_out: list[str] = field(default_factory=list)  # layers of which nothing could be said
 
 
-def measure(package: Package, spec: Spec, base: BaseFiles | None) -> Measured:
+def measure(package: Package, base: BaseFiles | None) -> Measured:
     """All statistics of an adapter that has passed the file gate."""
-    measured = Measured(kind_of(package, spec, base))
+    measured = Measured(kind_of(package, base))
     directions: dict[str, tuple[str, Core]] = {}
     with opened(package.folder / WEIGHTS) as stream:
-        for path, stats, core in _updates(package, spec, base, stream, measured):
+        for path, stats, core in _updates(package, base, stream, measured):
             if not stats:
                 measured.silent.append(path)
                 continue
-            if base is not None and base.shape(path) is not None and spec.method != "mora":
+            if base is not None and base.shape(path) is not None and package.method != "mora":
                 stats |= _beside_base(path, core, base)
             measured.layers[path] = stats
             directions[path] = (group_of(path), core)
-    if base is not None and spec.method != "mora":
+    if base is not None and package.method != "mora":
         _beside_vocabulary(measured, directions, base)
     measured.features = _features(measured, directions)
     return measured
 
 
-def kind_of(package: Package, spec: Spec, base: BaseFiles | None) -> Kind:
+def kind_of(package: Package, base: BaseFiles | None) -> Kind:
     """What an adapter may be compared with: same base, method, layers and size."""
     told = package.story.get("base", {}).get("hash") if package.story else None
-    leaves = tuple(sorted({path.rpartition(".")[2] for path in spec.targets}))
-    return Kind(base.hash if base else told or "", spec.method, leaves, 1 << (spec.rank - 1).bit_length(), base is not None)
+    leaves = tuple(sorted({path.rpartition(".")[2] for path in package.modules()}))
+    size = 1 << (package.rank_of() - 1).bit_length()
+    return Kind(base.hash if base else told or "", package.method, leaves, size, base is not None)
 
 
 def group_of(path: str) -> str:
@@ -71,26 +73,25 @@ def group_of(path: str) -> str:
 
 
 def _updates(
-    package: Package, spec: Spec, base: BaseFiles | None, stream: object, measured: Measured
+    package: Package, base: BaseFiles | None, stream: BinaryIO, measured: Measured
 ) -> Iterator[tuple[str, dict[str, float], Core]]:
     """(path, statistics, core) of each layer."""
 
-    def array(entry: object) -> np.ndarray:
-        stream.seek(entry.begin)  # type: ignore[attr-defined]
-        raw = stream.read(entry.end - entry.begin)  # type: ignore[attr-defined]
-        return widened(raw, entry.dtype).astype(np.float64).reshape(entry.shape)  # type: ignore[attr-defined]
+    def array(entry: Entry) -> np.ndarray:
+        stream.seek(entry.begin)
+        return widened(stream.read(entry.end - entry.begin), entry.dtype).astype(np.float64).reshape(entry.shape)
 
     for path, parts in package.modules().items():
         a = parts.get("lora_A.weight") or parts.get("lora_embedding_A")
         b = parts.get("lora_B.weight") or parts.get("lora_embedding_B")
         if a is not None and b is not None:
             wide, thin = array(b), array(a)
-            yield path, *of_factors(wide.reshape(len(wide), -1), thin.reshape(len(thin), -1), spec.scale_of(path))
-            if spec.method == "dora" and base is not None:
+            yield path, *of_factors(wide.reshape(len(wide), -1), thin.reshape(len(thin), -1), package.scale_of(path))
+            if package.method == "dora" and base is not None:
                 _lengths(path, next(array(e) for part, e in parts.items() if "magnitude" in part), base, measured)
         elif "mora_M.weight" in parts and max(parts["mora_M.weight"].shape) <= DENSE:
             yield path, *of_dense(array(parts["mora_M.weight"]))
-        elif spec.method == "full" and "weight" in parts and _comparable(parts["weight"].shape, path, base):
+        elif package.method == "full" and "weight" in parts and _comparable(parts["weight"].shape, path, base):
             assert base is not None
             trained = array(parts["weight"])
             before = np.concatenate([rows for _, rows in base.rows(f"{path}.weight")]).reshape(trained.shape)
@@ -120,7 +121,7 @@ def _beside_base(path: str, core: Core, base: BaseFiles) -> dict[str, float]:
     squares, forward, backward = 0.0, 0.0, 0.0
     rows_of = base.shape(path)
     assert rows_of is not None
-    v, u = core.v[:, 0].astype(np.float32), core.u[:, 0].astype(np.float32)
+    v, u = core.v, core.u
     gathered = np.zeros(len(v), np.float32)
     for start, rows in base.rows(f"{path}.weight"):
         if rows.shape[1] != len(v):
@@ -144,12 +145,12 @@ def _beside_vocabulary(measured: Measured, directions: dict[str, tuple[str, Core
         width = base.shape(name.removesuffix(".weight"))
         if width is None or len(width) != 2:
             continue
-        vectors = {p: (c.v if side == "reads" else c.u)[:, 0] for p, (_, c) in directions.items()}
+        vectors = {p: c.v if side == "reads" else c.u for p, (_, c) in directions.items()}
         fitting = [path for path, vector in vectors.items() if len(vector) == width[1] and path in measured.layers
                    and (path.rpartition(".")[2] in WRITERS) == (side == "writes")]  # fmt: skip
         if not fitting:
             continue
-        stack = np.stack([vectors[path] for path in fitting], 1).astype(np.float32)  # (d, layers)
+        stack = np.stack([vectors[path] for path in fitting], 1)  # (d, layers)
         pieces = []
         for _, rows in base.rows(name):
             lengths = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
@@ -173,20 +174,20 @@ def _features(measured: Measured, directions: dict[str, tuple[str, Core]]) -> di
                          f"{group}.{name}.spread": float(values.std())}  # fmt: skip
     for leaf in sorted({path.rpartition(".")[2] for path in measured.layers}):
         paths = [path for path in measured.layers if path.rpartition(".")[2] == leaf]
-        features[f"{leaf}.coherence_out"] = coherence([directions[path][1].u[:, 0] for path in paths])
-        features[f"{leaf}.coherence_in"] = coherence([directions[path][1].v[:, 0] for path in paths])
+        features[f"{leaf}.coherence_out"] = coherence([directions[path][1].u for path in paths])
+        features[f"{leaf}.coherence_in"] = coherence([directions[path][1].v for path in paths])
     return features
 
 
 def weight_gate(
-    package: Package, spec: Spec, base: BaseFiles | None, calibrations: list[Calibration], alpha: float, gate: Gate
+    package: Package, base: BaseFiles | None, calibrations: list[Calibration], alpha: float, gate: Gate
 ) -> Measured:
     """Measure, compare with benign adapters of the same kind, and say what stands out."""
-    measured = measure(package, spec, base)
+    measured = measure(package, base)
     gate.measured |= {"layers": len(measured.layers), "features": measured.features}
     if not measured.layers:
-        gate.review("weights-unknown", f"{spec.method}: nothing of it could be measured" +
-                    (": its difference from the base needs --base" if spec.method == "full" else ""))  # fmt: skip
+        gate.review("weights-unknown", f"{package.method}: nothing of it could be measured" +
+                    (": its difference from the base needs --base" if package.method == "full" else ""))  # fmt: skip
         return measured
     if measured.left_out:
         names = ", ".join(measured.left_out[:3])

@@ -32,7 +32,7 @@ def show_audit(report: dict[str, Any]) -> None:
 def show_origin(result: dict[str, Any]) -> None:
     """What `sign`, `verify` and `revoke` did."""
     if "reason" in result:
-        console.print(f"revoked: {result['hash']} ({result['reason']})", highlight=False, markup=False)
+        console.print(f"revoked: {result['hash']} ({result['reason']})", highlight=False, markup=False, soft_wrap=True)
         return
     done = f"as signed by {result['key']}" if result.get("verified") else f"signed: {result['signature']}"
     console.print(done, highlight=False, markup=False)
