@@ -46,8 +46,8 @@ from afina.planning.figures import THIN, Load, Memory, Rates, Time
 from afina.planning.shape import Count, Shape
 from afina.training.eightbit import SMALLEST
 
-# C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again
-# with these 16 runs (lora, dora, mora, qlora, full and freeze, 10M to 215M, 512 to 4,096 tokens) were planned 1 to 11% over
+# C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again;
+# with these, 16 runs (lora, dora, mora, qlora, full and freeze, 10M to 215M, 512 to 4,096 tokens) were planned 1 to 11% over
 SLACK, HOLES = 0.3, 2.0
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
