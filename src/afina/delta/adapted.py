@@ -182,7 +182,7 @@ class Adapted(nn.Module):
         The rows of an adapter are gathered, so that it does one product however many sequences it serves.
         """
         flat = unit == "token"
-        if flat and x.is_floating_point() and not self.layer.channels_first and kernels.take(x, y):
+        if flat and x.is_floating_point() and not self.layer.channels_first and kernels.fast(x, y):
             deltas = {row.adapter: self.find(row.adapter) for row in rows}
             thin = {name: delta for name, delta in deltas.items() if is_thin(delta)}
             if thin:

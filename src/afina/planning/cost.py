@@ -16,7 +16,7 @@ learned (numbers, their copies in e bytes, float32 masters of 16-bit ones, momen
     loss        what is kept + hidden states with a label and their gradients, 2 L d e + one chunk of logits
     backward    at each block: what it and those below it keep, gradients of those above it, what lives within it
     optimizer   gradients, those of masters in float32 again
-    the end     the best adapter, read back and attached beside the last one
+    the end     the best adapter, read back and attached beside the last one; on a CPU over what the heap has come to
 
 or what loading needs. A CPU's allocator leaves holes: SLACK is the share that they add to what is kept, HOLES to what
 lives within a block, `Rates.heap` what the probe found over both.
@@ -37,17 +37,18 @@ from afina.base.fast import MLPS, NORMS
 from afina.base.model import HEAD_CHUNK
 from afina.base.nf4 import candidates
 from afina.config import TrainSettings
-from afina.delta.contract import method
+from afina.delta.contract import Delta, method
 from afina.delta.layers import Layer
 from afina.delta.targets import block_number
 from afina.kernels.attention import LONGEST
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
-from afina.planning.figures import Load, Memory, Rates, Time
+from afina.planning.figures import THIN, Load, Memory, Rates, Time
 from afina.planning.shape import Count, Shape
 from afina.training.eightbit import SMALLEST
 
-# C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again
-SLACK, HOLES = 0.25, 3.0
+# C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again;
+# with these, 16 runs (lora, dora, mora, qlora, full and freeze, 10M to 215M, 512 to 4,096 tokens) were planned 1 to 11% over
+SLACK, HOLES = 0.3, 2.0
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
@@ -62,6 +63,7 @@ class _Block:
     inputs: int = 0  # kept for deltas
     keeps: int = 0
     thin: float = 0.0
+    edges: int = 0  # inputs and outputs of adapted layers
     once: float = 0.0  # a pass
     trained: int = 0  # weights with gradients of their own
     passes: int = 0  # outputs of adapted layers
@@ -83,6 +85,12 @@ class Step:
     device: str = "cpu"
     every: int = 0  # activations of each `every`-th block are made again in the backward pass; 0: of none
 
+    def turned(self, every: int) -> "Step":
+        """The same step with the activations of each `every`-th block made again."""
+        other = replace(self, every=every)
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name.startswith("_")})  # what is known
+        return other
+
     # ---- the model
 
     @property
@@ -95,6 +103,15 @@ class Step:
         config = self.shape.config
         heads = int(config.num_attention_heads)
         return heads, heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+    @cached_property
+    def _kind(self) -> type[Delta]:
+        return method(self.count.spec.method)
+
+    @cached_property
+    def _weights(self) -> tuple[float, float]:
+        """Bytes of all weights as they are held, and of the largest tensor."""
+        return float(self.shape.weight_bytes(self.storage)), float(self.shape.largest(self.storage))
 
     @cached_property
     def _codes(self) -> set[str]:
@@ -137,7 +154,7 @@ class Step:
         block.nf4 += weights if layer.path in self._codes else 0
         if layer.path not in self.count.layers:
             return
-        kind, parent, leaf = method(self.count.spec.method), *layer.path.rpartition(".")[::2]
+        kind, (parent, _, leaf) = self._kind, layer.path.rpartition(".")
         cost = kind.cost(layer, self.count.spec)
         group = next((n for n, leaves in enumerate(SAME_INPUT) if leaf in leaves), None)
         if cost.keeps_input and (group is None or (parent, group) not in shared):
@@ -147,6 +164,7 @@ class Step:
         block.keeps += cost.keeps
         block.works = max(block.works, cost.works)
         block.thin += cost.products
+        block.edges += layer.in_features + layer.out_features
         block.once += cost.once
         block.trained += weights if kind.replaces else 0
         block.passes += 0 if kind.replaces else layer.out_features
@@ -185,12 +203,13 @@ class Step:
         each = [load.tokens * e * slack * numbers for numbers in self._kept(load)]
         kept = sum(each)
         loss = slack * (e * self._width * (2 * load.labels + 3 * load.tokens) + self._chunk(load.labels))
-        within = load.tokens * e * self._within(load) * holes + self._packed + 2 * slack * load.labels * self._width * e
+        within = (load.tokens * e * self._within(load) + self._packed) * holes + 2 * slack * load.labels * self._width * e
         step = n * width + (4 * n if masters else 0) + self._optimizer_work
         moments = [kept + loss, step, 2.0 * n * width, *self._backward(each, load.tokens * e * slack, within)]
-        weights = float(self.shape.weight_bytes(self.storage))
-        made = Memory(libraries, weights, learned, self._moments, kept, max(moments) - kept)
-        missing = libraries + weights + self.shape.largest(self.storage) - made.peak  # while it is loaded
+        weights, largest = self._weights
+        end = float(n * width) if cpu else 0.0  # the best adapter is read when a heap is as large as it was
+        made = Memory(libraries, weights, learned, self._moments, kept, max(moments) - kept + end)
+        missing = libraries + weights + largest - made.peak  # while it is loaded
         return replace(made, other=made.other + missing) if cpu and missing > 0 else made
 
     def _backward(self, each: list[float], unit: float, within: float) -> list[float]:
@@ -278,11 +297,13 @@ class Step:
         passes = sum((3 + again) * self._passes(b) for b in flowing) + sum(self._passes(b) for b in self._blocks if not b.flows)
         codes = sum((2 + again) * b.nf4 for b in flowing) + sum(b.nf4 for b in self._blocks if not b.flows)
         optimizer = self.count.trainable * ((28 if self.settings.optimizer == "adamw" else 60) + 14 * (self.count.width < 4))
+        columns = sum(b.thin for b in flowing) / max(1, sum(b.edges for b in flowing))  # of a thin product: the rank
+        thin_rate = min(rate, rates.thin[dtype] * max(1.0, columns) / THIN)
         factor, many = rates.factor, load.passes
         return Time(
             products=factor * many * 2 * (weights * tokens / rate + head / rates.rate(dtype, load.mean_labels)),
             attention=factor * many * heads / rates.attention_rate(dtype, load.mean_length),
-            adapters=factor * many * 2 * (thin / rates.thin[dtype] + once / rates.thin["float32"]),
+            adapters=factor * many * 2 * (thin / thin_rate + once / rates.thin["float32"]),
             dequantisation=many * codes / rates.dequantise,
             activations=factor * many * tokens * e * passes / rates.copy,
             optimizer=optimizer / rates.copy,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 
+THIN = 8  # columns
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -12,7 +14,7 @@ class Rates:
 
     product: dict[str, Sequence[Sequence[float]]]
     attention: dict[str, Sequence[Sequence[float]]]  # (length, rate) by dtype; backwards counts for 2.5 times forwards
-    thin: dict[str, float]  # products with 8 columns
+    thin: dict[str, float]  # products with THIN columns: with fewer they take as long
     copy: float  # bytes read and written
     dequantise: float  # weights written out of NF4
     factor: float  # measured over counted time, of a real step

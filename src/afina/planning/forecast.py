@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from afina.training.setup import make_spec
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
 CONTEXT = 1.0e9  # bytes of a GPU that CUDA's context, its libraries and holes between tensors take
 SPARE = 0.95  # share of a machine's memory that one process may take
-BESIDES = 40e6  # bytes that rows, logs, judging and the curve's picture take in a training process
+BESIDES = 80e6  # bytes that rows, logs, judging and the curve's picture take in a training process
 LIBRARIES = 6e8  # bytes of a process with torch and transformers, where it has not been measured
 SMALLEST = 64  # tokens of the smallest batch that is worth proposing
 # of checkpointing: each takes less memory and more time than the one before
@@ -133,7 +133,7 @@ def turn(step: Step, load: Load, place: Place, besides: float = 0.0) -> tuple[St
         return step, "off", "there is no such device here, so that its memory is not known"
     room, first = f"{place.memory / 1e9:,.1f} GB", 0.0
     for value in DIAL:
-        turned = replace(step, every=step.settings.model_copy(update={"checkpointing": value}).recomputed)
+        turned = step.turned(step.settings.model_copy(update={"checkpointing": value}).recomputed)
         peak = held(turned, load, place).peak + besides
         first = first or peak
         if fits(peak, place):
@@ -163,7 +163,7 @@ def forecast(step: Step, load: Load, place: Place, steps: int | None, held_token
         "fits": fits(memory.peak, place),
         "checkpointing": {"used": dial, "why": why},
         "card_gib": card(memory.peak) if place.device == "cuda" else None,
-        "card_gib_all": card(held(replace(step, every=1), load, place).peak) if place.device == "cuda" else None,
+        "card_gib_all": card(held(step.turned(1), load, place).peak) if place.device == "cuda" else None,
         "trainable_parameters": step.count.trainable,
         "file_bytes": step.count.file_bytes,
     }
@@ -207,7 +207,7 @@ def remedies(shape: Shape, settings: PlanSettings, place: Place, load: Load) -> 
     for change in changes:
         changed = settings.model_copy(update=change)
         step = make_step(shape, changed, place)
-        batch = largest_batch(replace(step, every=1) if settings.checkpointing == "auto" else step, load, place)
+        batch = largest_batch(step.turned(1) if settings.checkpointing == "auto" else step, load, place)
         if not batch:
             continue
         smaller = load.at(min(batch, load.tokens))

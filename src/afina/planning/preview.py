@@ -4,7 +4,7 @@ The base is loaded where it is there and fits, so that everything is checked tha
 step. Else its configuration is enough: a model of 70B can be asked about on a laptop.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
     cost |= {
         "device": place.device, "machine_bytes": place.memory, "batch": _batch(load), "exact": shape.exact,
         "largest_batch_tokens": largest_batch(turn(step, load, place)[0], load, place),
-        "largest_batch_tokens_all": largest_batch(replace(step, every=1), load, place),
+        "largest_batch_tokens_all": largest_batch(step.turned(1), load, place),
         "remedies": remedies(shape, settings, place, load) if cost["fits"] is False else [],
     }  # fmt: skip
     dial = {"checkpointing": cost["checkpointing"]["used"]}

@@ -27,7 +27,7 @@ from afina.disk import write_json
 from afina.errors import AfinaError
 from afina.kernels.native import kernels
 from afina.planning.cost import Step
-from afina.planning.figures import Load, Rates
+from afina.planning.figures import THIN, Load, Rates
 from afina.planning.shape import count, read_shape
 
 ROWS, LENGTHS = (16, 64, 256, 1024), (32, 128, 512, 1024)
@@ -100,7 +100,7 @@ def measure(device: str) -> Rates:
         rates,
         product={name: [[rows, _product(rows, OUT, dtype, device)] for rows in ROWS] for name, dtype in types.items()},
         attention={name: [[n, _attention(n, dtype, device)] for n in LENGTHS] for name, dtype in types.items()},
-        thin={name: _product(512, 8, dtype, device) for name, dtype in types.items()},
+        thin={name: _product(512, THIN, dtype, device) for name, dtype in types.items()},
         copy=_copy(device),
         dequantise=_dequantise(device),
     )
