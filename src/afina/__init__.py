@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "train": "afina.planning.dial",
     "train_many": "afina.planning.dial",
     "plan": "afina.planning.preview",
+    "compare": "afina.comparing.compare",
     "evaluate": "afina.judge.evaluate",
     "generate": "afina.engine.generate",
     "merge": "afina.combining.merge",

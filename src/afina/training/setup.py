@@ -112,12 +112,12 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
         settings=settings,
         prepared=prepared,
         adapter=adapter,
-        learning_rate=settings.learning_rate or _default_rate(adapter.spec.method, prepared.objective),
+        learning_rate=settings.learning_rate or default_rate(adapter.spec.method, prepared.objective),
         rates=by_pattern(settings.learning_rates, (*adapter.spec.targets, *adapter.spec.modules), "learning_rates"),
         steps=settings.steps or max(1, round(settings.epochs * prepared.task.steps_per_epoch)),
     )
 
 
-def _default_rate(method: str, objective: str) -> float:
+def default_rate(method: str, objective: str) -> float:
     """Usual rates: preferences are learned from where the model already is good, in small steps; a new head is not."""
     return (2e-5 if method == "full" else 2e-4) * (0.1 if objective in PREFERENCES and objective != "reward" else 1.0)
