@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "train_many": "afina.planning.dial",
     "plan": "afina.planning.preview",
     "compare": "afina.comparing.compare",
+    "advise": "afina.comparing.advise",
     "evaluate": "afina.judge.evaluate",
     "generate": "afina.engine.generate",
     "merge": "afina.combining.merge",

@@ -372,14 +372,15 @@ class CompareSettings(BaseSettings):
     out: Path | None = _describe("folder of the comparison; by default runs/compare-DATA. Run again, it goes on")
     methods: list[str] = _describe("the methods to compare", ["full", "freeze", "lora", "qlora", "mora", "dora"])
     seeds: int = _describe("runs of each method, each with a seed of its own", 3, ge=1)
-    budget: str = _describe("longest time: 90s, 30m, 2h; trials, steps or seeds are cut to keep it, and the report says so", "30m")
+    budget: str = _describe("longest time: 90s, 30m, 2h; trials, steps or seeds are cut to keep it, and it says so", "30m")
     trials: int = _describe("learning rates to try for each method; the better half goes on, with twice the steps", 4, ge=1)
     steps: int | None = _describe("optimizer steps of a run; by default three times over the data", ge=1)
     rank: int = _describe("rank of the adapters", 8, ge=1)
     metric: Literal["auto", "exact_match", "accuracy", "chrf", "rouge", "loss"] = _describe(
-        "what decides; auto: exact_match for short answers, chrf for long ones, accuracy for labels, loss for plain text", "auto"
+        "what decides; auto: exact_match for short answers, chrf for long ones, accuracy for labels, loss for plain text",
+        "auto",
     )
-    holdout: float = _describe("share of the rows that only judge; half as many more choose rates and states", 0.2, gt=0.0, lt=0.6)
+    holdout: float = _describe("share of the rows that only judge; half as many choose rates and states", 0.2, gt=0.0, lt=0.6)
     limit: int = _describe("most rows for which an answer is generated", 100, ge=2)
     max_new_tokens: int = _describe("longest answer in tokens", 64, ge=1)
     objective: Literal["auto", "sft", "pretrain", "classify"] = _describe("as for train", "auto")
@@ -414,12 +415,15 @@ class CompareSettings(BaseSettings):
         return float(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.budget[-1]]
 
 
+Goal = Literal["style", "behaviour", "domain", "knowledge", "facts-that-change", "customers", "switching"]
+
+
 class AdviseSettings(BaseSettings):
     """Everything `afina advise` can be told; what is missing is asked for where somebody sits at the screen."""
 
-    goal: Literal["style", "behaviour", "domain", "knowledge", "facts-that-change", "customers", "switching"] | None = _describe(
-        "what for: style (tone, format, a task), behaviour (what it should rather say), domain (much text of a field or a "
-        "language), knowledge (facts to memorise), facts-that-change, customers (many adapters), switching (often, in one chat)"
+    goal: Goal | None = _describe(
+        "style (tone, format, a task), behaviour (what it should rather say), domain (much text of a field or a language), "
+        "knowledge (facts to memorise), facts-that-change, customers (many adapters), switching (often, in one chat)"
     )
     rows: int | None = _describe("how many examples there are (for domain: texts)", ge=0)
     pairs: bool = _describe("there are pairs of a better and a worse answer", False)

@@ -173,12 +173,14 @@ class Comparison:
                 tried[name] += [[rate, steps, loss] for rate, loss in found.items()]
                 good = sorted((loss, rate) for rate, loss in found.items() if loss is not None)
                 if not good:
-                    self.failed[name] = failure(runs[name, left[name][0]].out) or "every learning rate failed"  # type: ignore[arg-type]
+                    why = failure(self.folder / f"trials/{name}-{left[name][0]:g}-{steps}")
+                    self.failed[name] = why or "every learning rate failed"
                     del left[name]
                     continue
                 left[name] = [rate for _, rate in good[: -(-len(found) // 2)]]
         return {
-            name: {"rate": some[0], "tried": tried[name], "edge": schedule.trials > 1 and some[0] in (rates[name][0], rates[name][-1])}
+            name: {"rate": some[0], "tried": tried[name],
+                   "edge": schedule.trials > 1 and some[0] in (rates[name][0], rates[name][-1])}
             for name, some in left.items()
         }  # fmt: skip
 
@@ -235,11 +237,12 @@ class Comparison:
                 "curves": [_curve(self.folder / f"runs/{name}-{seed}") for seed in range(seeds)],
                 "verdicts": [read_run(self.folder / f"runs/{name}-{seed}")["verdict"] for seed in range(seeds)],
             }  # fmt: skip
-        tested = findings.tests(judged, base, self.metric)
+        tested = findings.pairs(judged, base, self.metric)
         story = read_run(self.folder / f"runs/{next(iter(judged))}-0")
         return {
             "kind": KIND, "version": VERSION, "afina": afina.__version__, "folder": str(self.folder),
-            "settings": resolved(self.settings), "metric": self.metric, "score_rows": findings.scores([base], self.metric).shape[1], "objective": self.rows.objective,
+            "settings": resolved(self.settings), "objective": self.rows.objective,
+            "metric": self.metric, "score_rows": findings.scores([base], self.metric).shape[1],
             "data": {"name": self.settings.data.name, "sha256": self.rows.digest} | self.rows.counts,
             "base": story["base"], "environment": story["environment"],
             "schedule": schedule.as_dict() | {"seeds_done": seeds, "spent": self.spent}, "failed": self.failed,
@@ -285,7 +288,8 @@ def compare(data: str | Path | CompareSettings, *, say: Say = lambda text: None,
     costs = one.costs()
     schedule = Schedule(**one._keep("schedule.json", lambda: one.schedule(costs, judging, steps).as_dict()))
     say(
-        f"{schedule.trials} learning rates, {schedule.seeds} seeds, {schedule.steps} steps: about {schedule.seconds / 60:.1f} min"
+        f"{schedule.trials} learning rates, {schedule.seeds} seeds, {schedule.steps} steps: "
+        f"about {schedule.seconds / 60:.1f} min"
     )
     rates = one.search(schedule)
     seeds = one.finals(schedule, rates, costs, judging)

@@ -53,17 +53,17 @@ def describe(judged: Sequence[Judged], base: Judged, metric: str) -> dict[str, A
     return found
 
 
-def tests(judged: Mapping[str, Sequence[Judged]], base: Judged, metric: str) -> list[dict[str, Any]]:
+def pairs(judged: Mapping[str, Sequence[Judged]], base: Judged, metric: str) -> list[dict[str, Any]]:
     """The metric of each pair, base included, paired by rows and seeds; p-values corrected for being so many (Holm)."""
     seeds = min(len(runs) for runs in judged.values())
     tables = {BASE: np.repeat(scores([base], metric), seeds, 0)}
     tables |= {name: scores(runs[:seeds], metric) for name, runs in judged.items()}
-    pairs = list(combinations(tables, 2))
-    found = [difference(tables[b], tables[a]) for a, b in pairs]
+    both = list(combinations(tables, 2))
+    found = [difference(tables[b], tables[a]) for a, b in both]
     corrected = holm([p for _, p in found])
     return [
         {"one": a, "other": b, "difference": shown.as_dict(), "p": p, "corrected": q, "shown": q < SURE}
-        for (a, b), (shown, p), q in zip(pairs, found, corrected, strict=True)
+        for (a, b), (shown, p), q in zip(both, found, corrected, strict=True)
     ]
 
 
@@ -88,6 +88,8 @@ def recommend(methods: Mapping[str, Mapping[str, Any]], tested: Sequence[Mapping
     best = names[0]
 
     def better(one: str, other: str) -> bool:
+        if one == other:
+            return False
         test = pair[frozenset((one, other))]
         gain = test["difference"]["mean"] * (1 if test["other"] == one else -1)
         return bool(test["shown"] and gain > 0)  # tests compare scores turned so that more is better

@@ -77,7 +77,8 @@ def trade(result: Mapping[str, Any], cost: str, words: Words) -> str:
         axes.set_xlabel(words("axis_" + cost))
         axes.set_ylabel(words("axis_" + metric))
         if cost != "forgetting":
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.1 * max(map(value, names)))
+        axes.locator_params(axis="x", nbins=5)
         axes.legend(frameon=False, fontsize=8, ncols=2)
 
     return _draw(cost, paint)

@@ -46,8 +46,8 @@ def view(result: Mapping[str, Any], lang: str) -> dict[str, Any]:
     rows, asked, settings = result["data"]["test"], result["score_rows"], result["settings"]
     sources = {methods[name]["energy_source"] for name in names}
     return {
-        "w": {key: say(key) for key in ("summary", "quality", "cost", "between", "examples", "pictures", "ran", "again", "limits",
-                                        "question", "expected", "base")},
+        "w": {key: say(key) for key in ("summary", "quality", "cost", "between", "examples", "pictures", "ran", "again",
+                                        "limits", "question", "expected", "base")},
         "title": say("title", data=result["data"]["name"]),
         "answer": _answer(result, say),
         "reasons": [_reason(key, gaps, metric, say) for key, gaps in result["recommendation"]["reasons"]],
@@ -70,7 +70,8 @@ def view(result: Mapping[str, Any], lang: str) -> dict[str, Any]:
             "rows": [_test(test, metric, say) for test in sorted(result["tests"], key=lambda t: t["p"])],
         },
         "examples": [
-            {"prompt": e["prompt"], "expected": e["expected"], "answers": [(say("base"), e["base"])] + [(n, e["answers"][n]) for n in names]}
+            {"prompt": e["prompt"], "expected": e["expected"],
+             "answers": [(say("base"), e["base"]), *((name, e["answers"][name]) for name in names)]}
             for e in result["examples"]
         ],
         "facts": _facts(result, say),
@@ -160,8 +161,8 @@ def _facts(result: Mapping[str, Any], say: Words) -> list[tuple[str, str]]:
         (say("fact_plan"), f"{schedule['trials']}, {schedule['steps']}, {schedule['seeds_done']}"),
         (say("fact_budget"), result["settings"]["budget"]),
         (say("fact_time"), duration(schedule["spent"])),
-        (say("fact_machine"), f"{where['machine']}, {where['threads']} threads, Python {where['python']}, torch {where['torch']}, "
-                              f"afina {result['afina']}"),
+        (say("fact_machine"), f"{where['machine']}, {where['threads']} threads, Python {where['python']}, "
+                              f"torch {where['torch']}, afina {result['afina']}"),
     ]  # fmt: skip
 
 

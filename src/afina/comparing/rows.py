@@ -49,7 +49,8 @@ def split_rows(settings: CompareSettings, folder: Path) -> Rows:
     objective = objective_of(asked)
     if objective not in ("auto", "sft", "pretrain", "classify"):
         raise SettingsError(
-            f"compare cannot judge {objective} so far", where=str(settings.data), why="it judges answers, plain text and labels",
+            f"compare cannot judge {objective} so far", where=str(settings.data),
+            why="it judges answers, plain text and labels",
             hint="one column with the answer: --columns '{prompt: question, completion: answer}'",
         )  # fmt: skip
     table: Any
@@ -88,7 +89,7 @@ def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dic
 def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
     if len(rows) < FEWEST:
         raise DataError(f"{len(rows)} rows are too few to compare methods", where=str(settings.data),
-                        why="some are held out to choose by, others to judge by", hint=f"at least {FEWEST}; 200 say more")  # fmt: skip
+                        why="some are held out, to choose by and to judge by", hint=f"at least {FEWEST}; 200 say more")  # fmt: skip
 
 
 def _language(rows: list[Any], objective: str, settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
