@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "afina"
 # from the ground up, in the order of the story; CONTRIBUTING.md has the same list with a line on each
 ROOMS = [
     "errors", "config", "disk", "admission", "segments", "route", "kernels", "base", "delta", "data", "objective", "engine", "judge",
-    "combining", "training", "planning", "audit", "demo", "server", "cli",
+    "combining", "training", "planning", "audit", "comparing", "demo", "server", "cli",
 ]  # fmt: skip
 
 

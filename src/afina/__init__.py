@@ -23,6 +23,8 @@ _FUNCTIONS = {
     "train": "afina.planning.dial",
     "train_many": "afina.planning.dial",
     "plan": "afina.planning.preview",
+    "compare": "afina.comparing.compare",
+    "advise": "afina.comparing.advise",
     "evaluate": "afina.judge.evaluate",
     "generate": "afina.engine.generate",
     "merge": "afina.combining.merge",

@@ -4,6 +4,7 @@ Each verb has one class below; a field's description is its help text. An unknow
 names the nearest known one. Nothing here imports torch, so that `afina --help` is quick.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -366,6 +367,74 @@ class RevokeSettings(Settings):
 
     target: str = _describe("an adapter's folder, or its hash", ...)
     reason: str = _describe("why it must not be used any more", ...)
+
+
+class CompareSettings(BaseSettings):
+    """Everything `afina compare` can be told."""
+
+    data: Path = _describe("a file of rows, as for train: answers, plain text, or labels", ...)
+    out: Path | None = _describe("folder of the comparison; by default runs/compare-DATA. Run again, it goes on")
+    methods: list[str] = _describe("the methods to compare", ["full", "freeze", "lora", "qlora", "mora", "dora"])
+    seeds: int = _describe("runs of each method, each with a seed of its own", 3, ge=1)
+    budget: str = _describe("longest time: 90s, 30m, 2h; trials, steps or seeds are cut to keep it, and it says so", "30m")
+    trials: int = _describe("learning rates to try for each method; the better half goes on, with twice the steps", 4, ge=1)
+    steps: int | None = _describe("optimizer steps of a run; by default three times over the data", ge=1)
+    rank: int = _describe("rank of the adapters", 8, ge=1)
+    metric: Literal["auto", "exact_match", "accuracy", "chrf", "rouge", "loss"] = _describe(
+        "what decides; auto: exact_match for short answers, chrf for long ones, accuracy for labels, loss for plain text",
+        "auto",
+    )
+    holdout: float = _describe("share of the rows that only judge; half as many choose rates and states", 0.2, gt=0.0, lt=0.6)
+    limit: int = _describe("most rows for which an answer is generated", 100, ge=2)
+    max_new_tokens: int = _describe("longest answer in tokens", 64, ge=1)
+    objective: Literal["auto", "sft", "pretrain", "classify"] = _describe("as for train", "auto")
+    columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+    template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
+    general: Path | None = _describe("general text on which forgetting is measured; one is built in")
+    max_length: int | None = _describe("longest sequence in tokens; by default what the base can read, up to 2,048")
+    batch_tokens: int = _describe("tokens in one pass", 2048, ge=1)
+    seed: int = _describe("seed of the split; runs count up from it", 0)
+    lang: Literal["en", "es"] = _describe("language of the report", "en")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        """Raises where a method stands twice: the two would share a line."""
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        if isinstance(names, list) and (not names or len(set(names)) < len(names)):
+            raise ValueError("at least one method, each once")
+        return names
+
+    @field_validator("budget")
+    @classmethod
+    def _is_time(cls, value: str) -> str:
+        """Raises where it is no time."""
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[smh]", value.strip()):
+            raise ValueError("a number and s, m or h: 90s, 30m, 2h")
+        return value.strip()
+
+    @property
+    def seconds(self) -> float:
+        """The budget in seconds."""
+        return float(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.budget[-1]]
+
+
+Goal = Literal["style", "behaviour", "domain", "knowledge", "facts-that-change", "customers", "switching"]
+
+
+class AdviseSettings(BaseSettings):
+    """Everything `afina advise` can be told; what is missing is asked for where somebody sits at the screen."""
+
+    goal: Goal | None = _describe(
+        "style (tone, format, a task), behaviour (what it should rather say), domain (much text of a field or a language), "
+        "knowledge (facts to memorise), facts-that-change, customers (many adapters), switching (often, in one chat)"
+    )
+    rows: int | None = _describe("how many examples there are (for domain: texts)", ge=0)
+    pairs: bool = _describe("there are pairs of a better and a worse answer", False)
+    prompted: bool = _describe("a good prompt with a few examples in it has been tried", False)
+    memory: float | None = _describe("GB of memory to train in; by default this machine's", gt=0)
+    earlier: Path = _describe("where earlier comparisons lie", Path("runs"))
+    lang: Literal["en", "es"] = _describe("language of the advice", "en")
 
 
 class DemoSettings(Settings):

@@ -36,6 +36,12 @@ class Verb:
 VERBS = {
     "demo": Verb("see it work: teach the embedded base to correct sentences", config.DemoSettings, "afina.demo.demo:demo"),
     "plan": Verb("what would happen, before it does", config.PlanSettings, "afina.planning.preview:plan", "data"),
+    "compare": Verb(
+        "which method for this base and these rows? A measurement", config.CompareSettings, "afina.cli.show_compare:compare",
+        "data",
+    ),
+    "advise": Verb("which method for my case? Advice with its reasons, without training", config.AdviseSettings,
+                   "afina.cli.show_compare:advise"),
     "train": Verb("adapt a base to your data", config.TrainSettings, "afina.cli.train:train", "data"),
     "eval": Verb("judge an adapter against its base", config.EvalSettings, "afina.judge.evaluate:evaluate", "run"),
     "generate": Verb("answer prompts", config.GenerateSettings, "afina.engine.generate:generate", "prompts", many=True),

@@ -16,6 +16,12 @@ def show(verb: str, result: dict[str, Any]) -> None:
     """Print what a verb returned, for people."""
     from afina.cli.show_audit import show_audit, show_origin
 
+    if verb in ("compare", "advise"):  # they bring more than the other verbs need
+        from afina.cli import show_compare
+
+        getattr(show_compare, f"show_{verb}")(result)
+        return
+
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "prefer": _preferred,
      "merge": _merge, "export": _export, "demo": _demo, "combine": _combine, "extract": _extract,
      "show": _about, "audit": show_audit, "sign": show_origin, "verify": show_origin, "revoke": show_origin,

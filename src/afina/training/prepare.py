@@ -93,7 +93,7 @@ def _language(settings: TrainSettings, base: Base | None) -> Prepared:
     )  # fmt: skip
     own_tokens = base.add_tokens(new_tokens(settings))
     made = read_examples(settings, table, base.tokenizer, base.context)
-    records = [_as_record(row) for row in made.held_rows] or [{"text": base.text(example.tokens)} for example in made.held]
+    records = [as_record(row) for row in made.held_rows] or [{"text": base.text(example.tokens)} for example in made.held]
     return Prepared(
         base=base,
         task=LanguageTask(base, made.train, made.held, settings.batch_tokens, settings.accumulate, settings.seed),
@@ -139,7 +139,8 @@ def _split(
     return [made[row.where] for row in rows], [made[row.where] for row in held_rows], held_rows
 
 
-def _as_record(row: Row) -> dict[str, Any]:
+def as_record(row: Row) -> dict[str, Any]:
+    """A row as it may be written into a file and read again."""
     if row.messages is not None:
         return {"messages": list(row.messages)}
     return {"prompt": row.prompt, "completion": row.completion} if row.prompt is not None else {"text": row.text}

@@ -1,0 +1,196 @@
+"""`afina advise`: which method, without any training. From the goal, the amount of data, the base and the memory there is.
+
+The reasons are findings that others published (published.py), the plan's memory and time, and the user's own earlier
+comparisons on this base, which go before what others measured. It also says when not to train.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from afina.comparing.compare import KIND
+from afina.comparing.published import FINDINGS, SAYINGS
+from afina.comparing.report import duration, interval, size
+from afina.config import AdviseSettings, Goal, PlanSettings, make_settings
+from afina.errors import AfinaError, SettingsError
+from afina.planning.preview import plan
+
+FEW = 20  # examples that fit into a prompt
+MUCH = 5000  # texts of a domain from which on a small adapter may be too small
+QUESTIONS = {
+    "goal": f"What for? ({', '.join(get_args(Goal))})",
+    "rows": "How many examples (or texts) do you have?",
+}
+
+
+@dataclass
+class Advice:
+    """What to use: a method with its settings, "prompt", "find" (retrieval), or "none" where nothing fits."""
+
+    use: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasons: list[tuple[str, str | None, dict[str, Any]]] = field(default_factory=list)  # (saying, finding, its gaps)
+    then: str | None = None
+
+    def because(self, saying: str, finding: str | None = None, **gaps: Any) -> "Advice":
+        """The advice with one more reason."""
+        self.reasons.append((saying, finding, gaps))
+        return self
+
+
+def decide(goal: str, rows: int, pairs: bool, prompted: bool) -> Advice:
+    """What is published says, whatever the machine."""
+    if goal == "facts-that-change":
+        return Advice("find").because("retrieval", "retrieval").because("hallucinate", "hallucinate")
+    if not rows and not pairs:
+        return Advice("prompt").because("no_rows")
+    if rows < FEW and not pairs and not prompted and goal in ("style", "behaviour", "customers", "switching"):
+        return Advice("prompt").because("fewshot", "fewshot", rows=rows)
+    if goal == "knowledge":
+        advice = Advice("mora", {"rank": 8}).because("mora_facts", "mora")
+        return advice.because("hallucinate", "hallucinate").because("also_retrieval", "retrieval")
+    if goal == "domain":
+        if rows >= MUCH:
+            return Advice("full").because("learns_less", "learns_less").because("mora_domain", "mora")
+        return Advice("lora", {"rank": 64}).because("regret", "regret").because("learns_less", "learns_less")
+    if goal == "switching":
+        return Advice("alora", {"rank": 32}).because("alora", "alora")
+    if goal == "customers":
+        return Advice("lora", {"rank": 8}).because("slora", "slora").because("regret", "regret")
+    advice = Advice("lora", {"rank": 8 if rows < MUCH else 16}).because("lima" if rows < MUCH else "regret",
+                                                                        "lima" if rows < MUCH else "regret")  # fmt: skip
+    if goal == "behaviour":
+        if pairs:
+            advice.then = "afina train PAIRS --objective dpo --options '{start: RUN}'"
+        return advice.because("dpo", "dpo") if pairs else advice.because("collect_pairs", "dpo")
+    return advice.because("regret", "regret") if rows < MUCH else advice
+
+
+# ---- the machine
+
+
+def smaller(method: str) -> list[str]:
+    """The method, and what to take instead where it does not fit, the nearest first."""
+    return {"full": ["full", "lora", "qlora"]}.get(method, [method, f"q{method}"])
+
+
+def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
+    """The plan of the first of `smaller` that fits; changes the advice to it. None where no plan can be made."""
+    need = room = None
+    for name in smaller(advice.use):
+        told = {"rank": 64} if advice.use == "full" and name != "full" else {}
+        try:
+            found = plan(_asked(settings, name, advice.settings | told))["cost"]
+        except AfinaError as error:
+            advice.because("no_plan", why=error.what)
+            return None
+        peak = found["peak_bytes"]
+        limit = 1e9 * settings.memory if settings.memory else found["machine_bytes"]
+        room = size(limit) if limit else None
+        if limit is None or (found["fits"] if settings.memory is None else peak <= limit):
+            if name != advice.use:
+                kind = "qlora" if name.startswith("q") else "full_too_large"
+                advice.because(kind, "qlora" if kind == "qlora" else None, need=need, room=room)
+                advice.use, advice.settings = name, advice.settings | told
+            return {"peak_bytes": peak, "step_seconds": found["step_seconds"], "batch": found["batch"]}
+        need = size(peak)
+    advice.use, advice.settings = "none", {}
+    advice.because("nothing_fits", need=need, room=room)
+    return None
+
+
+def _asked(settings: AdviseSettings, method: str, told: Mapping[str, Any]) -> PlanSettings:
+    same = ("base", "revision", "trust_remote_code", "dtype", "device")
+    return PlanSettings(method=method, **told, **{name: getattr(settings, name) for name in same})
+
+
+# ---- the user's own comparisons
+
+
+def comparisons(folder: Path, base: str) -> Iterator[dict[str, Any]]:
+    """Comparisons on this base that lie in `folder` or in its folders, in the order of their names."""
+    for file in sorted([*folder.glob("compare.json"), *folder.glob("*/compare.json")]):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # being written, or somebody else's
+            continue
+        if isinstance(found, dict) and found.get("kind") == KIND and found["settings"]["base"] == base:
+            yield found
+
+
+def heed(advice: Advice, settings: AdviseSettings, objective: str) -> None:
+    """Let earlier comparisons speak: one that showed another method to be better goes before what is published."""
+    for found in comparisons(settings.earlier, settings.base):
+        if found["objective"] != objective or advice.use not in found["methods"]:
+            continue
+        form = "{:.3f}" if found["metric"] == "loss" else "{:.1f}"
+        shown = [t for t in found["tests"] if t["shown"] and advice.use in (t["one"], t["other"])]
+        won = {t["other"] if t["difference"]["mean"] > 0 else t["one"]: t for t in shown}
+        better = [name for name in won if name in found["methods"] and name != advice.use]
+        names = [advice.use, *better[:1]]
+        figures = ", ".join(f"{n} {interval(found['methods'][n]['score'], form)}" for n in names)
+        if better:
+            advice.because("earlier_better", name=found["folder"], better=better[0], worse=advice.use, figures=figures)
+            advice.use, advice.settings = better[0], {"rank": found["settings"]["rank"]}
+            advice.settings |= {"learning_rate": found["methods"][better[0]]["learning_rate"]}
+        else:
+            advice.because("earlier_same", name=found["folder"], figures=figures)
+            advice.settings["learning_rate"] = found["methods"][advice.use]["learning_rate"]
+
+
+def ask(settings: AdviseSettings, question: Callable[[str], str]) -> AdviseSettings:
+    """What was not told, asked for; raises `SettingsError` for an answer that is none."""
+    told: dict[str, Any] = {name: question(text) for name, text in QUESTIONS.items() if getattr(settings, name) is None}
+    known = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return make_settings(AdviseSettings, known | told)
+
+
+def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, Any]:
+    """{"use", "settings", "reasons": [{"text", "source", "link"}], "plan", "command", "then"}; settings as the verb's.
+
+    Raises `SettingsError` where goal or rows are not told.
+    """
+    settings = settings or make_settings(AdviseSettings, values)
+    if settings.goal is None or (settings.rows is None and settings.goal != "facts-that-change"):
+        missing = "goal" if settings.goal is None else "rows"
+        hint = AdviseSettings.model_fields[missing].description
+        raise SettingsError(f"{missing} is missing", where="advise", hint=f"--{missing}: {hint}")
+    advice = decide(settings.goal, settings.rows or 0, settings.pairs, settings.prompted)
+    objective = "pretrain" if settings.goal == "domain" else "sft"
+    planned = None
+    if advice.use not in ("find", "prompt"):
+        heed(advice, settings, objective)
+        planned = fit(advice, settings)
+    trains = advice.use not in ("find", "prompt", "none")
+    say = SAYINGS[settings.lang]
+    return {
+        "use": advice.use, "settings": advice.settings, "plan": planned, "lang": settings.lang,
+        "command": _command(advice, settings, objective) if trains else None,
+        "then": advice.then if trains else None,
+        "reasons": [
+            {"text": say[saying].format(**gaps), "source": FINDINGS[finding][0] if finding else None,
+             "link": FINDINGS[finding][1] if finding else None}
+            for saying, finding, gaps in advice.reasons
+        ],
+    }  # fmt: skip
+
+
+def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
+    parts = ["afina train DATA", f"--base {settings.base}" if settings.base != "embedded" else "", f"--method {advice.use}"]
+    told = {name: v for name, v in advice.settings.items() if name != "rank" or advice.use not in ("full", "freeze")}
+    parts += [f"--{name.replace('_', '-')} {value}" for name, value in told.items()]
+    parts += ["--objective pretrain"] if objective == "pretrain" else []
+    return " ".join(part for part in parts if part)
+
+
+def written(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The lines of an advice for people: (what, value)."""
+    say, planned = SAYINGS[result["lang"]], result["plan"]
+    lines = [(say["use"], say.get(result["use"], result["use"]))]
+    if planned:
+        lines.append((say["memory"], size(planned["peak_bytes"])))
+        lines += [(say["step"], duration(planned["step_seconds"]))] if planned["step_seconds"] else []
+    lines += [(say["command"], result["command"])] if result["command"] else []
+    return lines + ([(say["then"], result["then"])] if result["then"] else [])

@@ -1,0 +1,131 @@
+"""The rows of a comparison, split once for all methods and seeds, so that all are judged on the same ones.
+
+train.jsonl     what every run learns from
+choose.jsonl    held out: chooses learning rates, and the state of a run that is kept
+test.jsonl      held out, and looked at once, at the end: what was chosen on rows flatters itself on them
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from afina.config import CompareSettings, TrainSettings
+from afina.data.batches import split
+from afina.data.formats import read_table
+from afina.data.labelled import Labelled, read_labelled
+from afina.disk import write_json, write_text
+from afina.errors import DataError, SettingsError
+from afina.objective.language import choose
+from afina.training.prepare import as_record, objective_of
+
+PIECE = 800  # characters of a piece of plain text: rows that can be drawn, split and judged
+FEWEST = 10  # rows below which nothing can be said at all
+KINDS = ("train", "choose", "test")
+Piece = TypeVar("Piece")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is learned, and where the three files lie; `digest` is the sha256 of the file that they come from."""
+
+    objective: str
+    format: str
+    digest: str
+    train: Path
+    choose: Path
+    test: Path
+    counts: dict[str, int]
+
+
+def split_rows(settings: CompareSettings, folder: Path) -> Rows:
+    """Read the data and write the three files into `folder`, or find them there.
+
+    Raises `DataError` for rows that cannot be used, and where the data is not what the comparison began with.
+    """
+    asked = TrainSettings(data=settings.data, objective=settings.objective, columns=settings.columns)
+    objective = objective_of(asked)
+    if objective not in ("auto", "sft", "pretrain", "classify"):
+        raise SettingsError(
+            f"compare cannot judge {objective} so far", where=str(settings.data),
+            why="it judges answers, plain text and labels",
+            hint="one column with the answer: --columns '{prompt: question, completion: answer}'",
+        )  # fmt: skip
+    table: Any
+    if objective == "classify":
+        table = read_labelled(settings.data, settings.columns)
+        if table.format != "text":
+            raise SettingsError("compare reads rows of text so far", where=str(settings.data), hint="afina train FOLDER")
+    else:
+        table = read_table(settings.data, settings.columns)
+        objective = choose(settings.objective, table.rows)
+    about = folder / "rows.json"
+    files = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
+    if about.is_file():
+        known = json.loads(about.read_text())
+        if known["digest"] != table.digest:
+            why = "runs of the old rows and of the new ones cannot be compared"
+            raise DataError("the data has changed since this comparison began", where=str(settings.data), why=why,
+                            hint="another --out")  # fmt: skip
+        return Rows(**known | files)
+    records = _labelled(table.rows, settings) if objective == "classify" else _language(table.rows, objective, settings)
+    for kind, file in files.items():
+        write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records[kind]))
+    facts = {"objective": objective, "format": table.format, "digest": table.digest,
+             "counts": {kind: len(records[kind]) for kind in KINDS}}  # fmt: skip
+    write_json(about, facts)
+    return Rows(**facts | files)
+
+
+def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dict[str, list[Piece]]:
+    """Rows for the three files; equal rows stay together."""
+    rest, test = split(rows, settings.holdout, settings.seed, key)
+    train, chosen = split(rest, settings.holdout / 2 / (1 - settings.holdout), settings.seed + 1, key)
+    return {"train": train, "choose": chosen, "test": test}
+
+
+def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
+    if len(rows) < FEWEST:
+        raise DataError(f"{len(rows)} rows are too few to compare methods", where=str(settings.data),
+                        why="some are held out, to choose by and to judge by", hint=f"at least {FEWEST}; 200 say more")  # fmt: skip
+
+
+def _language(rows: list[Any], objective: str, settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
+    if objective == "pretrain":
+        texts = [{"text": piece} for row in rows for piece in pieces(row.text or _joined(row))]
+        _enough(texts, settings)
+        return _three(texts, settings, key=lambda record: record["text"])
+    _enough(rows, settings)
+    return {kind: [as_record(row) for row in some] for kind, some in _three(rows, settings).items()}
+
+
+def _joined(row: Any) -> str:
+    """A row with an answer, as plain text."""
+    return "\n".join(m["content"] for m in row.messages) if row.messages else f"{row.prompt}{row.completion}"
+
+
+def _labelled(rows: list[Labelled], settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
+    """The same shares of each class; raises `DataError` for a class with fewer than three different rows."""
+    _enough(rows, settings)
+    made: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for label in sorted({row.label for row in rows}):
+        own = [row for row in rows if row.label == label]
+        if len({row.content for row in own}) < 3:
+            why = "one is learned, one chooses, one judges"
+            raise DataError(f"class {label!r} has fewer than three different rows", where=own[0].where, why=why)
+        for kind, some in _three(own, settings, key=lambda row: row.content).items():
+            made[kind] += [{"text": row.content, "label": row.label} for row in some]
+    return made
+
+
+def pieces(text: str) -> list[str]:
+    """A text in pieces of about PIECE characters, cut after a line or a sentence where there is one."""
+    made, piece = [], ""
+    for part in re.split(r"(?<=\n)|(?<=[.!?] )", text):
+        if piece and len(piece) + len(part) > PIECE:
+            made.append(piece)
+            piece = ""
+        piece += part
+    return [piece for piece in [*made, piece] if piece.strip()]
