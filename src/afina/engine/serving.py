@@ -257,7 +257,7 @@ class Engine:
             merged = self._merging.route(pieces)
             sequences, logits = self._runner.run(pieces, merged)
             chosen = choose(logits, [s.chooser for s in sequences]) if sequences else []
-        except (RuntimeError, ValueError, AfinaError) as error:
+        except Exception as error:  # whatever it is, those who ask next are answered
             for sequence, _ in pieces:
                 self._finish(sequence, "error", f"the forward failed: {error}")
             return True
