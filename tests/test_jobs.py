@@ -286,6 +286,19 @@ def test_kill_dash_nine_loses_nothing_that_was_acknowledged(tiny: Path, chats: P
 
 
 @pytest.mark.slow
+def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tiny: Path, tmp_path: Path) -> None:
+    with process(tiny, tmp_path / "state") as (client, running):
+        ask: Any = [{"role": "user", "content": "say sol luna"}]
+        body = {"ignore_eos": True}
+        stream = client.chat.completions.create(model=tiny.name, messages=ask, max_tokens=150, stream=True, extra_body=body)
+        chunks = [next(iter(stream))]
+        running.send_signal(signal.SIGTERM)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert running.wait(30) == 0
+
+
+@pytest.mark.slow
 def test_a_job_ends_with_its_server(tiny: Path, chats: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with process(tiny, state) as (client, running):

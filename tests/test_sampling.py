@@ -89,6 +89,7 @@ def test_temperature_0_takes_the_likeliest_and_leaves_the_logits_alone() -> None
         {"temperature": 1.5, "top_k": 12, "top_p": 0.7, "min_p": 0.2},
         {"temperature": 1.0, "top_k": 1},
         {"temperature": 1.0, "top_p": 1e-6},
+        {"temperature": 1.0, "top_p": 1e-60},
     ],
     ids=str,
 )

@@ -310,6 +310,14 @@ def test_two_servers_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.M
     _take(tmp_path).close()
 
 
+def test_an_engine_that_broke_is_told_and_asked_nothing(open_server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, open_server.http() as http:
+        patch.setattr(type(open_server.state.engine), "alive", False)
+        for path in ("/healthz", "/readyz"):
+            assert http.get(path).status_code == 503
+        assert http.post("/v1/chat/completions", json=BODY).json()["error"]["code"] == "broken"
+
+
 # ---- figures and logs
 
 

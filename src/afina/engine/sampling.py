@@ -162,7 +162,9 @@ def _nucleus(probabilities: Tensor, shares: Tensor) -> Tensor:
         if size == probabilities.shape[-1] or bool((before[:, -1:] >= shares).all()):
             break
         size = min(8 * size, probabilities.shape[-1])
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(before >= shares, 0.0))
+    beyond = before >= shares
+    beyond[:, 0] = False  # a share that float32 rounds to nothing still leaves the likeliest
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
 
 
 def _with_logprobs(logits: Tensor, tokens: Tensor, choosers: Sequence[Chooser]) -> list[Logprob]:

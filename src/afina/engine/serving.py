@@ -83,6 +83,11 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="afina-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread that runs forwards: after `start`, and until it is stopped or broken."""
+        return self._thread is not None and self._thread.is_alive()
+
     def stop(self, drain: float = 0.0) -> None:
         """Take no more requests, give those under way `drain` seconds, end the others, and give the layers back."""
         self._closing = True
@@ -252,7 +257,7 @@ class Engine:
             merged = self._merging.route(pieces)
             sequences, logits = self._runner.run(pieces, merged)
             chosen = choose(logits, [s.chooser for s in sequences]) if sequences else []
-        except (RuntimeError, ValueError, AfinaError) as error:
+        except Exception as error:  # whatever it is, those who ask next are answered
             for sequence, _ in pieces:
                 self._finish(sequence, "error", f"the forward failed: {error}")
             return True

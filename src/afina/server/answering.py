@@ -51,6 +51,8 @@ class Answers:
         cls, state: State, caller: Caller, chosen: Chosen, requests: Sequence[Request], log: dict[str, Any]
     ) -> "Answers":
         """Queue all of them, or none; raises `Refusal`."""
+        if not state.engine.alive:
+            raise Refusal(503, "the engine has broken; its log says why", code="broken", retry_after=10.0)
         answers = cls(state, caller, chosen, requests, log)
         answers._stack.enter_context(state.limits.running(caller))
         submitted = answers._loop.run_in_executor(None, answers._submit)  # a grammar may take a while

@@ -44,15 +44,18 @@ def make_app(state: State, stop: Callable[[], None] = lambda: None) -> FastAPI:
     return app
 
 
-def healthz() -> dict[str, str]:
-    """The process lives."""
+def healthz(request: Request) -> dict[str, str]:
+    """The process lives, and so does the engine's thread; if not, only another start helps."""
+    state = state_of(request)
+    if state.ready and not state.engine.alive:
+        raise Refusal(503, "the engine has broken", code="broken", retry_after=10.0)
     return {"status": "alive"}
 
 
 def readyz(request: Request) -> JSONResponse:
     """The engine answers, and the tables too."""
     state = state_of(request)
-    if not state.ready:
+    if not (state.ready and state.engine.alive):
         raise Refusal(503, "not ready", code="not_ready", retry_after=1.0)
     state.store.get(models.Adapter, "")
     return JSONResponse({"status": "ready"})

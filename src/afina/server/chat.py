@@ -26,8 +26,8 @@ async def chat(asked: ChatAsked, request: Request) -> Response:
     state, caller, log = state_of(request), caller_of(request), request.state.log
     model = model_of(request, asked.model)
     messages = [message.plain() for message in asked.messages]
-    prompt = await state.tokens(lambda: state.renderer.prompt(messages))
-    chosen = await state.tokens(lambda: state.choose(caller, model, prompt))
+    prompt = await state.aside(lambda: state.renderer.prompt(messages))
+    chosen = await state.aside(lambda: state.choose(caller, model, prompt))
     log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     most = asked.max_completion_tokens or asked.max_tokens

@@ -25,8 +25,8 @@ async def complete(asked: CompletionAsked, request: Request) -> Response:
     """Go on with each of the prompts, n times."""
     state, caller, log = state_of(request), caller_of(request), request.state.log
     model, prompts = model_of(request, asked.model), prompts_of(asked.prompt)
-    tokens = await state.tokens(lambda: tokens_of(state, prompts))
-    chosen = await state.tokens(lambda: state.choose(caller, model, tokens[0]))
+    tokens = await state.aside(lambda: tokens_of(state, prompts))
+    chosen = await state.aside(lambda: state.choose(caller, model, tokens[0]))
     log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}
     requests = requests_for(state, asked, chosen, tokens, asked.max_tokens, logprobs=asked.logprobs)
     echoes = [_echo(state, prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.n)]

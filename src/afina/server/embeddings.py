@@ -23,12 +23,12 @@ router = APIRouter()
 async def embed(asked: EmbeddingAsked, request: Request) -> Response:
     """One vector for each input; as base64, its numbers are float32, the lowest byte first."""
     state, caller, log = state_of(request), caller_of(request), request.state.log
-    prompts = await state.tokens(lambda: tokens_of(state, prompts_of(asked.input)))
+    prompts = await state.aside(lambda: tokens_of(state, prompts_of(asked.input)))
     if longest := max((len(tokens) for tokens in prompts if len(tokens) > state.base.context), default=0):
         message = f"an input has {longest:,} tokens; the base reads {state.base.context:,}"
         raise Refusal(400, message, "input", "context_length_exceeded")
     model = model_of(request, asked.model)
-    chosen = await state.tokens(lambda: state.choose(caller, model, prompts[0]))
+    chosen = await state.aside(lambda: state.choose(caller, model, prompts[0]))
     used = sum(map(len, prompts))
     log |= {"user": asked.user, "model": chosen.label, "prompt_tokens": used}
     with state.limits.running(caller):

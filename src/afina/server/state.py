@@ -100,8 +100,8 @@ class State:
             raise Refusal(400, f"at most {MOST_PARTS} adapters act together", "model")
         return _together(model, told)
 
-    async def tokens(self, make: Callable[[], Result]) -> Result:
-        """What `make` gives, made by the one thread that tokenizes; raises `Refusal` where the template refuses."""
+    async def aside(self, make: Callable[[], Result]) -> Result:
+        """What `make` gives, made by the one thread beside the loop (tokens, a choice); raises `Refusal` where it cannot."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pen, make)
         except DataError as error:
