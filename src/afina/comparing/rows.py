@@ -89,7 +89,8 @@ def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dic
 def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
     if len(rows) < FEWEST:
         raise DataError(f"{len(rows)} rows are too few to compare methods", where=str(settings.data),
-                        why="some are held out, to choose by and to judge by", hint=f"at least {FEWEST}; 200 say more")  # fmt: skip
+                        why="some are held out, to choose by and to judge by",
+                        hint=f"at least {FEWEST}; 200 say more")  # fmt: skip
 
 
 def _language(rows: list[Any], objective: str, settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
