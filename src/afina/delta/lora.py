@@ -68,7 +68,7 @@ class LoRA(Delta):
 
     @classmethod
     def cost(cls, layer: Layer, spec: Spec) -> Cost:
-        """x and A x are kept; with dropout, in the place of x what was left of it and what it was multiplied by."""
+        """x and A x are kept (x alone where the C++ kernel runs); with dropout, for x what was left of it and its factors."""
         dropped = 2 * layer.in_features if spec.dropout else 0
         return Cost(not spec.dropout, spec.rank_of(layer.path) + dropped, float(LoRA.count(layer, spec)))
 
