@@ -53,7 +53,8 @@ class TrainSettings(BaseSettings):
     scaling: Literal["lora", "rslora"] = _describe("alpha/rank, or alpha/sqrt(rank) (rsLoRA)", "lora")
     dropout: float = _describe("share of inputs dropped on the adapter's path", 0.0, ge=0.0, lt=1.0)
     targets: str | list[str] | None = _describe(
-        "layers to adapt: all-linear, names, or a regular expression; for full also all, norms, embeddings",
+        "layers to adapt: all-linear, names, or a regular expression; for full also all, norms, embeddings; auto: layers and "
+        "ranks by their gradients, for as many numbers as --options '{budget: N}' says",
         None,
     )
     layers: str | list[int] | None = _describe("which blocks: a list, or 'last:4'")

@@ -56,7 +56,7 @@ from afina.training.prepare import objective_of
 from afina.training.prepared import NEW_TOKENS, START, lines
 from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, model_card
-from afina.training.setup import Setup, default_out, set_up
+from afina.training.setup import AUTO, Setup, default_out, set_up
 
 # how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
 Choose = Callable[[Sequence[Setup]], tuple[str | int, str | None]]
@@ -123,7 +123,8 @@ def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     """What runs that can share a base have in common; None where a run needs one of its own."""
     meant = preset(settings.method, 1)
     alone = objective_of(settings) in ("classify", "mlm", "reward") or method(meant.delta).replaces
-    if alone or settings.options.get(NEW_TOKENS) or settings.options.get(START):
+    auto = settings.targets == AUTO  # looks at the gradient of a base on which nobody else sits
+    if alone or auto or settings.options.get(NEW_TOKENS) or settings.options.get(START):
         return None
     return (settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage)
 

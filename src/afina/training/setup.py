@@ -18,11 +18,13 @@ from afina.errors import SettingsError
 from afina.objective.choices import PreferenceTask
 from afina.objective.preference import COMPARED
 from afina.objective.reference import choose_reference
+from afina.training.energy import BUDGET, automatic
 from afina.training.prepare import objective_of, prepare
 from afina.training.prepared import NEW_TOKENS, START, Prepared
 from afina.training.start import go_on_from
 
 NAME = "adapter"
+AUTO = "auto"
 
 
 @dataclass
@@ -69,7 +71,8 @@ def make_spec(
     """
     blocks = 1 + max((block_number(path) or 0 for path, _ in model.named_modules()), default=0)
     meant = preset(settings.method, blocks)
-    targets = settings.targets if settings.targets is not None else meant.targets
+    told = "all-linear" if settings.targets == AUTO else settings.targets  # before there is a gradient to look at
+    targets = told if told is not None else meant.targets
     layers = settings.layers if settings.layers is not None else meant.layers
     paths = resolve_targets(model, targets, layers, any_kind=meant.targets == "all")
     return Spec(
@@ -89,7 +92,7 @@ def make_spec(
 
 def _others(settings: TrainSettings) -> tuple[str, ...]:
     """The names in `options` that are not the method's."""
-    return (NEW_TOKENS, START, *(PreferenceOptions.model_fields if objective_of(settings) in PREFERENCES else ()))
+    return (NEW_TOKENS, START, BUDGET, *(PreferenceOptions.model_fields if objective_of(settings) in PREFERENCES else ()))
 
 
 def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name: str = NAME) -> Setup:
@@ -99,6 +102,8 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
     """
     torch.manual_seed(settings.seed)  # a classifier's new head is drawn when its base is loaded
     prepared = prepare(settings, base)
+    if settings.targets == AUTO:
+        settings = automatic(settings, prepared)
     spec = make_spec(prepared.base.model, settings, prepared.modules, prepared.invocation, prepared.tokens)
     torch.manual_seed(settings.seed)
     if START in settings.options:
