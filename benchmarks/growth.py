@@ -16,8 +16,10 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from common import RESULTS, publish, roofline, run_side
@@ -96,8 +98,6 @@ def make_step(base: Any, sweep: str, x: int) -> Callable[[], None]:
 
 def predict(sweep: str, x: int) -> dict[str, float]:
     """Operations of the point's step, and its seconds as the plan says."""
-    from pathlib import Path
-
     import torch
     from transformers import LlamaForCausalLM
 
@@ -145,8 +145,8 @@ def scaled(result: dict[str, Any], kind: str) -> dict[str, float]:
     return {x: ratio * p[kind] for x, p in result["predicted"].items()}
 
 
-def draw(sweep: str, result: dict[str, Any]) -> None:
-    """The picture of a sweep: microseconds a token, measured and predicted."""
+def draw(sweep: str, result: dict[str, Any], folder: Path) -> None:
+    """The picture of a sweep, into `folder`: microseconds a token, measured and predicted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -165,14 +165,14 @@ def draw(sweep: str, result: dict[str, Any]) -> None:
     axes.set(xlabel=LABELS[sweep], ylabel="microseconds a token", title=f"{TOKENS[sweep]:,} tokens a step, width {WIDTH}")
     axes.legend()
     axes.grid(alpha=0.3)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"growth_{sweep}.png", dpi=120)
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / f"growth_{sweep}.png", dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=SWEEPS)
-    parser.add_argument("--quick", action="store_true", help="each second point, two rounds")
+    parser.add_argument("--quick", action="store_true", help="each second point, two rounds; pictures into the folder for temporary files")
     parser.add_argument("--only", choices=SWEEPS, nargs="*", default=list(SWEEPS))
     arguments = parser.parse_args()
     if arguments.side:
@@ -189,7 +189,7 @@ def main() -> None:
             print(f"{int(x):22,} {1e6 * seconds / TOKENS[sweep]:11.1f} {seconds / expected[x]:10.2f} {seconds / counted[x]:11.2f}", flush=True)
         figures[f"{sweep}_most_over_plan"] = max(s / expected[x] for x, s in result["seconds"].items())
         figures[f"{sweep}_most_over_count"] = max(s / counted[x] for x, s in result["seconds"].items())
-        draw(sweep, result)
+        draw(sweep, result, Path(tempfile.gettempdir()) if arguments.quick else RESULTS)
     if arguments.quick or len(arguments.only) < len(SWEEPS):
         print(json.dumps(figures))
         return

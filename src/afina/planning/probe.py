@@ -35,6 +35,7 @@ HEADS, HEAD = 8, 64  # of the attention
 WIDTH, OUT = 1024, 4096  # of the matrix in the products: 8 MB in 16 bits
 TRIES, SECONDS = 4, 0.25  # of each figure: at least so many tries, and no more once so long
 FEW, MANY = 64, 1024  # tokens of the embedded base's steps, in sequences of FEW
+COMPILED = 2e7  # bytes of products compiled for another shape, which the plan counts apart
 AGAIN = 4  # steps after which a heap has stopped growing
 
 
@@ -195,7 +196,7 @@ def _steps(device: str, rates: Rates, timed: bool) -> Rates:
             run(MANY)
         counted_bytes = step.memory(many, libraries)
         working = counted_bytes.activations + counted_bytes.other
-        more = (1e6 * peak_memory_mb() - counted_bytes.peak + working) / working
+        more = (1e6 * peak_memory_mb() - COMPILED - counted_bytes.peak + working) / working
         return replace(rates, libraries=libraries, heap=max(1.0, more))
     counted = [sum(asdict(step.time(load, rates)).values()) - rates.overlaps for load in (few, many)]
     seconds = [best(lambda n=load.tokens: run(n), device) for load in (few, many)]  # type: ignore[misc]
