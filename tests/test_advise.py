@@ -116,7 +116,7 @@ def test_the_interview_asks_for_what_is_missing() -> None:
 
 
 def test_both_languages(tiny: Path) -> None:
-    assert written(advise(goal="style", rows=800, base=str(tiny), lang="es"))[0] == ("use", "lora")
+    assert written(advise(goal="style", rows=800, base=str(tiny), lang="es"))[0] == ("usa", "lora")
     found = advise(goal="facts-that-change", lang="es")
-    assert written(found) == [("use", SAYINGS["es"]["find"])]
+    assert written(found) == [("usa", SAYINGS["es"]["find"])]
     assert "recuperación" in found["reasons"][0]["text"]

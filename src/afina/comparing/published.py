@@ -55,14 +55,14 @@ SAYINGS: dict[str, dict[str, str]] = {
         "then": "then", "source": "after",
     },
     "es": {
-        "retrieval": "Dé al modelo los hechos en la pregunta, buscados cada vez (recuperación): en preguntas sobre hechos, viejos y nuevos, "
+        "retrieval": "Da al modelo los hechos en la pregunta, buscados cada vez (recuperación): en preguntas sobre hechos, viejos y nuevos, "
         "eso superó al ajuste fino. Lo que cambia habría que entrenarlo de nuevo cada vez.",
-        "also_retrieval": "Pruebe también la recuperación: donde los hechos se pueden buscar, respondió mejor que el ajuste fino.",
-        "hallucinate": "Los hechos que la base no conoce se aprenden tarde, y cuantos más ha aprendido un modelo, más inventa: reserve "
+        "also_retrieval": "Prueba también la recuperación: donde los hechos se pueden buscar, respondió mejor que el ajuste fino.",
+        "hallucinate": "Los hechos que la base no conoce se aprenden tarde, y cuantos más ha aprendido un modelo, más inventa: reserva "
         "también preguntas sobre hechos viejos.",
-        "fewshot": "Con {rows} ejemplos, póngalos primero en la pregunta: los modelos grandes aprenden ahí de unos pocos, y probarlo no "
-        "cuesta nada. Ajuste el modelo cuando eso no baste, con cien ejemplos o más.",
-        "no_rows": "Aún no hay de qué aprender. Escriba la mejor pregunta que pueda y junte sus respuestas, corregidas, como filas.",
+        "fewshot": "Con {rows} ejemplos, ponlos primero en la pregunta: los modelos grandes aprenden ahí de unos pocos, y probarlo no "
+        "cuesta nada. Ajusta el modelo cuando eso no baste, con cien ejemplos o más.",
+        "no_rows": "Aún no hay de qué aprender. Escribe la mejor pregunta que puedas y junta sus respuestas, corregidas, como filas.",
         "lima": "El estilo y la forma se aprenden de pocos ejemplos cuidados: allí, 1.000 escogidos hicieron un buen asistente.",
         "regret": "Un LoRA en todas las capas lineales aprende tanto como el ajuste completo mientras los datos no excedan lo que cabe en él, "
         "con unas diez veces la tasa de aprendizaje del ajuste completo y unos dos tercios del cómputo.",
@@ -77,19 +77,19 @@ SAYINGS: dict[str, dict[str, str]] = {
         "full_too_large": "El ajuste completo necesitaría {need}, de {room}.",
         "nothing_fits": "Ningún método cabe en {room}: el menor necesita {need}. Una base más pequeña, filas más cortas o una máquina mayor.",
         "dpo": "Hay pares: aprender de ellos directamente (DPO) hace lo que un modelo de recompensa y el aprendizaje por refuerzo, con más "
-        "sencillez. Enseñe primero las respuestas y siga desde esa ejecución con los pares.",
-        "collect_pairs": "Lo que debería decir más bien se aprende mejor de pares de una respuesta mejor y una peor: junte algunos con "
-        "`afina prefer` y siga desde esta ejecución con --objective dpo.",
+        "sencillez. Enseña primero las respuestas y sigue desde esa ejecución con los pares.",
+        "collect_pairs": "Lo que debería decir más bien se aprende mejor de pares de una respuesta mejor y una peor: junta algunos con "
+        "`afina prefer` y sigue desde esta ejecución con --objective dpo.",
         "slora": "Una base sirvió miles de adaptadores casi a la velocidad de uno. Un LoRA normal de rango pequeño es lo que otros servidores "
         "también leen; vLLM no lee DoRA ni MoRA.",
         "alora": "Un LoRA activado actúa solo desde su invocación, de modo que lo leído antes no se lee de nuevo: cambiar fue allí de 20 a "
         "30 veces más rápido. Tomaron rango 32.",
-        "earlier_same": "Su comparación {name} con esta base: {figures}. No habla en contra.",
-        "earlier_better": "Su comparación {name} con esta base mostró que {better} es mejor que {worse} ({figures}): va antes que lo que "
+        "earlier_same": "Tu comparación {name} con esta base: {figures}. No habla en contra.",
+        "earlier_better": "Tu comparación {name} con esta base mostró que {better} es mejor que {worse} ({figures}): va antes que lo que "
         "otros midieron.",
         "no_plan": "No se conocen memoria ni tiempo: {why}",
-        "title": "Consejo", "use": "use", "prompt": "una pregunta con ejemplos, sin entrenar", "find": "recuperación, sin entrenar",
-        "none": "ninguno: nada cabe", "settings": "ajustes", "memory": "memoria máxima", "step": "un paso", "command": "escriba",
+        "title": "Consejo", "use": "usa", "prompt": "una pregunta con ejemplos, sin entrenar", "find": "recuperación, sin entrenar",
+        "none": "ninguno: nada cabe", "settings": "ajustes", "memory": "memoria máxima", "step": "un paso", "command": "escribe",
         "then": "después", "source": "según",
     },
 }  # fmt: skip

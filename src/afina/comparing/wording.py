@@ -66,9 +66,9 @@ WORDS: dict[str, dict[str, str]] = {
     "es": {
         "title": "¿Qué método para {data}?",
         "summary": "En breve",
-        "use_base": "Ninguno: deje {base} como está, o traiga más filas.",
-        "use": "Use {use}.",
-        "use_cheapest": "Use {use}: entre los que son igual de buenos hasta donde estos datos dejan ver, es el que menos cuesta.",
+        "use_base": "Ninguno: deja {base} como está, o trae más filas.",
+        "use": "Usa {use}.",
+        "use_cheapest": "Usa {use}: entre los que son igual de buenos hasta donde estos datos dejan ver, es el que menos cuesta.",
         "helps": "{best} es mejor que la base en filas que nadie ha visto, y por más que el azar.",
         "no_gain": "Ningún método supera a la base por más que el azar; la mejor cifra es la de {best}.",
         "worse_than_base": "Peores que la base, por más que el azar: {methods}.",
