@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from afina import evaluate, plan, train
+from afina import evaluate, merge, plan, train
 from afina.base.load import load_base
 from afina.base.model import Base
 from afina.config import PREFERENCES, EvalSettings, PreferenceOptions, TrainSettings
@@ -19,7 +19,7 @@ from afina.data.template import Example, Renderer
 from afina.delta.contract import methods
 from afina.delta.files import save_adapter
 from afina.delta.opening import open_run
-from afina.errors import AfinaError, DataError, SettingsError
+from afina.errors import AdapterError, AfinaError, DataError, MergeError, SettingsError
 from afina.judge.preferences import displaced
 from afina.objective.choices import PreferenceTask, make_choices
 from afina.objective.preference import Answers, kto_losses, pair_losses, preference_options
@@ -471,7 +471,12 @@ def test_a_reward_model_on_disk_is_the_one_in_memory(learn: Learn, method: str, 
     more = {"invocation": ":"} if method == "alora" else {}
     run = learn(pairs, tmp_path / "run", objective="reward", method=method, steps=6, **more)
     opened = open_run(run.folder, EvalSettings(run=run.folder))
-    base = opened.language
+    base = opened.base
+    assert isinstance(base, Base)
+    with pytest.raises(AdapterError, match="gives numbers, not text"):
+        _ = opened.language
+    with pytest.raises(MergeError):  # an activated one, and one on 4 bits, neither
+        merge(run.folder, out=tmp_path / "merged")
     given = examples(base, pairs)
     found = rewards(base, flatten(given), opened.route)
     assert found.std() > 1e-3

@@ -114,7 +114,7 @@ def export_model(settings: ExportSettings, file: Path) -> dict[str, Any]:
     base, adapter = opened.language, opened.adapter
     form_of(base.model.config, base.name)
     if adapter is not None:
-        check_whole(adapter, str(settings.run))
+        check_whole(base, adapter, str(settings.run))
     probe = make_probe(base)
     adapted = probe_logits(base, probe, opened.route)
     if adapter is None:

@@ -16,7 +16,7 @@ from afina.admission import Admit, demand
 from afina.base.classifier import IMAGE_CONFIG, Classifier, load_classifier, load_masked
 from afina.base.frozen import Frozen
 from afina.base.load import load_base, quiet
-from afina.base.model import Base
+from afina.base.model import SCORE, Base
 from afina.base.nf4 import quantize_model, show, write_out
 from afina.base.nf4_files import write_nf4
 from afina.config import MergeSettings, make_settings
@@ -50,7 +50,7 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
     opened = open_run(settings.run, settings, allow_other_base=settings.allow_other_base)
     base, adapter = opened.base, opened.adapter
     assert adapter is not None
-    check_whole(adapter, str(settings.run))
+    check_whole(base, adapter, str(settings.run))
     probe = make_probe(base)
     adapted = probe_logits(base, probe, adapter.route)
     with new_folder(settings.out) as folder:
@@ -104,8 +104,11 @@ def check_admitted(admit: Admit, run: Path) -> None:
         demand(admit, identity(adapter_folder(run)), str(run))
 
 
-def check_whole(adapter: Adapter, where: str) -> None:
-    """Raise `MergeError` where the adapter does not act on every token."""
+def check_whole(base: Frozen, adapter: Adapter, where: str) -> None:
+    """Raise `MergeError` where the adapter does not act on every token, or gives rewards and not text."""
+    if SCORE in adapter.spec.modules and isinstance(base, Base):
+        why = "the merged model would be proved on text, which is not what it was trained to give"
+        raise MergeError("a reward model cannot be merged so far", where=where, why=why, hint="use the adapter as it is")
     if adapter.spec.invocation:
         why = "it acts from its invocation on, and a merged weight acts on every token"
         raise MergeError("an activated adapter cannot be merged", where=where, why=why, hint="serve it unmerged")

@@ -7,7 +7,7 @@ from typing import Any
 from afina.base.classifier import Classifier, load_classifier, load_masked
 from afina.base.frozen import Frozen
 from afina.base.load import load_base
-from afina.base.model import Base
+from afina.base.model import SCORE, Base
 from afina.config import EMBEDDED, BaseSettings
 from afina.delta.attach import Adapter
 from afina.delta.composition import Part, parts_of, same_base, split_run
@@ -48,6 +48,9 @@ class Opened:
         """The base as a language model; raises `AdapterError` where it is a classifier or an encoder."""
         if not isinstance(self.base, Base):
             raise AdapterError("this model gives labels, not text", where=self.base.name, hint="afina eval RUN")
+        if any(SCORE in adapter.spec.modules for adapter, _ in self.adapters):
+            what = "this adapter is a reward model: it gives numbers, not text"
+            raise AdapterError(what, where=self.base.name, hint="afina eval RUN")
         return self.base
 
 

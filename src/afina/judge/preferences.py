@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from afina.base.model import Base
 from afina.config import EvalSettings, PreferenceOptions, TrainSettings
 from afina.data.preferences import PAIRS, as_labels, read_preferences
 from afina.data.template import Renderer
@@ -97,7 +98,8 @@ def held_out_file(settings: EvalSettings) -> Path:
 
 def evaluate_preferences(opened: Opened, settings: EvalSettings) -> dict[str, Any]:
     """`afina eval` of a run that learned preferences, on its held-out rows or on others: facts, loss and sentences."""
-    base, story = opened.language, opened.run
+    base, story = opened.base, opened.run
+    assert isinstance(base, Base)
     told = {name: value for name, value in story["settings"].items() if name in TrainSettings.model_fields}
     trained = TrainSettings(**told | {"objective": story["objective"]})
     objective, adapter = trained.objective, opened.adapter
