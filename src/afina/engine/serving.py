@@ -28,7 +28,7 @@ from afina.engine.scheduler import Scheduler
 from afina.engine.sequence import Sequence
 from afina.engine.shelf import Content, Shelf
 from afina.engine.text import Text
-from afina.errors import AfinaError, BusyError, DataError, counted
+from afina.errors import BusyError, DataError, counted
 
 
 @dataclass(frozen=True)
