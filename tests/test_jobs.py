@@ -22,7 +22,7 @@ ENDED = ("succeeded", "failed", "cancelled", "paused")
 SHORT = {"steps": 6, "check_every": 2, "learning_rate": 3e-3, "max_length": 64}
 
 
-def until(wanted: Callable[[], Any], seconds: float = 100.0) -> Any:
+def until(wanted: Callable[[], Any], seconds: float = 250.0) -> Any:
     """What `wanted` gives, once it gives something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -259,11 +259,12 @@ def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenA
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six processes, each of which loads torch
 def test_kill_dash_nine_loses_nothing_that_was_acknowledged(tiny: Path, chats: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with process(tiny, state) as (client, running):
         first = ended(client, start(client, chats, tiny.name).id)
-        job = start(client, chats, tiny.name, afina={"steps": 60, "check_every": 3})
+        job = start(client, chats, tiny.name, afina={"steps": 40, "check_every": 5})
         other = start(client, chats, tiny.name)  # waits behind it
         until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data)
         before = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
@@ -280,7 +281,7 @@ def test_kill_dash_nine_loses_nothing_that_was_acknowledged(tiny: Path, chats: P
         assert set(before) <= {event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)}
         assert any("goes on from its last checkpoint" in message for message in messages)
         log = (state / "jobs" / job.id / "run" / "metrics.jsonl").read_text()
-        assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 61))
+        assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 41))
         running.send_signal(signal.SIGTERM)
         assert running.wait(30) == 0
 
@@ -305,7 +306,7 @@ def test_a_job_ends_with_its_server(tiny: Path, chats: Path, tmp_path: Path) -> 
         job = start(client, chats, tiny.name, afina={"steps": 5000})
         until(lambda: client.fine_tuning.jobs.list_events(job.id).data[0].type == "metrics")
         lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-        child = next(line["process"] for line in lines if line["event"] == "job began")
+        child = next(line["trainer"] for line in lines if line["event"] == "job began")
         running.send_signal(signal.SIGKILL)
         running.wait()
         until(lambda: not alive(child), 10.0)

@@ -124,7 +124,7 @@ class Worker:
         kept = {row.step for row in self.store.rows(JobCheckpoint, JobCheckpoint.job == job.id)}
         self._running[job.id] = _Running(job, process, Follower(folder / RUN, max(past, default=0)), kept)
         self.say(job.id, "Fine-tuning job started" if not past or max(past) == 0 else "Fine-tuning job goes on")
-        LOG.info("job began", extra={"job": job.id, "process": process.pid, "threads": threads})
+        LOG.info("job began", extra={"job": job.id, "trainer": process.pid, "threads": threads})
 
     def _follow(self, one: _Running) -> None:
         """What is new in the run folder: events, and checkpoints."""
