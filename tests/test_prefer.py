@@ -11,7 +11,8 @@ import pytest
 from afina import train
 from afina.cli.prefer import prefer
 from afina.config import PreferSettings
-from afina.data.preferences import read_preferences, read_prompts
+from afina.data.preferences import read_preferences
+from afina.data.prompts import read_prompts
 from afina.errors import DataError, SettingsError
 from afina.judge.preferences import wilson
 from conftest import WORDS

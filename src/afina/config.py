@@ -65,9 +65,11 @@ class TrainSettings(BaseSettings):
         {},
     )
     # on what
-    objective: Literal["auto", "sft", "pretrain", "classify", "mlm", "dpo", "kto", "orpo", "simpo", "reward"] = _describe(
+    objective: Literal[
+        "auto", "sft", "pretrain", "classify", "mlm", "dpo", "kto", "orpo", "simpo", "reward", "grpo", "rloo", "ppo"
+    ] = _describe(
         "sft: learn the answers; pretrain: every token of a text; classify: a label; mlm: hidden tokens; dpo, kto, orpo, "
-        "simpo: prefer the better of two answers; reward: a judge of answers",
+        "simpo: prefer the better of two answers; reward: a judge of answers; grpo, rloo, ppo: answers of its own, rewarded",
         "auto",
     )
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
@@ -160,6 +162,34 @@ PREFERENCES: dict[str, tuple[str, ...]] = {
     "orpo": ("beta",),
     "simpo": ("beta", "gamma", "sft"),
     "reward": (),
+}
+
+
+class PolicyOptions(Settings):
+    """What `options` can tell an objective that learns from rewards; which of it each one reads is in `POLICIES`."""
+
+    reward: str | dict[str, float] = _describe(
+        "who judges: FILE.py:FUNCTION, a reward model's run, or several with weights, {rules.py:form: 1, runs/judge: 0.5}", ...
+    )
+    group: int | None = _describe("answers to each prompt: 8, for ppo 1", ge=1)
+    prompts: int | None = _describe("prompts of a step; by default as many as make 64 answers", ge=1)
+    max_new_tokens: int = _describe("longest answer in tokens", 64, ge=1)
+    temperature: float = _describe("of its own answers, and of the policy that is learned", 1.0, gt=0)
+    updates: int = _describe("optimizer steps on the same answers", 1, ge=1)
+    beta: float = _describe("how closely it is held to the reference: nats a token cost so much reward", 0.04, ge=0)
+    ratio_clip: float = _describe("how far a token's probability may move before it counts no more", 0.2, gt=0, lt=1)
+    scale: bool = _describe("grpo: divide by the deviation of the group's rewards; ppo: of the step's advantages", True)
+    gamma: float = _describe("ppo: how much less a later reward counts, a token", 1.0, gt=0, le=1)
+    lam: float = _describe("ppo: how far advantages look ahead (GAE's lambda)", 0.95, ge=0, le=1)
+    value_weight: float = _describe("ppo: weight of the value head's loss", 0.5, ge=0)
+    reference: Literal["auto", "base", "adapter"] = _describe("what it is compared with", "auto")
+
+
+_ANSWERS = ("reward", "prompts", "max_new_tokens", "temperature", "updates", "beta", "ratio_clip", "reference", "group")
+POLICIES: dict[str, tuple[str, ...]] = {
+    "grpo": (*_ANSWERS, "scale"),
+    "rloo": _ANSWERS,
+    "ppo": (*_ANSWERS, "scale", "gamma", "lam", "value_weight"),
 }
 
 

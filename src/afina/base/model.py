@@ -181,23 +181,32 @@ class Base(Frozen):
         Positions without a label never reach the output layer, and the logits of the others exist a chunk at a time.
         """
         keep = (labels >= 0).nonzero()[:, 0]
-        if not self._split_head:
-            logits = self.run_logits(tokens, positions, bounds)[keep]
-            return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
-        hidden = self.hidden(tokens, positions, bounds)[keep]
+        if self._split_head:
+            return self.losses_at(self.hidden(tokens, positions, bounds)[keep], labels[keep], keep)
+        logits = self.run_logits(tokens, positions, bounds)[keep]
+        return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
+
+    def losses_at(self, hidden: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+        """The cross-entropy (n), in nats (float32), of hidden states (n, d) that stand at `places` (n) of a flat run."""
         head = self.head
         if type(head) in PLAIN:
             assert isinstance(head, nn.Linear)
-            return linear_cross_entropy(hidden, head.weight, head.bias, labels[keep], self.softcap)
-        segments, losses, kept = self.board.current, [], keep.tolist() if self.board.current.rows else []
-        for start in range(0, max(1, len(keep)), HEAD_CHUNK):  # an adapted head: recompute each chunk in the backward
+            return linear_cross_entropy(hidden, head.weight, head.bias, labels, self.softcap)
+        segments, losses = self.board.current, []
+        kept = places.tolist() if segments.rows else []
+        for start in range(0, max(1, len(places)), HEAD_CHUNK):  # an adapted head: recompute each chunk in the backward
             chunk = slice(start, start + HEAD_CHUNK)
             with self.board.route(segments.at(kept[chunk])):
                 losses.append(checkpoint(
                     lambda h, t: nn.functional.cross_entropy(self.logits(h), t, reduction="none"),
-                    hidden[chunk], labels[keep[chunk]], use_reentrant=False, context_fn=self.board.remember(),
+                    hidden[chunk], labels[chunk], use_reentrant=False, context_fn=self.board.remember(),
                 ))  # fmt: skip
         return torch.cat(losses)
+
+    @property
+    def gives_hidden(self) -> bool:
+        """Whether its logits are those of its output layer on its last hidden states, which a head of ours can read."""
+        return self._split_head
 
     # ---- self-checks: a family that does things its own way must not be answered wrongly
 

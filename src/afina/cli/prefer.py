@@ -21,7 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from afina.config import PreferSettings
-from afina.data.preferences import Preference, Prompt, read_prompts
+from afina.data.preferences import Preference, Prompt
+from afina.data.prompts import read_prompts
 from afina.data.template import Renderer
 from afina.delta.files import adapter_folder, load_adapter, read_json, read_story
 from afina.delta.opening import Opened, open_run

@@ -206,12 +206,13 @@ def _train(result: dict[str, Any]) -> None:
     if "runs" in result:
         return _sweep(result)
     losses = result["losses"]
+    policy, words = result.get("policy"), result["words"]
     table = Table(title=f"run {result['folder']}", title_justify="left")
-    words = result["words"]
-    for column in (f"nats a {words['unit']}", "before", "after"):
+    first = f"nats a {words['unit']}" if policy is None else f"answers to {counted(policy['rows'], 'held-out prompt')}"
+    for column in (first, "before", "after"):
         table.add_column(column)
-    table.add_row("held-out rows", f"{losses['held_before']:.4f}", f"{losses['held_after']:.4f}")
-    table.add_row("rows it learned", f"{losses['train_before']:.4f}", f"{losses['train_after']:.4f}")
+    for row in _losses(losses) if policy is None else _rewards(policy):
+        table.add_row(*row)
     if losses["general_before"] is not None:
         table.add_row("general text", f"{losses['general_before']:.4f}", f"{losses['general_after']:.4f}")
     console.print(table)
@@ -229,13 +230,24 @@ def _train(result: dict[str, Any]) -> None:
         f"adapter {result['adapter_kb']:,.0f} KB",
         highlight=False,
     )
-    if result["objective"] in ("sft", "pretrain", "dpo", "kto", "orpo", "simpo"):
+    if result["objective"] in ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "ppo"):
         console.print(f"talk to it: afina chat {result['folder']}", highlight=False)
     elif result["objective"] == "classify":
         what = "FILE.png" if result["data"]["format"] == "pictures" else '"some text"'
         console.print(f"ask it: afina generate {what} --run {result['folder']}", highlight=False)
     elif result["objective"] == "mlm":
         console.print(f"the encoder, whole: afina merge {result['folder']} --out encoder", highlight=False)
+
+
+def _losses(losses: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = (("held-out rows", "held"), ("rows it learned", "train"))
+    return [(label, f"{losses[f'{name}_before']:.4f}", f"{losses[f'{name}_after']:.4f}") for label, name in rows]
+
+
+def _rewards(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    from afina.training.report import reward_rows
+
+    return reward_rows(found)
 
 
 def _preferences(found: dict[str, Any]) -> None:
@@ -264,8 +276,16 @@ def _eval(result: dict[str, Any]) -> None:
     if "classes" in result:
         _scores(result["classes"], "row")
         return
-    if "verdict" in result:
+    if "judges" in result:
+        table = Table(title=f"answers to {counted(result['rows'], 'prompt')}", title_justify="left")
+        for column in ("", "before", "after"):
+            table.add_column(column)
+        for row in _rewards(result):
+            table.add_row(*row)
+        console.print(table)
+    elif "verdict" in result:
         _preferences(result)
+    if "verdict" in result:
         for sentence in result["verdict"]:
             console.print(f"- {sentence}", highlight=False)
         return
@@ -397,8 +417,10 @@ def _about(result: dict[str, Any]) -> None:
     evaluation = result["evaluation"] or {}
     if "losses" in evaluation:
         losses = evaluation["losses"]
-        after = f"{losses['held_after']:.4f} after {evaluation['steps']:,} steps"
-        console.print(f"held-out loss {losses['held_before']:.4f} before, {after}", highlight=False)
+        rewarded = "policy" in evaluation
+        before, after = (losses[name] * (-1 if rewarded else 1) for name in ("held_before", "held_after"))
+        told = f"{before:.4f} before, {after:.4f} after {evaluation['steps']:,} steps"
+        console.print(f"held-out {'reward' if rewarded else 'loss'} {told}", highlight=False)
     for sentence in evaluation.get("verdict", []):
         console.print(f"- {sentence}", highlight=False)
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from afina.data.formats import file_bytes, first_record, read_records
-from afina.data.readers import decode, looks_like_json, read_json
+from afina.data.formats import first_record, read_records
 from afina.data.rows import Message, Record, Row, kind_of, read_history, read_turn, usable_text
 from afina.data.skipped import reasons
 from afina.errors import DataError, nearest
@@ -75,10 +74,10 @@ def preference_format(path: Path, columns: Mapping[str, str]) -> str | None:
     if path.is_dir():
         return None
     try:
-        first = first_record(path, lambda names: {"chosen", "rejected"} <= _ours(dict.fromkeys(names), columns).keys())
+        first = first_record(path, lambda names: {"chosen", "rejected"} <= our_names(dict.fromkeys(names), columns).keys())
     except DataError:  # said again, and better, by who reads it all
         return None
-    values = _ours(first, columns)
+    values = our_names(first, columns)
     if {"chosen", "rejected"} <= values.keys():
         return PAIRS
     answers = {"messages", "completion", "output"} & values.keys()
@@ -93,14 +92,15 @@ def read_preferences(path: Path, columns: Mapping[str, str], skip_bad_rows: bool
     for name in columns:
         if name not in FIELDS:
             raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
-    records, digest = read_records(path, lambda names: bool({"chosen", "label"} & _ours(dict.fromkeys(names), columns).keys()))
+    wanted = {"chosen", "label"}
+    records, digest = read_records(path, lambda names: bool(wanted & our_names(dict.fromkeys(names), columns).keys()))
     rows: list[Preference] = []
     skipped: list[str] = []
     for where, record in records:
         try:
             if isinstance(record, DataError):
                 raise record
-            rows.append(_row(Record(where, _ours(record, columns), _theirs(record, columns))))
+            rows.append(_row(Record(where, our_names(record, columns), their_names(record, columns))))
         except DataError as error:
             if not skip_bad_rows:
                 raise
@@ -113,30 +113,6 @@ def read_preferences(path: Path, columns: Mapping[str, str], skip_bad_rows: bool
     return PreferenceTable(Path(path), kinds.pop(), rows, skipped, digest)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts alone: a line each, or records with `prompt` or `messages`, of which a last answer is left out.
-
-    Raises `DataError` where a record has none.
-    """
-    text = decode(path, file_bytes(path))
-    if not looks_like_json(path, text):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    prompts: list[Prompt] = []
-    for where, record in read_json(path, text):
-        if isinstance(record, DataError):
-            raise record
-        values = _ours(record, {})
-        if not {"messages", "prompt", "instruction"} & values.keys():
-            raise DataError("no prompt", where=where, hint="prompt, messages, or plain text with a prompt a line")
-        prompt = _prompt(Record(where, values, _theirs(record, {})))
-        while isinstance(prompt, tuple) and prompt and prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
-        if not prompt:
-            raise DataError("no prompt", where=where, why="there is nothing to answer")
-        prompts.append(prompt)
-    return prompts
-
-
 def as_labels(rows: Sequence[Preference]) -> list[Preference]:
     """Pairs as two labelled rows each: a good answer and a bad one."""
     return [half for row in rows for half in (replace(row, bad=None), replace(row, good=None)) if half.good or half.bad]
@@ -147,7 +123,7 @@ def prompt_key(row: Preference) -> str:
     return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
 
 
-def _ours(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def our_names(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A record by our field names."""
     taken = {theirs: ours for ours, theirs in columns.items()}
     kept = {name: value for name, value in record.items() if name in taken or name not in columns}
@@ -157,7 +133,7 @@ def _ours(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     return named
 
 
-def _theirs(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+def their_names(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
     """What the file calls our fields, for errors."""
     names = {ours: theirs for theirs, ours in ALIASES.items() if theirs in record}
     return ({"messages": "input.messages"} if isinstance(record.get("input"), dict) else {}) | names | dict(columns)
@@ -175,7 +151,7 @@ def _row(record: Record) -> Preference:
     truth = label if isinstance(label, bool) else TRUTH.get(str(label).strip().lower())
     if truth is None:
         raise DataError("a label is true (a good answer) or false", where=record.place("label"), why=f"found {label!r}")
-    prompt, answer = _prompt(record), None
+    prompt, answer = read_prompt(record), None
     for field in ("completion", "output"):
         if values.get(field) is not None:
             answer = _answer(values[field], record.place(field), prompt)
@@ -190,7 +166,7 @@ def _pair(record: Record) -> Preference:
             raise DataError("the field is missing", where=record.place(field))
     if not {"messages", "prompt", "instruction"} & {n for n, v in record.values.items() if v is not None}:
         return _implicit(record)
-    prompt = _prompt(record)
+    prompt = read_prompt(record)
     good, bad = (_answer(record.values[f], record.place(f), prompt) for f in ("chosen", "rejected"))
     return _different(Preference(record.where, prompt, good, bad))
 
@@ -217,7 +193,7 @@ def _different(row: Preference) -> Preference:
     return row
 
 
-def _prompt(record: Record) -> Prompt:
+def read_prompt(record: Record) -> Prompt:
     """Messages, a text, or Alpaca's instruction; with the system message where there is one."""
     values = record.values
     system = record.optional("system").strip()

@@ -8,12 +8,12 @@ freeze = full on the last quarter of the blocks
 from dataclasses import dataclass
 from typing import Literal
 
-from afina.config import PREFERENCES
+from afina.config import POLICIES, PREFERENCES
 from afina.delta.contract import method, methods
 from afina.errors import SettingsError
 
 # objectives that others call methods, and how they are asked for here
-OBJECTIVES = {name: name for name in (*PREFERENCES, "sft", "pretrain")} | {
+OBJECTIVES = {name: name for name in (*PREFERENCES, *POLICIES, "sft", "pretrain")} | {
     name: f"dpo --options '{{loss: {name}}}'" for name in ("ipo", "hinge", "robust")
 }
 LAST_SHARE = 4  # freeze trains the last quarter of the blocks

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.base.classifier import Classifier
-from afina.config import PREFERENCES, EvalSettings, make_settings
+from afina.config import POLICIES, PREFERENCES, EvalSettings, make_settings
 from afina.data.batches import holdout_share
 from afina.data.formats import Row, read_table
 from afina.data.labelled import Labelled, read_labelled
@@ -18,6 +18,7 @@ from afina.errors import DataError, SettingsError
 from afina.judge.classes import classify_held_out
 from afina.judge.losses import BATCH_TOKENS, general_loss, perplexity
 from afina.judge.metrics import score
+from afina.judge.policy import evaluate_policy
 from afina.judge.preferences import HELD_OUT, evaluate_preferences, held_out_file
 from afina.objective.classify import ClassifyTask, MaskedTask, make_rows, make_texts
 from afina.objective.language import choose, make_examples, mean_loss
@@ -39,6 +40,8 @@ def evaluate(
         return judge(opened.base, opened, settings)
     if opened.run.get("objective") in PREFERENCES:
         return evaluate_preferences(opened, settings)
+    if opened.run.get("objective") in POLICIES:
+        return evaluate_policy(opened, settings)
     base, rows = opened.language, _rows(settings)
     routes: dict[str, Route | None] = {"before": None} | ({"after": opened.route} if opened.route else {})
     renderer = Renderer(base.tokenizer, opened.template, min(base.context, 2048))

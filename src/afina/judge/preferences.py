@@ -131,13 +131,22 @@ def _reference(
     opened: Opened, trained: TrainSettings, options: PreferenceOptions, story: Mapping[str, Any]
 ) -> tuple[Route | None, Reference | None]:
     """What a run was compared with, loaded again: the adapter that it went on from, where it did, and the reference."""
-    before, digest, start = None, None, trained.options.get("start")
-    if start is not None:
-        folder = adapter_folder(Path(str(start)))
-        digest = read_story(folder).get("hash", "")
-        if digest != (expected := story["preferences"].get("start")):
-            why = f"its hash was {str(expected)[:12]}, and is {digest[:12]}"
-            raise DataError("the adapter that the run went on from has changed", where=str(folder), why=why)
-        before = load_adapter(folder, opened.base, "start").route
+    before, digest = started_from(opened, trained, story["preferences"].get("start"))
     compared = trained.objective in COMPARED
     return before, choose_reference(options, before, digest, 0.0) if compared else None
+
+
+def started_from(opened: Opened, trained: TrainSettings, expected: str | None) -> tuple[Route | None, str | None]:
+    """The adapter that a run went on from, loaded again, and its hash; nothing where it began anew.
+
+    Raises `DataError` where it is not the `expected` one any more.
+    """
+    start = trained.options.get("start")
+    if start is None:
+        return None, None
+    folder = adapter_folder(Path(str(start)))
+    digest = str(read_story(folder).get("hash", ""))
+    if digest != expected:
+        why = f"its hash was {str(expected)[:12]}, and is {digest[:12]}"
+        raise DataError("the adapter that the run went on from has changed", where=str(folder), why=why)
+    return load_adapter(folder, opened.base, "start").route, digest

@@ -46,7 +46,7 @@ class Losses:
 def verdict(losses: Losses, unit: str = "token", choices: str = "tokens") -> list[str]:
     """Three sentences for people: learned, overfitted, forgotten. Losses are nats a `unit`, among `choices` (or none)."""
     said = [_learned(losses, unit, choices), _overfitted(losses, unit)]
-    return said if losses.forgetting is None else [*said, _forgot(losses.forgetting)]
+    return said if losses.forgetting is None else [*said, forgot(losses.forgetting)]
 
 
 def _learned(losses: Losses, unit: str, choices: str) -> str:
@@ -97,7 +97,8 @@ def _overfitted(losses: Losses, unit: str) -> str:
     return f"It does not overfit: new rows gained about as much as those it learned.{note}"
 
 
-def _forgot(forgetting: float) -> str:
+def forgot(forgetting: float) -> str:
+    """The sentence about a rise of the loss on general text, in nats a token."""
     rise = math.expm1(min(forgetting, 20.0))  # beyond it is a wreck, whatever the figure
     if rise < -FORGOT:
         return "It forgot nothing: general text is even easier for it than before."

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from afina.base.model import Base
-from afina.config import PreferenceOptions
+from afina.config import PolicyOptions, PreferenceOptions
 from afina.data.batches import FlatBatch, flatten, pack
 from afina.data.template import Example
 from afina.disk import new_file, write_json
@@ -107,7 +107,9 @@ def _read(file: Path, of: str) -> dict[str, float]:
     return {bytes(key.tolist()).hex(): value for key, value in zip(tensors["keys"], tensors["logps"].tolist(), strict=True)}
 
 
-def choose_reference(options: PreferenceOptions, start: Route | None, adapter: str | None, dropout: float) -> Reference:
+def choose_reference(
+    options: PreferenceOptions | PolicyOptions, start: Route | None, adapter: str | None, dropout: float
+) -> Reference:
     """The reference of a run by its rule; `start` is the route of the frozen adapter that it goes on from, if it does.
 
     Raises `SettingsError` where the set-up could mean two things.

@@ -12,7 +12,7 @@ from torch import nn
 
 from afina.base.load import load_tokenizer
 from afina.base.nf4 import NF4Linear
-from afina.config import PREFERENCES, PlanSettings, TrainSettings, make_settings, resolved
+from afina.config import POLICIES, PREFERENCES, PlanSettings, TrainSettings, make_settings, resolved
 from afina.data.batches import Sampler
 from afina.data.formats import read_table
 from afina.data.template import Example
@@ -63,7 +63,7 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
         settings = make_settings(PlanSettings, ({} if data is None else {"data": Path(data)}) | values)
     told = {name: getattr(settings, name) for name in settings.model_fields_set if name in TrainSettings.model_fields}
     asked = None if settings.data is None else TrainSettings(**told)
-    if (settings.objective if asked is None else objective_of(asked)) in ("classify", "mlm", *PREFERENCES):
+    if (settings.objective if asked is None else objective_of(asked)) in ("classify", "mlm", *PREFERENCES, *POLICIES):
         if asked is None or settings.compare:
             where = "data" if asked is None else "compare"
             raise SettingsError("memory and time are predicted for next-token learning so far", where=where)

@@ -61,12 +61,12 @@ class Route:
     def segments(self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None = None) -> Segments:
         """The table for a flat run of whole sequences. A sequence without the invocation is left to the base;
         with `where` (a name for each sequence) it is an error instead."""
-        tables = [route._own(tokens, bounds, where) for route in self._each()]
+        tables = [route._own(tokens, bounds, where) for route in self.apart()]
         return Segments(tuple(pair for t in tables for pair in t.everywhere), tuple(row for t in tables for row in t.rows))
 
-    def _each(self) -> tuple["Route", ...]:
+    def apart(self) -> tuple["Route", ...]:
         """This adapter's own part of the route, then those of the others."""
-        return (replace(self, beside=()), *(part for route in self.beside for part in route._each()))
+        return (replace(self, beside=()), *(part for route in self.beside for part in route.apart()))
 
     def _own(self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None) -> Segments:
         if not self.invocation:
@@ -85,28 +85,28 @@ class Route:
 
     def segments_of_rows(self) -> Segments:
         """The table for models that take rows of equal length: everywhere."""
-        if any(route.invocation for route in self._each()):
+        if any(route.invocation for route in self.apart()):
             raise DataError("an activated adapter needs a text with an answer", hint="--method lora")
-        return Segments(tuple((route.adapter, route.weight) for route in self._each()))
+        return Segments(tuple((route.adapter, route.weight) for route in self.apart()))
 
     def everywhere(self) -> "Route":
         """The route that has every adapter act on all tokens, as if it had been invoked before them."""
-        return Route.together([replace(route, invocation=()) for route in self._each()])
+        return Route.together([replace(route, invocation=()) for route in self.apart()])
 
     def invoked(self, sequence: Sequence[int]) -> tuple[bool, ...]:
         """Whether each adapter acts on what follows `sequence`: this one, then those beside it."""
         tokens, bounds = torch.tensor(sequence), (0, len(sequence))
         return tuple(
-            not route.invocation or last_occurrences(tokens, bounds, route.invocation)[0] is not None for route in self._each()
+            not route.invocation or last_occurrences(tokens, bounds, route.invocation)[0] is not None for route in self.apart()
         )
 
     def following(self, active: Sequence[tuple[bool, ...]]) -> Segments:
         """The table for one more token of each sequence, where `active` is what `invoked` said of each."""
-        everywhere = [(route.adapter, route.weight) for route in self._each() if not route.invocation]
+        everywhere = [(route.adapter, route.weight) for route in self.apart() if not route.invocation]
         rows = [
             Segment(i, i + 1, route.adapter, route.weight)
             for i, flags in enumerate(active)
-            for route, on in zip(self._each(), flags, strict=True)
+            for route, on in zip(self.apart(), flags, strict=True)
             if on and route.invocation
         ]
         return Segments(tuple(everywhere), tuple(rows))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from afina.base.classifier import Classifier, load_classifier, load_masked
 from afina.base.load import load_base
 from afina.base.model import Base
-from afina.config import PREFERENCES, TrainSettings
+from afina.config import POLICIES, PREFERENCES, TrainSettings
 from afina.data.batches import holdout_share, split
 from afina.data.formats import Row, read_table
 from afina.data.labelled import Labelled, has_labels, read_labelled
@@ -19,6 +19,7 @@ from afina.delta.presets import preset
 from afina.errors import DataError, SettingsError
 from afina.objective.classify import ClassifyTask, MaskedTask, make_rows, make_texts
 from afina.objective.language import LanguageTask, choose, make_examples
+from afina.training.prepare_policy import prepare_policy
 from afina.training.prepare_preferences import prepare_preferences
 from afina.training.prepared import START, Prepared, Words, find_invocation, new_tokens, source_of
 
@@ -47,6 +48,8 @@ def prepare(settings: TrainSettings, base: Base | Classifier | None = None) -> P
         return _classifier(settings, base if isinstance(base, Classifier) else None)
     if objective in PREFERENCES:
         return prepare_preferences(settings.model_copy(update={"objective": objective}), base)
+    if objective in POLICIES:
+        return prepare_policy(settings, base)
     return _masked(settings) if objective == "mlm" else _language(settings, base)
 
 

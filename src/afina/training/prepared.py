@@ -45,6 +45,7 @@ class Prepared:
     words: Words = field(default_factory=Words)
     before: Route | None = None  # what the outcome is compared with: None is the base alone
     start: str | None = None  # hash of the adapter that the run goes on from
+    judges: str | None = None  # what tells that the same judges give the rewards
 
 
 def new_tokens(settings: TrainSettings) -> list[str]:

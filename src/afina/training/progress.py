@@ -53,6 +53,10 @@ class Display(Silent):
         self._bar.update(self._tasks[run], completed=tick.step, description=speed)
         if "accuracy" in tick.noted:
             speed += f"  preferred {100 * tick.noted['accuracy']:.0f}%"
+        if "reward" in tick.noted:
+            speed += f"  reward {tick.noted['reward']:.3f}"
         if tick.held_out_loss is not None:
             step = f"{self._labels[run]}step {tick.step}/{self._steps[run]}"
-            self._console.print(f"{step}  {speed}  held-out loss {tick.held_out_loss:.3f}", highlight=False)
+            reward = tick.noted.get("held_out_reward")
+            judged = f"loss {tick.held_out_loss:.3f}" if reward is None else f"reward {reward:.3f}"
+            self._console.print(f"{step}  {speed}  held-out {judged}", highlight=False)

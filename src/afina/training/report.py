@@ -8,14 +8,13 @@ import yaml
 
 from afina.disk import disk_errors
 from afina.errors import counted
-from afina.judge.verdict import Losses
 
 
-def draw_curve(metrics: Sequence[Mapping[str, Any]], losses: Losses, file: Path, unit: str) -> None:
+def draw_curve(metrics: Sequence[Mapping[str, Any]], story: Mapping[str, Any], file: Path) -> None:
     """Loss against steps: training, held-out, and the base's held-out loss as the line to get below. PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure, losses = Figure(figsize=(7, 4), layout="constrained"), story["losses"]
     axes = figure.subplots()
     steps = [m["step"] for m in metrics]
     raw = [m["loss"] for m in metrics]
@@ -23,13 +22,42 @@ def draw_curve(metrics: Sequence[Mapping[str, Any]], losses: Losses, file: Path,
     axes.plot(steps, _smooth(raw), color="tab:blue", label="training")
     checks = [m for m in metrics if m.get("held_out_loss") is not None]
     axes.plot([m["step"] for m in checks], [m["held_out_loss"] for m in checks], "o-", color="tab:orange", label="held-out")
-    axes.axhline(losses.held_before, color="tab:gray", linestyle="--", label="base, held-out")
-    if losses.best_step:
-        axes.axvline(losses.best_step, color="tab:green", linestyle=":", label=f"best: step {losses.best_step}")
+    axes.axhline(losses["held_before"], color="tab:gray", linestyle="--", label="base, held-out")
+    _mark_best(axes, losses["best_step"])
     axes.set_xlabel("step")
-    axes.set_ylabel(f"loss (nats a {unit})")
+    axes.set_ylabel(f"loss (nats a {story['words']['unit']})")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with disk_errors(file):
+        figure.savefig(file, dpi=120)
+
+
+def _mark_best(axes: Any, step: int) -> None:
+    if step:
+        axes.axvline(step, color="tab:green", linestyle=":", label=f"best: step {step}")
+
+
+def draw_rewards(metrics: Sequence[Mapping[str, Any]], story: Mapping[str, Any], file: Path) -> None:
+    """Reward against steps, of its own sampled answers and of the likeliest ones to held-out prompts; and the divergence. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps, raw = [m["step"] for m in metrics], [m["reward"] for m in metrics]
+    axes.plot(steps, raw, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, _smooth(raw), color="tab:blue", label="its answers, sampled")
+    checks = [m for m in metrics if m.get("held_out_reward") is not None]
+    axes.plot([m["step"] for m in checks], [m["held_out_reward"] for m in checks], "o-", color="tab:orange", label="held-out")
+    axes.axhline(story["policy"]["before"]["reward"], color="tab:gray", linestyle="--", label="before, held-out")
+    _mark_best(axes, story["losses"]["best_step"])
+    axes.set_xlabel("step")
+    axes.set_ylabel("reward")
+    axes.grid(alpha=0.3)
+    other = axes.twinx()
+    other.plot(steps, [m["kl"] for m in metrics], color="tab:red", linewidth=1, alpha=0.6)
+    other.set_ylabel("KL from the reference (nats a token)", color="tab:red")
+    other.set_ylim(bottom=0)
     axes.legend(frameon=False)
     with disk_errors(file):
         figure.savefig(file, dpi=120)
@@ -74,11 +102,7 @@ An adapter made by afina {story["environment"]["afina"]}.
 
 ## What it did
 
-| nats a {story["words"]["unit"]} | before | after |
-|---|---|---|
-| held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
-| rows it learned | {losses["train_before"]:.4f} | {losses["train_after"]:.4f} |
-{_general(losses)}{_preferences(story.get("preferences"))}
+{_policy(story["policy"], losses) if "policy" in story else _losses(story["words"]["unit"], losses)}{_preferences(story.get("preferences"))}
 {chr(10).join("- " + sentence for sentence in story["verdict"])}
 {_classes(story.get("classes"))}
 ## How to run it again
@@ -87,6 +111,39 @@ An adapter made by afina {story["environment"]["afina"]}.
 {yaml.safe_dump(again, sort_keys=False, allow_unicode=True).rstrip()}
 ```
 """
+
+
+def _losses(unit: str, losses: Mapping[str, Any]) -> str:
+    """The table of losses."""
+    return f"""| nats a {unit} | before | after |
+|---|---|---|
+| held-out rows | {losses["held_before"]:.4f} | {losses["held_after"]:.4f} |
+| rows it learned | {losses["train_before"]:.4f} | {losses["train_after"]:.4f} |
+{_general(losses)}"""
+
+
+REWARDED = {
+    "length": "length (tokens)", "stopped": "ended by themselves", "sampled_reward": "reward of sampled answers",
+    "kl": "KL divergence from the reference (nats a token)", "entropy": "entropy (nats a token)",
+    "general_loss": "loss on general text (nats a token)",
+}  # fmt: skip
+
+
+def reward_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Lines of a table about answers to held-out prompts: what, before, after."""
+    parts = [name for name in found["after"] if name.startswith("reward_")]
+    names = {"reward": "reward"} | {name: f"reward, {name.removeprefix('reward_')}" for name in parts} | REWARDED
+    sides = [found["before"], found["after"]]
+    return [(label, *(f"{side[name]:.3f}" for side in sides)) for name, label in names.items() if name in sides[1]]  # type: ignore[misc]
+
+
+def _policy(found: Mapping[str, Any], losses: Mapping[str, Any]) -> str:
+    """The table of rewards, and what the policy was compared with."""
+    lines = "".join(f"| {what} | {before} | {after} |\n" for what, before, after in reward_rows(found))
+    judges = ", ".join(f"`{judge['name']}` (weight {judge['weight']:g})" for judge in found["judges"])
+    compared = f"Rewarded by {judges}. Compared with {found['reference']['of']}: {found['reference']['why']}."
+    rows = counted(found["rows"], "held-out prompt")
+    return f"| its answers to {rows} | before | after |\n|---|---|---|\n{lines}{_general(losses)}\n{compared}\n"
 
 
 def _general(losses: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ RUN/settings.yaml     the resolved settings; `afina train --config` runs them ag
 RUN/example.txt       one row as the model reads it, the learned tokens marked
 RUN/metrics.jsonl     a line a step
 RUN/held_out.jsonl    the rows kept for judging
-RUN/reference.json    dpo and kto: what the policy is compared with
+RUN/reference.json    dpo, kto, grpo, rloo and ppo: what the policy is compared with
+RUN/answers/          grpo, rloo and ppo: some answers of each check
 RUN/checkpoint/       the state from which --resume goes on
 RUN/adapter/          the best adapter, in PEFT's files, and what its prompts look like to the base
 RUN/run.json          data, base, environment, figures, verdict
@@ -14,7 +15,7 @@ RUN/curve.png, RUN/README.md
 import hashlib
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ from afina.base.classifier import Classifier
 from afina.base.load import choose_device
 from afina.base.model import Base
 from afina.base.sharded import shard
-from afina.config import TrainSettings, make_settings, resolved
+from afina.config import POLICIES, TrainSettings, make_settings, resolved
 from afina.data.template import Renderer
-from afina.delta.attach import detach
+from afina.delta.attach import Adapter, detach
 from afina.delta.contract import method
 from afina.delta.files import FORMAT_VERSION, WEIGHTS, load_adapter, read_json, save_adapter
 from afina.delta.presets import preset
@@ -41,11 +42,13 @@ from afina.errors import SettingsError, TrainingError
 from afina.judge.change import measure
 from afina.judge.classes import classify_held_out
 from afina.judge.losses import general_loss, perplexity
+from afina.judge.policy import judge_policy
 from afina.judge.preferences import HELD_OUT, judge_preferences
-from afina.judge.verdict import Losses, verdict
+from afina.judge.verdict import Losses, forgot, verdict
 from afina.objective.choices import ChoiceTask, PreferenceTask
 from afina.objective.classify import ClassifyTask
 from afina.objective.language import LanguageTask
+from afina.objective.rollout import PolicyTask, Query
 from afina.objective.task import learned_rows
 from afina.route.invocation import Route
 from afina.training import checkpoint
@@ -55,7 +58,7 @@ from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_togeth
 from afina.training.prepare import objective_of
 from afina.training.prepared import NEW_TOKENS, START, lines
 from afina.training.progress import Display, Silent
-from afina.training.report import draw_curve, model_card
+from afina.training.report import draw_curve, draw_rewards, model_card
 from afina.training.setup import AUTO, Setup, default_out, set_up
 
 # how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
@@ -122,7 +125,7 @@ def train_many(
 def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     """What runs that can share a base have in common; None where a run needs one of its own."""
     meant = preset(settings.method, 1)
-    alone = objective_of(settings) in ("classify", "mlm", "reward") or method(meant.delta).replaces
+    alone = objective_of(settings) in ("classify", "mlm", "reward", *POLICIES) or method(meant.delta).replaces
     auto = settings.targets == AUTO  # looks at the gradient of a base on which nobody else sits
     if alone or auto or settings.options.get(NEW_TOKENS) or settings.options.get(START):
         return None
@@ -157,7 +160,7 @@ def _train_group(
             loops.append(loop)
     with display:
         for loop in loops:
-            if isinstance(task := loop.setup.prepared.task, PreferenceTask):
+            if isinstance(task := loop.setup.prepared.task, PreferenceTask | PolicyTask):
                 task.settle(loop.run)
             if not loop.progress.before:
                 loop.progress.before = _losses(loop.setup, loop.setup.prepared.before)
@@ -201,7 +204,13 @@ def _identity(setup: Setup) -> dict[str, Any]:
         "data": setup.prepared.source["sha256"],
         "base": setup.prepared.base.hash,
         "held-out rows": hashlib.sha256(lines(setup.prepared.held_records).encode()).hexdigest(),
-    } | ({} if setup.prepared.start is None else {"adapter it goes on from": setup.prepared.start})
+    } | {
+        name: value
+        for name, value in (
+            ("adapter it goes on from", setup.prepared.start), ("judge that gives the rewards", setup.prepared.judges)
+        )
+        if value is not None
+    }  # fmt: skip
 
 
 def _begin(setup: Setup, folder: Path) -> None:
@@ -213,7 +222,7 @@ def _begin(setup: Setup, folder: Path) -> None:
 
 
 def _losses(setup: Setup, route: Route | None) -> dict[str, float]:
-    """Held-out and general loss, in nats a token, of the model under `route`."""
+    """Held-out loss (of a policy: minus its reward) and general loss in nats a token, of the model under `route`."""
     base = setup.prepared.base
     losses = {"held_out": setup.prepared.task.held_out_loss(route)}
     if isinstance(base, Base):  # classifiers and encoders have no next token
@@ -224,7 +233,11 @@ def _losses(setup: Setup, route: Route | None) -> dict[str, float]:
 def _save_best(setup: Setup, folder: Path, step: int) -> None:
     data = {key: setup.prepared.source[key] for key in ("path", "sha256")}
     story = {"data": data, "objective": setup.prepared.objective, "step": step}
-    save_adapter(setup.adapter, setup.prepared.base, folder / "adapter", story)
+    adapter = setup.adapter
+    if setup.prepared.objective in POLICIES and adapter.spec.modules:  # the head that guesses rewards has done its work
+        deltas = {path: delta for path, delta in adapter.deltas.items() if path not in adapter.spec.modules}
+        adapter = Adapter(adapter.name, replace(adapter.spec, modules=()), deltas)
+    save_adapter(adapter, setup.prepared.base, folder / "adapter", story)
 
 
 def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
@@ -234,8 +247,31 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
     loop.world.wait()
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     route = best.route
-    after = _losses(setup, route)
-    task, before, progress, first = setup.prepared.task, loop.progress.before, loop.progress, setup.prepared.before
+    policy = isinstance(setup.prepared.task, PolicyTask)
+    judged = _judge_policy(setup, loop, route) if policy else _judge(setup, folder, loop, route)
+    progress = loop.progress
+    story = _facts(setup, folder) | {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+        "peak_memory_mb": peak_memory_mb(),
+        "words": asdict(setup.prepared.words),
+    } | judged
+    detach(setup.prepared.base.model, best)
+    profile, key = _profile(setup)  # in every process: the base may be spread over them
+    if loop.world.first:
+        _write(folder, story)
+        if profile is not None:
+            write_profile(folder / "adapter", profile, key)
+    loop.world.wait()
+    return story
+
+
+def _judge(setup: Setup, folder: Path, loop: Loop, route: Route) -> dict[str, Any]:
+    """The losses of the best adapter beside those before, and what can be said of them."""
+    after, task, first = _losses(setup, route), setup.prepared.task, setup.prepared.before
+    before, progress, words = loop.progress.before, loop.progress, setup.prepared.words
     losses = Losses(
         held_before=before["held_out"], held_after=after["held_out"],
         train_before=task.learned_loss(first), train_after=task.learned_loss(route),
@@ -244,16 +280,10 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         general_before=before.get("general"), general_after=after.get("general"),
         best_step=progress.best_step, last_step=progress.step,
     )  # fmt: skip
-    story = _facts(setup, folder) | {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-        "peak_memory_mb": peak_memory_mb(),
+    story = {
         "losses": asdict(losses) | {"held_interval": losses.held.interval, "forgetting": losses.forgetting},
         "perplexity": {"before": perplexity(losses.held_before), "after": perplexity(losses.held_after)},
-        "verdict": verdict(losses, setup.prepared.words.unit, setup.prepared.words.choices),
-        "words": asdict(setup.prepared.words),
+        "verdict": verdict(losses, words.unit, words.choices),
     }
     if isinstance(task, ClassifyTask):
         story |= {"classes": classify_held_out(task, route, folder / "confusion.png", loop.world.first)}
@@ -261,20 +291,33 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         found = judge_preferences(task, setup.prepared.objective, first, route)
         story["verdict"] += found.pop("verdict")
         story |= {"preferences": found | {"start": setup.prepared.start}}
-    detach(setup.prepared.base.model, best)
-    profile, key = _profile(setup)  # in every process: the base may be spread over them
-    if loop.world.first:
-        _write(folder, story, losses)
-        if profile is not None:
-            write_profile(folder / "adapter", profile, key)
-    loop.world.wait()
     return story
 
 
-def _write(folder: Path, story: dict[str, Any], losses: Losses) -> None:
+def _judge_policy(setup: Setup, loop: Loop, route: Route) -> dict[str, Any]:
+    """The rewards of the best adapter beside those before. `losses` has minus the mean reward, as metrics.jsonl does."""
+    task, first, progress = setup.prepared.task, setup.prepared.before, loop.progress
+    assert isinstance(task, PolicyTask)
+    assert isinstance(setup.prepared.base, Base)
+    found = judge_policy(task, first, route)
+    before, after = progress.before["general"], general_loss(setup.prepared.base, route, setup.settings.general)
+    said = found.pop("verdict")
+    if progress.best_step < progress.step:
+        said.append(f"The best state, of step {progress.best_step}, was kept.")
+    losses = {
+        "held_before": -found["before"]["reward"], "held_after": -found["after"]["reward"],
+        "general_before": before, "general_after": after, "forgetting": after - before,
+        "best_step": progress.best_step, "last_step": progress.step,
+    }  # fmt: skip
+    policy = found | {"start": setup.prepared.start, "seconds_here": task.seconds}  # of this sitting, where it was resumed
+    return {"losses": losses, "policy": policy, "verdict": [*said, forgot(after - before)]}
+
+
+def _write(folder: Path, story: dict[str, Any]) -> None:
     """The end of a run's story, for machines, as a picture and as a card."""
     write_json(folder / "run.json", story)
-    draw_curve(read_metrics(folder), losses, folder / "curve.png", story["words"]["unit"])
+    draw = draw_rewards if "policy" in story else draw_curve
+    draw(read_metrics(folder), story, folder / "curve.png")
     card = model_card(story)
     write_text(folder / "adapter" / "README.md", card)
     write_text(folder / "README.md", card)
@@ -286,11 +329,14 @@ def _profile(setup: Setup) -> tuple[Tensor | None, str]:
     Nothing where there are no prompts: classifiers and encoders answer no queries.
     """
     base, task = setup.prepared.base, setup.prepared.task
-    if not isinstance(base, Base) or not isinstance(task, LanguageTask | PreferenceTask):
+    if not isinstance(base, Base) or not isinstance(task, LanguageTask | PreferenceTask | PolicyTask):
         return None, ""
-    rows = task.train if isinstance(task, LanguageTask) else [e for row in task.train if (e := row.good or row.bad)]
+    rows: Sequence[Any] = task.train
+    if isinstance(task, PreferenceTask):
+        rows = [e for row in task.train if (e := row.good or row.bad)]
     frame, embedding = Frame.of(Renderer(base.tokenizer, setup.settings.template, base.context)), BaseEmbedding(base)
-    prompts = [frame.question(e.tokens[: e.prompt_tokens] or e.tokens[:BEGINNING]) for e in rows]
+    asked = [e.tokens if isinstance(e, Query) else e.tokens[: e.prompt_tokens] or e.tokens[:BEGINNING] for e in rows]
+    prompts = [frame.question(tokens) for tokens in asked]
     return make_profile(embedding, prompts), embedding.key
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from afina.base.classifier import Classifier
 from afina.base.model import Base
-from afina.config import PREFERENCES, PreferenceOptions, TrainSettings
+from afina.config import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions, TrainSettings
 from afina.delta.attach import Adapter, attach
 from afina.delta.contract import Spec
 from afina.delta.presets import preset
@@ -18,6 +18,7 @@ from afina.errors import SettingsError
 from afina.objective.choices import PreferenceTask
 from afina.objective.preference import COMPARED
 from afina.objective.reference import choose_reference
+from afina.objective.rollout import PolicyTask
 from afina.training.energy import BUDGET, automatic
 from afina.training.prepare import objective_of, prepare
 from afina.training.prepared import NEW_TOKENS, START, Prepared
@@ -37,12 +38,13 @@ class Setup:
     learning_rate: float
     rates: dict[str, float]
     steps: int
+    together: int = 1  # steps between which there is no state to go on from
     why: str | None = None  # why checkpointing is what it is, where it was left to afina
 
     @property
     def check_every(self) -> int:
         """Steps between checks."""
-        return self.settings.check_every or max(1, self.steps // 10)
+        return self.settings.check_every or self.together * max(1, self.steps // 10 // self.together)
 
     @property
     def restart_every(self) -> int:
@@ -92,7 +94,9 @@ def make_spec(
 
 def _others(settings: TrainSettings) -> tuple[str, ...]:
     """The names in `options` that are not the method's."""
-    return (NEW_TOKENS, START, BUDGET, *(PreferenceOptions.model_fields if objective_of(settings) in PREFERENCES else ()))
+    objective = objective_of(settings)
+    own = PreferenceOptions if objective in PREFERENCES else PolicyOptions if objective in POLICIES else None
+    return (NEW_TOKENS, START, BUDGET, *(own.model_fields if own else ()))
 
 
 def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name: str = NAME) -> Setup:
@@ -113,16 +117,27 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
     if isinstance(prepared.task, PreferenceTask) and prepared.objective in COMPARED:
         options = prepared.task.options
         prepared.task.reference = choose_reference(options, prepared.before, prepared.start, adapter.spec.dropout)
+    learned = (*adapter.spec.targets, *adapter.spec.modules)
+    rate = settings.learning_rate or default_rate(adapter.spec.method, prepared.objective)
+    rates, together = by_pattern(settings.learning_rates, learned, "learning_rates"), 1
+    if isinstance(task := prepared.task, PolicyTask):
+        task.policy = adapter.route
+        task.reference = choose_reference(task.options, prepared.before, prepared.start, adapter.spec.dropout)
+        together = task.options.updates
+        head = max(rate, default_rate(adapter.spec.method, "reward"))  # a new head has everything to learn
+        rates = dict.fromkeys(adapter.spec.modules, head) | rates
     return Setup(
         settings=settings,
         prepared=prepared,
         adapter=adapter,
-        learning_rate=settings.learning_rate or default_rate(adapter.spec.method, prepared.objective),
-        rates=by_pattern(settings.learning_rates, (*adapter.spec.targets, *adapter.spec.modules), "learning_rates"),
+        learning_rate=rate,
+        rates=rates,
         steps=settings.steps or max(1, round(settings.epochs * prepared.task.steps_per_epoch)),
+        together=together,
     )
 
 
 def default_rate(method: str, objective: str) -> float:
     """Usual rates: preferences are learned from where the model already is good, in small steps; a new head is not."""
-    return (2e-5 if method == "full" else 2e-4) * (0.1 if objective in PREFERENCES and objective != "reward" else 1.0)
+    small = objective in (*PREFERENCES, *POLICIES) and objective != "reward"
+    return (2e-5 if method == "full" else 2e-4) * (0.1 if small else 1.0)

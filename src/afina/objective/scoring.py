@@ -1,0 +1,168 @@
+"""Who says how good an answer is: Python functions, reward models, or several of them with weights.
+
+    rules.py:polite     def polite(prompt: str, answer: str, reference: str | None) -> float
+    runs/judge          a run of --objective reward on the same base; it acts on the base beside the policy, nothing is copied
+
+The number of an answer is the sum of weight times number. A function is the user's own code, and is run as such.
+"""
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afina.base.model import Base
+from afina.config import PolicyOptions
+from afina.data.batches import flatten, pack
+from afina.data.prompts import Asked
+from afina.data.template import Example
+from afina.delta.files import adapter_folder, load_adapter, read_run, read_story
+from afina.errors import SettingsError, TrainingError, nearest
+from afina.objective.reward import rewards
+from afina.route.invocation import Route
+
+CODE = ".py:"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A Python function that judges; `content` is the sha256 of its file."""
+
+    name: str
+    call: Callable[[str, str, str | None], Any]
+    content: str
+
+    def score(self, rows: Sequence[Asked], answers: Sequence[str]) -> list[float]:
+        """A number for each answer; raises `TrainingError` where the function fails or gives none."""
+        return [self._one(row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+    def _one(self, row: Asked, answer: str) -> float:
+        about = f"prompt {row.where}, answer {answer[:80]!r}"
+        try:
+            found = self.call(row.text, answer, row.reference)
+        except Exception as error:  # the user's code may raise anything
+            why = f"{type(error).__name__}: {error}; {about}"
+            hint = "it is called with a prompt, an answer, and a reference or None"
+            raise TrainingError("the reward function failed", where=self.name, why=why, hint=hint) from error
+        try:
+            number = math.nan if isinstance(found, str) else float(found)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            why = f"it gave {str(found)[:40]!r}; {about}"
+            raise TrainingError("a reward has to be a finite number", where=self.name, why=why)
+        return number
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward model on the policy's own base."""
+
+    name: str
+    base: Base
+    route: Route
+    content: str
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[Example], batch_tokens: int) -> list[float]:
+        """A number for each prompt with its answer."""
+        found = [0.0] * len(examples)
+        for indices in pack([len(example.tokens) for example in examples], batch_tokens, range(len(examples))):
+            batch = flatten([examples[i] for i in indices]).to(self.base.device)
+            for index, number in zip(indices, rewards(self.base, batch, self.route).tolist(), strict=True):
+                found[index] = number
+        return found
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """All who judge, each with its weight."""
+
+    judges: tuple[tuple[Function | Judge, float], ...]
+
+    def score(self, rows: Sequence[Asked], examples: Sequence[Example], batch_tokens: int) -> dict[str, Tensor]:
+        """The reward of each answer (n), and under their names the parts that it has where there are several.
+
+        `examples` are the rows with their answers, as text and as tokens; those who read tokens read `batch_tokens` at a time.
+        """
+        texts = [example.answer or "" for example in examples]
+        parts = {
+            judge.name: torch.tensor(
+                judge.score(rows, texts) if isinstance(judge, Function) else judge.score(examples, batch_tokens),
+                dtype=torch.float64,
+            )
+            for judge, _ in self.judges
+        }
+        total = torch.stack([weight * parts[judge.name] for judge, weight in self.judges]).sum(0)
+        return {"reward": total} | ({f"reward_{name}": part for name, part in parts.items()} if len(parts) > 1 else {})
+
+    @property
+    def content(self) -> str:
+        """What tells that the same judges judge."""
+        lines = [f"{judge.content} {weight!r}" for judge, weight in self.judges]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def about(self) -> list[dict[str, Any]]:
+        """For run.json."""
+        return [{"name": judge.name, "weight": weight, "sha256": judge.content} for judge, weight in self.judges]
+
+
+def make_rewards(options: PolicyOptions, base: Base, template: str | None) -> Rewards:
+    """Load all who judge; raises `SettingsError` where one is none, `AdapterError` where it is another base's."""
+    told = options.reward if isinstance(options.reward, dict) else {options.reward: 1.0}
+    if not told:
+        raise SettingsError("nobody judges", where="options: reward", hint="{reward: rules.py:polite}")
+    for name, weight in told.items():
+        if not math.isfinite(weight) or not weight:
+            raise SettingsError(f"a weight of {weight}", where=f"options: reward: {name}", hint="a number that is not 0")
+    made = [(_function(name) if CODE in name else _judge(name, base, template, n)) for n, name in enumerate(told)]
+    return Rewards(tuple(zip(made, told.values(), strict=True)))
+
+
+def _function(told: str) -> Function:
+    """FILE.py:NAME."""
+    file, _, name = told.rpartition(":")
+    path, where = Path(file), f"options: reward: {told}"
+    if not path.is_file():
+        raise SettingsError("no such file", where=where, hint="FILE.py:FUNCTION, as seen from where afina was started")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"afina_reward_{digest[:12]}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's code may raise anything
+        raise SettingsError("the file cannot be run", where=where, why=f"{type(error).__name__}: {error}") from error
+    call = getattr(module, name, None)
+    if not callable(call):
+        functions = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise SettingsError(f"no function {name!r}", where=where, hint=nearest(name, functions) if functions else None)
+    return Function(told, call, digest + name)
+
+
+def _judge(told: str, base: Base, template: str | None, number: int) -> Judge:
+    """The run of a reward model."""
+    folder = Path(told)
+    if not folder.is_dir():
+        hint = "FILE.py:FUNCTION, or the folder of a run of --objective reward"
+        raise SettingsError("nobody judges here", where=f"options: reward: {told}", hint=hint)
+    story = read_run(folder)
+    if story.get("objective") != "reward":
+        why = f"it is a run of {story.get('objective')}" if story else "it is no run"
+        raise SettingsError("this is no reward model", where=told, why=why, hint="afina train PAIRS --objective reward")
+    if (other := story["settings"].get("template")) != template:
+        why = f"the reward model learned with the template {other or 'of the tokenizer'}, the policy has {template or 'that'}"
+        raise SettingsError("a judge has to read what it was taught to read", where=told, why=why, hint="the same --template")
+    base.add_score()
+    adapter = load_adapter(folder, base, f"judge-{number}")
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    adapter.train(False)
+    return Judge(told, base, adapter.route, str(read_story(adapter_folder(folder)).get("hash")))
