@@ -13,8 +13,10 @@ from afina.cli.prefer import prefer
 from afina.config import PreferSettings
 from afina.data.preferences import read_preferences
 from afina.data.prompts import read_prompts
+from afina.engine.generate import Answer, Sampling
 from afina.errors import DataError, SettingsError
 from afina.judge.preferences import wilson
+from afina.route.invocation import Route
 from conftest import WORDS
 from helpers import write_rows
 
@@ -25,7 +27,12 @@ PROMPTS = [f"say {word}" for word in WORDS]
 def run(tiny: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prefer")
     data = write_rows(folder / "sft.jsonl", *({"prompt": f"say {w}", "completion": f"{w} {w}"} for w in WORDS))
-    return train(data, base=str(tiny), out=folder / "run", steps=2, check_every=2, learning_rate=2e-2, general=general).folder
+    return train(data, base=str(tiny), out=folder / "run", steps=2, check_every=2, learning_rate=1e-4, general=general).folder
+
+
+def said(_: Any, __: Any, prompts: list[list[int]], sampling: Sampling, route: Route | None = None) -> list[Answer]:
+    """An answer of some words, drawn from the seed; the same each time at temperature 0."""
+    return [Answer(f"sol {sampling.seed}" if sampling.temperature else "sol", tokens, True) for tokens in prompts]
 
 
 @pytest.fixture
@@ -43,6 +50,7 @@ def sit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             return word
 
         monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("afina.cli.prefer.answer", said)  # a random model mostly says nothing, which is skipped
         told = {"prompts": tmp_path / "prompts.txt", "adapter": run, "out": tmp_path / "out", "max_new_tokens": 6, "temperature": 2.0}
         result = prefer(PreferSettings(**told | values))
         assert next(words, None) is None, "keys were left over"

@@ -120,7 +120,7 @@ def _answers(settings: PreferSettings, opened: Opened, sides: Sequence[Side], ke
     made = []
     for number, side in enumerate(sides):
         seed = int(hashlib.sha256(f"{settings.seed}:{key}:{number}".encode()).hexdigest()[:8], 16)
-        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, top_p=settings.top_p, seed=seed)
         [given] = answer(base, renderer, [renderer.prompt(prompt)], sampling, side.route)
         made.append({"by": side.name, "text": given.text})
     return made

@@ -67,7 +67,8 @@ class Scheduler:
         for sequence in [s for s in self.running if s.left == 1]:
             if sequence.running and self._pages_up_to(sequence, sequence.computed + 1):
                 pieces.append((sequence, 1))
-        budget = self.step_tokens - len(pieces)
+        alone = not pieces  # nobody waits for this step: longer pieces are computed faster
+        budget = self.step_tokens * (4 if alone else 1) - len(pieces)
         for sequence in [s for s in self.running if s.left > 1]:
             budget -= self._piece(sequence, budget, pieces)
         while budget > 0 and len(self.running) < self.most_running:

@@ -119,6 +119,7 @@ def operation(
 ) -> Any:
     """Enter an operation in torch.library: `run` computes, `fake` gives shapes only; returns the callable.
 
+    Where nobody needs torch.library, the callable goes past it: that costs more than a small product (25 us a norm).
     `backward(ctx, *grads)` gives the gradients, from what `keep(ctx, inputs, output)` kept. Where the Triton kernels have
     a function of the operation's name and can take its arguments, that one runs in the place of `run`.
     """
@@ -135,7 +136,8 @@ def operation(
     torch.library.register_fake(f"afina::{name}", fake, lib=OPERATIONS)
     if backward is not None:
         torch.library.register_autograd(f"afina::{name}", backward, setup_context=keep, lib=OPERATIONS)
-    return getattr(torch.ops.afina, name).default
+    entered = getattr(torch.ops.afina, name).default
+    return lambda *arguments: chosen(*arguments) if direct() else entered(*arguments)
 
 
 def direct() -> bool:

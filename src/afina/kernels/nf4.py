@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.kernels.blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
-from afina.kernels.native import TYPES, address, direct, kernels, operation
+from afina.kernels.native import TYPES, address, kernels, operation
 
 # quantiles of the normal distribution, scaled to -1 .. 1, an exact zero among them: arXiv 2305.14314, appendix E
 LEVELS = (
@@ -164,7 +164,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} columns, the matrix {weight.in_features}")
-    return (_run_linear if direct() else _linear)(x, *_stored(weight), bias)
+    return _linear(x, *_stored(weight), bias)
 
 
 # ---- the operations, over the stored tensors: codes, scales, superscales, offset, in_features
