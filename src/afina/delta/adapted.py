@@ -147,7 +147,9 @@ class Adapted(nn.Module):
         if type(base) not in (*PLAIN, NF4Linear) or segments.unit != "token" or not torch.is_grad_enabled():
             return []
         held = [] if isinstance(base, NF4Linear) else [p for p in (base.weight, base.bias) if p is not None]
-        if torch.compiler.is_compiling() or x.ndim < 2 or not kernels.take(x, *held) or any(p.requires_grad for p in held):
+        if torch.compiler.is_compiling() or any(p.requires_grad for p in held):
+            return []
+        if x.ndim < 2 or not kernels.first(x) or not kernels.take(x, *held):
             return []
         rows = [row for row in _rows(segments, x.shape[:-1].numel()) if self.find(row.adapter) is not None]
         suits = all(is_thin(self.find(row.adapter)) and _suits(self.find(row.adapter), row) for row in rows)
@@ -230,7 +232,7 @@ class Lean:
     @classmethod
     def prepare(cls, segments: Segments, x: Tensor, adapted: Adapted) -> "Lean | None":
         """The product for what acts on x; None where nothing is low-rank, or PyTorch's own products are faster."""
-        if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.take(x):
+        if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.first(x):
             return None
         rows = [row for row in _rows(segments, x.shape[:-1].numel()) if is_thin(adapted.find(row.adapter))]
         rows = [row for row in rows if _suits(adapted.find(row.adapter), row)]

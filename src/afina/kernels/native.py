@@ -63,6 +63,10 @@ class Kernels:
             raise SettingsError(f"no kernels for {isa!r} here", where="AFINA_ISA", why=f"there are: {', '.join(known)}",
                                 hint=nearest(isa, known))  # fmt: skip
 
+    def first(self, x: Tensor) -> bool:
+        """Whether C++ is what runs on this tensor, and not Triton."""
+        return x.device.type not in self.triton and self.take(x)
+
     def fast(self, *tensors: Tensor) -> bool:
         """Whether any kernel, in C++ or Triton, will do the work."""
         return self.take(*tensors) or self.gpu(*tensors) is not None
