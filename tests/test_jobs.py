@@ -22,11 +22,11 @@ ENDED = ("succeeded", "failed", "cancelled", "paused")
 SHORT = {"steps": 6, "check_every": 2, "learning_rate": 3e-3, "max_length": 64}
 
 
-def until(wanted: Callable[[], Any], seconds: float = 250.0) -> Any:
+def until(wanted: Callable[[], Any], seconds: float = 120.0) -> Any:
     """What `wanted` gives, once it gives something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if (found := wanted()) not in (None, False):
+        if found := wanted():
             return found
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} s: {wanted}")
@@ -233,7 +233,7 @@ def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenA
     command = [sys.executable, "-m", "afina", "serve", "--base", str(tiny), "--dtype", "float32", "--port", str(port),
                "--state", str(state), "--job-threads", "1", "--job-nice", "0", *flags]  # fmt: skip
     with (state.parent / "log.txt").open("ab") as log:
-        running = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+        running = subprocess.Popen(command, env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}, stdout=log, stderr=log)
     try:
 
         def key() -> str | None:
@@ -252,6 +252,11 @@ def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenA
 
         until(lives)
         yield client, running
+    except AssertionError:
+        running.send_signal(signal.SIGABRT)  # with PYTHONFAULTHANDLER, its threads' stacks are in the log
+        running.wait()
+        print((state.parent / "log.txt").read_text()[-6000:])
+        raise
     finally:
         if running.poll() is None:
             running.terminate()

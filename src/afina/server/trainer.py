@@ -6,9 +6,11 @@
 
 It is a process of its own because a backward pass would hold up every answer in the engine's thread, because what it
 takes of the machine is then the system's to share out (threads, niceness), and because it may die without taking the
-server along. When the server dies, the pipe to it closes, and the process ends at once; its checkpoint stays.
+server along. When the server dies, the pipe to it closes, and the process ends at once; its checkpoint stays. That is looked
+at before torch is imported, which takes a while, and during which the state folder would stay locked.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from afina.config import TrainSettings, make_settings, read_yaml
-from afina.delta.files import read_json
 from afina.disk import write_json
 from afina.errors import AfinaError
 
@@ -28,7 +29,7 @@ JOB, RUN, ERROR = "job.json", "run", "error.json"
 def main(folder: Path) -> int:
     """Train what job.json says, or go on with it; returns the exit status."""
     threading.Thread(target=_end_with_the_server, daemon=True).start()
-    job = read_json(folder / JOB)
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
     with suppress(AttributeError, OSError):  # Windows has no niceness, and a container may forbid it
         os.nice(job["nice"])
     import torch
