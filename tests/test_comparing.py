@@ -21,7 +21,7 @@ from afina.comparing.measure import measure, measure_apart
 from afina.comparing.published import SAYINGS
 from afina.comparing.report import command, interval, write_report
 from afina.comparing.rows import pieces
-from afina.comparing.schedule import choose_schedule, rates_to_try, rungs
+from afina.comparing.schedule import choose_schedule, rates_to_try, rungs, seed_seconds, steps_that_fit
 from afina.comparing.wording import WORDS
 from afina.config import CompareSettings, TrainSettings, make_settings
 from afina.data.formats import read_table
@@ -272,6 +272,17 @@ def test_the_schedule_fits_and_asks_for_no_more_than_was_asked() -> None:
     assert choose_schedule(costs, 4.0, 4, 200, 3, 1500).cut != []
 
 
+def test_a_machine_that_became_slow_takes_fewer_steps() -> None:
+    costs = {name: {"other_seconds": 5.0, "step_seconds": 0.5} for name in "abc"}
+    assert steps_that_fit(costs, 4.0, 200, 1.0, 1e5) == 200
+    for pace, seconds in ((1.0, 100.0), (3.0, 200.0)):
+        steps = steps_that_fit(costs, 4.0, 200, pace, seconds)
+        assert 1 < steps < 200
+        assert pace * sum(seed_seconds(cost, steps, 4.0) for cost in costs.values()) <= seconds
+        assert pace * sum(seed_seconds(cost, steps + 1, 4.0) for cost in costs.values()) > seconds
+    assert steps_that_fit(costs, 4.0, 200, 9.0, 10.0) == 1
+
+
 # ---- what may be said
 
 
@@ -316,6 +327,9 @@ def test_nothing_helps_is_said() -> None:
     random = np.random.default_rng(2)
     advice = advise_on({"a": right(random, 0.01), "b": right(random, 0.01)}, {"a": 1.0, "b": 1.0})
     assert advice["use"] == "base" and advice["reasons"][0][0] == "no_gain"
+    base = judged(np.zeros((1, 60)))[0]
+    (test,) = pairs({"a": judged(np.zeros((3, 60)))}, base, "exact_match")
+    assert test["difference"]["high"] > 5.0 and not test["shown"]  # no row differed, and sixty rows are not all
 
 
 def test_alarms_of_the_whole_report() -> None:
@@ -347,4 +361,4 @@ def test_each_method_in_its_own_process(tiny: Path, chats: Path, general: Path, 
     assert found["steps"] == 3 and found["step_seconds"] > 0 and found["peak_mb"] > 50
     broken = measure_apart(run.model_copy(update={"targets": "no_such_layer", "out": tmp_path / "broken"}))
     assert "matches no layer" in broken["failed"]
-    assert "longer than what was left" in measure_apart(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]
+    assert "4 steps took longer than the 0 s" in measure_apart(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]

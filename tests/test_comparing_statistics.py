@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from afina.comparing.statistics import apart, difference, figure, holm, influence, pareto, spread
+from afina.comparing.statistics import apart, difference, figure, holm, influence, none_of, pareto, share, spread
 
 
 def table(random: np.random.Generator, seeds: int, rows: int, of_seeds: float, of_rows: float, rest: float) -> np.ndarray:
@@ -93,6 +93,15 @@ def test_a_ratio_is_that_of_the_sums() -> None:
     k, mean = 3, sums.sum() / 22
     d = sums.mean(0) - mean * np.array(labels)
     assert spread(made.mean(0)).error ** 2 == pytest.approx(k / (k - 1) * (d @ d) / 11**2)  # as in judge/change.py
+
+
+def test_none_of_ten_is_not_never() -> None:
+    """Clopper and Pearson, as scipy has it."""
+    exact = stats.binomtest(0, 10).proportion_ci(0.95, method="exact")
+    assert share([[0.0] * 10] * 3).high == pytest.approx(100 * exact.high)
+    assert share([100.0] * 10).low == pytest.approx(100 * (1 - exact.high))
+    assert none_of(10) == pytest.approx(100 * exact.high)
+    assert share([100.0, 0.0] * 20).high < 100.0  # type: ignore[operator]
 
 
 def test_holm_by_hand() -> None:

@@ -24,7 +24,14 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
 
 def advise(settings: AdviseSettings) -> dict[str, Any]:
     """Advise; somebody who sits at the screen is asked for what was not told."""
-    return advise_on(ask(settings, lambda text: input(f"{text} ").strip()) if sys.stdin.isatty() else settings)
+    return advise_on(ask(settings, _question) if sys.stdin.isatty() else settings)
+
+
+def _question(text: str) -> str:
+    try:
+        return input(f"{text} ").strip()
+    except EOFError:  # Ctrl-D: no more answers
+        raise KeyboardInterrupt from None
 
 
 def show_advise(result: dict[str, Any]) -> None:

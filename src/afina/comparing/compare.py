@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from afina.comparing.judging import Judge
 from afina.comparing.measure import STEPS, measure_apart
 from afina.comparing.rows import Rows, split_rows
 from afina.comparing.runs import failure, finished, run_settings, train_all
-from afina.comparing.schedule import Schedule, choose_schedule, rates_to_try, rungs, seed_seconds
+from afina.comparing.schedule import (
+    Schedule,
+    choose_schedule,
+    rates_to_try,
+    rungs,
+    search_seconds,
+    seed_seconds,
+    steps_that_fit,
+)
 from afina.config import CompareSettings, TrainSettings, make_settings, resolved
 from afina.delta.files import read_json, read_run
 from afina.delta.presets import preset
@@ -33,6 +42,7 @@ from afina.training.setup import default_rate, set_up
 
 KIND, VERSION = "afina comparison", 1
 EPOCHS = 3.0
+MEASURED = 0.25  # of the budget: a method whose few steps take longer is left out
 FREE = ("budget", "lang", "out", "data", "device")  # what may change when a comparison goes on; rows are known by content
 Say = Callable[[str], None]
 
@@ -122,8 +132,10 @@ class Comparison:
         found = {}
         for name in self.settings.methods:
             self.say(f"measuring {name}")
-            left = max(1.0, self.settings.seconds - self.spent)
-            cost = self._keep(f"cost/{name}.json", partial(self._cost, name, left))
+            file = self.folder / f"cost/{name}.json"
+            if not self._read("schedule.json") and "failed" in self._read(f"cost/{name}.json", {}):
+                file.unlink()  # nothing is decided yet: another try, with another budget perhaps
+            cost = self._keep(f"cost/{name}.json", partial(self._cost, name))
             if "failed" in cost:
                 self.failed[name] = cost["failed"]
             else:
@@ -133,10 +145,10 @@ class Comparison:
             raise TrainingError("no method could be run", where=first, why=self.failed[first])
         return found
 
-    def _cost(self, name: str, left: float) -> dict[str, Any]:
+    def _cost(self, name: str) -> dict[str, Any]:
         folder = self.folder / "cost" / name
         shutil.rmtree(folder, ignore_errors=True)
-        cost = measure_apart(self.trial(name, self._usual(name), STEPS, f"cost/{name}"), left)
+        cost = measure_apart(self.trial(name, self._usual(name), STEPS, f"cost/{name}"), MEASURED * self.settings.seconds)
         shutil.rmtree(folder, ignore_errors=True)
         return cost
 
@@ -156,7 +168,29 @@ class Comparison:
             )  # fmt: skip
         return made
 
+    def shortened(self, schedule: Schedule, costs: Any, judging: float, pace: float) -> Schedule:
+        """The schedule with fewer steps where the machine has become so slow that not even one seed of it fits."""
+        left = self.settings.seconds - self.spent
+        some = {name: costs[name] for name in self.alive}
+        steps = self._keep("steps_run.json", lambda: steps_that_fit(some, judging, schedule.steps, pace, left))
+        if steps < schedule.steps:
+            self.notes.append(("steps_cut", {"steps": steps, "planned": schedule.steps}))
+        return replace(schedule, steps=steps)
+
     # ---- search and runs
+
+    def searched(self, schedule: Schedule, costs: Any) -> tuple[dict[str, dict[str, Any]], float]:
+        """`search`, done once, and how much slower it was than planned (1 or more)."""
+
+        def search() -> dict[str, Any]:
+            begun, names = self.spent, self.alive
+            rates = self.search(schedule)
+            planned = sum(search_seconds(costs[name], schedule.trials, schedule.steps) for name in names)
+            return {"rates": rates, "failed": self.failed, "pace": max(1.0, (self.spent - begun) / planned) if planned else 1.0}
+
+        found = self._keep("search.json", search)
+        self.failed |= found["failed"]
+        return found["rates"], found["pace"]
 
     def search(self, schedule: Schedule) -> dict[str, dict[str, Any]]:
         """The learning rate of each method: {"rate", "tried": [[rate, steps, loss]], "edge"}."""
@@ -180,7 +214,7 @@ class Comparison:
                 left[name] = [rate for _, rate in good[: -(-len(found) // 2)]]
         return {
             name: {"rate": some[0], "tried": tried[name],
-                   "edge": schedule.trials > 1 and some[0] in (rates[name][0], rates[name][-1])}
+                   "edge": schedule.trials > 2 and some[0] in (rates[name][0], rates[name][-1])}
             for name, some in left.items()
         }  # fmt: skip
 
@@ -192,9 +226,11 @@ class Comparison:
         shutil.rmtree(run.out / "adapter", ignore_errors=True)
         return min(line["held_out_loss"] for line in read_metrics(run.out) if line["held_out_loss"] is not None)
 
-    def finals(self, schedule: Schedule, rates: Mapping[str, Mapping[str, Any]], costs: Any, judging: float) -> int:
+    def finals(
+        self, schedule: Schedule, rates: Mapping[str, Mapping[str, Any]], costs: Any, judging: float, pace: float
+    ) -> int:
         """Run and judge each method, a seed at a time, while the budget lasts; returns how many seeds there are."""
-        slow = max(1.0, self._read("pace.json", {"pace": 1.0})["pace"])
+        slow = self._read("pace.json", {"pace": pace})["pace"]
         for seed in range(schedule.seeds):
             done = all((self.folder / f"judged/{name}-{seed}.json").is_file() for name in self.alive)
             need = slow * sum(seed_seconds(costs[name], schedule.steps, judging) for name in self.alive)
@@ -291,8 +327,9 @@ def compare(data: str | Path | CompareSettings, *, say: Say = lambda text: None,
         f"{schedule.trials} learning rates, {schedule.seeds} seeds, {schedule.steps} steps: "
         f"about {schedule.seconds / 60:.1f} min"
     )
-    rates = one.search(schedule)
-    seeds = one.finals(schedule, rates, costs, judging)
+    rates, pace = one.searched(schedule, costs)
+    schedule = one.shortened(schedule, costs, judging, pace)
+    seeds = one.finals(schedule, rates, costs, judging, pace)
     result = one.result(schedule, seeds, rates, costs, base)
     write_json(one.folder / "compare.json", result)
     write_report(result, one.folder, settings.lang)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afina.comparing.statistics import apart, difference, figure, holm, influence, pareto, share
+from afina.comparing.statistics import Figure, apart, difference, figure, holm, influence, none_of, pareto, share
 
 Judged = Mapping[str, Any]
 Table = NDArray[np.float64]
@@ -59,12 +59,21 @@ def pairs(judged: Mapping[str, Sequence[Judged]], base: Judged, metric: str) -> 
     tables = {BASE: np.repeat(scores([base], metric), seeds, 0)}
     tables |= {name: scores(runs[:seeds], metric) for name, runs in judged.items()}
     both = list(combinations(tables, 2))
-    found = [difference(tables[b], tables[a]) for a, b in both]
+    found = [_tested(tables[b], tables[a], metric) for a, b in both]
     corrected = holm([p for _, p in found])
     return [
         {"one": a, "other": b, "difference": shown.as_dict(), "p": p, "corrected": q, "shown": q < SURE}
         for (a, b), (shown, p), q in zip(both, found, corrected, strict=True)
     ]
+
+
+def _tested(one: Table, other: Table, metric: str) -> tuple[Figure, float]:
+    """The difference of two tables; where no row tells them apart, as much of it as so many rows can hide."""
+    found, p = difference(one, other)
+    if metric != "loss" and found.error == 0.0 and found.mean == 0.0:
+        reach = none_of(one.shape[1])
+        return Figure(0.0, 0.0, -reach, reach), p
+    return found, p
 
 
 def fronts(methods: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, list[str]]:
@@ -99,6 +108,8 @@ def recommend(methods: Mapping[str, Mapping[str, Any]], tested: Sequence[Mapping
     if not helpful:
         worse = [name for name in names if better(BASE, name)]
         reasons = [("no_gain", {"best": best}), *([("worse_than_base", {"methods": worse})] if worse else [])]
+        if fell := [name for name in names if (methods[name].get("loss_change", {}).get("high") or 0.0) < 0]:
+            reasons.append(("loss_fell", {"methods": fell}))
         return {"use": BASE, "kind": "base", "alike": names, "reasons": reasons}
     best = helpful[0]
     alike = [name for name in helpful if not better(best, name)]

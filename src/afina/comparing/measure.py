@@ -77,7 +77,7 @@ def measure_apart(settings: TrainSettings, seconds: float | None = None) -> dict
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"failed": f"{STEPS} steps took longer than what was left of the budget"}
+        return {"failed": f"{STEPS} steps took longer than the {seconds:.0f} s that the budget leaves for them"}
     finally:
         asked.unlink(missing_ok=True)
     if done.returncode == 0:

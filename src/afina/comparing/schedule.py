@@ -58,6 +58,16 @@ def seed_seconds(cost: Mapping[str, float], steps: int, judging: float) -> float
     return cost["other_seconds"] + steps * cost["step_seconds"] + SLOWER * judging
 
 
+def steps_that_fit(costs: Mapping[str, Mapping[str, float]], judging: float, steps: int, pace: float, seconds: float) -> int:
+    """As many of `steps`, one at least, as one run of each method has time for in `seconds`.
+
+    `pace` says how much slower the machine turned out to be than it was measured.
+    """
+    once = pace * sum(seed_seconds(cost, 0, judging) for cost in costs.values())
+    each = pace * sum(cost["step_seconds"] for cost in costs.values())
+    return max(1, min(steps, int((seconds - once) / each)))
+
+
 def choose_schedule(
     costs: Mapping[str, Mapping[str, float]], judging: float, trials: int, steps: int, seeds: int, seconds: float
 ) -> Schedule:

@@ -137,11 +137,16 @@ def share(table: ArrayLike, seed: int = 0) -> Figure:
     x = np.atleast_2d(np.asarray(table, float))
     found = figure(x, seed)
     if x.shape[1] > 1 and float(x.min()) == float(x.max()) in (0.0, 100.0):
-        reach = 100.0 * (1 - ((1 - LEVEL) / 2) ** (1 / x.shape[1]))
+        reach = none_of(x.shape[1])
         return Figure(found.mean, found.error, *((0.0, reach) if found.mean == 0.0 else (100.0 - reach, 100.0)))
     if found.low is None or found.high is None:
         return found
     return Figure(found.mean, found.error, max(0.0, found.low), min(100.0, found.high))
+
+
+def none_of(rows: int) -> float:
+    """How many percent may be behind none of so many rows (Clopper and Pearson, 95% with both sides)."""
+    return 100.0 * (1 - ((1 - LEVEL) / 2) ** (1 / rows))
 
 
 def difference(one: ArrayLike, other: ArrayLike) -> tuple[Figure, float]:
