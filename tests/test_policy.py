@@ -227,7 +227,7 @@ def test_what_was_written_is_what_is_read(method: str, tiny: Path, asked: Path) 
     plain = [answer.tokens for answer in task.answers(rows, None)[0]]
     written, examples, _ = task.answers(rows, route)
     assert [answer.tokens for answer in written] != plain
-    batch = task._laid(examples)  # noqa: SLF001
+    batch = task._laid(examples)
     with torch.no_grad(), base.board.route(batch.table(route)):
         logits = base.run_logits(batch.flat.tokens, batch.flat.positions, batch.flat.bounds)  # type: ignore[union-attr]
     kept = batch.flat.labels >= 0
@@ -243,7 +243,7 @@ def test_an_answer_that_says_the_invocation_does_not_move_it(tiny: Path, asked: 
     [colon] = setup.prepared.invocation
     spoken = examples[0]
     spoken.tokens[-1] = colon
-    table = task._laid([spoken]).table(setup.adapter.route)  # noqa: SLF001
+    table = task._laid([spoken]).table(setup.adapter.route)
     assert [row.start for row in table.rows] == [spoken.prompt_tokens - 1]
 
 
@@ -279,7 +279,7 @@ def test_a_reward_model_judges_on_the_same_base(learn: Learn, tiny: Path, genera
     assert isinstance(task, PolicyTask)
     _, examples, found = task.answers(task.held, setup.adapter.route)
     opened = open_run(tmp_path / "judge", EvalSettings(run=tmp_path / "judge"))
-    alone = rewards(opened.language, task._laid(examples).flat, opened.route)  # noqa: SLF001
+    alone = rewards(opened.language, task._laid(examples).flat, opened.route)
     torch.testing.assert_close(found["reward_judge"].float(), alone.detach(), atol=1e-4, rtol=0)
     assert alone.std() > 1e-4
     assert not any(p.requires_grad for name, p in base.model.named_parameters() if "judge" in name)
