@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from afina import evaluate, plan, train
+from afina import evaluate, merge, plan, train
 from afina.config import EvalSettings, TrainSettings
 from afina.data.prompts import read_asked
 from afina.delta.opening import open_run
@@ -23,7 +24,7 @@ from afina.training.loop import Loop
 from afina.training.run import Run
 from afina.training.setup import Setup, set_up
 from conftest import WORDS
-from helpers import metrics, write_rows
+from helpers import logits, metrics, write_rows
 
 Learn = Callable[..., Run]
 RULES = """
@@ -427,3 +428,54 @@ def test_the_reward_rises_on_prompts_that_it_has_not_seen(learn: Learn, objectiv
     before, after = run.story["policy"]["before"], run.story["policy"]["after"]
     assert after["reward"] > before["reward"] + 0.05
     assert run.story["policy"]["wins"] > run.story["policy"]["losses"]
+
+
+# ---- over another adapter
+
+
+@pytest.mark.parametrize("objective", ["grpo", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_an_adapter_that_learns_over_another(objective: str, tiny: Path, general: Path, asked: Path, tmp_path: Path) -> None:
+    """The one below stays and acts beside: in training, as the reference, when the run is opened, in a sum."""
+    values = {**SHORT, "base": str(tiny), "general": general}
+    task = train(asked, out=tmp_path / "task", **values | {"steps": 6})
+    below = load_file(tmp_path / "task" / "adapter" / "adapter_model.safetensors")
+    told = {"over": str(tmp_path / "task")} | (TOLD | {"reward": "rules.py:vowels"} if objective == "grpo" else {})
+    data = asked
+    if objective == "dpo":
+        rows = [{"prompt": f"say {a} {b}:", "chosen": f" {a} {b}", "rejected": " no"} for a in WORDS for b in WORDS if a < b]
+        data = write_rows(tmp_path / "pairs.jsonl", *rows[:24])
+    run = train(data, out=tmp_path / "run", **values | {"objective": objective, "options": told, "method": "dora"})
+    assert run.story["over"] == task.story["adapter"]
+    found = run.story["policy" if objective == "grpo" else "preferences"]
+    assert found["reference"]["mode"] == "adapter"
+    if objective == "grpo":
+        assert metrics(run.folder)[0]["kl"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert metrics(run.folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    again = load_file(tmp_path / "task" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(below[name], again[name]) for name in below)
+    judged = evaluate(run.folder)["after"]
+    assert all(judged[name] == pytest.approx(value, abs=1e-4) for name, value in found["after"].items())
+
+    opened = open_run(run.folder, EvalSettings(run=run.folder))
+    summed = open_run(Path(f"{tmp_path / 'task'}:1,{tmp_path / 'run' / 'adapter'}:1"), EvalSettings())
+    alone = open_run(run.folder / "adapter", EvalSettings())
+    tokens = torch.arange(5, 40)
+    given = tokens, torch.arange(35), (0, 35)
+    both, added, single = (
+        logits(one.language, given, one.route.segments(tokens, (0, 35)))  # type: ignore[union-attr]
+        for one in (opened, summed, alone)
+    )
+    torch.testing.assert_close(both, added, atol=1e-4, rtol=0)
+    assert (both - single).abs().max() > 1e-2
+    with pytest.raises(AfinaError, match="acts with another"):
+        merge(run.folder, out=tmp_path / "merged")
+    (tmp_path / "task").rename(tmp_path / "gone")
+    with pytest.raises(AfinaError):
+        open_run(run.folder, EvalSettings(run=run.folder))
+
+
+def test_a_trained_layer_stands_on_nothing(learn: Learn, tiny: Path, general: Path, asked: Path, tmp_path: Path) -> None:
+    train(asked, out=tmp_path / "task", **SHORT | {"base": str(tiny), "general": general, "steps": 1, "check_every": 1})
+    with pytest.raises(AfinaError, match="does not act beside"):
+        learn(asked, tmp_path / "run", objective="grpo", method="full", targets="norms", options={"over": str(tmp_path / "task")})
