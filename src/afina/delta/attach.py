@@ -25,11 +25,12 @@ class Adapter:
 
     def __init__(self, name: str, spec: Spec, deltas: dict[str, Delta]) -> None:
         self.name, self.spec, self.deltas = name, spec, deltas
+        self.beside: tuple[Route, ...] = ()  # others without which it does not act: it was trained over them
 
     @property
     def route(self) -> Route:
         """How the adapter acts when it is on."""
-        return Route(self.name, self.spec.invocation)
+        return Route(self.name, self.spec.invocation, beside=self.beside)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("module path.parameter", parameter), each tied parameter once, in the order of the model."""

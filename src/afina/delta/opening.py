@@ -11,7 +11,7 @@ from afina.base.model import SCORE, Base
 from afina.config import EMBEDDED, BaseSettings
 from afina.delta.attach import Adapter
 from afina.delta.composition import Part, parts_of, same_base, split_run
-from afina.delta.files import load_adapter, read_run
+from afina.delta.files import adapter_folder, load_adapter, read_run, read_story
 from afina.errors import AdapterError
 from afina.route.invocation import Route
 
@@ -23,10 +23,16 @@ class Opened:
     base: Frozen
     adapters: list[tuple[Adapter, float]]
     run: dict[str, Any]
+    over: Route | None = None  # the adapter over which that of the run was trained, which acts along with it
 
     @property
     def adapter(self) -> Adapter | None:
         """The adapter, if there is one; raises `AdapterError` where there are several, or one that acts in part."""
+        if self.over is not None:
+            told = f"{self.run['settings']['options']['over']}:1"
+            why, hint = "its run trained it over another", f"make one of both: afina combine {told} RUN/adapter:1"
+            what = "this takes one adapter, and this one acts with another"
+            raise AdapterError(what, where=self.base.name, why=why, hint=hint)
         if len(self.adapters) > 1 or any(weight != 1.0 for _, weight in self.adapters):
             hint = "make one adapter of them: afina combine ... --how svd"
             raise AdapterError("this takes one adapter, and these are several, or weighted", where=self.base.name, hint=hint)
@@ -36,6 +42,7 @@ class Opened:
     def route(self) -> Route | None:
         """How the adapters act together; None for the base alone."""
         routes = [replace(adapter.route, weight=weight) for adapter, weight in self.adapters]
+        routes += [self.over] if self.over is not None and routes else []
         return Route.together(routes) if routes else None
 
     @property
@@ -64,6 +71,7 @@ def open_run(
 ) -> Opened:
     """Load what `run` was trained on, or the base that the settings name, and attach the run's adapter.
 
+    A run that was trained over another adapter brings that along; RUN/adapter is its own adapter alone.
     `run` may be a composition, or several runs with weights ("A:0.6,B:0.4"): they act together, on one base. The base is
     held as the (first) run held it (in 4 bits for qlora), and is a classifier where the run trained one; `model` is one
     made in Python, which no file could bring.
@@ -77,7 +85,19 @@ def open_run(
         name = "adapter" if len(parts) == 1 else f"adapter{number + 1}"
         on.append((load_adapter(part.folder, base, name, allow_other_base), part.weight))
     _check_together(on, parts)
-    return Opened(base, on, story)
+    over = _over(story, base) if on and len(named) == 1 else None
+    return Opened(base, on, story, over)
+
+
+def _over(story: dict[str, Any], base: Frozen) -> Route | None:
+    """The adapter over which the run was trained, attached; alone the run's would answer as nobody trained it."""
+    if story.get("over") is None:
+        return None
+    folder = adapter_folder(Path(str(story["settings"]["options"]["over"])))
+    if (digest := read_story(folder).get("hash")) != story["over"]:
+        why = f"its hash was {story['over'][:12]}, and is {str(digest)[:12]}"
+        raise AdapterError("the adapter over which the run was trained has changed", where=str(folder), why=why)
+    return load_adapter(folder, base, "over").route
 
 
 def _check_together(on: list[tuple[Adapter, float]], parts: list[Part]) -> None:

@@ -100,7 +100,8 @@ def _said(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> list[
 
 def evaluate_policy(opened: Opened, settings: EvalSettings) -> dict[str, Any]:
     """`afina eval` of a run that learned from rewards, on its held-out prompts or on others: facts and sentences."""
-    base, story, adapter = opened.language, opened.run, opened.adapter
+    base, story = opened.language, opened.run
+    adapter = opened.adapters[0][0] if opened.adapters else None
     told = {name: value for name, value in story["settings"].items() if name in TrainSettings.model_fields}
     trained = TrainSettings(**told | {"objective": story["objective"]})
     options = policy_options(trained)

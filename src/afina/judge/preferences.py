@@ -100,9 +100,10 @@ def evaluate_preferences(opened: Opened, settings: EvalSettings) -> dict[str, An
     """`afina eval` of a run that learned preferences, on its held-out rows or on others: facts, loss and sentences."""
     base, story = opened.base, opened.run
     assert isinstance(base, Base)
+    adapter = opened.adapters[0][0] if opened.adapters else None
     told = {name: value for name, value in story["settings"].items() if name in TrainSettings.model_fields}
     trained = TrainSettings(**told | {"objective": story["objective"]})
-    objective, adapter = trained.objective, opened.adapter
+    objective = trained.objective
     own = settings.data is None
     table = read_preferences(held_out_file(settings) if own else Path(str(settings.data)), {} if own else settings.columns)
     rows = as_labels(table.rows) if objective == "kto" and table.format == PAIRS else table.rows
@@ -142,11 +143,13 @@ def started_from(opened: Opened, trained: TrainSettings, expected: str | None) -
     Raises `DataError` where it is not the `expected` one any more.
     """
     start = trained.options.get("start")
+    over = [opened.over] if opened.over is not None else []
     if start is None:
-        return None, None
+        return (over[0], opened.run["over"]) if over else (None, None)
     folder = adapter_folder(Path(str(start)))
     digest = str(read_story(folder).get("hash", ""))
     if digest != expected:
         why = f"its hash was {str(expected)[:12]}, and is {digest[:12]}"
         raise DataError("the adapter that the run went on from has changed", where=str(folder), why=why)
-    return load_adapter(folder, opened.base, "start").route, digest
+    route = load_adapter(folder, opened.base, "start").route
+    return Route.together([route, *over]), digest

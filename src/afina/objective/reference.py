@@ -60,7 +60,7 @@ class Reference:
 
     def about(self) -> dict[str, Any]:
         """For reference.json and run.json."""
-        of = "the base, adapter off" if self.route is None else "a frozen copy of the adapter that the run began with"
+        of = "the base, adapter off" if self.route is None else "the adapter that the run began with, frozen"
         return {"mode": self.mode, "of": of, "adapter": self.adapter, "why": self.why}
 
     def settle(self, folder: Path, base: Base, examples: Sequence[Example], batch_tokens: int) -> None:
@@ -125,6 +125,6 @@ def choose_reference(
     if dropout:
         why = "the policy would drop inputs and its reference would not: they would differ before anything is learned"
         raise SettingsError("a reference and dropout do not go together", where="dropout", why=why, hint="--dropout 0")
-    why = "the run goes on from an adapter" if start is not None else "the adapter begins at zero"
+    why = "the run begins with an adapter" if start is not None else "the adapter begins at zero"
     mode = told if told == "precomputed" else "base" if start is None else "adapter"
     return Reference(mode, why, start, adapter)

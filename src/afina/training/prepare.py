@@ -21,7 +21,7 @@ from afina.objective.classify import ClassifyTask, MaskedTask, make_rows, make_t
 from afina.objective.language import LanguageTask, choose, make_examples
 from afina.training.prepare_policy import prepare_policy
 from afina.training.prepare_preferences import prepare_preferences
-from afina.training.prepared import START, Prepared, Words, find_invocation, new_tokens, source_of
+from afina.training.prepared import OVER, START, Prepared, Words, find_invocation, new_tokens, source_of
 
 Piece = TypeVar("Piece")
 
@@ -211,8 +211,9 @@ def _masked(settings: TrainSettings) -> Prepared:
 
 
 def _refuse_prefixes(settings: TrainSettings) -> None:
-    if START in settings.options:
-        raise SettingsError("only language models can go on from an adapter so far", where="options", hint=f"leave {START} out")
+    for name in (START, OVER):
+        if name in settings.options:
+            raise SettingsError("only language models begin with an adapter so far", where="options", hint=f"leave {name} out")
     meant = preset(settings.method, 1)
     if meant.activated:
         raise SettingsError("an activated adapter needs a text with an answer", where="method", hint=f"--method {meant.delta}")

@@ -15,6 +15,7 @@ from afina.route.invocation import Route
 # options that every method of a language model has
 NEW_TOKENS = "new_tokens"  # tokens to learn, new or not
 START = "start"  # an adapter, or the run that made it, to go on from
+OVER = "over"  # one that stays as it is and acts beside what is learned
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Prepared:
     words: Words = field(default_factory=Words)
     before: Route | None = None  # what the outcome is compared with: None is the base alone
     start: str | None = None  # hash of the adapter that the run goes on from
+    over: str | None = None  # hash of the adapter that it learns over
     judges: str | None = None  # what tells that the same judges give the rewards
 
 

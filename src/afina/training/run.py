@@ -56,7 +56,7 @@ from afina.training.checkpoint import SETTINGS
 from afina.training.distributed import World, world
 from afina.training.loop import Loop, peak_memory_mb, read_metrics, train_together
 from afina.training.prepare import objective_of
-from afina.training.prepared import NEW_TOKENS, START, lines
+from afina.training.prepared import NEW_TOKENS, OVER, START, lines
 from afina.training.progress import Display, Silent
 from afina.training.report import draw_curve, draw_rewards, model_card
 from afina.training.setup import AUTO, Setup, default_out, set_up
@@ -127,7 +127,7 @@ def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     meant = preset(settings.method, 1)
     alone = objective_of(settings) in ("classify", "mlm", "reward", *POLICIES) or method(meant.delta).replaces
     auto = settings.targets == AUTO  # looks at the gradient of a base on which nobody else sits
-    if alone or auto or settings.options.get(NEW_TOKENS) or settings.options.get(START):
+    if alone or auto or settings.options.get(NEW_TOKENS) or {START, OVER} & settings.options.keys():
         return None
     return (settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, meant.storage)
 
@@ -207,7 +207,8 @@ def _identity(setup: Setup) -> dict[str, Any]:
     } | {
         name: value
         for name, value in (
-            ("adapter it goes on from", setup.prepared.start), ("judge that gives the rewards", setup.prepared.judges)
+            ("adapter it goes on from", setup.prepared.start), ("adapter it learns over", setup.prepared.over),
+            ("judge that gives the rewards", setup.prepared.judges)
         )
         if value is not None
     }  # fmt: skip
@@ -233,6 +234,8 @@ def _losses(setup: Setup, route: Route | None) -> dict[str, float]:
 def _save_best(setup: Setup, folder: Path, step: int) -> None:
     data = {key: setup.prepared.source[key] for key in ("path", "sha256")}
     story = {"data": data, "objective": setup.prepared.objective, "step": step}
+    if setup.prepared.over is not None:
+        story["over"] = setup.prepared.over
     adapter = setup.adapter
     if setup.prepared.objective in POLICIES and adapter.spec.modules:  # the head that guesses rewards has done its work
         deltas = {path: delta for path, delta in adapter.deltas.items() if path not in adapter.spec.modules}
@@ -246,6 +249,7 @@ def _finish(setup: Setup, folder: Path, loop: Loop) -> dict[str, Any]:
         rescue(folder / "adapter")
     loop.world.wait()
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
+    best.beside = setup.adapter.beside
     route = best.route
     policy = isinstance(setup.prepared.task, PolicyTask)
     judged = _judge_policy(setup, loop, route) if policy else _judge(setup, folder, loop, route)
@@ -350,6 +354,7 @@ def _facts(setup: Setup, folder: Path) -> dict[str, Any]:
         "checkpointing": {"used": setup.settings.checkpointing, "why": setup.why},
         "method": setup.adapter.spec.method,
         "objective": setup.prepared.objective,
+        "over": setup.prepared.over,
         "learning_rate": setup.learning_rate,
         "trainable_parameters": setup.adapter.count(),
         "adapter": read_json(folder / "adapter" / "afina.json")["hash"],

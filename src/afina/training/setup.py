@@ -21,8 +21,8 @@ from afina.objective.reference import choose_reference
 from afina.objective.rollout import PolicyTask
 from afina.training.energy import BUDGET, automatic
 from afina.training.prepare import objective_of, prepare
-from afina.training.prepared import NEW_TOKENS, START, Prepared
-from afina.training.start import go_on_from
+from afina.training.prepared import NEW_TOKENS, OVER, START, Prepared
+from afina.training.start import go_on_from, learn_over
 
 NAME = "adapter"
 AUTO = "auto"
@@ -96,7 +96,7 @@ def _others(settings: TrainSettings) -> tuple[str, ...]:
     """The names in `options` that are not the method's."""
     objective = objective_of(settings)
     own = PreferenceOptions if objective in PREFERENCES else PolicyOptions if objective in POLICIES else None
-    return (NEW_TOKENS, START, BUDGET, *(own.model_fields if own else ()))
+    return (NEW_TOKENS, START, OVER, BUDGET, *(own.model_fields if own else ()))
 
 
 def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name: str = NAME) -> Setup:
@@ -114,15 +114,18 @@ def set_up(settings: TrainSettings, base: Base | Classifier | None = None, name:
         adapter = go_on_from(settings, prepared, spec, name)
     else:
         adapter = attach(prepared.base.model, prepared.base.board, name, spec, settings.seed)
+    if OVER in settings.options:
+        learn_over(settings, prepared, adapter, name)
+    began = "+".join(digest for digest in (prepared.start, prepared.over) if digest) or None
     if isinstance(prepared.task, PreferenceTask) and prepared.objective in COMPARED:
         options = prepared.task.options
-        prepared.task.reference = choose_reference(options, prepared.before, prepared.start, adapter.spec.dropout)
+        prepared.task.reference = choose_reference(options, prepared.before, began, adapter.spec.dropout)
     learned = (*adapter.spec.targets, *adapter.spec.modules)
     rate = settings.learning_rate or default_rate(adapter.spec.method, prepared.objective)
     rates, together = by_pattern(settings.learning_rates, learned, "learning_rates"), 1
     if isinstance(task := prepared.task, PolicyTask):
         task.policy = adapter.route
-        task.reference = choose_reference(task.options, prepared.before, prepared.start, adapter.spec.dropout)
+        task.reference = choose_reference(task.options, prepared.before, began, adapter.spec.dropout)
         together = task.options.updates
         head = max(rate, default_rate(adapter.spec.method, "reward"))  # a new head has everything to learn
         rates = dict.fromkeys(adapter.spec.modules, head) | rates

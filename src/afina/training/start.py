@@ -1,6 +1,9 @@
-"""Going on from an adapter: `--options '{start: runs/sft}'`. Its copy learns; it stays, frozen, as what came before.
+"""Beginning with an adapter: going on from one, and learning over one.
 
-What the copy is (method, rank, layers, invocation) is the adapter's. A setting that says otherwise is an error.
+    --options '{start: runs/sft}'    its copy learns; it stays, frozen, as what came before
+    --options '{over: runs/task}'    a new adapter learns while it acts beside, frozen: the outputs' parts are summed
+
+What a copy is (method, rank, layers, invocation) is the adapter's. A setting that says otherwise is an error.
 """
 
 from dataclasses import replace
@@ -13,7 +16,8 @@ from afina.delta.contract import Spec
 from afina.delta.files import adapter_folder, fill, load_adapter, read_story, tensors_of
 from afina.delta.presets import preset
 from afina.errors import SettingsError
-from afina.training.prepared import START, Prepared, new_tokens
+from afina.route.invocation import Route
+from afina.training.prepared import OVER, START, Prepared, new_tokens
 
 TOLD = ("rank", "alpha", "scaling", "dropout", "ranks")
 
@@ -41,6 +45,29 @@ def go_on_from(settings: TrainSettings, prepared: Prepared, asked: Spec, name: s
     fill(adapter, tensors_of(adapter) | tensors_of(frozen), str(folder))  # a new head keeps its own start
     prepared.before, prepared.start = frozen.route, read_story(folder).get("hash", "")
     return adapter
+
+
+def learn_over(settings: TrainSettings, prepared: Prepared, adapter: Adapter, name: str) -> None:
+    """Attach the adapter that `settings` learn over, frozen, and have it act wherever `adapter` does, and before.
+
+    Raises `SettingsError` where one of the two cannot act beside another, and `AdapterError` where there is none, or it is
+    another base's.
+    """
+    told = settings.options[OVER]
+    if not isinstance(told, str | Path) or not str(told):
+        raise SettingsError(f"{OVER} cannot be {told!r}", where="options", hint=f"--options '{{{OVER}: RUN}}'")
+    folder, base = adapter_folder(Path(told)), prepared.base
+    frozen = load_adapter(folder, base, f"{name}-over")
+    for one, where in ((adapter, "method"), (frozen, str(folder))):
+        if any(delta.replaces for path, delta in one.deltas.items() if path not in one.spec.modules):
+            why = "a trained layer takes the base's place, and acts alone"
+            raise SettingsError(f"{one.spec.method} does not act beside another", where=where, why=why, hint="--method lora")
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    adapter.beside = (frozen.route,)
+    before = prepared.before
+    prepared.before = frozen.route if before is None else Route.together([before, frozen.route])
+    prepared.over = read_story(folder).get("hash", "")
 
 
 def _spec(settings: TrainSettings, prepared: Prepared, asked: Spec, found: Spec, where: str) -> Spec:
