@@ -10,6 +10,7 @@ adapter. Before an adapter go the pages that it made: without it nobody can use 
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from torch import Tensor
 
@@ -181,12 +182,12 @@ def _read(content: Content) -> Tensor:
     """The adapter's numbers, from the very file that was hashed; raises `AdapterError` where it has changed."""
     try:
         before = stamp(content.file)
-        numbers = read_numbers(content.file, content.layout)
+        numbers = read_numbers(Path(content.file), content.layout)
         after = stamp(content.file)
     except OSError as error:
         why = error.strerror or str(error)
-        raise AdapterError("the adapter's file is gone", where=str(content.file), why=why, hint="load it again") from error
+        raise AdapterError("the adapter's file is gone", where=content.file, why=why, hint="load it again") from error
     if not before == after == content.stamp:
         why = "it was changed after it was loaded, and nobody is answered with what was not checked"
-        raise AdapterError("not the file that was loaded", where=str(content.file), why=why, hint="load it again")
+        raise AdapterError("not the file that was loaded", where=content.file, why=why, hint="load it again")
     return numbers

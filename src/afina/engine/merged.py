@@ -7,6 +7,7 @@ The base's own bytes stay where they are, so that going back is exact. Whether i
 the time of its steps in both ways, and has two thresholds, so that it does not go to and fro.
 """
 
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from afina.segments import Segments
 ENTER, LEAVE = 0.8, 0.5  # share of the tokens of late that must be one adapter's
 GAIN = 1.01  # how much faster merged steps must be to stay
 RECENT = 0.98  # what a step's weight falls to with each later one
+SLICE = 0.005  # seconds of merging between two steps
 TRIALS = 8  # steps of each way that are timed before they are compared
 
 
@@ -42,7 +44,7 @@ class Clock:
 
 
 class Merging:
-    """Decides which adapter is merged, merges it a layer a step, and says which steps run merged."""
+    """Decides which adapter is merged, merges it a few layers a step, and says which steps run merged."""
 
     def __init__(self, base: Base, memory: Memory, allowed: int) -> None:
         self.base, self.memory, self.allowed = base, memory, allowed
@@ -94,7 +96,9 @@ class Merging:
 
     def _decide(self) -> None:
         if self.hot is not None:
-            next(self._work, None)
+            until = time.perf_counter() + SLICE
+            while not self.ready and time.perf_counter() < until:
+                next(self._work, None)
             if self._share(self.hot) < LEAVE or not self._pays():
                 self.leave()
             return

@@ -9,7 +9,8 @@ Adapters of one spec share one `Layout`: which of the file's tensors belongs to 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,25 @@ class Layout:
     entries: Mapping[str, Any]
     places: tuple[Place, ...] | None
 
+    @cached_property
+    def alike(self) -> list[tuple[int, int, int, int, int]]:
+        """The B of one shape that lie at equal distances, as those of one projection in all blocks mostly do.
+
+        Each is (where the first starts, distance, how many, rank, outputs): an adapter comes in by a few large copies.
+        """
+        found: list[tuple[int, int, int, int, int]] = []
+        last = ""
+        for place in sorted(self.places or (), key=lambda p: (p.path.rpartition(".")[2], p.rank, p.outputs, p.b)):
+            begin, step, count, *shape = found[-1] if found else (0, 0, 0, 0, 0)
+            distance = place.b - begin if count == 1 else step
+            name = place.path.rpartition(".")[2]
+            if name == last and shape == [place.rank, place.outputs] and place.b == begin + count * distance:
+                found[-1] = (begin, distance, count + 1, place.rank, place.outputs)
+            else:
+                found.append((place.b, 0, 1, place.rank, place.outputs))
+            last = name
+        return found
+
     def numbers_in(self, dtype: torch.dtype) -> int:
         """How many numbers of `dtype` an adapter takes up in the pool."""
         return self.numbers if self.places is not None else -(-self.numbers * self.dtype.itemsize // dtype.itemsize)
@@ -78,7 +98,7 @@ class Layouts:
         if key not in self._known:
             self._known[key] = self._make(spec, entries, offset, str(file))
         known = self._known[key]
-        return known if known.offset == offset else Layout(**{**vars(known), "offset": offset})
+        return known if known.offset == offset else replace(known, offset=offset)
 
     def _make(self, spec: Spec, entries: dict[str, Any], offset: int, where: str) -> Layout:
         types = {entry["dtype"] for entry in entries.values()}
@@ -145,9 +165,10 @@ class Resident:
             self.memory.view(torch.uint8)[: raw.numel() * raw.itemsize].copy_(raw.view(torch.uint8))
             return
         self.memory.copy_(raw)
-        for place in self.layout.places:
-            stretch = self.memory[place.b : place.b + place.rank * place.outputs]
-            stretch.copy_(stretch.view(place.outputs, place.rank).T.flatten())
+        for begin, step, count, rank, outputs in self.layout.alike:
+            stretches = self.memory.as_strided((count, rank * outputs), (step, 1), self.memory.storage_offset() + begin)
+            turned = stretches.unflatten(1, (outputs, rank)).mT.contiguous()
+            stretches.copy_(turned.flatten(1))
 
     def enter(self, base: Base) -> None:
         """Let the layers see it."""

@@ -8,6 +8,7 @@ Nothing that runs waits for somebody's long prompt, nobody who floods the queue 
 the youngest goes back to wait: its tokens are kept, its keys and values computed again.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
@@ -18,6 +19,7 @@ from afina.engine.sequence import Sequence
 from afina.errors import AdapterError
 
 GENERATED = 2.0  # what a generated token counts, a token of the prompt being 1
+LATER = 5.0  # seconds for which a request lets merged steps go on without it
 PATIENCE = 50  # steps that a client is passed over for want of room before everybody else waits for it
 
 Acting = tuple[str, float, int]  # content hash, weight, first token
@@ -35,6 +37,7 @@ class Scheduler:
         self.failed: list[tuple[Sequence, AdapterError]] = []  # whose adapter could not be loaded
         self.preemptions = 0
         self.waits: Callable[[Many[Acting]], bool] = lambda acting: False  # who had better wait a little (merged mode)
+        self._later: dict[int, float] = {}  # since when a request, by its number, lets merged steps go on without it
         self._passed: dict[str, int] = {}  # steps for which a client's next request found no room
         memory.pool.moved = self._moved
 
@@ -124,12 +127,12 @@ class Scheduler:
         """Let the next request in: of the client that has had the least, among those for which there is room."""
         for client in sorted((c for c, q in self.queues.items() if q), key=lambda c: self.served[c]):
             sequence = self.queues[client][0]
-            if self._better_later(client, sequence):
-                self._passed[client] = self._passed.get(client, 0) + 1
+            if self._better_later(sequence):
                 continue
             if self._admit(sequence):
                 self.queues[client].popleft()
                 self._passed.pop(client, None)
+                self._later.pop(sequence.number, None)
                 return sequence
             if any(sequence is failed for failed, _ in self.failed):
                 self.queues[client].popleft()
@@ -139,10 +142,12 @@ class Scheduler:
                 return None
         return None
 
-    def _better_later(self, client: str, sequence: Sequence) -> bool:
+    def _better_later(self, sequence: Sequence) -> bool:
         """Whether merged steps go on for a while without it; once one such runs, the others may too."""
-        alone = self.running and not any(self.waits(s.acting) for s in self.running)
-        return bool(alone) and self.waits(sequence.acting) and self._passed.get(client, 0) < PATIENCE
+        if not self.running or not self.waits(sequence.acting) or any(self.waits(s.acting) for s in self.running):
+            return False
+        since = self._later.setdefault(sequence.number, time.monotonic())
+        return time.monotonic() - since < LATER
 
     def _admit(self, sequence: Sequence) -> bool:
         """Bring in its adapters, take up what the prefix tree knows of it; False where there is no room now."""
@@ -201,6 +206,7 @@ class Scheduler:
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""
+        self._later.pop(sequence.number, None)
         if sequence.running:
             self.leave(sequence)
         elif sequence in self.queues.get(sequence.client, ()):  # not one whose adapter failed: it is out already

@@ -24,7 +24,7 @@ from afina.errors import AdapterError, nearest
 Stamp = tuple[int, int, int, int]  # device, inode, size and time of change (ns) of a file
 
 
-def stamp(file: Path) -> Stamp:
+def stamp(file: Path | str) -> Stamp:
     """What tells that a file is the one that was hashed."""
     about = os.stat(file)
     return about.st_dev, about.st_ino, about.st_size, about.st_ctime_ns
@@ -35,7 +35,7 @@ class Content:
     """An adapter as it lies on disk."""
 
     hash: str
-    file: Path
+    file: str  # a path: thousands are kept
     stamp: Stamp
     layout: Layout
 
@@ -158,7 +158,7 @@ class Shelf:
         assert isinstance(content, Content)  # what is lent has no name
         spec = content.spec
         return Entry(
-            name, content.hash, str(content.file.parent), spec.method, spec.rank, content.bytes,
+            name, content.hash, os.path.dirname(content.file), spec.method, spec.rank, content.bytes,
             self.states.get(content.hash, "disk"), label.owner, spec.invocation,
             label.hits, label.tokens, label.load_seconds,
         )  # fmt: skip
@@ -228,7 +228,7 @@ class Shelf:
         digest = content_hash(file, layout.spec.as_dict())
         if stamp(file) != before:
             raise AdapterError("the file changed while it was read", where=str(file), hint="load it again")
-        return Content(digest, file, before, layout)
+        return Content(digest, str(file), before, layout)
 
     def _spec(self, folder: Path) -> Spec:
         _, header = read_header(folder / WEIGHTS)
