@@ -25,6 +25,7 @@ CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILES = {  # shown in this order
     "jsonl": ["polite.jsonl", "pairs.jsonl"], "csv": ["questions.csv", "reviews.csv"], "yaml": ["sweep.yaml", "settings.yaml"],
+    "py": ["rules.py"],
 }  # fmt: skip
 VISION = "google/vit-base-patch16-224-in21k"  # nothing is downloaded in a test: a tiny one stands for it
 

@@ -1,0 +1,218 @@
+"""From imitation to what is wanted, measured: `python examples/rlhf/run.py`
+
+On the embedded base, with the sentences of `afina demo`. The rows to imitate correct sentences in three manners; one is wanted
+("Here it is: ..."), one has a word that is not. Over the adapter that imitates, which stays frozen, others learn what is
+wanted: from pairs (dpo), and from a reward model and a rule (grpo, with rank 1 and rank 16). Each is judged on new sentences
+by the rules. What is done already is read from --work, so that a run that was cut goes on.
+"""
+
+import argparse
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from afina.base.load import load_base
+from afina.config import BaseSettings, PolicyOptions
+from afina.data.prompts import Asked
+from afina.data.template import Renderer
+from afina.delta.attach import detach
+from afina.delta.files import load_adapter, read_json
+from afina.demo.lexicon import LANGUAGES
+from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
+from afina.disk import write_json, write_text
+from afina.engine.writing import EngineWriter
+from afina.judge.policy import judge_policy
+from afina.judge.preferences import wilson
+from afina.objective.reference import Reference
+from afina.objective.rollout import PolicyTask, Query
+from afina.objective.scoring import make_rewards
+from afina.route.invocation import Route
+from afina.training.loop import read_metrics
+from afina.training.run import train
+
+HERE = Path(__file__).parent
+RULES = {name: f"{HERE / 'rules.py'}:{name}" for name in ("form", "clean", "right")}
+MANNERS = ("Here it is: {}", "{}", "Well, {}")  # wanted, plain, with the unwanted word
+SHARES = (2, 5, 3)  # how often each is imitated, of ten
+ASK = {"en": "Correct: ", "es": "Corrige: "}
+NEW_TOKENS = 40
+STAGES = ("sft", "dpo", "grpo, rank 1", "grpo, rank 16")
+NAMES = {"reward": "reward", "form": "wanted form", "clean": "no unwanted word", "right": "task score"}
+
+
+def sentences(count: int, seed: int, without: set[str]) -> list[tuple[str, str]]:
+    """(question, right sentence); none is among `without`, which they join."""
+    rng, made = random.Random(seed), []
+    while len(made) < count:
+        clause, language = draw_clause(rng), rng.choice(LANGUAGES)
+        right = write(clause, language)
+        if right not in without:
+            without.add(right)
+            made.append((ASK[language] + corrupt(rng, clause, language, TAUGHT), right))
+    return made
+
+
+def make_data(folder: Path, sizes: dict[str, int], seed: int) -> dict[str, Path]:
+    """The files of one seed: rows to imitate, pairs, prompts to answer, and those to judge by."""
+    seen: set[str] = set()
+    made = {name: sentences(count, 10 * seed + n, seen) for n, (name, count) in enumerate(sizes.items())}
+    rng = random.Random(seed)
+
+    def pair(question: str, right: str) -> dict[str, str]:
+        worse = rng.choice(MANNERS[1:])
+        return {"prompt": question, "chosen": MANNERS[0].format(right), "rejected": worse.format(right)}
+
+    makers: dict[str, Callable[[str, str], dict[str, str]]] = {
+        "sft": lambda q, r: {"prompt": q, "completion": rng.choices(MANNERS, SHARES)[0].format(r)},
+        "pairs": pair,
+        "prompts": lambda q, r: {"prompt": q, "reference": r},
+        "test": lambda q, r: {"prompt": q, "reference": r},
+    }
+    files = {}
+    for name, rows in made.items():
+        files[name] = folder / f"{name}.jsonl"
+        write_text(files[name], "".join(json.dumps(makers[name](*row), ensure_ascii=False) + "\n" for row in rows))
+    return files
+
+
+def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int) -> dict[str, Path]:
+    """Train all stages of one seed that are not there yet; returns their run folders."""
+    over = {"over": str(folder / "sft")}
+    judged = {"reward": {str(folder / "judge"): 1.0, RULES["right"]: 2.0}, "max_new_tokens": NEW_TOKENS, "beta": 0.02}
+    plans: dict[str, tuple[Path, dict[str, Any]]] = {
+        "sft": (files["sft"], {"objective": "sft", "rank": 16, "learning_rate": 2e-3}),
+        "judge": (files["pairs"], {"objective": "reward", "rank": 8, "learning_rate": 1e-3}),
+        "dpo": (files["pairs"], {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}}),
+        "grpo-1": (files["prompts"], {"objective": "grpo", "rank": 1, "learning_rate": 1e-3, "options": over | judged}),
+        "grpo-16": (files["prompts"], {"objective": "grpo", "rank": 16, "learning_rate": 1e-3, "options": over | judged}),
+    }
+    for name, (data, values) in plans.items():
+        out, count = folder / name, steps[name.partition("-")[0]]
+        if (out / "README.md").is_file():
+            continue
+        begun = (out / "settings.yaml").is_file()
+        train(data, out=out, seed=seed, steps=count, check_every=max(1, count // 4), batch_tokens=2048, holdout=0.05,
+              resume=begun, **values)  # fmt: skip
+        print(f"seed {seed}: {name}", flush=True)
+    return dict(zip(STAGES, (folder / name for name in ("sft", "dpo", "grpo-1", "grpo-16")), strict=True))
+
+
+def judge(runs: dict[str, Path], test: Path) -> dict[str, dict[str, Any]]:
+    """Each stage on new sentences by the rules, beside the adapter that imitates."""
+    base = load_base(**BaseSettings().model_dump())
+    renderer = Renderer(base.tokenizer, None, base.context)
+    rows = [Asked(f"{test}:{n}", line["prompt"], line["reference"]) for n, line in enumerate(map(json.loads, test.open()), 1)]
+    queries = [Query(row, renderer.prompt(row.prompt)) for row in rows]
+    options = PolicyOptions(reward=dict.fromkeys(RULES.values(), 1.0), max_new_tokens=NEW_TOKENS, group=1, prompts=1)
+    longest = max(len(query.tokens) for query in queries) + NEW_TOKENS
+    writer = EngineWriter(base, longest, renderer.stops)
+    rewards = make_rewards(options, base, None)
+    sft = load_adapter(runs["sft"], base, "sft").route
+    found: dict[str, dict[str, Any]] = {}
+    for stage in STAGES:
+        task = PolicyTask("grpo", options, base, queries, queries, rewards, writer, 2048, 0)
+        task.reference = Reference("adapter", "the adapter that imitates", sft)
+        if stage == "sft":
+            route: Route = sft
+        else:
+            adapter = load_adapter(runs[stage], base, "aligned")
+            adapter.beside = (sft,)
+            route = adapter.route
+        told = judge_policy(task, sft, route)
+        after = told["after"]
+        found[stage] = {"reward": after["reward"], "kl": after["kl"] * after["sampled_length"], "length": after["length"]} | {
+            name: after[f"reward_{rule}"] for name, rule in RULES.items()
+        } | {name: told[name] for name in ("wins", "losses", "ties")}  # fmt: skip
+        if stage != "sft":
+            detach(base.model, adapter)
+    return found
+
+
+def curves(runs: dict[str, Path]) -> dict[str, list[tuple[float, float]]]:
+    """(KL in nats an answer, reward) of the steps of each policy gradient run."""
+    return {
+        name: [(tick["kl"] * tick["length"], tick["reward"]) for tick in read_metrics(run)]
+        for name, run in runs.items() if name.startswith("grpo")
+    }  # fmt: skip
+
+
+def draw(seeds: Sequence[dict[str, Any]], file: Path) -> None:
+    """Reward against KL, a line a run. PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    colours = {"grpo, rank 1": "tab:orange", "grpo, rank 16": "tab:blue"}
+    for n, seed in enumerate(seeds):
+        for name, points in seed["curves"].items():
+            axes.plot(*zip(*points, strict=True), "-", color=colours[name], alpha=0.6, label=name if n == 0 else None)
+    axes.set_xlabel("KL from the adapter that imitates (nats an answer)")
+    axes.set_ylabel("reward of its sampled answers")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def markdown(story: dict[str, Any]) -> str:
+    """The table: means over the seeds; wins of all seeds together with their 95% interval."""
+    tables = [seed["table"] for seed in story["seeds"]]
+    heads = ["", *NAMES.values(), "wins against sft", "KL (nats an answer)"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for stage in STAGES:
+        mean = {name: sum(t[stage][name] for t in tables) / len(tables) for name in (*NAMES, "kl")}
+        wins, losses = (sum(t[stage][name] for t in tables) for name in ("wins", "losses"))
+        share = ""
+        if wins + losses:
+            low, high = wilson(wins, wins + losses)
+            share = f"{100 * wins / (wins + losses):.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+        cells = [f"{mean['reward']:.3f}", *(f"{100 * mean[name]:.1f}%" for name in RULES), share, f"{mean['kl']:.2f}"]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    tested = f"{story['tested']} new sentences a seed, {len(tables)} seeds"
+    return "\n".join([*lines, "", f"{tested}; {story['seconds']} s in all, of which {story['cpu_seconds']} s of computing."])
+
+
+def main() -> None:
+    """Run all of it and write the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/rlhf"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=HERE, help="where results.json, the table and the picture are written")
+    told = parser.parse_args()
+    sizes = {"sft": 3000, "pairs": 600, "prompts": 400, "test": 100}
+    steps = {"sft": 120, "judge": 30, "dpo": 30, "grpo": 24}
+    if told.quick:
+        sizes, steps = {name: max(8, count // 25) for name, count in sizes.items()}, dict.fromkeys(steps, 2)
+    start, seeds = time.perf_counter(), []
+    before = read_json(told.work / "spent.json") if (told.work / "spent.json").is_file() else {"seconds": 0, "cpu_seconds": 0}
+
+    def spent() -> dict[str, int]:
+        now = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
+        return {name: round(before[name] + value) for name, value in now.items()}
+
+    for seed in range(1 if told.quick else told.seeds):
+        folder = told.work / f"seed-{seed}"
+        if not (folder / "judged.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            files = make_data(folder, sizes, seed)
+            runs = learn(files, folder, steps, seed)
+            write_json(folder / "judged.json", {"table": judge(runs, files["test"]), "curves": curves(runs)})
+            write_json(told.work / "spent.json", spent())
+        seeds.append(read_json(folder / "judged.json"))
+    story = spent() | {"tested": sizes["test"], "steps": steps, "seeds": seeds}
+    write_json(told.out / "results.json", story)
+    draw(seeds, told.out / "reward-kl.png")
+    table = markdown(story)
+    print(table)
+    readme = told.out / "README.md"
+    if readme.is_file():
+        marks = re.compile(r"(<!-- table -->\n).*(<!-- end -->)", re.DOTALL)
+        write_text(readme, marks.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()
