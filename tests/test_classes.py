@@ -213,7 +213,7 @@ def test_labels_beside_texts_are_learned_as_labels(learn: Callable[..., Run], ta
     told = {"base": str(encoder), "device": "cpu"}
     assert plan(table, **told)["data"]["objective"] == "classify"
     answers = write_rows(tmp_path / "kto.jsonl", *[{"prompt": f"say {x}", "completion": x, "label": True} for x in "abcd"])
-    assert plan(answers, device="cpu")["data"]["objective"] == "sft"
+    assert plan(answers, device="cpu")["data"]["objective"] == "kto"
     assert plan(table, objective="pretrain", device="cpu")["data"]["objective"] == "pretrain"
 
 

@@ -77,7 +77,7 @@ class Whole:
         made.weight, made.bias = nn.Parameter(weight, requires_grad=False), bias
         return cls(made)
 
-    def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+    def __call__(self, x: Tensor, y0: Tensor, weight: float, *others: Any, **named: Any) -> Tensor:
         """The merged layer's output."""
         return self.layer(x)
 
@@ -119,6 +119,12 @@ class Adapted(nn.Module):
         segments = self._board.current
         if not segments.everywhere and not segments.rows:
             return self.base(x, *others, **named)
+        if not segments.rows and len(segments.everywhere) == 1:
+            delta, weight = self.find(segments.everywhere[0][0]), segments.everywhere[0][1]
+            if delta is None:
+                return self.base(x, *others, **named)
+            if delta.replaces:
+                return delta(x, x, weight, *others, **named)
         lean = self._lean(segments, x) if direct() else None
         if lean is not None and lean.alone:
             return lean.add(self.base(x, *others, **named), x)
@@ -128,9 +134,7 @@ class Adapted(nn.Module):
         acting = [(d, weight) for n, weight in segments.everywhere if n not in apart and (d := self.find(n)) is not None]
         rows = [row for row in segments.rows if row.adapter not in apart and self.find(row.adapter) is not None]
         if any(delta.replaces for delta, _ in acting) or any(self.find(row.adapter).replaces for row in rows):
-            if rows or len(segments.everywhere) > 1:
-                raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
-            return acting[0][0](x, x, acting[0][1], *others, **named)
+            raise SettingsError("a fully fine-tuned layer acts alone and everywhere", where="route")
         y = self.base(x, *others, **named)
         if acting or rows:
             y = y0 = self.layer.to_rows(y)
