@@ -280,7 +280,7 @@ def test_a_reward_model_judges_on_the_same_base(learn: Learn, tiny: Path, genera
     assert isinstance(task, PolicyTask)
     _, examples, found = task.answers(task.held, setup.adapter.route)
     opened = open_run(tmp_path / "judge", EvalSettings(run=tmp_path / "judge"))
-    alone = rewards(opened.language, task._laid(examples).flat, opened.route)
+    alone = rewards(opened.base, task._laid(examples).flat, opened.route)  # type: ignore[arg-type]
     torch.testing.assert_close(found["reward_judge"].float(), alone.detach(), atol=1e-4, rtol=0)
     assert alone.std() > 1e-4
     assert not any(p.requires_grad for name, p in base.model.named_parameters() if "judge" in name)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from afina.config import POLICIES
 from afina.errors import counted
 
 console = Console()
@@ -417,7 +418,7 @@ def _about(result: dict[str, Any]) -> None:
     evaluation = result["evaluation"] or {}
     if "losses" in evaluation:
         losses = evaluation["losses"]
-        rewarded = "policy" in evaluation
+        rewarded = evaluation.get("objective") in POLICIES  # their losses are minus the reward
         before, after = (losses[name] * (-1 if rewarded else 1) for name in ("held_before", "held_after"))
         told = f"{before:.4f} before, {after:.4f} after {evaluation['steps']:,} steps"
         console.print(f"held-out {'reward' if rewarded else 'loss'} {told}", highlight=False)

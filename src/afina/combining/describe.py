@@ -93,5 +93,5 @@ def _evaluation(run: Mapping[str, Any]) -> dict[str, Any] | None:
     """What its run measured, in short; None where there is no run."""
     if not run:
         return None
-    kept = {key: run[key] for key in ("losses", "classes", "verdict", "steps", "seconds") if key in run}
+    kept = {key: run[key] for key in ("losses", "objective", "classes", "verdict", "steps", "seconds") if key in run}
     return kept | {"data": run.get("data", {}).get("path")}
