@@ -195,6 +195,21 @@ def test_a_file_that_changes_is_not_served(tiny: Path, adapters: dict[str, Path]
     assert good[2].finish == "length"
 
 
+def test_a_broken_adapter_harms_only_who_asks_for_it(tiny: Path, adapters: dict[str, Path], alone: Alone, tmp_path: Path) -> None:
+    base = load_base(str(tiny))
+    broken = attach(base.model, base.board, "broken", replace(KINDS["lora4"], targets=resolve_targets(base.model, "all-linear", None, False)))
+    with torch.no_grad():
+        broken.parameters()[1].fill_(float("nan"))
+    save_adapter(broken, base, tmp_path / "broken")
+    engine = engine_on(tiny, {"broken": tmp_path / "broken", "lora4-0": adapters["lora4-0"]})
+    prompt = (9, 11, 13)
+    names = [(("broken", 1.0),), (("lora4-0", 1.0),), ()]
+    answers = answer_all(engine, [Request(prompt, Sampling(max_new_tokens=5), parts(engine, n)) for n in names])
+    assert answers[0][2].finish == "error" and "not finite" in str(answers[0][2].error)
+    for (_, tokens, _), name in zip(answers[1:], names[1:], strict=True):
+        assert tokens == alone.answer(prompt, name, 5)
+
+
 def test_nobody_starves(tiny: Path, adapters: dict[str, Path]) -> None:
     """One who floods the queue does not delay another by more than a request or two."""
     engine = engine_on(tiny, adapters, most_running=2)

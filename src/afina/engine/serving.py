@@ -125,7 +125,7 @@ class Engine:
             self.shelf.let_go(names)
             raise
         self._live[number] = sequence
-        self._tell(lambda: self.scheduler.add(sequence))
+        self._tell(lambda: self._begin(sequence))
         return Ticket(number)
 
     def cancel(self, ticket: Ticket) -> None:
@@ -256,6 +256,8 @@ class Engine:
         try:
             merged = self._merging.route(pieces)
             sequences, logits = self._runner.run(pieces, merged)
+            broken = ~logits.amax(-1).isfinite() if sequences else logits.new_zeros(0).bool()
+            logits = logits.masked_fill(broken[:, None], 0.0) if bool(broken.any()) else logits
             chosen = choose(logits, [s.chooser for s in sequences]) if sequences else []
         except Exception as error:  # whatever it is, those who ask next are answered
             for sequence, _ in pieces:
@@ -263,13 +265,22 @@ class Engine:
             return True
         self._count(pieces)
         self.scheduler.done(pieces)
-        for sequence, logprob in zip(sequences, chosen, strict=True):
-            self._hand_out(sequence, logprob)
+        for sequence, logprob, lost in zip(sequences, chosen, broken.tolist(), strict=True):
+            if lost:
+                self._finish(sequence, "error", "the logits are not finite: the adapter's numbers are broken, or too large")
+            else:
+                self._hand_out(sequence, logprob)
         self.steps += 1
         seconds = time.perf_counter() - begin
         self.busy_seconds += seconds
         self._merging.note(pieces, seconds, merged is not None)
         return True
+
+    def _begin(self, sequence: Sequence) -> None:
+        try:
+            self.scheduler.add(sequence)
+        except Exception as error:
+            self._finish(sequence, "error", f"it could not be queued: {error}")
 
     def _count(self, pieces: Many[tuple[Sequence, int]]) -> None:
         for sequence, count in pieces:
