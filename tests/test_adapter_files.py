@@ -73,7 +73,7 @@ def test_peft_loads_ours(request: pytest.FixtureRequest, tmp_path: Path, case: s
     assert not [w for w in recwarn if "adapter keys" in str(w.message)]
     expected = ours(base, "a")
     assert (expected - theirs(plain(folder))).abs().max() > 0.01
-    assert (theirs(loaded) - expected).abs().max() < 1e-5
+    assert (theirs(loaded) - expected).abs().max() < 2e-5  # float32, summed in another order
 
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -261,7 +261,7 @@ def test_activated_loras_of_one_invocation_stay_activated(tiny: Path, tmp_path: 
     assert [there.route.invoked(prompt) for prompt in prompts] == [(True, True), (True, False), (False, True), (False, False)]
     for prompt, answer in zip(prompts, answers):  # cached is recomputed: each part from its own invocation on
         sequence, invoked = list(prompt), there.route.invoked(prompt)
-        routes = [r for r, on in zip(there.route._each(), invoked) if on]
+        routes = [r for r, on in zip(there.route.apart(), invoked) if on]
         for token in answer:
             tokens, bounds = torch.tensor(sequence), (0, len(sequence))
             table = Route.together(routes).segments(tokens, bounds) if routes else there.language.board.current
