@@ -386,3 +386,12 @@ def test_any_bytes_are_an_object_or_refused(raw: bytes) -> None:
                                   "all-linear"])  # fmt: skip
 def test_plain_patterns(text: str) -> None:
     assert is_plain_pattern(text)
+
+
+def test_a_profile_may_lie_beside_it_and_nothing_else_under_its_name(adapter: Path) -> None:
+    save_file({"points": np.zeros((2, 2, 8), np.float32)}, adapter / "profile.safetensors")
+    assert not look(adapter).blocked
+    save_file({"points": np.zeros((2, 8), np.float32)}, adapter / "profile.safetensors")
+    assert rules(look(adapter)) == {"profile"}
+    (adapter / "profile.safetensors").write_bytes(b"pickle me")
+    assert look(adapter).blocked

@@ -2,6 +2,7 @@
 
     adapter_config.json, adapter_model.safetensors      must be there
     afina.json, afina.manifest.json, afina.sig,         may be
+    profile.safetensors (what the adapter is for),
     README.md, LICENSE, .gitattributes
     everything else                                     blocks: code and templates by name, the rest as unknown
 
@@ -27,10 +28,10 @@ from afina.audit.report import Gate
 from afina.audit.strict import opened, read_object
 from afina.errors import AuditError
 
-CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE = (
-    "adapter_config.json", "adapter_model.safetensors", "afina.json", "afina.manifest.json", "afina.sig",
+CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE, PROFILE = (
+    "adapter_config.json", "adapter_model.safetensors", "afina.json", "afina.manifest.json", "afina.sig", "profile.safetensors",
 )  # fmt: skip
-ALLOWED = {CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE, "README.md", "LICENSE", ".gitattributes"}
+ALLOWED = {CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE, PROFILE, "README.md", "LICENSE", ".gitattributes"}
 DANGER = (  # what a name tells: (pattern, what it is)
     (r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz|h5|keras|pb|onnx|mar|dill)", "it may run code when it is opened"),
     (r".*\.(py|pyc|so|dll|dylib|sh|ps1|bat|exe|js|wasm|whl|jar)", "it is code"),
@@ -107,6 +108,8 @@ def check_package(folder: Path, base: BaseFiles | None, gate: Gate) -> Package:
         _check_story(package, gate)
     elif package.config.get("peft_type") != "LORA":
         gate.block("missing", f"{STORY} is missing, which tells what PEFT's format cannot", str(folder))
+    if PROFILE in names:
+        _check_profile(folder / PROFILE, gate)
     if gate.blocked:  # what was read must not steer what is read next
         return package
     with opened(folder / WEIGHTS) as stream:
@@ -121,6 +124,14 @@ def check_package(folder: Path, base: BaseFiles | None, gate: Gate) -> Package:
     package.tensors = hashlib.sha256(lines.encode()).hexdigest()
     gate.measured |= {"tensors": len(package.entries), "numbers": sum(e.numbers for e in package.entries.values())}
     return package
+
+
+def _check_profile(file: Path, gate: Gate) -> None:
+    """What "auto" reads when it chooses an adapter: one tensor of points, and nothing else."""
+    with opened(file) as stream:
+        entries = read_strictly(stream, PROFILE)
+    if list(entries) != ["points"] or len(entries["points"].shape) != 3:
+        gate.block("profile", "a profile is one tensor, points (k, parts, d)", PROFILE)
 
 
 def content_hash(tensors: str, spec: dict[str, Any]) -> str:
