@@ -5,14 +5,14 @@ is an error, not a text to learn. What every format demands is in rows.py, how b
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from afina.data import readers
 from afina.data.rows import FIELDS, PARSERS, REQUIRED, Message, Record, Row, recognise
-from afina.data.skipped import reasons
+from afina.data.skipped import reasons, usable
 from afina.errors import DataError, nearest
 
 __all__ = ["Message", "Row", "Table", "read_table"]
@@ -38,9 +38,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     """
     path = Path(path)
     known: dict[str, str] = dict(columns or {})
-    for name in known:
-        if name not in FIELDS:
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
+    check_columns(path, known, FIELDS)
     data = file_bytes(path)
     records = list(_records(path, data, lambda names: _is_header(names, known)))
     if not records:
@@ -51,21 +49,23 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
         raise broken
     columns = _all_columns(path, names, known)
     format = _format(path, set(_renamed(dict.fromkeys(names), columns)), names, known)
-    rows, skipped = [], []
-    for where, record in records:
-        try:
-            if isinstance(record, DataError):
-                raise record
-            rows.append(PARSERS[format](Record(where, _renamed(record, columns), columns)))
-        except DataError as error:
-            if not skip_bad_rows:
-                raise
-            skipped.append(f"{error.where}: {error.what}")
+    skipped: list[str] = []
+    parse = PARSERS[format]
+    rows = usable(
+        records, lambda where, r: parse(Record(where, _renamed(r, columns), columns)), skipped if skip_bad_rows else None
+    )
     if not rows:
         raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}")
     if format == "openai-chat" and _says_from(records, columns["messages"]):
         format = "sharegpt"
     return Table(path, format, rows, skipped, hashlib.sha256(data).hexdigest())
+
+
+def check_columns(path: Path, columns: Mapping[str, str], fields: Sequence[str]) -> None:
+    """Raise `DataError` where --columns gives a name to a field that there is not."""
+    for name in columns:
+        if name not in fields:
+            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, fields))
 
 
 def file_bytes(path: Path) -> bytes:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.data.formats import first_names, read_records
+from afina.data.formats import check_columns, first_names, read_records
+from afina.data.skipped import usable
 from afina.errors import DataError, nearest
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -98,32 +99,16 @@ def open_picture(content: bytes, where: str) -> Any:
 
 def _read_file(path: Path, columns: Mapping[str, str], skip_bad_rows: bool) -> LabelledTable:
     """A table with a column of text or pictures and one of labels."""
-    _check_columns(path, columns)
+    check_columns(path, columns, FIELDS)
     wanted = {columns.get("label")} if "label" in columns else set(LABEL_NAMES)
     records, digest = read_records(path, lambda names: bool(wanted & set(names)))
     _check_names(path, records, columns)
-    rows, skipped = [], []
-    for where, record in records:
-        try:
-            if isinstance(record, DataError):
-                raise record
-            row = _row(where, record, columns)
-        except DataError as error:
-            if not skip_bad_rows:
-                raise
-            skipped.append(f"{error.where}: {error.what}")
-            continue
-        rows.append(row)
+    skipped: list[str] = []
+    rows = usable(records, lambda where, record: _row(where, record, columns), skipped if skip_bad_rows else None)
     kinds = {type(row.content) for row in rows}
     if len(kinds) > 1:
         raise DataError("some rows have a picture and some a text", where=str(path), hint="a file for each")
     return LabelledTable(path, "pictures" if kinds == {bytes} else "text", rows, skipped, digest)
-
-
-def _check_columns(path: Path, columns: Mapping[str, str]) -> None:
-    for name in columns:
-        if name not in FIELDS:
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
 
 
 def _check_names(path: Path, records: list[Record], columns: Mapping[str, str]) -> None:

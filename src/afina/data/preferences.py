@@ -9,15 +9,15 @@
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from afina.data.formats import first_record, read_records
+from afina.data.formats import check_columns, first_record, read_records
 from afina.data.rows import Message, Record, Row, kind_of, read_history, read_turn, usable_text
-from afina.data.skipped import reasons
-from afina.errors import DataError, nearest
+from afina.data.skipped import Made, reasons, usable
+from afina.errors import DataError
 
 FIELDS = (
     "messages", "prompt", "completion", "chosen", "rejected", "label", "instruction", "input", "output", "system", "history",
@@ -89,28 +89,27 @@ def read_preferences(path: Path, columns: Mapping[str, str], skip_bad_rows: bool
 
     `columns` gives our field names the file's own. With `skip_bad_rows` a row that cannot be used is left out and listed.
     """
-    for name in columns:
-        if name not in FIELDS:
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
+    check_columns(path, columns, FIELDS)
     wanted = {"chosen", "label"}
     records, digest = read_records(path, lambda names: bool(wanted & our_names(dict.fromkeys(names), columns).keys()))
-    rows: list[Preference] = []
-    skipped: list[str] = []
-    for where, record in records:
-        try:
-            if isinstance(record, DataError):
-                raise record
-            rows.append(_row(Record(where, our_names(record, columns), their_names(record, columns))))
-        except DataError as error:
-            if not skip_bad_rows:
-                raise
-            skipped.append(f"{error.where}: {error.what}")
-    if not rows:
-        raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}" if skipped else None)
+    rows, skipped = usable_records(path, records, columns, _row, skip_bad_rows)
     kinds = {PAIRS if row.good is not None and row.bad is not None else LABELS for row in rows}
     if len(kinds) > 1:
         raise DataError("some rows are pairs and some have labels", where=str(path), hint="a file for each")
     return PreferenceTable(Path(path), kinds.pop(), rows, skipped, digest)
+
+
+def usable_records(
+    path: Path, records: Iterable[tuple[str, Any]], columns: Mapping[str, str], make: Callable[[Record], Made], skip: bool
+) -> tuple[list[Made], list[str]]:
+    """Rows that `make` gives of records under our names, and those left out where `skip`; raises `DataError` for none."""
+    skipped: list[str] = []
+    rows = usable(
+        records, lambda where, r: make(Record(where, our_names(r, columns), their_names(r, columns))), skipped if skip else None
+    )
+    if not rows:
+        raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}" if skipped else None)
+    return rows, skipped
 
 
 def as_labels(rows: Sequence[Preference]) -> list[Preference]:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.data.formats import file_bytes, read_records
-from afina.data.preferences import Prompt, our_names, read_prompt, their_names
+from afina.data.formats import check_columns, file_bytes, read_records
+from afina.data.preferences import Prompt, our_names, read_prompt, usable_records
 from afina.data.readers import decode, looks_like_json
 from afina.data.rows import Record, usable_text
-from afina.data.skipped import reasons
-from afina.errors import DataError, nearest
+from afina.errors import DataError
 
 FIELDS = ("messages", "prompt", "completion", "output", "reference", "instruction", "input", "system", "history")
 TABLES = (".csv", ".tsv", ".parquet")
@@ -62,28 +61,14 @@ def read_asked(path: Path, columns: Mapping[str, str], skip_bad_rows: bool = Fal
 
     `columns` gives our field names the file's own. With `skip_bad_rows` a row that cannot be used is left out and listed.
     """
-    for name in columns:
-        if name not in FIELDS:
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, FIELDS))
+    check_columns(path, columns, FIELDS)
     data = file_bytes(path)
     if data[:4] != b"PAR1" and path.suffix.lower() not in TABLES and not looks_like_json(path, text := decode(path, data)):
         lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
         asked = [Asked(where, line) for where, line in lines if line]
         return AskedTable(Path(path), asked, [], hashlib.sha256(data).hexdigest())
     records, digest = read_records(path, lambda names: "prompt" in our_names(dict.fromkeys(names), columns))
-    rows: list[Asked] = []
-    skipped: list[str] = []
-    for where, record in records:
-        try:
-            if isinstance(record, DataError):
-                raise record
-            rows.append(_asked(Record(where, our_names(record, columns), their_names(record, columns))))
-        except DataError as error:
-            if not skip_bad_rows:
-                raise
-            skipped.append(f"{error.where}: {error.what}")
-    if not rows:
-        raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}" if skipped else None)
+    rows, skipped = usable_records(path, records, columns, _asked, skip_bad_rows)
     return AskedTable(Path(path), rows, skipped, digest)
 
 

@@ -1,11 +1,31 @@
-"""Rows that were left out, in words: why, and where the first of them are."""
+"""Rows that cannot be used: an error, or left out and told in words: why, and where the first of them are."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
-from afina.errors import counted
+from afina.errors import DataError, counted
 
 SHOWN = 3  # places named for each reason
+Made = TypeVar("Made")
+
+
+def usable(rows: Iterable[tuple[str, Any]], make: Callable[[str, Any], Made], skipped: list[str] | None) -> list[Made]:
+    """What `make(where, row)` gives of each (where, row); a row may be the `DataError` that reading it gave.
+
+    One that cannot be used is an error, or is listed in `skipped` ("file:line:field: what") when that is given.
+    """
+    made: list[Made] = []
+    for where, row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            made.append(make(where, row))
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(f"{error.where or where}: {error.what}")
+    return made
 
 
 def reasons(skipped: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from afina.base.model import Base
 from afina.config import PreferenceOptions
 from afina.data.batches import FlatBatch, Sampler, fair_parts, flatten, pack
 from afina.data.preferences import Preference, prompt_key
-from afina.data.skipped import reasons
+from afina.data.skipped import reasons, usable
 from afina.data.template import Example, Renderer
 from afina.errors import DataError
 from afina.objective.language import after_invocation
@@ -100,17 +100,14 @@ def make_choices(
         made = renderer.example(row.row(answer))
         return after_invocation(made, invocation) if invocation else made
 
-    made: list[tuple[Preference, Choice]] = []
-    for number, row in enumerate(rows):
-        try:
-            good, bad = (example(row, answer) if answer is not None else None for answer in (row.good, row.bad))
-            if good is not None and bad is not None and good.tokens == bad.tokens:
-                raise DataError("the two answers are the same tokens", where=row.where)
-            made.append((row, Choice(row.where, good, bad, _mate(example, rows, number) if mates else None)))
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(f"{error.where or row.where}: {error.what}")
+    def make(where: str, number: int) -> tuple[Preference, Choice]:
+        row = rows[number]
+        good, bad = (example(row, answer) if answer is not None else None for answer in (row.good, row.bad))
+        if good is not None and bad is not None and good.tokens == bad.tokens:
+            raise DataError("the two answers are the same tokens", where=where)
+        return row, Choice(where, good, bad, _mate(example, rows, number) if mates else None)
+
+    made = usable(((row.where, number) for number, row in enumerate(rows)), make, skipped)
     if not made:
         raise DataError("no row is left to learn from", why=f"skipped: {reasons(skipped or [])}")
     return made

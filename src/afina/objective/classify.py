@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from afina.base.classifier import Classifier
 from afina.data.labelled import Labelled, open_picture
+from afina.data.skipped import usable
 from afina.errors import DataError
 from afina.objective.task import Total, as_is
 from afina.route.invocation import Route
@@ -205,14 +206,11 @@ class MaskedTask(RowsTask):
 def make_rows(base: Classifier, rows: Sequence[Labelled], max_length: int, skipped: list[str] | None) -> list[Row]:
     """Labelled rows as tokens or pixels; one that cannot be used is an error, or is listed in `skipped`."""
     numbers = {label: number for number, label in enumerate(base.labels)}
-    made: list[Row] = []
-    for row in rows:
-        try:
-            made.append(Row(row.where, content_of(base, row.content, max_length, row.where), _number(row, numbers)))
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(f"{error.where}: {error.what}")
+
+    def make(where: str, row: Labelled) -> Row:
+        return Row(where, content_of(base, row.content, max_length, where), _number(row, numbers))
+
+    made = usable(((row.where, row) for row in rows), make, skipped)
     if not made:
         raise DataError("no row is left")
     return made

@@ -14,11 +14,11 @@ from torch import Tensor
 from afina.base.model import Base
 from afina.data.batches import FlatBatch, Sampler, flatten, pack
 from afina.data.formats import Row
-from afina.data.skipped import reasons
+from afina.data.skipped import reasons, usable
 from afina.data.template import Example, Renderer
 from afina.errors import DataError
 from afina.objective.task import Total, as_is, learned_rows
-from afina.route.invocation import Route, last_occurrences
+from afina.route.invocation import Route, last_start
 from afina.segments import BASE
 
 
@@ -40,15 +40,12 @@ def make_examples(
 
     With an `invocation`, only what follows its last occurrence carries labels: before it the adapter does not act.
     """
-    examples: list[Example] = []
-    for row in rows:
-        try:
-            made = renderer.texts(row, renderer.max_length) if objective == "pretrain" else [renderer.example(row)]
-            examples += [after_invocation(example, invocation) for example in made] if invocation else made
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(f"{error.where or row.where}: {error.what}")
+
+    def make(where: str, row: Row) -> list[Example]:
+        made = renderer.texts(row, renderer.max_length) if objective == "pretrain" else [renderer.example(row)]
+        return [after_invocation(example, invocation) for example in made] if invocation else made
+
+    examples = [example for made in usable(((row.where, row) for row in rows), make, skipped) for example in made]
     if not examples:
         raise DataError("no row is left to learn from", why=f"skipped: {reasons(skipped or [])}")
     return examples
@@ -56,7 +53,7 @@ def make_examples(
 
 def after_invocation(example: Example, invocation: tuple[int, ...]) -> Example:
     """The example with labels only where an activated adapter acts; raises `DataError` where it never does."""
-    start = last_occurrences(torch.tensor(example.tokens), (0, len(example.tokens)), invocation)[0]
+    start = last_start(example.tokens, invocation)
     if start is None:
         hint = "--invocation TEXT that stands in every row, or --skip-bad-rows"
         raise DataError("the invocation does not occur in this row", where=example.where, hint=hint)

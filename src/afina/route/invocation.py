@@ -95,10 +95,7 @@ class Route:
 
     def invoked(self, sequence: Sequence[int]) -> tuple[bool, ...]:
         """Whether each adapter acts on what follows `sequence`: this one, then those beside it."""
-        tokens, bounds = torch.tensor(sequence), (0, len(sequence))
-        return tuple(
-            not route.invocation or last_occurrences(tokens, bounds, route.invocation)[0] is not None for route in self.apart()
-        )
+        return tuple(not route.invocation or last_start(sequence, route.invocation) is not None for route in self.apart())
 
     def following(self, active: Sequence[tuple[bool, ...]]) -> Segments:
         """The table for one more token of each sequence, where `active` is what `invoked` said of each."""

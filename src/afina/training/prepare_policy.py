@@ -7,7 +7,7 @@ from afina.base.model import Base
 from afina.config import PolicyOptions, TrainSettings
 from afina.data.batches import holdout_share, split
 from afina.data.prompts import Asked, asked_key, read_asked
-from afina.data.skipped import reasons
+from afina.data.skipped import reasons, usable
 from afina.data.template import Renderer
 from afina.delta.contract import method
 from afina.delta.presets import preset
@@ -71,22 +71,19 @@ def make_queries(
     renderer: Renderer, rows: list[Asked], skipped: list[str] | None, invocation: tuple[int, ...], max_new_tokens: int
 ) -> list[Query]:
     """Prompts as tokens. One that cannot be used is an error, or is listed in `skipped` when that is given."""
-    made: list[Query] = []
-    for row in rows:
-        try:
-            tokens = renderer.prompt(row.prompt)
-            if len(tokens) + max_new_tokens > renderer.max_length:
-                what = f"{counted(len(tokens), 'token')}, and {max_new_tokens:,} for the answer"
-                why = f"more than the {renderer.max_length:,} allowed"
-                raise DataError(what, where=row.where, why=why, hint="a smaller max_new_tokens among the options")
-            if invocation and last_start(tokens, invocation) is None:
-                hint = "--invocation TEXT that stands in every prompt, or --skip-bad-rows"
-                raise DataError("the invocation does not occur in this prompt", where=row.where, hint=hint)
-            made.append(Query(row, tokens))
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(f"{error.where or row.where}: {error.what}")
+
+    def make(where: str, row: Asked) -> Query:
+        tokens = renderer.prompt(row.prompt)
+        if len(tokens) + max_new_tokens > renderer.max_length:
+            what = f"{counted(len(tokens), 'token')}, and {max_new_tokens:,} for the answer"
+            why = f"more than the {renderer.max_length:,} allowed"
+            raise DataError(what, where=where, why=why, hint="a smaller max_new_tokens among the options")
+        if invocation and last_start(tokens, invocation) is None:
+            hint = "--invocation TEXT that stands in every prompt, or --skip-bad-rows"
+            raise DataError("the invocation does not occur in this prompt", where=where, hint=hint)
+        return Query(row, tokens)
+
+    made = usable(((row.where, row) for row in rows), make, skipped)
     if not made:
         raise DataError("no prompt is left to answer", why=f"skipped: {reasons(skipped or [])}")
     return made
