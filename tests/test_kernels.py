@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from afina.kernels import elementwise as e
 from afina.kernels import lowrank as low
 from afina.kernels import nf4
+from afina.kernels.blockwise import dynamic_levels, nearest_codes, search_tables
 from afina.kernels.native import kernels
 from afina.kernels.product import linear
+from afina.training.eightbit import AdamW8bit
 from helpers import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -285,6 +287,43 @@ def test_operations_keep_torchs_promises(dtype: torch.dtype) -> None:
     for name, inputs in samples.items():
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(getattr(torch.ops.afina, name).default, inputs, test_utils=checks)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_search_of_one_comparison_finds_the_level(signed: bool) -> None:
+    between, starts = search_tables(signed)
+    high = torch.arange(1 << 16, dtype=torch.int32) << 16
+    for rest in (0, 1, 0x7FFF, 0x8000, 0xFFFF):  # all 65,536 starts, from the ends of what each stands for
+        x = (high | rest).view(torch.float32)
+        x = x[x.abs() <= 1]
+        start = starts[(x.view(torch.int32) >> 16).long() & 0xFFFF].long()
+        found = start + (between[start] < x)
+        assert torch.equal(found, nearest_codes(x, dynamic_levels(signed)).long())
+
+
+@pytest.mark.parametrize("gradients", TYPES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count", [4096, 10_001])
+def test_a_step_with_8bit_moments(isa: str, dtype: torch.dtype, gradients: torch.dtype, count: int, reference: Any) -> None:
+    torch.manual_seed(count)
+    start, pushes = torch.randn(count), torch.randn(10, count) * torch.randn(10, count).exp()
+
+    def learn() -> tuple[Tensor, dict[str, Tensor]]:
+        parameter = nn.Parameter(start.to(dtype))
+        parameter.grad_dtype = gradients
+        optimizer = AdamW8bit([parameter], lr=1e-2, weight_decay=0.1)
+        for push in pushes:
+            parameter.grad = push.to(gradients)
+            optimizer.step()
+        return parameter.detach().float(), optimizer.state[parameter]
+
+    (made, state), (exact, held) = learn(), reference(learn)
+    assert (made == exact).float().mean() > (0.999 if dtype == torch.bfloat16 else 0.5)
+    # a sum that is rounded otherwise may end as the neighbouring code, and that moves one number by a part of a step
+    assert ((made - exact).abs() > 1e-5 * (1 + exact.abs())).float().mean() < 1e-3
+    for name in ("first", "second"):
+        assert (state[name] != held[name]).float().mean() < 1e-3
+        torch.testing.assert_close(state[f"{name}_scales"], held[f"{name}_scales"], rtol=1e-4, atol=0.0)
 
 
 def test_compile_sees_the_operations() -> None:

@@ -28,9 +28,27 @@ def dynamic_levels(signed: bool, device: torch.device = torch.device("cpu")) -> 
     return torch.cat(levels).sort().values.to(device)
 
 
+def middles(levels: Tensor) -> Tensor:
+    """The 255 numbers half-way between two levels, float32."""
+    return (levels[:-1] + levels[1:]) / 2
+
+
+@lru_cache
+def search_tables(signed: bool) -> tuple[Tensor, Tensor]:
+    """What the C++ kernel finds the nearest level with: middles (256), the last infinite, and starts (65536) uint8.
+
+    starts[h] counts the middles below every float32 whose highest 16 bits are h; at most one more can lie below one.
+    """
+    between = middles(dynamic_levels(signed))
+    high = torch.arange(1 << 16, dtype=torch.int32)
+    lowest = (high << 16) | torch.where(high >= 1 << 15, 0xFFFF, 0).int()  # of negative ones, that with the largest size
+    starts = torch.bucketize(lowest.view(torch.float32), between).to(torch.uint8)
+    return torch.cat([between, torch.tensor([torch.inf])]), starts
+
+
 def nearest_codes(x: Tensor, levels: Tensor) -> Tensor:
     """The number of the level nearest to each element of x, int32; half-way between two the lower one is taken."""
-    return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    return torch.bucketize(x, middles(levels), out_int32=True)
 
 
 def quantize8(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

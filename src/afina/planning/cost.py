@@ -42,6 +42,7 @@ from afina.delta.layers import Layer
 from afina.delta.targets import block_number
 from afina.kernels.attention import LONGEST
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
+from afina.kernels.native import kernels
 from afina.planning.figures import THIN, Load, Memory, Rates, Time
 from afina.planning.shape import Count, Shape
 from afina.training.eightbit import SMALLEST
@@ -50,6 +51,7 @@ from afina.training.eightbit import SMALLEST
 # with these, 16 runs (six methods, 10M to 215M, 512 to 4,096 tokens) were planned from 1% under to 9% over, where the library
 # that counted them took about 1% itself
 SLACK, HOLES = 0.3, 2.0
+STEP8, STEP8_PLAIN = 90.0, 2000.0  # 2.7 ns and 64 ns a number where a copy reads and writes 32 GB/s
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
@@ -277,7 +279,13 @@ class Step:
     @property
     def _optimizer_work(self) -> float:
         """Bytes of one tensor's step in 8 bits: float32 moments, gradient, value and what is between."""
-        return 0.0 if self.settings.optimizer == "adamw" else 24.0 * max(self.count.layers.values(), default=0)
+        plain = self.settings.optimizer == "adamw" or self._steps_in_cache
+        return 0.0 if plain else 24.0 * max(self.count.layers.values(), default=0)
+
+    @property
+    def _steps_in_cache(self) -> bool:
+        """Whether moments of 8 bits are stepped in C++, a block at a time."""
+        return self.device == "cpu" and kernels.library is not None
 
     # ---- time
 
@@ -297,7 +305,7 @@ class Step:
         once = sum(b.once for b in flowing) * (1 + again)
         passes = sum((3 + again) * self._passes(b) for b in flowing) + sum(self._passes(b) for b in self._blocks if not b.flows)
         codes = sum((2 + again) * b.nf4 for b in flowing) + sum(b.nf4 for b in self._blocks if not b.flows)
-        optimizer = self.count.trainable * ((28 if self.settings.optimizer == "adamw" else 60) + 14 * (self.count.width < 4))
+        optimizer = self.count.trainable * (self._moved + 14 * (self.count.width < 4))
         columns = sum(b.thin for b in flowing) / max(1, sum(b.edges for b in flowing))  # of a thin product: the rank
         thin_rate = min(rate, rates.thin[dtype] * max(1.0, columns) / THIN)
         factor, many = rates.factor, load.passes
@@ -311,6 +319,13 @@ class Step:
             overhead=many * rates.block * (below / 3 + (1 + again / 3) * len(flowing)),
             overlaps=rates.overlaps,
         )
+
+    @property
+    def _moved(self) -> float:
+        """Bytes that a number's step reads and writes, or could have in that time: codes take arithmetic too."""
+        if self.settings.optimizer == "adamw":
+            return 28.0
+        return STEP8 if self._steps_in_cache else STEP8_PLAIN if self.device == "cpu" else 60.0
 
     def _passes(self, block: _Block) -> float:
         """Numbers a token that the parts of a block besides its products read and write, forwards."""

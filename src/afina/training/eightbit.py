@@ -3,7 +3,7 @@
     state = 2 * (1 + 4/256) = 2.03 bytes a parameter, against 8
 
 Each moment is held in 8 bits, blockwise (`afina.kernels.blockwise`), and written out in float32 during a tensor's own
-step only. Small tensors keep float32 moments, as in bitsandbytes: they cost nothing, and norms and biases are touchy.
+step only; on a CPU a block's (`kernels/cpp/adamw8.h`), which never leaves the first cache. Small tensors keep float32 moments, as in bitsandbytes: they cost nothing, and norms and biases are touchy.
 
 The "paged" optimizers of QLoRA (arXiv 2305.14314) let the moments leave the GPU when its memory runs out. On a CPU
 there is nothing to do: the state is in RAM, where the system pages it. On a GPU, `offload=True` keeps it in the host's
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afina.kernels.blockwise import dequantize8, dynamic_levels, quantize8
+from afina.kernels.blockwise import dequantize8, dynamic_levels, quantize8, search_tables
+from afina.kernels.native import TYPES, address, kernels
 
 SMALLEST = 4096  # parameters of a tensor whose moments are held in 8 bits
 
@@ -70,10 +71,14 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         """The step of one tensor, in float32."""
-        state, gradient = self.state[parameter], parameter.grad.float()  # type: ignore[union-attr]
+        state = self.state[parameter]
         if not state:
             self._start(parameter, state)
         state["step"] += 1
+        if "first_scales" in state and kernels.take(parameter) and parameter.is_contiguous():
+            self._update_at_once(parameter, state, group)
+            return
+        gradient = parameter.grad.float()  # type: ignore[union-attr]
         step, (beta1, beta2) = float(state["step"]), group["betas"]
         first = self._load(state, "first", parameter).lerp_(gradient, 1 - beta1)
         second = self._load(state, "second", parameter).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -82,6 +87,18 @@ class AdamW8bit(torch.optim.Optimizer):
         parameter.copy_(value.addcdiv_(first, size, value=-group["lr"] / (1 - beta1**step)))
         self._store(state, "first", first)
         self._store(state, "second", second)
+
+    def _update_at_once(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """The same, a block at a time in C++."""
+        gradient = parameter.grad.contiguous()  # type: ignore[union-attr]
+        if gradient.dtype not in TYPES:
+            gradient = gradient.float()
+        step, (beta1, beta2) = float(state["step"]), group["betas"]
+        kernels.adamw8(
+            address(parameter), TYPES[parameter.dtype], address(gradient), TYPES[gradient.dtype], parameter.numel(),
+            _addresses(state, "first"), _addresses(state, "second"), 1 - beta1, beta2, 1 - beta2, 1 - beta2**step,
+            group["eps"], 1 - group["lr"] * group["weight_decay"], -group["lr"] / (1 - beta1**step),
+        )  # fmt: skip
 
     def _start(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         device = parameter.device
@@ -118,6 +135,12 @@ class AdamW8bit(torch.optim.Optimizer):
             codes.clamp_(min=1)
         state[name].copy_(codes, non_blocking=True)
         state[f"{name}_scales"].copy_(scales, non_blocking=True)
+
+
+def _addresses(state: dict[str, Any], name: str) -> list[int]:
+    """Where the C++ kernel finds a moment."""
+    tensors = state[name], state[f"{name}_scales"], _levels(name, torch.device("cpu")), *search_tables(name == "first")
+    return [address(tensor) for tensor in tensors]
 
 
 def _levels(name: str, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
 // Compiled once for each instruction set, with the flags that CMakeLists.txt gives it and its name in AFINA_ISA.
+#include "adamw8.h"
 #include "elementwise.h"
 #include "lowrank.h"
 #include "nf4.h"
@@ -29,6 +30,7 @@ const Table JOIN(table_, AFINA_ISA) = {
     typed<swiglu_items<float>, swiglu_items<bf16>, SwiGLU>,
     typed<swiglu_items_back<float>, swiglu_items_back<bf16>, SwiGLU>,
     typed<rotary_tokens<float>, rotary_tokens<bf16>, Rotary>,
+    adamw8,
     product,
     lowrank,
     lowrank_backward,

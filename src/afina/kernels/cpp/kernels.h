@@ -114,11 +114,31 @@ struct Paged {  // see paged.h
     float* partial;
 };
 
+constexpr i64 kEightBlock = 256;  // numbers of eight bits that share a scale
+constexpr int kStartShift = 16;   // bits of a float32 that do not choose where its search starts
+
+struct Eight {  // numbers in eight bits; see ../blockwise.py
+    uint8_t* codes;         // (count)
+    float* scales;          // (ceil(count / 256))
+    const float* levels;    // (256)
+    const float* middles;   // (256), the last one infinite
+    const uint8_t* starts;  // (2^16): middles below all numbers whose highest 16 bits these are
+};
+
+struct AdamW8 {  // items: blocks; see adamw8.h
+    void* value;       // (count), stepped in place
+    const void* grad;  // (count)
+    Type type, grad_type;
+    i64 count;
+    Eight first, second;
+    float weight1, beta2, weight2, correction2, eps, decay, rate;
+};
+
 using Task = void (*)(const void* args, i64 begin, i64 end);
 
 struct Table {
     const char* name;
-    Task dequantize, quantize, norm, norm_backward, swiglu, swiglu_backward, rotary;
+    Task dequantize, quantize, norm, norm_backward, swiglu, swiglu_backward, rotary, adamw8;
     void (*product)(const Product&, int threads);
     void (*lowrank)(const LowRank&, int threads);
     void (*lowrank_backward)(const LowRank&, int threads);

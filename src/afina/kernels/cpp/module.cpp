@@ -85,6 +85,19 @@ void quantize(int threads, Address weight, int type, i64 rows, i64 width, Addres
     run(threads, rows, rows_of(kGrain / 4, width), kernels->quantize, &job);
 }
 
+Eight eight(const std::vector<Address>& a) {
+    return {at<uint8_t>(a[0]), at<float>(a[1]), at<float>(a[2]), at<float>(a[3]), at<uint8_t>(a[4])};
+}
+
+// `first` and `second`: addresses of codes, scales, levels, middles and starts
+void adamw8(int threads, Address value, int type, Address grad, int grad_type, i64 count, const Addresses& first,
+            const Addresses& second, float weight1, float beta2, float weight2, float correction2, float eps, float decay,
+            float rate) {
+    AdamW8 job{at<void>(value), at<void>(grad),  Type(type), Type(grad_type), count, eight(first), eight(second),
+               weight1,         beta2,           weight2,    correction2,     eps,   decay,        rate};
+    run(threads, (count + kEightBlock - 1) / kEightBlock, kGrain / kEightBlock / 4, kernels->adamw8, &job);
+}
+
 void product(int threads, Address x, int type, i64 m, i64 k, i64 n, Address w, Address bias, Address y) {
     kernels->product({at<void>(x), Type(type), m, k, n, at<void>(w), {}, at<void>(bias), at<void>(y)}, threads);
 }
@@ -260,6 +273,7 @@ NB_MODULE(_native, m) {
                                                  i64 width) { new (self) NF4(nf4(c, s, ss, o, l, rows, width)); });
     m.def("dequantize", dequantize, release);
     m.def("quantize", quantize, release);
+    m.def("adamw8", adamw8, release);
     m.def("product", product, release);
     m.def("nf4_product", nf4_product, release);
     m.def("norm", norm, release);
