@@ -5,8 +5,8 @@ planned, then trained for a few steps, each in a process of its own. Memory is t
 at its end, time the median of its steps. What was trained is kept in the folder: a run that was cut off goes on where it
 was, and a change of the plan alone needs no training again.
 
-The plan's rates come from the probe and the embedded base, anew for each benchmark. SLACK, HOLES and BESIDES were set on 16
-runs that are none of these cases (10M to 215M, six methods; NOTES.md). The machine may be slower in one minute than in the
+The plan's rates come from the probe and the embedded base, anew for each benchmark. SLACK, HOLES and BESIDES were set on
+runs that are none of these cases (plan_fit.py). The machine may be slower in one minute than in the
 next: the rate of products is taken again before each training, and `paced` are predicted seconds times (the probe's rate /
 the rate now).
 """
@@ -92,9 +92,8 @@ def make_rows(file: Path, tokens: int) -> None:
     file.write_text("".join(f"The {n} dogs of the house ran to the sea, {n * 7} came back at night.\n" for n in range(tokens // 10)))
 
 
-def side(name: str, number: int, folder: Path) -> dict[str, float]:
-    """Make the base of case `number`, plan it or train it, here."""
-    asked = CASES[number]
+def side(name: str, asked: dict[str, Any], number: int, folder: Path) -> dict[str, float]:
+    """Make the base of the case that was asked for, plan it or train it, here."""
     base, data = folder / asked["size"], folder / f"{number}.txt"
     if name == "make":
         make_base(asked["size"], base)
@@ -122,15 +121,15 @@ def pace(dtype: str) -> float:
     return known.rate(dtype, 256) / _product(256, OUT, getattr(torch, dtype), "cpu")  # type: ignore[union-attr]
 
 
-def told(name: str, number: int, folder: Path) -> dict[str, float]:
-    """What a side says of a case; what was trained by the same code is known already."""
-    code = hashlib.sha256(json.dumps([CASES[number], STEPS]).encode())
+def told(name: str, asked: dict[str, Any], number: int, folder: Path, script: str = __file__) -> dict[str, float]:
+    """What a side of `script` says of a case; what was trained by the same code is known already."""
+    code = hashlib.sha256(json.dumps([asked, STEPS]).encode())
     for file in sorted((ROOT.parent / "src" / "afina").rglob("*.py")):
         code.update(file.read_bytes() if file.parent.name not in ("planning", "cli") else b"")
     kept = folder / f"{name}-{code.hexdigest()[:16]}.json"
     if name == "train" and kept.exists():
         return json.loads(kept.read_text())
-    figures = run_side(sys.executable, [__file__, "--side", name, "--case", str(number), "--folder", str(folder)])
+    figures = run_side(sys.executable, [script, "--side", name, "--case", str(number), "--folder", str(folder)])
     kept.write_text(json.dumps(figures))
     return figures
 
@@ -140,8 +139,8 @@ def judge(number: int, folder: Path) -> dict[str, Any]:
     asked, data = CASES[number], folder / f"{number}.txt"
     make_rows(data, 3 * asked["settings"]["batch_tokens"])
     if not (folder / asked["size"] / "tokenizer.json").exists():
-        told("make", number, folder)
-    planned, trained = told("plan", number, folder), told("train", number, folder)
+        told("make", asked, number, folder)
+    planned, trained = told("plan", asked, number, folder), told("train", asked, number, folder)
     off = {key: planned[key] / trained[key] - 1 for key in ("bytes", "seconds")}
     off["paced"] = planned["seconds"] * planned["pace"] / trained["seconds"] - 1
     print(f"{number:2} {asked['size']:5} {asked['settings']['method']:6} {asked['settings']['checkpointing']!s:4} memory "
@@ -159,7 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     if arguments.side:
-        print(json.dumps(side(arguments.side, arguments.case, folder)))
+        print(json.dumps(side(arguments.side, CASES[arguments.case], arguments.case, folder)))
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "general.txt").write_text("A bird sat on a stone by the road.\n")

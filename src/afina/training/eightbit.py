@@ -11,13 +11,14 @@ memory, pinned, and moves one tensor's at a time there and back in each step: 4.
 adapters of some million parameters do not notice, and full fine-tuning does.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afina.kernels.blockwise import dequantize8, dynamic_levels, quantize8, search_tables
+from afina.kernels.blockwise import BLOCK, dequantize8, dynamic_levels, nearest_codes, quantize8, search_tables
 from afina.kernels.native import TYPES, address, kernels
 
 SMALLEST = 4096  # parameters of a tensor whose moments are held in 8 bits
@@ -107,7 +108,9 @@ class AdamW8bit(torch.optim.Optimizer):
             if parameter.numel() < self.smallest:
                 state[name] = self.home(torch.zeros_like(parameter, dtype=torch.float32), device)
                 continue
-            codes, scales = quantize8(torch.zeros(parameter.numel(), device=device), _levels(name, device))
+            numbers, zero = parameter.numel(), nearest_codes(torch.zeros(1, device=device), _levels(name, device))
+            codes = zero.to(torch.uint8).repeat(numbers)
+            scales = torch.zeros(math.ceil(numbers / BLOCK), device=device)
             state[name], state[f"{name}_scales"] = self.home(codes, device), self.home(scales, device)
 
     def home(self, tensor: Tensor, device: torch.device) -> Tensor:
