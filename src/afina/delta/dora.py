@@ -113,7 +113,8 @@ class DoRA(LoRA):
         """y0 is kept besides what LoRA keeps; A W^T is a product with the whole weight; gradients pass three times over y0."""
         of_lora = super().cost(layer, spec)
         once = float(spec.rank_of(layer.path) * layer.in_features * layer.out_features)
-        return Cost(of_lora.keeps_input, of_lora.keeps + layer.out_features, of_lora.products, once, works=3.0 * layer.out_features)
+        keeps, works = of_lora.keeps + layer.out_features, 3.0 * layer.out_features
+        return Cost(of_lora.keeps_input, keeps, of_lora.products, once, works)
 
 
 def _state(*tensors: Tensor) -> tuple[object, ...]:

@@ -3,7 +3,8 @@
     state = 2 * (1 + 4/256) = 2.03 bytes a parameter, against 8
 
 Each moment is held in 8 bits, blockwise (`afina.kernels.blockwise`), and written out in float32 during a tensor's own
-step only; on a CPU a block's (`kernels/cpp/adamw8.h`), which never leaves the first cache. Small tensors keep float32 moments, as in bitsandbytes: they cost nothing, and norms and biases are touchy.
+step only; on a CPU a block's (`kernels/cpp/adamw8.h`), which never leaves the first cache. Small tensors keep float32
+moments, as in bitsandbytes: they cost nothing, and norms and biases are touchy.
 
 The "paged" optimizers of QLoRA (arXiv 2305.14314) let the moments leave the GPU when its memory runs out. On a CPU
 there is nothing to do: the state is in RAM, where the system pages it. On a GPU, `offload=True` keeps it in the host's
