@@ -203,6 +203,7 @@ class Scheduler:
         for client in [client for client in self.served if client not in present]:
             del self.served[client]
             self.queues.pop(client, None)
+            self._passed.pop(client, None)
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""
