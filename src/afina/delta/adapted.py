@@ -155,7 +155,7 @@ class Adapted(nn.Module):
         held = [] if isinstance(base, NF4Linear) else [p for p in (base.weight, base.bias) if p is not None]
         if torch.compiler.is_compiling() or any(p.requires_grad for p in held):
             return []
-        if x.ndim < 2 or not kernels.first(x) or not kernels.take(x, *held):
+        if x.ndim < 2 or not kernels.first(x, *held):
             return []
         rows = [row for row in _rows(segments, x.shape[:-1].numel()) if self.find(row.adapter) is not None]
         return rows if all(_suits(self.find(row.adapter), row) for row in rows) else []

@@ -160,19 +160,6 @@ class Engine:
         self._tell(work)
         return future
 
-    def call(self, work: Callable[[], Any]) -> "Future[Any]":
-        """Run `work` in the engine's thread, between two steps."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-
-        self._tell(run)
-        return future
-
     def figures(self) -> dict[str, Any]:
         """What the engine is doing, in numbers."""
         pool = self.memory.pool
