@@ -88,8 +88,8 @@ class Merging:
             self._shares[name] *= RECENT
         self._total = self._total * RECENT + len(pieces)
         for sequence, _ in pieces:
-            if (name := _alone(sequence.acting)) is not None:
-                self._shares[name] = self._shares.get(name, 0.0) + 1.0
+            if (alone := _alone(sequence.acting)) is not None:
+                self._shares[alone] = self._shares.get(alone, 0.0) + 1.0
         self._decide()
 
     def _decide(self) -> None:
