@@ -316,7 +316,7 @@ def test_an_adapter_that_is_being_trained_is_lent(tiny: Path, adapters: dict[str
         with torch.no_grad():
             for parameter in learning.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
-        lent = engine.shelf.lend(learning)
+        lent = engine.shelf.lend(learning.route)
         requests = [Request(prompt, Sampling(max_new_tokens=8), (Part(lent),)) for _ in range(3)]
         requests.append(Request(prompt, Sampling(max_new_tokens=8), parts(engine, (("dora-0", 1.0),))))
         *ours, (_, other, _) = answer_all(engine, requests)
