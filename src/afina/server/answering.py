@@ -180,7 +180,7 @@ def requests_for(
                 400, f"{told} are more than the {context:,} that the base reads", "messages", "context_length_exceeded"
             )
         limit = most or context - len(prompt)
-        sampling: list[Sampling] = [asked.sampling(limit, state.vocabulary, choice, **more) for choice in range(asked.n)]
+        sampling: list[Sampling] = [asked.sampling(limit, state.base.vocabulary, choice, **more) for choice in range(asked.n)]
         request = Request(tuple(prompt), parts=chosen.parts, owner=chosen.owner, stops=state.renderer.stops)
         made += [replace(request, sampling=one) for one in sampling]
     return made

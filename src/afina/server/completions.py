@@ -81,8 +81,8 @@ def tokens_of(state: State, prompts: list[str | list[int]]) -> list[list[int]]:
     for tokens in made:
         if not tokens:
             raise Refusal(400, "there is nothing to go on from: the prompt has no token", "prompt")
-        if max(tokens) >= state.vocabulary:
-            raise Refusal(400, f"{max(tokens)} is no token of this base, which has {state.vocabulary:,}", "prompt")
+        if max(tokens) >= state.base.vocabulary:
+            raise Refusal(400, f"{max(tokens)} is no token of this base, which has {state.base.vocabulary:,}", "prompt")
     return made
 
 
