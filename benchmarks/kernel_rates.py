@@ -14,7 +14,7 @@ import torch
 from common import publish, roofline
 from torch import Tensor
 
-from afina.kernels import elementwise, lowrank, nf4  # noqa: F401 (they enter the operations)
+from afina.kernels import elementwise, lowrank, nf4, square  # noqa: F401 (they enter the operations)
 from afina.kernels.native import address, kernels
 
 OUT, IN, MATRICES = 4096, 1024, 24
@@ -97,6 +97,34 @@ def adapters() -> Sides:
     return sides
 
 
+def squares() -> Sides:
+    """MoRA's operators at rank 8, one adapter on 512 tokens and eight on 64 each; the reference is a loop over the segments."""
+    size, blocks = 128, WIDTH // 128
+    forms = {
+        "truncation": square.Form(size, 1, size, size),
+        "sharing": square.Form(size, 1, WIDTH, WIDTH),
+        "runs": square.Form(size, 1, WIDTH, WIDTH, runs=True),
+        "decoupling": square.Form(size, blocks, WIDTH, WIDTH),
+        "rotation": square.Form(size, blocks, WIDTH, WIDTH, turned=True),
+    }
+    sides: Sides = {}
+    for count, each in ((1, 512), (8, 64), (8, 1)):
+        tokens = count * each
+        x, y, grad = data(tokens, WIDTH), data(tokens, WIDTH), data(tokens, WIDTH)
+        table = torch.tensor([[k * each, (k + 1) * each, k] for k in range(count)])
+        m = [data(size, size) for _ in range(count)]
+        for name, f in forms.items():
+            numbers = [size, f.slots, f.reads, f.writes, int(f.runs), int(f.turned)] * count
+            arguments: tuple[Any, ...] = (x, table, torch.ones(count), numbers, m)
+            calls: dict[str, Callable[[], object]] = {
+                "": lambda y=y, s=arguments: torch.ops.afina.grouped_square(y, *s),
+                "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_square_backward(g, *s),
+            }
+            for part, call in calls.items():
+                sides[f"square_{name}_{count}x{each}{part}"] = (call, lambda call=call: without(call))
+    return sides
+
+
 def without(call: Callable[[], object]) -> object:
     """The reference: the same call without the C++ library."""
     library, kernels.library = kernels.library, None
@@ -139,7 +167,8 @@ def main() -> None:
     if not kernels.library:
         parser.exit(1, "the C++ kernels are not built here\n")
     machine = roofline() | {"read_gbs": read_bandwidth()}
-    seconds = {name: times for part in (weights, activations, adapters) for name, times in in_turn(part(), rounds).items()}
+    parts = (weights, activations, adapters, squares)
+    seconds = {name: times for part in parts for name, times in in_turn(part(), rounds).items()}
     ours = {name: statistics.median(t for t, _ in times) for name, times in seconds.items()}
     theirs = {name: statistics.median(t for _, t in times) for name, times in seconds.items()}
     dense, codes = 2 * OUT * IN * MATRICES, 0.516 * OUT * IN * MATRICES  # bytes

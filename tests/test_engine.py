@@ -18,6 +18,7 @@ from afina.engine.pages import PAGE, LayerShape, Pool
 from afina.engine.prefix import Key, PrefixTree
 from afina.engine.request import Event, Part, Request, Sampling
 from afina.engine.serving import Engine, EngineSettings, answer_all
+from afina.engine.shelf import Content
 from afina.errors import AdapterError, BusyError, DataError
 from afina.route.invocation import Route
 from afina.segments import BASE
@@ -151,6 +152,26 @@ def test_activated_adapters_share_what_came_before(tiny: Path, adapters: dict[st
         assert last.cached == 96  # all whole pages before the invocation, from the base or another adapter
     (_, _, plain), *_ = answer_all(engine, [Request(turn, Sampling(max_new_tokens=3), parts(engine, (("lora4-0", 1.0),)))])
     assert plain.cached == 0  # one that acts everywhere shares with nobody else
+
+
+def test_reading_ahead_goes_on_after_requests_that_went_away(tiny: Path, adapters: dict[str, Path]) -> None:
+    """Cancelled while their adapters were read: nobody fetches what was read for them."""
+    engine = engine_on(tiny, adapters)
+    (content,) = engine.shelf.hold((parts(engine, (("dora-0", 1.0),))[0].adapter,))
+    assert isinstance(content, Content)
+    for number in range(8):
+        engine.memory.prefetch(replace(content, hash=f"gone {number}"))
+    for future in list(engine.memory._ahead.values()):
+        future.result()
+    engine.memory.prefetch(content)
+    assert content.hash in engine.memory._ahead
+    assert len(engine.memory._ahead) == 8
+    assert not engine.memory.ready(replace(content, hash="gone 0"))  # the oldest one went
+    engine.scheduler.served |= {"away": 3.0}
+    engine.scheduler._passed |= {"away": 60}
+    engine.scheduler.tidy()
+    assert not engine.scheduler.served and not engine.scheduler._passed
+    engine.stop()
 
 
 def test_replacing_while_it_runs(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
@@ -295,7 +316,7 @@ def test_an_adapter_that_is_being_trained_is_lent(tiny: Path, adapters: dict[str
         with torch.no_grad():
             for parameter in learning.parameters():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
-        lent = engine.shelf.lend(learning)
+        lent = engine.shelf.lend(learning.route)
         requests = [Request(prompt, Sampling(max_new_tokens=8), (Part(lent),)) for _ in range(3)]
         requests.append(Request(prompt, Sampling(max_new_tokens=8), parts(engine, (("dora-0", 1.0),))))
         *ours, (_, other, _) = answer_all(engine, requests)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from afina.kernels import elementwise as e
 from afina.kernels import lowrank as low
-from afina.kernels import nf4
+from afina.kernels import nf4, square
 from afina.kernels.blockwise import dynamic_levels, nearest_codes, search_tables
 from afina.kernels.native import kernels
 from afina.kernels.product import linear
@@ -194,6 +194,71 @@ def test_grouped_lowrank_refuses_rows_that_do_not_fit(bad: list[low.Row]) -> Non
         low.grouped_lowrank(y, x, [], [a], [torch.zeros(5, 2)])
 
 
+# ---- the grouped square product
+
+FORMS = {  # an operator of each kind at a layer of `width` and `out`; q of the last one is odd and below a vector
+    "truncation": lambda width, out: square.Form(18, 1, min(18, width), min(18, out)),
+    "sharing": lambda width, out: square.Form(31, 1, width, out),
+    "runs": lambda width, out: square.Form(21, 1, width, out, runs=True),
+    "decoupling": lambda width, out: square.Form(17, min(-(-width // 17), -(-out // 17)), width, out),
+    "rotation": lambda width, out: square.Form(34, min(-(-width // 34), -(-out // 34)), width, out, turned=True),
+    "small": lambda width, out: square.Form(6, min(-(-width // 6), -(-out // 6)), width, out, turned=True),
+    "odd": lambda width, out: square.Form(7, min(-(-width // 7), -(-out // 7)), width, out),
+}
+MIXED = [(0, 9, 1, 1.0), (4, 37, 0, -0.5), (9, 12, 4, 2.0), (12, 37, 4, 1.0), (20, 21, 3, 1.0), (5, 5, 2, 1.0), (0, 37, 6, 1.0)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("width", "out"), [(64, 64), (130, 45), (45, 130), (5, 9), (288, 70)])
+@pytest.mark.parametrize("kind", [*FORMS, "all"])
+def test_grouped_square(isa: str, kind: str, dtype: torch.dtype, width: int, out: int) -> None:
+    forms = [make(width, out) for name, make in FORMS.items() if kind in (name, "all")]
+    rows = MIXED if kind == "all" else [(0, 9, 0, 1.0), (9, 10, 0, -0.5), (4, 37, 0, 2.0)]
+    y, x = torch.randn(37, out).to(dtype), torch.randn(37, width).to(dtype)
+    m = [torch.randn(form.size, form.size) for form in forms]  # float32, as parameters are
+
+    def product(y: Tensor, x: Tensor, *matrices: Tensor) -> Tensor:
+        return square.grouped_square(y, x, rows, forms, matrices)
+
+    seed = torch.randn(37, out).to(dtype)
+    made = gradients(product, [y, x, *m], seed)
+    exact = gradients(product, [t.to(dtype).double() for t in (y, x, *m)], seed.double())
+    assert {t.dtype for t in made[3:]} == {torch.float32}
+    for ours, true in zip(made, exact, strict=True):
+        near(ours.to(dtype), true, dtype, max(1.0, float(true.abs().max())))
+
+
+def test_grouped_square_reference_is_the_plain_loop(isa: str) -> None:
+    """Rotation written out once more, number by number, so that the reference itself is checked."""
+    x, y, m = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 11), (5, 7), (4, 4)))
+    rows, form = [(1, 4, 0, 0.5), (3, 5, 0, 2.0)], square.Form(4, 2, 11, 7, turned=True)  # 3 blocks in, 2 out
+    want = y.clone()
+    for start, end, _, weight in rows:
+        for t in range(start, end):
+            for block in range(3):
+                part = F.pad(x[t], (0, 1))[4 * block : 4 * block + 4]
+                angle = torch.tensor([block * 10000**-0.0, block * 10000**-0.5], dtype=torch.float64)
+                turned = torch.cat([part[:2] * angle.cos() - part[2:] * angle.sin(), part[:2] * angle.sin() + part[2:] * angle.cos()])
+                for j, value in enumerate(m @ turned):
+                    if 4 * (block % 2) + j < 7:
+                        want[t, 4 * (block % 2) + j] += weight * value
+    torch.testing.assert_close(square.grouped_square(y, x, rows, [form], [m]), want, rtol=0, atol=1e-6)
+    inputs = [t.requires_grad_() for t in (y, x, m)]
+    assert torch.autograd.gradcheck(lambda y, x, m: square.grouped_square(y, x, rows, [form], [m]), inputs)
+
+
+def test_grouped_square_refuses_what_does_not_fit(isa: str) -> None:
+    x, y, form, m = torch.zeros(9, 6), torch.zeros(9, 4), square.Form(3, 2, 6, 4), torch.zeros(3, 3)
+    for bad in ([(0, 10, 0, 1.0)], [(0, 2, 1, 1.0)]):
+        with pytest.raises(ValueError, match="does not fit"):
+            square.grouped_square(y, x, bad, [form], [m])
+    for wrong in (square.Form(3, 2, 7, 4), square.Form(3, 2, 6, 5), square.Form(3, 3, 6, 4), square.Form(3, 1, 6, 4, turned=True)):
+        with pytest.raises(ValueError, match="does not fit"):
+            square.grouped_square(y, x, [], [wrong], [m])
+    with pytest.raises(ValueError, match="does not fit"):
+        square.grouped_square(y, x, [], [form], [torch.zeros(3, 4)])
+
+
 # ---- elementwise
 
 
@@ -283,6 +348,7 @@ def test_operations_keep_torchs_promises(dtype: torch.dtype) -> None:
         "swiglu": (made(3, 70), made(3, 70)),
         "rotary": (made(3, 2, 6), made(3, 6).detach(), made(3, 6).detach(), False),
         "grouped_lowrank": (made(5, 9), made(5, 6), table, weights, [made(2, 6), made(3, 6)], [made(2, 9), made(3, 9)]),
+        "grouped_square": (made(5, 9), made(5, 6), table, weights, [3, 2, 6, 9, 0, 0, 4, 2, 6, 9, 0, 1], [made(3, 3), made(4, 4)]),
     }
     for name, inputs in samples.items():
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -343,11 +409,13 @@ def test_two_threads_give_what_one_gives(isa: str) -> None:
     held, x = nf4.quantize(torch.randn(300, 300)), torch.randn(200, 300).bfloat16()
     rows = [(0, 150, 0, 1.0), (100, 200, 1, 0.5)]
     a, b = [torch.randn(r, 300) for r in (3, 9)], [torch.randn(300, r) for r in (3, 9)]
+    forms, m = [FORMS[name](300, 300) for name in ("rotation", "runs")], [torch.randn(q, q) for q in (34, 21)]
 
     def everything() -> list[Tensor]:
         return [
             nf4.dequantize(held, torch.bfloat16), nf4.nf4_linear(x[:20], held), e.swiglu(x, x), e.rms_norm(x, x[0], 1e-5),
             *gradients(lambda x: low.grouped_lowrank(x, x, rows, a, b), [x], torch.ones_like(x)),
+            *gradients(lambda x: square.grouped_square(x, x, rows, forms, m), [x], torch.ones_like(x)),
         ]  # fmt: skip
 
     one = everything()

@@ -1,9 +1,10 @@
 """What stands in a frozen module's place: the module, and the deltas that act on it as the switchboard says.
 
-    forward    y0 = W x, then every acting delta's part: one by one, or all low-rank ones in one product (`Lean`)
+    forward    y0 = W x, then every acting delta's part: one by one, or all of a kind that a kernel knows at once (`Lean`)
     training   deltas are modules                 serving   low-rank ones are two views into the engine's pool (`Thin`)
 """
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -14,7 +15,8 @@ from afina.base.fast import PLAIN, FastLinear
 from afina.base.nf4 import NF4Linear
 from afina.delta.layers import Layer
 from afina.errors import SettingsError
-from afina.kernels.lowrank import Prepared, adapted_linear, grouped_lowrank
+from afina.kernels import lowrank, square
+from afina.kernels.adapted import Parts, adapted_linear
 from afina.kernels.native import direct, kernels
 from afina.segments import Segment, Segments, Switchboard
 
@@ -29,7 +31,7 @@ class Thin:
     """
 
     __slots__ = ("a", "bt", "scale")
-    replaces, low_rank, made = False, True, None
+    replaces, low_rank, square, made = False, True, False, None
 
     def __init__(self, a: Tensor, bt: Tensor, scale: float) -> None:
         self.a, self.bt, self.scale = a, bt, scale
@@ -52,7 +54,7 @@ class Whole:
     """A layer's weight with an adapter taken in, beside the frozen one: it acts alone and everywhere."""
 
     __slots__ = ("layer",)
-    replaces, low_rank = True, False
+    replaces, low_rank, square = True, False, False
 
     @property
     def weight(self) -> Tensor:
@@ -128,7 +130,7 @@ class Adapted(nn.Module):
         lean = self._lean(segments, x) if direct() else None
         if lean is not None and lean.alone:
             return lean.add(self.base(x, *others, **named), x)
-        if lean is None and (rows := self._thin_alone(segments, x)):
+        if lean is None and (rows := self._grouped_alone(segments, x)):
             return self._adapted(x, rows)
         apart = () if lean is None else lean.names  # what acts below, in one product
         acting = [(d, weight) for n, weight in segments.everywhere if n not in apart and (d := self.find(n)) is not None]
@@ -145,32 +147,27 @@ class Adapted(nn.Module):
             y = self.layer.from_rows(y)
         return y if lean is None else lean.add(y, x)
 
-    def _thin_alone(self, segments: Segments, x: Tensor) -> list[Segment]:
-        """The rows of what acts, where all of it is low-rank, the base plain and frozen, and gradients are wanted."""
+    def _grouped_alone(self, segments: Segments, x: Tensor) -> list[Segment]:
+        """The rows of what acts, where kernels know all of it, the base is plain and frozen, and gradients are wanted."""
         base: Any = self.base
         if type(base) not in (*PLAIN, NF4Linear) or segments.unit != "token" or not torch.is_grad_enabled():
             return []
         held = [] if isinstance(base, NF4Linear) else [p for p in (base.weight, base.bias) if p is not None]
         if torch.compiler.is_compiling() or any(p.requires_grad for p in held):
             return []
-        if x.ndim < 2 or not kernels.first(x) or not kernels.take(x, *held):
+        if x.ndim < 2 or not kernels.first(x, *held):
             return []
         rows = [row for row in _rows(segments, x.shape[:-1].numel()) if self.find(row.adapter) is not None]
-        suits = all(is_thin(self.find(row.adapter)) and _suits(self.find(row.adapter), row) for row in rows)
-        return rows if suits else []
+        return rows if all(_suits(self.find(row.adapter), row) for row in rows) else []
 
     def _adapted(self, x: Tensor, rows: list[Segment]) -> Tensor:
         """The base's product and the parts of `rows`, as one operation."""
         base: Any = self.base
-        deltas: dict[str, Any] = {row.adapter: self.find(row.adapter) for row in rows}
-        names = list(deltas)
-        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
-        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
 
         def back(grad: Tensor) -> Tensor:
             return grad @ (base.dequantize(grad.dtype) if isinstance(base, NF4Linear) else base.weight)
 
-        return adapted_linear(x, base, back, table, a, b)
+        return adapted_linear(x, base, back, _groups(rows, self.find))
 
     def _lean(self, segments: Segments, x: Tensor) -> "Lean | None":
         """One product for all low-rank deltas that act, where nothing is learned.
@@ -189,11 +186,8 @@ class Adapted(nn.Module):
         """
         flat = unit == "token"
         if flat and x.is_floating_point() and not self.layer.channels_first and kernels.fast(x, y):
-            deltas = {row.adapter: self.find(row.adapter) for row in rows}
-            thin = {name: delta for name, delta in deltas.items() if is_thin(delta)}
-            if thin:
-                y = self._add_thin(x, y, [row for row in rows if row.adapter in thin], thin)
-            if not (rows := [row for row in rows if row.adapter not in thin]):
+            y = self._add_groups(x, y, [row for row in rows if is_grouped(self.find(row.adapter))])
+            if not (rows := [row for row in rows if not is_grouped(self.find(row.adapter))]):
                 return y
         inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if flat else x
         before, out = (y0.flatten(0, -2), y.flatten(0, -2).clone()) if flat else (y0, y.clone())
@@ -206,17 +200,16 @@ class Adapted(nn.Module):
             out = out.index_add(0, index, self.find(name)(inputs[index], part, weight) - part)
         return out.view(y.shape)
 
-    @staticmethod
-    def _add_thin(x: Tensor, y: Tensor, rows: list[Segment], deltas: dict[str, Any]) -> Tensor:
-        """The same in one product, where all that acts is low-rank."""
-        names = list(deltas)
-        table = [(row.start, row.end, names.index(row.adapter), row.weight * deltas[row.adapter].scale) for row in rows]
-        a, b = [delta.a for delta in deltas.values()], [delta.b for delta in deltas.values()]
-        return grouped_lowrank(y.flatten(0, -2), x.flatten(0, -2), table, a, b).view(y.shape)
+    def _add_groups(self, x: Tensor, y: Tensor, rows: list[Segment]) -> Tensor:
+        """The same for what kernels know, which copy y once a kind."""
+        flat, run = y.flatten(0, -2), x.flatten(0, -2)
+        for group in _groups(rows, self.find):
+            flat = group.added(flat, run)
+        return flat.view(y.shape)
 
 
 class Lean:
-    """The product of the low-rank deltas that act in one layer, ready for it, and what it holds for."""
+    """The products of the deltas that act in one layer and that kernels know, ready for it, and what they hold for."""
 
     def __init__(self, segments: Segments, x: Tensor, adapted: Adapted, rows: list[Segment]) -> None:
         named = dict.fromkeys([*(name for name, _ in segments.everywhere), *(row.adapter for row in segments.rows)])
@@ -225,21 +218,18 @@ class Lean:
         acting: dict[str, Any] = {row.adapter: adapted.find(row.adapter) for row in rows}
         self.names = list(acting)
         self.alone = all(found is None or name in acting for name, found in zip(named, self._found, strict=True))
-        matrices = [delta.thin(x.dtype) for delta in acting.values()]
+        self._products = _prepared(x, adapted.layer.out_features, rows, adapted.find)
         learned = [delta for delta in acting.values() if not isinstance(delta, Thin)]  # a served one stays as it is
         self._learned, self._made = learned, [delta.made for delta in learned]
-        self._sources = [t for delta in learned for t in (delta.a, delta.b) if not t.is_inference()]
+        self._sources = [t for delta in learned for t in delta.parameters() if not t.is_inference()]
         self._versions = [t._version for t in self._sources]
-        table = [(row.start, row.end, self.names.index(row.adapter), row.weight * acting[row.adapter].scale) for row in rows]
-        self._product = Prepared(x.shape[:-1].numel(), table, *zip(*matrices, strict=True))
 
     @classmethod
     def prepare(cls, segments: Segments, x: Tensor, adapted: Adapted) -> "Lean | None":
-        """The product for what acts on x; None where nothing is low-rank, or PyTorch's own products are faster."""
+        """The products for what acts on x; None where kernels know nothing of it, or PyTorch's own are faster."""
         if segments.unit != "token" or not x.is_floating_point() or x.ndim < 2 or not kernels.first(x):
             return None
-        rows = [row for row in _rows(segments, x.shape[:-1].numel()) if is_thin(adapted.find(row.adapter))]
-        rows = [row for row in rows if _suits(adapted.find(row.adapter), row)]
+        rows = [row for row in _rows(segments, x.shape[:-1].numel()) if _suits(adapted.find(row.adapter), row)]
         return cls(segments, x, adapted, rows) if rows else None
 
     def is_for(self, segments: Segments, x: Tensor) -> bool:
@@ -259,7 +249,9 @@ class Lean:
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y, to which the deltas are added in place."""
         y = y if y.dtype == x.dtype and y.is_contiguous() else y.to(x.dtype).contiguous()
-        return self._product.add(y, x)
+        for product in self._products:
+            product.add(y, x)
+        return y
 
 
 def _rows(segments: Segments, tokens: int) -> list[Segment]:
@@ -268,15 +260,50 @@ def _rows(segments: Segments, tokens: int) -> list[Segment]:
 
 
 def _suits(delta: Any, row: Segment) -> bool:
-    """Whether the kernel is faster on this row than PyTorch's products are."""
-    return row.end - row.start <= LONG or len(delta.a) <= THIN
+    """Whether a kernel knows the delta, and is faster on this row than PyTorch's products are."""
+    return is_grouped(delta) and (delta.square or row.end - row.start <= LONG or len(delta.a) <= THIN)
 
 
-def is_thin(delta: Any) -> bool:
-    """Whether the delta adds scale * B A x now, and nothing else; False for none."""
-    if delta is None or not delta.low_rank:
+def is_grouped(delta: Any) -> bool:
+    """Whether what the delta adds now is what a kernel does for many at once, and nothing else; False for none."""
+    if delta is None or not (delta.low_rank or delta.square):
         return False
     return isinstance(delta, Thin) or (delta.accumulated is None and not (delta.dropout and delta.training))
+
+
+Find = Callable[[str], Any]
+
+
+def _of_kind(rows: list[Segment], find: Find, square: bool) -> tuple[list[lowrank.Row], list[Any]]:
+    """The rows of one kind of deltas as its kernel takes them, and the deltas that they number."""
+    deltas = {row.adapter: find(row.adapter) for row in rows if find(row.adapter).square == square}
+    names = list(deltas)
+    mine = [row for row in rows if row.adapter in deltas]
+    return [(r.start, r.end, names.index(r.adapter), r.weight * deltas[r.adapter].scale) for r in mine], list(deltas.values())
+
+
+def _groups(rows: list[Segment], find: Find) -> list[Parts]:
+    """What acts, each kind as its kernel takes it."""
+    groups: list[Parts] = []
+    thin, thins = _of_kind(rows, find, square=False)
+    if thin:
+        groups.append(lowrank.LowRank(thin, [d.a for d in thins], [d.b for d in thins]))
+    wide, squares = _of_kind(rows, find, square=True)
+    if wide:
+        groups.append(square.Squares(wide, [d.form for d in squares], [d.m for d in squares]))
+    return groups
+
+
+def _prepared(x: Tensor, out: int, rows: list[Segment], find: Find) -> list[lowrank.Prepared | square.Prepared]:
+    """The same for inference."""
+    made: list[lowrank.Prepared | square.Prepared] = []
+    thin, thins = _of_kind(rows, find, square=False)
+    if thin:
+        made.append(lowrank.Prepared(x.shape[:-1].numel(), thin, *zip(*[d.thin(x.dtype) for d in thins], strict=True)))
+    wide, squares = _of_kind(rows, find, square=True)
+    if wide:
+        made.append(square.Prepared(x, out, wide, [d.form for d in squares], [d.units(x.dtype) for d in squares]))
+    return made
 
 
 class AdaptedParameter(nn.Module):

@@ -87,6 +87,7 @@ class Delta(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
     constants: ClassVar[tuple[str, ...]] = ()  # methods without arguments whose value the gradient takes as constant
     low_rank: ClassVar[bool] = False  # True where scale * b a x, of these attributes, is all it adds (dropout, restarts aside)
+    square: ClassVar[bool] = False  # True where scale * unfold(m fold(x)), of its `form` and `m`, is all it adds (likewise)
     replaces: ClassVar[bool] = False  # True where the output is the delta's own and the base need not run
     chosen: ClassVar[bool] = True  # False: no method of its own, but a part that an adapter of any method may have
     kinds: ClassVar[str] = "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters

@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from afina.delta.contract import Cost, Delta, Layer, Spec
 from afina.errors import SettingsError, nearest
+from afina.kernels.native import kernels
+from afina.kernels.square import Form, angles, turn, units
 
 OPERATORS = ("truncation", "sharing", "decoupling", "rotation")
 GROUPINGS = ("strided", "adjacent")
@@ -37,6 +39,7 @@ class MoRA(Delta):
 
     keys = {"m": "mora_M.weight"}
     options = ("operator", "grouping", "use_alpha")
+    square = True
     cos: Tensor
     sin: Tensor
 
@@ -47,13 +50,37 @@ class MoRA(Delta):
         self.size = size = size_of(layer, spec)  # q
         self.scale = spec.scale_of(layer.path) if spec.options.get("use_alpha") else 1.0
         self.dropout = spec.dropout
+        self.made: tuple[object, Tensor] | None = None  # what `units` keeps
         blocks, self.outs = math.ceil(layer.in_features / size), math.ceil(layer.out_features / size)
         self.slots = min(blocks, self.outs) if self.operator in ("decoupling", "rotation") else 1  # p
         self.m = nn.Parameter(torch.zeros(size, size, device=layer.device))  # (q, q), float32
         if self.operator == "rotation":
-            angles = torch.arange(blocks)[:, None] / 10000 ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
-            self.register_buffer("cos", angles.cos().float().to(layer.device), persistent=False)  # (blocks, q / 2)
-            self.register_buffer("sin", angles.sin().float().to(layer.device), persistent=False)
+            cos, sin = angles(size, blocks)
+            self.register_buffer("cos", cos.to(layer.device), persistent=False)  # (blocks, q / 2)
+            self.register_buffer("sin", sin.to(layer.device), persistent=False)
+
+    @property
+    def form(self) -> Form:
+        """The operator as the kernels know it."""
+        ins, outs = self.layer.in_features, self.layer.out_features
+        if self.operator == "truncation":
+            return Form(self.size, 1, min(ins, self.size), min(outs, self.size))
+        if self.operator == "sharing":
+            return Form(self.size, 1, ins, outs, runs=self.grouping == "adjacent")
+        return Form(self.size, self.slots, ins, outs, turned=self.operator == "rotation")
+
+    @torch.no_grad()
+    def units(self, dtype: torch.dtype) -> Tensor:
+        """M transposed as the kernels' product with rows of `dtype` reads it, for inference: kept until M changes."""
+        state = (dtype, kernels.isa, self.m.data_ptr(), 0 if self.m.is_inference() else self.m._version)
+        if self.made is None or self.made[0] != state:
+            self.made = (state, units(self.m, dtype, True))
+        return self.made[1]
+
+    def train(self, mode: bool = True) -> "MoRA":
+        """As of any module; what was kept for inference is forgotten."""
+        self.made = None
+        return super().train(mode)
 
     @property
     def grouping(self) -> str:
@@ -73,29 +100,15 @@ class MoRA(Delta):
         y0 = self.carried(x, y0, weight)
         if x.is_floating_point():
             x = F.dropout(x, self.dropout) if self.dropout and self.training else x
-            low = self.compress(self.layer.rows(x).flatten(0, -2).to(y0.dtype))  # (T, p, q)
+            turns = (self.cos, self.sin) if self.operator == "rotation" else None
+            low = self.form.fold(self.layer.rows(x).flatten(0, -2).to(y0.dtype), turns)  # (T, p, q)
         else:
-            low = self.compress_index(x.flatten(), y0.dtype)
+            low = self.fold_index(x.flatten(), y0.dtype)
         m = (weight * self.scale * self.m).to(y0.dtype)
-        return y0 + self.decompress(F.linear(low, m)).view(y0.shape)
+        return y0 + self.form.unfold(F.linear(low, m), self.layer.out_features).view(y0.shape)
 
-    def compress(self, x: Tensor) -> Tensor:
-        """x (T, in) as vectors that M takes: (T, p, q)."""
-        size, width = self.size, x.shape[-1]
-        if self.operator == "truncation":
-            return F.pad(x[:, :size], (0, max(0, size - width)))[:, None]
-        if self.operator == "sharing" and self.grouping == "adjacent":
-            run, longer = divmod(width, size)
-            first, rest = x.tensor_split([longer * (run + 1)], 1)
-            sums = first.unflatten(1, (longer, run + 1)).sum(2), rest.unflatten(1, (size - longer, run)).sum(2)
-            return torch.cat(sums, 1)[:, None]
-        blocks = F.pad(x, (0, -width % size)).unflatten(1, (-1, size))  # (T, blocks, q)
-        if self.operator == "rotation":
-            blocks = turn(blocks, self.cos, self.sin)
-        return fold(blocks, self.slots)
-
-    def compress_index(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`compress` of the one-hot vectors of x (T) integers, without writing them out over all inputs."""
+    def fold_index(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`Form.fold` of the one-hot vectors of x (T) integers, without writing them out over all inputs."""
         if self.operator == "truncation":
             return F.one_hot(x.clamp(max=self.size), self.size + 1)[:, None, :-1].to(dtype)
         if self.operator == "sharing":
@@ -105,17 +118,6 @@ class MoRA(Delta):
         if self.operator == "rotation":
             low = turn(low, self.cos[block], self.sin[block])
         return F.one_hot(block % self.slots, self.slots).to(dtype)[..., None] * low[:, None]
-
-    def decompress(self, z: Tensor) -> Tensor:
-        """Outputs (T, out) of what M gave, z (T, p, q)."""
-        out = self.layer.out_features
-        if self.operator == "truncation":
-            return F.pad(z[:, 0, :out], (0, max(0, out - self.size)))
-        if self.operator == "sharing" and self.grouping == "adjacent":
-            run, longer = divmod(out, self.size)
-            first, rest = z[:, 0, :, None].tensor_split([longer], 1)
-            return torch.cat([first.expand(-1, -1, run + 1).flatten(1), rest.expand(-1, -1, run).flatten(1)], 1)
-        return z.repeat(1, math.ceil(self.outs / self.slots), 1).flatten(1)[:, :out]
 
     def groups(self, count: int) -> Tensor:
         """g of `count` outputs or inputs, as sharing groups them now: (count)."""
@@ -150,13 +152,19 @@ class MoRA(Delta):
 
     @classmethod
     def cost(cls, layer: Layer, spec: Spec) -> Cost:
-        """What M reads is kept, p vectors of q numbers a token, and x only where it is cut by truncation."""
+        """x alone is kept where the C++ kernel runs; else what M reads, p vectors of q numbers, and x if truncation cuts it.
+
+        The second is what a GPU keeps too, but the first is said of it where there are C++ kernels: in a Llama a fifth less.
+        """
         size, operator = size_of(layer, spec), operator_of(layer, spec)
         blocks = min(math.ceil(layer.in_features / size), math.ceil(layer.out_features / size))
         slots = blocks if operator in ("decoupling", "rotation") else 1
+        products = float(slots * size**2)
+        if kernels.isas and not spec.dropout:
+            return Cost(True, 0, products)
         dropped = 2 * layer.in_features if spec.dropout else 0
         works = 2.0 * layer.in_features if operator == "rotation" else 0.0  # inputs padded, and turned
-        return Cost(operator == "truncation", slots * size + dropped, float(slots * size**2), works=works)
+        return Cost(operator == "truncation", slots * size + dropped, products, works=works)
 
 
 def operator_of(layer: Layer, spec: Spec) -> str:
@@ -169,23 +177,6 @@ def size_of(layer: Layer, spec: Spec) -> int:
     """q, the width of M."""
     size = math.isqrt((layer.out_features + layer.in_features) * spec.rank_of(layer.path))
     return max(2, size - size % 2) if operator_of(layer, spec) == "rotation" else size
-
-
-def fold(blocks: Tensor, slots: int) -> Tensor:
-    """Blocks (T, n, q) added round and round into `slots` of them: (T, slots, q)."""
-    if blocks.shape[1] == slots:
-        return blocks
-    return F.pad(blocks, (0, 0, 0, -blocks.shape[1] % slots)).unflatten(1, (-1, slots)).sum(1)
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (..., q) with each pair, q / 2 apart, turned by its angle; cos and sin (..., q / 2).
-
-    The paper writes pairs of neighbours: the same but for the order of inputs, and 3 times slower (512 x 1024, bf16).
-    """
-    first, second = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(first * sin, second, cos)], -1)
 
 
 def _known(value: Any, names: tuple[str, ...], where: str) -> str:

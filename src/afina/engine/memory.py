@@ -21,6 +21,8 @@ from afina.engine.resident import Resident, read_numbers
 from afina.engine.shelf import Content, Lent, Shelf, stamp
 from afina.errors import AdapterError
 
+AHEAD = 8  # adapters that are read, or were, before their turn
+
 
 class Memory:
     """The pool with everything in it. Only the engine's thread calls, but for reading ahead from disk."""
@@ -72,8 +74,12 @@ class Memory:
         """Begin to read an adapter from disk, so that it is there when its turn comes."""
         if isinstance(content, Lent) or self._near(content.hash) or content.hash in self._ahead:
             return
-        if len(self._ahead) < 8:
-            self._ahead[content.hash] = self._reader.submit(_read, content)
+        if len(self._ahead) >= AHEAD:  # what was read for a request that is gone must not stand in the way for good
+            oldest = next((digest for digest, read in self._ahead.items() if read.done()), None)
+            if oldest is None:
+                return
+            del self._ahead[oldest]
+        self._ahead[content.hash] = self._reader.submit(_read, content)
 
     def ready(self, content: Content | Lent) -> bool:
         """Whether the adapter can be brought in without waiting for the disk."""

@@ -18,7 +18,7 @@ from afina.base.model import Base
 from afina.delta.adapted import Thin, Whole
 from afina.engine.memory import Memory
 from afina.engine.resident import seat_of
-from afina.engine.scheduler import Piece
+from afina.engine.scheduler import Acting, Piece
 from afina.segments import Segments
 
 ENTER, LEAVE = 0.8, 0.5  # share of the tokens of late that must be one adapter's
@@ -63,7 +63,7 @@ class Merging:
         """The table of a merged step; None where others act too, or it is not worth it."""
         if not self.ready or self.hot is None:
             return None
-        alone = all(s.acting == [(self.hot, 1.0, 0)] for s, _ in pieces)
+        alone = all(_alone(s.acting) == self.hot for s, _ in pieces)
         return Segments.all(_label(self.hot)) if alone and not self._trial(pieces) else None
 
     def _trial(self, pieces: Many[Piece]) -> bool:
@@ -72,9 +72,9 @@ class Merging:
         merged, plain = (self._clocks[way].counts.get(size, 0) for way in (True, False))
         return plain < TRIALS <= merged
 
-    def waits(self, acting: Many[tuple[str, float, int]]) -> bool:
+    def waits(self, acting: Many[Acting]) -> bool:
         """Whether a request had better wait a little, so that steps stay merged."""
-        return self.ready and list(acting) != [(self.hot, 1.0, 0)]
+        return self.ready and _alone(acting) != self.hot
 
     # ---- what was seen
 
@@ -82,16 +82,14 @@ class Merging:
         """A step was taken: count whose tokens they were, and how long it took."""
         self.steps += merged
         tokens = sum(count for _, count in pieces)
-        alone = {name for s, _ in pieces for name, _, _ in s.acting}
-        if merged or alone == {self.hot}:
+        if self.hot is not None and (merged or all(_alone(s.acting) == self.hot for s, _ in pieces)):
             self._clocks[merged].note(tokens, seconds)
         for name in self._shares:
             self._shares[name] *= RECENT
         self._total = self._total * RECENT + len(pieces)
         for sequence, _ in pieces:
-            if [weight for _, weight, start in sequence.acting if start == 0] == [1.0]:
-                name = sequence.acting[0][0]
-                self._shares[name] = self._shares.get(name, 0.0) + 1.0
+            if (alone := _alone(sequence.acting)) is not None:
+                self._shares[alone] = self._shares.get(alone, 0.0) + 1.0
         self._decide()
 
     def _decide(self) -> None:
@@ -159,6 +157,11 @@ class Merging:
             seat_of(self.base, place.path).served.pop(_label(name), None)
         self.memory.shelf.states[name] = "device" if self.memory.pool.memory.is_cuda else "host"
         self.memory.release(name)
+
+
+def _alone(acting: Many[Acting]) -> str | None:
+    """The adapter that acts alone, with weight 1 and from the first token on; None where it is otherwise."""
+    return acting[0][0] if len(acting) == 1 and acting[0][1:] == (1.0, 0) else None
 
 
 def _label(name: str) -> str:

@@ -10,7 +10,7 @@ the youngest goes back to wait: its tokens are kept, its keys and values compute
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from afina.engine.memory import Memory
@@ -55,12 +55,6 @@ class Scheduler:
         queue.appendleft(sequence) if again else queue.append(sequence)
         for content in sequence.needed:
             self.memory.prefetch(content)
-
-    def everyone(self) -> Iterator[Sequence]:
-        """All sequences, running and waiting."""
-        yield from self.running
-        for queue in self.queues.values():
-            yield from queue
 
     # ---- the step
 
@@ -203,6 +197,7 @@ class Scheduler:
         for client in [client for client in self.served if client not in present]:
             del self.served[client]
             self.queues.pop(client, None)
+            self._passed.pop(client, None)
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""

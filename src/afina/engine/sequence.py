@@ -39,7 +39,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         for part, content in zip(self.request.parts, self.contents, strict=True):
-            invocation = content.spec.invocation
+            invocation = content.invocation
             start = last_start(self.tokens, invocation) if invocation else 0
             if start is not None:
                 self.acting.append((part.adapter, part.weight, start))

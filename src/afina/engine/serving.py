@@ -65,7 +65,6 @@ class Engine:
         self._merging = Merging(base, self.memory, settings.merged_memory)
         self.scheduler.waits = self._merging.waits
         self._stops = stop_tokens(base)
-        self._vocabulary = int(base.head.weight.shape[0])  # type: ignore[index,union-attr]
         self._messages: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -114,7 +113,7 @@ class Engine:
         names = tuple(part.adapter for part in request.parts)
         contents = self.shelf.hold(names)
         try:
-            chooser = Chooser(request.sampling, request.prompt, self._vocabulary, self._grammar(request))
+            chooser = Chooser(request.sampling, request.prompt, self.base.vocabulary, self._grammar(request))
             text = Text(self.base.tokenizer, request.sampling.stop)
             with self._wake:
                 self._number += 1
@@ -160,19 +159,6 @@ class Engine:
         self._tell(work)
         return future
 
-    def call(self, work: Callable[[], Any]) -> "Future[Any]":
-        """Run `work` in the engine's thread, between two steps."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-
-        self._tell(run)
-        return future
-
     def figures(self) -> dict[str, Any]:
         """What the engine is doing, in numbers."""
         pool = self.memory.pool
@@ -195,8 +181,8 @@ class Engine:
         if not 0 < len(prompt) < self.base.context:
             why = f"the base reads from 1 to {self.base.context - 1} before its answer"
             raise DataError(f"a prompt of {counted(len(prompt), 'token')}", why=why)
-        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
-            raise DataError(f"token {max(prompt)}", why=f"the vocabulary ends at {self._vocabulary}")
+        if min(prompt) < 0 or max(prompt) >= self.base.vocabulary:
+            raise DataError(f"token {max(prompt)}", why=f"the vocabulary ends at {self.base.vocabulary}")
         if sampling.max_new_tokens < 1:
             raise DataError(f"max_new_tokens is {sampling.max_new_tokens}", why="at least one token is generated")
         return min(self.base.context, len(prompt) + sampling.max_new_tokens)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from afina.base.model import Base
 from afina.base.safety import read_header
-from afina.delta.attach import Adapter
 from afina.delta.contract import Spec
 from afina.delta.files import WEIGHTS, adapter_folder, content_hash, read_spec, read_story
 from afina.engine.request import Entry
 from afina.engine.resident import Layout, Layouts
 from afina.errors import AdapterError, nearest
+from afina.route.invocation import Route
 
 Stamp = tuple[int, int, int, int]  # device, inode, size and time of change (ns) of a file
 
@@ -50,6 +50,11 @@ class Content:
         return self.layout.spec
 
     @property
+    def invocation(self) -> tuple[int, ...]:
+        """Tokens from whose last occurrence on it acts; none: everywhere."""
+        return self.spec.invocation
+
+    @property
     def bytes(self) -> int:
         """Its size on disk."""
         return self.layout.numbers * self.layout.dtype.itemsize
@@ -64,7 +69,7 @@ class Lent:
 
     hash: str
     label: str
-    spec: Spec
+    invocation: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -171,16 +176,18 @@ class Shelf:
 
     # ---- contents
 
-    def lend(self, adapter: Adapter) -> str:
+    def lend(self, route: Route) -> str:
         """Let requests use an adapter that is attached to the base, as it is now; returns what stands for it in a `Part`.
+
+        Of its route count the name in the layers and the invocation; its weight is the `Part`'s.
 
         Lend it again after each change: pages that its former numbers made are then never read again. Until `take_back`,
         requests that are under way follow the numbers as they change, so let them end first.
         """
         with self._lock:
             self._lendings += 1
-            digest = f"{adapter.name}@{self._lendings}"
-            self._contents[digest] = Lent(digest, adapter.name, adapter.spec)
+            digest = f"{route.adapter}@{self._lendings}"
+            self._contents[digest] = Lent(digest, route.adapter, route.invocation)
             return digest
 
     def take_back(self, digest: str) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from afina.base.model import Base
-from afina.delta.attach import Adapter
-from afina.delta.contract import Spec
 from afina.engine.generate import generate_tokens, stop_tokens
 from afina.engine.pages import PAGE
 from afina.engine.request import Part, Request, Sampling
@@ -51,7 +49,7 @@ class EngineWriter:
         self, engine: Engine, prompts: Sequence[Sequence[int]], seed: int, sampling: Sampling, route: Route | None, run: str
     ) -> list[list[int]]:
         acting = () if route is None else route.apart()
-        parts = tuple(Part(engine.shelf.lend(_lent(one)), one.weight) for one in acting)
+        parts = tuple(Part(engine.shelf.lend(one), one.weight) for one in acting)
         requests = [
             Request(tuple(prompt), replace(sampling, seed=seed + number), parts, owner=run, stops=self.stops)
             for number, prompt in enumerate(prompts)
@@ -82,8 +80,3 @@ def _engine(base: Base, longest: int) -> Engine | None:
         return Engine(base, settings)
     except BaseError:
         return None
-
-
-def _lent(route: Route) -> Adapter:
-    """What the shelf has to know of an adapter that is attached already: its name, and from where on it acts."""
-    return Adapter(route.adapter, Spec("lora", (), invocation=route.invocation), {})

@@ -9,16 +9,15 @@ Nothing is gathered, copied or padded to the largest rank. The same table serves
 step in which each row has an adapter of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from afina.kernels.native import TYPES, address, kernels, operation
 
-Product = Callable[[Tensor], Tensor]
 Row = tuple[int, int, int, float]  # start, end, adapter (a place in the lists of A and B), weight
 
 
@@ -27,12 +26,12 @@ def grouped_lowrank(y: Tensor, x: Tensor, rows: Sequence[Row], a: Sequence[Tenso
 
     Rows may overlap. A and B of another dtype (float32 parameters under bf16 activations) are rounded to that of x.
     """
-    _check_rows(rows, x.shape[0], len(a))
+    check_rows(rows, x.shape[0], len(a))
     for k, (left, right) in enumerate(zip(a, b, strict=True)):
         if left.shape != (right.shape[1], x.shape[1]) or right.shape[0] != y.shape[1] or len(y) != len(x):
             raise ValueError(f"adapter {k}, A {tuple(left.shape)} and B {tuple(right.shape)}, does not fit "
                              f"x {tuple(x.shape)} and y {tuple(y.shape)}")  # fmt: skip
-    return _lowrank(y, x, *_as_table(rows), [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b])
+    return _lowrank(y, x, *as_table(rows), [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b])
 
 
 class Prepared:
@@ -43,7 +42,7 @@ class Prepared:
     """
 
     def __init__(self, tokens: int, rows: Sequence[Row], a: Sequence[Tensor], bt: Sequence[Tensor]) -> None:
-        _check_rows(rows, tokens, len(a))
+        check_rows(rows, tokens, len(a))
         width, out, dtype = a[0].shape[1], bt[0].shape[1], a[0].dtype
         for left, right in zip(a, bt, strict=True):
             fits = left.shape == (len(right), width) and right.shape[1] == out and left.dtype == dtype
@@ -69,62 +68,58 @@ class Prepared:
         return y
 
 
-def _check_rows(rows: Sequence[Row], tokens: int, adapters: int) -> None:
+def check_rows(rows: Sequence[Row], tokens: int, adapters: int) -> None:
+    """Raise `ValueError` where a row is not of `tokens` tokens and `adapters` adapters."""
     for start, end, adapter, _ in rows:
         if not 0 <= start <= end <= tokens or not 0 <= adapter < adapters:
             raise ValueError(f"row ({start}, {end}, {adapter}) does not fit {tokens} tokens and {adapters} adapters")
 
 
-class _Adapted(torch.autograd.Function):
-    """A frozen product and the adapters' parts added to it in place, forwards and backwards: no copy of y, no sum of grads."""
+@dataclass(frozen=True)
+class LowRank:
+    """The parts of low-rank adapters as `adapted_linear` takes them: what acts where, A (r, in) and B (out, r) of each."""
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, product: Product, back: Product, table: Tensor, weights: Tensor, *matrices: Tensor
-    ) -> Tensor:
-        y = product(x)
-        half = len(matrices) // 2
-        a = [t.to(x.dtype).contiguous() for t in matrices[:half]]
-        bt = [t.T.to(x.dtype).contiguous() for t in matrices[half:]]
-        flat = x.flatten(0, -2).contiguous()
-        kernels.lowrank(*_about(flat, y.shape[-1], table, weights, a, bt), address(flat), address(y))
-        ctx.save_for_backward(x, table, weights, *a, *bt)
-        ctx.back, ctx.dtypes = back, [t.dtype for t in matrices]
-        return y
+    rows: Sequence[Row]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, table, weights, *matrices = ctx.saved_tensors
-        half = len(matrices) // 2
-        a, bt = matrices[:half], matrices[half:]
-        grad, flat = grad.contiguous(), x.flatten(0, -2).contiguous()
-        grad_x = ctx.back(grad).contiguous() if ctx.needs_input_grad[0] else None
-        made = [torch.empty(t.shape) for t in matrices]
+    @property
+    def adapters(self) -> int:
+        """How many there are."""
+        return len(self.a)
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """What gradients reach."""
+        return [*self.a, *self.b]
+
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (T, out) plus the parts: `grouped_lowrank`."""
+        return grouped_lowrank(y, x, self.rows, self.a, self.b)
+
+    def add(self, y: Tensor, x: Tensor) -> list[Tensor]:
+        """y (T, out), to which the parts are added in place; what the way back wants to be kept."""
+        if any(left.shape != (right.shape[1], x.shape[-1]) for left, right in zip(self.a, self.b, strict=True)):
+            raise ValueError(f"x {tuple(x.shape)} does not fit")
+        a, bt = [t.to(x.dtype).contiguous() for t in self.a], [t.T.to(x.dtype).contiguous() for t in self.b]
+        table = as_table(self.rows)
+        kernels.lowrank(*_about(x, y.shape[-1], *table, a, bt), address(x), address(y))
+        return [*a, *bt]
+
+    def back(self, grad: Tensor, x: Tensor, grad_x: Tensor | None, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of each A and B, float32; that of x is added to `grad_x`."""
+        half = len(kept) // 2
+        a, bt = list(kept[:half]), list(kept[half:])
+        table, made = as_table(self.rows), [torch.empty(t.shape) for t in kept]
         kernels.lowrank_backward(
-            *_about(flat, grad.shape[-1], table, weights, a, bt), address(flat), address(grad), address(grad_x),
+            *_about(x, grad.shape[-1], *table, a, bt), address(x), address(grad), address(grad_x),
             [address(t) for t in made[:half]], [address(t) for t in made[half:]],
         )  # fmt: skip
-        grads = [*made[:half], *(t.T for t in made[half:])]
-        return grad_x, None, None, None, None, *(t.to(dtype) for t, dtype in zip(grads, ctx.dtypes, strict=True))
+        return [*made[:half], *(t.T for t in made[half:])]
 
 
-def adapted_linear(
-    x: Tensor, product: Product, back: Product, rows: Sequence[Row], a: Sequence[Tensor], b: Sequence[Tensor]
-) -> Tensor:
-    """product(x) plus, on each row's tokens of x (..., in), weight * (x A_k^T) B_k^T: (..., out), by the C++ kernels alone.
-
-    `product` is frozen and linear, its result (..., out) new and contiguous in the dtype of x; `back` takes the gradient of
-    that to the gradient of x. Gradients reach x, every A (r, in) and B (out, r).
-    """
-    tokens = x.shape[:-1].numel()
-    _check_rows(rows, tokens, len(a))
-    if not kernels.take(x) or any(left.shape != (right.shape[1], x.shape[-1]) for left, right in zip(a, b, strict=True)):
-        raise ValueError(f"x {tuple(x.shape)} on {x.device} does not fit, or there are no kernels")
-    return _Adapted.apply(x, product, back, *_as_table(rows), *a, *b)
-
-
-def _as_table(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def as_table(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Rows in the order of their adapters: (rows, 3) int64 of start, end, adapter; and their weights (rows) float32."""
     ordered = sorted(rows, key=lambda row: row[2])
     table = torch.tensor([row[:3] for row in ordered], dtype=torch.int64).view(-1, 3)
     return table, torch.tensor([row[3] for row in ordered], dtype=torch.float32)

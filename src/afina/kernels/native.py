@@ -63,9 +63,9 @@ class Kernels:
             raise SettingsError(f"no kernels for {isa!r} here", where="AFINA_ISA", why=f"there are: {', '.join(known)}",
                                 hint=nearest(isa, known))  # fmt: skip
 
-    def first(self, x: Tensor) -> bool:
-        """Whether C++ is what runs on this tensor, and not Triton."""
-        return x.device.type not in self.triton and self.take(x)
+    def first(self, *tensors: Tensor) -> bool:
+        """Whether C++ is what runs on these tensors, and not Triton."""
+        return tensors[0].device.type not in self.triton and self.take(*tensors)
 
     def fast(self, *tensors: Tensor) -> bool:
         """Whether any kernel, in C++ or Triton, will do the work."""

@@ -107,11 +107,17 @@ class Answers:
                 self._running.pop(number, None)
             yield number, event
 
-    async def all(self) -> list[Written]:
-        """The whole answers."""
+    async def whole(self, receive: Receive) -> list[Written]:
+        """The whole answers, for as long as the client waits; nothing runs on afterwards."""
+        try:
+            await unless_gone(receive, self._all())
+        finally:
+            self.close()
+        return self.written
+
+    async def _all(self) -> None:
         async for _ in self.events():
             pass
-        return self.written
 
     def usage(self, prompts: int = 1) -> dict[str, Any]:
         """Tokens as they are counted for the client; the n answers to one prompt count it once."""
@@ -180,7 +186,7 @@ def requests_for(
                 400, f"{told} are more than the {context:,} that the base reads", "messages", "context_length_exceeded"
             )
         limit = most or context - len(prompt)
-        sampling: list[Sampling] = [asked.sampling(limit, state.vocabulary, choice, **more) for choice in range(asked.n)]
+        sampling: list[Sampling] = [asked.sampling(limit, state.base.vocabulary, choice, **more) for choice in range(asked.n)]
         request = Request(tuple(prompt), parts=chosen.parts, owner=chosen.owner, stops=state.renderer.stops)
         made += [replace(request, sampling=one) for one in sampling]
     return made

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse
 
 from afina.server.answering import Answers, EventStream, requests_for
 from afina.server.asked import ChatAsked
-from afina.server.door import unless_gone
 from afina.server.keys import caller_of
 from afina.server.refusal import Refusal
 from afina.server.state import State, model_of, state_of
@@ -36,10 +35,7 @@ async def chat(asked: ChatAsked, request: Request) -> Response:
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chosen.label}
     if asked.stream:
         return EventStream(answers, _stream(state, asked, answers, head), chosen.headers)
-    try:
-        written = await unless_gone(request.receive, answers.all())
-    finally:
-        answers.close()
+    written = await answers.whole(request.receive)
     choices = [
         {
             "index": number,

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse
 from afina.server.answering import Answers, EventStream, requests_for
 from afina.server.asked import CompletionAsked, prompts_of
 from afina.server.chat import sse
-from afina.server.door import unless_gone
 from afina.server.keys import caller_of
 from afina.server.refusal import Refusal
 from afina.server.state import State, model_of, state_of
@@ -34,10 +33,7 @@ async def complete(asked: CompletionAsked, request: Request) -> Response:
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": chosen.label}
     if asked.stream:
         return EventStream(answers, _stream(state, asked, answers, head, echoes, len(prompts)), chosen.headers)
-    try:
-        written = await unless_gone(request.receive, answers.all())
-    finally:
-        answers.close()
+    written = await answers.whole(request.receive)
     choices = [
         {
             "index": number,
@@ -81,8 +77,8 @@ def tokens_of(state: State, prompts: list[str | list[int]]) -> list[list[int]]:
     for tokens in made:
         if not tokens:
             raise Refusal(400, "there is nothing to go on from: the prompt has no token", "prompt")
-        if max(tokens) >= state.vocabulary:
-            raise Refusal(400, f"{max(tokens)} is no token of this base, which has {state.vocabulary:,}", "prompt")
+        if max(tokens) >= state.base.vocabulary:
+            raise Refusal(400, f"{max(tokens)} is no token of this base, which has {state.base.vocabulary:,}", "prompt")
     return made
 
 

@@ -71,11 +71,6 @@ class State:
         return base
 
     @property
-    def vocabulary(self) -> int:
-        """Tokens that the base can write."""
-        return int(self.base.head.weight.shape[0])  # type: ignore[index,union-attr]
-
-    @property
     def base_name(self) -> str:
         """What the base is called here: its name, and never where it lies on this machine."""
         return served_name(self.settings.base)

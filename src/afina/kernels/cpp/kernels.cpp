@@ -5,6 +5,7 @@
 #include "nf4.h"
 #include "paged.h"
 #include "product.h"
+#include "square.h"
 
 namespace {
 
@@ -35,4 +36,8 @@ const Table JOIN(table_, AFINA_ISA) = {
     lowrank,
     lowrank_backward,
     paged,
+    square,
+    square_backward,
+    units,
+    kDots,
 };

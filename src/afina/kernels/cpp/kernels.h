@@ -69,6 +69,39 @@ struct LowRank {  // see lowrank.h
     float *low, *thin;  // backward: w x A^T and w grad B of every part, (end - start, r) each, one after another
 };
 
+struct Square {  // MoRA's operator of one adapter; see square.h
+    i64 size, slots;         // of M, (size, size); vectors that M takes of a row
+    i64 reads, writes;       // inputs and outputs that it has to do with, the first ones
+    bool runs;               // groups are runs of neighbours
+    const float *cos, *sin;  // (blocks of inputs, size / 2) or null; 16 more can be read
+    const uint32_t* units;   // M transposed forward, M backward: see square_units; 16 more can be read
+    float* grad;             // (size, size)
+};
+
+struct Units {
+    const float* m;  // (size, size)
+    Type type;       // to which it is rounded
+    i64 size;
+    bool transposed;
+    uint32_t* out;
+};
+
+struct Squares {  // see square.h; the parts as in LowRank
+    Type type;
+    i64 in, out;
+    const Part* parts;
+    const i64 *order, *tiles;
+    i64 tile_count;
+    const i64* places;  // where a part starts in `low` and `thin`
+    i64 adapters;
+    const Square* squares;  // one an adapter
+    const void *x, *grad;
+    void *y, *grad_x;      // added to in place; grad_x may be null
+    const i64* begins;     // backward: where an adapter starts in `low` and `thin`
+    i64 strips;            // and how many items the largest gradient is
+    uint32_t *low, *thin;  // and what M took, and its transpose, 32 bits a number; 16 more can be read
+};
+
 struct Norm {  // items: rows
     const void *x, *weight, *grad;
     void* out;  // y forward, the gradient of x backward
@@ -143,4 +176,8 @@ struct Table {
     void (*lowrank)(const LowRank&, int threads);
     void (*lowrank_backward)(const LowRank&, int threads);
     void (*paged)(const Paged&, int threads);
+    void (*square)(const Squares&, int threads);
+    void (*square_backward)(const Squares&, int threads);
+    void (*units)(const Units&);
+    bool dots;  // whether it multiplies bfloat16, two at a time
 };

@@ -137,9 +137,10 @@ struct Cut {  // segments cut at the borders of tiles of the run
 // Tiles of 32 rows stay in the cache between the two products; a short run has smaller ones, so that all threads work.
 i64 tile_rows(i64 tokens, int threads) { return std::clamp<i64>(tokens / (4 * threads), 1, 32); }
 
-Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks) {
+// `numbers(adapter, rows)` is how many numbers a part needs
+template <class Numbers>
+Cut cut(const Table3& table, i64 tokens, i64 tile, i64 adapters, const Numbers& numbers) {
     Cut made;
-    i64 adapters = i64(ranks.size());
     std::vector<std::vector<i64>> by_tile((tokens + tile - 1) / tile);
     for (i64 s = 0; s < table.count; s++) {
         i64 start = table.rows[3 * s], end = table.rows[3 * s + 1], adapter = table.rows[3 * s + 2];
@@ -149,7 +150,7 @@ Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks
             by_tile[start / tile].push_back(i64(made.parts.size()));
             made.parts.push_back({start, last, adapter, table.weights[s]});
             made.places.push_back(made.numbers);
-            made.numbers += (last - start) * ranks[adapter];
+            made.numbers += numbers(adapter, last - start);
         }
     }
     while (i64(made.firsts.size()) <= adapters) made.firsts.push_back(i64(made.parts.size()));
@@ -159,6 +160,10 @@ Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks
     }
     made.tiles.push_back(i64(made.order.size()));
     return made;
+}
+
+Cut cut(const Table3& table, i64 tokens, i64 tile, const std::vector<i64>& ranks) {
+    return cut(table, tokens, tile, i64(ranks.size()), [&](i64 adapter, i64 rows) { return rows * ranks[adapter]; });
 }
 
 template <class T>
@@ -208,6 +213,60 @@ void add(int threads, const Prepared& prepared, Address x, Address y) {
     LowRank job = prepared.job;
     job.x = at<void>(x), job.y = at<void>(y);
     kernels->lowrank(job, threads);
+}
+
+// MoRA's table: what a LowRank is made of, for squares. Of each adapter `forms` has size, slots, reads, writes, runs.
+struct Mora {
+    std::vector<Square> squares;
+    Cut c;
+    Squares job;
+    Mora(int threads, int type, i64 tokens, i64 in, i64 out, const std::vector<i64>& rows, const std::vector<float>& weights,
+         const std::vector<i64>& forms, const Addresses& cos, const Addresses& sin, const Addresses& units) {
+        i64 widest = 1;
+        for (size_t k = 0; k < cos.size(); k++) {
+            const i64* form = forms.data() + 5 * k;
+            squares.push_back({form[0], form[1], form[2], form[3], form[4] != 0, at<float>(cos[k]), at<float>(sin[k]),
+                               at<uint32_t>(units[k])});
+            widest = std::max(widest, form[0] * form[1]);
+        }
+        i64 beside = beside_of(type), tile = std::min(tile_rows(tokens, threads), std::max<i64>(4, kInCache / widest));
+        c = cut({rows.data(), weights.data(), i64(weights.size())}, tokens, tile, i64(squares.size()), [&](i64 k, i64 count) {
+            return (count * squares[k].slots + beside - 1) / beside * squares[k].size;
+        });
+        job = {Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.places.data(),
+               i64(squares.size()), squares.data()};
+    }
+    Mora(const Mora&) = delete;
+    static i64 beside_of(int type) { return type == kBFloat16 && kernels->dots ? 2 : 1; }
+    static constexpr i64 kInCache = 1 << 15;  // numbers that M takes of a tile
+};
+
+void square(int threads, const Mora& prepared, Address x, Address y) {
+    Squares job = prepared.job;
+    job.x = at<void>(x), job.y = at<void>(y);
+    kernels->square(job, threads);
+}
+
+void square_backward(int threads, Mora& prepared, Address x, Address grad, Address grad_x, const Addresses& grads) {
+    std::vector<uint32_t> low(prepared.c.numbers + 16), thin(prepared.c.numbers + 16);
+    std::vector<i64> begins;
+    Squares job = prepared.job;
+    i64 largest = 0;
+    for (i64 k = 0; k < job.adapters; k++) {
+        prepared.squares[k].grad = at<float>(grads[k]);
+        largest = std::max(largest, prepared.squares[k].size);
+        i64 first = prepared.c.firsts[k];
+        begins.push_back(first < i64(prepared.c.places.size()) ? prepared.c.places[first] : prepared.c.numbers);
+    }
+    begins.push_back(prepared.c.numbers);
+    job.x = at<void>(x), job.grad = at<void>(grad), job.grad_x = at<void>(grad_x);
+    job.low = low.data(), job.thin = thin.data(), job.begins = begins.data(), job.strips = (largest + 31) / 32;
+    kernels->square_backward(job, threads);
+}
+
+// M (size, size) float32 as the products want it, into numbers of 32 bits: (ceil(size / beside), size) of them
+void square_units(int, Address m, int type, i64 size, bool transposed, Address out) {
+    kernels->units({at<float>(m), Type(type), size, transposed, at<uint32_t>(out)});
 }
 
 constexpr i64 kShortest = 128;  // keys that are worth an item of their own
@@ -284,6 +343,12 @@ NB_MODULE(_native, m) {
     nb::class_<Prepared>(m, "Prepared").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
                                                      std::vector<i64>, Addresses, Addresses>());
     m.def("add", add, release);
+    nb::class_<Mora>(m, "Mora").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
+                                             const std::vector<i64>&, const Addresses&, const Addresses&, const Addresses&>());
+    m.def("square", square, release);
+    m.def("square_backward", square_backward, release);
+    m.def("square_units", square_units, release);
+    m.def("beside", Mora::beside_of);
     m.def("paged", paged, release);
     m.def("paged_write", paged_write, release);
 }
