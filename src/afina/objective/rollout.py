@@ -28,6 +28,7 @@ from afina.disk import write_json
 from afina.errors import TrainingError
 from afina.objective.choices import Tally
 from afina.objective.policy import clipped_losses, divergence, gae, grpo_advantages, rloo_advantages, standardised
+from afina.objective.reading import Reading
 from afina.objective.reference import STORY, Reference
 from afina.objective.scoring import Rewards
 from afina.objective.task import Total, as_is, learned_rows
@@ -250,13 +251,15 @@ class PolicyTask:
     def read(self, batch: AnswerBatch, route: Route | None, value: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each token of the answers (n) at the policy's temperature, and, if asked for, its value (n)."""
         base, flat = self.base, batch.flat
-        table, places = batch.table(route), (flat.labels >= 0).nonzero()[:, 0]
-        with base.board.route(table):
+        table = batch.table(route)
+        lean = Reading(base, flat, table).lean(table)
+        places = (lean.labels >= 0).nonzero()[:, 0]
+        with base.board.route(lean.table):
             if not base.gives_hidden:
-                return -base.losses(flat.tokens, flat.positions, flat.bounds, flat.labels), None
-            hidden = base.hidden(flat.tokens, flat.positions, flat.bounds)[places]
+                return -base.losses(lean.tokens, lean.positions, lean.flat, lean.labels), None
+            hidden = base.hidden(lean.tokens, lean.positions, lean.flat)[places]
             warm = hidden if self.options.temperature == 1.0 else hidden / self.options.temperature
-            logps = -base.losses_at(warm, flat.labels[places], places)
+            logps = -base.losses_at(warm, lean.labels[places], places)
         if not value or route is None:
             return logps, None
         with base.board.route(route.everywhere().segments(flat.tokens, flat.bounds)):  # the head comes after any invocation
