@@ -47,7 +47,8 @@ class FlatBatch:
 
         The token that predicts the first one learned, or the last token, is not among them.
         """
-        tokens, labels, owners, found = self.tokens.tolist(), self.labels.tolist(), {}, []
+        tokens, labels, found = self.tokens.tolist(), self.labels.tolist(), []
+        owners: dict[tuple[int, ...], int] = {}
         for number, (start, end) in enumerate(pairwise(self.bounds)):
             learned = next((place for place in range(start, end) if labels[place] != IGNORED), end - 1)
             owner = owners.setdefault(tuple(tokens[start:learned]), number)

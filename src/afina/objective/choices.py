@@ -5,7 +5,8 @@
     rows       |         1         |         2         |        1         |        2         |
 
 Masked tokens never reach the output layer, and a prompt that two answers share is computed once (see `reading`). A row is
-the unit: it has one loss, is held out whole, and its answers share a batch. What KTO compares with (z) is the same for all rows of an optimizer step, however they are packed.
+the unit: it has one loss, is held out whole, and its answers share a batch. What KTO compares with (z) is the same for all
+rows of an optimizer step, however they are packed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -284,7 +285,8 @@ class PreferenceTask(ChoiceTask):
         base, reference = self.base, self.reference
         others = [table_of(flat, reference.route)] if reference is not None and reference.reads else []
         reading = Reading(base, flat, table_of(flat, route), *others)
-        return answer_logps(base, flat, route, reading), reference and reference.logps(base, flat, examples, reading)
+        known = None if reference is None else reference.logps(base, flat, examples, reading)
+        return answer_logps(base, flat, route, reading), known
 
     @torch.no_grad()
     def _z(self, mates: Mates, route: Route | None) -> Tensor:

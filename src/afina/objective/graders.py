@@ -2,7 +2,7 @@
 
     {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
      "operation": "eq"}
-    {"type": "multi", "name": "both", "graders": {"same": {...}, "close": {...}}, "calculate_output": "0.7 * same + 0.3 * close"}
+    {"type": "multi", "name": "both", "graders": {"same": {...}, "close": {...}}, "calculate_output": "same + 0.3 * close"}
 
     string_check       eq, ne, like (input contains reference), ilike (the same, whatever the case): 1 or 0
     text_similarity    fuzzy_match (edits, by rapidfuzz), bleu (sacrebleu), gleu (nltk), rouge_1 to rouge_5, rouge_l: 0 to 1
@@ -18,13 +18,15 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from afina.errors import DataError, SettingsError, TrainingError, nearest
+from afina.errors import AfinaError, DataError, SettingsError, TrainingError, nearest
 
 FIELDS = {
     "string_check": {"input", "reference", "operation"},
@@ -48,6 +50,7 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
     "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil, "exp": math.exp, "sqrt": math.sqrt,
     "log": math.log,
 }  # fmt: skip
+MANY = ("min", "max")  # of these, those that take two values or more; the others take one
 VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 PATH = re.compile(r"\s*(item|sample)((?:\.[^\s.\[\]{}]+|\[\d+\])+)\s*")
 LONGEST = 500  # characters of a formula
@@ -80,10 +83,8 @@ class Grader:
     def grade(self, answer: str, item: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
         """The number of an answer to the row `item`, and those of its parts; raises `TrainingError` where it has none."""
         sample: dict[str, Any] = {"output_text": answer}
-        try:
+        with suppress(ValueError, RecursionError):  # no JSON
             sample["output_json"] = json.loads(answer)
-        except (ValueError, RecursionError):  # no JSON
-            pass
         number, parts = self.judge({"item": item, "sample": sample})
         if not math.isfinite(number):
             raise TrainingError("a reward has to be a finite number", where=self.name, why=f"{number}; answer {answer[:80]!r}")
@@ -136,9 +137,11 @@ class Template:
 def _look(scope: Scope, path: tuple[str | int, ...]) -> Any:
     value: Any = scope
     for step in path:
+        if not isinstance(value, list if isinstance(step, int) else Mapping):
+            raise _Unreadable
         try:
-            value = value[step] if isinstance(value, list if isinstance(step, int) else Mapping) else {}[step]
-        except (KeyError, IndexError):
+            value = value[step]
+        except LookupError:
             raise _Unreadable from None
     return value
 
@@ -276,19 +279,22 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 
 
 def _python(source: Any, name: str, where: str) -> Callable[[Scope], tuple[float, dict[str, float]]]:
-    """grade(sample, item) of the source."""
-    space: dict[str, Any] = {"__name__": "grader"}
+    """grade(sample, item) of the source, which is run when the first answer comes: who checks a grader runs nothing."""
     try:
-        exec(compile(source, f"<{name}>", "exec"), space)
-        call = space["grade"]
-    except KeyError:
-        raise SettingsError("the source has no function `grade`", where=where, hint="def grade(sample, item):") from None
-    except Exception as error:  # the code may raise anything
-        raise SettingsError("the source cannot be run", where=where, why=f"{type(error).__name__}: {error}") from None
+        tree = ast.parse(source)
+        code = compile(tree, f"<{name}>", "exec")
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise SettingsError("the source is no Python", where=where, why=str(error)) from None
+    if not any(isinstance(node, ast.FunctionDef) and node.name == "grade" for node in tree.body):
+        raise SettingsError("the source has no function `grade`", where=where, hint="def grade(sample, item):")
+    space: dict[str, Any] = {}
 
     def judge(scope: Scope) -> tuple[float, dict[str, float]]:
         try:
-            return float(call(dict(scope["sample"]), dict(scope["item"]))), {}
+            if not space:
+                space["__name__"] = "grader"
+                exec(code, space)
+            return float(space["grade"](dict(scope["sample"]), dict(scope["item"]))), {}
         except Exception as error:  # likewise
             why = f"{type(error).__name__}: {error}; answer {scope['sample']['output_text'][:80]!r}"
             raise TrainingError("the grader's code failed", where=name, why=why) from error
@@ -330,7 +336,7 @@ def make_formula(text: Any, names: Mapping[str, Any], where: str) -> Callable[[M
     try:
         tree = ast.parse(text.strip().replace("^", "**"), mode="eval").body
         _check(tree, names, where)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
         raise SettingsError("the formula cannot be read", where=where, why=str(error)) from None
     return lambda numbers: float(_value(tree, numbers))
 
@@ -344,7 +350,7 @@ OPERATORS: dict[type, Callable[..., float]] = {
 def _check(node: ast.expr, names: Mapping[str, Any], where: str) -> None:
     """Raise `SettingsError` for anything but arithmetic."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        float(node.value)
+        float(node.value)  # type: ignore[arg-type]  # an integer may be too large
     elif isinstance(node, ast.Name):
         if node.id not in names:
             raise SettingsError(f"no grader {node.id!r}", where=where, hint=nearest(node.id, names))
@@ -352,7 +358,7 @@ def _check(node: ast.expr, names: Mapping[str, Any], where: str) -> None:
         for part in _parts(node):
             _check(part, names, where)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS and not node.keywords:
-        if not node.args or (len(node.args) > 1 and node.func.id not in ("min", "max", "log")):
+        if (len(node.args) < 2) if node.func.id in MANY else len(node.args) != 1:
             raise SettingsError(f"{node.func.id} takes another number of values", where=where)
         for part in node.args:
             _check(part, names, where)
@@ -371,8 +377,7 @@ def _value(node: ast.expr, numbers: Mapping[str, float]) -> float:
     if isinstance(node, ast.Name):
         return numbers[node.id]
     if isinstance(node, ast.Call):
-        values = [_value(part, numbers) for part in node.args]
-        return float(max(values) if len(values) == 1 and node.func.id in ("min", "max") else FUNCTIONS[node.func.id](*values))  # type: ignore[attr-defined]
+        return float(FUNCTIONS[node.func.id](*(_value(part, numbers) for part in node.args)))  # type: ignore[attr-defined]
     assert isinstance(node, ast.BinOp | ast.UnaryOp)
     return OPERATORS[type(node.op)](*(_value(part, numbers) for part in _parts(node)))
 
@@ -383,3 +388,19 @@ def _all(told: Any) -> Iterator[Mapping[str, Any]]:
         yield told
         for one in told.values():
             yield from _all(one)
+
+
+def main() -> int:
+    """One answer by one grader, as JSON from standard input to standard output: for code that is to run apart."""
+    asked = json.load(sys.stdin)
+    try:
+        reward, parts = make_grader(asked["grader"], True).grade(asked["answer"], asked["item"])
+    except AfinaError as error:
+        print("; ".join(part for part in (error.what, error.why) if part).replace("\n", " "), file=sys.stderr)
+        return 1
+    print("\n" + json.dumps({"reward": reward, "parts": parts}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
