@@ -140,7 +140,7 @@ def _look(scope: Scope, path: tuple[str | int, ...]) -> Any:
         if not isinstance(value, list if isinstance(step, int) else Mapping):
             raise _Unreadable
         try:
-            value = value[step]
+            value = value[step]  # type: ignore[index]
         except LookupError:
             raise _Unreadable from None
     return value
