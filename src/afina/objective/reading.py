@@ -63,7 +63,7 @@ class Reading:
         spans = list(zip(firsts, batch.bounds[1:], strict=True))
         kept = [place for start, end in spans for place in range(start, end)]
         bounds = tuple(accumulate((end - start for start, end in spans), initial=0))
-        before, stretches = self._before
+        before, stretches = self._before, self._stretches[1]
         pieces = []
         for number, (owner, n) in enumerate(begins):
             own, cut = before.length + bounds[number], self._cuts[number]
@@ -87,27 +87,38 @@ class Reading:
             begins.append((owner, max(alike, cut)))
         return begins
 
+    def sizes(self, table: Segments) -> tuple[int, int]:
+        """How many tokens a forward under `table` computes, and how many come before, once for all forwards."""
+        own = len(self.batch.tokens) - sum(n for _, n in self._begins(table))
+        return own, sum(end - start for start, end in set(self._stretches[1]))
+
     @cached_property
-    @torch.no_grad()
-    def _before(self) -> tuple[Before, list[tuple[int, int]]]:
-        """Keys and values of the beginnings on which nobody acts, each computed once, and where each sequence's stand."""
-        batch, made = self.batch, Before()
-        tokens, places = batch.tokens.tolist() if any(self._cuts) else [], {}
+    def _stretches(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """The places of the beginnings on which nobody acts, each once, and which of them each sequence has."""
+        tokens = self.batch.tokens.tolist() if any(self._cuts) else []
+        places: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}
         kept: list[int] = []
-        keys = []
-        for start, cut in zip(batch.bounds, self._cuts, strict=False):
+        found = []
+        for start, cut in zip(self.batch.bounds, self._cuts, strict=False):
             key = tuple(tokens[start : start + cut])
-            if cut and key not in places:
+            if key not in places:
                 places[key] = (len(kept), len(kept) + cut)
                 kept += range(start, start + cut)
-            keys.append(key)
+            found.append(places[key])
+        return kept, found
+
+    @cached_property
+    @torch.no_grad()
+    def _before(self) -> Before:
+        """Keys and values of the beginnings on which nobody acts."""
+        kept, stretches = self._stretches
+        made, batch = Before(len(kept)), self.batch
         if kept:
-            made.length = len(kept)
             index = torch.tensor(kept, device=batch.tokens.device)
-            bounds = (0, *(end for _, end in places.values()))
+            bounds = (0, *sorted({end for _, end in stretches if end}))
             with self.base.board.route(BASE):
                 self.base.hidden(batch.tokens[index], batch.positions[index], Flat(bounds, keep=made))
-        return made, [places.get(key, (0, 0)) for key in keys]
+        return made
 
 
 def _cuts(batch: FlatBatch, tables: Sequence[Segments]) -> list[int]:

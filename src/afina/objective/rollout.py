@@ -113,7 +113,7 @@ class PolicyTask:
         self.objective, self.options, self.base, self.train, self.held = objective, options, base, train, held
         self.rewards, self.writer = rewards, writer
         self._batch_tokens, self._seed = batch_tokens, seed
-        self._prompts, self._group = min(options.prompts or 1, len(train)), options.group or 1
+        self._prompts, self.group = min(options.prompts or 1, len(train)), options.group or 1
         self._drawn: Drawn | None = None
         self._step, self._check = Tally(), Tally()
         self._at = 0
@@ -127,7 +127,7 @@ class PolicyTask:
         """Optimizer steps in one pass over the prompts."""
         return -(-len(self.train) // self._prompts) * self.options.updates
 
-    def _queries(self, step: int) -> list[Query]:
+    def queries(self, step: int) -> list[Query]:
         """The prompts of a step: the next ones of endless passes over all, each shuffled by seed and number."""
         first = step // self.options.updates * self._prompts
         chosen, orders = [], {}
@@ -140,7 +140,7 @@ class PolicyTask:
 
     def step_rows(self, step: int) -> list[str]:
         """Names of the rows of an optimizer step."""
-        return sorted({query.where for query in self._queries(step)})
+        return sorted({query.where for query in self.queries(step)})
 
     def step_batches(self, step: int) -> list[AnswerBatch]:
         """The micro-batches of an optimizer step: answers of the policy as it is now, or of the step that drew them."""
@@ -149,7 +149,7 @@ class PolicyTask:
             if step != first:
                 why = f"step {step + 1} learns from answers that were drawn at step {first + 1}"
                 raise TrainingError("these answers are gone", why=why, hint="start again with another --out")
-            self._drawn = self._draw(self._queries(step), first)
+            self._drawn = self._draw(self.queries(step), first)
         facts = self._drawn.facts
         self._step, self._check, self._at = Tally(dict(facts.sums), dict(facts.counts)), Tally(), step + 1
         return self._drawn.batches
@@ -160,15 +160,15 @@ class PolicyTask:
 
     def _draw(self, queries: Sequence[Query], step: int, batch_tokens: int | None = None) -> Drawn:
         """Answer, judge, and work out what is to be learned."""
-        each = [query for query in queries for _ in range(self._group)]
+        each = [query for query in queries for _ in range(self.group)]
         options = self.options
         written = self._write(each, self._seed_of(f"step {step}"), options.temperature, self.policy, f"step {step}")
         examples = [_example(query, answer) for query, answer in zip(each, written, strict=True)]
         told = self._judge(each, examples)
         packed = pack([len(e.tokens) for e in examples], batch_tokens or self._batch_tokens, range(len(examples)))
         drawn = Drawn(step, self._learned([[examples[i] for i in indices] for indices in packed], packed, told["reward"]))
-        groups = told["reward"].view(-1, self._group)
-        drawn.facts.add(told | _facts(written) | ({"reward_spread": groups.std(1)} if self._group > 1 else {}))
+        groups = told["reward"].view(-1, self.group)
+        drawn.facts.add(told | _facts(written) | ({"reward_spread": groups.std(1)} if self.group > 1 else {}))
         return drawn
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class PolicyTask:
         batches, values = [], []
         for part in parts:
             batch = self._laid(part)
-            old, value = self.read(batch, self.policy, ppo) if self._looks_back else (None, None)
+            old, value = self.read(batch, self.policy, ppo) if self.looks_back else (None, None)
             batches.append(replace(batch, old=old))
             values.append(value)
         tokens = [torch.tensor([sum(e.labels) for e in part], device=self.base.device) for part in parts]
@@ -199,7 +199,7 @@ class PolicyTask:
             return replace(batch, reference=self.read(batch, self.reference.route)[0])
 
     @property
-    def _looks_back(self) -> bool:
+    def looks_back(self) -> bool:
         """Whether the log-probabilities with which answers were written are needed before the loss."""
         return self.options.updates > 1 or self.objective == "ppo" or (self.objective == "rloo" and self.options.beta > 0)
 
@@ -213,7 +213,7 @@ class PolicyTask:
                 assert batch.old is not None
                 drift = [part.double().sum().cpu() for part in (batch.old - batch.reference).split(counts.tolist())]
                 rewards[indices] -= self.options.beta * torch.stack(drift)
-        groups = rewards.view(-1, self._group)
+        groups = rewards.view(-1, self.group)
         found = grpo_advantages(groups, self.options.scale) if self.objective == "grpo" else rloo_advantages(groups)
         flat = found.flatten().float().to(self.base.device)
         return [
