@@ -70,9 +70,9 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
             where = "data" if asked is None else "compare"
             why = "what a step of it takes depends on the rows, and on a base that is here"
             raise SettingsError(f"{objective} is planned with its rows, one method at a time", where=where, why=why)
-        setup = set_up(asked)
-        cost = None if objective in ("classify", "mlm") else _cost_of_answers(settings, setup)
-        checked = _checked(setup)
+        answering = set_up(asked)
+        cost = None if objective in ("classify", "mlm") else _cost_of_answers(settings, answering)
+        checked = _checked(answering)
         if cost is not None:
             checked["settings"] |= {"checkpointing": cost["checkpointing"]["used"]}
         return checked | {"cost": cost}
