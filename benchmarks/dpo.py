@@ -1,9 +1,13 @@
 """DPO with an adapter beside full fine-tuning with two copies: memory and time. `python benchmarks/dpo.py`
 
-A random Llama of 215M (12 x 1024) in bf16, pairs of 2 x 256 tokens of which half are answers, adapters of rank 64 on all linear
-layers. Each side is a process of its own; its peak is VmHWM. What the reference costs is a difference of two sides: DPO from a
+A random Llama of 215M (12 x 1024) in bf16, pairs of 2 x 256 tokens of which half are answers to one prompt, adapters of rank 64 on
+all linear layers. Each side is a process of its own; its peak is VmHWM. What the reference costs is a difference of two sides: DPO from a
 new adapter against SimPO, which has no reference; DPO that goes on from an adapter, and so holds a frozen copy of it, against
-DPO from a new one. Times are of the same tokens, DPO against SFT.
+DPO from a new one. Times are of the same tokens, DPO against SFT, whose rows share nothing.
+
+What sharing prompts gains is the time of the same step with it and without ("apart"): DPO of a pair; DPO of an activated adapter,
+invoked at the prompt's end; and a step of policy gradient, a group of 8 answers of 64 tokens to a prompt of 128, read by the
+reference and learned from.
 """
 
 import argparse
@@ -20,7 +24,9 @@ from train_vs_trl import DENSE
 
 STEPS, PROMPT, ANSWER, RANK, PAIRS = 5, 128, 128, 64, 8
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-OURS = ("libraries", "sft", "simpo", "dpo", "dpo_precomputed", "dpo_continued", "dpo_full")
+GROUP, SHORT, INVOCATION = 8, 64, (5, 6)
+SHARING = ("dpo", "dpo_apart", "alora", "alora_apart", "group", "group_apart")
+OURS = ("libraries", "sft", "simpo", "dpo_precomputed", "dpo_continued", "dpo_full", *SHARING)
 
 
 def ours(side: str, shape: dict[str, int]) -> None:
@@ -33,6 +39,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from afina.base.fast import speed_up
     from afina.base.model import Base
     from afina.config import PreferenceOptions
+    from afina.data.batches import FlatBatch, flatten
     from afina.data.template import Example
     from afina.delta.attach import attach
     from afina.delta.contract import Spec
@@ -40,19 +47,23 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from afina.delta.targets import resolve_targets
     from afina.objective.choices import Choice, PreferenceTask
     from afina.objective.language import LanguageTask
-    from afina.objective.reference import Reference
+    from afina.objective.reference import Reference, answer_logps
     from afina.training.optimizer import Optimizer
 
     if side == "libraries":
         print(json.dumps({"peak_mb": peak_mb()}))
         return
+    if side.endswith("_apart"):
+        FlatBatch.begins = property(lambda batch: tuple((n, 0) for n in range(len(batch.bounds) - 1)))  # type: ignore[assignment]
+        side = side.removesuffix("_apart")
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(LlamaConfig(**shape), attn_implementation="afina", dtype=torch.bfloat16)
     model.requires_grad_(False).eval()
     speed_up(model)
     base = Base(model, "random")
     full = side == "dpo_full"
-    spec = Spec("full" if full else "lora", resolve_targets(model, "all" if full else "all-linear", None, full), rank=RANK)
+    spec = Spec("full" if full else "lora", resolve_targets(model, "all" if full else "all-linear", None, full), rank=RANK,
+                invocation=INVOCATION if side == "alora" else ())  # fmt: skip
     adapter = attach(model, base.board, "policy", spec)
     route = None
     if side == "dpo_continued":
@@ -61,10 +72,13 @@ def ours(side: str, shape: dict[str, int]) -> None:
         for parameter in frozen.parameters():
             parameter.requires_grad_(False)
         route = frozen.route
-    examples = [[Example(str(n), tokens, [False] * PROMPT + [True] * ANSWER, PROMPT, None) for tokens in both]
-                for n, both in enumerate(torch.randint(5, 32000, (PAIRS, 2, PROMPT + ANSWER)).tolist())]  # fmt: skip
+    many, length = (GROUP, SHORT) if side == "group" else (2, ANSWER)
+    prompts = torch.randint(10, 32000, (PAIRS, PROMPT)).tolist()
+    examples = [[Example(str(n), [*prompts[n][:-4], *INVOCATION, *prompts[n][-2:], *tokens],
+                         [False] * PROMPT + [True] * length, PROMPT, None) for tokens in answers]
+                for n, answers in enumerate(torch.randint(10, 32000, (PAIRS, many, length)).tolist())]  # fmt: skip
     size = 2 * (PROMPT + ANSWER)
-    if side == "sft":
+    if side in ("sft", "group"):
         task: Any = LanguageTask(base, [e for both in examples for e in both], [], size, 1, 0)
     else:
         objective = "simpo" if side == "simpo" else "dpo"
@@ -80,9 +94,15 @@ def ours(side: str, shape: dict[str, int]) -> None:
     seconds = []
     for step in range(STEPS + 1):
         start = time.perf_counter()
-        batches = task.step_batches(step)
-        assert [task.size(batch) for batch in batches] == [size]
-        (task.loss(batches[0], adapter.route) / task.count(batches[0])).backward()
+        if side == "group":
+            flat = flatten(examples[step % PAIRS])
+            with torch.no_grad():
+                known = answer_logps(base, flat, None)[0]
+            ((answer_logps(base, flat, adapter.route)[0] - known).square().sum() / flat.label_count).backward()
+        else:
+            batches = task.step_batches(step)
+            assert [task.size(batch) for batch in batches] == [size]
+            (task.loss(batches[0], adapter.route) / task.count(batches[0])).backward()
         optimizer.step(1.0, 1.0)
         seconds.append(time.perf_counter() - start)
     held = sum(p.numel() * p.element_size() for p in adapter.parameters())
@@ -158,6 +178,7 @@ def main() -> None:
         "continued_reference_in_adapters": (peak["dpo_continued"] - peak["dpo"]) / adapter,
         "dpo_over_sft": seconds["dpo"] / seconds["sft"],
         "precomputed_over_sft": seconds["dpo_precomputed"] / seconds["sft"],
+        **{f"{side}_sharing_gain": seconds[f"{side}_apart"] / seconds[side] for side in SHARING[::2]},
         "adapter_mb": adapter,
         **{f"{side}_peak_mb": value for side, value in peak.items()},
         **{f"{side}_seconds": value for side, value in seconds.items()},

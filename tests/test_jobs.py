@@ -14,7 +14,9 @@ from typing import Any
 
 import openai
 import pytest
+import yaml
 
+from afina.server import grading
 from helpers import ENVIRONMENT, write_rows
 from live import KEYS, Live, live
 
@@ -162,6 +164,77 @@ def test_a_job_that_learns_from_pairs(server: Live, alice: openai.OpenAI, tmp_pa
     )
 
 
+SAME = {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}", "reference": "{{ item.word }}", "operation": "ilike"}
+CLOSE = {"type": "text_similarity", "name": "close", "input": "{{ sample.output_text }}", "reference": "{{ item.word }}",
+         "evaluation_metric": "fuzzy_match"}  # fmt: skip
+BOTH: Any = {"type": "multi", "name": "both", "graders": {"same": SAME, "close": CLOSE}, "calculate_output": "same + 0.5 * close"}
+CODE: Any = {"type": "python", "name": "code", "source": "def grade(sample, item): return len(sample['output_text'])"}
+
+
+def reinforcement(grader: Any, **hyperparameters: Any) -> Any:
+    return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
+
+
+@pytest.mark.slow
+def test_a_job_that_learns_from_graders(server: Live, alice: openai.OpenAI, tmp_path: Path) -> None:
+    words = ("sol", "luna", "mar", "pan", "casa", "tree", "bird", "road", "stone", "night")
+    rows = write_rows(tmp_path / "rows.jsonl", *({"messages": [{"role": "user", "content": f"say {word}"}], "word": word} for word in words))
+    method = reinforcement(BOTH, n_epochs=1, batch_size=3, compute_multiplier=0.5, eval_interval=1, learning_rate_multiplier=2.0)
+    own = {"steps": 2, "check_every": 1, "options": {"max_new_tokens": 6}}
+    job = alice.fine_tuning.jobs.retrieve(start(alice, rows, server.state.base_name, method=method, afina=own).id)
+    assert job.method.type == "reinforcement" and job.method.reinforcement.grader.name == "both"
+    assert job.method.reinforcement.hyperparameters.batch_size == 3
+    done = ended(alice, job.id)
+    assert done.status == "succeeded", done.error
+    folder = server.state.settings.state / "jobs" / done.id
+    told = yaml.safe_load((folder / "run" / "settings.yaml").read_text())
+    assert told["objective"] == "grpo" and json.loads((folder / "grader.json").read_text()) == BOTH
+    assert told["options"]["group"] == 4 and told["options"]["prompts"] == 3 and "run_python" not in told["options"]
+    line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    parts = [line[f"reward_grader.json:{name}"] for name in ("same", "close")]
+    assert line["reward"] == pytest.approx(parts[0] + 0.5 * parts[1]) and parts[1] > 0
+    told = [event.data for event in alice.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
+    assert told[-1]["train_mean_reward"] == line["reward"] and told[-1]["valid_mean_reward"] == line["held_out_reward"]
+    ask: Any = [{"role": "user", "content": "say sol"}]
+    assert alice.chat.completions.create(model=done.fine_tuned_model, messages=ask, max_tokens=2).choices
+
+
+def test_graders_are_checked_and_asked(server: Live, alice: openai.OpenAI) -> None:
+    graders = alice.fine_tuning.alpha.graders
+    assert graders.validate(grader=BOTH).grader.name == "both"  # type: ignore[union-attr]
+    said = graders.run(grader=BOTH, model_sample="el Sol", item={"word": "sol"})
+    close = 2 * 2 / 9  # "ol" is alike, of nine letters
+    assert said.sub_rewards == {"same": 1.0, "close": pytest.approx(close)} and said.reward == pytest.approx(1 + 0.5 * close)
+    assert said.metadata.type == "multi" and not said.metadata.errors.other_error
+    missing = graders.run(grader=SAME, model_sample="x", item={"other": 1})  # type: ignore[arg-type]
+    assert missing.reward == 0.0 and missing.metadata.errors.other_error
+    for wrong, word in ((BOTH | {"calculate_output": "same.x"}, "formula"), (CLOSE | {"evaluation_metric": "cosine"}, "embeddings"),
+                        ({"type": "score_model", "name": "x"}, "score_model")):  # fmt: skip
+        for ask in (lambda: graders.validate(grader=wrong), lambda: graders.run(grader=wrong, model_sample="x")):  # noqa: B023
+            with pytest.raises(openai.BadRequestError, match=word):
+                ask()
+    with pytest.raises(openai.AuthenticationError):
+        server.client("nobody").fine_tuning.alpha.graders.validate(grader=BOTH)
+
+
+def test_code_in_graders_is_for_the_operator_to_allow(server: Live, alice: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    graders = alice.fine_tuning.alpha.graders
+    file = alice.files.create(file=("rows.jsonl", b"{}"), purpose="fine-tune").id
+    job = {"model": server.state.base_name, "training_file": file}
+    for asked in (lambda: graders.validate(grader=CODE), lambda: graders.run(grader=CODE, model_sample="four"),
+                  lambda: alice.fine_tuning.jobs.create(**job, method=reinforcement(CODE))):  # fmt: skip
+        with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
+            asked()
+    monkeypatch.setattr(server.state, "settings", server.state.settings.model_copy(update={"python_graders": True}))
+    assert graders.validate(grader=CODE).grader.name == "code"  # type: ignore[union-attr]
+    assert graders.run(grader=CODE, model_sample="four").reward == 4.0
+    broken = graders.run(grader=CODE | {"source": "def grade(sample, item): return item['x']"}, model_sample="four")
+    assert broken.metadata.errors.python_grader_runtime_error and "KeyError" in (broken.metadata.errors.python_grader_runtime_error_details or "")
+    monkeypatch.setattr(grading, "SECONDS", 0.5)
+    slow = graders.run(grader=CODE | {"source": "def grade(sample, item):\n    while True: pass"}, model_sample="four")
+    assert "too long" in (slow.metadata.errors.python_grader_runtime_error_details or "")
+
+
 @pytest.mark.slow
 def test_pause_goes_on_where_it_was_and_cancel_ends(server: Live, alice: openai.OpenAI, chats: Path) -> None:
     base = server.state.base_name
@@ -202,6 +275,14 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(server: Live, ali
         ({"method": {"type": "dpo", "supervised": {}}}, "another method"),
         ({"extra_body": {"afina": {"options": {"start": "/etc"}}}}, "start"),
         ({"method": {"type": "reinforcement"}}, "reinforcement"),
+        ({"method": {"type": "telepathy"}}, "telepathy"),
+        ({"method": reinforcement({"type": "string_check"})}, "name"),
+        ({"method": reinforcement(SAME, eval_samples=4)}, "eval_samples"),
+        ({"method": reinforcement(SAME, reasoning_effort="high")}, "reasoning_effort"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": SAME, "response_format": {"type": "json_object"}}}}, "freely"),
+        ({"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"reward": "/etc"}}}}, "reward"),
+        ({"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"loss": "ipo"}}}}, "loss"),
+        ({"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"run_python": True}}}}, "run_python"),
         ({"extra_body": {"afina": {"data": "/etc/passwd"}}}, "data"),
         ({"extra_body": {"afina": {"rank": 0}}}, "rank"),
         ({"extra_body": {"afina": {"method": "full"}}}, "full"),

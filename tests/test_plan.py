@@ -19,13 +19,16 @@ from afina.data.template import Example
 from afina.delta.attach import attach
 from afina.delta.contract import methods
 from afina.delta.files import WEIGHTS, save_adapter
+from afina.errors import SettingsError
 from afina.objective.language import batch_loss
+from afina.objective.reading import Reading
 from afina.planning import forecast, probe
 from afina.planning.cost import Step
 from afina.planning.figures import Load
 from afina.planning.forecast import BESIDES, DIAL, Place, card, fits, full_load, largest_batch, make_step, remedies, turn
 from afina.planning.shape import Shape, count, read_shape
-from afina.training.setup import make_spec
+from afina.segments import Segments
+from afina.training.setup import make_spec, set_up
 from helpers import RATES, write_rows
 
 LARGE = {
@@ -399,3 +402,85 @@ def test_cards_with_and_without_checkpointing(large: Path) -> None:
         assert line["card_gib_all"] is None or line["card_gib"] is None or line["card_gib_all"] <= line["card_gib"]
     assert lines["qlora"]["card_gib_all"] < (lines["qlora"]["card_gib"] or 999)
     assert lines["full"]["card_gib_all"] is None
+
+
+# ---- preferences and rewards
+
+
+def pairs_of(folder: Path, count: int = 20) -> Path:
+    rows = [{"prompt": f"say the sol and the luna {n}:", "chosen": " sol" * (2 + n % 3), "rejected": " night by the sea" * 2} for n in range(count)]
+    return write_rows(folder / "pairs.jsonl", *rows)
+
+
+SMALL = {"template": "plain", "batch_tokens": 200, "holdout": 0.2, "steps": 10}
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "rules.py").write_text("def ones(prompt, answer, reference):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    return "rules.py:ones"
+
+
+def test_a_plan_of_pairs_counts_what_is_computed(tiny: Path, tmp_path: Path) -> None:
+    rows = pairs_of(tmp_path)
+    costs = {o: afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo", "kto", "reward")}
+    known = afina.plan(rows, base=str(tiny), objective="dpo", **SMALL, options={"reference": "precomputed"})["cost"]
+    assert costs["dpo"]["phases"]["learning"] == pytest.approx(costs["simpo"]["phases"]["learning"])
+    assert costs["simpo"]["phases"]["reading"] == known["phases"]["reading"] == 0.0
+    assert 0.2 < costs["dpo"]["phases"]["reading"] / costs["dpo"]["phases"]["learning"] < 0.6  # forwards alone
+    assert costs["dpo"]["step_seconds"] == pytest.approx(sum(costs["dpo"]["phases"].values()))
+    assert known["step_seconds"] < costs["dpo"]["step_seconds"]
+    assert known["run_seconds"] - 10 * known["step_seconds"] > costs["simpo"]["run_seconds"] - 10 * costs["simpo"]["step_seconds"]
+    assert costs["kto"]["phases"]["reading"] > 0 and costs["reward"]["not_counted"]
+    setup = set_up(TrainSettings(data=rows, base=str(tiny), objective="dpo", **SMALL))
+    task = setup.prepared.task
+    sizes = [Reading(task.base, b.flat, everywhere).sizes(everywhere)[0]  # type: ignore[attr-defined]
+             for step in range(task.steps_per_epoch) for b in task.step_batches(step) for everywhere in [Segments.all("adapter")]]
+    assert costs["dpo"]["batch"]["tokens"] == max(sizes) < 200  # two answers, and one prompt
+
+
+def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: Path) -> None:
+    rows = pairs_of(tmp_path)
+    first = afina.train(rows, base=str(tiny), objective="dpo", out=tmp_path / "first", **SMALL | {"steps": 1})
+    new, none = (afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo"))
+    again = afina.plan(rows, base=str(tiny), objective="dpo", **SMALL, options={"start": str(first.folder)})["cost"]
+    assert new["peak_bytes"] == none["peak_bytes"]
+    assert again["peak_bytes"] - new["peak_bytes"] == 4 * new["trainable_parameters"]
+
+
+def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judge: str) -> None:
+    rows, options = pairs_of(tmp_path), {"reward": judge, "max_new_tokens": 8, "group": 4, "prompts": 4}
+
+    def cost(objective: str = "grpo", **more: Any) -> dict[str, Any]:
+        return afina.plan(rows, base=str(tiny), objective=objective, **SMALL, options=options | more)["cost"]
+
+    plain = cost()
+    assert all(plain["phases"][name] > 0 for name in ("learning", "reading", "writing"))
+    assert any("judge" in what for what in plain["not_counted"]) and any("8 tokens" in what for what in plain["not_counted"])
+    longer, twice, more = cost(max_new_tokens=16), cost(updates=2), cost(group=8)
+    assert longer["phases"]["writing"] > 1.5 * plain["phases"]["writing"]
+    assert twice["phases"]["writing"] == pytest.approx(plain["phases"]["writing"] / 2)  # one writing for two steps
+    assert more["phases"]["learning"] > plain["phases"]["learning"]
+    assert cost("ppo", group=1)["trainable_parameters"] == plain["trainable_parameters"] + 48  # and a value head
+    with pytest.raises(SettingsError, match="with its rows"):
+        afina.plan(None, base=str(tiny), objective="dpo")
+
+
+def test_an_activated_adapter_reads_what_comes_before_it_once(tiny: Path, tmp_path: Path) -> None:
+    rows = pairs_of(tmp_path)
+    both = [afina.plan(rows, base=str(tiny), objective="dpo", method=m, invocation=i, **SMALL)["cost"]
+            for m, i in (("lora", None), ("alora", ":"))]  # fmt: skip
+    assert both[1]["batch"]["tokens"] < both[0]["batch"]["tokens"]
+    assert both[1]["phases"]["learning"] < both[0]["phases"]["learning"]
+
+
+def test_the_dial_turns_for_pairs_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pairs_of(tmp_path)
+    values: dict[str, Any] = {"base": str(tiny), "objective": "dpo", **SMALL, "steps": 1}
+    assert afina.plan(rows, **values)["cost"]["checkpointing"]["used"] == "off"
+    monkeypatch.setattr(forecast, "machine_memory", lambda: 1e6)
+    found = afina.plan(rows, **values)["cost"]
+    assert found["checkpointing"]["used"] == "all" and found["fits"] is False
+    run = afina.train(rows, out=tmp_path / "run", **values)
+    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["checkpointing"] == "all"

@@ -169,8 +169,11 @@ class PolicyOptions(Settings):
     """What `options` can tell an objective that learns from rewards; which of it each one reads is in `POLICIES`."""
 
     reward: str | dict[str, float] = _describe(
-        "who judges: FILE.py:FUNCTION, a reward model's run, or several with weights, {rules.py:form: 1, runs/judge: 0.5}", ...
+        "who judges: FILE.py:FUNCTION, a reward model's run, a grader's FILE.json, or several with weights, "
+        "{rules.py:form: 1, runs/judge: 0.5}",
+        ...,
     )
+    run_python: bool = _describe("run the Python that stands in a grader's file", False)
     group: int | None = _describe("answers to each prompt: 8, for ppo 1", ge=1)
     prompts: int | None = _describe("prompts of a step; by default as many as make 64 answers", ge=1)
     max_new_tokens: int = _describe("longest answer in tokens", 64, ge=1)
@@ -185,7 +188,9 @@ class PolicyOptions(Settings):
     reference: Literal["auto", "base", "adapter"] = _describe("what it is compared with", "auto")
 
 
-_ANSWERS = ("reward", "prompts", "max_new_tokens", "temperature", "updates", "beta", "ratio_clip", "reference", "group")
+_ANSWERS = (
+    "reward", "run_python", "prompts", "max_new_tokens", "temperature", "updates", "beta", "ratio_clip", "reference", "group",
+)  # fmt: skip
 POLICIES: dict[str, tuple[str, ...]] = {
     "grpo": (*_ANSWERS, "scale"),
     "rloo": _ANSWERS,
@@ -339,6 +344,7 @@ class ServeSettings(BaseSettings):
     jobs: int = _describe("jobs that train at once; 0: none, they wait", 1, ge=0)
     job_threads: int | None = _describe("CPU threads of a job; by default half of the cores", ge=1)
     job_nice: int = _describe("how far a job stands back behind serving, 0 to 19", 10, ge=0, le=19)
+    python_graders: bool = _describe("jobs may run Python of who asks for them, with this server's rights", False)
 
 
 class LoadSettings(Settings):

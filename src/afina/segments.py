@@ -50,6 +50,14 @@ class Segments:
         parts = [replace(row, start=max(row.start, start) - start, end=min(row.end, end) - start) for row in self.rows]
         return replace(self, rows=tuple(row for row in parts if row.start < row.end))
 
+    def alike(self, first: int, second: int, length: int) -> int:
+        """How many of `length` tokens from `first` and from `second` on are surely under the same rows."""
+        one, other = (
+            {(max(0, r.start - start), min(length, r.end - start), r.adapter, r.weight)
+             for r in self.rows if r.start < start + length and r.end > start}
+            for start in (first, second)
+        )  # fmt: skip
+        return min((start for start, *_ in one ^ other), default=length)
 
     def at(self, tokens: Sequence[int]) -> "Segments":
         """The table of some tokens alone, given in ascending order: for what is computed at these only."""

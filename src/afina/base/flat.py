@@ -23,35 +23,58 @@ from afina.kernels.attention import causal_attention
 NAME = "afina"
 
 
+Pieces = tuple[tuple[int, int], ...]  # of one sequence: where its tokens stand, one stretch after another
+
+
+@dataclass
+class Before:
+    """Keys and values of a run of `length` tokens, (length, heads * head_dim) a layer: one forward gives, others read."""
+
+    length: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 @dataclass
 class Flat:
-    """Boundaries of the sequences in a flat run: bounds = (0, end of first, ..., T); and perhaps a cache."""
+    """Boundaries of the sequences in a flat run: bounds = (0, end of first, ..., T); and perhaps a cache.
+
+    A sequence may also begin with tokens that stand elsewhere: in the run, where another sequence has them too, or
+    `before` it. Then `pieces` are each one's stretches, the last of them its own, counted over what is before and the run.
+    `keep` takes the keys and values of this run, for others that come after it.
+    """
 
     bounds: tuple[int, ...]
     cache: "Cache | None" = None
+    pieces: tuple[Pieces, ...] = ()
+    before: Before | None = None
+    keep: Before | None = None
 
     @cached_property
     def groups(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Sequences of about equal length side by side, so that many short ones are one call of attention.
 
         For each group (index, kept): index (n, L) picks its tokens from the run, short sequences going on with their
-        last token; kept are the places of the real ones among the n * L. Then the order that puts the groups'
-        real tokens, end to end, back into the run. Padding is at most a fifth of the tokens.
+        last token; kept are the places of those that are its own among the n * L. Then the order that puts the groups'
+        own tokens, end to end, back into the run. Padding is at most a fifth of the tokens.
         """
-        spans = sorted(pairwise(self.bounds), key=lambda span: span[1] - span[0])
-        groups: list[list[tuple[int, int]]] = []
-        for start, end in spans:
-            real = sum(e - s for s, e in groups[-1]) if groups else 0
-            if groups and (end - start) * (len(groups[-1]) + 1) <= 1.2 * (real + end - start):
-                groups[-1].append((start, end))
+        sequences = self.pieces or tuple(((start, end),) for start, end in pairwise(self.bounds))
+        sizes = {pieces: sum(end - start for start, end in pieces) for pieces in sequences}
+        groups: list[list[Pieces]] = []
+        for pieces in sorted(sequences, key=lambda pieces: sizes[pieces]):
+            real = sum(sizes[other] for other in groups[-1]) if groups else 0
+            if groups and sizes[pieces] * (len(groups[-1]) + 1) <= 1.2 * (real + sizes[pieces]):
+                groups[-1].append(pieces)
             else:
-                groups.append([(start, end)])
+                groups.append([pieces])
         made, order = [], []
         for group in groups:
-            starts, ends = torch.tensor(group).T
-            places = starts[:, None] + torch.arange(int((ends - starts).max()))
-            made.append((places.minimum(ends[:, None] - 1), (places < ends[:, None]).flatten().nonzero()[:, 0]))
-            order.append(places.flatten()[made[-1][1]])
+            longest = sizes[group[-1]]
+            rows = [[place for start, end in pieces for place in range(start, end)] for pieces in group]
+            index = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows])
+            along, ends = torch.arange(longest), torch.tensor([sizes[pieces] for pieces in group])[:, None]
+            own = torch.tensor([pieces[-1][1] - pieces[-1][0] for pieces in group])[:, None]
+            made.append((index, ((along >= ends - own) & (along < ends)).flatten().nonzero()[:, 0]))
+            order.append(index.flatten()[made[-1][1]])
         return made, torch.cat(order).argsort()
 
 
@@ -142,7 +165,8 @@ def flat_attention(
     if cache is not None and len(flat.bounds) - 1 == query.shape[2]:
         return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
     if cache is None:
-        return _grouped(query, key, value, flat, scaling, sliding_window, softcap, dropout), None
+        run = _with_before(module, query, key, value, flat)
+        return _grouped(*run, query.shape[-1], flat, scaling, sliding_window, softcap, dropout), None
     outputs = []
     keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
     for row, (start, end) in enumerate(pairwise(flat.bounds)):
@@ -156,22 +180,37 @@ def flat_attention(
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
+def _with_before(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, flat: Flat
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as (T, heads * head_dim) each, after those of what is before (whose queries nobody needs)."""
+    query, key, value = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
+    if flat.keep is not None:
+        flat.keep.layers[int(module.layer_idx)] = key, value  # type: ignore[arg-type]
+    if flat.before is None:
+        return query, key, value
+    keys, values = flat.before.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+    return torch.cat([query.new_zeros(len(keys), query.shape[1]), query]), torch.cat([keys, key]), torch.cat([values, value])
+
+
 def _within(length: int, window: int | None) -> bool:
     return window is None or length <= window
 
 
 def _grouped(
-    query: Tensor, key: Tensor, value: Tensor, flat: Flat,
+    query: Tensor, key: Tensor, value: Tensor, width: int, flat: Flat,
     scaling: float, window: int | None, softcap: float | None, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Attention within each sequence, a group of them at a time; padding stands behind, where causality hides it."""
+    """Attention within each sequence, a group of them at a time; padding stands behind, where causality hides it.
+
+    Queries, keys and values are (T, heads * width). What a sequence shares is attended from once more for each that has it:
+    these outputs are dropped, so that only attention is done twice, and no product.
+    """
     groups, order = flat.groups
-    flattened = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]  # (T, heads * head_dim)
     outputs = []
     for index, kept in groups:
-        shape = (*index.shape, -1, query.shape[-1])
         places = index.flatten().to(query.device)
-        q, k, v = (x.index_select(0, places).view(shape).transpose(1, 2) for x in flattened)
+        q, k, v = (x.index_select(0, places).view(*index.shape, -1, width).transpose(1, 2) for x in (query, key, value))
         length = index.shape[1]
         allowed = None if _within(length, window) else _allowed(length, length, window, query.device)
         out = _attend(q, k, v, allowed, scaling, softcap, dropout).transpose(1, 2).flatten(0, 1)

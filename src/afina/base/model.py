@@ -106,12 +106,19 @@ class Base(Frozen):
 
     # ---- forwards
 
-    def hidden(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: Cache | None = None) -> Tensor:
-        """Last hidden states (T, d) of a flat run: tokens (T), positions (T) within each sequence."""
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...] | Flat, cache: Cache | None = None
+    ) -> Tensor:
+        """Last hidden states (T, d) of a flat run: tokens (T), positions (T) within each sequence.
+
+        A `Flat` in the place of the bounds says more about the run; only a base that is `flat` can read it.
+        """
         decoder = self.model.base_model
+        flat = bounds if isinstance(bounds, Flat) else Flat(bounds, cache)
+        bounds = flat.bounds
         if self.flat:
             states = decoder(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=Flat(bounds, cache)
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=flat
             ).last_hidden_state[0]
             if cache is not None:
                 cache.advance(bounds)
@@ -175,7 +182,7 @@ class Base(Frozen):
         """Sum over labelled positions of the cross-entropy, in nats (float32); labels (T), -100 where there is none."""
         return self.losses(tokens, positions, bounds, labels).sum()
 
-    def losses(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], labels: Tensor) -> Tensor:
+    def losses(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...] | Flat, labels: Tensor) -> Tensor:
         """The cross-entropy at each labelled position (n), in nats (float32), in their order.
 
         Positions without a label never reach the output layer, and the logits of the others exist a chunk at a time.
@@ -183,6 +190,7 @@ class Base(Frozen):
         keep = (labels >= 0).nonzero()[:, 0]
         if self._split_head:
             return self.losses_at(self.hidden(tokens, positions, bounds)[keep], labels[keep], keep)
+        assert not isinstance(bounds, Flat)
         logits = self.run_logits(tokens, positions, bounds)[keep]
         return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
 

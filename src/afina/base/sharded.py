@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from afina.base.frozen import Frozen
 from afina.errors import BaseError
@@ -48,3 +48,8 @@ def shard(base: Frozen, kept: Iterable[nn.Parameter], device: torch.device, proc
     for path, tensor in chain(base.model.named_parameters(), base.model.named_buffers()):
         if not any(path.startswith(f"{block}.") for block in found):
             tensor.data = tensor.data.to(device)
+
+
+def is_sharded(base: Frozen) -> bool:
+    """Whether the base's blocks are split over processes."""
+    return any(isinstance(module, FSDPModule) for module in base.model.modules())

@@ -124,7 +124,7 @@ def _cost(cost: dict[str, Any]) -> None:
     rows = [
         ("in one pass", f"{counted(batch['tokens'], 'token')}, {counted(batch['labels'], 'label')}"),
         ("peak memory", f"{_size(cost['peak_bytes'])}   (" + ", ".join(f"{k} {_size(v)}" for k, v in memory.items()) + ")"),
-        ("a step", _duration(cost["step_seconds"])),
+        ("a step", _duration(cost["step_seconds"]) + _phases(cost)),
         ("the run", _duration(cost["run_seconds"])),
         ("the adapter's file", _size(cost["file_bytes"])),
     ]
@@ -147,6 +147,15 @@ def _cost(cost: dict[str, Any]) -> None:
     if cost["fits"] is False and not cost["remedies"]:
         console.print("- nothing that afina can change makes it fit here: a smaller base, or a larger machine", highlight=False)
     _estimate(cost["exact"])
+    for what in cost.get("not_counted", []):
+        console.print(f"- not counted: {what}", highlight=False)
+
+
+def _phases(cost: dict[str, Any]) -> str:
+    """What a step's seconds go into, where that is more than learning."""
+    phases = {name: seconds for name, seconds in (cost.get("phases") or {}).items() if seconds}
+    told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in phases.items())
+    return f"   ({told})" if len(phases) > 1 else ""
 
 
 def _dial(used: str | int) -> str:

@@ -41,6 +41,20 @@ class FlatBatch:
         """How many tokens are learned."""
         return int((self.labels != IGNORED).sum())
 
+    @cached_property
+    def begins(self) -> tuple[tuple[int, int], ...]:
+        """Of each sequence: the first one that has the same tokens before its first label, and how many these are.
+
+        The token that predicts the first one learned, or the last token, is not among them.
+        """
+        tokens, labels, found = self.tokens.tolist(), self.labels.tolist(), []
+        owners: dict[tuple[int, ...], int] = {}
+        for number, (start, end) in enumerate(pairwise(self.bounds)):
+            learned = next((place for place in range(start, end) if labels[place] != IGNORED), end - 1)
+            owner = owners.setdefault(tuple(tokens[start:learned]), number)
+            found.append((owner, learned - start))
+        return tuple(found)
+
     def to(self, device: torch.device | str) -> "FlatBatch":
         """The same batch on `device`."""
         count = self.label_count  # counted here, so that nobody waits for the device to count

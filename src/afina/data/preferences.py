@@ -105,8 +105,9 @@ def usable_records(
     """Rows that `make` gives of records under our names, and those left out where `skip`; raises `DataError` for none."""
     skipped: list[str] = []
     rows = usable(
-        records, lambda where, r: make(Record(where, our_names(r, columns), their_names(r, columns))), skipped if skip else None
-    )
+        records, lambda where, r: make(Record(where, our_names(r, columns), their_names(r, columns), r)),
+        skipped if skip else None,
+    )  # fmt: skip
     if not rows:
         raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}" if skipped else None)
     return rows, skipped

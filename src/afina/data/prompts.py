@@ -8,7 +8,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,20 @@ from afina.errors import DataError
 
 FIELDS = ("messages", "prompt", "completion", "output", "reference", "instruction", "input", "system", "history")
 TABLES = (".csv", ".tsv", ".parquet")
+ITEM = "item"  # in rows of our own, the row from which they were made
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One prompt, a text to go on with or messages, and the answer that it is judged by, where there is one."""
+    """One prompt, a text to go on with or messages, and the answer that it is judged by, where there is one.
+
+    `item` is the whole row as the file has it: a grader may look at any of its fields.
+    """
 
     where: str
     prompt: Prompt
     reference: str | None = None
+    item: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -39,10 +44,11 @@ class Asked:
             return self.prompt[0]["content"]
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
-    def record(self) -> dict[str, Any]:
-        """The row for a file, as `read_asked` reads it."""
+    def record(self, whole: bool = False) -> dict[str, Any]:
+        """The row for a file, as `read_asked` reads it; `whole` with its item."""
         prompt = self.prompt if isinstance(self.prompt, str) else list(self.prompt)
-        return {"prompt": prompt} | ({} if self.reference is None else {"reference": self.reference})
+        reference = {} if self.reference is None else {"reference": self.reference}
+        return {"prompt": prompt} | reference | ({ITEM: dict(self.item)} if whole else {})
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,12 @@ def _asked(record: Record) -> Asked:
         reference, prompt = prompt[-1]["content"], prompt[:-1]
     if not prompt:
         raise DataError("no prompt", where=record.where, why="there is nothing to answer")
-    for field in ("completion", "output", "reference"):
-        if values.get(field) is not None:
-            reference = usable_text(values[field], record.place(field))
-    return Asked(record.where, prompt, reference)
+    for name in ("completion", "output", "reference"):
+        if values.get(name) is not None:
+            reference = usable_text(values[name], record.place(name))
+    item = record.raw.get(ITEM)
+    ours = isinstance(item, dict) and record.raw.keys() <= {"prompt", "reference", ITEM}
+    return Asked(record.where, prompt, reference, item if ours and item else record.raw)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -12,7 +12,7 @@ Names are ours after `columns` was applied; errors name the file's own columns.
 import json
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from afina.errors import DataError, nearest
@@ -43,11 +43,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """A record as read: `values` by our field names; `columns` says what the file calls them."""
+    """A record as read: `values` by our field names; `columns` says what the file calls them; `raw` is as in the file."""
 
     where: str
     values: Mapping[str, Any]
     columns: Mapping[str, str]
+    raw: Mapping[str, Any] = field(default_factory=dict)
 
     def place(self, field: str) -> str:
         """file:line:field, the field as the file calls it."""

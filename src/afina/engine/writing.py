@@ -29,6 +29,11 @@ class EngineWriter:
         self.base, self.stops = base, stops
         self._engine = None if whole else _engine(base, longest)
 
+    @property
+    def memory(self) -> int:
+        """Bytes that keys and values take."""
+        return 0 if self._engine is None else self._engine.settings.memory
+
     def write(
         self, prompts: Sequence[Sequence[int]], seed: int, max_new_tokens: int, temperature: float, route: Route | None,
         run: str,

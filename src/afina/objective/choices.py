@@ -4,8 +4,9 @@
     labels     |           ooooooo |           ooooooo |           oooooo |           oooooo |    only answers
     rows       |         1         |         2         |        1         |        2         |
 
-Masked tokens never reach the output layer. A row is the unit: it has one loss, is held out whole, and its answers share a
-batch. What KTO compares with (z) is the same for all rows of an optimizer step, however they are packed.
+Masked tokens never reach the output layer, and a prompt that two answers share is computed once (see `reading`). A row is
+the unit: it has one loss, is held out whole, and its answers share a batch. What KTO compares with (z) is the same for all
+rows of an optimizer step, however they are packed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from afina.data.template import Example, Renderer
 from afina.errors import DataError
 from afina.objective.language import after_invocation
 from afina.objective.preference import Answers, facts_of, kto_losses, pair_losses
-from afina.objective.reference import Reference, answer_logps
+from afina.objective.reading import Reading
+from afina.objective.reference import Reference, answer_logps, table_of
 from afina.objective.task import Total, as_is, learned_rows
 from afina.route.invocation import Route
 
@@ -266,8 +268,7 @@ class PreferenceTask(ChoiceTask):
 
     def judge(self, batch: ChoiceBatch, route: Route | None) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Losses (rows) and facts under `route`."""
-        logps, tokens = answer_logps(self.base, batch.flat, route)
-        known = None if self.reference is None else self.reference.logps(self.base, batch.flat, batch.examples)
+        (logps, tokens), known = self._logps(batch.flat, batch.examples, route)
         good, bad = (
             Answers(logps[side], None if known is None else known[side], tokens[side]) for side in (batch.good, batch.bad)
         )
@@ -276,6 +277,16 @@ class PreferenceTask(ChoiceTask):
             return pair_losses(self.objective, self.options, good, bad), facts
         z = self._z(batch.mates, route)
         return torch.cat(kto_losses(self.options, good, bad, z)), facts | {"z": z[None]}
+
+    def _logps(
+        self, flat: FlatBatch, examples: Sequence[Example], route: Route | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """What `answer_logps` gives, and the reference's log-probabilities where there is one; read side by side."""
+        base, reference = self.base, self.reference
+        others = [table_of(flat, reference.route)] if reference is not None and reference.reads else []
+        reading = Reading(base, flat, table_of(flat, route), *others)
+        known = None if reference is None else reference.logps(base, flat, examples, reading)
+        return answer_logps(base, flat, route, reading), known
 
     @torch.no_grad()
     def _z(self, mates: Mates, route: Route | None) -> Tensor:
@@ -286,8 +297,9 @@ class PreferenceTask(ChoiceTask):
             for indices in pack([len(e.tokens) for e in examples], self._batch_tokens, range(len(examples))):
                 chosen = [examples[i] for i in indices]
                 flat = flatten(chosen).to(self.base.device)
-                assert self.reference is not None
-                ratios.append(answer_logps(self.base, flat, route)[0] - self.reference.logps(self.base, flat, chosen))
+                (logps, _), known = self._logps(flat, chosen, route)
+                assert known is not None
+                ratios.append(logps - known)
             together = torch.cat(ratios)
             mates.z = together.mean().clamp(min=0) if len(together) else together.new_zeros(())
         return mates.z

@@ -24,16 +24,29 @@ from afina.data.batches import FlatBatch, flatten, pack
 from afina.data.template import Example
 from afina.disk import new_file, write_json
 from afina.errors import SettingsError, TrainingError
+from afina.objective.reading import Reading
 from afina.route.invocation import Route
-from afina.segments import BASE
+from afina.segments import BASE, Segments
 
 STORY, FILE = "reference.json", "reference.safetensors"
 
 
-def answer_logps(base: Base, batch: FlatBatch, route: Route | None) -> tuple[Tensor, Tensor]:
-    """Log-probability of each sequence's labelled tokens in nats, float32 (sequences), and how many these are (sequences)."""
-    with base.board.route(BASE if route is None else route.segments(batch.tokens, batch.bounds)):
-        losses = base.losses(batch.tokens, batch.positions, batch.bounds, batch.labels)
+def table_of(batch: FlatBatch, route: Route | None) -> Segments:
+    """Who acts on a batch; nobody without a route."""
+    return BASE if route is None else route.segments(batch.tokens, batch.bounds)
+
+
+def answer_logps(
+    base: Base, batch: FlatBatch, route: Route | None, reading: Reading | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each sequence's labelled tokens in nats, float32 (sequences), and how many these are (sequences).
+
+    A `reading` of the batch shares with the others that are made of it.
+    """
+    table = table_of(batch, route)
+    lean = (reading or Reading(base, batch, table)).lean(table)
+    with base.board.route(lean.table):
+        losses = base.losses(lean.tokens, lean.positions, lean.flat, lean.labels)
     keep = (batch.labels >= 0).nonzero()[:, 0]
     ends = torch.tensor(batch.bounds[1:], device=keep.device)
     owner = torch.searchsorted(ends, keep, right=True)
@@ -51,12 +64,19 @@ class Reference:
     adapter: str | None = None  # hash of the frozen adapter
     known: dict[str, float] = field(default_factory=dict)  # precomputed, by `key_of`
 
-    def logps(self, base: Base, batch: FlatBatch, examples: Sequence[Example]) -> Tensor:
+    @property
+    def reads(self) -> bool:
+        """Whether batches are read for it, and not remembered."""
+        return not (self.mode == "precomputed" and self.known)
+
+    def logps(
+        self, base: Base, batch: FlatBatch, examples: Sequence[Example], reading: Reading | None = None
+    ) -> Tensor:
         """Log-probabilities (sequences) of the answers in a batch of `examples`; no gradient."""
-        if self.mode == "precomputed" and self.known:
+        if not self.reads:
             return torch.tensor([self.known[key_of(example)] for example in examples], device=batch.tokens.device)
         with torch.no_grad():
-            return answer_logps(base, batch, self.route)[0]
+            return answer_logps(base, batch, self.route, reading)[0]
 
     def about(self) -> dict[str, Any]:
         """For reference.json and run.json."""

@@ -17,6 +17,8 @@ from torch.nn.functional import logsigmoid
 from afina.base.model import SCORE, Base
 from afina.data.batches import FlatBatch
 from afina.objective.choices import ChoiceBatch, ChoiceTask
+from afina.objective.reading import Reading
+from afina.objective.reference import table_of
 from afina.route.invocation import Route
 from afina.segments import BASE
 
@@ -25,9 +27,10 @@ BINS = 10
 
 def rewards(base: Base, batch: FlatBatch, route: Route | None) -> Tensor:
     """The reward of each sequence of a flat run (sequences), float32; without an adapter it is 0."""
-    last = torch.tensor([end - 1 for end in batch.bounds[1:]], device=batch.tokens.device)
-    with base.board.route(BASE if route is None else route.segments(batch.tokens, batch.bounds)):
-        hidden = base.hidden(batch.tokens, batch.positions, batch.bounds)[last]
+    table = table_of(batch, route)
+    lean = Reading(base, batch, table).lean(table)
+    with base.board.route(lean.table):
+        hidden = base.hidden(lean.tokens, lean.positions, lean.flat)[lean.places([end - 1 for end in batch.bounds[1:]])]
     # the last token comes after any invocation: there the head acts on all that is left
     with base.board.route(BASE if route is None else route.everywhere().segments(batch.tokens, batch.bounds)):
         return base.model.get_submodule(SCORE)(hidden.float())[:, 0]

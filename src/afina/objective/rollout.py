@@ -28,6 +28,7 @@ from afina.disk import write_json
 from afina.errors import TrainingError
 from afina.objective.choices import Tally
 from afina.objective.policy import clipped_losses, divergence, gae, grpo_advantages, rloo_advantages, standardised
+from afina.objective.reading import Reading
 from afina.objective.reference import STORY, Reference
 from afina.objective.scoring import Rewards
 from afina.objective.task import Total, as_is, learned_rows
@@ -112,7 +113,7 @@ class PolicyTask:
         self.objective, self.options, self.base, self.train, self.held = objective, options, base, train, held
         self.rewards, self.writer = rewards, writer
         self._batch_tokens, self._seed = batch_tokens, seed
-        self._prompts, self._group = min(options.prompts or 1, len(train)), options.group or 1
+        self._prompts, self.group = min(options.prompts or 1, len(train)), options.group or 1
         self._drawn: Drawn | None = None
         self._step, self._check = Tally(), Tally()
         self._at = 0
@@ -126,7 +127,7 @@ class PolicyTask:
         """Optimizer steps in one pass over the prompts."""
         return -(-len(self.train) // self._prompts) * self.options.updates
 
-    def _queries(self, step: int) -> list[Query]:
+    def queries(self, step: int) -> list[Query]:
         """The prompts of a step: the next ones of endless passes over all, each shuffled by seed and number."""
         first = step // self.options.updates * self._prompts
         chosen, orders = [], {}
@@ -139,7 +140,7 @@ class PolicyTask:
 
     def step_rows(self, step: int) -> list[str]:
         """Names of the rows of an optimizer step."""
-        return sorted({query.where for query in self._queries(step)})
+        return sorted({query.where for query in self.queries(step)})
 
     def step_batches(self, step: int) -> list[AnswerBatch]:
         """The micro-batches of an optimizer step: answers of the policy as it is now, or of the step that drew them."""
@@ -148,7 +149,7 @@ class PolicyTask:
             if step != first:
                 why = f"step {step + 1} learns from answers that were drawn at step {first + 1}"
                 raise TrainingError("these answers are gone", why=why, hint="start again with another --out")
-            self._drawn = self._draw(self._queries(step), first)
+            self._drawn = self._draw(self.queries(step), first)
         facts = self._drawn.facts
         self._step, self._check, self._at = Tally(dict(facts.sums), dict(facts.counts)), Tally(), step + 1
         return self._drawn.batches
@@ -159,15 +160,15 @@ class PolicyTask:
 
     def _draw(self, queries: Sequence[Query], step: int, batch_tokens: int | None = None) -> Drawn:
         """Answer, judge, and work out what is to be learned."""
-        each = [query for query in queries for _ in range(self._group)]
+        each = [query for query in queries for _ in range(self.group)]
         options = self.options
         written = self._write(each, self._seed_of(f"step {step}"), options.temperature, self.policy, f"step {step}")
         examples = [_example(query, answer) for query, answer in zip(each, written, strict=True)]
         told = self._judge(each, examples)
         packed = pack([len(e.tokens) for e in examples], batch_tokens or self._batch_tokens, range(len(examples)))
         drawn = Drawn(step, self._learned([[examples[i] for i in indices] for indices in packed], packed, told["reward"]))
-        groups = told["reward"].view(-1, self._group)
-        drawn.facts.add(told | _facts(written) | ({"reward_spread": groups.std(1)} if self._group > 1 else {}))
+        groups = told["reward"].view(-1, self.group)
+        drawn.facts.add(told | _facts(written) | ({"reward_spread": groups.std(1)} if self.group > 1 else {}))
         return drawn
 
     @torch.no_grad()
@@ -177,7 +178,7 @@ class PolicyTask:
         batches, values = [], []
         for part in parts:
             batch = self._laid(part)
-            old, value = self.read(batch, self.policy, ppo) if self._looks_back else (None, None)
+            old, value = self.read(batch, self.policy, ppo) if self.looks_back else (None, None)
             batches.append(replace(batch, old=old))
             values.append(value)
         tokens = [torch.tensor([sum(e.labels) for e in part], device=self.base.device) for part in parts]
@@ -198,7 +199,7 @@ class PolicyTask:
             return replace(batch, reference=self.read(batch, self.reference.route)[0])
 
     @property
-    def _looks_back(self) -> bool:
+    def looks_back(self) -> bool:
         """Whether the log-probabilities with which answers were written are needed before the loss."""
         return self.options.updates > 1 or self.objective == "ppo" or (self.objective == "rloo" and self.options.beta > 0)
 
@@ -212,7 +213,7 @@ class PolicyTask:
                 assert batch.old is not None
                 drift = [part.double().sum().cpu() for part in (batch.old - batch.reference).split(counts.tolist())]
                 rewards[indices] -= self.options.beta * torch.stack(drift)
-        groups = rewards.view(-1, self._group)
+        groups = rewards.view(-1, self.group)
         found = grpo_advantages(groups, self.options.scale) if self.objective == "grpo" else rloo_advantages(groups)
         flat = found.flatten().float().to(self.base.device)
         return [
@@ -250,13 +251,15 @@ class PolicyTask:
     def read(self, batch: AnswerBatch, route: Route | None, value: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each token of the answers (n) at the policy's temperature, and, if asked for, its value (n)."""
         base, flat = self.base, batch.flat
-        table, places = batch.table(route), (flat.labels >= 0).nonzero()[:, 0]
-        with base.board.route(table):
+        table = batch.table(route)
+        lean = Reading(base, flat, table).lean(table)
+        places = (lean.labels >= 0).nonzero()[:, 0]
+        with base.board.route(lean.table):
             if not base.gives_hidden:
-                return -base.losses(flat.tokens, flat.positions, flat.bounds, flat.labels), None
-            hidden = base.hidden(flat.tokens, flat.positions, flat.bounds)[places]
+                return -base.losses(lean.tokens, lean.positions, lean.flat, lean.labels), None
+            hidden = base.hidden(lean.tokens, lean.positions, lean.flat)[places]
             warm = hidden if self.options.temperature == 1.0 else hidden / self.options.temperature
-            logps = -base.losses_at(warm, flat.labels[places], places)
+            logps = -base.losses_at(warm, lean.labels[places], places)
         if not value or route is None:
             return logps, None
         with base.board.route(route.everywhere().segments(flat.tokens, flat.bounds)):  # the head comes after any invocation

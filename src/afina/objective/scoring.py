@@ -1,7 +1,8 @@
-"""Who says how good an answer is: Python functions, reward models, or several of them with weights.
+"""Who says how good an answer is: Python functions, reward models, graders, or several of them with weights.
 
     rules.py:polite     def polite(prompt: str, answer: str, reference: str | None) -> float
     runs/judge          a run of --objective reward on the same base; it acts on the base beside the policy, nothing is copied
+    grader.json         a grader as OpenAI's API describes it (see `graders`)
 
 The number of an answer is the sum of weight times number. A function is the user's own code, and is run as such.
 """
@@ -24,10 +25,11 @@ from afina.data.prompts import Asked
 from afina.data.template import Example
 from afina.delta.files import adapter_folder, load_adapter, read_run, read_story
 from afina.errors import SettingsError, TrainingError, nearest
+from afina.objective.graders import Grader, read_grader
 from afina.objective.reward import rewards
 from afina.route.invocation import Route
 
-CODE = ".py:"
+CODE, GRADER = ".py:", ".json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Graded:
+    """A grader of a file."""
+
+    name: str
+    grader: Grader
+    content: str
+
+    def score(self, rows: Sequence[Asked], answers: Sequence[str]) -> dict[str, list[float]]:
+        """A number for each answer, and under their names those of the grader's parts."""
+        found = [self.grader.grade(answer, row.item) for row, answer in zip(rows, answers, strict=True)]
+        parts = {f"{self.name}:{name}": [parts[name] for _, parts in found] for name in found[0][1]}
+        return {self.name: [number for number, _ in found]} | parts
+
+
+@dataclass(frozen=True)
 class Judge:
     """A reward model on the policy's own base."""
 
@@ -84,7 +101,18 @@ class Judge:
 class Rewards:
     """All who judge, each with its weight."""
 
-    judges: tuple[tuple[Function | Judge, float], ...]
+    judges: tuple[tuple[Function | Judge | Graded, float], ...]
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether some of them look at more of a row than its prompt and answer."""
+        return any(isinstance(judge, Graded) for judge, _ in self.judges)
+
+    def check(self, row: Asked) -> None:
+        """Raise `DataError` where a row has not what those who judge look at."""
+        for judge, _ in self.judges:
+            if isinstance(judge, Graded):
+                judge.grader.check(row.item, row.where)
 
     def score(self, rows: Sequence[Asked], examples: Sequence[Example], batch_tokens: int) -> dict[str, Tensor]:
         """The reward of each answer (n), and under their names the parts that it has where there are several.
@@ -92,15 +120,17 @@ class Rewards:
         `examples` are the rows with their answers, as text and as tokens; those who read tokens read `batch_tokens` at a time.
         """
         texts = [example.answer or "" for example in examples]
-        parts = {
-            judge.name: torch.tensor(
-                judge.score(rows, texts) if isinstance(judge, Function) else judge.score(examples, batch_tokens),
-                dtype=torch.float64,
-            )
-            for judge, _ in self.judges
-        }
-        total = torch.stack([weight * parts[judge.name] for judge, weight in self.judges]).sum(0)
-        return {"reward": total} | ({f"reward_{name}": part for name, part in parts.items()} if len(parts) > 1 else {})
+        parts: dict[str, list[float]] = {}
+        for judge, _ in self.judges:
+            if isinstance(judge, Graded):
+                parts |= judge.score(rows, texts)
+            elif isinstance(judge, Function):
+                parts[judge.name] = judge.score(rows, texts)
+            else:
+                parts[judge.name] = judge.score(examples, batch_tokens)
+        made = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in parts.items()}
+        total = torch.stack([weight * made[judge.name] for judge, weight in self.judges]).sum(0)
+        return {"reward": total} | ({f"reward_{name}": part for name, part in made.items()} if len(made) > 1 else {})
 
     @property
     def content(self) -> str:
@@ -121,8 +151,16 @@ def make_rewards(options: PolicyOptions, base: Base, template: str | None) -> Re
     for name, weight in told.items():
         if not math.isfinite(weight) or not weight:
             raise SettingsError(f"a weight of {weight}", where=f"options: reward: {name}", hint="a number that is not 0")
-    made = [(_function(name) if CODE in name else _judge(name, base, template, n)) for n, name in enumerate(told)]
+    made = [_one(name, options.run_python) or _judge(name, base, template, n) for n, name in enumerate(told)]
     return Rewards(tuple(zip(made, told.values(), strict=True)))
+
+
+def _one(told: str, run_python: bool) -> Function | Graded | None:
+    """The function or grader that a name means; None for a reward model's."""
+    if told.endswith(GRADER):
+        grader = read_grader(Path(told), run_python)
+        return Graded(Path(told).name, grader, grader.content)
+    return _function(told) if CODE in told else None
 
 
 def _function(told: str) -> Function:
@@ -151,7 +189,7 @@ def _judge(told: str, base: Base, template: str | None, number: int) -> Judge:
     """The run of a reward model."""
     folder = Path(told)
     if not folder.is_dir():
-        hint = "FILE.py:FUNCTION, or the folder of a run of --objective reward"
+        hint = "FILE.py:FUNCTION, a grader's FILE.json, or the folder of a run of --objective reward"
         raise SettingsError("nobody judges here", where=f"options: reward: {told}", hint=hint)
     story = read_run(folder)
     if story.get("objective") != "reward":

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from afina.base.fast import MLPS, NORMS
-from afina.base.model import HEAD_CHUNK
+from afina.base.model import HEAD_CHUNK, SCORE
 from afina.base.nf4 import candidates
 from afina.config import TrainSettings
 from afina.delta.contract import Delta, method
@@ -87,6 +87,7 @@ class Step:
     storage: str  # "plain" or "nf4"
     device: str = "cpu"
     every: int = 0  # activations of each `every`-th block are made again in the backward pass; 0: of none
+    besides: float = 0.0  # bytes of what is there besides: frozen adapters, keys and values
 
     def turned(self, every: int) -> "Step":
         """The same step with the activations of each `every`-th block made again."""
@@ -179,9 +180,10 @@ class Step:
 
     @cached_property
     def _output(self) -> set[str]:
-        """Paths above the blocks: the last norm and the output layer."""
+        """Paths above the blocks: the last norm, the output layer, a head of rewards."""
         head = self.shape.model.get_output_embeddings()
-        return {p for p, m in self.shape.model.named_modules() if m is head or ("norm" in p and block_number(p) is None)}
+        above = {p for p, _ in self.shape.model.named_modules() if p == SCORE or ("norm" in p and block_number(p) is None)}
+        return above | {p for p, m in self.shape.model.named_modules() if m is head}
 
     @property
     def _head_adapted(self) -> bool:
@@ -212,7 +214,7 @@ class Step:
         moments = [kept + loss, step, 2.0 * n * width, *self._backward(each, load.tokens * e * slack, within)]
         weights, largest = self._weights
         end = float(n * width) if cpu else 0.0  # the best adapter is read when a heap is as large as it was
-        made = Memory(libraries, weights, learned, self._moments, kept, max(moments) - kept + end)
+        made = Memory(libraries, weights, learned, self._moments, kept, max(moments) - kept + end + self.besides)
         missing = libraries + weights + largest - made.peak  # while it is loaded
         return replace(made, other=made.other + missing) if cpu and missing > 0 else made
 
@@ -238,7 +240,8 @@ class Step:
         if not self._short(load.length):
             attention += width + 2 * heads * 4 / self.shape.dtype.itemsize
         for block in self._blocks:
-            block.kept = block.norms + 2 * block.inner + attention + block.inputs + block.keeps if block.flows else 0.0
+            own = block.norms + 2 * block.inner + block.inputs + block.keeps
+            block.kept = own + load.read * attention if block.flows else 0.0
         return [
             float(self._width) if block.flows and self._recomputes(number) else block.kept
             for number, block in enumerate(self._blocks)
@@ -250,7 +253,7 @@ class Step:
         inner = max((b.inner for b in self._blocks if b.flows), default=0)
         scores = 3 * heads * load.length * 4 / self.shape.dtype.itemsize if self._short(load.length) else 0.0
         works = max((b.works for b in self._blocks), default=0.0)
-        return 3 * self._width + max(4 * inner + works, 9 * width + scores)
+        return 3 * self._width + max(4 * inner + works, load.read * (9 * width + scores))
 
     @property
     def _packed(self) -> float:
@@ -303,7 +306,7 @@ class Step:
         again = sum(self._recomputes(n) and b.flows for n, b in enumerate(self._blocks)) / max(1, len(flowing))
         weights = sum(b.matrices for b in self._blocks) + sum((1 + again) * b.matrices + b.trained for b in flowing)
         head = self._width * int(self.shape.config.vocab_size) * load.mean_labels * (2 + 2 * self._head_adapted)
-        heads = 4 * tokens * load.mean_length * self._heads[1] * (below + (3.5 + again) * len(flowing))
+        heads = 4 * load.read * tokens * load.mean_length * self._heads[1] * (below + (3.5 + again) * len(flowing))
         thin = sum(b.thin for b in flowing) * tokens * (3 + again)
         once = sum(b.once for b in flowing) * (1 + again)
         passes = sum((3 + again) * self._passes(b) for b in flowing) + sum(self._passes(b) for b in self._blocks if not b.flows)
@@ -329,6 +332,29 @@ class Step:
         if self.settings.optimizer == "adamw":
             return 28.0
         return STEP8 if self._steps_in_cache else STEP8_PLAIN if self.device == "cpu" else 60.0
+
+    def forward(self, load: Load, rates: Rates) -> float:
+        """Seconds of one pass without gradients, with the base's work alone: adapters' thin products are little beside it."""
+        dtype = "bfloat16" if self.shape.dtype == torch.bfloat16 else "float32"
+        tokens, blocks = load.mean_tokens, self._blocks
+        head = self._width * int(self.shape.config.vocab_size) * load.mean_labels
+        heads = 4 * load.read * tokens * load.mean_length * self._heads[1] * len(blocks)
+        products = sum(b.matrices for b in blocks) * tokens / rates.rate(dtype, tokens)
+        work = (
+            rates.factor * 2 * (products + head / rates.rate(dtype, load.mean_labels))
+            + rates.factor * heads / rates.attention_rate(dtype, load.mean_length)
+            + sum(b.nf4 for b in blocks) / rates.dequantise
+            + rates.factor * tokens * self.shape.dtype.itemsize * sum(self._passes(b) for b in blocks) / rates.copy
+        )
+        python = rates.block / 3 * len(blocks)
+        return max(work, python) if rates.overlaps else work + python
+
+    @property
+    def cached(self) -> float:
+        """Bytes of a token's keys and values in all blocks."""
+        heads, width = self._heads
+        groups = heads / int(getattr(self.shape.config, "num_key_value_heads", None) or heads)
+        return 2.0 * width / groups * self.shape.dtype.itemsize * len(self._blocks)
 
     def _passes(self, block: _Block) -> float:
         """Numbers a token that the parts of a block besides its products read and write, forwards."""

@@ -12,7 +12,10 @@ from typing import Any
 from afina.base.classifier import Classifier
 from afina.config import TrainSettings
 from afina.errors import TrainingError
+from afina.objective.choices import ChoiceTask
 from afina.objective.language import LanguageTask
+from afina.objective.rollout import PolicyTask
+from afina.planning.answers import step_of
 from afina.planning.cost import Step
 from afina.planning.figures import Load
 from afina.planning.forecast import find_place, load_of, turn
@@ -24,9 +27,13 @@ from afina.training.setup import Setup
 
 def choose(setups: Sequence[Setup]) -> tuple[str | int, str | None]:
     """The dial of runs that share a base and its passes, and why."""
-    if not all(isinstance(setup.prepared.task, LanguageTask) for setup in setups):
-        return "off", "memory is predicted for next-token learning so far"
     settings = setups[0].settings
+    if len(setups) == 1 and isinstance(setups[0].prepared.task, ChoiceTask | PolicyTask):
+        place = find_place(settings, measure=False)
+        step, answers = step_of(read_shape(settings, place.device), setups[0], settings, place.device)
+        return turn(step, answers.load, place)[1:]
+    if not all(isinstance(setup.prepared.task, LanguageTask) for setup in setups):
+        return "off", "memory is not predicted for what learns here"
     place = find_place(settings, measure=False)
     shape, storage = read_shape(settings, place.device), setups[0].prepared.base.storage  # type: ignore[attr-defined]
     steps = [Step(shape, count(shape, s.adapter.spec), s.settings, storage, place.device) for s in setups]

@@ -53,6 +53,7 @@ class Load:
     mean_labels: float
     mean_length: float  # tokens that a token's sequence has
     passes: int = 1  # before each optimizer step
+    read: float = 1.0  # tokens of all sequences over those computed, where sequences share some: attention takes them all
 
     @classmethod
     def full(cls, tokens: int, length: int, passes: int = 1, labelled: float = 1.0) -> "Load":

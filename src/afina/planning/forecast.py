@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,13 @@ def largest_batch(step: Step, load: Load, place: Place) -> int | None:
     return low if low >= SMALLEST else 0
 
 
-def remedies(shape: Shape, settings: PlanSettings, place: Place, load: Load) -> list[dict[str, Any]]:
-    """What would make it fit: checkpointing, smaller passes, a base in 4 bits, and these together; the gentlest first."""
+def remedies(
+    shape: Shape, settings: PlanSettings, place: Place, load: Load, besides: float = 0.0
+) -> list[dict[str, Any]]:
+    """What would make it fit: checkpointing, smaller passes, a base in 4 bits, and these together; the gentlest first.
+
+    `besides` are bytes that are there whatever is changed.
+    """
     if place.memory is None:
         return []
     found: list[dict[str, Any]] = []
@@ -206,13 +211,13 @@ def remedies(shape: Shape, settings: PlanSettings, place: Place, load: Load) -> 
         changes += [{**change, **four_bits} for change in changes]
     for change in changes:
         changed = settings.model_copy(update=change)
-        step = make_step(shape, changed, place)
+        step = replace(make_step(shape, changed, place), besides=besides)
         batch = largest_batch(step.turned(1) if settings.checkpointing == "auto" else step, load, place)
         if not batch:
             continue
         smaller = load.at(min(batch, load.tokens))
         if smaller.tokens < load.tokens:
-            change = {**change, "batch_tokens": smaller.tokens}
+            change = {**change, "batch_tokens": int(smaller.tokens * load.read)}
         step = turn(step, smaller, place)[0]
         peak = held(step, smaller, place).peak
         found.append({"settings": change, "peak_bytes": round(peak),

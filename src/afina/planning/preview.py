@@ -20,6 +20,7 @@ from afina.delta.contract import Spec, method
 from afina.delta.targets import block_number
 from afina.errors import SettingsError
 from afina.objective.language import LanguageTask
+from afina.planning.answers import forecast_answers, step_of
 from afina.planning.figures import Load
 from afina.planning.forecast import (
     compare,
@@ -63,11 +64,18 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
         settings = make_settings(PlanSettings, ({} if data is None else {"data": Path(data)}) | values)
     told = {name: getattr(settings, name) for name in settings.model_fields_set if name in TrainSettings.model_fields}
     asked = None if settings.data is None else TrainSettings(**told)
-    if (settings.objective if asked is None else objective_of(asked)) in ("classify", "mlm", *PREFERENCES, *POLICIES):
+    objective = settings.objective if asked is None else objective_of(asked)
+    if objective in ("classify", "mlm", *PREFERENCES, *POLICIES):
         if asked is None or settings.compare:
             where = "data" if asked is None else "compare"
-            raise SettingsError("memory and time are predicted for next-token learning so far", where=where)
-        return _checked(set_up(asked)) | {"cost": None}
+            why = "what a step of it takes depends on the rows, and on a base that is here"
+            raise SettingsError(f"{objective} is planned with its rows, one method at a time", where=where, why=why)
+        answering = set_up(asked)
+        cost = None if objective in ("classify", "mlm") else _cost_of_answers(settings, answering)
+        checked = _checked(answering)
+        if cost is not None:
+            checked["settings"] |= {"checkpointing": cost["checkpointing"]["used"]}
+        return checked | {"cost": cost}
     place = find_place(settings, settings.probe)
     shape = read_shape(settings, place.device)
     step = make_step(shape, settings, place)
@@ -107,6 +115,22 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
         "example": rows.example,
         "cost": cost,
     }
+
+
+def _cost_of_answers(settings: PlanSettings, setup: Setup) -> dict[str, Any]:
+    """What preferences and rewards take, on the base that is loaded."""
+    place = find_place(settings, settings.probe)
+    shape = read_shape(settings, place.device)
+    step, answers = step_of(shape, setup, settings, place.device)
+    load = answers.load
+    cost = forecast_answers(step, answers, place, setup.steps)
+    most = [largest_batch(one, load, place) for one in (turn(step, load, place)[0], step.turned(1))]
+    return cost | {
+        "device": place.device, "machine_bytes": place.memory, "batch": _batch(load), "exact": shape.exact,
+        "largest_batch_tokens": most[0] and int(most[0] * load.read),
+        "largest_batch_tokens_all": most[1] and int(most[1] * load.read),
+        "remedies": remedies(shape, settings, place, load, answers.besides) if cost["fits"] is False else [],
+    }  # fmt: skip
 
 
 def _batch(load: Load) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 import afina
 from afina.errors import AfinaError
-from afina.server import chat, completions, embeddings, files, jobs, models
+from afina.server import chat, completions, embeddings, files, grading, jobs, models
 from afina.server.door import Door, Gone
 from afina.server.keys import admin_of
 from afina.server.logs import LOG
@@ -30,7 +30,7 @@ def make_app(state: State, stop: Callable[[], None] = lambda: None) -> FastAPI:
     app = FastAPI(title="afina", version=afina.__version__, lifespan=lifespan, dependencies=[Depends(_known_queries)],
                   docs_url=None, redoc_url=None)  # fmt: skip
     app.state.afina = state
-    for part in (chat, completions, embeddings, models, files, jobs):
+    for part in (chat, completions, embeddings, models, files, jobs, grading):
         app.include_router(part.router)
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/readyz", readyz)

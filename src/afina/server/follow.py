@@ -27,9 +27,15 @@ class Follower:
             step, held = line["step"], line.get("held_out_loss")
             figures = {"step": step, "train_loss": line["loss"], "learning_rate": line["learning_rate"]}
             message = f"Step {step}: training loss={line['loss']:.4f}"
+            if (reward := line.get("reward")) is not None:
+                figures["train_mean_reward"] = reward
+                message = f"Step {step}: training reward={reward:.4f}"
+            if held is not None and reward is not None:  # what is held out is judged by its reward, of which this is minus
+                figures |= {"valid_mean_reward": -held, "full_valid_mean_reward": -held}
+                message += f", validation reward={-held:.4f}"
             if held is not None:
                 figures |= {"valid_loss": held, "full_valid_loss": held}
-                message += f", validation loss={held:.4f}"
+                message += "" if reward is not None else f", validation loss={held:.4f}"
                 self._checks[step] = {name: figures[name] for name in ("step", "train_loss", "valid_loss", "full_valid_loss")}
             if step > self._told and (held is not None or step % EVERY == 0):
                 found.append((message, figures))

@@ -3,6 +3,7 @@
 import re
 import secrets
 import uuid
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -13,13 +14,16 @@ from afina.config import TrainSettings, make_settings
 from afina.delta.contract import method as delta_method
 from afina.delta.presets import preset
 from afina.errors import SettingsError
+from afina.objective.policy import policy_options
 from afina.server.asked import Asked
 from afina.server.files import Owner, find, path_of
+from afina.server.grading import grader_of
 from afina.server.keys import Caller
 from afina.server.pages import listed, page
 from afina.server.refusal import Refusal, not_found, refusal_of
 from afina.server.state import State, state_of
 from afina.server.store import File, Job, JobCheckpoint, JobEvent, now
+from afina.server.trainer import GRADER
 from afina.training.setup import default_rate
 
 router = APIRouter()
@@ -29,7 +33,13 @@ OWN = (
     "warmup", "weight_decay", "clip", "max_length", "check_every", "patience", "skip_bad_rows", "checkpointing", "options",
     "batch_tokens",
 )  # fmt: skip
-OPTIONS = ("operator", "restart_every", "loss", "smoothing", "sft")  # of these, none that does so or changes the base
+OPTIONS = {  # by how a job learns: of these, none that does so or changes the base
+    "supervised": ("operator", "restart_every"),
+    "dpo": ("operator", "restart_every", "loss", "smoothing", "sft"),
+    "reinforcement": ("operator", "restart_every", "group", "prompts", "max_new_tokens", "temperature", "updates", "beta",
+                      "ratio_clip", "scale"),
+}  # fmt: skip
+METHODS = tuple(OPTIONS)
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Auto = Literal["auto"]
 
@@ -66,33 +76,70 @@ class Preferred(Strict):
     hyperparameters: PreferenceParameters = PreferenceParameters()
 
 
+class ReinforcementParameters(Hyperparameters):
+    """The same, where a batch is prompts; how many answers each of them gets (8 times the multiplier), and how often it is
+    judged. Every held-out prompt is answered once, as likely as can be."""
+
+    compute_multiplier: Auto | Annotated[float, Field(ge=0.25, le=8.0)] = "auto"
+    eval_interval: Auto | Annotated[int, Field(ge=1)] = "auto"
+    eval_samples: Auto | Literal[1] = "auto"
+    reasoning_effort: Literal["default"] | None = None
+
+
+class Reinforced(Strict):
+    """Learning from answers of its own, which a grader judges."""
+
+    grader: dict[str, Any]
+    hyperparameters: ReinforcementParameters = ReinforcementParameters()
+    response_format: Annotated[Any, Field(description="not here: answers are written freely")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, values: Any) -> Any:
+        """No hyperparameters are none that are told."""
+        dropped = {"hyperparameters", "response_format"} if isinstance(values, Mapping) else set()
+        return {k: v for k, v in values.items() if v is not None or k not in dropped} if dropped else values
+
+    @field_validator("response_format")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if value != {"type": "text"}:
+            message = "response_format: answers are written freely here; a grader may ask for sample.output_json"
+            raise PydanticCustomError("response_format", message)
+        return value
+
+
 class Method(Strict):
-    """How to learn: from answers, or from pairs of a better and a worse one. Reinforcement is refused by name."""
+    """How to learn: from answers, from pairs of a better and a worse one, or from answers of its own that are judged."""
 
     type: str = "supervised"
     supervised: Supervised | None = None
     dpo: Preferred | None = None
-    reinforcement: Any = None
+    reinforcement: Reinforced | None = None
 
     @field_validator("type")
     @classmethod
     def _is_there(cls, value: str) -> str:
-        if value not in ("supervised", "dpo"):
-            message = "method: this server's jobs learn by supervised or by dpo, not by {how}"
-            raise PydanticCustomError("method", message, {"how": value[:50]})
+        if value not in METHODS:
+            message = "method: this server's jobs learn by {known}, not by {how}"
+            raise PydanticCustomError("method", message, {"known": ", ".join(METHODS), "how": value[:50]})
         return value
 
     @model_validator(mode="after")
     def _only_one(self) -> "Method":
-        if any(getattr(self, name) is not None for name in ("supervised", "dpo", "reinforcement") if name != self.type):
+        if any(getattr(self, name) is not None for name in METHODS if name != self.type):
             raise PydanticCustomError(
                 "method", "method: what is set for another method than {type} is read by nobody", {"type": self.type}
             )
+        if self.type == "reinforcement" and self.reinforcement is None:
+            raise PydanticCustomError("method", "method.reinforcement: a grader says what a good answer is")
         return self
 
     @property
     def told(self) -> Hyperparameters:
         """The hyperparameters of the method that it is."""
+        if self.reinforcement is not None:
+            return self.reinforcement.hyperparameters
         return (
             (self.dpo or Preferred()).hyperparameters
             if self.type == "dpo"
@@ -125,14 +172,21 @@ def create(asked: JobAsked, request: Request, caller: Owner) -> dict[str, Any]:
     validation = find(state, caller, asked.validation_file) if asked.validation_file else None
     name, seed = f"ftjob-{uuid.uuid4().hex}", secrets.randbits(31) if asked.seed is None else asked.seed
     told = asked.method.told if asked.hyperparameters is None else asked.hyperparameters
-    if asked.method.type == "dpo" and isinstance(told.batch_size, int):
+    how = asked.method.type
+    if how == "dpo" and isinstance(told.batch_size, int):
         raise Refusal(
             400, "batch_size: pairs are batched by tokens here; leave it auto, or set batch_tokens in afina", "method"
         )
+    settings = _settings(state, asked, told, training, validation, seed)
+    if asked.method.reinforcement is not None:
+        grader = grader_of(state, asked.method.reinforcement.grader, "method.reinforcement.grader")
+        settings["options"] |= {"reward": str(state.settings.state.resolve() / "jobs" / name / GRADER)}
+        settings["options"] |= {"run_python": True} if grader.is_code else {}
+        _check(lambda: policy_options(make_settings(TrainSettings, settings)))
     own = {
         "told": told.model_dump(mode="json"),
-        "settings": _settings(state, asked, told, training, validation, seed),
-        "batch_size": told.batch_size if isinstance(told.batch_size, int) else None,
+        "settings": settings,
+        "batch_size": told.batch_size if isinstance(told.batch_size, int) and how == "supervised" else None,
     }
     job = Job(
         id=name, owner=caller.name, asked=asked.model_dump(mode="json") | own, training_file=training.id,
@@ -160,29 +214,51 @@ def _settings(
         values["holdout"] = str(path_of(state, validation).resolve())
     if told.n_epochs != "auto":
         values["epochs"] = told.n_epochs
-    if asked.method.type == "dpo":
-        values["objective"] = "dpo"
+    if asked.method.type != "supervised":
+        values["objective"] = {"dpo": "dpo", "reinforcement": "grpo"}[asked.method.type]
     if told.learning_rate_multiplier != "auto":  # a multiplier of 1 is what afina takes by itself
         values["learning_rate"] = default_rate("lora", values.get("objective", "sft")) * float(told.learning_rate_multiplier)
+    if isinstance(told, ReinforcementParameters) and told.eval_interval != "auto":
+        values["check_every"] = told.eval_interval
     values |= asked.afina
     options = asked.afina.get("options", {})
     if not isinstance(options, dict):
         raise Refusal(400, "options: expected names with values", "afina")
-    if unknown := set(options) - set(OPTIONS):
-        raise Refusal(400, f"options: {sorted(unknown)[0]!r} cannot be set for a job; what can: {', '.join(OPTIONS)}", "afina")
+    if unknown := set(options) - set(known := OPTIONS[asked.method.type]):
+        what = f"options: {sorted(unknown)[0]!r} cannot be set for a job like this; what can: {', '.join(known)}"
+        raise Refusal(400, what, "afina")
     if isinstance(told, PreferenceParameters) and told.beta != "auto":
         options = options | {"beta": told.beta}
+    if isinstance(told, ReinforcementParameters):
+        options = _drawn(told) | options
     values["options"] = options
     method = str(values.get("method", "lora"))
     if serve.storage == "nf4" and not method.startswith("q"):
         values["method"] = f"q{method}"
-    try:
+
+    def check() -> None:
         settings = make_settings(TrainSettings, values)
         if delta_method(preset(settings.method, 1).delta).replaces:
             raise SettingsError(f"{settings.method} makes a whole model, and no adapter", hint="lora, dora or mora")
+
+    _check(check)
+    return values
+
+
+def _check(check: Callable[[], Any]) -> None:
+    """Raise `Refusal` where `check` raises `SettingsError`."""
+    try:
+        check()
     except SettingsError as error:
         raise refusal_of(error, "afina") from None
-    return values
+
+
+def _drawn(told: ReinforcementParameters) -> dict[str, Any]:
+    """The options that say how many answers a step has."""
+    prompts = {} if told.batch_size in ("auto", None) else {"prompts": told.batch_size}
+    if told.compute_multiplier == "auto":
+        return prompts
+    return prompts | {"group": max(2, round(8 * float(told.compute_multiplier)))}
 
 
 @router.get("/v1/fine_tuning/jobs")
@@ -279,12 +355,13 @@ def told_of(job: Job) -> dict[str, Any]:
     """A job as OpenAI's API tells of it."""
     asked = job.asked
     told, how = asked["told"], asked["method"]["type"]
-    shared = {name: value for name, value in told.items() if name != "beta"}
+    shared = {name: value for name, value in told.items() if name in Hyperparameters.model_fields}
+    grader = {"grader": asked["method"][how]["grader"]} if how == "reinforcement" else {}
     return {
         "object": "fine_tuning.job", "id": job.id, "model": asked["model"], "created_at": job.created,
         "finished_at": job.finished, "fine_tuned_model": job.model if job.status == "succeeded" else None,
         "organization_id": job.owner or "public", "result_files": [], "status": job.status, "error": job.error,
         "validation_file": job.validation_file, "training_file": job.training_file, "hyperparameters": shared,
         "trained_tokens": job.tokens, "seed": job.seed, "estimated_finish": None, "integrations": [],
-        "method": {"type": how, how: {"hyperparameters": told}}, "metadata": asked["metadata"],
+        "method": {"type": how, how: {"hyperparameters": told, **grader}}, "metadata": asked["metadata"],
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """A job's own process: `python -m afina.server.trainer FOLDER`, begun, followed and stopped by the server's worker.
 
     FOLDER/job.json      what to do: settings of `afina train`, threads, niceness
+    FOLDER/grader.json   who judges its answers, where it learns from rewards
     FOLDER/run/          the run folder, with the checkpoint from which it goes on
     FOLDER/error.json    what was wrong, where it is somebody's to mend
 
@@ -23,7 +24,7 @@ from afina.config import TrainSettings, make_settings, read_yaml
 from afina.disk import write_json
 from afina.errors import AfinaError
 
-JOB, RUN, ERROR = "job.json", "run", "error.json"
+JOB, GRADER, RUN, ERROR = "job.json", "grader.json", "run", "error.json"
 
 
 def main(folder: Path) -> int:

@@ -25,7 +25,7 @@ from afina.errors import AfinaError
 from afina.server.follow import Follower
 from afina.server.logs import LOG
 from afina.server.store import Adapter, Job, JobCheckpoint, JobEvent, Store, now
-from afina.server.trainer import ERROR, JOB, RUN
+from afina.server.trainer import ERROR, GRADER, JOB, RUN
 
 if TYPE_CHECKING:
     from afina.server.state import State
@@ -115,6 +115,8 @@ class Worker:
         threads = self.settings.job_threads or max(1, (os.cpu_count() or 2) // 2)
         own = {"settings": job.asked["settings"], "batch_size": job.asked["batch_size"]}
         write_json(folder / JOB, own | {"threads": threads, "nice": self.settings.job_nice})
+        if reinforced := job.asked["method"].get("reinforcement"):
+            write_json(folder / GRADER, reinforced["grader"])
         command = [sys.executable, "-m", "afina.server.trainer", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with (folder / "log.txt").open("ab") as log:

@@ -15,7 +15,7 @@ from afina.engine.writing import EngineWriter
 from afina.errors import DataError, SettingsError, counted
 from afina.objective.policy import policy_options
 from afina.objective.rollout import PolicyTask, Query
-from afina.objective.scoring import make_rewards
+from afina.objective.scoring import Rewards, make_rewards
 from afina.route.invocation import last_start
 from afina.training.distributed import world
 from afina.training.prepared import Prepared, Words, find_invocation, new_tokens, source_of
@@ -39,7 +39,7 @@ def prepare_policy(settings: TrainSettings, base: Base | None) -> Prepared:
     skipped = list(table.skipped)
     leave_out = skipped if settings.skip_bad_rows else None
     train, held = (
-        make_queries(renderer, rows, leave_out, invocation, options.max_new_tokens)
+        make_queries(renderer, rows, leave_out, invocation, options.max_new_tokens, rewards)
         for rows in _split(settings, table.rows, skipped)
     )
     longest = max(len(query.tokens) for query in (*train, *held)) + options.max_new_tokens
@@ -55,7 +55,7 @@ def prepare_policy(settings: TrainSettings, base: Base | None) -> Prepared:
         source=source_of(table, len(held)),
         skipped=skipped,
         example=str(base.tokenizer.decode(train[0].tokens)) + "«...»",
-        held_records=[query.row.record() for query in held],
+        held_records=[query.row.record(rewards.reads_items) for query in held],
         invocation=invocation,
         modules=modules,
         tokens=own_tokens,
@@ -68,11 +68,13 @@ def prepare_policy(settings: TrainSettings, base: Base | None) -> Prepared:
 
 
 def make_queries(
-    renderer: Renderer, rows: list[Asked], skipped: list[str] | None, invocation: tuple[int, ...], max_new_tokens: int
-) -> list[Query]:
-    """Prompts as tokens. One that cannot be used is an error, or is listed in `skipped` when that is given."""
+    renderer: Renderer, rows: list[Asked], skipped: list[str] | None, invocation: tuple[int, ...], max_new_tokens: int,
+    rewards: Rewards,
+) -> list[Query]:  # fmt: skip
+    """Prompts as tokens. One that cannot be used, or judged, is an error, or is listed in `skipped` when that is given."""
 
     def make(where: str, row: Asked) -> Query:
+        rewards.check(row)
         tokens = renderer.prompt(row.prompt)
         if len(tokens) + max_new_tokens > renderer.max_length:
             what = f"{counted(len(tokens), 'token')}, and {max_new_tokens:,} for the answer"
