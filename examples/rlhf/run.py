@@ -2,8 +2,10 @@
 
 On the embedded base, with the sentences of `afina demo`. The rows to imitate correct sentences in three manners; one is wanted
 ("Here it is: ..."), one has a word that is not. Over the adapter that imitates, which stays frozen, others learn what is
-wanted: from pairs (dpo), and from a reward model and a rule (grpo, with rank 1 and rank 16). Each is judged on new sentences
-by the rules. What is done already is read from --work, so that a run that was cut goes on.
+wanted: from pairs (dpo), and from a reward model and a rule (grpo, with rank 1 and rank 16, each at the best of the same rates,
+chosen on a seed of its own). Each is judged on new sentences by the rules; then the adapter that imitates and the one that was
+aligned over it are put together in every way (see stacked.py). What is done already is read from --work, so that a run that was
+cut goes on.
 """
 
 import argparse
@@ -15,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stacked import stack, stack_markdown
+
 from afina.base.load import load_base
 from afina.config import BaseSettings, PolicyOptions
 from afina.data.prompts import Asked
@@ -25,12 +29,10 @@ from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
 from afina.disk import write_json, write_text
 from afina.engine.writing import EngineWriter
-from afina.judge.policy import judge_policy
 from afina.judge.preferences import wilson
 from afina.objective.reference import Reference
 from afina.objective.rollout import PolicyTask, Query
 from afina.objective.scoring import make_rewards
-from afina.route.invocation import Route
 from afina.training.loop import read_metrics
 from afina.training.run import train
 
@@ -40,7 +42,14 @@ MANNERS = ("Here it is: {}", "{}", "Well, {}")  # wanted, plain, with the unwant
 SHARES = (2, 5, 3)  # how often each is imitated, of ten
 ASK = {"en": "Correct: ", "es": "Corrige: "}
 NEW_TOKENS = 40
-STAGES = ("sft", "dpo", "grpo, rank 1", "grpo, rank 16")
+RANKS = (1, 16)
+# twice the larger rank, for both: alpha / rank makes up for the fewer columns. By default alpha is twice the rank itself, and
+# at the same rate a rank-1 adapter moves a sixteenth as far: in 24 steps at 1e-3 its reward rose from 1.427 to 1.437 only
+ALPHA = 32
+RATES = (1e-3, 2e-3, 4e-3)  # tried for each rank
+SEARCHED = 7  # the seed on which
+STAGES = ("sft", "dpo", *(f"grpo, rank {rank}" for rank in RANKS))
+Rates = dict[int, tuple[float, ...]]  # by rank
 NAMES = {"reward": "reward", "form": "wanted form", "clean": "no unwanted word", "right": "task score"}
 
 
@@ -79,17 +88,20 @@ def make_data(folder: Path, sizes: dict[str, int], seed: int) -> dict[str, Path]
     return files
 
 
-def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int) -> dict[str, Path]:
-    """Train all stages of one seed that are not there yet; returns their run folders."""
+def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int, rates: Rates) -> None:
+    """Train all stages of one seed that are not there yet, each in a folder of its name."""
     over = {"over": str(folder / "sft")}
     judged = {"reward": {str(folder / "judge"): 1.0, RULES["right"]: 2.0}, "max_new_tokens": NEW_TOKENS, "beta": 0.02}
     plans: dict[str, tuple[Path, dict[str, Any]]] = {
         "sft": (files["sft"], {"objective": "sft", "rank": 16, "learning_rate": 2e-3}),
         "judge": (files["pairs"], {"objective": "reward", "rank": 8, "learning_rate": 1e-3}),
-        "dpo": (files["pairs"], {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}}),
-        "grpo-1": (files["prompts"], {"objective": "grpo", "rank": 1, "learning_rate": 1e-3, "options": over | judged}),
-        "grpo-16": (files["prompts"], {"objective": "grpo", "rank": 16, "learning_rate": 1e-3, "options": over | judged}),
     }
+    if seed != SEARCHED:
+        plans["dpo"] = files["pairs"], {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}}
+    for rank in RANKS:
+        for rate in rates[rank]:
+            told = {"objective": "grpo", "rank": rank, "alpha": ALPHA, "learning_rate": rate, "options": over | judged}
+            plans[f"grpo-{rank}-{rate:g}"] = files["prompts"], told
     for name, (data, values) in plans.items():
         out, count = folder / name, steps[name.partition("-")[0]]
         if (out / "README.md").is_file():
@@ -98,11 +110,10 @@ def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int
         train(data, out=out, seed=seed, steps=count, check_every=max(1, count // 4), batch_tokens=2048, holdout=0.05,
               resume=begun, **values)  # fmt: skip
         print(f"seed {seed}: {name}", flush=True)
-    return dict(zip(STAGES, (folder / name for name in ("sft", "dpo", "grpo-1", "grpo-16")), strict=True))
 
 
-def judge(runs: dict[str, Path], test: Path) -> dict[str, dict[str, Any]]:
-    """Each stage on new sentences by the rules, beside the adapter that imitates."""
+def judge(sft: Path, runs: dict[str, Path], test: Path) -> dict[str, dict[str, Any]]:
+    """Each run, learned over `sft`, and this itself on new sentences by the rules: rewards, KL, wins against `sft`."""
     base = load_base(**BaseSettings().model_dump())
     renderer = Renderer(base.tokenizer, None, base.context)
     rows = [Asked(f"{test}:{n}", line["prompt"], line["reference"]) for n, line in enumerate(map(json.loads, test.open()), 1)]
@@ -110,30 +121,40 @@ def judge(runs: dict[str, Path], test: Path) -> dict[str, dict[str, Any]]:
     options = PolicyOptions(reward=dict.fromkeys(RULES.values(), 1.0), max_new_tokens=NEW_TOKENS, group=1, prompts=1)
     longest = max(len(query.tokens) for query in queries) + NEW_TOKENS
     writer = EngineWriter(base, longest, renderer.stops)
-    rewards = make_rewards(options, base, None)
-    sft = load_adapter(runs["sft"], base, "sft").route
+    task = PolicyTask("grpo", options, base, queries, queries, make_rewards(options, base, None), writer, 2048, 0)
+    below = load_adapter(sft, base, "sft").route
+    task.reference = Reference("adapter", "the adapter that imitates", below)
+    before = task.answers(queries, below)[2]["reward"]
     found: dict[str, dict[str, Any]] = {}
-    for stage in STAGES:
-        task = PolicyTask("grpo", options, base, queries, queries, rewards, writer, 2048, 0)
-        task.reference = Reference("adapter", "the adapter that imitates", sft)
-        if stage == "sft":
-            route: Route = sft
-        else:
-            adapter = load_adapter(runs[stage], base, "aligned")
-            adapter.beside = (sft,)
-            route = adapter.route
-        told = judge_policy(task, sft, route)
-        after = told["after"]
-        found[stage] = {"reward": after["reward"], "kl": after["kl"] * after["sampled_length"], "length": after["length"]} | {
-            name: after[f"reward_{rule}"] for name, rule in RULES.items()
-        } | {name: told[name] for name in ("wins", "losses", "ties")}  # fmt: skip
-        if stage != "sft":
-            detach(base.model, adapter)
+    for stage, run in {"sft": sft, **runs}.items():
+        adapter = load_adapter(run, base, "aligned")
+        adapter.beside = () if stage == "sft" else (below,)
+        told, drift = task.answers(queries, adapter.route)[2], task.drift(adapter.route)
+        reward = told["reward"]
+        wins, losses = int((reward > before).sum()), int((reward < before).sum())
+        found[stage] = {"reward": float(reward.mean()), "kl": drift["kl"] * drift["length"], "length": drift["length"]} | {
+            name: float(told[f"reward_{rule}"].mean()) for name, rule in RULES.items()
+        } | {"wins": wins, "losses": losses, "ties": len(queries) - wins - losses}  # fmt: skip
+        detach(base.model, adapter)
     return found
 
 
+def search(work: Path, sizes: dict[str, int], steps: dict[str, int], rates: Sequence[float]) -> dict[str, dict[str, float]]:
+    """Reward by the rules of each rank at each rate, on a seed of its own: {"1": {"0.001": ...}, "16": ...}."""
+    folder = work / f"seed-{SEARCHED}"
+    if not (folder / "search.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        files = make_data(folder, sizes, SEARCHED)
+        learn(files, folder, steps, SEARCHED, dict.fromkeys(RANKS, tuple(rates)))
+        tried = {f"{rank} {rate:g}": folder / f"grpo-{rank}-{rate:g}" for rank in RANKS for rate in rates}
+        table = judge(folder / "sft", tried, files["test"])
+        found = {str(rank): {f"{rate:g}": table[f"{rank} {rate:g}"]["reward"] for rate in rates} for rank in RANKS}
+        write_json(folder / "search.json", found)
+    return read_json(folder / "search.json")
+
+
 def curves(runs: dict[str, Path]) -> dict[str, list[tuple[float, float]]]:
-    """(KL in nats an answer, reward) of the steps of each policy gradient run."""
+    """(KL in nats an answer, reward) of the steps of each run that learned from rewards."""
     return {
         name: [(tick["kl"] * tick["length"], tick["reward"]) for tick in read_metrics(run)]
         for name, run in runs.items() if name.startswith("grpo")
@@ -174,8 +195,13 @@ def markdown(story: dict[str, Any]) -> str:
             share = f"{100 * wins / (wins + losses):.1f}% ({100 * low:.1f} to {100 * high:.1f})"
         cells = [f"{mean['reward']:.3f}", *(f"{100 * mean[name]:.1f}%" for name in RULES), share, f"{mean['kl']:.2f}"]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    tested = f"{story['tested']} new sentences a seed, {len(tables)} seeds"
-    return "\n".join([*lines, "", f"{tested}; {story['seconds']} s in all, of which {story['cpu_seconds']} s of computing."])
+    found: dict[str, dict[str, float]] = story["search"]
+    rates = list(next(iter(found.values())))
+    tried = ["", "| reward at a rate of | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    tried += [f"| rank {rank} | " + " | ".join(f"{row[rate]:.3f}" for rate in rates) + " |" for rank, row in found.items()]
+    tested = f"{story['tested']} new sentences a seed, {len(tables)} seeds, and another one for the rates"
+    spent = f"{tested}; {story['seconds']} s in all, of which {story['cpu_seconds']} s of computing."
+    return "\n".join([*lines, *tried, "", stack_markdown(story["seeds"]), "", spent])
 
 
 def main() -> None:
@@ -186,10 +212,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/rlhf"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=HERE, help="where results.json, the table and the picture are written")
     told = parser.parse_args()
-    sizes = {"sft": 3000, "pairs": 600, "prompts": 400, "test": 100}
-    steps = {"sft": 120, "judge": 30, "dpo": 30, "grpo": 24}
+    sizes = {"sft": 3000, "pairs": 600, "prompts": 400, "test": 200}
+    steps, tried, count = {"sft": 120, "judge": 30, "dpo": 30, "grpo": 24}, RATES, told.seeds
     if told.quick:
-        sizes, steps = {name: max(8, count // 25) for name, count in sizes.items()}, dict.fromkeys(steps, 2)
+        sizes, steps = {name: max(8, size // 25) for name, size in sizes.items()}, dict.fromkeys(steps, 2)
+        tried, count = RATES[:1], 2
     start, seeds = time.perf_counter(), []
     before = read_json(told.work / "spent.json") if (told.work / "spent.json").is_file() else {"seconds": 0, "cpu_seconds": 0}
 
@@ -197,16 +224,27 @@ def main() -> None:
         now = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
         return {name: round(before[name] + value) for name, value in now.items()}
 
-    for seed in range(1 if told.quick else told.seeds):
-        folder = told.work / f"seed-{seed}"
+    folders = [told.work / f"seed-{seed}" for seed in range(count)]
+    searched = search(told.work, sizes, steps, tried)
+    write_json(told.work / "spent.json", spent())
+    rates: Rates = {rank: (float(max(row, key=row.__getitem__)),) for rank, row in ((r, searched[str(r)]) for r in RANKS)}
+    for seed, folder in enumerate(folders):
+        runs = {"dpo": folder / "dpo"} | {f"grpo, rank {rank}": folder / f"grpo-{rank}-{rates[rank][0]:g}" for rank in RANKS}
         if not (folder / "judged.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             files = make_data(folder, sizes, seed)
-            runs = learn(files, folder, steps, seed)
-            write_json(folder / "judged.json", {"table": judge(runs, files["test"]), "curves": curves(runs)})
+            learn(files, folder, steps, seed, rates)
+            write_json(folder / "judged.json", {"table": judge(folder / "sft", runs, files["test"]), "curves": curves(runs)})
             write_json(told.work / "spent.json", spent())
         seeds.append(read_json(folder / "judged.json"))
-    story = spent() | {"tested": sizes["test"], "steps": steps, "seeds": seeds}
+    aligned = f"grpo-{RANKS[-1]}-{rates[RANKS[-1]][0]:g}"
+    for seed, folder in enumerate(folders):
+        other = folders[(seed + 1) % len(folders)]
+        if not (folder / "stacked.json").is_file():
+            write_json(folder / "stacked.json", stack(folder, folder / aligned, other / aligned, NEW_TOKENS))
+            write_json(told.work / "spent.json", spent())
+        seeds[seed]["stacked"] = read_json(folder / "stacked.json")
+    story = spent() | {"tested": sizes["test"], "steps": steps, "search": searched, "seeds": seeds}
     write_json(told.out / "results.json", story)
     draw(seeds, told.out / "reward-kl.png")
     table = markdown(story)
