@@ -164,7 +164,7 @@ def draw(counts: Mapping[str, Mapping[str, Mapping[str, int]]], file: Path) -> N
     axes.set_xticks(range(len(DOMAINS)), [f"{TRAINED}\n(trained away here)", *(f"{domain}\n(not seen)" for domain in UNSEEN)])
     axes.set_ylabel("answers that flatter (%)")
     axes.set_ylim(0, 100)
-    axes.legend(frameon=False, ncols=len(STAGES), loc="upper center")
+    figure.legend(frameon=False, ncols=len(STAGES), loc="outside upper center")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(file, dpi=120)
 
