@@ -2,10 +2,9 @@
 
 On the embedded base, with the sentences of `afina demo`. The rows to imitate correct sentences in three manners; one is wanted
 ("Here it is: ..."), one has a word that is not. Over the adapter that imitates, which stays frozen, others learn what is
-wanted: from pairs (dpo), and from a reward model and a rule (grpo, with rank 1 and rank 16, each at the best of the same rates,
-chosen on a seed of its own). Each is judged on new sentences by the rules; then the adapter that imitates and the one that was
-aligned over it are put together in every way (see stacked.py). What is done already is read from --work, so that a run that was
-cut goes on.
+wanted: from pairs (dpo), and from a reward model and a rule (grpo, with rank 1 and rank 16). Each is judged on new sentences
+by the rules; then the adapter that imitates and the one that was aligned over it are put together in every way (stacked.py).
+What is done already is read from --work, so that a run that was cut goes on.
 """
 
 import argparse
@@ -46,10 +45,7 @@ RANKS = (1, 16)
 # twice the larger rank, for both: alpha / rank makes up for the fewer columns. By default alpha is twice the rank itself, and
 # at the same rate a rank-1 adapter moves a sixteenth as far: in 24 steps at 1e-3 its reward rose from 1.427 to 1.437 only
 ALPHA = 32
-RATES = (1e-3, 3e-3)  # tried for each rank
-SEARCHED = 7  # the seed on which
 STAGES = ("sft", "dpo", *(f"grpo, rank {rank}" for rank in RANKS))
-Rates = dict[int, tuple[float, ...]]  # by rank
 NAMES = {"reward": "reward", "form": "wanted form", "clean": "no unwanted word", "right": "task score"}
 
 
@@ -88,20 +84,18 @@ def make_data(folder: Path, sizes: dict[str, int], seed: int) -> dict[str, Path]
     return files
 
 
-def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int, rates: Rates) -> None:
-    """Train all stages of one seed that are not there yet, each in a folder of its name."""
+def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int) -> dict[str, Path]:
+    """Train all stages of one seed that are not there yet; returns the run folders of those that learned over the first."""
     over = {"over": str(folder / "sft")}
     judged = {"reward": {str(folder / "judge"): 1.0, RULES["right"]: 2.0}, "max_new_tokens": NEW_TOKENS, "beta": 0.02}
     plans: dict[str, tuple[Path, dict[str, Any]]] = {
         "sft": (files["sft"], {"objective": "sft", "rank": 16, "learning_rate": 2e-3}),
         "judge": (files["pairs"], {"objective": "reward", "rank": 8, "learning_rate": 1e-3}),
+        "dpo": (files["pairs"], {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}}),
     }
-    if seed != SEARCHED:
-        plans["dpo"] = files["pairs"], {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}}
     for rank in RANKS:
-        for rate in rates[rank]:
-            told = {"objective": "grpo", "rank": rank, "alpha": ALPHA, "learning_rate": rate, "options": over | judged}
-            plans[f"grpo-{rank}-{rate:g}"] = files["prompts"], told
+        told = {"objective": "grpo", "rank": rank, "alpha": ALPHA, "learning_rate": 1e-3, "options": over | judged}
+        plans[f"grpo-{rank}"] = files["prompts"], told
     for name, (data, values) in plans.items():
         out, count = folder / name, steps[name.partition("-")[0]]
         if (out / "README.md").is_file():
@@ -110,6 +104,7 @@ def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int
         train(data, out=out, seed=seed, steps=count, check_every=max(1, count // 4), batch_tokens=2048, holdout=0.05,
               resume=begun, **values)  # fmt: skip
         print(f"seed {seed}: {name}", flush=True)
+    return dict(zip(STAGES[1:], (folder / name for name in ("dpo", *(f"grpo-{rank}" for rank in RANKS))), strict=True))
 
 
 def judge(sft: Path, runs: dict[str, Path], test: Path) -> dict[str, dict[str, Any]]:
@@ -137,20 +132,6 @@ def judge(sft: Path, runs: dict[str, Path], test: Path) -> dict[str, dict[str, A
         } | {"wins": wins, "losses": losses, "ties": len(queries) - wins - losses}  # fmt: skip
         detach(base.model, adapter)
     return found
-
-
-def search(work: Path, sizes: dict[str, int], steps: dict[str, int], rates: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Reward by the rules of each rank at each rate, on a seed of its own: {"1": {"0.001": ...}, "16": ...}."""
-    folder = work / f"seed-{SEARCHED}"
-    if not (folder / "search.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        files = make_data(folder, sizes, SEARCHED)
-        learn(files, folder, steps, SEARCHED, dict.fromkeys(RANKS, tuple(rates)))
-        tried = {f"{rank} {rate:g}": folder / f"grpo-{rank}-{rate:g}" for rank in RANKS for rate in rates}
-        table = judge(folder / "sft", tried, files["test"])
-        found = {str(rank): {f"{rate:g}": table[f"{rank} {rate:g}"]["reward"] for rate in rates} for rank in RANKS}
-        write_json(folder / "search.json", found)
-    return read_json(folder / "search.json")
 
 
 def curves(runs: dict[str, Path]) -> dict[str, list[tuple[float, float]]]:
@@ -212,13 +193,9 @@ def markdown(story: dict[str, Any]) -> str:
         cells = [f"{mean['reward']:.3f}", *(f"{100 * mean[name]:.1f}%" for name in RULES), share, f"{mean['kl']:.2f}"]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     lines += ["", apart(*([sum(t[f"grpo, rank {r}"][k] for t in tables) for k in ("wins", "losses")] for r in RANKS))]
-    found: dict[str, dict[str, float]] = story["search"]
-    rates = list(next(iter(found.values())))
-    tried = ["", "| reward at a rate of | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    tried += [f"| rank {rank} | " + " | ".join(f"{row[rate]:.3f}" for rate in rates) + " |" for rank, row in found.items()]
-    tested = f"{story['tested']} new sentences a seed, {len(tables)} seeds, and another one for the rates"
+    tested = f"{story['tested']} new sentences a seed, {len(tables)} seeds"
     spent = f"{tested}; {story['seconds']} s in all, of which {story['cpu_seconds']} s of computing."
-    return "\n".join([*lines, *tried, "", stack_markdown(story["seeds"]), "", spent])
+    return "\n".join([*lines, "", stack_markdown(story["seeds"]), "", spent])
 
 
 def main() -> None:
@@ -230,10 +207,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where results.json, the table and the picture are written")
     told = parser.parse_args()
     sizes = {"sft": 3000, "pairs": 600, "prompts": 400, "test": 200}
-    steps, tried, count = {"sft": 120, "judge": 30, "dpo": 30, "grpo": 24}, RATES, told.seeds
+    steps, count = {"sft": 120, "judge": 30, "dpo": 30, "grpo": 24}, told.seeds
     if told.quick:
         sizes, steps = {name: max(8, size // 25) for name, size in sizes.items()}, dict.fromkeys(steps, 2)
-        tried, count = RATES[:1], 2
+        count = 2
     start, seeds = time.perf_counter(), []
     before = read_json(told.work / "spent.json") if (told.work / "spent.json").is_file() else {"seconds": 0, "cpu_seconds": 0}
 
@@ -242,26 +219,22 @@ def main() -> None:
         return {name: round(before[name] + value) for name, value in now.items()}
 
     folders = [told.work / f"seed-{seed}" for seed in range(count)]
-    searched = search(told.work, sizes, steps, tried)
-    write_json(told.work / "spent.json", spent())
-    rates: Rates = {rank: (float(max(row, key=row.__getitem__)),) for rank, row in ((r, searched[str(r)]) for r in RANKS)}
     for seed, folder in enumerate(folders):
-        runs = {"dpo": folder / "dpo"} | {f"grpo, rank {rank}": folder / f"grpo-{rank}-{rates[rank][0]:g}" for rank in RANKS}
         if not (folder / "judged.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             files = make_data(folder, sizes, seed)
-            learn(files, folder, steps, seed, rates)
+            runs = learn(files, folder, steps, seed)
             write_json(folder / "judged.json", {"table": judge(folder / "sft", runs, files["test"]), "curves": curves(runs)})
             write_json(told.work / "spent.json", spent())
         seeds.append(read_json(folder / "judged.json"))
-    aligned = f"grpo-{RANKS[-1]}-{rates[RANKS[-1]][0]:g}"
+    aligned = f"grpo-{RANKS[-1]}"
     for seed, folder in enumerate(folders):
         other = folders[(seed + 1) % len(folders)]
         if not (folder / "stacked.json").is_file():
             write_json(folder / "stacked.json", stack(folder, folder / aligned, other / aligned, NEW_TOKENS))
             write_json(told.work / "spent.json", spent())
         seeds[seed]["stacked"] = read_json(folder / "stacked.json")
-    story = spent() | {"tested": sizes["test"], "steps": steps, "search": searched, "seeds": seeds}
+    story = spent() | {"tested": sizes["test"], "steps": steps, "seeds": seeds}
     write_json(told.out / "results.json", story)
     draw(seeds, told.out / "reward-kl.png")
     table = markdown(story)
