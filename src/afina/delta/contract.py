@@ -130,8 +130,8 @@ class Delta(nn.Module):
         raise TypeError(f"{cls.__name__} must say how many numbers it learns")
 
     @classmethod
-    def cost(cls, layer: Layer, spec: Spec) -> Cost:
-        """What it costs at `layer`; unless a method says better, its input and output are kept."""
+    def cost(cls, layer: Layer, spec: Spec, device: str) -> Cost:
+        """What it costs at `layer` on a kind of device; unless a method says better, its input and output are kept."""
         return Cost(True, layer.in_features + layer.out_features, float(cls.count(layer, spec)))
 
 

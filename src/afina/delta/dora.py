@@ -109,9 +109,9 @@ class DoRA(LoRA):
         return super().count(layer, spec) + layer.out_features
 
     @classmethod
-    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+    def cost(cls, layer: Layer, spec: Spec, device: str) -> Cost:
         """y0 is kept besides what LoRA keeps; A W^T is a product with the whole weight; gradients pass three times over y0."""
-        of_lora = super().cost(layer, spec)
+        of_lora = super().cost(layer, spec, device)
         once = float(spec.rank_of(layer.path) * layer.in_features * layer.out_features)
         keeps, works = of_lora.keeps + layer.out_features, 3.0 * layer.out_features
         return Cost(of_lora.keeps_input, keeps, of_lora.products, once, works)

@@ -62,6 +62,6 @@ class Full(Delta):
         return sum(p.numel() for p in layer.module.parameters(recurse=False))
 
     @classmethod
-    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+    def cost(cls, layer: Layer, spec: Spec, device: str) -> Cost:
         """x is kept; forwards the trained copy takes the place of the base, backwards there is the weight's gradient."""
         return Cost(True, 0, 0.0)

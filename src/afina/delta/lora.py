@@ -67,7 +67,7 @@ class LoRA(Delta):
         return spec.rank_of(layer.path) * (layer.in_features + layer.out_features)
 
     @classmethod
-    def cost(cls, layer: Layer, spec: Spec) -> Cost:
+    def cost(cls, layer: Layer, spec: Spec, device: str) -> Cost:
         """x and A x are kept (x alone where the C++ kernel runs); with dropout, for x what was left of it and its factors."""
         dropped = 2 * layer.in_features if spec.dropout else 0
         return Cost(not spec.dropout, spec.rank_of(layer.path) + dropped, float(LoRA.count(layer, spec)))

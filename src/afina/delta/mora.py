@@ -151,16 +151,13 @@ class MoRA(Delta):
         return size_of(layer, spec) ** 2
 
     @classmethod
-    def cost(cls, layer: Layer, spec: Spec) -> Cost:
-        """x alone is kept where the C++ kernel runs; else what M reads, p vectors of q numbers, and x if truncation cuts it.
-
-        The second is what a GPU keeps too, but the first is said of it where there are C++ kernels: in a Llama a fifth less.
-        """
+    def cost(cls, layer: Layer, spec: Spec, device: str) -> Cost:
+        """x alone is kept where the C++ kernel runs; else what M reads, p vectors of q numbers, and x if truncation cuts it."""
         size, operator = size_of(layer, spec), operator_of(layer, spec)
         blocks = min(math.ceil(layer.in_features / size), math.ceil(layer.out_features / size))
         slots = blocks if operator in ("decoupling", "rotation") else 1
         products = float(slots * size**2)
-        if kernels.isas and not spec.dropout:
+        if device == "cpu" and kernels.isas and not spec.dropout:
             return Cost(True, 0, products)
         dropped = 2 * layer.in_features if spec.dropout else 0
         works = 2.0 * layer.in_features if operator == "rotation" else 0.0  # inputs padded, and turned

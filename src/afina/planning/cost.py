@@ -159,7 +159,7 @@ class Step:
         if layer.path not in self.count.layers:
             return
         kind, (parent, _, leaf) = self._kind, layer.path.rpartition(".")
-        cost = kind.cost(layer, self.count.spec)
+        cost = kind.cost(layer, self.count.spec, self.device)
         group = next((n for n, leaves in enumerate(SAME_INPUT) if leaf in leaves), None)
         if cost.keeps_input and (group is None or (parent, group) not in shared):
             block.inputs += layer.in_features
