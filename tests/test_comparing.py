@@ -30,7 +30,8 @@ from afina.errors import DataError, SettingsError
 from afina.objective.language import make_examples, mean_loss
 from helpers import write_rows
 
-ASKED: dict[str, Any] = {"methods": ["lora", "mora", "full"], "seeds": 2, "trials": 2, "steps": 6, "limit": 6,
+ASKED: dict[str, Any] = {"methods": ["lora", "mora", "full", "first"], "reach": [0.5, 20.0],
+                         "variants": {"first": {"method": "qlora", "layers": "first:1", "rank": 1}}, "seeds": 2, "trials": 2, "steps": 6, "limit": 6,
                          "max_new_tokens": 6, "rank": 2, "batch_tokens": 256, "budget": "20m", "metric": "exact_match"}  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: Path, chats: Path, gene
 
 
 def test_everything_is_reported(made: dict[str, Any]) -> None:
-    assert set(made["methods"]) == {"lora", "mora", "full"}
+    assert set(made["methods"]) == {"lora", "mora", "full", "first"}
     for name, found in made["methods"].items():
         assert found["seeds"] == 2
         assert [steps for _, steps, _ in found["tried"]] == [3, 3]  # as many trials for each
@@ -79,9 +80,24 @@ def test_everything_is_reported(made: dict[str, Any]) -> None:
             assert found[cost] > 0
         assert len(found["curves"]) == 2 and found["curves"][0][-1][0] == 6
     assert made["methods"]["full"]["trainable_parameters"] > 10 * made["methods"]["lora"]["trainable_parameters"]
-    assert len(made["tests"]) == 6  # each pair, the base among them
+    assert len(made["tests"]) == 10  # each pair, the base among them
     assert made["recommendation"]["use"] in ("base", *made["methods"])
     assert made["data"]["train"] + made["data"]["choose"] + made["data"]["test"] == 48
+
+
+def test_a_variant_has_its_own_settings_and_the_base_in_four_bits_a_line(made: dict[str, Any]) -> None:
+    first, lora = (made["methods"][name]["trainable_parameters"] for name in ("first", "lora"))
+    assert 0 < first <= lora / 4  # half the rank, half the blocks
+    told = (Path(made["folder"]) / "runs/first-0/settings.yaml").read_text()
+    assert "method: qlora" in told and "first:1" in told
+    assert made["nf4_figures"]["loss"]["mean"] != made["base_figures"]["loss"]["mean"]
+    assert "base in 4 bits" in (Path(made["folder"]) / "report.md").read_text()
+    for told, why in (({"x": {"rank": 4}}, "needs a method"), ({"x": {"method": "lora", "steps": 3}}, "cannot have steps")):
+        with pytest.raises(SettingsError, match="variants") as raised:
+            make_settings(CompareSettings, {"data": "a.csv", "variants": told})
+        assert why in str(raised.value)
+    with pytest.raises(SettingsError, match="reach"):
+        make_settings(CompareSettings, {"data": "a.csv", "reach": [2.0, 1.0]})
 
 
 def test_no_row_is_on_two_sides(made: dict[str, Any]) -> None:
@@ -254,9 +270,9 @@ def test_halving() -> None:
     assert rungs(8, 80) == [(8, 10), (4, 20), (2, 40)]
     assert rungs(3, 8) == [(3, 2), (2, 4)]
     assert rungs(1, 100) == []
-    four = rates_to_try(2e-4, 4)
+    four = rates_to_try(2e-4, 4, [0.35, 35.0])
     assert np.allclose(np.diff(np.log(four)), np.log(four[1] / four[0]), atol=0.01)
-    assert four[0] < 2e-4 < four[-1] and rates_to_try(2e-5, 1) == [2e-5]
+    assert four[0] < 2e-4 < four[-1] and rates_to_try(2e-5, 1, [3.0, 100.0]) == [2e-5]
 
 
 def test_the_schedule_fits_and_asks_for_no_more_than_was_asked() -> None:

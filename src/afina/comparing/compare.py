@@ -34,7 +34,7 @@ from afina.comparing.schedule import (
 )
 from afina.config import CompareSettings, TrainSettings, make_settings, resolved
 from afina.delta.files import read_json, read_run
-from afina.delta.presets import preset
+from afina.delta.presets import Preset, preset
 from afina.disk import write_json, write_text
 from afina.errors import SettingsError, TrainingError
 from afina.training.loop import read_metrics
@@ -54,7 +54,7 @@ class Comparison:
         self.settings, self.say = settings, say
         self.folder = settings.out or Path("runs") / f"compare-{settings.data.stem}"
         for name in settings.methods:
-            preset(name, 1)  # an unknown one is an error now, and not in an hour
+            self.preset(name)  # an unknown one is an error now, and not in an hour
         self._begin()
         self.rows: Rows = split_rows(settings, self.folder)
         self.judge = Judge(settings, self.rows)
@@ -103,6 +103,10 @@ class Comparison:
         """Methods that have not failed."""
         return [name for name in self.settings.methods if name not in self.failed]
 
+    def preset(self, name: str) -> Preset:
+        """What `name`, a method or a variant, stands for."""
+        return preset(self.settings.told(name)["method"], 1)
+
     def run(self, name: str, rate: float, steps: int, seed: int, out: str) -> TrainSettings:
         """One run of a method."""
         return run_settings(self.settings, self.rows, name, rate, steps, self.settings.seed + seed, self.folder / out)
@@ -123,9 +127,15 @@ class Comparison:
         each = set_up(self.run(self._first(), 1e-4, 1, 0, "none")).prepared.task.steps_per_epoch
         return max(1, round(EPOCHS * each))
 
+    def in_four_bits(self) -> dict[str, Any] | None:
+        """The base in NF4, judged where a method stands on it: what quantising costs before anything is learned."""
+        if self.rows.objective == "classify" or all(self.preset(name).storage == "plain" for name in self.settings.methods):
+            return None
+        return dict(self._keep("judged/base-nf4.json", partial(self.judge.base, "nf4")))
+
     def _first(self) -> str:
         """A method that can be set up to count steps: they are the same for all."""
-        return next((name for name in self.settings.methods if preset(name, 1).storage == "plain"), self.settings.methods[0])
+        return next((name for name in self.settings.methods if self.preset(name).storage == "plain"), self.settings.methods[0])
 
     def costs(self) -> dict[str, dict[str, Any]]:
         """What each method costs, measured; one that fails at it is left out from here on."""
@@ -153,7 +163,7 @@ class Comparison:
         return cost
 
     def _usual(self, name: str) -> float:
-        return default_rate(preset(name, 1).delta, self.rows.objective)
+        return default_rate(self.preset(name).delta, self.rows.objective)
 
     def schedule(self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int) -> Schedule:
         """What fits into what is left of the budget; raises `SettingsError` where not even the least does."""
@@ -194,7 +204,7 @@ class Comparison:
 
     def search(self, schedule: Schedule) -> dict[str, dict[str, Any]]:
         """The learning rate of each method: {"rate", "tried": [[rate, steps, loss]], "edge"}."""
-        rates = {name: rates_to_try(self._usual(name), schedule.trials) for name in self.alive}
+        rates = {name: rates_to_try(self._usual(name), schedule.trials, self.settings.reach) for name in self.alive}
         tried: dict[str, list[list[Any]]] = {name: [] for name in rates}
         left = dict(rates)
         for number, steps in rungs(schedule.trials, schedule.steps):
@@ -242,7 +252,7 @@ class Comparison:
             names = [name for name in rates if name not in self.failed]
             runs = {name: self.run(name, rates[name]["rate"], schedule.steps, seed, f"runs/{name}-{seed}") for name in names}
             train_all(list(runs.values()))
-            for name in sorted(names, key=lambda name: preset(name, 1).storage):  # each base is loaded once
+            for name in sorted(names, key=lambda name: self.preset(name).storage):  # each base is loaded once
                 folder = self.folder / f"runs/{name}-{seed}"
                 if why := failure(folder):
                     self.failed[name] = f"seed {seed}: {why}"
@@ -257,6 +267,7 @@ class Comparison:
 
     def result(self, schedule: Schedule, seeds: int, rates: Any, costs: Any, base: Any) -> dict[str, Any]:
         """Everything that the report shows."""
+        quantised = self._read("judged/base-nf4.json")
         judged = {n: [self._read(f"judged/{n}-{s}.json") for s in range(seeds)] for n in self.alive if n in rates}
         if not judged:
             first = next(iter(self.failed))
@@ -283,6 +294,7 @@ class Comparison:
             "base": story["base"], "environment": story["environment"],
             "schedule": schedule.as_dict() | {"seeds_done": seeds, "spent": self.spent}, "failed": self.failed,
             "notes": self.notes, "base_figures": findings.describe([base], base, self.metric),
+            "nf4_figures": None if quantised is None else findings.describe([quantised], base, self.metric),
             "methods": methods, "tests": tested, "fronts": findings.fronts(methods, self.metric),
             "recommendation": findings.recommend(methods, tested, self.metric),
             "examples": _examples(judged, base),
@@ -321,6 +333,7 @@ def compare(data: str | Path | CompareSettings, *, say: Say = lambda text: None,
     begun = one.spent
     base = one._keep("judged/base.json", one.judge.base)
     judging = one._keep("judging.json", lambda: one.spent - begun)
+    one.in_four_bits()
     costs = one.costs()
     schedule = Schedule(**one._keep("schedule.json", lambda: one.schedule(costs, judging, steps).as_dict()))
     say(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from afina.comparing.findings import BASE
 from afina.comparing.measure import WATTS
@@ -56,6 +57,7 @@ def view(result: Mapping[str, Any], lang: str) -> dict[str, Any]:
             "about": say("about_quality", seeds=schedule["seeds_done"], rows=rows, asked=asked, metric=say(f"metric_{metric}")),
             "head": [say("method"), say("score"), say("loss"), say("forgetting"), say("overfitting")],
             "rows": [_quality(say("base"), result["base_figures"], metric, True),
+                     *([_quality(say("base_nf4"), quantised, metric)] if (quantised := result.get("nf4_figures")) else []),
                      *(_quality(name, methods[name], metric) for name in names)],
         },
         "cost": {
@@ -173,10 +175,15 @@ def command(result: Mapping[str, Any]) -> str:
         default = CompareSettings.model_fields[name].get_default()
         if name in ("data", "out") or value == default or value in (None, {}):
             continue
-        shown = ",".join(value) if isinstance(value, list) else value
-        shown = "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}" if isinstance(value, dict) else shown
-        parts += ["--" + name.replace("_", "-"), shlex.quote(str(shown))]
+        parts += ["--" + name.replace("_", "-"), shlex.quote(flag(value))]
     return " ".join(parts)
+
+
+def flag(value: Any) -> str:
+    """A setting as its flag is written."""
+    if isinstance(value, dict):
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def size(count: float) -> str:
