@@ -199,7 +199,7 @@ def test_a_method_that_fails_is_reported(
     real = runs_module.train_many
     monkeypatch.setattr(module, "measure_apart", costs)
     monkeypatch.setattr(runs_module, "train_many", train)
-    asked = ASKED | {"seeds": 1, "trials": 1, "steps": 2, "limit": 2, "max_new_tokens": 2}
+    asked = ASKED | {"methods": ["lora", "mora", "full"], "seeds": 1, "trials": 1, "steps": 2, "limit": 2, "max_new_tokens": 2}
     found = compare(chats, **asked, base=str(tiny), general=general, out=tmp_path / "out")
     assert list(found["methods"]) == ["lora"]
     assert found["failed"] == {"full": "out of memory", "mora": "seed 0: the device gave up"}

@@ -1,8 +1,11 @@
 """The frame of the reference study: recipes, parts, and a page that is made from the results."""
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "studies"))
 
 import study  # noqa: E402
+import summary  # noqa: E402
+from claims import CLAIMS  # noqa: E402
 from tasks import TASKS, make_rows  # noqa: E402
+from verdicts import CONFIRMED, DEPENDS, OPEN, REFUTED, as_good, better, gap, less  # noqa: E402
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -40,8 +46,17 @@ def test_parts_are_comparisons_of_two_hours_at_most() -> None:
         assert settings.seeds >= (2 if name == "smoke" else 3)
 
 
-def test_the_page_is_that_of_the_results() -> None:
-    assert (ROOT / "studies" / "README.md").read_text(encoding="utf-8") == study.page()
+def test_the_pages_are_those_of_the_results() -> None:
+    done = study.read_results()
+    assert (ROOT / "studies" / "README.md").read_text(encoding="utf-8") == study.page(done)
+    assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == (told := summary.summary(done))
+    drawn = summary.draw(done)
+    for name, picture in drawn.items():
+        assert f"(study/{name}.svg)" in told
+        there = (ROOT / "docs" / "study" / f"{name}.svg").read_text(encoding="utf-8")
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+        assert texts and re.findall(r"<text[^>]*>([^<]*)</text>", there) == texts  # paths differ by matplotlib's version
+    assert sorted(file.stem for file in (ROOT / "docs" / "study").glob("*.svg")) == sorted(drawn)
 
 
 def test_results_are_of_parts_that_are_there_and_name_no_folder() -> None:
@@ -52,3 +67,70 @@ def test_results_are_of_parts_that_are_there_and_name_no_folder() -> None:
         assert found["part"] == file.stem in study.parts()
         assert found["settings"]["seeds"] == found["schedule"]["seeds_done"] or found["schedule"]["cut"] or found["notes"]
         assert "/" not in found["data"]["name"] and "out" not in found["settings"]
+
+
+# ---- claims
+
+
+def result(metric: str, shown: bool, mean: float, low: float, high: float) -> dict[str, Any]:
+    """A comparison in which `a` is better than `b` by `mean`, of which the interval is given."""
+    test = {"one": "b", "other": "a", "difference": {"mean": mean, "low": low, "high": high}, "shown": shown}
+    figure = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    worse = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    return {"metric": metric, "tests": [test], "methods": {"a": {"forgetting": figure}, "b": {"forgetting": worse}}}
+
+
+def test_a_gap_is_turned_so_that_more_is_better() -> None:
+    found = result("exact_match", True, 8.0, 2.0, 15.0)
+    one, other = gap(found, "a", "b"), gap(found, "b", "a")
+    assert (one.mean, one.low, one.high) == (8.0, 2.0, 15.0) and (other.mean, other.low, other.high) == (-8.0, -15.0, -2.0)
+    assert str(one) == "+8.0 [+2.0, +15.0] points" and "nats" in str(gap(result("loss", True, 0.1, 0.0, 0.2), "a", "b"))
+    with pytest.raises(KeyError, match="were not compared"):
+        gap(found, "a", "c")
+
+
+@pytest.mark.parametrize(
+    ("found", "good", "wins"),
+    [
+        (result("exact_match", True, 8.0, 2.0, 15.0), True, True),  # shown to be better
+        (result("exact_match", False, 1.0, -3.0, 4.5), True, False),  # any difference is below the margin
+        (result("exact_match", False, 1.0, -9.0, 11.0), None, None),  # nothing can be told
+        (result("exact_match", True, -9.0, -15.0, -3.0), False, False),  # shown to be worse
+        (result("exact_match", True, -2.0, -6.0, -1.0), None, False),  # worse, perhaps by less than the margin
+        (result("loss", True, -0.2, -0.3, -0.1), False, False),
+        (result("loss", True, -0.01, -0.02, -0.005), True, False),
+    ],
+)
+def test_what_a_part_says(found: dict[str, Any], good: bool | None, wins: bool | None) -> None:
+    assert as_good("a", "b")({"x": found}, "x").holds is good
+    assert better("a", "b")({"x": found}, "x").holds is wins
+
+
+def test_less_is_told_where_intervals_do_not_touch() -> None:
+    found = {"x": result("loss", True, 0.1, 0.0, 0.2)}
+    assert less("forgetting", "a", "b")(found, "x").holds is True
+    assert less("forgetting", "b", "a")(found, "x").holds is False
+    found["x"]["methods"]["b"]["forgetting"] = {"mean": 0.3, "low": 0.25, "high": 0.35}
+    assert less("forgetting", "a", "b")(found, "x").holds is None
+
+
+def test_a_verdict_is_that_of_all_parts() -> None:
+    claim = next(claim for claim in CLAIMS if claim.name == "dora")
+    parts = {"won": result("loss", True, 0.2, 0.1, 0.3), "lost": result("loss", True, -0.2, -0.3, -0.1),
+             "wide": result("loss", False, 0.0, -0.3, 0.3)}  # fmt: skip
+
+    def verdict(*names: str) -> str:
+        return replace(claim, parts=(*names, "not there"), judge=better("a", "b")).verdict(parts)
+
+    assert verdict() == OPEN
+    assert verdict("won") == CONFIRMED and verdict("lost") == REFUTED and verdict("wide") == DEPENDS
+    assert verdict("won", "lost") == verdict("won", "wide") == DEPENDS and verdict("lost", "wide") == REFUTED
+
+
+def test_claims_can_be_decided_by_parts_that_are_there() -> None:
+    parts = study.parts()
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    for claim in CLAIMS:
+        assert set(claim.parts) <= set(parts) and set(claim.plain) == {CONFIRMED, REFUTED, DEPENDS}
+        for point in claim.points(study.read_results()):
+            assert re.search(r"\d", point.figures)

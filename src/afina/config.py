@@ -439,6 +439,7 @@ class CompareSettings(BaseSettings):
     max_new_tokens: int = _describe("longest answer in tokens", 64, ge=1)
     objective: Literal["auto", "sft", "pretrain", "classify"] = _describe("as for train", "auto")
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+    skip_bad_rows: bool = _describe("leave out rows that cannot be used, and say so in the report", False)
     template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
     general: Path | None = _describe("general text on which forgetting is measured; one is built in")
     max_length: int | None = _describe("longest sequence in tokens; by default what the base can read, up to 2,048")
@@ -551,7 +552,7 @@ def make_settings(kind: type[AnySettings], values: Mapping[str, Any], where: str
         raise SettingsError(
             f"{name} cannot be {first['input']!r}",
             where=where,
-            why=first["msg"],
+            why=first["msg"].removeprefix("Value error, "),
             hint=f"{name}: {kind.model_fields[name].description}" if name in kind.model_fields else None,
         ) from None
 

@@ -61,6 +61,8 @@ class Comparison:
         self.metric = self.judge.metric()
         self.failed: dict[str, str] = {}
         self.notes: list[tuple[str, dict[str, Any]]] = []
+        if self.rows.skipped:
+            self.notes.append(("rows_skipped", {"what": self.rows.skipped}))
         self._started, self._before = time.perf_counter(), self._read("clock.json", {"seconds": 0.0})["seconds"]
 
     # ---- the folder, and the clock

@@ -11,21 +11,31 @@ WIDTH, HEIGHT = 5.0, 3.3  # inches; small, so that letters stay readable on a ph
 Words = Callable[..., str]
 
 
-def _draw(salt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> str:
+def drawn(salt: str, paint: Callable[[Any], None], width: float, height: float) -> str:
+    """What `paint` puts on a figure of so many inches, as SVG that is the same each time; `salt` names what is in it."""
     import matplotlib
     from matplotlib.figure import Figure
 
     told: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(told):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        paint(axes)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = stream.getvalue()
     return svg[svg.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+
+
+def _draw(salt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> str:
+    """One chart of a report."""
+
+    def bare(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        paint(axes)
+
+    return drawn(salt, bare, WIDTH, height)
 
 
 def _style(names: list[str], name: str) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def file_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError("no such file", where=str(path)) from None
+        there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError("no such file", where=str(path), hint=nearest(path.name, there) if there else None) from None
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
     if not data.strip():
