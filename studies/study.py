@@ -1,6 +1,7 @@
 """The reference study: `afina compare` on made tasks, in parts that go on where they were cut off.
 
     python studies/study.py smoke        run a part (runs/study-smoke), write studies/results/smoke.json
+    python studies/study.py rest         run all that have no result yet, in the order of parts.yaml, the long ones last
     python studies/study.py --page       write studies/README.md and docs/study.md from the results, and its pictures; no
                                          figure in them is written by hand
 
@@ -110,6 +111,10 @@ def main(arguments: list[str]) -> int:
         write_text(DOCS / "study.md", summary(done))
         for name, picture in draw(done).items():
             write_text(DOCS / "study" / f"{name}.svg", picture)
+    elif arguments == ["rest"]:
+        for name in parts():
+            if not (RESULTS / f"{name}.json").is_file():
+                print(run(name))
     elif len(arguments) == 1 and arguments[0] in parts():
         print(run(arguments[0]))
     else:

@@ -377,4 +377,4 @@ def test_each_method_in_its_own_process(tiny: Path, chats: Path, general: Path, 
     assert found["steps"] == 3 and found["step_seconds"] > 0 and found["peak_mb"] > 50
     broken = measure_apart(run.model_copy(update={"targets": "no_such_layer", "out": tmp_path / "broken"}))
     assert "matches no layer" in broken["failed"]
-    assert "4 steps took longer than the 0 s" in measure_apart(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]
+    assert "4 steps took longer than the 0.1 s" in measure_apart(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]

@@ -21,7 +21,7 @@ import afina
 from afina.comparing import findings
 from afina.comparing.judging import Judge
 from afina.comparing.measure import STEPS, measure_apart
-from afina.comparing.rows import Rows, split_rows
+from afina.comparing.rows import KINDS, Rows, split_rows
 from afina.comparing.runs import failure, finished, run_settings, train_all
 from afina.comparing.schedule import (
     Schedule,
@@ -72,12 +72,25 @@ class Comparison:
         if file.is_file():
             before = read_json(file)
             changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
-            if changed:
+            if changed and not (self.folder / "schedule.json").is_file():
+                self._sweep()  # no run has begun: what was wrong may be put right
+            elif changed:
                 what = f"{changed[0]} is {before.get(changed[0])!r} in this comparison, {now[changed[0]]!r} now"
                 raise SettingsError(what, where=str(self.folder), hint="another --out, or the same settings to go on")
+        elif self.folder.is_file():
+            raise SettingsError("this is a file", where=str(self.folder), hint="choose another --out: a folder")
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise SettingsError("this folder is not empty", where=str(self.folder), hint="choose another --out")
         write_json(file, now)
+
+    def _sweep(self) -> None:
+        """Take away what was made before the first run."""
+        for name in ("rows.json", "line.txt", "steps.json", "judging.json", "clock.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in KINDS:
+            (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+        for name in ("judged", "cost"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _read(self, name: str, otherwise: Any = None) -> Any:
         file = self.folder / name
@@ -153,6 +166,10 @@ class Comparison:
             else:
                 found[name] = cost
         if not found:
+            if all(self._read(f"cost/{name}.json").get("late") for name in self.failed):
+                why = f"{STEPS} steps of a method may take {100 * MEASURED:.0f}% of it, and no method was as quick"
+                what, hint = f"the budget of {self.settings.budget} is too small", "a larger one: --budget 30m"
+                raise SettingsError(what, where=str(self.folder), why=why, hint=hint)
             first = next(iter(self.failed))
             raise TrainingError("no method could be run", where=first, why=self.failed[first])
         return found

@@ -107,7 +107,7 @@ class Judge:
         told = self.settings
         renderer = Renderer(base.tokenizer, told.template, told.max_length or min(base.context, 2048))
         test, train = (
-            make_examples(self.rows.objective, renderer, read_table(file).rows, None)
+            make_examples(self.rows.objective, renderer, read_table(file).rows, [] if told.skip_bad_rows else None)
             for file in (self.rows.test, self.rows.train)
         )
         some = train[:: max(1, len(train) // len(test))][: len(test)]

@@ -26,7 +26,8 @@ FAILED = "failed.json"
 
 def run_settings(asked: CompareSettings, rows: Rows, name: str, rate: float, steps: int, seed: int, out: Path) -> TrainSettings:
     """One run of `name`, a method or a variant."""
-    same = ("base", "revision", "trust_remote_code", "dtype", "device", "template", "general", "max_length", "batch_tokens")
+    same = ("base", "revision", "trust_remote_code", "dtype", "device", "template", "general", "max_length", "batch_tokens",
+            "skip_bad_rows")  # fmt: skip
     told = {key: getattr(asked, key) for key in same} | asked.told(name) | {
         "data": rows.train, "holdout": rows.choose, "out": out, "objective": rows.objective, "learning_rate": rate,
         "steps": steps, "seed": seed, "check_every": max(1, steps // CHECKS),

@@ -65,7 +65,8 @@ def check_columns(path: Path, columns: Mapping[str, str], fields: Sequence[str])
     """Raise `DataError` where --columns gives a name to a field that there is not."""
     for name in columns:
         if name not in fields:
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, fields))
+            why = f"it says what our names are in your file; ours are {', '.join(fields)}"
+            raise DataError(f"unknown field {name!r} in --columns", where=str(path), why=why, hint=nearest(name, fields))
 
 
 def file_bytes(path: Path) -> bytes:
