@@ -2,8 +2,8 @@
 
     python studies/study.py smoke        run a part (runs/study-smoke), write studies/results/smoke.json
     python studies/study.py rest         run all that have no result yet, in the order of parts.yaml, the long ones last
-    python studies/study.py --page       write studies/README.md and docs/study.md from the results, and its pictures; no
-                                         figure in them is written by hand
+    python studies/study.py --page       write studies/README.md and docs/study.md from the results, its pictures, and what
+                                         `afina advise` tells of them; no figure in them is written by hand
 
 A result is compare.json without what is long (curves, examples) and what names this machine's folders.
 """
@@ -28,6 +28,7 @@ from afina.disk import write_json, write_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
+STUDIED = HERE.parent / "src" / "afina" / "comparing" / "study.json"  # what `afina advise` tells of the study
 SEED = 7  # of the rows; runs have their own
 
 
@@ -99,6 +100,15 @@ def page(done: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def heard(done: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """What the claims that have run say, in short: `afina advise` tells it beside what others found."""
+    told = {claim.name: (verdict, points) for claim, verdict, points in verdicts(CLAIMS, done) if points}
+    return {
+        name: {"verdict": verdict, "figures": "; ".join(f"{p.part}: {p.figures}" for p in points)}
+        for name, (verdict, points) in told.items()
+    }
+
+
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -109,6 +119,7 @@ def main(arguments: list[str]) -> int:
         done = read_results()
         write_text(HERE / "README.md", page(done))
         write_text(DOCS / "study.md", summary(done))
+        write_json(STUDIED, heard(done))
         for name, picture in draw(done).items():
             write_text(DOCS / "study" / f"{name}.svg", picture)
     elif arguments == ["rest"]:

@@ -50,6 +50,7 @@ def test_the_pages_are_those_of_the_results() -> None:
     done = study.read_results()
     assert (ROOT / "studies" / "README.md").read_text(encoding="utf-8") == study.page(done)
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == (told := summary.summary(done))
+    assert json.loads(study.STUDIED.read_text(encoding="utf-8")) == study.heard(done)
     drawn = summary.draw(done)
     for name, picture in drawn.items():
         assert f"(study/{name}.svg)" in told

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from afina.comparing.compare import KIND
-from afina.comparing.published import FINDINGS, SAYINGS
+from afina.comparing.published import FINDINGS, SAYINGS, ours
 from afina.comparing.report import duration, flag, interval, size
 from afina.config import AdviseSettings, Goal, PlanSettings, make_settings
 from afina.errors import AfinaError, SettingsError
@@ -172,7 +172,7 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
         "command": _command(advice, settings, objective) if trains else None,
         "then": advice.then if trains else None,
         "reasons": [
-            {"text": say[saying].format(**gaps), "source": FINDINGS[finding][0] if finding else None,
+            {"text": say[saying].format(**gaps) + ours(saying, settings.lang), "source": FINDINGS[finding][0] if finding else None,
              "link": FINDINGS[finding][1] if finding else None}
             for saying, finding, gaps in advice.reasons
         ],
