@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from afina.comparing import published
+from afina.comparing.advise import advise
+from afina.comparing.published import SAYINGS, STUDIED
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "studies"))
 
@@ -135,3 +139,28 @@ def test_claims_can_be_decided_by_parts_that_are_there() -> None:
         assert set(claim.parts) <= set(parts) and set(claim.plain) == {CONFIRMED, REFUTED, DEPENDS}
         for point in claim.points(study.read_results()):
             assert re.search(r"\d", point.figures)
+
+
+SITUATIONS = {"as-good": ("style", 800), "learns-less": ("domain", 300), "mora-facts": ("knowledge", 800)}
+
+
+@pytest.mark.parametrize("lang", ["en", "es"])
+@pytest.mark.parametrize("claim", SITUATIONS)
+def test_the_advice_says_what_the_study_found(claim: str, lang: str, tiny: Path, tmp_path: Path) -> None:
+    """Where the study does not bear out what the advice rests on, the advice says both; the figures are the committed ones."""
+    goal, rows = SITUATIONS[claim]
+    said = " ".join(r["text"] for r in advise(goal=goal, rows=rows, base=str(tiny), lang=lang, earlier=tmp_path)["reasons"])
+    found = study.heard(study.read_results()).get(claim)
+    assert claim in STUDIED.values()
+    if found is None:
+        assert not any(figures in said for figures in ("lora − full", "full − lora", "mora − lora"))
+    else:
+        key = "study_" + found["verdict"].replace(" ", "_")
+        assert SAYINGS[lang][key].format(figures=found["figures"]) in said
+
+
+def test_a_finding_that_the_study_did_not_bear_out_is_told_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for verdict, words in (("confirmed", "agrees"), ("not confirmed", "did not show it"), ("depends", "it depends")):
+        monkeypatch.setattr(published, "studied", lambda v=verdict: {"mora-facts": {"verdict": v, "figures": "+1.0"}})
+        assert words in published.ours("mora_facts", "en") and "+1.0" in published.ours("mora_facts", "es")
+        assert published.ours("regret", "en") == ""

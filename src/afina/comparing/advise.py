@@ -172,8 +172,8 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
         "command": _command(advice, settings, objective) if trains else None,
         "then": advice.then if trains else None,
         "reasons": [
-            {"text": say[saying].format(**gaps) + ours(saying, settings.lang), "source": FINDINGS[finding][0] if finding else None,
-             "link": FINDINGS[finding][1] if finding else None}
+            {"text": say[saying].format(**gaps) + ours(saying, settings.lang),
+             "source": FINDINGS[finding][0] if finding else None, "link": FINDINGS[finding][1] if finding else None}
             for saying, finding, gaps in advice.reasons
         ],
     }  # fmt: skip
