@@ -87,7 +87,7 @@ def page(done: Mapping[str, Mapping[str, Any]]) -> str:
         waiting = [part for part in claim.parts if part not in done]
         figures += ("<br>" if figures and waiting else "") + (f"not run yet: {', '.join(waiting)}" if waiting else "")
         lines.append(_row([claim.says, who, claim.rule, figures, f"**{verdict}**"]))
-    lines.append("")
+    lines += ["", "Left out: what the base's quality matters, an early checkpoint against the final one; only the final one is kept.", ""]
     for name, part in parts().items():
         lines += [f"## {name}", "", f"Task `{part['task']}`: {(TASKS[part['task']].__doc__ or '').strip()}", ""]
         if name not in done:

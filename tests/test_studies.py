@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,26 @@ def test_a_finding_that_the_study_did_not_bear_out_is_told_with_it(monkeypatch: 
         monkeypatch.setattr(published, "studied", lambda v=verdict: {"mora-facts": {"verdict": v, "figures": "+1.0"}})
         assert words in published.ours("mora_facts", "en") and "+1.0" in published.ours("mora_facts", "es")
         assert published.ours("regret", "en") == ""
+
+
+def as_if_run(name: str) -> dict[str, Any]:
+    """A result of part `name` with the figures of `smoke`, whatever they are."""
+    found = json.loads((study.RESULTS / "smoke.json").read_text(encoding="utf-8"))
+    part = study.parts()[name]
+    own = found["methods"]["lora"]
+    found["methods"] = dict.fromkeys(part["methods"], own)
+    found["metric"] = part.get("metric", found["metric"])
+    found["nf4_figures"] = found["base_figures"]
+    found["tests"] = [dict(found["tests"][0], one=a, other=b) for a, b in combinations(["base", *part["methods"]], 2)]
+    return found | {"part": name, "task": part["task"]}
+
+
+def test_the_pages_can_be_made_of_all_parts() -> None:
+    """Each claim is decided once its parts have run, and each picture drawn: no part has to run for that to be known."""
+    done = {name: as_if_run(name) for name in study.parts()}
+    told = summary.summary(done)
+    assert OPEN not in told.lower() and all(claim.says in told for claim in CLAIMS)
+    page = study.page(done)
+    assert "not run yet" not in page.lower() and all(f"## {name}" in page for name in done)
+    assert set(summary.draw(done)) == set(summary.PICTURES) and all("<svg" in picture for picture in summary.draw(done).values())
+    assert set(study.heard(done)) == {claim.name for claim in CLAIMS}

@@ -70,7 +70,7 @@ class Comparison:
     def _begin(self) -> None:
         file, now = self.folder / "settings.json", resolved(self.settings)
         if file.is_file():
-            before = read_json(file)
+            before = {name: field.get_default() for name, field in CompareSettings.model_fields.items()} | read_json(file)
             changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
             if changed and not (self.folder / "schedule.json").is_file():
                 self._sweep()  # no run has begun: what was wrong may be put right
