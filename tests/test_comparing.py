@@ -15,7 +15,7 @@ from afina.base.load import load_base
 from afina.comparing import compare as module
 from afina.comparing import runs as runs_module
 from afina.comparing.compare import compare
-from afina.comparing.findings import pairs, recommend
+from afina.comparing.findings import fewest, pairs, recommend
 from afina.comparing.judging import row_losses
 from afina.comparing.measure import measure, measure_apart
 from afina.comparing.published import SAYINGS
@@ -231,7 +231,7 @@ def test_text_in_pieces() -> None:
 
 def test_mistakes_say_what_to_do(chats: Path, tiny: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", *[{"prompt": f"a{n}", "completion": "b"} for n in range(4)])
-    with pytest.raises(DataError, match="4 rows are too few"):
+    with pytest.raises(DataError, match="4 rows: too few"):
         compare(few, base=str(tiny), out=tmp_path / "a")
     with pytest.raises(SettingsError, match="unknown method 'lorra'"):
         compare(chats, base=str(tiny), methods=["lorra"], out=tmp_path / "b")
@@ -346,6 +346,23 @@ def test_nothing_helps_is_said() -> None:
     base = judged(np.zeros((1, 60)))[0]
     (test,) = pairs({"a": judged(np.zeros((3, 60)))}, base, "exact_match")
     assert test["difference"]["high"] > 5.0 and not test["shown"]  # no row differed, and sixty rows are not all
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(fewest(3) - 1, False), (fewest(3), True)])
+def test_with_fewer_rows_no_difference_can_be_shown(rows: int, shown: bool) -> None:
+    """All right against all wrong: the largest difference that there is."""
+    base = judged(np.zeros((1, rows)))[0]
+    found = pairs({"a": judged(np.full((3, rows), 100.0)), "b": judged(np.zeros((3, rows)))}, base, "exact_match")
+    test = next(t for t in found if (t["one"], t["other"]) == ("base", "a"))
+    assert test["shown"] is shown
+    assert 40.0 < test["difference"]["low"] < 100.0 == test["difference"]["high"]  # so few rows are not all
+
+
+def test_no_difference_of_percents_goes_beyond_a_hundred() -> None:
+    one = np.full((3, 12), 100.0)
+    one[1, 0] = 0.0
+    (test,) = pairs({"a": judged(one)}, judged(np.zeros((1, 12)))[0], "exact_match")
+    assert test["difference"]["low"] < test["difference"]["mean"] < test["difference"]["high"] == 100.0
 
 
 def test_alarms_of_the_whole_report() -> None:

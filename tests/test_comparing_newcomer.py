@@ -100,6 +100,7 @@ def test_a_budget_in_which_nothing_fits_says_which_one_would(own: Path, tiny: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # eight processes
 def test_killed_at_any_moment_it_goes_on(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
     """kill -9 at three moments, as the folder grows; what comes out is what one run gives, to the last digit."""
 

@@ -63,9 +63,9 @@ def quality(result: Mapping[str, Any], words: Words) -> str:
         axes.set_yticks(range(len(names)), list(reversed(names)))
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlabel(words("axis_" + result["metric"]))
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0.0, 1.0))  # above: no arm lies there
 
-    return _draw("quality", paint, 1.2 + 0.34 * len(names))
+    return _draw("quality", paint, 1.4 + 0.34 * len(names))
 
 
 def trade(result: Mapping[str, Any], cost: str, words: Words) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from afina.comparing.findings import BASE
+from afina.comparing.findings import BASE, fewest
 from afina.comparing.measure import WATTS
 from afina.comparing.pictures import Words, pictures
 from afina.comparing.wording import words
@@ -113,7 +113,9 @@ def _notes(result: Mapping[str, Any], say: Words) -> list[str]:
         notes.append(say("edge", methods=", ".join(edge)))
     if schedule["seeds_done"] == 1:
         notes.append(say("one_seed"))
-    if result["score_rows"] < FEW:
+    if result["metric"] != "loss" and result["score_rows"] < (need := fewest(len(result["tests"]))):
+        notes.append(say("cannot_show", rows=result["score_rows"], pairs=len(result["tests"]), need=need))
+    elif result["score_rows"] < FEW:
         notes.append(say("few_rows", rows=result["score_rows"]))
     return notes
 
