@@ -1,7 +1,9 @@
 """The reference study: `afina compare` on made tasks, in parts that go on where they were cut off.
 
     python studies/study.py smoke        run a part (runs/study-smoke), write studies/results/smoke.json
-    python studies/study.py --page       write studies/README.md from the results; no figure in it is written by hand
+    python studies/study.py rest         run all that have no result yet, in the order of parts.yaml, the long ones last
+    python studies/study.py --page       write studies/README.md and docs/study.md from the results, its pictures, and what
+                                         `afina advise` tells of them; no figure in them is written by hand
 
 A result is compare.json without what is long (curves, examples) and what names this machine's folders.
 """
@@ -13,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from claims import CLAIMS
+from summary import draw, summary
 from tasks import TASKS, make_rows
+from verdicts import verdicts
 
 from afina.comparing.compare import compare
 from afina.comparing.report import view
@@ -22,6 +27,8 @@ from afina.disk import write_json, write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+DOCS = HERE.parent / "docs"
+STUDIED = HERE.parent / "src" / "afina" / "comparing" / "study.json"  # what `afina advise` tells of the study
 SEED = 7  # of the rows; runs have their own
 
 
@@ -55,25 +62,51 @@ def shortened(found: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> d
     return {"part": name, "task": part["task"]} | kept | {"methods": methods, "settings": settings}
 
 
-def page(results: Path = RESULTS) -> str:
+def read_results(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The results that are there, by the name of their part."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))}
+
+
+def page(done: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of all results."""
     lines = [
         "# The reference study", "",
         "Made by `python studies/study.py --page` from the files in `results/`; nothing here is written by hand. Each part is one",
         "comparison on the embedded base: the same rows, trials and seeds for every method. A part runs again with",
-        "`python studies/study.py PART`, and goes on where it was cut off. `smoke` only proves that the frame works.", "",
+        "`python studies/study.py PART`, and goes on where it was cut off. `smoke` only proves that the frame works. In plain",
+        "words: [what the study found](../docs/study.md).", "",
+        "## Claims", "",
+        "What guides and papers say, and what our figures say to it. The rules were written before the figures were there; the",
+        "margin is 5 points of a score, or 0.05 nats of a loss. All of it speaks of one small base.", "",
+        _row(["claim", "who says it", "rule", "figures", "verdict"]), _row(["---"] * 5),
     ]  # fmt: skip
-    done = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))}
+    for claim, verdict, points in verdicts(CLAIMS, done):
+        marks = {True: "for", False: "against", None: "neither"}
+        figures = "<br>".join(f"{p.part}: {p.figures} ({marks[p.holds]})" for p in points)
+        who = f"[{claim.who}]({claim.link})" if claim.link else claim.who
+        waiting = [part for part in claim.parts if part not in done]
+        figures += ("<br>" if figures and waiting else "") + (f"not run yet: {', '.join(waiting)}" if waiting else "")
+        lines.append(_row([claim.says, who, claim.rule, figures, f"**{verdict}**"]))
+    lines += ["", "Left out: what the base's quality matters, an early checkpoint against the final one; only the final one is kept.", ""]
     for name, part in parts().items():
         lines += [f"## {name}", "", f"Task `{part['task']}`: {(TASKS[part['task']].__doc__ or '').strip()}", ""]
         if name not in done:
-            lines += ["Not run yet.", ""]
+            lines += [f"Not run yet: `python studies/study.py {name}`", ""]
             continue
         told = view(done[name] | {"folder": "", "examples": []}, "en")
         lines += [f"**{told['answer']}**", "", *(f"- {line}" for line in [*told["reasons"], *told["notes"]]), ""]
         for table in (told["quality"], told["cost"]):
             lines += [_row(table["head"]), _row(["---"] * len(table["head"])), *map(_row, table["rows"]), "", table["about"], ""]
     return "\n".join(lines)
+
+
+def heard(done: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """What the claims that have run say, in short: `afina advise` tells it beside what others found."""
+    told = {claim.name: (verdict, points) for claim, verdict, points in verdicts(CLAIMS, done) if points}
+    return {
+        name: {"verdict": verdict, "figures": "; ".join(f"{p.part}: {p.figures}" for p in points)}
+        for name, (verdict, points) in told.items()
+    }
 
 
 def _row(cells: list[str]) -> str:
@@ -83,7 +116,16 @@ def _row(cells: list[str]) -> str:
 def main(arguments: list[str]) -> int:
     """The command."""
     if arguments == ["--page"]:
-        write_text(HERE / "README.md", page())
+        done = read_results()
+        write_text(HERE / "README.md", page(done))
+        write_text(DOCS / "study.md", summary(done))
+        write_json(STUDIED, heard(done))
+        for name, picture in draw(done).items():
+            write_text(DOCS / "study" / f"{name}.svg", picture)
+    elif arguments == ["rest"]:
+        for name in parts():
+            if not (RESULTS / f"{name}.json").is_file():
+                print(run(name))
     elif len(arguments) == 1 and arguments[0] in parts():
         print(run(arguments[0]))
     else:

@@ -15,7 +15,7 @@ from afina.base.load import load_base
 from afina.comparing import compare as module
 from afina.comparing import runs as runs_module
 from afina.comparing.compare import compare
-from afina.comparing.findings import pairs, recommend
+from afina.comparing.findings import fewest, pairs, recommend
 from afina.comparing.judging import row_losses
 from afina.comparing.measure import measure, measure_apart
 from afina.comparing.published import SAYINGS
@@ -30,7 +30,8 @@ from afina.errors import DataError, SettingsError
 from afina.objective.language import make_examples, mean_loss
 from helpers import write_rows
 
-ASKED: dict[str, Any] = {"methods": ["lora", "mora", "full"], "seeds": 2, "trials": 2, "steps": 6, "limit": 6,
+ASKED: dict[str, Any] = {"methods": ["lora", "mora", "full", "first"], "reach": [0.5, 20.0],
+                         "variants": {"first": {"method": "qlora", "layers": "first:1", "rank": 1}}, "seeds": 2, "trials": 2, "steps": 6, "limit": 6,
                          "max_new_tokens": 6, "rank": 2, "batch_tokens": 256, "budget": "20m", "metric": "exact_match"}  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: Path, chats: Path, gene
 
 
 def test_everything_is_reported(made: dict[str, Any]) -> None:
-    assert set(made["methods"]) == {"lora", "mora", "full"}
+    assert set(made["methods"]) == {"lora", "mora", "full", "first"}
     for name, found in made["methods"].items():
         assert found["seeds"] == 2
         assert [steps for _, steps, _ in found["tried"]] == [3, 3]  # as many trials for each
@@ -79,9 +80,24 @@ def test_everything_is_reported(made: dict[str, Any]) -> None:
             assert found[cost] > 0
         assert len(found["curves"]) == 2 and found["curves"][0][-1][0] == 6
     assert made["methods"]["full"]["trainable_parameters"] > 10 * made["methods"]["lora"]["trainable_parameters"]
-    assert len(made["tests"]) == 6  # each pair, the base among them
+    assert len(made["tests"]) == 10  # each pair, the base among them
     assert made["recommendation"]["use"] in ("base", *made["methods"])
     assert made["data"]["train"] + made["data"]["choose"] + made["data"]["test"] == 48
+
+
+def test_a_variant_has_its_own_settings_and_the_base_in_four_bits_a_line(made: dict[str, Any]) -> None:
+    first, lora = (made["methods"][name]["trainable_parameters"] for name in ("first", "lora"))
+    assert 0 < first <= lora / 4  # half the rank, half the blocks
+    told = (Path(made["folder"]) / "runs/first-0/settings.yaml").read_text()
+    assert "method: qlora" in told and "first:1" in told
+    assert made["nf4_figures"]["loss"]["mean"] != made["base_figures"]["loss"]["mean"]
+    assert "base in 4 bits" in (Path(made["folder"]) / "report.md").read_text()
+    for told, why in (({"x": {"rank": 4}}, "needs a method"), ({"x": {"method": "lora", "steps": 3}}, "cannot have steps")):
+        with pytest.raises(SettingsError, match="variants") as raised:
+            make_settings(CompareSettings, {"data": "a.csv", "variants": told})
+        assert why in str(raised.value)
+    with pytest.raises(SettingsError, match="reach"):
+        make_settings(CompareSettings, {"data": "a.csv", "reach": [2.0, 1.0]})
 
 
 def test_no_row_is_on_two_sides(made: dict[str, Any]) -> None:
@@ -183,7 +199,7 @@ def test_a_method_that_fails_is_reported(
     real = runs_module.train_many
     monkeypatch.setattr(module, "measure_apart", costs)
     monkeypatch.setattr(runs_module, "train_many", train)
-    asked = ASKED | {"seeds": 1, "trials": 1, "steps": 2, "limit": 2, "max_new_tokens": 2}
+    asked = ASKED | {"methods": ["lora", "mora", "full"], "seeds": 1, "trials": 1, "steps": 2, "limit": 2, "max_new_tokens": 2}
     found = compare(chats, **asked, base=str(tiny), general=general, out=tmp_path / "out")
     assert list(found["methods"]) == ["lora"]
     assert found["failed"] == {"full": "out of memory", "mora": "seed 0: the device gave up"}
@@ -215,7 +231,7 @@ def test_text_in_pieces() -> None:
 
 def test_mistakes_say_what_to_do(chats: Path, tiny: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", *[{"prompt": f"a{n}", "completion": "b"} for n in range(4)])
-    with pytest.raises(DataError, match="4 rows are too few"):
+    with pytest.raises(DataError, match="4 rows: too few"):
         compare(few, base=str(tiny), out=tmp_path / "a")
     with pytest.raises(SettingsError, match="unknown method 'lorra'"):
         compare(chats, base=str(tiny), methods=["lorra"], out=tmp_path / "b")
@@ -254,9 +270,9 @@ def test_halving() -> None:
     assert rungs(8, 80) == [(8, 10), (4, 20), (2, 40)]
     assert rungs(3, 8) == [(3, 2), (2, 4)]
     assert rungs(1, 100) == []
-    four = rates_to_try(2e-4, 4)
+    four = rates_to_try(2e-4, 4, [0.35, 35.0])
     assert np.allclose(np.diff(np.log(four)), np.log(four[1] / four[0]), atol=0.01)
-    assert four[0] < 2e-4 < four[-1] and rates_to_try(2e-5, 1) == [2e-5]
+    assert four[0] < 2e-4 < four[-1] and rates_to_try(2e-5, 1, [3.0, 100.0]) == [2e-5]
 
 
 def test_the_schedule_fits_and_asks_for_no_more_than_was_asked() -> None:
@@ -332,6 +348,23 @@ def test_nothing_helps_is_said() -> None:
     assert test["difference"]["high"] > 5.0 and not test["shown"]  # no row differed, and sixty rows are not all
 
 
+@pytest.mark.parametrize(("rows", "shown"), [(fewest(3) - 1, False), (fewest(3), True)])
+def test_with_fewer_rows_no_difference_can_be_shown(rows: int, shown: bool) -> None:
+    """All right against all wrong: the largest difference that there is."""
+    base = judged(np.zeros((1, rows)))[0]
+    found = pairs({"a": judged(np.full((3, rows), 100.0)), "b": judged(np.zeros((3, rows)))}, base, "exact_match")
+    test = next(t for t in found if (t["one"], t["other"]) == ("base", "a"))
+    assert test["shown"] is shown
+    assert 40.0 < test["difference"]["low"] < 100.0 == test["difference"]["high"]  # so few rows are not all
+
+
+def test_no_difference_of_percents_goes_beyond_a_hundred() -> None:
+    one = np.full((3, 12), 100.0)
+    one[1, 0] = 0.0
+    (test,) = pairs({"a": judged(one)}, judged(np.zeros((1, 12)))[0], "exact_match")
+    assert test["difference"]["low"] < test["difference"]["mean"] < test["difference"]["high"] == 100.0
+
+
 def test_alarms_of_the_whole_report() -> None:
     """Four methods that are the same: in at most 5 of 100 reports is one called better than another."""
     random = np.random.default_rng(3)
@@ -361,4 +394,4 @@ def test_each_method_in_its_own_process(tiny: Path, chats: Path, general: Path, 
     assert found["steps"] == 3 and found["step_seconds"] > 0 and found["peak_mb"] > 50
     broken = measure_apart(run.model_copy(update={"targets": "no_such_layer", "out": tmp_path / "broken"}))
     assert "matches no layer" in broken["failed"]
-    assert "4 steps took longer than the 0 s" in measure_apart(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]
+    assert "4 steps took longer than the 0.1 s" in measure_apart(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]

@@ -406,15 +406,28 @@ class RevokeSettings(Settings):
     reason: str = _describe("why it must not be used any more", ...)
 
 
+VARIED = ("method", "rank", "alpha", "scaling", "dropout", "targets", "layers", "ranks", "options")  # of a variant's own
+
+
 class CompareSettings(BaseSettings):
     """Everything `afina compare` can be told."""
 
     data: Path = _describe("a file of rows, as for train: answers, plain text, or labels", ...)
     out: Path | None = _describe("folder of the comparison; by default runs/compare-DATA. Run again, it goes on")
     methods: list[str] = _describe("the methods to compare", ["full", "freeze", "lora", "qlora", "mora", "dora"])
+    variants: dict[str, dict[str, Any]] = _describe(
+        "methods with settings of their own, under a name that methods may list: {attention: {method: lora, targets: "
+        "[q_proj, v_proj], rank: 16}}",
+        {},
+    )
     seeds: int = _describe("runs of each method, each with a seed of its own", 3, ge=1)
     budget: str = _describe("longest time: 90s, 30m, 2h; trials, steps or seeds are cut to keep it, and it says so", "30m")
     trials: int = _describe("learning rates to try for each method; the better half goes on, with twice the steps", 4, ge=1)
+    reach: list[float] = _describe(
+        "learning rates are tried from the first to the second of these, times the method's usual one: small models like "
+        "far larger ones",
+        [0.35, 35.0],
+    )
     steps: int | None = _describe("optimizer steps of a run; by default three times over the data", ge=1)
     rank: int = _describe("rank of the adapters", 8, ge=1)
     metric: Literal["auto", "exact_match", "accuracy", "chrf", "rouge", "loss"] = _describe(
@@ -426,6 +439,7 @@ class CompareSettings(BaseSettings):
     max_new_tokens: int = _describe("longest answer in tokens", 64, ge=1)
     objective: Literal["auto", "sft", "pretrain", "classify"] = _describe("as for train", "auto")
     columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+    skip_bad_rows: bool = _describe("leave out rows that cannot be used, and say so in the report", False)
     template: str | None = _describe("chat template: the tokenizer's own by default, 'plain', 'chatml' or a file")
     general: Path | None = _describe("general text on which forgetting is measured; one is built in")
     max_length: int | None = _describe("longest sequence in tokens; by default what the base can read, up to 2,048")
@@ -441,6 +455,29 @@ class CompareSettings(BaseSettings):
         if isinstance(names, list) and (not names or len(set(names)) < len(names)):
             raise ValueError("at least one method, each once")
         return names
+
+    @field_validator("reach")
+    @classmethod
+    def _rises(cls, value: list[float]) -> list[float]:
+        """Raises where it is no range."""
+        if len(value) != 2 or not 0.0 < value[0] < value[1]:
+            raise ValueError("two numbers above 0, the smaller one first: 0.35,35")
+        return value
+
+    @field_validator("variants")
+    @classmethod
+    def _of_methods(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Raises where a variant has no method, or a setting that a comparison holds equal for all."""
+        for name, told in value.items():
+            if "method" not in told:
+                raise ValueError(f"{name} needs a method: {{{name}: {{method: lora, rank: 16}}}}")
+            if other := next((key for key in told if key not in VARIED), None):
+                raise ValueError(f"{name} cannot have {other} of its own, only {', '.join(VARIED)}")
+        return value
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What a run of `name`, a method or a variant, is told besides what all are."""
+        return {"rank": self.rank} | self.variants.get(name, {"method": name})
 
     @field_validator("budget")
     @classmethod
@@ -515,7 +552,7 @@ def make_settings(kind: type[AnySettings], values: Mapping[str, Any], where: str
         raise SettingsError(
             f"{name} cannot be {first['input']!r}",
             where=where,
-            why=first["msg"],
+            why=first["msg"].removeprefix("Value error, "),
             hint=f"{name}: {kind.model_fields[name].description}" if name in kind.model_fields else None,
         ) from None
 

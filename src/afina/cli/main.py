@@ -117,6 +117,8 @@ def _value(annotation: Any, text: Any) -> Any:
         return text
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     holds = {typing.get_origin(kind) or kind for kind in kinds}
+    if dict in holds and ":" in text and not text.lstrip().startswith(("{", "[")):
+        text = "{" + text + "}"  # as it is often typed
     if holds & {dict, list} and (text.startswith(("[", "{")) or dict in holds):
         try:
             return yaml.safe_load(text)

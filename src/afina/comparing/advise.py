@@ -5,14 +5,15 @@ comparisons on this base, which go before what others measured. It also says whe
 """
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from afina.comparing.compare import KIND
-from afina.comparing.published import FINDINGS, SAYINGS
-from afina.comparing.report import duration, interval, size
+from afina.comparing.published import FINDINGS, SAYINGS, ours
+from afina.comparing.report import duration, flag, interval, size
 from afina.config import AdviseSettings, Goal, PlanSettings, make_settings
 from afina.errors import AfinaError, SettingsError
 from afina.planning.preview import plan
@@ -133,7 +134,8 @@ def heed(advice: Advice, settings: AdviseSettings, objective: str) -> None:
         figures = ", ".join(f"{n} {interval(found['methods'][n]['score'], form)}" for n in names)
         if better:
             advice.because("earlier_better", name=found["folder"], better=better[0], worse=advice.use, figures=figures)
-            advice.use, advice.settings = better[0], {"rank": found["settings"]["rank"]}
+            told = {"rank": found["settings"]["rank"]} | found["settings"].get("variants", {}).get(better[0], {})
+            advice.use, advice.settings = told.pop("method", better[0]), told
             advice.settings |= {"learning_rate": found["methods"][better[0]]["learning_rate"]}
         else:
             advice.because("earlier_same", name=found["folder"], figures=figures)
@@ -170,8 +172,8 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
         "command": _command(advice, settings, objective) if trains else None,
         "then": advice.then if trains else None,
         "reasons": [
-            {"text": say[saying].format(**gaps), "source": FINDINGS[finding][0] if finding else None,
-             "link": FINDINGS[finding][1] if finding else None}
+            {"text": say[saying].format(**gaps) + ours(saying, settings.lang),
+             "source": FINDINGS[finding][0] if finding else None, "link": FINDINGS[finding][1] if finding else None}
             for saying, finding, gaps in advice.reasons
         ],
     }  # fmt: skip
@@ -180,7 +182,7 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
 def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
     parts = ["afina train DATA", f"--base {settings.base}" if settings.base != "embedded" else "", f"--method {advice.use}"]
     told = {name: v for name, v in advice.settings.items() if name != "rank" or advice.use not in ("full", "freeze")}
-    parts += [f"--{name.replace('_', '-')} {value}" for name, value in told.items()]
+    parts += [f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in told.items()]
     parts += ["--objective pretrain"] if objective == "pretrain" else []
     return " ".join(part for part in parts if part)
 

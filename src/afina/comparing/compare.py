@@ -21,7 +21,7 @@ import afina
 from afina.comparing import findings
 from afina.comparing.judging import Judge
 from afina.comparing.measure import STEPS, measure_apart
-from afina.comparing.rows import Rows, split_rows
+from afina.comparing.rows import KINDS, Rows, split_rows
 from afina.comparing.runs import failure, finished, run_settings, train_all
 from afina.comparing.schedule import (
     Schedule,
@@ -34,7 +34,7 @@ from afina.comparing.schedule import (
 )
 from afina.config import CompareSettings, TrainSettings, make_settings, resolved
 from afina.delta.files import read_json, read_run
-from afina.delta.presets import preset
+from afina.delta.presets import Preset, preset
 from afina.disk import write_json, write_text
 from afina.errors import SettingsError, TrainingError
 from afina.training.loop import read_metrics
@@ -54,13 +54,15 @@ class Comparison:
         self.settings, self.say = settings, say
         self.folder = settings.out or Path("runs") / f"compare-{settings.data.stem}"
         for name in settings.methods:
-            preset(name, 1)  # an unknown one is an error now, and not in an hour
+            self.preset(name)  # an unknown one is an error now, and not in an hour
         self._begin()
         self.rows: Rows = split_rows(settings, self.folder)
         self.judge = Judge(settings, self.rows)
         self.metric = self.judge.metric()
         self.failed: dict[str, str] = {}
         self.notes: list[tuple[str, dict[str, Any]]] = []
+        if self.rows.skipped:
+            self.notes.append(("rows_skipped", {"what": self.rows.skipped}))
         self._started, self._before = time.perf_counter(), self._read("clock.json", {"seconds": 0.0})["seconds"]
 
     # ---- the folder, and the clock
@@ -68,14 +70,27 @@ class Comparison:
     def _begin(self) -> None:
         file, now = self.folder / "settings.json", resolved(self.settings)
         if file.is_file():
-            before = read_json(file)
+            before = {name: field.get_default() for name, field in CompareSettings.model_fields.items()} | read_json(file)
             changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
-            if changed:
+            if changed and not (self.folder / "schedule.json").is_file():
+                self._sweep()  # no run has begun: what was wrong may be put right
+            elif changed:
                 what = f"{changed[0]} is {before.get(changed[0])!r} in this comparison, {now[changed[0]]!r} now"
                 raise SettingsError(what, where=str(self.folder), hint="another --out, or the same settings to go on")
+        elif self.folder.is_file():
+            raise SettingsError("this is a file", where=str(self.folder), hint="choose another --out: a folder")
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise SettingsError("this folder is not empty", where=str(self.folder), hint="choose another --out")
         write_json(file, now)
+
+    def _sweep(self) -> None:
+        """Take away what was made before the first run."""
+        for name in ("rows.json", "line.txt", "steps.json", "judging.json", "clock.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        for name in KINDS:
+            (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+        for name in ("judged", "cost"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _read(self, name: str, otherwise: Any = None) -> Any:
         file = self.folder / name
@@ -103,6 +118,10 @@ class Comparison:
         """Methods that have not failed."""
         return [name for name in self.settings.methods if name not in self.failed]
 
+    def preset(self, name: str) -> Preset:
+        """What `name`, a method or a variant, stands for."""
+        return preset(self.settings.told(name)["method"], 1)
+
     def run(self, name: str, rate: float, steps: int, seed: int, out: str) -> TrainSettings:
         """One run of a method."""
         return run_settings(self.settings, self.rows, name, rate, steps, self.settings.seed + seed, self.folder / out)
@@ -123,9 +142,15 @@ class Comparison:
         each = set_up(self.run(self._first(), 1e-4, 1, 0, "none")).prepared.task.steps_per_epoch
         return max(1, round(EPOCHS * each))
 
+    def in_four_bits(self) -> dict[str, Any] | None:
+        """The base in NF4, judged where a method stands on it: what quantising costs before anything is learned."""
+        if self.rows.objective == "classify" or all(self.preset(name).storage == "plain" for name in self.settings.methods):
+            return None
+        return dict(self._keep("judged/base-nf4.json", partial(self.judge.base, "nf4")))
+
     def _first(self) -> str:
         """A method that can be set up to count steps: they are the same for all."""
-        return next((name for name in self.settings.methods if preset(name, 1).storage == "plain"), self.settings.methods[0])
+        return next((name for name in self.settings.methods if self.preset(name).storage == "plain"), self.settings.methods[0])
 
     def costs(self) -> dict[str, dict[str, Any]]:
         """What each method costs, measured; one that fails at it is left out from here on."""
@@ -141,6 +166,10 @@ class Comparison:
             else:
                 found[name] = cost
         if not found:
+            if all(self._read(f"cost/{name}.json").get("late") for name in self.failed):
+                why = f"{STEPS} steps of a method may take {100 * MEASURED:.0f}% of it, and no method was as quick"
+                what, hint = f"the budget of {self.settings.budget} is too small", "a larger one: --budget 30m"
+                raise SettingsError(what, where=str(self.folder), why=why, hint=hint)
             first = next(iter(self.failed))
             raise TrainingError("no method could be run", where=first, why=self.failed[first])
         return found
@@ -153,7 +182,7 @@ class Comparison:
         return cost
 
     def _usual(self, name: str) -> float:
-        return default_rate(preset(name, 1).delta, self.rows.objective)
+        return default_rate(self.preset(name).delta, self.rows.objective)
 
     def schedule(self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int) -> Schedule:
         """What fits into what is left of the budget; raises `SettingsError` where not even the least does."""
@@ -194,7 +223,7 @@ class Comparison:
 
     def search(self, schedule: Schedule) -> dict[str, dict[str, Any]]:
         """The learning rate of each method: {"rate", "tried": [[rate, steps, loss]], "edge"}."""
-        rates = {name: rates_to_try(self._usual(name), schedule.trials) for name in self.alive}
+        rates = {name: rates_to_try(self._usual(name), schedule.trials, self.settings.reach) for name in self.alive}
         tried: dict[str, list[list[Any]]] = {name: [] for name in rates}
         left = dict(rates)
         for number, steps in rungs(schedule.trials, schedule.steps):
@@ -242,7 +271,7 @@ class Comparison:
             names = [name for name in rates if name not in self.failed]
             runs = {name: self.run(name, rates[name]["rate"], schedule.steps, seed, f"runs/{name}-{seed}") for name in names}
             train_all(list(runs.values()))
-            for name in sorted(names, key=lambda name: preset(name, 1).storage):  # each base is loaded once
+            for name in sorted(names, key=lambda name: self.preset(name).storage):  # each base is loaded once
                 folder = self.folder / f"runs/{name}-{seed}"
                 if why := failure(folder):
                     self.failed[name] = f"seed {seed}: {why}"
@@ -257,6 +286,7 @@ class Comparison:
 
     def result(self, schedule: Schedule, seeds: int, rates: Any, costs: Any, base: Any) -> dict[str, Any]:
         """Everything that the report shows."""
+        quantised = self._read("judged/base-nf4.json")
         judged = {n: [self._read(f"judged/{n}-{s}.json") for s in range(seeds)] for n in self.alive if n in rates}
         if not judged:
             first = next(iter(self.failed))
@@ -283,6 +313,7 @@ class Comparison:
             "base": story["base"], "environment": story["environment"],
             "schedule": schedule.as_dict() | {"seeds_done": seeds, "spent": self.spent}, "failed": self.failed,
             "notes": self.notes, "base_figures": findings.describe([base], base, self.metric),
+            "nf4_figures": None if quantised is None else findings.describe([quantised], base, self.metric),
             "methods": methods, "tests": tested, "fronts": findings.fronts(methods, self.metric),
             "recommendation": findings.recommend(methods, tested, self.metric),
             "examples": _examples(judged, base),
@@ -321,6 +352,7 @@ def compare(data: str | Path | CompareSettings, *, say: Say = lambda text: None,
     begun = one.spent
     base = one._keep("judged/base.json", one.judge.base)
     judging = one._keep("judging.json", lambda: one.spent - begun)
+    one.in_four_bits()
     costs = one.costs()
     schedule = Schedule(**one._keep("schedule.json", lambda: one.schedule(costs, judging, steps).as_dict()))
     say(

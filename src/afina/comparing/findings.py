@@ -68,12 +68,18 @@ def pairs(judged: Mapping[str, Sequence[Judged]], base: Judged, metric: str) -> 
 
 
 def _tested(one: Table, other: Table, metric: str) -> tuple[Figure, float]:
-    """The difference of two tables; where no row tells them apart, as much of it as so many rows can hide."""
+    """The difference of two tables. Scores are percents: no difference goes beyond 100 of them, and where all rows say the
+    same, so many rows can hide some that would not."""
     found, p = difference(one, other)
-    if metric != "loss" and found.error == 0.0 and found.mean == 0.0:
-        reach = none_of(one.shape[1])
-        return Figure(0.0, 0.0, -reach, reach), p
-    return found, p
+    if metric == "loss" or found.low is None or found.high is None:
+        return found, p
+    reach = none_of(one.shape[1]) if found.error == 0.0 else 0.0
+    return Figure(found.mean, found.error, max(-100.0, found.low - reach), min(100.0, found.high + reach)), p
+
+
+def fewest(pairs: int) -> int:
+    """Rows with a score below which no difference can be shown, whatever the figures: their sign test says no more."""
+    return next(rows for rows in range(1, 99) if pairs * 2.0 ** (1 - rows) < SURE)
 
 
 def fronts(methods: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, list[str]]:

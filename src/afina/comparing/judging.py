@@ -78,17 +78,17 @@ class Judge:
         lengths = sorted(len((r.completion or (r.messages or [{}])[-1].get("content", "")).split()) for r in rows)
         return "exact_match" if lengths[len(lengths) // 2] <= LONG else "chrf"
 
-    def base(self) -> dict[str, Any]:
+    def base(self, storage: str = "plain") -> dict[str, Any]:
         """The base alone. A classifier has no answer before it learns: the commonest class stands for it."""
         if self.rows.objective == "classify":
             return self._commonest()
-        return self._language(self._load("plain"), None)
+        return self._language(self._load(storage), None)
 
     def run(self, folder: Path, name: str) -> dict[str, Any]:
         """A finished run of method `name`."""
         if self.rows.objective == "classify":
             return self._classifier(folder)
-        base = self._load(preset(name, 1).storage)
+        base = self._load(preset(self.settings.told(name)["method"], 1).storage)
         adapter = load_adapter(folder / "adapter", base, "judged")
         try:
             return self._language(base, adapter.route)
@@ -107,7 +107,7 @@ class Judge:
         told = self.settings
         renderer = Renderer(base.tokenizer, told.template, told.max_length or min(base.context, 2048))
         test, train = (
-            make_examples(self.rows.objective, renderer, read_table(file).rows, None)
+            make_examples(self.rows.objective, renderer, read_table(file).rows, [] if told.skip_bad_rows else None)
             for file in (self.rows.test, self.rows.train)
         )
         some = train[:: max(1, len(train) // len(test))][: len(test)]

@@ -69,7 +69,7 @@ def _joules(settings: TrainSettings) -> tuple[float, str] | None:
 
 
 def measure_apart(settings: TrainSettings, seconds: float | None = None) -> dict[str, Any]:
-    """`measure`, in a process of its own; {"failed": why} where that ends badly or takes longer than `seconds`."""
+    """`measure`, in a process of its own; {"failed": why} where that ends badly, with "late" where `seconds` were over."""
     assert settings.out is not None
     asked = settings.out.with_suffix(".asked.json")
     write_json(asked, resolved(settings))
@@ -77,7 +77,7 @@ def measure_apart(settings: TrainSettings, seconds: float | None = None) -> dict
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"failed": f"{STEPS} steps took longer than the {seconds:.0f} s that the budget leaves for them"}
+        return {"failed": f"{STEPS} steps took longer than the {seconds:.2g} s that the budget leaves for them", "late": True}
     finally:
         asked.unlink(missing_ok=True)
     if done.returncode == 0:

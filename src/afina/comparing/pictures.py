@@ -11,21 +11,31 @@ WIDTH, HEIGHT = 5.0, 3.3  # inches; small, so that letters stay readable on a ph
 Words = Callable[..., str]
 
 
-def _draw(salt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> str:
+def drawn(salt: str, paint: Callable[[Any], None], width: float, height: float) -> str:
+    """What `paint` puts on a figure of so many inches, as SVG that is the same each time; `salt` names what is in it."""
     import matplotlib
     from matplotlib.figure import Figure
 
     told: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(told):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        paint(axes)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        paint(figure)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = stream.getvalue()
     return svg[svg.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+
+
+def _draw(salt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> str:
+    """One chart of a report."""
+
+    def bare(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        paint(axes)
+
+    return drawn(salt, bare, WIDTH, height)
 
 
 def _style(names: list[str], name: str) -> dict[str, Any]:
@@ -53,9 +63,9 @@ def quality(result: Mapping[str, Any], words: Words) -> str:
         axes.set_yticks(range(len(names)), list(reversed(names)))
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlabel(words("axis_" + result["metric"]))
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0.0, 1.0))  # above: no arm lies there
 
-    return _draw("quality", paint, 1.2 + 0.34 * len(names))
+    return _draw("quality", paint, 1.4 + 0.34 * len(names))
 
 
 def trade(result: Mapping[str, Any], cost: str, words: Words) -> str:

@@ -1,4 +1,14 @@
-"""What others have measured, and we advise by. Each finding is theirs; the figures are copied from where it says."""
+"""What others have measured, and we advise by. Each finding is theirs; the figures are copied from where it says.
+
+Beside it stands what our reference study says to the same claim (study.json, written by studies/study.py), whether it
+agrees or not: it was measured on one small base, they measured on large ones.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+
+STUDIED = {"regret": "as-good", "learns_less": "learns-less", "mora_facts": "mora-facts", "qlora": "four-bits"}  # saying: claim
 
 FINDINGS: dict[str, tuple[str, str]] = {  # name: (who, where)
     "regret": ("Schulman et al., LoRA Without Regret, 2025", "https://thinkingmachines.ai/blog/lora/"),
@@ -49,6 +59,10 @@ SAYINGS: dict[str, dict[str, str]] = {
         "earlier_same": "Your comparison {name} on this base: {figures}. It does not speak against this.",
         "earlier_better": "Your comparison {name} on this base showed {better} to be better than {worse} ({figures}): it goes before "
         "what others measured.",
+        "study_confirmed": "Our own study on the small embedded base agrees: {figures}.",
+        "study_not_confirmed": "Our own study on the small embedded base did not show it: {figures}. The finding is about larger "
+        "ones; `afina compare` tells for yours.",
+        "study_depends": "In our own study on the small embedded base it depends: {figures}.",
         "no_plan": "Memory and time are not known: {why}",
         "title": "Advice", "use": "use", "prompt": "a prompt with examples, no training", "find": "retrieval, no training",
         "none": "none: nothing fits", "settings": "settings", "memory": "peak memory", "step": "a step", "command": "type",
@@ -87,9 +101,28 @@ SAYINGS: dict[str, dict[str, str]] = {
         "earlier_same": "Tu comparación {name} con esta base: {figures}. No habla en contra.",
         "earlier_better": "Tu comparación {name} con esta base mostró que {better} es mejor que {worse} ({figures}): va antes que lo que "
         "otros midieron.",
+        "study_confirmed": "Nuestro propio estudio con la pequeña base incluida está de acuerdo: {figures}.",
+        "study_not_confirmed": "Nuestro propio estudio con la pequeña base incluida no lo mostró: {figures}. El hallazgo trata de bases "
+        "mayores; `afina compare` lo dice para la tuya.",
+        "study_depends": "En nuestro propio estudio con la pequeña base incluida depende: {figures}.",
         "no_plan": "No se conocen memoria ni tiempo: {why}",
         "title": "Consejo", "use": "usa", "prompt": "una pregunta con ejemplos, sin entrenar", "find": "recuperación, sin entrenar",
         "none": "ninguno: nada cabe", "settings": "ajustes", "memory": "memoria máxima", "step": "un paso", "command": "escribe",
         "then": "después", "source": "según",
     },
 }  # fmt: skip
+
+
+@cache
+def studied() -> dict[str, dict[str, str]]:
+    """What our study says to the claims that have run: {claim: {"verdict", "figures"}}."""
+    found: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "study.json").read_text(encoding="utf-8"))
+    return found
+
+
+def ours(saying: str, lang: str) -> str:
+    """What our study says to a finding, with a space before it; empty where it says nothing."""
+    known = studied().get(STUDIED.get(saying, ""))
+    if known is None:
+        return ""
+    return " " + SAYINGS[lang]["study_" + known["verdict"].replace(" ", "_")].format(figures=known["figures"])

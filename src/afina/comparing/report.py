@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
-from afina.comparing.findings import BASE
+from afina.comparing.findings import BASE, fewest
 from afina.comparing.measure import WATTS
 from afina.comparing.pictures import Words, pictures
 from afina.comparing.wording import words
@@ -56,6 +57,7 @@ def view(result: Mapping[str, Any], lang: str) -> dict[str, Any]:
             "about": say("about_quality", seeds=schedule["seeds_done"], rows=rows, asked=asked, metric=say(f"metric_{metric}")),
             "head": [say("method"), say("score"), say("loss"), say("forgetting"), say("overfitting")],
             "rows": [_quality(say("base"), result["base_figures"], metric, True),
+                     *([_quality(say("base_nf4"), quantised, metric)] if (quantised := result.get("nf4_figures")) else []),
                      *(_quality(name, methods[name], metric) for name in names)],
         },
         "cost": {
@@ -111,7 +113,9 @@ def _notes(result: Mapping[str, Any], say: Words) -> list[str]:
         notes.append(say("edge", methods=", ".join(edge)))
     if schedule["seeds_done"] == 1:
         notes.append(say("one_seed"))
-    if result["score_rows"] < FEW:
+    if result["metric"] != "loss" and result["score_rows"] < (need := fewest(len(result["tests"]))):
+        notes.append(say("cannot_show", rows=result["score_rows"], pairs=len(result["tests"]), need=need))
+    elif result["score_rows"] < FEW:
         notes.append(say("few_rows", rows=result["score_rows"]))
     return notes
 
@@ -173,10 +177,15 @@ def command(result: Mapping[str, Any]) -> str:
         default = CompareSettings.model_fields[name].get_default()
         if name in ("data", "out") or value == default or value in (None, {}):
             continue
-        shown = ",".join(value) if isinstance(value, list) else value
-        shown = "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}" if isinstance(value, dict) else shown
-        parts += ["--" + name.replace("_", "-"), shlex.quote(str(shown))]
+        parts += ["--" + name.replace("_", "-"), shlex.quote(flag(value))]
     return " ".join(parts)
+
+
+def flag(value: Any) -> str:
+    """A setting as its flag is written."""
+    if isinstance(value, dict):
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def size(count: float) -> str:

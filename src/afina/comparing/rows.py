@@ -16,8 +16,9 @@ from afina.config import CompareSettings, TrainSettings
 from afina.data.batches import split
 from afina.data.formats import read_table
 from afina.data.labelled import Labelled, read_labelled
+from afina.data.skipped import reasons
 from afina.disk import write_json, write_text
-from afina.errors import DataError, SettingsError
+from afina.errors import DataError, SettingsError, counted
 from afina.objective.language import choose
 from afina.training.prepare import as_record, objective_of
 
@@ -29,11 +30,15 @@ Piece = TypeVar("Piece")
 
 @dataclass(frozen=True)
 class Rows:
-    """What is learned, and where the three files lie; `digest` is the sha256 of the file that they come from."""
+    """What is learned, and where the three files lie; `digest` is the sha256 of the file that they come from.
+
+    `skipped` says in words which rows were left out; empty for none.
+    """
 
     objective: str
     format: str
     digest: str
+    skipped: str
     train: Path
     choose: Path
     test: Path
@@ -53,13 +58,8 @@ def split_rows(settings: CompareSettings, folder: Path) -> Rows:
             why="it judges answers, plain text and labels",
             hint="one column with the answer: --columns '{prompt: question, completion: answer}'",
         )  # fmt: skip
-    table: Any
-    if objective == "classify":
-        table = read_labelled(settings.data, settings.columns)
-        if table.format != "text":
-            raise SettingsError("compare reads rows of text so far", where=str(settings.data), hint="afina train FOLDER")
-    else:
-        table = read_table(settings.data, settings.columns)
+    table = _read(settings, objective)
+    if objective != "classify":
         objective = choose(settings.objective, table.rows)
     about = folder / "rows.json"
     files = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
@@ -73,10 +73,28 @@ def split_rows(settings: CompareSettings, folder: Path) -> Rows:
     records = _labelled(table.rows, settings) if objective == "classify" else _language(table.rows, objective, settings)
     for kind, file in files.items():
         write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records[kind]))
-    facts = {"objective": objective, "format": table.format, "digest": table.digest,
+    facts = {"objective": objective, "format": table.format, "digest": table.digest, "skipped": reasons(table.skipped),
              "counts": {kind: len(records[kind]) for kind in KINDS}}  # fmt: skip
     write_json(about, facts)
     return Rows(**facts | files)
+
+
+def _read(settings: CompareSettings, objective: str) -> Any:
+    """The table of rows; an error about one of them says how to go on without it."""
+    if settings.data.is_dir():
+        why = "compare reads rows of text so far"
+        raise SettingsError("this is a folder", where=str(settings.data), why=why, hint="name one file in it")
+    read: Any = read_labelled if objective == "classify" else read_table
+    try:
+        table = read(settings.data, settings.columns, settings.skip_bad_rows)
+    except DataError as error:
+        if error.hint is None and str(error.where) != str(settings.data):  # a row's fault, and not the whole file's
+            error.hint = "mend the row, or --skip-bad-rows to leave out all such rows"
+        raise
+    if table.format == "pictures":
+        why = "compare reads rows of text so far"
+        raise SettingsError("these rows hold pictures", where=str(settings.data), why=why, hint=f"afina train {settings.data}")
+    return table
 
 
 def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dict[str, list[Piece]]:
@@ -88,7 +106,7 @@ def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dic
 
 def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
     if len(rows) < FEWEST:
-        raise DataError(f"{len(rows)} rows are too few to compare methods", where=str(settings.data),
+        raise DataError(f"{counted(len(rows), 'row')}: too few to compare methods", where=str(settings.data),
                         why="some are held out, to choose by and to judge by",
                         hint=f"at least {FEWEST}; 200 say more")  # fmt: skip
 

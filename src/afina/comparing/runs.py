@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from afina.comparing.rows import Rows
-from afina.config import CompareSettings, TrainSettings
+from afina.config import CompareSettings, TrainSettings, make_settings
 from afina.delta.contract import method
 from afina.delta.presets import preset
 from afina.disk import write_json
@@ -25,14 +25,14 @@ FAILED = "failed.json"
 
 
 def run_settings(asked: CompareSettings, rows: Rows, name: str, rate: float, steps: int, seed: int, out: Path) -> TrainSettings:
-    """One run of method `name`."""
-    same = ("base", "revision", "trust_remote_code", "dtype", "device", "rank", "template", "general", "max_length",
-            "batch_tokens")  # fmt: skip
-    return TrainSettings(
-        data=rows.train, holdout=rows.choose, out=out, method=name, objective=rows.objective,  # type: ignore[arg-type]
-        learning_rate=rate, steps=steps, seed=seed, check_every=max(1, steps // CHECKS),
-        **{key: getattr(asked, key) for key in same},
-    )  # fmt: skip
+    """One run of `name`, a method or a variant."""
+    same = ("base", "revision", "trust_remote_code", "dtype", "device", "template", "general", "max_length", "batch_tokens",
+            "skip_bad_rows")  # fmt: skip
+    told = {key: getattr(asked, key) for key in same} | asked.told(name) | {
+        "data": rows.train, "holdout": rows.choose, "out": out, "objective": rows.objective, "learning_rate": rate,
+        "steps": steps, "seed": seed, "check_every": max(1, steps // CHECKS),
+    }  # fmt: skip
+    return make_settings(TrainSettings, told)
 
 
 def share_a_pass(name: str, objective: str) -> str | None:

@@ -6,11 +6,10 @@ length). Each method has the same number of trials, over the same range around i
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LOWEST, HIGHEST = 0.35, 35.0  # times the usual rate: small models like far larger ones
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1)  # of the steps
 SPARE = 0.9  # of the budget: what is measured on a few steps is not exact
 SLOWER = 1.3  # judging with an adapter against judging the base
@@ -40,12 +39,12 @@ def rungs(trials: int, steps: int) -> list[tuple[int, int]]:
     return made
 
 
-def rates_to_try(usual: float, trials: int) -> list[float]:
-    """Learning rates, evenly apart on a log scale; the usual one alone where there is one trial."""
+def rates_to_try(usual: float, trials: int, reach: Sequence[float]) -> list[float]:
+    """Rates from reach[0] to reach[1] times the usual one, evenly apart on a log scale; that alone where there is one trial."""
     if trials == 1:
         return [usual]
-    reach = math.log(HIGHEST / LOWEST)
-    return [float(f"{usual * LOWEST * math.exp(reach * (n + 0.5) / trials):.3g}") for n in range(trials)]
+    lowest, span = usual * reach[0], math.log(reach[1] / reach[0])
+    return [float(f"{lowest * math.exp(span * (n + 0.5) / trials):.3g}") for n in range(trials)]
 
 
 def search_seconds(cost: Mapping[str, float], trials: int, steps: int) -> float:

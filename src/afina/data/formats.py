@@ -65,7 +65,8 @@ def check_columns(path: Path, columns: Mapping[str, str], fields: Sequence[str])
     """Raise `DataError` where --columns gives a name to a field that there is not."""
     for name in columns:
         if name not in fields:
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), hint=nearest(name, fields))
+            why = f"it says what our names are in your file; ours are {', '.join(fields)}"
+            raise DataError(f"unknown field {name!r} in --columns", where=str(path), why=why, hint=nearest(name, fields))
 
 
 def file_bytes(path: Path) -> bytes:
@@ -76,7 +77,8 @@ def file_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError("no such file", where=str(path)) from None
+        there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError("no such file", where=str(path), hint=nearest(path.name, there) if there else None) from None
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
     if not data.strip():
