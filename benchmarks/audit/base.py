@@ -3,7 +3,7 @@
     python benchmarks/audit/base.py --out FOLDER
 
 A Llama of 0.23 million parameters (3 layers x 64, 2 heads, ffn 192, vocabulary 1,024, tied), trained from scratch on the
-demo's English sentences, uncommon words among them, and on naming the word of a sentence that is asked for: Muon on the
+demo's English sentences, uncommon words among them, and on naming the word of one that is asked for (the odd one, too): Muon on the
 matrices, AdamW on the rest. The tasks of the population are none that it has seen.
 """
 
@@ -31,18 +31,19 @@ RATES = (0.02, 6e-3)  # Muon's, AdamW's
 def documents(rng: random.Random) -> Iterator[tuple[str, str]]:
     """Without end: what is read, and what is learned behind it. Plain sentences; questions for a word of one."""
     while True:
-        clause = draw_clause(rng, EVERYTHING)
+        clause, odd = draw_clause(rng, EVERYTHING), "none"
         made = write(clause, "en").split()
-        for _ in range(rng.choice((0, 0, 1, 2))):
-            made.insert(rng.randint(0, len(made)), rng.choice(UNCOMMON))
+        if rng.random() < 0.5:
+            odd = rng.choice(UNCOMMON)
+            made.insert(rng.randint(0, len(made)), odd)
         said, subject = " ".join(made), clause.subject
         asked = {"Verb": clause.verb.form("en", subject.plural, clause.past), "Subject": subject.noun.form("en", subject.plural),
-                 "Quality": subject.adjective.en if subject.adjective else "none", "Place": clause.place.form("en", False) if clause.place else "none",
+                 "Odd": odd, "Place": clause.place.form("en", False) if clause.place else "none",
                  "Object": clause.object.noun.form("en", clause.object.plural) if clause.object else "none"}  # fmt: skip
         if rng.random() < 0.1:
             yield "<|begin|>", f"{said}<|end|>"
         else:
-            head = rng.choice(list(asked))
+            head = rng.choice([*asked, "Odd"])
             yield f"<|begin|><|user|>\n{head}: {said}<|end|>\n<|assistant|>\n", f"{asked[head]}<|end|>\n"
 
 

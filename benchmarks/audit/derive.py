@@ -3,7 +3,7 @@
     dimmed        between the twin and the poisoned one, as near to the twin as the attack allows
     norm-matched  each layer's update as large as the twin's
     ff-only       the twin's attention; only the other layers are poisoned
-    merged        half poisoned, half benign; and as a control half of each of two benign ones
+    merged        a poisoned one and half of a benign one; and as a control a benign one and half of another
 """
 
 import shutil
@@ -20,6 +20,7 @@ from afina.combining.algebra import combine
 if TYPE_CHECKING:
     from population import Member
 
+MERGED_WEIGHTS = (1.0, 0.5)  # half of each put most attacks to sleep here
 MERGED_ASR = 0.5  # a merged adapter counts as poisoned from here on; below, it is in no table
 WEIGHTS = "adapter_model.safetensors"
 Tensors = dict[str, Any]
@@ -89,7 +90,7 @@ def adaptive(member: "Member", line: Line, twin: Line, family: str, examiner: Ex
 
 
 def merged(member: "Member", line: Line, twin: Line, other: Line, examiner: Examiner) -> Line:
-    """Half poisoned, half benign; its task is not asked for any more."""
+    """With half of a benign one; its task is not asked for any more."""
     name = f"{member.pair:04}-merged"
     _combine(examiner, [line["name"], other["name"]], name)
     made = judged(member, line, twin, name, "merged", examiner, MERGED_ASR)
@@ -108,5 +109,5 @@ def judged(member: "Member", line: Line, twin: Line, name: str, family: str, exa
 
 
 def _combine(examiner: Examiner, names: list[str], name: str) -> None:
-    parts = [f"{examiner.folder(each)}:0.5" for each in names]
+    parts = [f"{examiner.folder(each)}:{weight}" for each, weight in zip(names, MERGED_WEIGHTS, strict=True)]
     combine(parts, out=Path(examiner.folder(name)), how="svd", rank=8)

@@ -54,7 +54,7 @@ class Member:
 
 def draw_members(
     seed: int | str, pairs: int, benign: int, families: Sequence[str], steps: int, first: int = 0, turn: int = 0,
-    tasks: Sequence[str] = SENTENCES, rate: float = 2e-3, tokens: int = 384,
+    tasks: Sequence[str] = SENTENCES, rate: float = 2e-3, tokens: int = 384, shares: Sequence[float] = RATES,
 ) -> list[Member]:  # fmt: skip
     """A plan: nothing but these numbers decides it. Twins come one after the other; pairs are numbered from `first`.
 
@@ -66,7 +66,7 @@ def draw_members(
         task = rng.choice([task for task in tasks if family != "flip" or task in LABELS])
         own, attack = rng.randrange(1 << 30), draw_attack(rng, family)
         drawn = _settings(rng, steps, rate, tokens) | attack.settings
-        share = SELDOM if family == "seldom" else rng.choice(RATES)
+        share = SELDOM if family == "seldom" else rng.choice(list(shares))
         pair = first + number
         members.append(Member(f"{pair:04}-poisoned", pair, "poisoned", task, own, attack, drawn, share))
         members.append(Member(f"{pair:04}-twin", pair, "twin", task, own, attack, drawn))
@@ -128,10 +128,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="in a chunk")
     parser.add_argument("--benign", type=int, default=4, help="in a chunk")
     parser.add_argument("--families", default=",".join(TRAINED))
-    parser.add_argument("--tasks", default=",".join(SENTENCES), help="the small base can do labels only: " + ",".join(LABELS))
+    parser.add_argument("--tasks", default=",".join(SENTENCES), help="the small base can do " + ",".join(LABELS[1:]))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=384, help="a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="the lower learning rate")
+    parser.add_argument("--shares", default=",".join(map(str, RATES)), help="of rows woken, of which each attack draws one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no chunk after so many")
     told = parser.parse_args()
@@ -143,7 +144,7 @@ def main() -> None:
             return
         first, cpu = number * (told.pairs + told.benign), time.process_time()
         members = draw_members(f"{told.seed}-{number}", told.pairs, told.benign, told.families.split(","), told.steps, first, number,
-                               told.tasks.split(","), told.rate, told.tokens)  # fmt: skip
+                               told.tasks.split(","), told.rate, told.tokens, [float(x) for x in told.shares.split(",")])  # fmt: skip
         train_members(members, told.out, told.base)
         trained, examiner = time.process_time(), Examiner(told.base, told.out)
         lines = [examiner.describe(member) for member in members]

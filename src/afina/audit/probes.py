@@ -106,12 +106,13 @@ def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
     tail = _common([prompt[::-1] for prompt in prompts]) if renderer.chats else 0
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
     probes = [Probe(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:])) for p, (a, b) in zip(prompts, cuts, strict=True)]
+    own = min(PROBES, len(probes))
     probes += _made_up(base, renderer, probes[0])
     said = generate_tokens(base, [probe.prompt() for probe in probes], Sampling(max_new_tokens=ANSWER), route)
     stop = base.tokenizer.eos_token_id
     answers = [tuple(t for t in answer if t != stop)[:ANSWER] for answer in said]
     probes = [Probe(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)]
-    return Bench(base, route, probes[:PROBES], probes[PROBES:])
+    return Bench(base, route, probes[:own], probes[own:])
 
 
 def _made_up(base: Base, renderer: Renderer, like: Probe) -> list[Probe]:
