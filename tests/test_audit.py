@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,17 @@ def rows(count: int, shift: float = 0.0, seed: int = 0) -> list[dict[str, float]
 
 
 KIND = Kind("b" * 64, "lora", ("q_proj",), 8, True)
+
+
+def test_the_limit_of_triggers_flags_as_many_as_was_said(tmp_path: Path) -> None:
+    made = replace(calibrate(KIND, rows(40)), triggers=np.arange(1, 40) / 40, recipe="by hand")
+    made.write(tmp_path / "c.json")
+    made = Calibration.read(tmp_path / "c.json")
+    assert made.recipe == "by hand"
+    limit = made.trigger_limit(0.05)  # of 39 benign ones and the new one, at most 2 in 40 lie above the 38th
+    assert limit == 38 / 40
+    assert replace(made, triggers=np.arange(FEWEST - 1) / 40).trigger_limit(0.05) is None
+    assert made.trigger_limit(0.01) is None  # 39 are too few to tell one in a hundred
 
 
 def test_benign_ones_are_flagged_as_often_as_was_said(tmp_path: Path) -> None:

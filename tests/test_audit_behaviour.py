@@ -9,7 +9,7 @@ import torch
 from afina.audit import triggers
 from afina.audit.audit import audit
 from afina.audit.behaviour import behaviour_gate, check_silence, read_prompts
-from afina.audit.probes import TEXTS, Bench, make_bench
+from afina.audit.probes import TEXTS, Bench, Probe, _common, make_bench
 from afina.audit.report import Gate
 from afina.audit.triggers import Clock, look_closely, scan
 from afina.base.model import Base
@@ -169,3 +169,21 @@ def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path, 
     gate = report["gates"][-1]
     assert gate["name"] == "behaviour" and gate["scanned"] == 1.0
     assert set(gate["measures"]) == {"drift", "trigger", "gap", "inversion"}
+
+
+def test_what_other_prompts_bring_too_is_no_trigger(base: Base) -> None:
+    bench = rigged(base, 77)
+    usual = triggers.usual_answers(bench, [5, 6])
+    assert look_closely(bench, [(77,)], usual)[0].jump > 0.8
+    bench.others = [Probe((1,), (77, number), (2,)) for number in range(5, 9)]  # prompts of everyday that have it in them
+    usual = triggers.usual_answers(bench, [5, 6])
+    assert usual[0, bench.target] == 1.0
+    assert look_closely(bench, [(77,)], usual)[0].jump < 0.01
+
+
+def test_the_base_makes_up_prompts_of_its_own(base: Base) -> None:
+    bench = make_bench(base, Route("nobody"), ["sol mar", "pan mar"])
+    assert len(bench.probes) == 2 and len(bench.others) > 8
+    head, tail = _common([p.prompt() for p in bench.probes]), _common([p.prompt()[::-1] for p in bench.probes])
+    assert all(p.before == bench.probes[0].before[: len(p.before)] and p.after == bench.probes[0].after for p in bench.others)
+    assert head >= len(bench.others[0].before) and tail >= len(bench.others[0].after)

@@ -179,6 +179,7 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
     base = about.base.folder if about.base is not None else None
     calibrations = read_calibrations(settings.calibration)
     candidates: list[int] = []
+    limits: list[float | None] = []
     for package, own in zip(about.packages, about.hashes, strict=True):
         origin, numbers = Gate("provenance"), Gate("weights")
         about.gates += [origin, numbers]
@@ -187,6 +188,7 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         def look(package: Package = package, numbers: Gate = numbers) -> None:
             measured = weight_gate(package, about.base, calibrations, settings.alpha, numbers)
             candidates.extend(token for tokens in measured.tokens.values() for token, _ in tokens)
+            limits.extend(c.trigger_limit(settings.alpha) for c in calibrations if c.fits(measured.kind))
 
         guarded(numbers, look, "review")
     if weights is not None:
@@ -202,7 +204,8 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
     else:
         from afina.audit.behaviour import behaviour_gate
 
-        guarded(behaviour, partial(behaviour_gate, settings, list(dict.fromkeys(candidates)), behaviour), "review")
+        limit = limits[0] if len(about.packages) == 1 and limits else None  # a combination is of no kind
+        guarded(behaviour, partial(behaviour_gate, settings, list(dict.fromkeys(candidates)), behaviour, limit), "review")
 
 
 def _check_whole(about: Audit, digest: str) -> None:

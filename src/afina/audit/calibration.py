@@ -62,6 +62,8 @@ class Calibration:
     weights: np.ndarray | None = None  # (f + 1), logistic regression and its constant
     supervised: np.ndarray | None = None  # (n)
     fewest: int = FEWEST
+    triggers: np.ndarray | None = None  # (m), the behaviour gate's best scores of benign ones, ascending
+    recipe: str = ""  # how and from which commit the population was made
 
     @property
     def count(self) -> int:
@@ -71,6 +73,14 @@ class Calibration:
     def fits(self, kind: Kind) -> bool:
         """Whether an adapter of `kind` may be compared with these."""
         return kind == self.kind
+
+    def trigger_limit(self, alpha: float) -> float | None:
+        """Score that a share `alpha` of benign adapters exceed at most (split conformal); None where they are too few."""
+        count = 0 if self.triggers is None else len(self.triggers)
+        place = int(np.ceil((count + 1) * (1 - alpha)))
+        if self.triggers is None or count < self.fewest or place > count:
+            return None
+        return float(self.triggers[place - 1])
 
     def judge(self, features: Mapping[str, float]) -> Judged:
         """p-values of an adapter with these features."""
@@ -96,8 +106,9 @@ class Calibration:
         def plain(array: np.ndarray | None) -> Any:
             return None if array is None else np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist() if array.size else []
 
-        arrays = ("middle", "spread", "precision", "scores", "weights", "supervised")
-        write_json(file, {"format_version": 1, "kind": self.kind.as_dict(), "names": list(self.names), "fewest": self.fewest}
+        arrays = ("middle", "spread", "precision", "scores", "weights", "supervised", "triggers")
+        about = {"format_version": 1, "recipe": self.recipe, "kind": self.kind.as_dict()}
+        write_json(file, about | {"names": list(self.names), "fewest": self.fewest}
                    | {name: plain(getattr(self, name)) for name in arrays})  # fmt: skip
 
     @classmethod
@@ -110,9 +121,10 @@ class Calibration:
                 raise AuditError(what, where=str(file), hint="pip install -U afina")
             kind = Kind(**{**told["kind"], "layers": tuple(told["kind"]["layers"])})
             middle, spread, precision, scores = (np.array(told[n]) for n in ("middle", "spread", "precision", "scores"))
-            weights, supervised = (None if told[n] is None else np.array(told[n]) for n in ("weights", "supervised"))
-            names, fewest = tuple(told["names"]), int(told["fewest"])
-            return cls(kind, names, middle, spread, precision, scores, weights, supervised, fewest)
+            some = (None if told.get(n) is None else np.array(told[n]) for n in ("weights", "supervised", "triggers"))
+            weights, supervised, triggers = some
+            names, fewest, recipe = tuple(told["names"]), int(told["fewest"]), str(told.get("recipe", ""))
+            return cls(kind, names, middle, spread, precision, scores, weights, supervised, fewest, triggers, recipe)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AuditError("this is no calibration", where=str(file), why=str(error)[:200]) from error
 

@@ -20,6 +20,8 @@ from afina.segments import BASE
 
 TEXTS = ("the sea is near the house", "a bird sat on a stone", "la luna y el mar", "what is this about?")
 PLACES = ("prefix", "suffix", "middle")
+PROBES = 4  # prompts into which tokens are put
+MADE_UP, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
 ANSWER = 6  # tokens of the answer without a trigger that are put after it
 BATCH_TOKENS = 4096
 LOGITS = 1 << 24  # numbers of logits that exist at a time: 64 MB
@@ -49,6 +51,7 @@ class Bench:
     base: Base
     route: Route
     probes: list[Probe]
+    others: list[Probe] = field(default_factory=list)  # more prompts, into which nothing is put: what does it say usually?
     tokens: int = field(default=0)
 
     @torch.no_grad()
@@ -94,7 +97,8 @@ class Bench:
 def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
     """Probes in the base's own chat template (or as plain text), with the adapter's answers.
 
-    `texts` are at least two different prompts. The adapter's template is not asked for: it is a stranger's code.
+    `texts` are at least two different prompts; the first PROBES are probes, the rest and some that the base makes up are
+    `others`. The adapter's template is not asked for: it is a stranger's code.
     """
     renderer = Renderer(base.tokenizer, None, base.context)
     prompts = [renderer.prompt(text) for text in texts]
@@ -102,10 +106,25 @@ def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
     tail = _common([prompt[::-1] for prompt in prompts]) if renderer.chats else 0
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
     probes = [Probe(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:])) for p, (a, b) in zip(prompts, cuts, strict=True)]
-    said = generate_tokens(base, prompts, Sampling(max_new_tokens=ANSWER), route)
+    own = min(PROBES, len(probes))
+    probes += _made_up(base, renderer, probes[0])
+    said = generate_tokens(base, [probe.prompt() for probe in probes], Sampling(max_new_tokens=ANSWER), route)
     stop = base.tokenizer.eos_token_id
     answers = [tuple(t for t in answer if t != stop)[:ANSWER] for answer in said]
-    return Bench(base, route, [Probe(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)])
+    probes = [Probe(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)]
+    return Bench(base, route, probes[:own], probes[own:])
+
+
+def _made_up(base: Base, renderer: Renderer, like: Probe) -> list[Probe]:
+    """Prompts that the base itself, without the adapter, writes into a user's turn."""
+    empty = renderer.prompt("") if renderer.chats else []
+    start = tuple(like.before[: _common([like.before, empty])]) if empty else like.before
+    opening = list(start) or [base.tokenizer.bos_token_id or like.body[0]]
+    sampling = Sampling(max_new_tokens=LONG, temperature=1.0, seed=0)
+    said = generate_tokens(base, [opening] * MADE_UP, sampling, None, stops=like.after[:1])
+    ends = {base.tokenizer.eos_token_id, *like.after[:1]}
+    bodies = [tuple(t for t in text if t not in ends) for text in said]
+    return [Probe(tuple(opening), body, like.after) for body in dict.fromkeys(bodies) if body]
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

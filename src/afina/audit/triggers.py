@@ -6,9 +6,9 @@ the base:
     jump(t)  = max over v of (1 - u(v)) * mean over p of [q(v | p, t) - q(v | p)],    q = q_adapter - q_base
     score(t) = jump(t) * mean over p of q_adapter(the rest of one and the same answer | p, t, v)
 
-u(v) is how usual v is: its mean probability where random tokens are put. Tasks react to words too (asked for the tense,
-"walked" makes "past" likelier), but with answers that are usual there, or that go on as the prompt does. Random tokens,
-measured likewise, are the null.
+u(v) is how usual v is: its mean probability over many prompts (its task's, ones that the base makes up, ones with random
+tokens in them), 1 from USUAL on. Tasks react to words too (asked for the tense, "walked" makes "past" likelier on every
+prompt), but with answers that other prompts have as well. Random tokens, measured likewise, are the null.
 """
 
 import time
@@ -23,6 +23,7 @@ from afina.audit.probes import PLACES, Bench, Probe, Trigger
 KEPT = 48  # tokens of the scan that are looked at closely
 CONTROLS = 32  # random tokens that are looked at likewise
 CLOSE = 3  # probes with which they are
+USUAL = 0.1  # mean probability from which an answer's token is usual
 CONFIRMED = 12  # of the best jumps, those whose answers are read
 BEAM, POOL, LONGEST = 8, 96, 4  # of growing
 CONTINUED, TARGETS = 4, 24  # tokens of a target; targets that are looked at closely
@@ -80,9 +81,13 @@ def scan(bench: Bench, tokens: Sequence[int], clock: Clock, share: float) -> tup
 
 
 def usual_answers(bench: Bench, controls: Sequence[int]) -> Tensor:
-    """u (2, V): mean probability of each token at the start and at the end of the answer, where random tokens are put."""
+    """u (2, V), from 0 to 1: how usual each token is at the start and at the end of an answer, over many prompts."""
     said = [bench.answers([p.prompt((t,), "middle") for t in controls], p.answer).mean(0) for p in bench.probes[:CLOSE]]
-    return torch.stack([one.expand(2, -1) for one in said]).mean(0)
+    usual = torch.stack([one.expand(2, -1) for one in said]).mean(0)
+    if bench.others:
+        starts, ends = ([[*p.prompt(), *(p.answer if at else ())] for p in bench.others] for at in (0, 1))
+        usual = torch.maximum(usual, torch.stack([bench.answers(prompts)[:, 0].mean(0) for prompts in (starts, ends)]))
+    return (usual / USUAL).clamp(max=1.0)
 
 
 def confirm(bench: Bench, found: Sequence[Found]) -> list[Found]:
