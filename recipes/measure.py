@@ -37,15 +37,15 @@ def settings_of(name: str, **told: Any) -> TrainSettings:
     return make_settings(TrainSettings, read_yaml(file) | told, where=str(file))
 
 
-def measure(name: str, **told: Any) -> dict[str, Any]:
-    """Run one recipe: {"metric", "before", "after" (percent), "rows", "forgetting", "cpu_seconds", "example", ...}."""
+def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
+    """Run one recipe, its answers of `longest` tokens at most: {"metric", "before", "after" (percent), "rows", "forgetting", "cpu_seconds", "example", ...}."""
     settings = settings_of(name, **told)
     if settings.out.exists():
         shutil.rmtree(settings.out)
     start, cpu = time.perf_counter(), time.process_time()
     run = afina.train(settings)
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    judged = afina.evaluate(run.folder, max_new_tokens=64)
+    judged = afina.evaluate(run.folder, max_new_tokens=longest)
     losses = run.story["losses"]
     about = {"what": described(name), "method": settings.method, "rank": settings.rank, "steps": settings.steps, **spent}
     about |= {"adapter_kb": run.story["adapter_kb"], "verdict": run.story["verdict"], "held_out": judged["rows"]}
