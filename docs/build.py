@@ -18,15 +18,23 @@ from urllib.parse import unquote, urlsplit
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-SHARED = {"serving.md": HERE / "serving.md", "security.md": HERE / "security.md", "recipes.md": ROOT / "recipes" / "README.md"}
+SHARED = {  # pages of both halves: where a page of the guide finds them in the project, and what they are called in the site
+    "../../serving.md": "serving.md",
+    "../../security.md": "security.md",
+    "../../../recipes/README.md": "recipes.md",
+}
 
 
 def assemble(language: str, folder: Path) -> None:
     """The pages and pictures of one language in one folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(HERE / "guide" / language, folder)
-    for name, source in SHARED.items():
-        shutil.copy(source, folder / name)
+    source = HERE / "guide" / language
+    shutil.copytree(source, folder)
+    for page in folder.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(r"(?<=\]\()[^)]+", lambda link: SHARED.get(link[0], link[0]), text), encoding="utf-8")
+    for path, name in SHARED.items():
+        shutil.copy(source / path, folder / name)
 
 
 class _Page(HTMLParser):

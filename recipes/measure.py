@@ -5,6 +5,7 @@ python recipes/measure.py tone       these once more
 python recipes/measure.py --page     the page from recipes/results.json, without running anything
 """
 
+import hashlib
 import json
 import os
 import re
@@ -47,7 +48,14 @@ def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     judged = afina.evaluate(run.folder, max_new_tokens=longest)
     losses = run.story["losses"]
-    about = {"what": described(name), "method": settings.method, "rank": settings.rank, "steps": settings.steps, **spent}
+    about = {
+        "what": described(name),
+        "made_of": made_of(name),
+        "method": settings.method,
+        "rank": settings.rank,
+        "steps": settings.steps,
+        **spent,
+    }
     about |= {"adapter_kb": run.story["adapter_kb"], "verdict": run.story["verdict"], "held_out": judged["rows"]}
     about |= {key: losses[key] for key in ("held_before", "held_after", "forgetting") if losses.get(key) is not None}
     return about | scores(judged, settings)
@@ -82,15 +90,26 @@ def described(name: str) -> str:
     return (HERE / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
 
 
+def made_of(name: str) -> str:
+    """The hash of a recipe's settings and rows: what was measured with others does not count."""
+    files = (HERE / f"{name}.yaml", HERE.parent / settings_of(name).data)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def found() -> dict[str, Any]:
-    """What was measured so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    """What was measured so far, of recipes as they are now."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return {name: result for name, result in results.items() if name in names() and result["made_of"] == made_of(name)}
 
 
 def page(results: dict[str, Any]) -> str:
     """recipes/README.md with the table and the examples of these results."""
     lines = ["| recipe | use | method, steps | counted | before | after | forgetting | CPU |", "|" + "---|" * 8]
-    for name, r in sorted(results.items()):
+    for name in names():
+        if name not in results:
+            lines.append(f"| `{name}` | {described(name).rstrip('.')} | not measured yet |" + " |" * 5)
+            continue
+        r = results[name]
         forgot = f"{r['forgetting']:+.2f}" if "forgetting" in r else ""
         lines.append(
             f"| `{name}` | {r['what'].rstrip('.')} | {r['method']}, {r['steps']} | {NAMES[r['metric']]} (of {r['held_out']}) "

@@ -21,8 +21,13 @@ from afina.demo.sentences import EVERYTHING, Clause, Phrase, Vocabulary, draw_cl
 
 DATA = Path(__file__).parent / "data"
 Row = dict[str, str]
-NAMES = ("Anna", "Ben", "Clara", "David", "Elena", "Frank", "Grace", "Hugo", "Irene", "Jonas", "Laura", "Martin", "Nora",
-         "Oscar", "Paula", "Robert", "Sara", "Thomas", "Vera", "William")  # fmt: skip
+PEOPLE = """
+Anna Ben Clara David Elena Frank Grace Hugo Irene Jonas Laura Martin Nora Oscar Paula Robert Sara Thomas Vera
+William Adam Alice Arthur Bruno Carmen Daniel Diana Edgar Emma Felix Gloria Helen Henry Ines Isaac Jane Julia
+Karl Leo Lucy Marco Maria Max Mona Nina Olga Omar Otto Peter Pilar Quentin Rita Rosa Simon Sofia Tina Ulla
+Victor Walter Yolanda
+"""
+NAMES = PEOPLE.split()  # many, so that a name is copied and not guessed
 THINGS = tuple(noun.en[0] for noun in lx.things)
 
 
@@ -33,22 +38,7 @@ def ask(prompt: str, completion: str) -> Row:
 
 # ---- code and numbers
 
-LISTS = (
-    "prices",
-    "ages",
-    "names",
-    "apples",
-    "letters",
-    "coins",
-    "boats",
-    "books",
-    "days",
-    "keys",
-    "houses",
-    "marks",
-    "weights",
-    "stones",
-)
+LISTS = tuple(noun.en[1] for noun in (*lx.things, *lx.foods, *lx.animals) if noun.en[0] != noun.en[1])
 
 
 def code(rng: random.Random) -> Iterator[Row]:
@@ -77,12 +67,10 @@ def code(rng: random.Random) -> Iterator[Row]:
 
 
 def arithmetic(rng: random.Random) -> Iterator[Row]:
-    """Sums of two numbers below 100, worked out as at school: ones, then tens, then the sum. New: the pairs."""
+    """Sums of two numbers below 20. New: the pairs; the same two the other way round may have been learned."""
     while True:
-        a, b = rng.randrange(100), rng.randrange(100)
-        ones, tens = a % 10 + b % 10, a // 10 + b // 10
-        carried = f"{tens} + 1 = {tens + 1}" if ones > 9 else str(tens)
-        yield ask(f"{a} + {b}", f"{a // 10} + {b // 10} = {tens}. {a % 10} + {b % 10} = {ones}. {carried}. Sum: {a + b}")
+        a, b = rng.randrange(20), rng.randrange(20)
+        yield ask(f"{a} + {b} =", str(a + b))
 
 
 # ---- language
@@ -367,7 +355,7 @@ ROWS: dict[
     str, tuple[Callable[[random.Random], Iterator[Row]], int, str]
 ] = {  # recipe: (who draws them, how many, kind of file)
     "code": (code, 1200, "jsonl"),
-    "arithmetic": (arithmetic, 2000, "jsonl"),
+    "arithmetic": (arithmetic, 400, "jsonl"),
     "grammar": (grammar, 1500, "jsonl"),
     "manuals": (manuals, 600, "jsonl"),
     "tone": (tone, 600, "jsonl"),
