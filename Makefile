@@ -14,7 +14,7 @@ QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint native peers peers-serve bench-train bench-serve clean distclean
+.PHONY: help setup demo test test-fast lint docs native peers peers-serve bench-train bench-serve clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test-fast: setup  ## the tests that take no more than a few seconds
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+docs: setup  ## the guide as a site in build/site, in English and Spanish, its links checked; nothing is fetched
+	$(BIN)/python docs/build.py
 
 native:  ## the C++ kernels into the source tree, for a checkout that is used by its path (PYTHONPATH=src)
 	$(BIN)/python -m pip install --quiet nanobind cmake ninja

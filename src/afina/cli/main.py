@@ -78,7 +78,10 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, from the settings' declarations."""
-    parser = _Parser(prog="afina", description="One frozen base, many small adapters: train, judge, merge and talk to them.")
+    parser = _Parser(
+        prog="afina", description="One frozen base, many small adapters: train, judge, merge and talk to them.",
+        epilog="A guide without mathematics lies in the project's docs/guide/en/index.md; en español, docs/guide/es/index.md.",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"afina {afina.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, verb in VERBS.items():

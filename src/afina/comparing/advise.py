@@ -47,8 +47,12 @@ def decide(goal: str, rows: int, pairs: bool, prompted: bool) -> Advice:
         return Advice("find").because("retrieval", "retrieval").because("hallucinate", "hallucinate")
     if not rows and not pairs:
         return Advice("prompt").because("no_rows")
-    if rows < FEW and not pairs and not prompted and goal in ("style", "behaviour", "customers", "switching"):
+    if rows < FEW and not pairs and not prompted:
+        if goal in ("knowledge", "domain"):
+            return Advice("prompt").because("few_texts", "retrieval", rows=rows)
         return Advice("prompt").because("fewshot", "fewshot", rows=rows)
+    if not rows:
+        return Advice("lora", {"rank": 8, "objective": "dpo"}).because("only_pairs", "dpo")
     if goal == "knowledge":
         advice = Advice("mora", {"rank": 8}).because("mora_facts", "mora")
         return advice.because("hallucinate", "hallucinate").because("also_retrieval", "retrieval")
@@ -95,7 +99,8 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
                 kind = "qlora" if name.startswith("q") else "full_too_large"
                 advice.because(kind, "qlora" if kind == "qlora" else None, need=need, room=room)
                 advice.use, advice.settings = name, advice.settings | told
-            return {"peak_bytes": peak, "step_seconds": found["step_seconds"], "batch": found["batch"]}
+            machine = {"device": found["device"], "memory_bytes": limit, "detected": settings.memory is None}
+            return {"peak_bytes": peak, "step_seconds": found["step_seconds"], "batch": found["batch"], "machine": machine}
         need = size(peak)
     advice.use, advice.settings = "none", {}
     advice.because("nothing_fits", need=need, room=room)
@@ -125,6 +130,9 @@ def heed(advice: Advice, settings: AdviseSettings, objective: str) -> None:
     """Let earlier comparisons speak: one that showed another method to be better goes before what is published."""
     for found in comparisons(settings.earlier, settings.base):
         if found["objective"] != objective or advice.use not in found["methods"]:
+            continue
+        if found.get("recommendation", {}).get("kind") == "base":
+            advice.because("earlier_none", name=found["folder"])
             continue
         form = "{:.3f}" if found["metric"] == "loss" else "{:.1f}"
         shown = [t for t in found["tests"] if t["shown"] and advice.use in (t["one"], t["other"])]
@@ -160,7 +168,7 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
         hint = AdviseSettings.model_fields[missing].description
         raise SettingsError(f"{missing} is missing", where="advise", hint=f"--{missing}: {hint}")
     advice = decide(settings.goal, settings.rows or 0, settings.pairs, settings.prompted)
-    objective = "pretrain" if settings.goal == "domain" else "sft"
+    objective = advice.settings.pop("objective", "pretrain" if settings.goal == "domain" else "sft")
     planned = None
     if advice.use not in ("find", "prompt"):
         heed(advice, settings, objective)
@@ -180,10 +188,11 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
 
 
 def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
-    parts = ["afina train DATA", f"--base {settings.base}" if settings.base != "embedded" else "", f"--method {advice.use}"]
+    data = "PAIRS" if objective == "dpo" else "DATA"
+    parts = [f"afina train {data}", f"--base {settings.base}" if settings.base != "embedded" else "", f"--method {advice.use}"]
     told = {name: v for name, v in advice.settings.items() if name != "rank" or advice.use not in ("full", "freeze")}
     parts += [f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in told.items()]
-    parts += ["--objective pretrain"] if objective == "pretrain" else []
+    parts += [f"--objective {objective}"] if objective != "sft" else []
     return " ".join(part for part in parts if part)
 
 
@@ -192,6 +201,10 @@ def written(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     say, planned = SAYINGS[result["lang"]], result["plan"]
     lines = [(say["use"], say.get(result["use"], result["use"]))]
     if planned:
+        machine = planned["machine"]
+        if machine["memory_bytes"]:
+            room = f"{machine['device']}, {size(machine['memory_bytes'])}"
+            lines.append((say["machine"] if machine["detected"] else say["told"], room))
         lines.append((say["memory"], size(planned["peak_bytes"])))
         lines += [(say["step"], duration(planned["step_seconds"]))] if planned["step_seconds"] else []
     lines += [(say["command"], result["command"])] if result["command"] else []

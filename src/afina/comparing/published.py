@@ -34,6 +34,10 @@ SAYINGS: dict[str, dict[str, str]] = {
         "it makes up: hold out questions about old facts too.",
         "fewshot": "With {rows} examples, put them into the prompt first: large models learn from a few examples there, and it costs "
         "nothing to try. Fine-tune when that is not enough, with a hundred examples or more.",
+        "few_texts": "So little ({rows}) fits into the prompt, whole or looked up for each question (retrieval): that beat fine-tuning "
+        "at questions about facts, and costs nothing to try.",
+        "only_pairs": "There are pairs and no answers to learn first: DPO learns from the pairs directly. It moves what the base can "
+        "already say; what it cannot say at all needs answers first.",
         "no_rows": "There is nothing to learn from yet. Write the best prompt you can, and collect its answers, corrected, as rows.",
         "lima": "Style and form are learned from few, careful examples: 1,000 chosen ones made a good assistant there.",
         "regret": "A LoRA on all linear layers learns as much as full fine-tuning as long as the data does not exceed what it can hold, "
@@ -57,6 +61,8 @@ SAYINGS: dict[str, dict[str, str]] = {
         "alora": "An activated LoRA acts only from its invocation on, so that what was read before need not be read again: switching was "
         "20 to 30 times quicker there. They took rank 32.",
         "earlier_same": "Your comparison {name} on this base: {figures}. It does not speak against this.",
+        "earlier_none": "Your comparison {name} on this base found no method better than the base alone: with such data, leave it as it "
+        "is, or bring more rows.",
         "earlier_better": "Your comparison {name} on this base showed {better} to be better than {worse} ({figures}): it goes before "
         "what others measured.",
         "study_confirmed": "Our own study on the small embedded base agrees: {figures}.",
@@ -65,7 +71,7 @@ SAYINGS: dict[str, dict[str, str]] = {
         "study_depends": "In our own study on the small embedded base it depends: {figures}.",
         "no_plan": "Memory and time are not known: {why}",
         "title": "Advice", "use": "use", "prompt": "a prompt with examples, no training", "find": "retrieval, no training",
-        "none": "none: nothing fits", "settings": "settings", "memory": "peak memory", "step": "a step", "command": "type",
+        "none": "none: nothing fits", "settings": "settings", "machine": "this machine", "told": "room", "memory": "peak memory", "step": "a step", "command": "type",
         "then": "then", "source": "after",
     },
     "es": {
@@ -76,6 +82,10 @@ SAYINGS: dict[str, dict[str, str]] = {
         "también preguntas sobre hechos viejos.",
         "fewshot": "Con {rows} ejemplos, ponlos primero en la pregunta: los modelos grandes aprenden ahí de unos pocos, y probarlo no "
         "cuesta nada. Ajusta el modelo cuando eso no baste, con cien ejemplos o más.",
+        "few_texts": "Tan poco ({rows}) cabe en la pregunta, entero o buscado para cada una (recuperación): eso venció al ajuste fino "
+        "en preguntas sobre hechos, y probarlo no cuesta nada.",
+        "only_pairs": "Hay pares y ninguna respuesta que aprender antes: DPO aprende de los pares directamente. Mueve lo que la base ya "
+        "sabe decir; lo que no sabe decir necesita respuestas primero.",
         "no_rows": "Aún no hay de qué aprender. Escribe la mejor pregunta que puedas y junta sus respuestas, corregidas, como filas.",
         "lima": "El estilo y la forma se aprenden de pocos ejemplos cuidados: allí, 1.000 escogidos hicieron un buen asistente.",
         "regret": "Un LoRA en todas las capas lineales aprende tanto como el ajuste completo mientras los datos no excedan lo que cabe en él, "
@@ -99,6 +109,8 @@ SAYINGS: dict[str, dict[str, str]] = {
         "alora": "Un LoRA activado actúa solo desde su invocación, de modo que lo leído antes no se lee de nuevo: cambiar fue allí de 20 a "
         "30 veces más rápido. Tomaron rango 32.",
         "earlier_same": "Tu comparación {name} con esta base: {figures}. No habla en contra.",
+        "earlier_none": "Tu comparación {name} con esta base no encontró ningún método mejor que la base sola: con datos así, déjala "
+        "como está, o trae más filas.",
         "earlier_better": "Tu comparación {name} con esta base mostró que {better} es mejor que {worse} ({figures}): va antes que lo que "
         "otros midieron.",
         "study_confirmed": "Nuestro propio estudio con la pequeña base incluida está de acuerdo: {figures}.",
@@ -107,8 +119,8 @@ SAYINGS: dict[str, dict[str, str]] = {
         "study_depends": "En nuestro propio estudio con la pequeña base incluida depende: {figures}.",
         "no_plan": "No se conocen memoria ni tiempo: {why}",
         "title": "Consejo", "use": "usa", "prompt": "una pregunta con ejemplos, sin entrenar", "find": "recuperación, sin entrenar",
-        "none": "ninguno: nada cabe", "settings": "ajustes", "memory": "memoria máxima", "step": "un paso", "command": "escribe",
-        "then": "después", "source": "según",
+        "none": "ninguno: nada cabe", "settings": "ajustes", "machine": "esta máquina", "told": "sitio", "memory": "memoria máxima",
+        "step": "un paso", "command": "escribe", "then": "después", "source": "según",
     },
 }  # fmt: skip
 
