@@ -197,7 +197,11 @@ STORIES: list[tuple[dict[str, Any], str]] = [
     ({"spec__method": "dora"}, "story-differs"), ({"spec__rank": 8}, "story-differs"), ({"spec__alpha": 64.0}, "story-differs"),
     ({"spec__scaling": "rslora"}, "story-differs"), ({"spec__invocation": [5]}, "story-differs"),
     ({"spec__targets": "all"}, "story-value"), ({"spec": []}, "story-value"), ({"format_version": "1"}, "story-value"),
-    ({"spec__ranks": {"model.layers.0.self_attn.q_proj": 2}}, "rank"),
+    ({"spec__ranks": {"model.layers.0.self_attn.q_proj": 2}}, "story-differs"),
+    ({"spec__alphas": {"model.layers.0.self_attn.q_proj": 99.0}}, "story-differs"),
+    ({"spec__new": 1}, "story-value"), ({"spec__options": {"restarts": [1]}}, "story-value"), ({"spec__alpha": -1.0}, "story-value"),
+    ({"spec__invocation": ["a"]}, "story-value"), ({"spec__modules": "head"}, "story-value"), ({"hash": 7}, "story-value"),
+    ({"base__hash": "00"}, "story-value"), ({"parents": [{"name": "a"}]}, "story-value"), ({"parents": {}}, "story-value"),
 ]  # fmt: skip
 
 
