@@ -26,7 +26,8 @@ from afina.audit.configuration import KINDS, check_configuration
 from afina.audit.header import Entry, read_strictly
 from afina.audit.report import Gate
 from afina.audit.story import by_pattern, check_story
-from afina.audit.strict import opened, read_object
+from afina.audit.strict import read_object
+from afina.disk import opened
 from afina.errors import AuditError
 
 CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE, PROFILE = (
