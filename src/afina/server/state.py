@@ -103,15 +103,16 @@ class State:
         return self._admitted(_together(model, told))
 
     def _admitted(self, chosen: Chosen) -> Chosen:
-        """What was chosen, where `--admit audited` has a report on just that: the adapter, or the sum with these weights.
+        """What was chosen, where `--admit audited` has a report on just that: each adapter, and the sum with these weights.
 
-        Asked for at each request: what is revoked while it is served is refused from then on.
+        Asked for at each request: what is revoked while it is served is refused from then on, also in sums.
         """
         if self.settings.admit == "audited" and chosen.parts:
             shares = [(part.adapter, part.weight) for part in chosen.parts]
             alone = len(shares) == 1 and shares[0][1] == 1.0
             try:
-                admitted(shares[0][0] if alone else composition_hash(shares), chosen.label, self.base.hash)
+                for digest in (*(digest for digest, _ in shares), *(() if alone else (composition_hash(shares),))):
+                    admitted(digest, chosen.label, self.base.hash)
             except AuditError as error:
                 raise Refusal(403, f"{chosen.label}: {error.what}", "model", "not_admitted") from None
         return chosen
