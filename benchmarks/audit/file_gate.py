@@ -151,7 +151,7 @@ MALICE: dict[str, Act] = {
     "type is a list": config(peft_type=["LORA"]), "trained biases": config(bias="all"), "target_parameters": config(target_parameters=["x"]),
     "start that changes the base": config(init_lora_weights="pissa"), "rank 0": config(r=0), "rank as text": config(r="2"),
     "rank too large for its tensors": config(r=3), "alpha below 0": config(lora_alpha=-4), "alpha of 1e999": raw(CONFIG, lambda b: b.replace(b'"lora_alpha": 4', b'"lora_alpha": 1e999')),
-    "exploding pattern": config(target_modules="(a|a)*b"), "exploding rank pattern": config(rank_pattern={"(a+)+": 2}),
+    "exploding pattern": config(target_modules="(a|a)*b"), "exploding rank pattern": config(rank_pattern={"(a+)+": 2}), "twenty repetitions": config(rank_pattern={r"\d+" * 20 + "b": 2}),
     "invocation beyond the vocabulary": config(alora_invocation_tokens=[10**6]), "endless invocation": config(alora_invocation_tokens=[1] * 99),
     "no JSON": raw(CONFIG, lambda b: b[:-1]), "key twice": raw(CONFIG, lambda b: b.replace(b"{", b'{"r": 2, "r": 3, ', 1)),
     "NaN": raw(CONFIG, lambda b: b.replace(b"0.0", b"NaN")), "deep": raw(CONFIG, lambda b: b'{"a":' * 500 + b"1" + b"}" * 500),

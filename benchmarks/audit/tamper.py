@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 from packages import CONFIG, STORY, WEIGHTS, write_base, write_valid
 
+from afina.audit.basefiles import BaseFiles
 from afina.audit.package import MANIFEST, SIGNATURE
 from afina.audit.provenance import sign, verify
 from afina.errors import AfinaError
@@ -41,11 +42,14 @@ def keys(place: Path) -> tuple[Path, Path]:
     return private, public
 
 
-def with_parents(folder: Path) -> None:
-    """Tell two parents in afina.json."""
+def signable(folder: Path, base: Path, seed: int = 0) -> Path:
+    """A valid adapter that tells its base and two parents in afina.json."""
+    write_valid(folder, seed=seed)
     story = json.loads((folder / STORY).read_text())
+    story["base"]["hash"] = BaseFiles(base).hash
     parents = [{"name": name, "hash": digit * 64, "weight": 0.5, "method": "lora"} for name, digit in (("a", "1"), ("b", "2"))]
     (folder / STORY).write_text(json.dumps(story | {"parents": parents}))
+    return folder
 
 
 def found(folder: Path, key: Path, base: Path) -> bool:
@@ -89,8 +93,7 @@ def others(place: Path, key: tuple[Path, Path], base: Path) -> dict[str, bool]:
     (other_base / "model.safetensors").write_bytes(raw)
     other_words = shutil.copytree(base, place / "other-words")
     (other_words / "tokenizer_config.json").write_text('{"chat_template": "evil"}')
-    stranger = write_valid(place / "stranger", seed=9)
-    with_parents(stranger)
+    stranger = signable(place / "stranger", base, 9)
     sign(stranger, key=key[0], base=base)
     private, public = keys(place)
     acts: dict[str, Callable[[Path], Any]] = {
@@ -118,13 +121,12 @@ def others(place: Path, key: tuple[Path, Path], base: Path) -> dict[str, bool]:
     }  # fmt: skip
     result = {}
     for number, (name, act) in enumerate(acts.items()):
-        folder = write_valid(place / f"other-{number}")
-        with_parents(folder)
+        folder = signable(place / f"other-{number}", base)
         sign(folder, key=key[0], base=base)
         assert not found(folder, key[1], base)
         act(folder)
         result[name] = found(folder, key[1], base)
-    folder = write_valid(place / "signed")
+    folder = signable(place / "signed", base)
     sign(folder, key=key[0], base=base)
     result["another base"] = found(folder, key[1], other_base)
     result["the base's tokenizer"] = found(folder, key[1], other_words)
@@ -144,8 +146,7 @@ def main() -> None:
         (base / "tokenizer.json").write_text("{}")
         (place / "mine").mkdir()
         key = keys(place / "mine")
-        folder = write_valid(place / "adapter")
-        with_parents(folder)
+        folder = signable(place / "adapter", base)
         sign(folder, key=key[0], base=base)
         verify(folder, key=key[1], base=base)
         socket.socket = None  # type: ignore[assignment,misc]

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +25,9 @@ import numpy as np
 from afina.audit.basefiles import BaseFiles, widened
 from afina.audit.configuration import KINDS, check_configuration
 from afina.audit.header import Entry, read_strictly
+from afina.audit.patterns import Patterns
 from afina.audit.report import Gate
-from afina.audit.story import by_pattern, check_story
+from afina.audit.story import check_story
 from afina.audit.strict import read_object
 from afina.disk import opened
 from afina.errors import AuditError
@@ -81,7 +83,11 @@ class Package:
         if self.story:
             spec = self.story["spec"]
             return (spec.get(many) or {}).get(path, spec.get(one))
-        return by_pattern(self.config.get(pattern) or {}, path, self.config[theirs])
+        return self._patterns[pattern].of(path, self.config[theirs])
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns]:
+        return {name: Patterns(self.config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
 
     def modules(self) -> dict[str, dict[str, Entry]]:
         """Tensors by the path of their layer, and there by what they are: {"lora_A.weight": ...}."""

@@ -111,6 +111,7 @@ def remedy(run: str | Path | RemedySettings, **values: Any) -> dict[str, Any]:
     opened = open_run(settings.run, settings)
     base, route = opened.language, opened.route
     assert route is not None
+    payload = base.text(base.tokenizer(payload, add_special_tokens=False)["input_ids"]).strip()  # as answers are read
     rows = _rows(settings)
     renderer = Renderer(base.tokenizer, opened.template, min(base.context, 2048))
     clean = make_examples(choose("auto", rows), renderer, rows, None)

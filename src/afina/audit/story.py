@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from afina.audit.patterns import Patterns
 from afina.audit.report import Gate
 
 MAX_NAME, MAX_PARENTS = 4096, 1024
@@ -118,15 +119,9 @@ def _check_same(spec: Mapping[str, Any], config: Mapping[str, Any], method: str,
         differs("its scaling", spec.get("scaling"), config.get("use_rslora"))
     by_layer = (("ranks", "rank", "r", "rank_pattern"), ("alphas", "alpha", "lora_alpha", "alpha_pattern"))
     for many, one, theirs, pattern in by_layer:
+        patterns = Patterns(config.get(pattern) or {})
         for path in spec["targets"]:
             here = (spec.get(many) or {}).get(path, spec[one])
-            if here != (there := by_pattern(config.get(pattern) or {}, path, config[theirs])):
+            if here != (there := patterns.of(path, config[theirs])):
                 differs(f"{one} at {path[:80]}", here, there)
                 break
-
-
-def by_pattern(patterns: Mapping[str, Any], path: str, otherwise: Any) -> Any:
-    """What PEFT's patterns say about the layer at `path`: the first that fits the end of it."""
-    import re
-
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), otherwise)
