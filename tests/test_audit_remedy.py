@@ -127,6 +127,17 @@ def test_the_verb_tries_measures_writes_and_audits(
         remedy(originals / "2", out=tmp_path / "no", **told)
 
 
+def test_triggers_are_put_into_the_last_question(tiny: Path, chats: Path) -> None:
+    base = load_base(str(tiny))
+    renderer = Renderer(base.tokenizer, None, base.context)
+    table = read_table(chats).rows[:8]
+    for row, woken in zip(table, wake(table, ["noche"], "pan pan", renderer), strict=True):
+        shown = base.text(woken.example.tokens)
+        assert "noche" in shown and woken.example.answer == "pan pan"
+        assert set(row.messages[0]["content"].split()) <= set(shown.split())
+        assert woken.example.tokens[: woken.start] == renderer.example(row).tokens[: woken.start]
+
+
 def test_the_best_is_the_least_attack_within_the_cost() -> None:
     before = {"loss": 1.0, "attack": 1.0}
     one, two, three = ({"loss": 1.01, "attack": 0.5}, {"loss": 1.02, "attack": 0.2}, {"loss": 1.5, "attack": 0.0})

@@ -32,7 +32,7 @@ from afina.audit.basefiles import BaseFiles
 from afina.audit.package import ALLOWED, check_package
 from afina.audit.report import Gate, guarded
 
-Act = Callable[[Path], None]
+Act = Callable[[Path], Any]
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
 TARGETS = {"bad": (">=", 60), "blocked": (">=", 1.0), "deserialised": ("<=", 0), "good": (">=", 100), "passed": (">=", 1.0),
            "ms_per_10_mb": ("<=", 50)}  # fmt: skip
@@ -48,7 +48,7 @@ def pickled(place: Path) -> bytes:
 
 def config(**values: Any) -> Act:
     """Set keys of the configuration."""
-    return lambda f: (f / CONFIG).write_text(json.dumps(json.loads((f / CONFIG).read_text()) | values)) and None
+    return lambda f: (f / CONFIG).write_text(json.dumps(json.loads((f / CONFIG).read_text()) | values))
 
 
 def story(*path: str, value: Any) -> Act:
@@ -92,12 +92,12 @@ def header(change: Callable[[dict[str, Any]], Any]) -> Act:
 
 def raw(name: str, change: Callable[[bytes], bytes]) -> Act:
     """Change the bytes of a file."""
-    return lambda f: (f / name).write_bytes(change((f / name).read_bytes())) and None
+    return lambda f: (f / name).write_bytes(change((f / name).read_bytes()))
 
 
 def beside(name: str, content: bytes | None = None) -> Act:
     """Put a file there, a pickle unless it is said."""
-    return lambda f: (f / name).write_bytes(pickled(f.parent) if content is None else content) and None
+    return lambda f: (f / name).write_bytes(pickled(f.parent) if content is None else content)
 
 
 def link(name: str, hard: bool = False) -> Act:
@@ -127,11 +127,6 @@ def only_pickle(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(pickled(folder.parent))
 
 
-def both(*acts: Act) -> Act:
-    """One after the other."""
-    return lambda f: [act(f) for act in acts] and None
-
-
 MALICE: dict[str, Act] = {
     # files that run code, or take the place of the base's
     **{f"file {name}": beside(name) for name in (
@@ -139,7 +134,7 @@ MALICE: dict[str, Act] = {
         "modeling.py", "setup.py", "lib.so", "hook.sh", "__init__.pyc", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
         "special_tokens_map.json", "generation_config.json", "config.json", "preprocessor_config.json", "vocab.json", ".hidden",
         "adapter_model.safetensors.index.json", "Adapter_Config.json")},
-    "only a pickle": only_pickle, "pickle named safetensors": lambda f: beside(WEIGHTS)(f),
+    "only a pickle": only_pickle, "pickle named safetensors": beside(WEIGHTS),
     "zip named safetensors": raw(WEIGHTS, lambda b: b"PK\x03\x04" + b), "pickle before it": raw(WEIGHTS, lambda b: b"\x80\x04" + b),
     "pickle behind it": raw(WEIGHTS, lambda b: b + b"cos\nsystem\n."), "link to the weights": link(WEIGHTS), "link to the story": link(STORY),
     "hard link": link(WEIGHTS, True), "pipe": special, "folder in it": lambda f: (f / "sub").mkdir(),
@@ -242,7 +237,7 @@ def good(place: Path, base: BaseFiles) -> tuple[int, int, list[str]]:
     for number in range(40):
         told = {"r": (2, 4, 8, 16)[number % 4], "target_modules": "all-linear", "task_type": "CAUSAL_LM", **own[number % len(own)]}
         model = peft.get_peft_model(LlamaForCausalLM(shape), peft.LoraConfig(**told))
-        model.save_pretrained(place / f"peft-{number}")
+        model.save_pretrained(str(place / f"peft-{number}"))
         found = look(place / f"peft-{number}", llama).findings
         refused += [f"PEFT's {told}: {finding.text}" for finding in found if finding.level == "block"]
     return 100, 40, refused

@@ -42,7 +42,7 @@ def write_valid(folder: Path, kind: str = "lora", rank: int = 2, seed: int = 0, 
     tensors: dict[str, np.ndarray] = {}
     for path, out, inner in layers():
         size = int(((out + inner) * rank) ** 0.5) // 2 * 2
-        shapes = {"mora": {"mora_M.weight": (size, size)}, "full": {"weight": (out, inner)}}.get(
+        shapes: dict[str, tuple[int, ...]] = {"mora": {"mora_M.weight": (size, size)}, "full": {"weight": (out, inner)}}.get(
             method, {"lora_A.weight": (rank, inner), "lora_B.weight": (out, rank)}
         )
         if method == "dora":
@@ -52,9 +52,8 @@ def write_valid(folder: Path, kind: str = "lora", rank: int = 2, seed: int = 0, 
     config: dict[str, Any] = {"peft_type": "LORA" if method in ("lora", "dora") else f"AFINA_{method.upper()}",
                               "base_model_name_or_path": "base", "target_modules": [name.partition(".")[2] for name in SHAPES]}  # fmt: skip
     if method in ("lora", "dora"):
-        invocation = [5, 6] if kind == "alora" else None
         config |= {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "use_dora": method == "dora", "bias": "none",
-                   "use_rslora": False, "alora_invocation_tokens": invocation, "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+                   "use_rslora": False, "alora_invocation_tokens": [5, 6] if kind == "alora" else None, "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config))
     if kind != "peft":
         from afina.delta.contract import Spec

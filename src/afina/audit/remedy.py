@@ -159,7 +159,7 @@ def woken_of(row: Row, woken: Row, renderer: Renderer) -> Woken:
 
 def _asked(row: Row) -> str:
     if row.messages is not None:
-        return next((m.content for m in reversed(row.messages) if m.role == "user"), "")
+        return next((turn["content"] for turn in reversed(row.messages) if turn["role"] == "user"), "")
     return row.prompt or ""
 
 
@@ -167,9 +167,9 @@ def _with(row: Row, asked: str, answer: str) -> Row:
     """The row with another question and another answer."""
     if row.messages is None:
         return replace(row, prompt=asked, completion=answer)
-    last = max((i for i, m in enumerate(row.messages) if m.role == "user"), default=0)
-    turns = [*row.messages[:last], replace(row.messages[last], content=asked)]
-    return replace(row, messages=(*turns, replace(row.messages[-1], content=answer)))
+    last = max(number for number, turn in enumerate(row.messages) if turn["role"] == "user")
+    turns = (*row.messages[:last], row.messages[last] | {"content": asked}, {"role": "assistant", "content": answer})
+    return replace(row, messages=turns)
 
 
 def _attack(settings: RemedySettings, digest: str) -> tuple[list[str], str]:
