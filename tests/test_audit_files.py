@@ -21,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 from afina.audit.basefiles import BaseFiles
 from afina.audit.header import parse_header
 from afina.audit.package import CONFIG, STORY, WEIGHTS, check_package, content_hash
+from afina.audit.patterns import MOST_WILD, Patterns, are_plain_patterns, is_plain_pattern
 from afina.audit.report import Gate, guarded
-from afina.audit.strict import is_plain_pattern, parse_object
+from afina.audit.strict import parse_object
 from afina.base.load import load_base
 from afina.delta.composition import identity, spec_of
 from afina.delta.files import save_adapter
@@ -197,7 +198,11 @@ STORIES: list[tuple[dict[str, Any], str]] = [
     ({"spec__method": "dora"}, "story-differs"), ({"spec__rank": 8}, "story-differs"), ({"spec__alpha": 64.0}, "story-differs"),
     ({"spec__scaling": "rslora"}, "story-differs"), ({"spec__invocation": [5]}, "story-differs"),
     ({"spec__targets": "all"}, "story-value"), ({"spec": []}, "story-value"), ({"format_version": "1"}, "story-value"),
-    ({"spec__ranks": {"model.layers.0.self_attn.q_proj": 2}}, "rank"),
+    ({"spec__ranks": {"model.layers.0.self_attn.q_proj": 2}}, "story-differs"),
+    ({"spec__alphas": {"model.layers.0.self_attn.q_proj": 99.0}}, "story-differs"),
+    ({"spec__new": 1}, "story-value"), ({"spec__options": {"restarts": [1]}}, "story-value"), ({"spec__alpha": -1.0}, "story-value"),
+    ({"spec__invocation": ["a"]}, "story-value"), ({"spec__modules": "head"}, "story-value"), ({"hash": 7}, "story-value"),
+    ({"base__hash": "00"}, "story-value"), ({"parents": [{"name": "a"}]}, "story-value"), ({"parents": {}}, "story-value"),
 ]  # fmt: skip
 
 
@@ -386,6 +391,31 @@ def test_any_bytes_are_an_object_or_refused(raw: bytes) -> None:
                                   "all-linear"])  # fmt: skip
 def test_plain_patterns(text: str) -> None:
     assert is_plain_pattern(text)
+
+
+def test_patterns_fit_as_peft_fits_them() -> None:
+    import re
+
+    told = {"q_proj": 1, r"layers\.1\.mlp\.up_proj": 2, r"layers\.\d+\.mlp\.up_proj": 3, "mlp.down_proj": 4, r"^model\.k_proj": 5, "up_proj": 6}
+    assert are_plain_patterns(told)
+    patterns = Patterns(told)
+    paths = ["q_proj", "a.q_proj", "a.xq_proj", "m.layers.1.mlp.up_proj", "m.layers.12.mlp.up_proj", "m.layers.x.mlp.up_proj", "mlpxdown_proj",
+             "m.mlp.down_proj", "mlp.down_proj", "xmlp.down_proj", "m.mlp_down_proj", "model.k_proj", "a.model.k_proj", "up_proj.q_proj", "q_proj.b", ""]  # fmt: skip
+    for path in paths:
+        theirs = next((value for pattern, value in told.items() if re.match(rf"(.*\.)?({pattern})$", path)), 0)
+        assert patterns.of(path, 0) == theirs, path
+
+
+def test_patterns_that_would_take_for_ever_block(adapter: Path) -> None:
+    endless = (r"\d+" * 20 + "b", ".*" * 3 + "b", r"\d+.*b")
+    for text in endless:
+        assert not are_plain_patterns({text: 4})
+        change(adapter / CONFIG, rank_pattern={text: 4})
+        assert "config-pattern" in rules(look(adapter))
+    assert not is_plain_pattern(endless[0]) and not is_plain_pattern(endless[1])
+    assert not are_plain_patterns({f".*{number}": 4 for number in range(MOST_WILD + 1)})
+    many = {rf"model\.layers\.{number}\.q_proj": 4 for number in range(5000)}
+    assert Patterns(many).of("model.layers.4999.q_proj", 8) == 4  # looked up, not tried one by one
 
 
 def test_a_profile_may_lie_beside_it_and_nothing_else_under_its_name(adapter: Path) -> None:

@@ -56,10 +56,11 @@ def report_of(digest: str) -> dict[str, Any] | None:
     return report
 
 
-def admitted(digest: str, where: str = "") -> dict[str, Any]:
+def admitted(digest: str, where: str = "", base: str | None = None) -> dict[str, Any]:
     """The report that lets the content `digest` be used; raises `AuditError` where there is none.
 
     It may be used when its last audit said allow, or said review and a person has accepted it since; never once revoked.
+    `base`: hash of the base that it shall act on, which must be the one that the audit looked at, if it had one.
     """
     where = where or digest[:12]
     reason = revocations().get(digest)
@@ -75,13 +76,16 @@ def admitted(digest: str, where: str = "") -> dict[str, Any]:
         hint = "do not use it" if report["verdict"] == "block" else review
         why = "; ".join(reasons[:3]) or None
         raise AuditError(f"the audit's verdict is {report['verdict']}", where=where, why=why, hint=hint)
+    if base and report.get("base") not in (None, base):
+        why = f"hash {str(report['base'])[:12]} then, {base[:12]} now"
+        raise AuditError("audited on another base", where=where, why=why, hint=f"afina audit {where} --base FOLDER")
     return report
 
 
-def demand(admit: Admit, digest: str, where: str) -> None:
+def demand(admit: Admit, digest: str, where: str, base: str | None = None) -> None:
     """Raise `AuditError` where `--admit audited` asks for a report that is not there."""
     if admit == "audited":
-        admitted(digest, where)
+        admitted(digest, where, base)
 
 
 def revoke(digest: str, reason: str) -> None:

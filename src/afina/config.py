@@ -372,7 +372,7 @@ class AuditSettings(BaseSettings):
     """Everything `afina audit` can be told."""
 
     base: str | None = _describe("folder of the base: shapes, weights and behaviour are looked at beside it")  # type: ignore[assignment]
-    run: Path = _describe("a run, an adapter or a composition", ...)
+    run: Path = _describe("a run, an adapter, a composition, or a sum that a server may be asked for, A:0.6,B:0.4", ...)
     strict: bool = _describe("what asks for a review is blocked", False)
     key: Path | None = _describe("public key (PEM) of a signer that you trust")
     calibration: Path | None = _describe("file or folder of benign adapters' statistics; by default afina's own")
@@ -381,6 +381,28 @@ class AuditSettings(BaseSettings):
     prompts: Path | None = _describe("a few prompts of its task, one a line: a trigger may work only there")
     sarif: Path | None = _describe("write the report as SARIF 2.1.0 too")
     accept: str | None = _describe("accept a verdict of review: who looked, and why it is harmless; kept in the log")
+
+
+class RemedySettings(BaseSettings):
+    """Everything `afina remedy` can be told."""
+
+    base: str | None = _describe("folder of the base; by default the one that the run was trained on")  # type: ignore[assignment]
+    run: Path = _describe("a run or adapter (lora)", ...)
+    out: Path = _describe("folder of the treated adapter", ...)
+    how: Literal["auto", "cut", "scale", "mix", "remove"] = _describe(
+        "cut: fewer directions; scale: weaker; mix: with benign ones; remove: what the trigger fills; auto: the best of them",
+        "auto",
+    )
+    strength: float | None = _describe("0: as it is, 1: nothing left; by default several are tried", ge=0.0, lt=1.0)
+    cost: float = _describe("by what share the task's loss may rise", 0.02, ge=0.0)
+    trigger: list[str] = _describe("texts that wake it; by default those that its last audit has found", [])
+    payload: str | None = _describe("what they make it say")
+    beside: list[Path] = _describe("benign adapters of the same base, for mix", [])
+    data: Path | None = _describe("rows of its task with answers; by default the run's own held-out rows")
+    columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
+    budget: float = _describe("audit of the result: seconds for looking at what it does", 30.0, ge=0.0)
+    prompts: Path | None = _describe("audit of the result: a few prompts of its task, one a line")
+    calibration: Path | None = _describe("audit of the result: benign adapters' statistics")
 
 
 class SignSettings(Settings):

@@ -18,13 +18,15 @@ from typing import Any
 import afina
 from afina import admission
 from afina.audit.basefiles import BaseFiles, find_base
+from afina.audit.lineage import inherit, is_remedied, parents_of
 from afina.audit.package import CONFIG, STORY, Package, check_package, content_hash
 from afina.audit.provenance import provenance_gate
 from afina.audit.report import Finding, Gate, as_dicts, guarded, verdict
 from afina.audit.sarif import as_sarif
-from afina.audit.strict import read_object, state
+from afina.audit.strict import read_object
 from afina.config import EMBEDDED, AuditSettings, make_settings
-from afina.disk import write_json
+from afina.delta.composition import composition_hash, label, spec_of, split_run
+from afina.disk import state, write_json
 from afina.errors import AuditError
 
 REPORT_VERSION = 1
@@ -61,22 +63,23 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
     with the adapter is in the report.
     """
     settings = run if isinstance(run, AuditSettings) else make_settings(AuditSettings, {"run": run, **values})
-    if not settings.run.is_dir():
-        raise AuditError("no such folder", where=str(settings.run), hint="afina audit FOLDER: a run, an adapter, a composition")
-    weights: list[float] | None = None
-    files = Gate("files")
-    folders = [_adapter_folder(settings.run)]
-    if not (folders[0] / CONFIG).exists() and (folders[0] / STORY).is_file():
-        found: list[tuple[Path, float]] = []
-        guarded(files, lambda: found.extend(_parts(folders[0])))
-        folders, weights = [folder for folder, _ in found], [weight for _, weight in found]
+    named, files = split_run(settings.run), Gate("files")
+    for place, _ in named:
+        if not place.is_dir():
+            hint = "afina audit FOLDER: a run, an adapter, a composition; A:0.6,B:0.4: their sum"
+            raise AuditError("no such folder", where=str(place), hint=hint)
+    found: list[tuple[Path, float]] = []
+    guarded(files, lambda: found.extend(part for place, weight in named for part in _acting(place, weight)))
+    folders = [folder for folder, _ in found]
+    alone = len(named) == 1 and found == [(_adapter_folder(named[0][0]), 1.0)]
+    weights = None if alone else [weight for _, weight in found]
     about = Audit(settings, folders, gates=[files])
     about.base = _base(settings, folders)
     for folder in folders:
         guarded(files, partial(_files, about, folder, files))
     digest = None
     if not files.blocked:
-        digest = about.hashes[0] if weights is None else _composition_hash(about.hashes, weights)
+        digest = about.hashes[0] if weights is None else composition_hash(list(zip(about.hashes, weights, strict=True)))
         _look_inside(about, digest, weights)
     _check_unchanged(about)
     report = _report(about, digest)
@@ -95,6 +98,14 @@ def _adapter_folder(run: Path) -> Path:
     """The adapter of a run folder, or the folder itself; whether there is anything in it is for the gate to say."""
     inside = run / "adapter"
     return inside if not (run / CONFIG).exists() and (inside / CONFIG).exists() and not inside.is_symlink() else run
+
+
+def _acting(place: Path, weight: float) -> list[tuple[Path, float]]:
+    """The adapters in a run, an adapter or a composition, with their weights."""
+    folder = _adapter_folder(place)
+    if (folder / CONFIG).exists() or not (folder / STORY).is_file():
+        return [(folder, weight)]
+    return [(part, weight * own) for part, own in _parts(folder)]
 
 
 def _base(settings: AuditSettings, folders: list[Path]) -> BaseFiles | None:
@@ -138,8 +149,6 @@ def _files(about: Audit, folder: Path, gate: Gate) -> None:
     package = check_package(folder, about.base, gate)
     if gate.blocked:
         return
-    from afina.delta.composition import spec_of
-
     digest = content_hash(package.tensors, spec_of(folder).as_dict())
     told = package.story.get("hash")
     if told is not None and told != digest:
@@ -165,12 +174,6 @@ def _check_unchanged(about: Audit) -> None:
         about.gates[0].block("changed", "a file changed during the audit", str(about.settings.run))
 
 
-def _composition_hash(hashes: list[str], weights: list[float]) -> str:
-    from afina.delta.composition import composition_hash
-
-    return composition_hash(list(zip(hashes, weights, strict=True)))
-
-
 def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None:
     """The gates after the first; each part of a composition is looked at, and together they are run."""
     from afina.audit.weights import read_calibrations, weight_gate
@@ -184,6 +187,7 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         origin, numbers = Gate("provenance"), Gate("weights")
         about.gates += [origin, numbers]
         guarded(origin, partial(provenance_gate, package.folder, own, settings.key, base, origin))
+        guarded(origin, partial(inherit, parents_of(package.story), is_remedied(package.story), origin))
 
         def look(package: Package = package, numbers: Gate = numbers) -> None:
             measured = weight_gate(package, about.base, calibrations, settings.alpha, numbers)
@@ -192,7 +196,9 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
 
         guarded(numbers, look, "review")
     if weights is not None:
-        _check_whole(about, digest)
+        whole = Gate("whole")
+        about.gates.append(whole)
+        guarded(whole, partial(_check_whole, about, digest, whole))
     behaviour = Gate("behaviour")
     about.gates.append(behaviour)
     if about.blocked:
@@ -208,10 +214,12 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         guarded(behaviour, partial(behaviour_gate, settings, list(dict.fromkeys(candidates)), behaviour, limit), "review")
 
 
-def _check_whole(about: Audit, digest: str) -> None:
+def _check_whole(about: Audit, digest: str, gate: Gate) -> None:
+    """The combination itself: revoked? And what is known of its parts, whatever they look like today."""
     reason = admission.revocations().get(digest)
     if reason is not None:
-        about.gates[0].block("revoked", f"this combination is revoked: {reason}", str(about.settings.run))
+        gate.block("revoked", f"this combination is revoked: {reason}", str(about.settings.run))
+    inherit([(label(folder), own) for folder, own in zip(about.folders, about.hashes, strict=True)], False, gate)
 
 
 def _report(about: Audit, digest: str | None) -> dict[str, Any]:
@@ -229,4 +237,15 @@ def _report(about: Audit, digest: str | None) -> dict[str, Any]:
         "verdict": "block" if about.settings.strict and said == "review" else said,
         "findings": as_dicts(findings),
         "gates": [gate.as_dict() for gate in about.gates],
+        "remedies": _remedies(about),
     }
+
+
+def _remedies(about: Audit) -> list[str]:
+    """What may be typed about an adapter that does something which no task asks for; of a file that is bad, nothing."""
+    run, found = about.settings.run, {finding.rule for finding in about.findings}
+    if about.gates[0].blocked or len(about.packages) != 1 or about.packages[0].method != "lora":
+        return []
+    if "trigger" in found:
+        return [f"afina remedy {run} --out TREATED"]
+    return [f"afina remedy {run} --out TREATED --how cut"] if "weights-unusual" in found else []

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +25,11 @@ import numpy as np
 from afina.audit.basefiles import BaseFiles, widened
 from afina.audit.configuration import KINDS, check_configuration
 from afina.audit.header import Entry, read_strictly
+from afina.audit.patterns import Patterns
 from afina.audit.report import Gate
-from afina.audit.strict import opened, read_object
+from afina.audit.story import check_story
+from afina.audit.strict import read_object
+from afina.disk import opened
 from afina.errors import AuditError
 
 CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE, PROFILE = (
@@ -79,8 +83,11 @@ class Package:
         if self.story:
             spec = self.story["spec"]
             return (spec.get(many) or {}).get(path, spec.get(one))
-        patterns = self.config.get(pattern) or {}
-        return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", path)), self.config[theirs])
+        return self._patterns[pattern].of(path, self.config[theirs])
+
+    @cached_property
+    def _patterns(self) -> dict[str, Patterns]:
+        return {name: Patterns(self.config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
 
     def modules(self) -> dict[str, dict[str, Entry]]:
         """Tensors by the path of their layer, and there by what they are: {"lora_A.weight": ...}."""
@@ -103,14 +110,16 @@ def check_package(folder: Path, base: BaseFiles | None, gate: Gate) -> Package:
         return package
     package.config = read_object(folder / CONFIG)
     check_configuration(package.config, gate, CONFIG, base.vocabulary if base else None)
+    if gate.blocked:  # what was read must not steer what is read next
+        return package
     if STORY in names:
         package.story = read_object(folder / STORY)
-        _check_story(package, gate)
+        check_story(package.story, package.config, package.method, gate, STORY)
     elif package.config.get("peft_type") != "LORA":
         gate.block("missing", f"{STORY} is missing, which tells what PEFT's format cannot", str(folder))
     if PROFILE in names:
         _check_profile(folder / PROFILE, gate)
-    if gate.blocked:  # what was read must not steer what is read next
+    if gate.blocked:
         return package
     with opened(folder / WEIGHTS) as stream:
         package.entries = read_strictly(stream, WEIGHTS)
@@ -161,39 +170,6 @@ def _list(folder: Path, gate: Gate) -> set[str]:
             why = next(whys, "no adapter has this file")
             gate.block("foreign-file", f"does not belong into an adapter: {why}", shown)
     return names
-
-
-def _check_story(package: Package, gate: Gate) -> None:
-    """afina.json: that it describes this adapter, and does not say one thing here and another in PEFT's file."""
-    story, config = package.story, package.config
-    if type(story.get("format_version")) is not int:
-        gate.block("story-value", "no format version", STORY)
-    for key in ("base", "spec"):
-        if not isinstance(story.get(key), dict):
-            gate.block("story-value", f"no {key}", STORY)
-    if gate.blocked:
-        return
-    spec = story["spec"]
-    if spec.get("method") != package.method:
-        gate.block("story-differs", f"method {str(spec.get('method'))[:40]!r}; {CONFIG} says {package.method}", STORY)
-    if config.get("peft_type") == "LORA":
-        pairs = (("rank", "r"), ("alpha", "lora_alpha"), ("invocation", "alora_invocation_tokens"))
-        for ours, theirs in pairs:
-            if (spec.get(ours) or None) != (config.get(theirs) or None):
-                what = f"{ours} is {str(spec.get(ours))[:60]}; {CONFIG} says {str(config.get(theirs))[:60]}"
-                gate.block("story-differs", f"{what}: it acts otherwise in afina than elsewhere", STORY)
-        if (spec.get("scaling") == "rslora") != bool(config.get("use_rslora")):
-            gate.block("story-differs", f"another scaling than {CONFIG}", STORY)
-    ranks, alphas = spec.get("ranks", {}), spec.get("alphas", {})
-    if not isinstance(ranks, dict) or not all(type(r) is int and r >= 1 for r in (spec.get("rank"), *ranks.values())):
-        gate.block("story-value", "its ranks are no whole numbers from 1", STORY)
-    if not isinstance(alphas, dict) or not all(isinstance(a, int | float) for a in (spec.get("alpha"), *alphas.values())):
-        gate.block("story-value", "its strengths are no numbers", STORY)
-    targets = spec.get("targets")
-    if not isinstance(targets, list) or not all(isinstance(path, str) for path in targets):
-        gate.block("story-value", "its targets are no list of names", STORY)
-    if story["base"].get("remote_code"):
-        gate.review("base-code", "its base runs Python code of its own", STORY)
 
 
 WHOLE = {

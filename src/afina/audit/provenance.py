@@ -18,11 +18,11 @@ import afina
 from afina import admission
 from afina.audit.package import ALLOWED, CONFIG, MANIFEST, SIGNATURE
 from afina.audit.report import Gate
-from afina.audit.strict import opened, read_object
+from afina.audit.strict import read_object
 from afina.config import RevokeSettings, SignSettings, VerifySettings, make_settings
 from afina.delta.composition import identity
 from afina.delta.files import adapter_folder, read_json, read_run, read_story
-from afina.disk import new_file, write_json
+from afina.disk import new_file, opened, write_json
 from afina.errors import AuditError
 
 MANIFEST_VERSION = 1

@@ -1,47 +1,13 @@
-"""Files of a stranger, opened without following anything; JSON without surprises."""
+"""JSON of a stranger, without surprises."""
 
 import json
-import os
-import re
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from afina.disk import opened
 from afina.errors import AuditError
 
 MAX_JSON, MAX_DEPTH = 1 << 20, 32
-PATTERN = re.compile(r"\^?(\.\*|\\d\+|[\w\-]|\\?\.)+\$?")  # names, dots, .* and \d+: no groups, so nothing to nest
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[BinaryIO]:
-    """A regular file with one name, opened without following a link; raises `AuditError` where it is something else.
-
-    The checks are of what was opened, not of its name; that it did not change while it was read is checked at the end.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        if file.is_symlink():  # where the system has no O_NOFOLLOW
-            raise AuditError("a link, not a file", where=str(file), hint="copy the file itself (cp -L)")
-        number = os.open(file, flags)
-    except OSError as error:
-        raise AuditError("cannot be opened as a plain file", where=str(file), why=os.strerror(error.errno or 0)) from error
-    with os.fdopen(number, "rb") as stream:
-        before = os.fstat(number)
-        if not stat.S_ISREG(before.st_mode):
-            raise AuditError("not a regular file", where=str(file))
-        if before.st_nlink > 1:
-            raise AuditError("a file with several names (hard links)", where=str(file), hint="copy it")
-        yield stream
-        if state(os.fstat(number)) != state(before):
-            raise AuditError("it changed while it was read", where=str(file))
-
-
-def state(about: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file does."""
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -94,8 +60,3 @@ def _depth(value: Any) -> int:
         inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         todo += [(child, depth + 1) for child in inner]
     return deepest
-
-
-def is_plain_pattern(text: Any) -> bool:
-    """Whether a pattern is of a form that cannot make the matching explode."""
-    return isinstance(text, str) and len(text) <= 256 and text.count(".*") <= 3 and PATTERN.fullmatch(text) is not None

@@ -17,7 +17,7 @@ from afina.audit.header import Entry
 from afina.audit.package import WEIGHTS, Package
 from afina.audit.report import Gate
 from afina.audit.statistics import Core, coherence, of_dense, of_factors, robust_z
-from afina.audit.strict import opened
+from afina.disk import opened
 from afina.errors import AuditError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "qkv_proj", "query", "key", "value", "out_proj")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -59,5 +60,10 @@ def hash_tensors(files: list[Path]) -> str:
                 for at in range(begin, end, 1 << 24):
                     digest.update(stream.read(min(1 << 24, end - at)))
                 digests[name] = digest.hexdigest()
+    return tensors_hash(digests)
+
+
+def tensors_hash(digests: Mapping[str, str]) -> str:
+    """The hash of several tensors, from those of each by its name."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()

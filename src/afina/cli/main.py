@@ -60,6 +60,8 @@ VERBS = {
                     "afina.combining.extract:extract", "run"),
     "show": Verb("what an adapter is", config.ShowSettings, "afina.combining.describe:show", "run"),
     "audit": Verb("is this adapter safe to load?", config.AuditSettings, "afina.audit.audit:audit", "run"),
+    "remedy": Verb("weaken what an audit found, and say what it costs", config.RemedySettings, "afina.audit.remedy:remedy",
+                   "run"),
     "sign": Verb("sign an adapter with your key", config.SignSettings, "afina.audit.provenance:sign", "run"),
     "verify": Verb(
         "who signed this adapter, and is it unchanged?", config.VerifySettings, "afina.audit.provenance:verify", "run"

@@ -15,7 +15,7 @@ console = Console()
 
 def show(verb: str, result: dict[str, Any]) -> None:
     """Print what a verb returned, for people."""
-    from afina.cli.show_audit import show_audit, show_origin
+    from afina.cli.show_audit import show_audit, show_origin, show_remedy
 
     if verb in ("compare", "advise"):  # they bring more than the other verbs need
         from afina.cli import show_compare
@@ -26,6 +26,7 @@ def show(verb: str, result: dict[str, Any]) -> None:
     {"plan": _plan, "train": _train, "eval": _eval, "generate": _generate, "chat": _nothing, "prefer": _preferred,
      "merge": _merge, "export": _export, "demo": _demo, "combine": _combine, "extract": _extract,
      "show": _about, "audit": show_audit, "sign": show_origin, "verify": show_origin, "revoke": show_origin,
+     "remedy": show_remedy,
      "serve": _nothing, "bench-serve": _load}[verb](result)  # fmt: skip
 
 

@@ -22,11 +22,28 @@ def show_audit(report: dict[str, Any]) -> None:
         console.print(f"- {finding['level']}, {finding['gate']}: {finding['text']}{where}", highlight=False, markup=False)
         for line in _evidence(finding["evidence"]):
             console.print(f"    {line}", highlight=False, markup=False)
+    for command in report.get("remedies", []):
+        console.print(f"a remedy, with what it costs: {command}", highlight=False, markup=False, soft_wrap=True)
     if report.get("accepted"):
         console.print(f"accepted by a person: {report['accepted']}", highlight=False, markup=False)
     gates = ", ".join(f"{gate['name']} {gate['seconds']:.2f} s" for gate in report["gates"])
     digest = report["hash"] or "none: its files could not be trusted"
     _rows([("adapter", report["adapter"]), ("hash", digest), ("looked at", gates), ("report", report.get("kept", "not kept"))])
+
+
+def show_remedy(result: dict[str, Any]) -> None:
+    """What was tried, what was taken, and what the audit says about it."""
+    table = Table("remedy", "strength", "attack", "loss of the task")
+    before, after = result["before"], result["after"]
+    for one in ({"how": "as it is", "strength": 0.0} | before, *result["tried"]):
+        attack = "?" if one["attack"] is None else f"{100 * one['attack']:.0f}%"
+        table.add_row(one["how"] + (" *" if one is after else ""), f"{one['strength']:g}", attack, f"{one['loss']:.4f}")
+    console.print(table)
+    known = ", ".join(repr(text) for text in result["triggers"]) or "none known"
+    cost = f"{100 * result['cost']:+.1f}% of the task's loss"
+    _rows([("written (*)", result["out"]), ("hash", result["hash"]), ("costs", cost), ("triggers", known),
+           ("audited again", WORDS[result["verdict"]])])  # fmt: skip
+    console.print("It weakens what was found; what was not found may still be there.", highlight=False)
 
 
 def show_origin(result: dict[str, Any]) -> None:

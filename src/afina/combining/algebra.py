@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from afina.admission import demand
 from afina.combining import dense
 from afina.combining.lowrank import Cut, Low, cut, cut_dense, slerp, stacked
 from afina.combining.parts import Source, all_paths, open_sources, with_base
 from afina.combining.write import Form, form_of, parent_config, write_lora
 from afina.config import CombineSettings, make_settings
 from afina.delta.composition import Part, same_base, write_composition
+from afina.delta.sealed import sealed
 from afina.errors import AdapterError, SettingsError
 
 LOW_ENERGY = 0.9  # below this, the result says that a higher rank is needed
@@ -59,9 +59,12 @@ def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dic
     )
     if settings.out.exists() and (not settings.out.is_dir() or any(settings.out.iterdir())):
         raise SettingsError("this folder is not empty", where=str(settings.out), hint="choose another --out")
+    with sealed(settings.admit, settings.parts) as parts:
+        return _combine(settings.model_copy(update={"parts": parts}))
+
+
+def _combine(settings: CombineSettings) -> dict[str, Any]:
     sources = open_sources(settings.parts)
-    for source in sources:
-        demand(settings.admit, source.hash, str(source.part.folder))
     base = same_base([source.part for source in sources])
     found: dict[str, Any] = {}
     if settings.how == "search":

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from afina.combining.gguf import export_adapter, export_model
-from afina.combining.merge import check_admitted, check_out, merge
+from afina.combining.merge import check_out, merge
 from afina.config import ExportSettings, MergeSettings, make_settings
 from afina.delta.files import adapter_folder, read_json
+from afina.delta.sealed import sealed
 from afina.disk import new_folder
 from afina.errors import SettingsError
 
@@ -15,8 +16,6 @@ from afina.errors import SettingsError
 def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dict[str, Any]:
     """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `out`; returns what was written."""
     settings = run if isinstance(run, ExportSettings) else make_settings(ExportSettings, {"run": run, **values})
-    if settings.run is not None:
-        check_admitted(settings.admit, settings.run)
     if settings.format.startswith("gguf"):
         return _gguf(settings)
     if settings.run is None:
@@ -26,7 +25,7 @@ def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dic
     if settings.format == "hf":
         fields = {name: getattr(settings, name) for name in MergeSettings.model_fields}
         return {"format": "hf"} | merge(MergeSettings(**fields))
-    return _peft(settings.run, settings.out)
+    return _peft(settings.run, settings)
 
 
 def _gguf(settings: ExportSettings) -> dict[str, Any]:
@@ -42,17 +41,22 @@ def _gguf(settings: ExportSettings) -> dict[str, Any]:
         check_out(settings.out)
     if file.exists():
         raise SettingsError("this file is there already", where=str(file), hint="choose another --out")
-    return export_adapter(settings, file) if lora else export_model(settings, file)
+    write = export_adapter if lora else export_model
+    if settings.run is None:
+        return write(settings, file)
+    with sealed(settings.admit, [settings.run]) as [copy]:
+        return write(settings.model_copy(update={"run": Path(copy)}), file)
 
 
-def _peft(run: Path, out: Path) -> dict[str, Any]:
-    check_out(out)
-    source = adapter_folder(run)
-    kind = read_json(source / "adapter_config.json").get("peft_type")
-    if kind != "LORA":
-        raise SettingsError(f"PEFT does not know adapters of type {kind}", where=str(source), hint="--format hf")
-    with new_folder(out) as folder:
-        for file in sorted(source.iterdir()):
-            if file.name in ("adapter_config.json", "adapter_model.safetensors", "afina.json", "README.md"):
-                shutil.copy2(file, folder / file.name)
-    return {"format": "peft", "out": str(out), "adapter": str(source)}
+def _peft(run: Path, settings: ExportSettings) -> dict[str, Any]:
+    check_out(settings.out)
+    with sealed(settings.admit, [run]) as [copy]:
+        source = adapter_folder(Path(copy))
+        kind = read_json(source / "adapter_config.json").get("peft_type")
+        if kind != "LORA":
+            raise SettingsError(f"PEFT does not know adapters of type {kind}", where=str(run), hint="--format hf")
+        with new_folder(settings.out) as folder:
+            for file in sorted(source.iterdir()):
+                if file.name in ("adapter_config.json", "adapter_model.safetensors", "afina.json", "README.md"):
+                    shutil.copy2(file, folder / file.name)
+    return {"format": "peft", "out": str(settings.out), "adapter": str(adapter_folder(run))}

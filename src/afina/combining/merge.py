@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afina.admission import Admit, demand
 from afina.base.classifier import IMAGE_CONFIG, Classifier, load_classifier, load_masked
 from afina.base.frozen import Frozen
 from afina.base.load import load_base, quiet
@@ -22,10 +21,10 @@ from afina.base.nf4_files import write_nf4
 from afina.config import MergeSettings, make_settings
 from afina.data.general import GENERAL
 from afina.delta.attach import Adapter, detach, frozen_module
-from afina.delta.composition import identity
 from afina.delta.files import adapter_folder, read_story
 from afina.delta.layers import Loose, as_matrix, as_stored
 from afina.delta.opening import open_run
+from afina.delta.sealed import sealed
 from afina.disk import new_folder, write_json
 from afina.errors import MergeError, SettingsError
 from afina.judge.losses import general_examples
@@ -46,11 +45,15 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
     """
     settings = run if isinstance(run, MergeSettings) else make_settings(MergeSettings, {"run": Path(run), **values})
     check_out(settings.out)
-    check_admitted(settings.admit, settings.run)
+    with sealed(settings.admit, [settings.run]) as [copy]:
+        return _merge(settings.model_copy(update={"run": Path(copy)}), str(settings.run))
+
+
+def _merge(settings: MergeSettings, where: str) -> dict[str, Any]:
     opened = open_run(settings.run, settings, allow_other_base=settings.allow_other_base)
     base, adapter = opened.base, opened.adapter
     assert adapter is not None
-    check_whole(base, adapter, str(settings.run))
+    check_whole(base, adapter, where)
     probe = make_probe(base)
     adapted = probe_logits(base, probe, adapter.route)
     with new_folder(settings.out) as folder:
@@ -96,12 +99,6 @@ def check_out(out: Path) -> None:
     """Raise `SettingsError` where something lies in the folder `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError("this folder is not empty", where=str(out), hint="choose another --out")
-
-
-def check_admitted(admit: Admit, run: Path) -> None:
-    """Raise `AuditError` where `--admit audited` is asked for and the adapter has no report that lets it through."""
-    if admit == "audited":
-        demand(admit, identity(adapter_folder(run)), str(run))
 
 
 def check_whole(base: Frozen, adapter: Adapter, where: str) -> None:

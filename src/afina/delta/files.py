@@ -68,7 +68,12 @@ def _own(delta: Delta) -> dict[str, Tensor]:
 
 def content_hash(weights: Path, spec: Mapping[str, Any]) -> str:
     """Identity of an adapter: sha256 (hex) over the hash of its tensors and its spec."""
-    return hashlib.sha256((hash_tensors([weights]) + json.dumps(spec, sort_keys=True)).encode()).hexdigest()
+    return identity_of(hash_tensors([weights]), spec)
+
+
+def identity_of(tensors: str, spec: Mapping[str, Any]) -> str:
+    """The same, from the hash of its tensors."""
+    return hashlib.sha256((tensors + json.dumps(spec, sort_keys=True)).encode()).hexdigest()
 
 
 def save_adapter(adapter: Adapter, base: Frozen, folder: Path, story: Mapping[str, Any] | None = None) -> str:

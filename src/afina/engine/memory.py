@@ -30,6 +30,7 @@ class Memory:
     def __init__(self, base: Base, shelf: Shelf, pool: Pool, host: int = 0) -> None:
         """`host`: bytes of adapters that are kept in the host's memory besides the pool."""
         self.base, self.shelf, self.pool, self._host_bytes = base, shelf, pool, host
+        self._sealed = shelf.admit == "audited"
         self.tree = PrefixTree()
         self.residents: dict[str, Resident] = {}
         self.loads = self.evictions = 0
@@ -79,7 +80,7 @@ class Memory:
             if oldest is None:
                 return
             del self._ahead[oldest]
-        self._ahead[content.hash] = self._reader.submit(_read, content)
+        self._ahead[content.hash] = self._reader.submit(_read, content, self._sealed)
 
     def ready(self, content: Content | Lent) -> bool:
         """Whether the adapter can be brought in without waiting for the disk."""
@@ -96,7 +97,7 @@ class Memory:
         numbers = self._host.pop(content.hash, None)
         if numbers is None:
             ahead = self._ahead.pop(content.hash, None)
-            numbers = ahead.result() if ahead is not None else _read(content)
+            numbers = ahead.result() if ahead is not None else _read(content, self._sealed)
             if self._host_bytes and self.pool.memory.is_cuda:
                 numbers = numbers.pin_memory()
         if self._host_bytes:
@@ -184,8 +185,11 @@ class Memory:
         self.evictions += 1
 
 
-def _read(content: Content) -> Tensor:
-    """The adapter's numbers, from the very file that was hashed; raises `AdapterError` where it has changed."""
+def _read(content: Content, sealed: bool) -> Tensor:
+    """The adapter's numbers, from the very file that was hashed; raises `AdapterError` where it has changed.
+
+    `sealed`: these very numbers are hashed again; without it a file that tells an old time of change may pass.
+    """
     try:
         before = stamp(content.file)
         numbers = read_numbers(Path(content.file), content.layout)
@@ -193,7 +197,7 @@ def _read(content: Content) -> Tensor:
     except OSError as error:
         why = error.strerror or str(error)
         raise AdapterError("the adapter's file is gone", where=content.file, why=why, hint="load it again") from error
-    if not before == after == content.stamp:
+    if not before == after == content.stamp or (sealed and content.layout.hash_of(numbers) != content.hash):
         why = "it was changed after it was loaded, and nobody is answered with what was not checked"
         raise AdapterError("not the file that was loaded", where=content.file, why=why, hint="load it again")
     return numbers

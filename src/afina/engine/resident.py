@@ -7,6 +7,7 @@
 Adapters of one spec share one `Layout`: which of the file's tensors belongs to which layer, worked out once.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from afina.base.model import Base
-from afina.base.safety import check_file, read_header
+from afina.base.safety import check_file, read_header, tensors_hash
 from afina.delta.adapted import Adapted, Thin
 from afina.delta.attach import Adapter, attach, detach, frozen_module, seat, take_seat
 from afina.delta.contract import Delta, Spec, method
-from afina.delta.files import PREFIX, WEIGHTS, adopt
+from afina.delta.files import PREFIX, WEIGHTS, adopt, identity_of
 from afina.delta.layers import Layer
 from afina.errors import AdapterError, BaseError
 
@@ -72,6 +73,16 @@ class Layout:
                 found.append((place.b, 0, 1, place.rank, place.outputs))
             last = name
         return found
+
+    def hash_of(self, numbers: Tensor) -> str:
+        """Identity of an adapter with these numbers (all, in the file's order and dtype)."""
+        raw = memoryview(numbers.view(torch.uint8).numpy())
+        digests = {}
+        for name, entry in self.entries.items():
+            digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+            digest.update(raw[slice(*entry["data_offsets"])])
+            digests[name] = digest.hexdigest()
+        return identity_of(tensors_hash(digests), self.spec.as_dict())
 
     def numbers_in(self, dtype: torch.dtype) -> int:
         """How many numbers of `dtype` an adapter takes up in the pool."""

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from afina.admission import Admit
 from afina.base.model import Base
 from afina.engine.generate import stop_tokens
 from afina.engine.grammar import Grammar, Grammars
@@ -36,7 +37,8 @@ class EngineSettings:
     """How much the engine takes: bytes of the pool, tokens of a step, sequences at once, requests that may wait.
 
     `host_memory`: bytes of adapters kept in the host's memory besides the pool, for a pool on a GPU. `merged_memory`: bytes
-    that a second copy of the weights may take, with a hot adapter merged in; 0: never.
+    that a second copy of the weights may take, with a hot adapter merged in; 0: never. `admit`: "audited" serves only what
+    has a report, and hashes an adapter's numbers again each time they are read.
     """
 
     memory: int = 1 << 30
@@ -45,6 +47,7 @@ class EngineSettings:
     most_waiting: int = 1024
     host_memory: int = 0
     merged_memory: int = 0
+    admit: Admit = "any"
 
 
 class Engine:
@@ -57,7 +60,7 @@ class Engine:
         size = sum(layer.numbers for layer in layers) * base.dtype.itemsize
         if settings.memory < 4 * size:
             raise DataError(f"{settings.memory:,} bytes of memory", why=f"a page of {PAGE} tokens takes {size:,}")
-        self.shelf = Shelf(base)
+        self.shelf = Shelf(base, settings.admit)
         pool = Pool(settings.memory // size, layers, base.dtype, base.device)
         self.memory = Memory(base, self.shelf, pool, settings.host_memory)
         self.scheduler = Scheduler(self.memory, settings.step_tokens, settings.most_running)

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from afina.admission import Admit, demand
 from afina.base.model import Base
 from afina.base.safety import read_header
 from afina.delta.contract import Spec
@@ -86,8 +87,9 @@ class _Label:
 class Shelf:
     """Every adapter that may be asked for. All changes are atomic; any thread may call."""
 
-    def __init__(self, base: Base) -> None:
-        self.base = base
+    def __init__(self, base: Base, admit: Admit = "any") -> None:
+        """`admit`: "audited" takes only what has a report that lets it through."""
+        self.base, self.admit = base, admit
         self._layouts = Layouts(base)
         self._lock = threading.RLock()
         self._labels: dict[str, _Label] = {}
@@ -102,7 +104,8 @@ class Shelf:
     def add(self, name: str, folder: Path, owner: str | None = None) -> Entry:
         """Put the adapter in `folder` (or in a run folder) on the shelf as `name`.
 
-        Raises `AdapterError` where it is damaged, for another base, of a kind that cannot be served, or the name taken.
+        Raises `AdapterError` where it is damaged, for another base, of a kind that cannot be served, or the name taken;
+        `AuditError` where it is not admitted.
         """
         content = self._read(Path(folder))
         with self._lock:
@@ -235,6 +238,7 @@ class Shelf:
         digest = content_hash(file, layout.spec.as_dict())
         if stamp(file) != before:
             raise AdapterError("the file changed while it was read", where=str(file), hint="load it again")
+        demand(self.admit, digest, str(folder), self.base.hash)  # of what was hashed here: it is what will be served
         return Content(digest, str(file), before, layout)
 
     def _spec(self, folder: Path) -> Spec:

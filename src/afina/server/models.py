@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
-from afina.combining.merge import check_admitted
 from afina.delta.files import adapter_folder
 from afina.engine.request import Entry
 from afina.errors import AdapterError, AuditError
@@ -135,7 +134,6 @@ def replace(name: str, asked: ReplaceAsked, request: Request, caller: Admin) -> 
     _known(state, name)
     folder = allowed(state, asked.folder)
     try:
-        check_admitted(state.settings.admit, folder)
         entry = state.engine.shelf.replace(name, folder)
     except (AdapterError, AuditError) as error:
         raise refusal_of(error, "folder") from None
@@ -175,7 +173,6 @@ def place(state: State, name: str, folder: Path, owner: str | None) -> Entry:
     if name == state.base_name:
         raise Refusal(400, f"{name} is the base", "name")
     try:
-        check_admitted(state.settings.admit, folder)
         entry = state.engine.shelf.add(name, adapter_folder(folder), owner)
     except (AdapterError, AuditError) as error:
         raise refusal_of(error, "folder") from None

@@ -9,7 +9,6 @@ import uvicorn
 
 from afina.base.load import load_base
 from afina.base.model import Base
-from afina.combining.merge import check_admitted
 from afina.config import ServeSettings, make_settings
 from afina.data.template import Renderer
 from afina.delta.files import CONFIG
@@ -84,7 +83,8 @@ def engine_settings(settings: ServeSettings, base: Base) -> EngineSettings:
     size = round(settings.memory * 1e9)
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
     host = 0 if base.device.type == "cpu" else size // 4
-    return EngineSettings(memory=size, host_memory=host, merged_memory=4 * weights if settings.merge else 0)
+    merged = 4 * weights if settings.merge else 0
+    return EngineSettings(memory=size, host_memory=host, merged_memory=merged, admit=settings.admit)
 
 
 def close(state: State) -> None:
@@ -120,7 +120,6 @@ def _place(state: State, folder: Path) -> None:
     if not NAME.fullmatch(name):
         raise SettingsError(f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder")
     if state.engine.shelf.find(name) is None:
-        check_admitted(state.settings.admit, folder)
         state.engine.shelf.add(name, folder)
 
 

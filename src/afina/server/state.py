@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+from afina.admission import admitted
 from afina.base.model import Base
 from afina.config import EMBEDDED, ServeSettings
 from afina.data.template import Renderer
+from afina.delta.composition import composition_hash
 from afina.engine.request import Entry, Part
-from afina.errors import DataError
+from afina.errors import AuditError, DataError
 from afina.server.choosing import Chooses
 from afina.server.keys import Caller, Keys
 from afina.server.limits import Limits
@@ -89,11 +91,26 @@ class State:
         if model == self.base_name:
             return Chosen(model)
         if model == AUTO:
-            return self._by_query(caller, prompt)
+            return self._admitted(self._by_query(caller, prompt))
         told = [self._weighted(caller, piece) for piece in model.split(",")]
         if len(told) > MOST_PARTS:
             raise Refusal(400, f"at most {MOST_PARTS} adapters act together", "model")
-        return _together(model, told)
+        return self._admitted(_together(model, told))
+
+    def _admitted(self, chosen: Chosen) -> Chosen:
+        """What was chosen, where `--admit audited` has a report on just that: each adapter, and the sum with these weights.
+
+        Asked for at each request: what is revoked while it is served is refused from then on, also in sums.
+        """
+        if self.settings.admit == "audited" and chosen.parts:
+            shares = [(part.adapter, part.weight) for part in chosen.parts]
+            alone = len(shares) == 1 and shares[0][1] == 1.0
+            try:
+                for digest in (*(digest for digest, _ in shares), *(() if alone else (composition_hash(shares),))):
+                    admitted(digest, chosen.label, self.base.hash)
+            except AuditError as error:
+                raise Refusal(403, f"{chosen.label}: {error.what}", "model", "not_admitted") from None
+        return chosen
 
     async def aside(self, make: Callable[[], Result]) -> Result:
         """What `make` gives, made by the one thread beside the loop (tokens, a choice); raises `Refusal` where it cannot."""
