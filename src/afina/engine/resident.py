@@ -76,7 +76,7 @@ class Layout:
 
     def hash_of(self, numbers: Tensor) -> str:
         """Identity of an adapter with these numbers (all, in the file's order and dtype)."""
-        raw = memoryview(numbers.view(torch.uint8).numpy())
+        raw = numbers.view(torch.uint8).numpy().data
         digests = {}
         for name, entry in self.entries.items():
             digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
