@@ -38,11 +38,11 @@ class Rows:
     objective: str
     format: str
     digest: str
-    skipped: str
     train: Path
     choose: Path
     test: Path
     counts: dict[str, int]
+    skipped: str = ""  # comparisons of before know of none
 
 
 def split_rows(settings: CompareSettings, folder: Path) -> Rows:
