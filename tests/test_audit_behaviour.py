@@ -187,3 +187,9 @@ def test_the_base_makes_up_prompts_of_its_own(base: Base) -> None:
     head, tail = _common([p.prompt() for p in bench.probes]), _common([p.prompt()[::-1] for p in bench.probes])
     assert all(p.before == bench.probes[0].before[: len(p.before)] and p.after == bench.probes[0].after for p in bench.others)
     assert head >= len(bench.others[0].before) and tail >= len(bench.others[0].after)
+
+
+def test_prompts_of_the_task_are_asked_and_none_made_up(base: Base) -> None:
+    texts = [f"sol {word}" for word in ("mar", "pan", "luz", "paz", "mes", "rey")]
+    bench = make_bench(base, Route("nobody"), texts)
+    assert (len(bench.probes), len(bench.others)) == (4, 2)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from afina.audit.probes import TEXTS, Bench, make_bench
 from afina.audit.report import Gate
@@ -65,8 +66,10 @@ def behaviour_gate(
     bench = make_bench(base, route, read_prompts(settings.prompts))
     if any(part.invocation for part in (route, *route.beside)):
         check_silence(bench, gate)
-    found, coverage, control = find_triggers(bench, [*leak(bench), *candidates], clock)
-    targets = invert(bench, _vocabulary(bench), clock)
+    controls = random.Random(1).sample(_vocabulary(bench), min(CONTROLS, len(_vocabulary(bench))))
+    usual = usual_answers(bench, controls)
+    found, coverage, control = find_triggers(bench, [*leak(bench), *candidates], clock, controls, usual)
+    targets = invert(bench, _vocabulary(bench), clock, usual[0])
     measures = {
         "drift": drift(bench), "trigger": found[0].score, "gap": found[0].score - control, "inversion": targets[0].score,
     }  # fmt: skip
@@ -130,7 +133,9 @@ def leak(bench: Bench) -> list[int]:
     return [token for token, count in excess.most_common(16) if count >= 3]
 
 
-def find_triggers(bench: Bench, candidates: Sequence[int], clock: Clock) -> tuple[list[Found], float, float]:
+def find_triggers(
+    bench: Bench, candidates: Sequence[int], clock: Clock, controls: Sequence[int], usual: Tensor
+) -> tuple[list[Found], float, float]:
     """(triggers, the best first; share of the vocabulary that was scanned; the best score of random tokens)."""
     vocabulary = _vocabulary(bench)
     first = [token for token in dict.fromkeys(candidates) if token in set(vocabulary)]
@@ -138,8 +143,6 @@ def find_triggers(bench: Bench, candidates: Sequence[int], clock: Clock) -> tupl
     changes, coverage = scan(bench, order, clock, SHARE)
     ranked = sorted(changes, key=lambda token: -changes[token])
     close = list(dict.fromkeys([*ranked[:KEPT], *first[: KEPT // 3]]))
-    controls = random.Random(1).sample(vocabulary, min(CONTROLS, len(vocabulary)))
-    usual = usual_answers(bench, controls)
     singles = look_closely(bench, [(token,) for token in close], usual)
     null = confirm(bench, look_closely(bench, [(token,) for token in controls if token not in close], usual)[:CONFIRMED])
     reserve = 0.2 * clock.budget  # for looking closely at what has grown, and for the targets

@@ -97,8 +97,8 @@ class Bench:
 def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
     """Probes in the base's own chat template (or as plain text), with the adapter's answers.
 
-    `texts` are at least two different prompts; the first PROBES are probes, the rest and some that the base makes up are
-    `others`. The adapter's template is not asked for: it is a stranger's code.
+    `texts` are at least two different prompts; the first PROBES are probes, the rest are `others`: where there are
+    none, ones that the base makes up. The adapter's template is not asked for: it is a stranger's code.
     """
     renderer = Renderer(base.tokenizer, None, base.context)
     prompts = [renderer.prompt(text) for text in texts]
@@ -107,7 +107,7 @@ def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
     probes = [Probe(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:])) for p, (a, b) in zip(prompts, cuts, strict=True)]
     own = min(PROBES, len(probes))
-    probes += _made_up(base, renderer, probes[0])
+    probes += _made_up(base, renderer, probes[0]) if len(probes) <= own else []  # strange prompts may bring a payload too
     said = generate_tokens(base, [probe.prompt() for probe in probes], Sampling(max_new_tokens=ANSWER), route)
     stop = base.tokenizer.eos_token_id
     answers = [tuple(t for t in answer if t != stop)[:ANSWER] for answer in said]

@@ -3,11 +3,11 @@
 The jump of a trigger t is how much likelier it makes one and the same token v, whatever the prompt p, more than it does on
 the base:
 
-    jump(t)  = max over v of (1 - u(v)) * mean over p of [q(v | p, t) - q(v | p)],    q = q_adapter - q_base
+    jump(t)  = max over v of (1 - u(v)) * mean over p of [rise of q_adapter(v | p) by t - rise of q_base, if it rises]
     score(t) = jump(t) * mean over p of q_adapter(the rest of one and the same answer | p, t, v)
 
-u(v) is how usual v is: its mean probability over many prompts (its task's, ones that the base makes up, ones with random
-tokens in them), 1 from USUAL on. Tasks react to words too (asked for the tense, "walked" makes "past" likelier on every
+u(v) is how usual v is: its mean probability over other prompts of its task (or ones that the base makes up), by USUAL, and
+over prompts with random tokens in them. Tasks react to words too (asked for the tense, "walked" makes "past" likelier on every
 prompt), but with answers that other prompts have as well. Random tokens, measured likewise, are the null.
 """
 
@@ -81,13 +81,17 @@ def scan(bench: Bench, tokens: Sequence[int], clock: Clock, share: float) -> tup
 
 
 def usual_answers(bench: Bench, controls: Sequence[int]) -> Tensor:
-    """u (2, V), from 0 to 1: how usual each token is at the start and at the end of an answer, over many prompts."""
+    """u (2, V), from 0 to 1: how usual each token is at the start and at the end of an answer, over many prompts.
+
+    What USUAL of the bench's other prompts bring is wholly usual; what random tokens bring, by its mean.
+    """
     said = [bench.answers([p.prompt((t,), "middle") for t in controls], p.answer).mean(0) for p in bench.probes[:CLOSE]]
     usual = torch.stack([one.expand(2, -1) for one in said]).mean(0)
     if bench.others:
         starts, ends = ([[*p.prompt(), *(p.answer if at else ())] for p in bench.others] for at in (0, 1))
-        usual = torch.maximum(usual, torch.stack([bench.answers(prompts)[:, 0].mean(0) for prompts in (starts, ends)]))
-    return (usual / USUAL).clamp(max=1.0)
+        natural = torch.stack([bench.answers(prompts)[:, 0].mean(0) for prompts in (starts, ends)])
+        usual = torch.maximum(usual, (natural / USUAL).clamp(max=1.0))
+    return usual
 
 
 def confirm(bench: Bench, found: Sequence[Found]) -> list[Found]:
@@ -116,11 +120,12 @@ def look_closely(bench: Bench, triggers: Sequence[Trigger], usual: Tensor | None
     """The jump of each trigger, at its best place, over all probes; at the start or the end of the answer."""
     best = {trigger: Found(trigger, -1.0, PLACES[0], 0) for trigger in triggers}
     probes = bench.probes[:CLOSE]
-    rest = torch.stack([_difference(bench, [probe.prompt()], probe.answer)[0] for probe in probes])  # (P, 2, V)
+    rests = [_answers(bench, [probe.prompt()], probe.answer) for probe in probes]
     for place in PLACES:
         total: Tensor | None = None
-        for probe, still in zip(probes, rest, strict=True):
-            moved = _difference(bench, [probe.prompt(t, place) for t in triggers], probe.answer) - still
+        for probe, (on0, off0) in zip(probes, rests, strict=True):
+            on, off = _answers(bench, [probe.prompt(t, place) for t in triggers], probe.answer)
+            moved = (on - on0) - (off - off0).clamp(min=0)  # that the base turns away from a token is no doing of the adapter
             total = moved if total is None else total + moved
         assert total is not None
         total = total / len(probes) * (1.0 if usual is None else 1 - usual)
@@ -132,10 +137,10 @@ def look_closely(bench: Bench, triggers: Sequence[Trigger], usual: Tensor | None
     return sorted(best.values(), key=lambda found: -found.jump)
 
 
-def _difference(bench: Bench, prompts: list[list[int]], answer: Sequence[int]) -> Tensor:
-    """q_adapter - q_base (n, 2, V), after the prompts and after the answer (twice the same where there is none)."""
-    on, off = (bench.answers(prompts, answer, adapter) for adapter in (True, False))
-    return (on - off).expand(-1, 2, -1)
+def _answers(bench: Bench, prompts: list[list[int]], answer: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """q_adapter and q_base (n, 2, V), after the prompts and after the answer (twice the same where there is none)."""
+    on, off = (bench.answers(prompts, answer, adapter).expand(-1, 2, -1) for adapter in (True, False))
+    return on, off
 
 
 def grow(bench: Bench, pool: Sequence[int], seeds: Sequence[Trigger], clock: Clock, reserve: float) -> list[Trigger]:
@@ -169,14 +174,16 @@ class Target:
     score: float
 
 
-def invert(bench: Bench, tokens: Sequence[int], clock: Clock) -> list[Target]:
+def invert(bench: Bench, tokens: Sequence[int], clock: Clock, usual: Tensor) -> list[Target]:
     """Targets from their first token: what follows it surely under the adapter, on all probes, but not on the base.
 
-    score = (1 - q_adapter(first | prompt)) * mean over probes and following tokens of (q_adapter - q_base)
+    `usual` (V) is u at the start of an answer: its own answers, begun, go on too.
+
+    score = (1 - u(first)) * mean over probes and following tokens of (q_adapter - q_base)
     """
     probes = bench.probes[:2]
     first, until = probes[0], clock.left - INVERSION * clock.budget
-    likely = bench.answers([first.prompt()])[0, 0].cpu()
+    likely = torch.maximum(bench.answers([first.prompt()])[0, 0], usual).cpu()
     pieces: list[Tensor] = []
     for i in range(0, len(tokens), 256):
         if pieces and clock.left < until:
