@@ -68,7 +68,7 @@ def scores(judged: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
         return {
             "metric": "accuracy",
             "before": 100 / len(labels),
-            "after": 100 * judged["classes"]["accuracy"],
+            "after": judged["classes"]["accuracy"],
             "example": None,
         }
     if settings.objective == "dpo":
