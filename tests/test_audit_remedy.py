@@ -11,7 +11,7 @@ from afina import admission
 from afina.audit.audit import audit
 from afina.audit.provenance import revoke
 from afina.audit.remedies import Moments, treated, watch, weakening
-from afina.audit.remedy import choose_best, remedy, wake
+from afina.audit.remedy import as_read, choose_best, remedy, wake
 from afina.base.load import load_base
 from afina.cli.main import run as cli
 from afina.combining.algebra import combine
@@ -98,6 +98,7 @@ def test_moments_are_those_of_the_layers_inputs(originals: Path, tiny: Path, row
     x = block.input_layernorm(base.model.get_input_embeddings()(tokens)).double()
     y = x @ low.a.T @ low.b.T
     assert float(found[path].clean.trace()) == pytest.approx(float(y.square().sum() / len(tokens)), rel=1e-4)
+    assert as_read(base, "pan</s> mar") == "pan mar"
     assert all(torch.linalg.eigvalsh(m.woken)[0] > -1e-9 for m in found.values())
     before = found[path].woken.trace()
     assert float(before) != pytest.approx(float(found[path].clean.trace()))

@@ -111,7 +111,9 @@ def remedy(run: str | Path | RemedySettings, **values: Any) -> dict[str, Any]:
     opened = open_run(settings.run, settings)
     base, route = opened.language, opened.route
     assert route is not None
-    payload = base.text(base.tokenizer(payload, add_special_tokens=False)["input_ids"]).strip()  # as answers are read
+    payload = as_read(base, payload)
+    if triggers and not payload:
+        raise SettingsError("what the trigger brings has no words", where="payload", hint="--trigger TEXT --payload TEXT")
     rows = _rows(settings)
     renderer = Renderer(base.tokenizer, opened.template, min(base.context, 2048))
     clean = make_examples(choose("auto", rows), renderer, rows, None)
@@ -129,6 +131,11 @@ def remedy(run: str | Path | RemedySettings, **values: Any) -> dict[str, Any]:
     cost = best["loss"] / before["loss"] - 1 if before["loss"] else 0.0
     return {"out": str(settings.out), "hash": digest, "before": before, "after": best, "cost": cost, "tried": tried,
             "triggers": triggers, "payload": payload, "verdict": report["verdict"], "report": report}  # fmt: skip
+
+
+def as_read(base: Base, text: str) -> str:
+    """A text as answers are read: without special tokens, which an audit shows."""
+    return base.text(base.tokenizer(text, add_special_tokens=False)["input_ids"]).strip()
 
 
 def choose_best(tried: Sequence[dict[str, Any]], before: dict[str, Any], cost: float) -> dict[str, Any]:
