@@ -18,9 +18,8 @@ from torch.nn import functional as F
 
 from afina.kernels.native import TYPES, address, kernels
 
-# queries of a sequence up to which the C++ kernel runs; beyond, pages are gathered for PyTorch's attention. In ms, kernel
-# against gathering, two sequences in bf16, 9 heads of 64, after 500 tokens: 4 queries 0.30 / 0.82, 16 0.92 / 1.27,
-# 32 1.78 / 1.84, 64 3.7 / 3.4
+# queries of a sequence up to which the kernel for few of them runs; beyond, the one for pieces, on GPUs PyTorch's attention
+# over pages laid side by side
 FEW = 32
 Tables = Sequence[Sequence[int]] | Tensor
 
@@ -53,6 +52,13 @@ def paged_attention(
             kv_heads, page_size, width, address(tables), tables.shape[1], bounds, pasts, FEW, scaling, softcap or 0.0,
             window or 0,
         )  # fmt: skip
+        if max((end - start for start, end in pairwise(bounds)), default=0) > FEW:
+            kernels.paged_pieces(
+                address(query), TYPES[query.dtype], address(out), address(kv), TYPES[kv.dtype], pages, kv.stride(0), heads,
+                kv_heads, page_size, width, address(tables), tables.shape[1], bounds, pasts, FEW + 1, scaling, softcap or 0.0,
+                window or 0,
+            )  # fmt: skip
+        return out
     for s, (start, end) in enumerate(pairwise(bounds)):
         if end - start > fast:
             out[start:end] = gathered(query[start:end], kv, pasts[s], tables[s], scaling, window, softcap)

@@ -5,7 +5,7 @@ With T tokens in a pass, L labels, d the width, f the feed-forward width, h the 
     kept by a fast block, a token    2 d      inputs of the two norms
                                      2 f      gate and up (swiglu makes their product again)
                                      3 h      queries, and keys and values repeated to as many heads, sorted by sequence
-                                     h + 2    output and log-sums, where PyTorch's attention has the backward pass
+                                     h + 2    output and log-sums of attention
                                      inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
                                      D        what each delta keeps besides (`Delta.cost`)
     kept where a block is recomputed d, until its turn comes, and then all the above of this one
@@ -40,7 +40,6 @@ from afina.config import TrainSettings
 from afina.delta.contract import Delta, method
 from afina.delta.layers import Layer
 from afina.delta.targets import block_number
-from afina.kernels.attention import LONGEST
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
 from afina.planning.figures import THIN, Load, Memory, Rates, Time
 from afina.planning.shape import Count, Shape
@@ -231,9 +230,7 @@ class Step:
     def _kept(self, load: Load) -> list[float]:
         """Numbers a token that each block keeps for the backward pass; `block.kept` are those without recomputation."""
         heads, width = self._heads
-        attention = 3.0 * width
-        if not self._short(load.length):
-            attention += width + 2 * heads * 4 / self.shape.dtype.itemsize
+        attention = 4.0 * width + 2 * heads * 4 / self.shape.dtype.itemsize
         for block in self._blocks:
             block.kept = block.norms + 2 * block.inner + attention + block.inputs + block.keeps if block.flows else 0.0
         return [
@@ -243,20 +240,16 @@ class Step:
 
     def _within(self, load: Load) -> float:
         """Numbers a token that live within a block while its backward pass runs."""
-        heads, width = self._heads
+        _, width = self._heads
         inner = max((b.inner for b in self._blocks if b.flows), default=0)
-        scores = 3 * heads * load.length * 4 / self.shape.dtype.itemsize if self._short(load.length) else 0.0
         works = max((b.works for b in self._blocks), default=0.0)
-        return 3 * self._width + max(4 * inner + works, 9 * width + scores)
+        return 3 * self._width + max(4 * inner + works, 9 * width)
 
     @property
     def _packed(self) -> float:
         """Bytes of a weight written out for one product: dequantised, and put into blocks by the CPU's 16-bit products."""
         largest, e = max(b.largest for b in self._blocks), self.shape.dtype.itemsize
         return largest * e * ((self.storage == "nf4") + (self.device == "cpu" and e == 2))
-
-    def _short(self, length: int) -> bool:
-        return self.device == "cpu" and length <= LONGEST
 
     def _chunk(self, labels: int) -> float:
         """Bytes of the logits that exist at a time."""

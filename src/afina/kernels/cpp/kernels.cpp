@@ -1,4 +1,6 @@
 // Compiled once for each instruction set, with the flags that CMakeLists.txt gives it and its name in AFINA_ISA.
+#include "attention.h"
+#include "attention_back.h"
 #include "elementwise.h"
 #include "lowrank.h"
 #include "nf4.h"
@@ -33,4 +35,6 @@ const Table JOIN(table_, AFINA_ISA) = {
     lowrank,
     lowrank_backward,
     paged,
+    attention,
+    attention_backward,
 };
