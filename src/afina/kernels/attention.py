@@ -3,7 +3,7 @@
     query (T, heads, head_dim)     key, value (T, kv_heads, head_dim)     T = tokens of all sequences, at `bounds`
 
 Query head h reads head h * kv_heads // heads of keys and values. Nothing is padded, sorted or repeated. Kept for the
-backward pass: the three inputs, the output, and a float32 a token and head, the logarithm to base 2 of the softmax's
+backward pass: the three inputs, and a float32 a token and head, the logarithm to base 2 of the softmax's
 denominator. On CPUs that multiply bfloat16 the C++ kernel takes 16-bit inputs to those products, with scores, softmax,
 their gradients and all sums in float32.
 """
@@ -99,9 +99,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float, window: int
-) -> tuple[Tensor, Tensor]:
+def _run(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float, window: int) -> tuple[Tensor, Tensor]:
     if not fits(query, key, value):
         return varlen_reference(query, key, value, bounds, scaling, window)
     query, key, value = (_rows(x) for x in (query, key, value))
@@ -119,8 +117,7 @@ def _empty(query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling
 
 
 def _run_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, bounds: list[int],
-    scaling: float, window: int,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, logs: Tensor, bounds: list[int], scaling: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not fits(query, key, value) or grad.dtype != query.dtype:
         return varlen_backward_reference(grad, query, key, value, bounds, scaling, window)
@@ -128,7 +125,7 @@ def _run_backward(
     made = _empty_backward(grad, query, key, value)
     kernels.attention_backward(
         TYPES[query.dtype], query.shape[1], key.shape[1], query.shape[2], bounds, scaling, window,
-        _places(query, key, value, out, grad, *made), address(logs),
+        _places(query, key, value, grad, *made), address(logs),
     )  # fmt: skip
     return made
 
@@ -138,7 +135,7 @@ def _empty_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*inputs[:3], output[1])
     ctx.rest = inputs[3:]
     ctx.set_materialize_grads(False)
 
@@ -154,7 +151,7 @@ _attention = operation(
     _run, _empty, _gradients, _keep,
 )  # fmt: skip
 _attention_backward = operation(
-    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, int[] bounds, "
+    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor logs, int[] bounds, "
     "float scaling, int window) -> (Tensor, Tensor, Tensor)",
     _run_backward, _empty_backward,
 )  # fmt: skip

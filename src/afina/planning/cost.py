@@ -5,7 +5,7 @@ With T tokens in a pass, L labels, d the width, f the feed-forward width, h the 
     kept by a fast block, a token    2 d      inputs of the two norms
                                      2 f      gate and up (swiglu makes their product again)
                                      3 h      queries, and keys and values repeated to as many heads, sorted by sequence
-                                     h + 2    output and log-sums of attention
+                                     2        log-sums of attention; on a GPU, h for its output besides
                                      inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
                                      D        what each delta keeps besides (`Delta.cost`)
     kept where a block is recomputed d, until its turn comes, and then all the above of this one
@@ -230,7 +230,7 @@ class Step:
     def _kept(self, load: Load) -> list[float]:
         """Numbers a token that each block keeps for the backward pass; `block.kept` are those without recomputation."""
         heads, width = self._heads
-        attention = 4.0 * width + 2 * heads * 4 / self.shape.dtype.itemsize
+        attention = (3.0 if self.device == "cpu" else 4.0) * width + 2 * heads * 4 / self.shape.dtype.itemsize
         for block in self._blocks:
             block.kept = block.norms + 2 * block.inner + attention + block.inputs + block.keeps if block.flows else 0.0
         return [

@@ -22,13 +22,15 @@ struct Rows {  // of a block
     i64 token[kLanes], head[kLanes];
     I position[kVectors];
     Rows(const Attention& job, const Block& b) : count(b.rows), vectors(units_of(b.rows, 16)) {
-        i64 group = job.heads / job.kv_heads;
+        i64 group = job.heads / job.kv_heads, query = b.row / group, shared = b.row % group;
+        first = b.past + query;
+        alignas(64) int32_t places[kLanes];
         for (i64 r = 0; r < 16 * vectors; r++) {
-            i64 row = b.row + (r < count ? r : count - 1);
-            token[r] = b.query + row / group, head[r] = b.head * group + row % group;
-            position[r / 16][r % 16] = int32_t(b.past + row / group);
+            token[r] = b.query + query, head[r] = b.head * group + shared, places[r] = int32_t(b.past + query);
+            if (r + 1 < count && ++shared == group) shared = 0, query++;
         }
-        first = b.past + b.row / group, last = b.past + (b.row + count - 1) / group;
+        memcpy(position, places, sizeof(position));
+        last = b.past + query;
     }
     // a row of something of (T, heads, width), whose tokens and heads stand so far apart
     template <class T>

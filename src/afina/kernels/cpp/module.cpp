@@ -280,7 +280,7 @@ Strided strided(const Place& p) { return {at<void>(std::get<0>(p)), std::get<1>(
 
 Attention flat_job(int type, i64 heads, i64 kv_heads, i64 width, float scaling, i64 window, const std::vector<Place>& places, Address logs) {
     Attention job{Type(type), Type(type), heads, kv_heads, width, scaling, 0, window};
-    job.query = strided(places[0]), job.key = strided(places[1]), job.value = strided(places[2]), job.out = strided(places[3]);
+    job.query = strided(places[0]), job.key = strided(places[1]), job.value = strided(places[2]);
     job.logs = at<float>(logs);
     return job;
 }
@@ -294,11 +294,12 @@ void attention(int threads, int type, i64 heads, i64 kv_heads, i64 width, const 
             cut_blocks(blocks, i64(s), h, heads / kv_heads, bounds[s], bounds[s + 1] - bounds[s], 0, window);
     costly_first(blocks, heads / kv_heads);
     Attention job = flat_job(type, heads, kv_heads, width, scaling, window, places, logs);
+    job.out = strided(places[3]);
     job.blocks = blocks.data(), job.block_count = i64(blocks.size());
     kernels->attention(job, threads);
 }
 
-// places: query, key, value, out, grad, and the gradients of query, key and value
+// places: query, key, value, grad, and the gradients of query, key and value
 void attention_backward(int threads, int type, i64 heads, i64 kv_heads, i64 width, const std::vector<i64>& bounds, float scaling,
                         i64 window, const std::vector<Place>& places, Address logs) {
     i64 pairs = (i64(bounds.size()) - 1) * kv_heads, stride = (width + 15) / 16 * 16, place = 0;
@@ -319,7 +320,7 @@ void attention_backward(int threads, int type, i64 heads, i64 kv_heads, i64 widt
     std::vector<float> partial(shares > 1 ? place : 0);
     Attention job = flat_job(type, heads, kv_heads, width, scaling, window, places, logs);
     job.blocks = blocks.data(), job.block_count = i64(blocks.size());
-    job.grad = strided(places[4]), job.grad_query = strided(places[5]), job.grad_key = strided(places[6]), job.grad_value = strided(places[7]);
+    job.grad = strided(places[3]), job.grad_query = strided(places[4]), job.grad_key = strided(places[5]), job.grad_value = strided(places[6]);
     job.pieces = pieces.data(), job.piece_count = i64(pieces.size()), job.shares = shares, job.partial = shares > 1 ? partial.data() : nullptr;
     kernels->attention_backward(job, threads);
 }
