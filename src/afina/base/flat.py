@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from afina.base.paged import PagedCache, ShapeProbe
-from afina.kernels.attention import causal_attention, fits, varlen_attention
+from afina.kernels.attention import causal_attention, fast, varlen_attention
 
 NAME = "afina"
 
@@ -142,9 +142,9 @@ def flat_attention(
     if cache is not None and len(flat.bounds) - 1 == query.shape[2]:
         return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
     if cache is None:
-        if softcap is None and not dropout and fits(query, key, value):
-            flattened = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, head_dim)
-            return varlen_attention(*flattened, flat.bounds, scaling, sliding_window)[None], None
+        if softcap is None and not dropout and fast(query, key, value):
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, head_dim)
+            return varlen_attention(q, k, v, flat.bounds, scaling, sliding_window)[None], None
         return _grouped(query, key, value, flat, scaling, sliding_window, softcap, dropout), None
     outputs = []
     keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]

@@ -4,8 +4,9 @@ With T tokens in a pass, L labels, d the width, f the feed-forward width, h the 
 
     kept by a fast block, a token    2 d      inputs of the two norms
                                      2 f      gate and up (swiglu makes their product again)
-                                     3 h      queries, and keys and values repeated to as many heads, sorted by sequence
-                                     2        log-sums of attention; on a GPU, h for its output besides
+                                     h + 2 g  queries; keys and values, g the width of all their heads
+                                     1        log-sums of attention, a head
+                                     2 (h - g) + h + 1 more where it is PyTorch's: heads repeated, its output
                                      inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
                                      D        what each delta keeps besides (`Delta.cost`)
     kept where a block is recomputed d, until its turn comes, and then all the above of this one
@@ -40,7 +41,9 @@ from afina.config import TrainSettings
 from afina.delta.contract import Delta, method
 from afina.delta.layers import Layer
 from afina.delta.targets import block_number
+from afina.kernels.attention import WIDE
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
+from afina.kernels.native import kernels
 from afina.planning.figures import THIN, Load, Memory, Rates, Time
 from afina.planning.shape import Count, Shape
 from afina.training.eightbit import SMALLEST
@@ -230,7 +233,11 @@ class Step:
     def _kept(self, load: Load) -> list[float]:
         """Numbers a token that each block keeps for the backward pass; `block.kept` are those without recomputation."""
         heads, width = self._heads
-        attention = (3.0 if self.device == "cpu" else 4.0) * width + 2 * heads * 4 / self.shape.dtype.itemsize
+        logs = heads * 4 / self.shape.dtype.itemsize
+        attention = 4.0 * width + 2 * logs
+        if self.device == "cpu" and kernels.isa in WIDE:
+            shared = int(getattr(self.shape.config, "num_key_value_heads", None) or heads)
+            attention = width * (1 + 2 * shared / heads) + logs
         for block in self._blocks:
             block.kept = block.norms + 2 * block.inner + attention + block.inputs + block.keeps if block.flows else 0.0
         return [
