@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from common import publish, roofline
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from afina.kernels import elementwise, lowrank, nf4, square  # noqa: F401 (they enter the operations)
+from afina.kernels.attention import varlen_attention
 from afina.kernels.native import address, kernels
+from afina.kernels.paged import gathered, paged_attention
 
 OUT, IN, MATRICES = 4096, 1024, 24
 TOKENS, WIDTH, WIDE = 512, 1024, 2688
@@ -125,6 +128,36 @@ def squares() -> Sides:
     return sides
 
 
+def attentions() -> Sides:
+    """Attention of whole sequences beside PyTorch's flash kernel, with gradients too, and of pieces over pages, which PyTorch's
+    gets laid side by side: tokens x sequences, heads of 64; new tokens after a history."""
+    sides: Sides = {}
+    for tokens, count, heads in ((27, 75, 4), (256, 2, 16), (512, 1, 9), (4096, 1, 4)):
+        q, k, v = (data(tokens * count, heads, 64).requires_grad_() for _ in range(3))
+        seed, bounds = data(tokens * count, heads, 64), range(0, tokens * count + 1, tokens)
+
+        def ours(q: Tensor = q, k: Tensor = k, v: Tensor = v, bounds: range = bounds) -> Tensor:
+            return varlen_attention(q, k, v, bounds, 0.125)
+
+        def flash(q: Tensor = q, k: Tensor = k, v: Tensor = v, count: int = count) -> Tensor:
+            rows = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+            return scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2).flatten(0, 1)
+
+        both = torch.no_grad()(ours), torch.no_grad()(flash)
+        sides[f"attention_{tokens}x{count}"] = both
+        sides[f"attention_{tokens}x{count}_with_backward"] = (
+            lambda f=ours, g=seed: f().backward(g),
+            lambda f=flash, g=seed: f().backward(g),
+        )
+    for new, past in ((512, 0), (64, 4032), (768, 3328)):
+        kv, query, table = data((past + new) // 16, 2, 3, 16, 64), data(new, 9, 64), torch.arange((past + new) // 16)
+        sides[f"pages_{new}_after_{past}"] = (
+            lambda q=query, kv=kv, t=table, n=new, p=past: paged_attention(q, kv, [0, n], [p], t[None], 0.125),
+            lambda q=query, kv=kv, t=table, p=past: gathered(q, kv, p, t, 0.125, None, None),
+        )
+    return sides
+
+
 def without(call: Callable[[], object]) -> object:
     """The reference: the same call without the C++ library."""
     library, kernels.library = kernels.library, None
@@ -167,7 +200,7 @@ def main() -> None:
     if not kernels.library:
         parser.exit(1, "the C++ kernels are not built here\n")
     machine = roofline() | {"read_gbs": read_bandwidth()}
-    parts = (weights, activations, adapters, squares)
+    parts = (weights, activations, adapters, squares, attentions)
     seconds = {name: times for part in parts for name, times in in_turn(part(), rounds).items()}
     ours = {name: statistics.median(t for t, _ in times) for name, times in seconds.items()}
     theirs = {name: statistics.median(t for _, t in times) for name, times in seconds.items()}

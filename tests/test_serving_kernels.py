@@ -11,6 +11,7 @@ from afina.base.fast import FastLinear, speed_up
 from afina.base.nf4 import NF4Linear
 from afina.delta.attach import Adapter, attach, detach
 from afina.delta.contract import Spec
+from afina.kernels import paged
 from afina.kernels.lowrank import Prepared, grouped_lowrank
 from afina.kernels.native import kernels
 from afina.kernels.paged import FEW, paged_attention, paged_write
@@ -86,8 +87,9 @@ def test_paged_attention(isa: str, case: tuple[Any, ...], kind: Any, monkeypatch
     pool = Pool(*shape, kind)
     exact = pool.exact(window, softcap)
     near = {"rtol": TOLERANCE[kind[0]], "atol": TOLERANCE[kind[0]]}
-    for threads in (1, 2):
+    for threads, wide in ((1, kernels.isas), (2, kernels.isas), (2, ())):  # with the kernel for pieces, and without
         with monkeypatch.context() as patch:
+            patch.setattr(paged, "WIDE", wide)
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             made = pool.attend(window=window, softcap=softcap)
         assert made.dtype == kind[0]

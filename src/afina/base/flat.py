@@ -9,7 +9,7 @@ sequence are kept there and read back: the same function serves training, prefil
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from afina.base.paged import PagedCache, ShapeProbe
-from afina.kernels.attention import causal_attention
+from afina.kernels.attention import causal_attention, fast, varlen_attention
 
 NAME = "afina"
 
@@ -76,6 +76,17 @@ class Flat:
             made.append((index, ((along >= ends - own) & (along < ends)).flatten().nonzero()[:, 0]))
             order.append(index.flatten()[made[-1][1]])
         return made, torch.cat(order).argsort()
+
+
+    @cached_property
+    def end_to_end(self) -> tuple[Tensor, tuple[int, ...], Tensor]:
+        """Whole sequences one after another, what they share once more for each: their tokens' places in the run, their
+        boundaries, and where among these tokens the run's own ones are, in the run's order."""
+        rows = [[place for start, end in pieces for place in range(start, end)] for pieces in self.pieces]
+        bounds = (0, *accumulate(map(len, rows)))
+        own = [(start + i, end - length + i) for (*_, (start, stop)), end in zip(self.pieces, bounds[1:], strict=True)
+               for length in (stop - start,) for i in range(length)]  # fmt: skip
+        return torch.tensor([place for row in rows for place in row]), bounds, torch.tensor([at for _, at in sorted(own)])
 
 
 @dataclass
@@ -166,6 +177,8 @@ def flat_attention(
         return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
     if cache is None:
         run = _with_before(module, query, key, value, flat)
+        if softcap is None and not dropout and fast(query, key, value):
+            return _end_to_end(*run, query.shape[-1], flat, scaling, sliding_window), None
         return _grouped(*run, query.shape[-1], flat, scaling, sliding_window, softcap, dropout), None
     outputs = []
     keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
@@ -195,6 +208,19 @@ def _with_before(
 
 def _within(length: int, window: int | None) -> bool:
     return window is None or length <= window
+
+
+def _end_to_end(
+    query: Tensor, key: Tensor, value: Tensor, width: int, flat: Flat, scaling: float, window: int | None
+) -> Tensor:
+    """Attention within each sequence by the kernel that needs no padding; otherwise as `_grouped`."""
+    query, key, value = (x.unflatten(1, (-1, width)) for x in (query, key, value))
+    if not flat.pieces:
+        return varlen_attention(query, key, value, flat.bounds, scaling, window)[None]
+    places, bounds, own = flat.end_to_end
+    query, key, value = (x.index_select(0, places) for x in (query, key, value))
+    out = varlen_attention(query, key, value, bounds, scaling, window)
+    return out.index_select(0, own)[None]
 
 
 def _grouped(

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from afina.kernels.attention import WIDE
 from afina.kernels.native import TYPES, address, kernels
 
-# queries of a sequence up to which the C++ kernel runs; beyond, pages are gathered for PyTorch's attention. In ms, kernel
-# against gathering, two sequences in bf16, 9 heads of 64, after 500 tokens: 4 queries 0.30 / 0.82, 16 0.92 / 1.27,
-# 32 1.78 / 1.84, 64 3.7 / 3.4
+# queries of a sequence up to which a kernel for few of them runs; beyond, PyTorch's attention over pages laid side by side
 FEW = 32
+# With AVX-512, rows (a query and a head that reads the same keys) up to which the kernel for few of them runs, whose time
+# goes by the row; beyond, the one for pieces, whose time goes by 16 of them. In ms, two sequences after 500 tokens, few /
+# pieces: 9 heads on 3, bf16, 2 queries 0.17 / 0.17, 4 0.22 / 0.12, 32 1.67 / 0.52; 16 heads, 4 queries 0.41 / 0.56, 8
+# 0.80 / 0.66; float32, 8 queries 1.4 / 2.0, 16 2.3 / 2.5
+ROWS = {torch.float32: 19, torch.bfloat16: 7}
 Tables = Sequence[Sequence[int]] | Tensor
 
 
@@ -45,14 +49,18 @@ def paged_attention(
         fast = FEW
         gpu.paged_attention(query, kv, bounds, pasts, tables, out, FEW, scaling, window, softcap)
     elif kernels.take(query) and kv.dtype in TYPES and (query.dtype == torch.float32 or kv.dtype == query.dtype):
-        fast, query = FEW, query.contiguous()
+        query = query.contiguous()
         heads, width = query.shape[1:]
         pages, _, kv_heads, page_size, _ = kv.shape
-        kernels.paged(
-            address(query), TYPES[query.dtype], address(out), address(kv), TYPES[kv.dtype], pages, kv.stride(0), heads,
-            kv_heads, page_size, width, address(tables), tables.shape[1], bounds, pasts, FEW, scaling, softcap or 0.0,
-            window or 0,
-        )  # fmt: skip
+        longest = max((end - start for start, end in pairwise(bounds)), default=0)
+        pieces = kernels.isa in WIDE
+        few, fast = (max(1, ROWS[query.dtype] * kv_heads // heads), longest) if pieces else (FEW, FEW)
+        for run, limit in ((kernels.paged, few), (kernels.paged_pieces, few + 1))[: 1 + (pieces and longest > few)]:
+            run(
+                address(query), TYPES[query.dtype], address(out), address(kv), TYPES[kv.dtype], pages, kv.stride(0), heads,
+                kv_heads, page_size, width, address(tables), tables.shape[1], bounds, pasts, limit, scaling, softcap or 0.0,
+                window or 0,
+            )  # fmt: skip
     for s, (start, end) in enumerate(pairwise(bounds)):
         if end - start > fast:
             out[start:end] = gathered(query[start:end], kv, pasts[s], tables[s], scaling, window, softcap)

@@ -4,8 +4,9 @@ With T tokens in a pass, L labels, d the width, f the feed-forward width, h the 
 
     kept by a fast block, a token    2 d      inputs of the two norms
                                      2 f      gate and up (swiglu makes their product again)
-                                     3 h      queries, and keys and values repeated to as many heads, sorted by sequence
-                                     h + 2    output and log-sums, where PyTorch's attention has the backward pass
+                                     h + 2 g  queries; keys and values, g the width of all their heads
+                                     1        log-sums of attention, a head
+                                     2 (h - g) + h + 1 more where it is PyTorch's: heads repeated, its output
                                      inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
                                      D        what each delta keeps besides (`Delta.cost`)
     kept where a block is recomputed d, until its turn comes, and then all the above of this one
@@ -40,7 +41,7 @@ from afina.config import TrainSettings
 from afina.delta.contract import Delta, method
 from afina.delta.layers import Layer
 from afina.delta.targets import block_number
-from afina.kernels.attention import LONGEST
+from afina.kernels.attention import WIDE
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
 from afina.kernels.native import kernels
 from afina.planning.figures import THIN, Load, Memory, Rates, Time
@@ -236,9 +237,11 @@ class Step:
     def _kept(self, load: Load) -> list[float]:
         """Numbers a token that each block keeps for the backward pass; `block.kept` are those without recomputation."""
         heads, width = self._heads
-        attention = 3.0 * width
-        if not self._short(load.length):
-            attention += width + 2 * heads * 4 / self.shape.dtype.itemsize
+        logs = heads * 4 / self.shape.dtype.itemsize
+        attention = 4.0 * width + 2 * logs
+        if self.device == "cpu" and kernels.isa in WIDE:
+            shared = int(getattr(self.shape.config, "num_key_value_heads", None) or heads)
+            attention = width * (1 + 2 * shared / heads) + logs
         for block in self._blocks:
             own = block.norms + 2 * block.inner + block.inputs + block.keeps
             block.kept = own + load.read * attention if block.flows else 0.0
@@ -249,11 +252,10 @@ class Step:
 
     def _within(self, load: Load) -> float:
         """Numbers a token that live within a block while its backward pass runs."""
-        heads, width = self._heads
+        _, width = self._heads
         inner = max((b.inner for b in self._blocks if b.flows), default=0)
-        scores = 3 * heads * load.length * 4 / self.shape.dtype.itemsize if self._short(load.length) else 0.0
         works = max((b.works for b in self._blocks), default=0.0)
-        return 3 * self._width + max(4 * inner + works, load.read * (9 * width + scores))
+        return 3 * self._width + max(4 * inner + works, load.read * 9 * width)
 
     @property
     def _packed(self) -> float:
@@ -262,9 +264,6 @@ class Step:
         once = any(b.once for b in self._blocks)  # deltas that read the weight themselves, a piece of it in float32
         copies = (self.storage == "nf4") * (1 + once) + (self.device == "cpu" and e == 2)
         return largest * e * copies + once * 8.0 * min(largest, PIECE)
-
-    def _short(self, length: int) -> bool:
-        return self.device == "cpu" and length <= LONGEST
 
     def _chunk(self, labels: int) -> float:
         """Bytes of the logits that exist at a time."""

@@ -1,5 +1,7 @@
 // Compiled once for each instruction set, with the flags that CMakeLists.txt gives it and its name in AFINA_ISA.
 #include "adamw8.h"
+#include "attention.h"
+#include "attention_back.h"
 #include "elementwise.h"
 #include "lowrank.h"
 #include "nf4.h"
@@ -39,5 +41,7 @@ const Table JOIN(table_, AFINA_ISA) = {
     square,
     square_backward,
     units,
+    attention,
+    attention_backward,
     kDots,
 };

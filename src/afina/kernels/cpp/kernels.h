@@ -167,6 +167,45 @@ struct AdamW8 {  // items: blocks; see adamw8.h
     float weight1, beta2, weight2, correction2, eps, decay, rate;
 };
 
+struct Strided {  // (T, heads, width), whose numbers of one head and token lie side by side
+    const void* at;
+    i64 token, head;  // how far tokens, and heads, are apart
+};
+
+struct Block {  // rows row..row + rows of one sequence: row i is query i / group, head i % group of those that share keys
+    i64 sequence, head, query, past;  // the head of keys; the first query's place in the run, and its position
+    i64 row, rows, begin;             // the first key that one of them sees
+};
+
+struct Paging {
+    const void* kv;  // as in Paged
+    i64 page_stride, page_size, table_width;
+};
+
+struct Piece {  // blocks first..last of one sequence and head of keys
+    i64 token, tokens, head;  // the sequence's first token, how many it has, and the head of keys
+    i64 first, last, place;   // where its sums start in `partial`: (2, tokens, width in whole vectors)
+};
+constexpr i64 kMostShares = 64;
+
+struct Attention {  // see attention.h
+    Type type, kv_type;
+    i64 heads, kv_heads, width;
+    float scaling, softcap;  // 0: none
+    i64 window;              // 0: none
+    Strided query, out, key, value;
+    const int32_t* tables;  // null where keys and values are strided, and no sequence has a past
+    Paging paging;
+    float* logs;  // (T, heads): the logarithm to base 2 of the softmax's denominator; or null
+    const Block* blocks;
+    i64 block_count;
+    // backward
+    Strided grad, grad_query, grad_key, grad_value;  // the gradients of keys and values are (T, kv_heads, width)
+    const Piece* pieces;  // those of one sequence and head side by side
+    i64 piece_count, shares;  // into how many pieces the blocks of a sequence and head are cut
+    float* partial;  // the sums of all pieces; null where shares is 1
+};
+
 using Task = void (*)(const void* args, i64 begin, i64 end);
 
 struct Table {
@@ -179,5 +218,7 @@ struct Table {
     void (*square)(const Squares&, int threads);
     void (*square_backward)(const Squares&, int threads);
     void (*units)(const Units&);
+    void (*attention)(const Attention&, int threads);
+    void (*attention_backward)(const Attention&, int threads);
     bool dots;  // whether it multiplies bfloat16, two at a time
 };

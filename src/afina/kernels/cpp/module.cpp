@@ -4,12 +4,15 @@
 // The interpreter's lock is given back while a kernel runs.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -271,6 +274,15 @@ void square_units(int, Address m, int type, i64 size, bool transposed, Address o
 
 constexpr i64 kShortest = 128;  // keys that are worth an item of their own
 
+// whether keys first..keys of sequence s have pages
+void check_pages(const int32_t* tables, i64 table_width, i64 s, i64 first, i64 keys, i64 page_size, i64 pages) {
+    if (keys > table_width * page_size) throw std::invalid_argument("a table has too few pages for its sequence's keys");
+    for (i64 page = first / page_size; page * page_size < keys; page++) {
+        i64 there = tables[s * table_width + page];
+        if (there < 0 || there >= pages) throw std::invalid_argument("a table names a page that is not there");
+    }
+}
+
 void paged(int threads, Address query, int type, Address out, Address kv, int kv_type, i64 pages, i64 page_stride, i64 heads,
            i64 kv_heads, i64 page_size, i64 width, Address tables, i64 table_width, const std::vector<i64>& bounds,
            const std::vector<i64>& pasts, i64 most_queries, float scaling, float softcap, i64 window) {
@@ -284,11 +296,7 @@ void paged(int threads, Address query, int type, Address out, Address kv, int kv
     for (size_t s = 0; s < pasts.size(); s++) {
         i64 queries = bounds[s + 1] - bounds[s], keys = pasts[s] + queries;
         if (queries <= 0 || queries > most_queries) continue;
-        if (keys > table_width * page_size) throw std::invalid_argument("a table has too few pages for its sequence's keys");
-        for (i64 page = first_key(s) / page_size; page * page_size < keys; page++) {
-            i64 there = at<int32_t>(tables)[i64(s) * table_width + page];
-            if (there < 0 || there >= pages) throw std::invalid_argument("a table names a page that is not there");
-        }
+        check_pages(at<int32_t>(tables), table_width, i64(s), first_key(s), keys, page_size, pages);
         for (i64 end, begin = first_key(s); begin < keys; begin = end) {
             end = keys - begin < 2 * span ? keys : (begin / page_size) * page_size + span;
             for (i64 head = 0; head < kv_heads; head++) {
@@ -302,6 +310,91 @@ void paged(int threads, Address query, int type, Address out, Address kv, int kv
     kernels->paged({at<void>(query), at<void>(kv), at<void>(out), Type(type), Type(kv_type), page_stride, heads, kv_heads,
                     page_size, width, at<int32_t>(tables), table_width, scaling, softcap, window, stretches.data(),
                     i64(stretches.size()), firsts.data(), i64(firsts.size()) - 1, partial.data()}, threads);
+}
+
+constexpr i64 kBlockRows = 64;  // as attention.h has it
+
+// the blocks of sequence s, of `queries` after `past` others, for one head of keys
+void cut_blocks(std::vector<Block>& blocks, i64 s, i64 head, i64 group, i64 query, i64 queries, i64 past, i64 window) {
+    for (i64 row = 0; row < queries * group; row += kBlockRows) {
+        i64 rows = std::min(kBlockRows, queries * group - row), first = past + row / group;
+        blocks.push_back({s, head, query, past, row, rows, window ? std::max<i64>(0, first + 1 - window) : 0});
+    }
+}
+
+// the costly ones first, so that threads end together
+void costly_first(std::vector<Block>& blocks, i64 group) {
+    auto keys = [=](const Block& b) { return b.past + b.row / group - b.begin; };
+    std::stable_sort(blocks.begin(), blocks.end(), [=](const Block& a, const Block& b) { return keys(a) > keys(b); });
+}
+
+void paged_pieces(int threads, Address query, int type, Address out, Address kv, int kv_type, i64 pages, i64 page_stride, i64 heads,
+                  i64 kv_heads, i64 page_size, i64 width, Address tables, i64 table_width, const std::vector<i64>& bounds,
+                  const std::vector<i64>& pasts, i64 fewest, float scaling, float softcap, i64 window) {
+    std::vector<Block> blocks;
+    for (size_t s = 0; s < pasts.size(); s++) {
+        i64 queries = bounds[s + 1] - bounds[s];
+        if (queries < fewest || queries <= 0) continue;
+        check_pages(at<int32_t>(tables), table_width, i64(s), window ? std::max<i64>(0, pasts[s] + 1 - window) : 0,
+                    pasts[s] + queries, page_size, pages);
+        for (i64 h = 0; h < kv_heads; h++) cut_blocks(blocks, i64(s), h, heads / kv_heads, bounds[s], queries, pasts[s], window);
+    }
+    costly_first(blocks, heads / kv_heads);
+    Attention job{Type(type), Type(kv_type), heads, kv_heads, width, scaling, softcap, window};
+    job.query = {at<void>(query), heads * width, width}, job.out = {at<void>(out), heads * width, width};
+    job.tables = at<int32_t>(tables), job.paging = {at<void>(kv), page_stride, page_size, table_width};
+    job.blocks = blocks.data(), job.block_count = i64(blocks.size());
+    kernels->attention(job, threads);
+}
+
+using Place = std::tuple<Address, i64, i64>;  // of (T, heads, width): address, and how far tokens and heads are apart
+Strided strided(const Place& p) { return {at<void>(std::get<0>(p)), std::get<1>(p), std::get<2>(p)}; }
+
+Attention flat_job(int type, i64 heads, i64 kv_heads, i64 width, float scaling, i64 window, const std::vector<Place>& places, Address logs) {
+    Attention job{Type(type), Type(type), heads, kv_heads, width, scaling, 0, window};
+    job.query = strided(places[0]), job.key = strided(places[1]), job.value = strided(places[2]);
+    job.logs = at<float>(logs);
+    return job;
+}
+
+// places: query, key, value, out
+void attention(int threads, int type, i64 heads, i64 kv_heads, i64 width, const std::vector<i64>& bounds, float scaling, i64 window,
+               const std::vector<Place>& places, Address logs) {
+    std::vector<Block> blocks;
+    for (size_t s = 0; s + 1 < bounds.size(); s++)
+        for (i64 h = 0; h < kv_heads; h++)
+            cut_blocks(blocks, i64(s), h, heads / kv_heads, bounds[s], bounds[s + 1] - bounds[s], 0, window);
+    costly_first(blocks, heads / kv_heads);
+    Attention job = flat_job(type, heads, kv_heads, width, scaling, window, places, logs);
+    job.out = strided(places[3]);
+    job.blocks = blocks.data(), job.block_count = i64(blocks.size());
+    kernels->attention(job, threads);
+}
+
+// places: query, key, value, grad, and the gradients of query, key and value
+void attention_backward(int threads, int type, i64 heads, i64 kv_heads, i64 width, const std::vector<i64>& bounds, float scaling,
+                        i64 window, const std::vector<Place>& places, Address logs) {
+    i64 pairs = (i64(bounds.size()) - 1) * kv_heads, stride = (width + 15) / 16 * 16, place = 0;
+    i64 shares = pairs >= 2 * threads || threads <= 1 ? 1 : std::min((2 * threads + pairs - 1) / std::max<i64>(1, pairs), kMostShares);
+    std::vector<Block> blocks;
+    std::vector<Piece> pieces;
+    for (size_t s = 0; s + 1 < bounds.size(); s++)
+        for (i64 h = 0; h < kv_heads; h++) {
+            i64 first = i64(blocks.size()), tokens = bounds[s + 1] - bounds[s];
+            cut_blocks(blocks, i64(s), h, heads / kv_heads, bounds[s], tokens, 0, window);
+            i64 count = i64(blocks.size()) - first;
+            for (i64 share = 0; share < shares; share++, place += 2 * tokens * stride) {
+                // block i reads about i chunks of keys: equal shares of work end at the square roots
+                auto border = [&](i64 k) { return first + i64(double(count) * std::sqrt(double(k) / double(shares)) + 0.5); };
+                pieces.push_back({bounds[s], tokens, h, border(share), border(share + 1), place});
+            }
+        }
+    std::vector<float> partial(shares > 1 ? place : 0);
+    Attention job = flat_job(type, heads, kv_heads, width, scaling, window, places, logs);
+    job.blocks = blocks.data(), job.block_count = i64(blocks.size());
+    job.grad = strided(places[3]), job.grad_query = strided(places[4]), job.grad_key = strided(places[5]), job.grad_value = strided(places[6]);
+    job.pieces = pieces.data(), job.piece_count = i64(pieces.size()), job.shares = shares, job.partial = shares > 1 ? partial.data() : nullptr;
+    kernels->attention_backward(job, threads);
 }
 
 // keys and values (tokens, kv_heads, width) of `size` bytes a number to their slots
@@ -350,5 +443,8 @@ NB_MODULE(_native, m) {
     m.def("square_units", square_units, release);
     m.def("beside", Mora::beside_of);
     m.def("paged", paged, release);
+    m.def("paged_pieces", paged_pieces, release);
+    m.def("attention", attention, release);
+    m.def("attention_backward", attention_backward, release);
     m.def("paged_write", paged_write, release);
 }
