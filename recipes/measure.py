@@ -104,16 +104,17 @@ def found() -> dict[str, Any]:
 
 def page(results: dict[str, Any]) -> str:
     """recipes/README.md with the table and the examples of these results."""
-    lines = ["| recipe | use | method, steps | counted | before | after | forgetting | CPU |", "|" + "---|" * 8]
+    lines = ["| recipe | use | method, steps | counted | before | after | likeness | forgetting | CPU |", "|" + "---|" * 9]
     for name in names():
         if name not in results:
-            lines.append(f"| `{name}` | {described(name).rstrip('.')} | not measured yet |" + " |" * 5)
+            lines.append(f"| `{name}` | {described(name).rstrip('.')} | not measured yet |" + " |" * 6)
             continue
         r = results[name]
+        alike = f"{r['chrf_before']:.0f} → {r['chrf_after']:.0f}" if "chrf_after" in r else ""
         forgot = f"{r['forgetting']:+.2f}" if "forgetting" in r else ""
         lines.append(
             f"| `{name}` | {r['what'].rstrip('.')} | {r['method']}, {r['steps']} | {NAMES[r['metric']]} (of {r['held_out']}) "
-            f"| {r['before']:.1f}% | **{r['after']:.1f}%** | {forgot} | {r['cpu_seconds']:.0f} s |"
+            f"| {r['before']:.1f}% | **{r['after']:.1f}%** | {alike} | {forgot} | {r['cpu_seconds']:.0f} s |"
         )
     lines += ["", "One held-out question of each, with the answer of the base and of the adapter:", ""]
     for name, r in sorted(results.items()):

@@ -163,7 +163,7 @@ def few_steps(line: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # two dozen processes, each of which loads torch
 def test_the_reader_who_types_everything(workplace: Path, request: pytest.FixtureRequest) -> None:
     """All commands but the demo, which has a test of its own, in order; what trains takes two steps."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
