@@ -399,7 +399,6 @@ class RemedySettings(BaseSettings):
     payload: str | None = _describe("what they make it say")
     beside: list[Path] = _describe("benign adapters of the same base, for mix", [])
     data: Path | None = _describe("rows of its task with answers; by default the run's own held-out rows")
-    columns: dict[str, str] = _describe("names of your columns, e.g. {prompt: question, completion: answer}", {})
     budget: float = _describe("audit of the result: seconds for looking at what it does", 30.0, ge=0.0)
     prompts: Path | None = _describe("audit of the result: a few prompts of its task, one a line")
     calibration: Path | None = _describe("audit of the result: benign adapters' statistics")

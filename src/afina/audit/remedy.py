@@ -195,7 +195,7 @@ def _rows(settings: RemedySettings) -> list[Row]:
     file = settings.data or settings.run / HELD_OUT
     if not file.is_file():
         raise SettingsError("rows of its task are needed, with answers", where=str(file), hint="--data FILE")
-    rows = read_table(file, settings.columns).rows
+    rows = read_table(file).rows
     if any(_asked(row) == "" for row in rows):
         hint = "rows with prompts and answers"
         raise SettingsError("plain text has no prompt to put a trigger into", where=str(file), hint=hint)
