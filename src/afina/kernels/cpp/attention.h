@@ -97,10 +97,11 @@ struct Softmax {  // of the rows so far; logarithms to base 2
     Softmax() {
         for (int n = 0; n < kVectors; n++) most[n] = top[n] = all(kLeast), total[n] = V{};
     }
-    // Sums are made for `most`; they are scaled anew when a score is well above it, which is seldom.
+    // Sums are made for `most` and scaled anew when a score is above it. At once, not only when it is well above: the largest
+    // weight is then 1, which bfloat16 holds exactly, where 2^s was 3.5% further from the truth.
     INLINE void renew(i64 vectors, float* sums, i64 width) {
         for (i64 n = 0; n < vectors; n++) {
-            if (!any(top[n] > most[n] + 8.0f)) continue;
+            if (!any(top[n] > most[n])) continue;
             V less = exp2(most[n] - top[n]);
             total[n] *= less, most[n] = top[n];
             for (i64 d = 0; d < width; d++) store(sums + d * kLanes + 16 * n, load(sums + d * kLanes + 16 * n) * less);
