@@ -1,9 +1,11 @@
 # The household. `make demo` to see it work; `make test` before a commit; `make help` lists the rest.
 # A Python of your own: make demo PYTHON=python3.12.  Words for the command: make demo ARGS="--steps 100 --json".
+# Tests run in JOBS processes beside each other: make test JOBS=1.
 # Without an NVIDIA card, on Linux: export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu  (GBs less to load).
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/afina/kernels/cpp/*)
@@ -25,10 +27,10 @@ demo: .venv/.installed  ## teach the embedded base to correct sentences (about t
 	$(QUIET) $(BIN)/afina demo $(ARGS)
 
 test: setup lint  ## everything: checkers, then all tests
-	$(QUIET) $(BIN)/python -m pytest $(ARGS)
+	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-fast: setup  ## the tests that take no more than a few seconds
-	$(QUIET) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ from afina.delta.files import load_adapter, save_adapter
 from afina.delta.targets import resolve_targets
 from afina.engine.generate import generate_tokens
 from afina.engine.pages import PAGE, LayerShape, Pool
-from afina.engine.prefix import Key, PrefixTree
+from afina.engine.prefix import Key, PrefixTree, keys_of
 from afina.engine.request import Event, Part, Request, Sampling
 from afina.engine.serving import Engine, EngineSettings, answer_all
 from afina.engine.shelf import Content
@@ -326,6 +326,15 @@ def test_an_adapter_that_is_being_trained_is_lent(tiny: Path, adapters: dict[str
         engine.shelf.take_back(lent)
     engine.step()
     assert not engine.memory.tree.forget_adapter("run-0@1")
+
+
+def test_pages_of_an_adapter_named_twice_are_forgotten_once() -> None:
+    tree = PrefixTree()
+    [key] = keys_of(range(PAGE), [("one", 1.0, 0), ("one", 0.5, 0)], "", 0, 1)
+    tree.leave([tree.add(tree.root, key, 7)])
+    assert tree.forget_adapter("one") == [7]
+    assert not len(tree)
+    assert tree.forget_adapter("one") == []
 
 
 @pytest.mark.parametrize(("storage", "dtype"), [("nf4", "float32"), ("plain", "bfloat16"), ("nf4", "bfloat16")])

@@ -65,7 +65,7 @@ class PrefixTree:
         node = parent.children.get(key)
         if node is None:
             node = parent.children[key] = self._by_page[page] = Node(key, page, parent, depth=parent.depth + 1)
-            for name, _, _ in key[1]:
+            for name in _adapters(key):
                 self._by_adapter.setdefault(name, set()).add(node)
             self.unused += 1
         self._hold(node)
@@ -113,7 +113,7 @@ class PrefixTree:
     def _drop(self, node: Node) -> int:
         assert node.parent is not None
         del node.parent.children[node.key], self._by_page[node.page]
-        for name, _, _ in node.key[1]:
+        for name in _adapters(node.key):
             self._by_adapter[name].discard(node)
             if not self._by_adapter[name]:
                 del self._by_adapter[name]
@@ -130,6 +130,11 @@ class PrefixTree:
         self._by_page[new] = node
         self._offer(node)  # its entry among the idle ones names the old page
         return True
+
+
+def _adapters(key: Key) -> set[str]:
+    """The adapters that made a page, each once: a sum may name one twice."""
+    return {name for name, _, _ in key[1]}
 
 
 def keys_of(tokens: Sequence[int], acting: Sequence[tuple[str, float, int]], owner: str, start: int, end: int) -> list[Key]:

@@ -416,6 +416,7 @@ void paged_write(int, Address key, Address value, i64 size, Address kv, i64 page
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // prepared matrices live in caches until the interpreter ends: nothing leaks before
     auto release = nb::call_guard<nb::gil_scoped_release>();
     m.def("isas", isas);
     m.def("isa", [] { return kernels->name; });
