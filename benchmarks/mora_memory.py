@@ -65,7 +65,7 @@ def learn(model: str, rate: float, seed: int, folder: Path, steps: int = STEPS) 
         )
 
     (folder / "run").mkdir(exist_ok=True)
-    Loop(setup, folder / "run", {}, measure, lambda: None).train()
+    Loop(setup, folder / "run", {}, measure, lambda _: None).train()
     return curve
 
 
