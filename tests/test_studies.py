@@ -151,9 +151,12 @@ def test_the_advice_says_what_the_study_found(claim: str, lang: str, tiny: Path,
     """Where the study does not bear out what the advice rests on, the advice says both; the figures are the committed ones."""
     goal, rows = SITUATIONS[claim]
     said = " ".join(r["text"] for r in advise(goal=goal, rows=rows, base=str(tiny), lang=lang, earlier=tmp_path)["reasons"])
-    found = study.heard(study.read_results()).get(claim)
+    heard = study.heard(study.read_results())
+    found = heard.get(claim)
     assert claim in STUDIED.values()
     if found is None:
+        for other in heard.values():  # the same advice may rest on these, too
+            said = said.replace(other["figures"], "")
         assert not any(figures in said for figures in ("lora − full", "full − lora", "mora − lora"))
     else:
         key = "study_" + found["verdict"].replace(" ", "_")

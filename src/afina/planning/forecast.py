@@ -27,7 +27,7 @@ from afina.training.setup import make_spec
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
 CONTEXT = 1.0e9  # bytes of a GPU that CUDA's context, its libraries and holes between tensors take
 SPARE = 0.95  # share of a machine's memory that one process may take
-BESIDES = 70e6  # bytes that rows, logs, judging and the curve's picture take in a training process
+BESIDES = 110e6  # bytes that rows, logs, judging and the curve's picture take in a training process
 LIBRARIES = 6e8  # bytes of a process with torch and transformers, where it has not been measured
 SMALLEST = 64  # tokens of the smallest batch that is worth proposing
 # of checkpointing: each takes less memory and more time than the one before

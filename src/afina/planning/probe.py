@@ -201,7 +201,8 @@ def _steps(device: str, rates: Rates, timed: bool) -> Rates:
     counted = [sum(asdict(step.time(load, rates)).values()) - rates.overlaps for load in (few, many)]
     seconds = [best(lambda n=load.tokens: run(n), device) for load in (few, many)]  # type: ignore[misc]
     factor = (seconds[1] - seconds[0]) / (counted[1] - counted[0])
-    factor = min(4.0, max(0.5, 1.0 if rates.overlaps else factor))  # on a GPU so small a model measures Python alone
+    # no less than 1: what fits into caches here, as the small base's activations do, does not elsewhere
+    factor = min(4.0, max(1.0, 1.0 if rates.overlaps else factor))  # on a GPU so small a model measures Python alone
     block = max(1e-5, (seconds[0] - (0.0 if rates.overlaps else factor * counted[0])) / shape.blocks)
     return replace(rates, factor=factor, block=block)
 
