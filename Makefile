@@ -6,6 +6,8 @@
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
+# one thread a process: idle threads of OpenMP spin, and keep the cores from the other processes
+PYTEST = OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/afina/kernels/cpp/*)
@@ -27,10 +29,10 @@ demo: .venv/.installed  ## teach the embedded base to correct sentences (about t
 	$(QUIET) $(BIN)/afina demo $(ARGS)
 
 test: setup lint  ## everything: checkers, then all tests
-	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: setup  ## the tests that take no more than a few seconds
-	$(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check
