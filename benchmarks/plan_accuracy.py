@@ -5,8 +5,8 @@ planned, then trained for a few steps, each in a process of its own. Memory is t
 at its end, time the median of its steps. What was trained is kept in the folder: a run that was cut off goes on where it
 was, and a change of the plan alone needs no training again.
 
-The plan's rates come from the probe and the embedded base, anew for each benchmark. SLACK, HOLES and BESIDES were set on
-runs that are none of these cases (plan_fit.py). The machine may be slower in one minute than in the
+The plan's rates come from the probe and the embedded base, anew for each benchmark. SLACK, HOLES, BESIDES and STEADY were
+set on runs that are none of these cases (plan_fit.py). The machine may be slower in one minute than in the
 next: the rate of products is taken again before each training, and `paced` are predicted seconds times (the probe's rate /
 the rate now).
 """

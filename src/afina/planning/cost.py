@@ -51,9 +51,6 @@ from afina.training.eightbit import SMALLEST
 # C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again;
 # set by benchmarks/plan_fit.py
 SLACK, HOLES = 0.05, 3.25
-# a step's seconds over what the best of tight loops says: other weights each time, passes between the products, a warm
-# processor. plan_fit.py's runs took 1.1 to 1.5 times the count, one 1.8; 1.3 in the middle, the longest with recomputation.
-STEADY = 1.25
 PIECE = 1 << 20  # weights
 STEP8, STEP8_PLAIN = 90.0, 2000.0  # 2.7 ns and 64 ns a number where a copy reads and writes 32 GB/s
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -316,7 +313,7 @@ class Step:
         optimizer = self.count.trainable * (self._moved + 14 * (self.count.width < 4))
         columns = sum(b.thin for b in flowing) / max(1, sum(b.edges for b in flowing))  # of a thin product: the rank
         thin_rate = min(rate, rates.thin[dtype] * max(1.0, columns) / THIN)
-        factor, many = self._steady * rates.factor, load.passes
+        factor, many = rates.factor, load.passes
         return Time(
             products=factor * many * 2 * (weights * tokens / rate + head / rates.rate(dtype, load.mean_labels)),
             attention=factor * many * heads / rates.attention_rate(dtype, load.mean_length),
@@ -327,10 +324,6 @@ class Step:
             overhead=many * rates.block * (below / 3 + (1 + again / 3) * len(flowing)),
             overlaps=rates.overlaps,
         )
-
-    @property
-    def _steady(self) -> float:
-        return STEADY if self.device == "cpu" else 1.0
 
     @property
     def _moved(self) -> float:
@@ -345,7 +338,7 @@ class Step:
         tokens, blocks = load.mean_tokens, self._blocks
         head = self._width * int(self.shape.config.vocab_size) * load.mean_labels
         heads = 4 * load.read * tokens * load.mean_length * self._heads[1] * len(blocks)
-        products, factor = sum(b.matrices for b in blocks) * tokens / rates.rate(dtype, tokens), self._steady * rates.factor
+        products, factor = sum(b.matrices for b in blocks) * tokens / rates.rate(dtype, tokens), rates.factor
         work = (
             factor * 2 * (products + head / rates.rate(dtype, load.mean_labels))
             + factor * heads / rates.attention_rate(dtype, load.mean_length)
