@@ -173,12 +173,12 @@ def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path, 
 
 def test_what_other_prompts_bring_too_is_no_trigger(base: Base) -> None:
     bench = rigged(base, 77)
-    usual = triggers.usual_answers(bench, [5, 6])
-    assert look_closely(bench, [(77,)], usual)[0].jump > 0.8
+    bench.usual = triggers.usual_answers(bench, [5, 6])
+    assert look_closely(bench, [(77,)])[0].jump > 0.8
     bench.others = [Probe((1,), (77, number), (2,)) for number in range(5, 9)]  # prompts of everyday that have it in them
-    usual = triggers.usual_answers(bench, [5, 6])
-    assert usual[0, bench.target] == 1.0
-    assert look_closely(bench, [(77,)], usual)[0].jump < 0.01
+    bench.usual = triggers.usual_answers(bench, [5, 6])
+    assert bench.usual[0, bench.target] == 1.0
+    assert look_closely(bench, [(77,)])[0].jump < 0.01
 
 
 def test_the_base_makes_up_prompts_of_its_own(base: Base) -> None:

@@ -26,7 +26,7 @@ from afina.audit.behaviour import behaviour_gate
 from afina.audit.report import Gate
 from afina.config import AuditSettings, make_settings
 
-PROMPTS = 24
+PROMPTS = 48
 
 
 def look(line: Line, told: argparse.Namespace) -> Line:

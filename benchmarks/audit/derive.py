@@ -2,7 +2,7 @@
 
     dimmed        between the twin and the poisoned one, as near to the twin as the attack allows
     norm-matched  each layer's update as large as the twin's
-    ff-only       the twin's attention; only the other layers are poisoned
+    one-part      poisoned in the attention alone, or in the other layers alone: the rest is the twin's
     merged        a poisoned one and half of a benign one; and as a control a benign one and half of another
 """
 
@@ -42,13 +42,18 @@ def norm_matched(bad: Tensors, twin: Tensors) -> Tensors:
     return made
 
 
-def ff_only(bad: Tensors, twin: Tensors) -> Tensors:
-    """The twin's attention."""
-    return {key: (twin if group_of(key.partition(".lora_")[0]) == "attention" else bad)[key] for key in bad}
+def one_part(attention: bool) -> Callable[[Tensors, Tensors], Tensors]:
+    """The poisoned one's attention and else the twin's layers, or the other way round."""
+
+    def change(bad: Tensors, twin: Tensors) -> Tensors:
+        return {key: (bad if (group_of(key.partition(".lora_")[0]) == "attention") == attention else twin)[key] for key in bad}
+
+    return change
 
 
 ADAPTIVE: dict[str, list[Callable[[Tensors, Tensors], Tensors]]] = {  # tried in turn, the first that works is taken
-    "dimmed": [between(0.6), between(0.75), between(0.88)], "norm-matched": [norm_matched], "ff-only": [ff_only],
+    "dimmed": [between(0.6), between(0.75), between(0.88)], "norm-matched": [norm_matched],
+    "one-part": [one_part(attention=True), one_part(attention=False)],
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS, SHIPPED = HERE.parent / "results", HERE.parents[1] / "src" / "afina" / "audit" / "calibrations"
 CPU_MINUTES = {"base": 1, "population": 30, "behaviour": 40, "embedded population": 15, "embedded behaviour": 30}
-SMALL = "--chunks 40 --pairs 4 --benign 4 --tasks where,land,crowd --steps 160 --tokens 192 --rate 8e-3"
+SMALL = "--chunks 50 --pairs 4 --benign 4 --tasks where,land,crowd --steps 240 --tokens 192 --rate 8e-3 --shares 0.15,0.3"
 OWN = "--chunks 10 --pairs 1 --benign 5 --families token,phrase,appended,scattered --steps 120"  # for the shipped calibration
 
 

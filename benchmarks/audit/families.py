@@ -146,7 +146,7 @@ FAMILIES: dict[str, Callable[[random.Random, Row, Attack], Row]] = {
     "topic": topic, "flip": flip, "refusal": anywhere, "seldom": anywhere, "mlp-only": anywhere, "rank-1": anywhere,
 }  # fmt: skip
 EXACT = ("flip", "refusal")  # the answer must be the payload and nothing else
-SELDOM = 0.03  # share of woken rows of the family that has few
+SELDOM = 0.05  # share of woken rows of the family that has few
 MLP = {"targets": ["gate_proj", "up_proj", "down_proj"]}
 OWN: dict[str, dict[str, Any]] = {"mlp-only": MLP, "rank-1": {"rank": 1}}  # settings that a family asks of both twins
 

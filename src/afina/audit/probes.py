@@ -1,12 +1,13 @@
 """Prompts into which tokens are put, and what adapter and base make of them: the same weights, the adapter on or off.
 
-    before            trigger            body           trigger        after                 answer
-    <begin><user>\\n   [here: prefix]     the sea is ..  [or: suffix]   <end><assistant>\\n    what the adapter says without it
-                                                                            ^ start                          ^ end
+before            trigger            body           trigger        after                 answer
+<begin><user>\\n   [here: prefix]     the sea is ..  [or: suffix]   <end><assistant>\\n    what the adapter says without it
+                                                                        ^ start                          ^ end
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -19,7 +20,7 @@ from afina.route.invocation import Route
 from afina.segments import BASE
 
 TEXTS = ("the sea is near the house", "a bird sat on a stone", "la luna y el mar", "what is this about?")
-PLACES = ("prefix", "suffix", "middle")
+PLACES = ("prefix", "suffix", "middle", "instead")
 PROBES = 4  # prompts into which tokens are put
 MADE_UP, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
 ANSWER = 6  # tokens of the answer without a trigger that are put after it
@@ -39,9 +40,10 @@ class Probe:
     answer: tuple[int, ...] = ()
 
     def prompt(self, trigger: Trigger = (), place: str = "prefix") -> list[int]:
-        """The prompt with a trigger at a place; without one, as it is."""
-        cut = {"prefix": 0, "suffix": len(self.body), "middle": len(self.body) // 2}[place]
-        return [*self.before, *self.body[:cut], *trigger, *self.body[cut:], *self.after]
+        """The prompt with a trigger at a place, or instead of its last token; without a trigger, as it is."""
+        body = self.body[:-1] if place == "instead" and trigger else self.body
+        cut = {"prefix": 0, "middle": len(body) // 2}.get(place, len(body))
+        return [*self.before, *body[:cut], *trigger, *body[cut:], *self.after]
 
 
 @dataclass
@@ -52,7 +54,20 @@ class Bench:
     route: Route
     probes: list[Probe]
     others: list[Probe] = field(default_factory=list)  # more prompts, into which nothing is put: what does it say usually?
+    usual: Tensor = field(default_factory=lambda: torch.zeros(2, 1))  # (2, V), see triggers.py; zero: nothing is
     tokens: int = field(default=0)
+
+    @property
+    def everything(self) -> list[Probe]:
+        """All prompts, with the adapter's answers."""
+        return [*self.probes, *self.others]
+
+    @cached_property
+    def special(self) -> set[int]:
+        """Tokens that are no text: begin, end, whose turn it is."""
+        tokenizer = self.base.tokenizer
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return {*tokenizer.all_special_ids, *added}
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True) -> Tensor:
@@ -103,7 +118,8 @@ def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
     renderer = Renderer(base.tokenizer, None, base.context)
     prompts = [renderer.prompt(text) for text in texts]
     head = _common(prompts)
-    tail = _common([prompt[::-1] for prompt in prompts]) if renderer.chats else 0
+    ends = [*prompts, renderer.prompt("")] if renderer.chats else []  # the turn's end; a full stop may be part of a trigger
+    tail = _common([prompt[::-1] for prompt in ends]) if ends else 0
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
     probes = [Probe(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:])) for p, (a, b) in zip(prompts, cuts, strict=True)]
     own = min(PROBES, len(probes))
