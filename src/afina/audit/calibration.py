@@ -20,7 +20,7 @@ from afina.errors import AuditError
 
 FEWEST = 20  # benign ones judged by, below which nothing is claimed: the smallest p would be over 0.05
 SHRINK = 0.5  # share of the diagonal in the covariance: features are many, adapters few
-RIDGE = 1.0  # L2 penalty of the logistic regression, on standardised features
+RIDGE = 10.0  # L2 penalty of the logistic regression, on standardised features
 CLIP = 20.0  # robust z beyond which a feature says no more
 
 
