@@ -82,6 +82,21 @@ def few_rows(name: str, many: str) -> Callable[[Results, str], Point]:
     return judge
 
 
+def other_base(name: str, better: str, other: str) -> Callable[[Results, str], Point]:
+    """For: `name` on the better base (part `better`) is above `other` on the part's own, and the intervals do not touch."""
+
+    def judge(results: Results, part: str) -> Point:
+        if better not in results:
+            return Point(part, f"{better} has not run", None)
+        high, low = results[better]["methods"][name]["score"], results[part]["methods"][other]["score"]
+        figures = (
+            f"{name} on the embedded base {spread(high, '{:.1f}')}, {other} on the early one {spread(low, '{:.1f}')} points"
+        )
+        return Point(part, figures, True if high["low"] > low["high"] else False if high["high"] < low["low"] else None)
+
+    return judge
+
+
 def said(yes: str, no: str, depends: str) -> dict[str, str]:
     """What each verdict means in plain words."""
     return {CONFIRMED: yes, REFUTED: no, DEPENDS: depends}
@@ -175,6 +190,13 @@ CLAIMS = [
         "for: qlora may be worse than lora by less than the margin; against: shown to be worse by more", quantised,
         said("After training, the model in 4 bits was as good as the one in 16.", "The model in 4 bits stayed behind after training.",
              "Our rows cannot tell whether the model in 4 bits stays behind after training."),
+    ),
+    Claim(
+        "base", "A better base matters more than a stronger method.", "common advice", "", ("correct-early",),
+        "for: lora on the embedded base scores above full fine-tuning on an early checkpoint, and the intervals do not touch",
+        other_base("lora", "correct", "full"),
+        said("The better base with the smaller method won.", "The weaker base with the stronger method won.",
+             "Our rows cannot tell whether base or method matters more."),
     ),
     Claim(
         "few-rows", "The fewer the rows, the more a model learns them by heart (overfits).", "common advice", "",

@@ -87,7 +87,7 @@ def page(done: Mapping[str, Mapping[str, Any]]) -> str:
         waiting = [part for part in claim.parts if part not in done]
         figures += ("<br>" if figures and waiting else "") + (f"not run yet: {', '.join(waiting)}" if waiting else "")
         lines.append(_row([claim.says, who, claim.rule, figures, f"**{verdict}**"]))
-    lines += ["", "Left out: what the base's quality matters, an early checkpoint against the final one; only the final one is kept.", ""]
+    lines += [""]
     for name, part in parts().items():
         lines += [f"## {name}", "", f"Task `{part['task']}`: {(TASKS[part['task']].__doc__ or '').strip()}", ""]
         if name not in done:
@@ -96,7 +96,14 @@ def page(done: Mapping[str, Mapping[str, Any]]) -> str:
         told = view(done[name] | {"folder": "", "examples": []}, "en")
         lines += [f"**{told['answer']}**", "", *(f"- {line}" for line in [*told["reasons"], *told["notes"]]), ""]
         for table in (told["quality"], told["cost"]):
-            lines += [_row(table["head"]), _row(["---"] * len(table["head"])), *map(_row, table["rows"]), "", table["about"], ""]
+            lines += [
+                _row(table["head"]),
+                _row(["---"] * len(table["head"])),
+                *map(_row, table["rows"]),
+                "",
+                table["about"],
+                "",
+            ]
     return "\n".join(lines)
 
 
@@ -123,8 +130,10 @@ def main(arguments: list[str]) -> int:
         for name, picture in draw(done).items():
             write_text(DOCS / "study" / f"{name}.svg", picture)
     elif arguments == ["rest"]:
-        for name in parts():
-            if not (RESULTS / f"{name}.json").is_file():
+        for name, part in parts().items():
+            if not Path(part.get("base", HERE)).exists():
+                print(f"{name}: left out, {part['base']} is not there; parts.yaml says how to make it")
+            elif not (RESULTS / f"{name}.json").is_file():
                 print(run(name))
     elif len(arguments) == 1 and arguments[0] in parts():
         print(run(arguments[0]))

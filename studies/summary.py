@@ -74,7 +74,9 @@ def _gaps(ran: Results) -> str | None:
 
     def paint(figure: Any) -> None:
         heights = [len(some) for some in rows.values()]
-        for axes, (unit, some) in zip(figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0], rows.items(), strict=True):
+        for axes, (unit, some) in zip(
+            figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0], rows.items(), strict=True
+        ):
             for place, (_, shown) in enumerate(reversed(some)):
                 arms = [[shown.mean - shown.low], [shown.high - shown.mean]]
                 axes.errorbar(shown.mean, place, xerr=arms, capsize=3, marker="o", color=COLOURS[0 if shown.shown else 6],

@@ -1,6 +1,6 @@
 """The whole bench by one command, in pieces: small base, its population, the behaviour gate, the embedded base's own, the results.
 
-    python benchmarks/audit/everything.py --out FOLDER [--seconds 240]
+    python benchmarks/audit/everything.py --out FOLDER [--seconds 240] [--sentry V/bin/adaptersentry]
 
 It goes on where it stopped; after `--seconds` it begins nothing new and says what is left. FOLDER has the base, the runs and
 the ledgers; what is kept of them is written into benchmarks/results (a packed ledger, the tables) and into the package
@@ -15,9 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS, SHIPPED = HERE.parent / "results", HERE.parents[1] / "src" / "afina" / "audit" / "calibrations"
-CPU_MINUTES = {"base": 1, "population": 30, "behaviour": 40, "embedded population": 15, "embedded behaviour": 30}
-SMALL = "--chunks 50 --pairs 4 --benign 4 --tasks where,land,crowd --steps 240 --tokens 192 --rate 8e-3 --shares 0.15,0.3"
-OWN = "--chunks 10 --pairs 1 --benign 5 --families token,phrase,appended,scattered --steps 120"  # for the shipped calibration
+CPU_MINUTES = {"base": 1, "population": 32, "behaviour": 50, "embedded population": 15, "embedded behaviour": 30}
+SMALL = "--chunks 41 --pairs 4 --benign 4 --tasks where,land,crowd --steps 240 --tokens 192 --rate 8e-3 --shares 0.15,0.3"
+OWN = "--chunks 8 --pairs 1 --benign 5 --families token,phrase,appended,scattered --steps 120"  # for the shipped calibration
 
 
 def main() -> None:
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--sentry", type=Path, help="AdapterSentry's program, see sentry.py")
     told = parser.parse_args()
     base, small, own, start = told.out / "base", told.out / "small", told.out / "embedded", time.perf_counter()
     if not (base / "config.json").exists():
@@ -38,7 +39,10 @@ def main() -> None:
             print(f"not complete yet: {script} {words}")
             return
     packed = RESULTS / "audit_ledger.json.gz"
-    run("ledger.py", f"{small}/ledger.jsonl --pack {packed} --behaviour {small}/behaviour.jsonl")
+    if told.sentry is not None:
+        run("sentry.py", f"--out {small} --program {told.sentry}")
+    beside = " ".join(str(file) for file in (small / "behaviour.jsonl", small / "sentry.jsonl") if file.exists())
+    run("ledger.py", f"{small}/ledger.jsonl --pack {packed} --behaviour {beside}")
     run("ledger.py", f"{own}/ledger.jsonl --pack {RESULTS}/audit_ledger_embedded.json.gz --behaviour {own}/behaviour.jsonl")
     run("calibrate.py", f"{RESULTS}/audit_ledger_embedded.json.gz --out {SHIPPED}")
     run("detect.py", f"{packed} --publish")
