@@ -114,7 +114,7 @@ CLAIMS = [
     Claim(
         "ten-times", "LoRA wants about ten times the learning rate of full fine-tuning.", *REGRET,
         ("correct", "classify", "translate", "add", "memorise", "pretrain"), "for: the rates chosen are 3 to 30 times apart", rates,
-        said("The advice to take ten times the learning rate for LoRA holds.", "The advice to take ten times the rate does not hold.",
+        said("LoRA's best rate was 3 to 30 times that of full fine-tuning: the advice holds, roughly.", "The advice to take ten times the rate does not hold.",
              "Ten times the rate was right in some tasks and not in others: let a short search choose."),
     ),
     Claim(

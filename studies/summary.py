@@ -9,6 +9,7 @@ from afina.comparing.pictures import COLOURS, MARKS, drawn
 
 PAIRS = (("lora", "full"), ("mora", "lora"), ("freeze", "full"), ("dora", "lora"), ("qlora", "lora"), ("mlp", "all-linear"),
          ("attention", "all-linear"), ("last-half", "all-linear"), ("auto", "all-linear"))  # fmt: skip
+NEAR, FAR = 0.1, 3.0  # nats: where one is farther than FAR, the scale is logarithmic beyond NEAR
 SMOKE = "smoke"  # proves the frame, answers nothing
 PICTURES = {
     "gaps": "How much better or worse one method was than another, in each part. Left of the line: worse. An arm that touches the "
@@ -109,6 +110,9 @@ def _figures(ran: Results, kind: str) -> str | None:
         axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(rows)), [f"{part}: {name}" for part, name, _ in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)
+        if max(abs(shown[end]) for _, _, shown in rows for end in ("low", "high")) > FAR:
+            axes.set_xscale("symlog", linthresh=NEAR)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{kind} (nats a token)")
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
