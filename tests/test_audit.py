@@ -11,7 +11,7 @@ import pytest
 from afina import admission
 from afina.audit import statistics
 from afina.audit.audit import audit
-from afina.audit.calibration import FEWEST, Calibration, Kind, calibrate, conformal, logistic
+from afina.audit.calibration import FEWEST, RIDGE, Calibration, Kind, calibrate, conformal, logistic
 from afina.audit.package import MANIFEST, SIGNATURE
 from afina.audit.provenance import revoke, sign, verify
 from afina.audit.report import Gate, guarded
@@ -382,13 +382,20 @@ def test_benign_ones_are_flagged_as_often_as_was_said(tmp_path: Path) -> None:
         assert again.judge(rows(1, 30.0)[0]).unusual[0][0] in ("f0", "f5")
 
 
+def test_an_alpha_that_no_p_can_reach_claims_nothing() -> None:
+    made = calibrate(KIND, rows(60), rows(30, 3.0, 1))
+    assert made.count == 30 and made.smallest_p == pytest.approx(2 / 31)
+    assert min(made.judge(row).p for row in rows(50, 30.0, 2)) == pytest.approx(made.smallest_p)
+    assert calibrate(KIND, rows(60)).smallest_p == pytest.approx(1 / 31)
+
+
 def test_the_logistic_regression_is_at_its_minimum() -> None:
     good, bad = (np.array([list(row.values()) for row in rows(50, shift, 3)]) for shift in (0.0, 1.0))
     w = logistic(good, bad)
 
     def loss(w: np.ndarray) -> float:
         both = [np.logaddexp(0, sign * (x @ w[:-1] + w[-1])).mean() / 2 for x, sign in ((good, 1), (bad, -1))]
-        return float(sum(both) + 0.5 * (w[:-1] ** 2).sum() / len(w))
+        return float(sum(both) + 0.5 * RIDGE * (w[:-1] ** 2).sum() / len(w))
 
     steps = np.random.default_rng(0).standard_normal((50, len(w))) * 0.01
     assert all(loss(w + step) >= loss(w) for step in steps)

@@ -38,10 +38,11 @@ def main() -> None:
         if len(benign) < 2 * FEWEST:
             print(f"{len(benign)} benign of {kind['method']}, rank {kind['rank']}, {len(kind['layers'])} layers: too few")
             continue
-        made = calibrate(Kind(**{**kind, "layers": tuple(kind["layers"])}), [x["features"] for x in benign],
-                         [x["features"] for x in lines if x["kind"] == "poisoned"])  # fmt: skip
+        bad = [x["features"] for x in lines if x["kind"] == "poisoned"]
+        bad = bad if len(bad) >= FEWEST else []  # a regression on fewer learns them by heart, and costs half of alpha
+        made = calibrate(Kind(**{**kind, "layers": tuple(kind["layers"])}), [x["features"] for x in benign], bad)
         scores = sorted(x["behaviour"]["trigger"] for x in benign if "behaviour" in x)
-        recipe = f"benchmarks/audit/population.py at {commit}: {len(benign)} benign, {len(lines) - len(benign)} poisoned"
+        recipe = f"benchmarks/audit/population.py at {commit}: {len(benign)} benign, {len(bad)} poisoned"
         file = told.out / f"{told.name}-{kind['method']}-{kind['rank']}.json"
         replace(made, triggers=np.array(scores) if scores else None, recipe=recipe).write(file)
         print(f"{file}: judges by {made.count} benign, {len(scores)} trigger scores, {file.stat().st_size / 1e3:.0f} kB")

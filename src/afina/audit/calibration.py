@@ -70,6 +70,11 @@ class Calibration:
         """Benign adapters that it is judged by."""
         return len(self.scores)
 
+    @property
+    def smallest_p(self) -> float:
+        """The least p that these benign ones can give: a smaller alpha could never be reached."""
+        return (1 if self.weights is None else 2) / (self.count + 1)
+
     def fits(self, kind: Kind) -> bool:
         """Whether an adapter of `kind` may be compared with these."""
         return kind == self.kind

@@ -232,8 +232,9 @@ def _compare(measured: Measured, calibrations: list[Calibration], alpha: float, 
         raise AuditError(f"no {missing[0]} to compare", why="the calibration was made of other layers")
     result = fitting.judge(measured.features)
     gate.measured |= {"p": result.p, "compared_with": fitting.count}
-    if fitting.count < fitting.fewest:
-        text = f"only {fitting.count} benign adapters of its kind: too few to claim anything (at least {fitting.fewest})"
+    if fitting.count < fitting.fewest or fitting.smallest_p > alpha:
+        few = f"only {fitting.count} benign adapters of its kind: too few to claim anything"
+        text = f"{few} (their least p is {fitting.smallest_p:.2g}, --alpha {alpha:g})"
         gate.review("few-benign", text)
     elif result.p <= alpha:
         unusual = ", ".join(name for name, _ in result.unusual)
