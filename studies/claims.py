@@ -105,7 +105,7 @@ def said(yes: str, no: str, depends: str) -> dict[str, str]:
 CLAIMS = [
     Claim(
         "as-good", "LoRA on all layers learns as much as full fine-tuning, as long as the data does not exceed what it can hold.",
-        *REGRET, ("correct", "classify", "translate", "add", "memorise"),
+        *REGRET, ("correct", "classify", "follow", "translate", "add", "memorise"),
         "for: lora may be worse than full by less than the margin; against: shown to be worse by more", as_good("lora", "full"),
         said("LoRA did as well as training every number of the model.",
              "Training every number of the model reached further than LoRA did.",
@@ -113,7 +113,7 @@ CLAIMS = [
     ),
     Claim(
         "ten-times", "LoRA wants about ten times the learning rate of full fine-tuning.", *REGRET,
-        ("correct", "classify", "translate", "add", "memorise", "pretrain"), "for: the rates chosen are 3 to 30 times apart", rates,
+        ("correct", "classify", "follow", "translate", "add", "memorise", "pretrain"), "for: the rates chosen are 3 to 30 times apart", rates,
         said("LoRA's best rate was 3 to 30 times that of full fine-tuning: the advice holds, roughly.", "The advice to take ten times the rate does not hold.",
              "Ten times the rate was right in some tasks and not in others: let a short search choose."),
     ),
@@ -127,7 +127,7 @@ CLAIMS = [
     ),
     Claim(
         "forgets-less", "LoRA forgets less of the rest than full fine-tuning.", *LEARNS_LESS,
-        ("correct", "classify", "translate", "add", "memorise", "pretrain"), "for: the intervals of forgetting do not touch, lora's below",
+        ("correct", "classify", "follow", "translate", "add", "memorise", "pretrain"), "for: the intervals of forgetting do not touch, lora's below",
         less("forgetting", "lora", "full"),
         said("LoRA forgot less of the general text.", "LoRA forgot more of the general text, not less.",
              "LoRA did not forget less everywhere: it depends on the task and on the learning rate."),
