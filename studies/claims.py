@@ -5,7 +5,7 @@ Rules were written before the results were there. "Margin" is 5 points of a scor
 
 from collections.abc import Callable
 
-from verdicts import CONFIRMED, DEPENDS, REFUTED, Claim, Point, Results, as_good, better, gap, less, spread
+from verdicts import CONFIRMED, DEPENDS, REFUTED, Claim, Point, Results, as_good, below, better, gap, less, spread
 
 REGRET = ("LoRA Without Regret, 2025", "https://thinkingmachines.ai/blog/lora/")
 LEARNS_LESS = ("LoRA Learns Less and Forgets Less, 2024", "https://arxiv.org/abs/2405.09673")
@@ -50,10 +50,8 @@ def rank(name: str, small: str) -> Callable[[Results, str], Point]:
         sign = -1.0 if results[part]["metric"] == "loss" else 1.0
         high, low = (results[p]["methods"][name]["score"] for p in (part, small))
         form = "{:.3f}" if sign < 0 else "{:.1f}"
-        apart = (high["low"] > low["high"]) if sign > 0 else (high["high"] < low["low"])
-        reverse = (high["high"] < low["low"]) if sign > 0 else (high["low"] > low["high"])
         figures = f"{name}: rank 64 {spread(high, form)}, rank 8 {spread(low, form)}"
-        return Point(part, figures, True if apart else False if reverse else None)
+        return Point(part, figures, below(low, high) if sign > 0 else below(high, low))
 
     return judge
 
@@ -76,8 +74,7 @@ def few_rows(name: str, many: str) -> Callable[[Results, str], Point]:
             return Point(part, f"{many} has not run", None)
         few, much = (results[p]["methods"][name]["overfitting"] for p in (part, many))
         rows = [results[p]["data"]["train"] for p in (part, many)]
-        holds = True if few["low"] > much["high"] else False if few["high"] < much["low"] else None
-        return Point(part, f"{name}: {rows[0]:,} rows {spread(few)}, {rows[1]:,} rows {spread(much)} nats", holds)
+        return Point(part, f"{name}: {rows[0]:,} rows {spread(few)}, {rows[1]:,} rows {spread(much)} nats", below(much, few))
 
     return judge
 
@@ -92,7 +89,7 @@ def other_base(name: str, better: str, other: str) -> Callable[[Results, str], P
         figures = (
             f"{name} on the embedded base {spread(high, '{:.1f}')}, {other} on the early one {spread(low, '{:.1f}')} points"
         )
-        return Point(part, figures, True if high["low"] > low["high"] else False if high["high"] < low["low"] else None)
+        return Point(part, figures, below(low, high))
 
     return judge
 

@@ -111,10 +111,14 @@ def less(kind: str, one: str, other: str) -> Callable[[Results, str], Point]:
 
     def judge(results: Results, part: str) -> Point:
         a, b = (results[part]["methods"][name][kind] for name in (one, other))
-        holds = True if a["high"] < b["low"] else False if b["high"] < a["low"] else None
-        return Point(part, f"{one} {spread(a)}, {other} {spread(b)} nats", holds)
+        return Point(part, f"{one} {spread(a)}, {other} {spread(b)} nats", below(a, b))
 
     return judge
+
+
+def below(one: Mapping[str, float], other: Mapping[str, float]) -> bool | None:
+    """Whether the interval of `one` ends below where `other`'s begins; False where it is the reverse, None where they touch."""
+    return True if one["high"] < other["low"] else False if other["high"] < one["low"] else None
 
 
 def spread(figure: Mapping[str, float], form: str = "{:+.3f}") -> str:

@@ -82,10 +82,15 @@ def scan(bench: Bench, tokens: Sequence[int], clock: Clock, share: float) -> tup
         part = list(tokens[start : start + 256])
         for (probe, place, answer), rest in zip(passes, rests, strict=True):
             after = bench.answers([probe.prompt((t,), place) for t in part], answer)
-            change = ((after - rest) * (1 - bench.usual[: after.shape[1]])).amax((1, 2)).tolist()
+            change = _largest_rise(bench, after, rest)
             found |= {t: max(found.get(t, 0.0), c) for t, c in zip(part, change, strict=True)}
         done += len(part)
     return found, done / max(1, len(tokens))
+
+
+def _largest_rise(bench: Bench, after: Tensor, rest: Tensor) -> list[float]:
+    """By how much one token that is not usual becomes likelier, the largest of all tokens and places: (n, places, V) to n."""
+    return ((after - rest) * (1 - bench.usual[: after.shape[1]])).amax((1, 2)).tolist()  # type: ignore[no-any-return]
 
 
 def usual_answers(bench: Bench, controls: Sequence[int]) -> Tensor:
@@ -197,8 +202,7 @@ def grow(bench: Bench, pool: Sequence[int], seeds: Sequence[Trigger], clock: Clo
                 break
             part = longer[start : start + 256]
             after = bench.answers([probe.prompt(t, "suffix") for t in part], probe.answer)
-            change = (after - rest) * (1 - bench.usual[: after.shape[1]])
-            scores |= dict(zip(part, change.amax((1, 2)).tolist(), strict=True))
+            scores |= dict(zip(part, _largest_rise(bench, after, rest), strict=True))
         beam = sorted(scores, key=lambda t: -scores[t])[:BEAM]
         grown += beam
         if clock.left < reserve:
