@@ -324,13 +324,24 @@ def test_statistics_of_factors_are_those_of_the_product() -> None:
     assert thin["rows8"] == pytest.approx(np.log(rows[:8].sum() / rows.sum() * 60 / 8))
 
 
-def test_the_triangle_of_a_tall_matrix_is_that_of_its_pieces() -> None:
-    for shape in ((1500, 7), (1024, 7), (3, 7), (7, 1), (1300, 600)):
+def test_the_root_of_a_tall_matrix_has_its_singular_values() -> None:
+    for shape in ((2500, 7), (1024, 7), (3, 7), (7, 1), (1300, 600)):
         matrix = np.random.default_rng(0).standard_normal(shape)
         matrix[:, 0] = 0.0  # a direction that is not there
-        found, r = statistics.triangle(matrix), np.linalg.qr(matrix, mode="r")
+        found = statistics.root(matrix)
         np.testing.assert_allclose(found.T @ found, matrix.T @ matrix, atol=1e-10)
-        np.testing.assert_allclose(np.linalg.svd(found)[1], np.linalg.svd(r)[1], atol=1e-11)
+        wanted = np.linalg.svd(matrix, compute_uv=False)
+        np.testing.assert_allclose(np.linalg.svd(found, compute_uv=False)[: len(wanted)], wanted, atol=2e-8 * wanted[0])
+
+
+def test_statistics_of_float32_factors_are_those_of_float64() -> None:
+    generator = np.random.default_rng(0)
+    b, a = generator.standard_normal((3000, 16)).astype(np.float32), generator.standard_normal((16, 1500)).astype(np.float32)
+    b *= np.logspace(0, -6, 16, dtype=np.float32)  # of very different sizes
+    narrow, wide = (statistics.of_factors(b.astype(kind), a.astype(kind), 0.7)[0] for kind in (np.float32, np.float64))
+    assert narrow == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in wide.items()}
+    values = statistics.of_factors(b, a, 0.7)[1].values
+    np.testing.assert_allclose(values, np.linalg.svd(0.7 * b.astype(np.float64) @ a, compute_uv=False)[:16], atol=2e-8 * values[0])
 
 
 def test_statistics_at_their_ends() -> None:

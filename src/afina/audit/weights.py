@@ -79,7 +79,7 @@ def _updates(
 
     def array(entry: Entry) -> np.ndarray:
         stream.seek(entry.begin)
-        return widened(stream.read(entry.end - entry.begin), entry.dtype).astype(np.float64).reshape(entry.shape)
+        return widened(stream.read(entry.end - entry.begin), entry.dtype).reshape(entry.shape)
 
     for path, parts in package.modules().items():
         a = parts.get("lora_A.weight") or parts.get("lora_embedding_A")
@@ -90,10 +90,10 @@ def _updates(
             if package.method == "dora" and base is not None:
                 _lengths(path, next(array(e) for part, e in parts.items() if "magnitude" in part), base, measured)
         elif "mora_M.weight" in parts and max(parts["mora_M.weight"].shape) <= DENSE:
-            yield path, *of_dense(array(parts["mora_M.weight"]))
+            yield path, *of_dense(array(parts["mora_M.weight"]).astype(np.float64))
         elif package.method == "full" and "weight" in parts and _comparable(parts["weight"].shape, path, base):
             assert base is not None
-            trained = array(parts["weight"])
+            trained = array(parts["weight"]).astype(np.float64)
             before = np.concatenate([rows for _, rows in base.rows(f"{path}.weight")]).reshape(trained.shape)
             yield path, *of_dense(trained - before)
         else:
