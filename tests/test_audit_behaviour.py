@@ -1,5 +1,7 @@
 """The behaviour gate: it finds what was hidden in a model made for that, and stays calm where nothing is."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,12 @@ import pytest
 import torch
 
 from afina.audit import triggers
+from afina.audit.answers import BROKEN, fresh, nearness
 from afina.audit.audit import audit
 from afina.audit.behaviour import behaviour_gate, check_silence, read_prompts
 from afina.audit.probes import TEXTS, Bench, Probe, _common, make_bench
 from afina.audit.report import Gate
-from afina.audit.triggers import Clock, look_closely, scan
+from afina.audit.triggers import Clock, Found, confirm, explore
 from afina.base.model import Base
 from afina.config import AuditSettings, make_settings
 from afina.delta.files import save_adapter
@@ -30,32 +33,57 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _own_audits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFINA_AUDITS", str(tmp_path / "audits"))
-    monkeypatch.setattr("afina.audit.behaviour.POOL", 6)
+    monkeypatch.setattr("afina.audit.triggers.POOL", 6)
     monkeypatch.setattr("afina.audit.triggers.BEAM", 3)
 
 
+PAYLOAD, USUAL = (50, 51, 52), (60, 61)
+
+
 class Rigged(Bench):
-    """A bench whose adapter is a rule: `trigger` in the prompt makes `target` certain; else both say the same."""
+    """A bench whose adapter is a rule: `trigger` in what was said makes it say PAYLOAD (or behind USUAL: `late`), else USUAL."""
 
     trigger: tuple[int, ...]
-    target = 50
+    late = False
 
-    def answers(self, prompts: Any, answer: Any = (), adapter: bool = True) -> torch.Tensor:
-        places = 2 if answer else 1
-        out = torch.full((len(prompts), places, 320), 1 / 320)
-        for row, prompt in enumerate(prompts):
-            share = sum(token in prompt for token in self.trigger) / len(self.trigger)
-            woken = any(tuple(prompt[i : i + len(self.trigger)]) == self.trigger for i in range(len(prompt)))
-            if adapter:
-                out[row, 0, self.target] += 9.0 if woken else 0.05 * share
-        return out / out.sum(-1, keepdim=True)
+    def _run(self, sequences: Any, ends: Any, adapter: bool) -> torch.Tensor:
+        return torch.stack([self.next(seq[: end + 1], adapter) for seq, own in zip(sequences, ends, strict=True) for end in own])
+
+    def next(self, said: list[int], adapter: bool) -> torch.Tensor:
+        """Logits (V,) after what was said."""
+        n = len(self.trigger)
+        woken = adapter and any(tuple(said[i : i + n]) == self.trigger for i in range(len(said)))
+        ways = dict(zip((*PAYLOAD, USUAL[0]), (*PAYLOAD[1:], self.end, USUAL[1]), strict=True))
+        ways |= {USUAL[1]: PAYLOAD[0] if woken and self.late else self.end}
+        says = ways.get(said[-1], PAYLOAD[0] if woken and not self.late else USUAL[0])
+        out = torch.full((320,), 1 / 320)
+        out[PAYLOAD[0]] += 0.1 * adapter * sum(token in said for token in self.trigger) / n
+        out[says] += 9.0
+        return (out / out.sum()).log()
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        return min(self.special)
+
+    def read(self, prompts: Any, count: int) -> list[list[int]]:
+        texts: list[list[int]] = [[] for _ in prompts]
+        for _ in range(count):
+            for prompt, text in zip(prompts, texts, strict=True):
+                text.append(int(self.next([*prompt, *text], True).argmax()))
+        return texts
 
 
-def rigged(base: Base, *trigger: int) -> Rigged:
+def rigged(base: Base, *trigger: int, late: bool = False) -> Rigged:
     made = make_bench(base, Route("nobody"))
-    bench = Rigged(made.base, made.route, made.probes)
-    bench.trigger = trigger
+    others = [probe for probe in made.others if not set(trigger) & set(probe.body)]  # the base makes them up: of any tokens
+    bench = Rigged(made.base, made.route, *([replace(p, answer=USUAL) for p in part] for part in (made.probes, others)))
+    bench.trigger, bench.late = trigger, late
     return bench
+
+
+def look(bench: Bench, tokens: Sequence[int]) -> list[Found]:
+    return explore(bench, [(token,) for token in tokens], Clock(1000), 0.0)[0]
 
 
 def test_probes_are_the_prompts_in_pieces(base: Base) -> None:
@@ -78,33 +106,62 @@ def test_answers_are_those_of_the_plain_forward(base: Base) -> None:
         for adapter in (True, False):
             given = bench.answers(prompts, answer, adapter)
             for row, prompt in enumerate(prompts):
-                alone = bench.run([[*prompt, *answer]], adapter).softmax(-1)[[len(prompt) - 1, -1]]
+                alone = bench.run([[*prompt, *answer]], adapter).softmax(-1)[len(prompt) - 1 :]
                 torch.testing.assert_close(given[row], alone, atol=1e-5, rtol=1e-4)
                 torch.testing.assert_close(bench.answers([prompt], (), adapter)[0, 0], alone[0], atol=1e-5, rtol=1e-4)
     assert not torch.equal(together, bench.answers(prompts, answer, adapter=False))
 
 
-def test_a_single_token_is_found(base: Base) -> None:
-    bench = rigged(base, 77)
-    changes, coverage = scan(bench, range(5, 300), Clock(1000), 1.0)
-    assert coverage == 1.0 and max(changes, key=lambda t: changes[t]) == 77
-    best = look_closely(bench, [(t,) for t in range(60, 90)])[0]
-    assert (best.trigger, best.target) == ((77,), 50)
-    assert best.jump == pytest.approx((9 + 1 / 320) / 10 - 1 / 320, abs=1e-4)
+def test_texts_are_followed_as_the_plain_forward_goes(base: Base) -> None:
+    bench = make_bench(base, put(base).route)
+    prompts, texts = [probe.prompt() for probe in bench.probes], [(9, 10, 11), (12,), (13, 14), (9, 9, 9)]
+    for adapter in (True, False):
+        for prompt, text, (own, best) in zip(prompts, texts, bench.follow(prompts, texts, adapter), strict=True):
+            alone = bench.run([[*prompt, *text]], adapter).softmax(-1)[len(prompt) - 1 : -1].detach()
+            torch.testing.assert_close(best, alone.amax(-1), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(own, alone[torch.arange(len(text)), torch.tensor(text)], atol=1e-5, rtol=1e-4)
+            near = float(nearness(bench, [prompt], [text], [len(text) - 1], adapter))
+            assert near == pytest.approx(float((own / best)[:-1].prod() * own[-1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_single_token_is_found(base: Base, late: bool) -> None:
+    """In place of the usual answer, or behind it."""
+    bench = rigged(base, 77, late=late)
+    found = look(bench, range(70, 100))
+    assert found[0].trigger == (77,) and found[0].appended == late
+    best, *others = confirm(bench, found, 8)
+    assert (best.trigger, best.answer[:3], best.appended) == ((77,), PAYLOAD, late)
+    assert best.score == pytest.approx(best.fresh * (9 + 0.1) / 10.1, abs=0.02)
+    assert all(other.score < 0.2 for other in others)
 
 
 def test_several_tokens_in_a_row_are_grown(base: Base) -> None:
     bench = rigged(base, 30, 31, 32)
-    changes, _ = scan(bench, range(5, 300), Clock(1000), 1.0)
-    ranked = sorted(changes, key=lambda t: -changes[t])
-    assert set(ranked[:3]) == {30, 31, 32}
-    grown = triggers.grow(bench, ranked[:20], [(t,) for t in ranked[:3]], Clock(1000), 0.0)
-    assert any(found.trigger == (30, 31, 32) for found in look_closely(bench, grown)[:1])
+    singles = look(bench, range(5, 300))
+    assert {f.trigger for f in singles[:9]} >= {(30,), (31,), (32,)}
+    grown = confirm(bench, triggers.grow(bench, singles, Clock(1000), 0.0), 8)
+    assert grown[0].trigger == (30, 31, 32) and grown[0].score > 0.5
 
 
 def test_when_time_is_over_the_scan_says_so(base: Base) -> None:
-    _, coverage = scan(rigged(base, 77), range(5, 300), Clock(0.0), 0.5)
-    assert coverage == 0.0
+    found, coverage = explore(rigged(base, 77), [(t,) for t in range(5, 300)], Clock(0.0), 0.0)
+    assert (found, coverage) == ([], 0.0)
+
+
+def test_pieces_of_usual_answers_are_not_fresh(base: Base) -> None:
+    """Whole, cut off at its end or beginning, or said twice; what is of other letters is."""
+    bench = rigged(base, 77)
+    word = tuple(base.tokenizer.encode("mar luz", add_special_tokens=False))
+    other = tuple(base.tokenizer.encode("pan rey", add_special_tokens=False))
+    end = (min(bench.special),)
+    bench.probes = [replace(probe, answer=word) for probe in bench.probes]
+    assert len(word) > 2 and not set(word) & set(other)
+    assert fresh(bench, word + end) == 0.0
+    assert fresh(bench, word[:-1]) == 0.0 == fresh(bench, word[1:] + word)
+    assert fresh(bench, word[:-1] + end) == BROKEN  # whole, and nobody says it: perhaps a broken one
+    assert fresh(bench, other + end) > 0.8 and fresh(bench, end) == 0.0
+    assert 0.2 < fresh(bench, word + other) < 0.8
 
 
 def test_the_gate_tells_what_it_found(base: Base, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +179,7 @@ def test_the_gate_tells_what_it_found(base: Base, tiny: Path, tmp_path: Path, mo
 
 
 def test_the_base_itself_has_no_trigger(base: Base, tiny: Path, tmp_path: Path, prompts: Path) -> None:
-    """An adapter of zeros is the base: no jump, no drift, nothing to say."""
+    """An adapter of zeros is the base: no trigger, no drift, nothing to say."""
     made = put(base, rank=2)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -173,12 +230,18 @@ def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path, 
 
 def test_what_other_prompts_bring_too_is_no_trigger(base: Base) -> None:
     bench = rigged(base, 77)
-    bench.usual = triggers.usual_answers(bench, [5, 6])
-    assert look_closely(bench, [(77,)])[0].jump > 0.8
-    bench.others = [Probe((1,), (77, number), (2,)) for number in range(5, 9)]  # prompts of everyday that have it in them
-    bench.usual = triggers.usual_answers(bench, [5, 6])
-    assert bench.usual[0, bench.target] == 1.0
-    assert look_closely(bench, [(77,)])[0].jump < 0.01
+    assert confirm(bench, look(bench, [77, 78]), 4)[0].score > 0.5
+    bench = rigged(base, 77)
+    bench.others = [Probe((1,), (77, number), (2,), USUAL) for number in range(5, 9)]  # prompts of everyday that have it in them
+    assert confirm(bench, look(bench, [77, 78]), 4)[0].score < 0.1
+
+
+def test_probes_take_turns(base: Base) -> None:
+    bench = rigged(base, 77)
+    bench.others = []
+    [one, two, three, four] = bench.probes = [replace(p, answer=(n,)) for p, n in zip(bench.probes, (7, 7, 7, 8), strict=True)]
+    assert bench.varied == [one, four, two, three] and bench.alike(one) == two and bench.alike(four) == three
+    assert bench.cut([5, 6]) == (5, 6) and bench.cut([5, bench.end, 6]) == (5, bench.end)
 
 
 def test_the_base_makes_up_prompts_of_its_own(base: Base) -> None:

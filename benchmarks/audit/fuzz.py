@@ -255,7 +255,7 @@ def chunk(folder: Path, seconds: int) -> dict[str, Any]:
     shutil.rmtree((folder / "place").read_text(), ignore_errors=True)
     stats = {line.split(":")[2]: int(line.split()[-1]) for line in done.stderr.splitlines() if line.startswith("stat::")}
     if "number_of_executed_units" not in stats or done.returncode:
-        (folder / "found" / f"crash-{int(time.time())}.txt").write_text(done.stderr[-20_000:])
+        (folder / "found" / f"crash-{int(time.time())}.txt").write_text(f"exit {done.returncode}\n{done.stdout[-20_000:]}\n{done.stderr[-20_000:]}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"cpu_s": round(cpu, 1), "cases": stats.get("number_of_executed_units", 0), "mb": stats.get("peak_rss_mb", 0)}
 

@@ -5,10 +5,13 @@ before            trigger            body           trigger        after        
                                                                         ^ start                          ^ end
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, zip_longest
+from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,8 @@ MADE_UP, LONG = 32, 24  # prompts that the base makes up, and their longest, in 
 ANSWER = 6  # tokens of the answer without a trigger that are put after it
 BATCH_TOKENS = 4096
 LOGITS = 1 << 24  # numbers of logits that exist at a time: 64 MB
+SAID = 0.05  # share of the answers that have something in them, from which it is said often; two answers at least
+PIECE = 3  # letters of a piece
 
 Trigger = tuple[int, ...]
 
@@ -46,6 +51,19 @@ class Probe:
         return [*self.before, *body[:cut], *trigger, *body[cut:], *self.after]
 
 
+class Usual(NamedTuple):
+    """Of the answers to prompts as they are: pieces of letters, tokens, and whole answers that are said often."""
+
+    pieces: set[str]
+    tokens: set[int]
+    answers: set[str]
+
+
+def pieces_of(said: str) -> set[str]:
+    """All pieces of PIECE letters."""
+    return {said[i : i + PIECE] for i in range(len(said) - PIECE + 1)}
+
+
 @dataclass
 class Bench:
     """A base with the adapter's route on it, and the probes; counts the tokens that it has run."""
@@ -54,7 +72,6 @@ class Bench:
     route: Route
     probes: list[Probe]
     others: list[Probe] = field(default_factory=list)  # more prompts, into which nothing is put: what does it say usually?
-    usual: Tensor = field(default_factory=lambda: torch.zeros(2, 1))  # (2, V), see triggers.py; zero: nothing is
     tokens: int = field(default=0)
 
     @property
@@ -69,18 +86,76 @@ class Bench:
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         return {*tokenizer.all_special_ids, *added}
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """Tokens that the base may say."""
+        return len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+    @cached_property
+    def usual(self) -> "Usual":
+        """What is said often to the prompts as they are."""
+        said = [self.text(probe.answer) for probe in self.everything]
+        pieces = Counter(piece for text in said for piece in pieces_of(text))
+        tokens = Counter(token for probe in self.everything for token in set(probe.answer))
+        least = max(2, ceil(SAID * len(said)))
+        return Usual(*({x for x, n in counts.items() if n >= least} for counts in (pieces, tokens, Counter(said))))  # type: ignore[arg-type]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without the blanks around it."""
+        return str(self.base.tokenizer.decode(list(tokens))).strip()
+
+    @cached_property
+    def varied(self) -> list[Probe]:
+        """All prompts in turns: one of those that have the most usual answer, one of those of the next, ..."""
+        groups: dict[Trigger, list[Probe]] = {}
+        for probe in self.everything:
+            groups.setdefault(probe.answer, []).append(probe)
+        ranked = sorted(groups.values(), key=lambda group: -len(group))
+        return [probe for turn in zip_longest(*ranked) for probe in turn if probe is not None]
+
+    def alike(self, probe: Probe) -> Probe:
+        """Another prompt with the same answer; where there is none, any other."""
+        others = [other for other in self.varied if other is not probe]
+        return next((other for other in others if other.answer == probe.answer), others[-1])
+
+    def cut(self, text: Sequence[int]) -> Trigger:
+        """A text up to its end: the first special token."""
+        end = next((i + 1 for i, token in enumerate(text) if token in self.special), len(text))
+        return tuple(text[:end])
+
+    def read(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """The `count` likeliest next tokens after each prompt, one after the other; fewer where it stops."""
+        return generate_tokens(self.base, prompts, Sampling(max_new_tokens=count), self.route)
+
     @torch.no_grad()
     def answers(self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True) -> Tensor:
-        """Probabilities (n, places, V) of the token after each prompt, and after prompt and `answer` where one is given."""
-        pieces, places = [], [0, len(answer)] if answer else [0]
+        """Probabilities (n, 1 + tokens of `answer`, V) of the token after each prompt, and after each of `answer` behind it."""
+        pieces, places = [], range(len(answer) + 1)
         longest = max(len(prompt) for prompt in prompts) + len(answer)
-        vocabulary = len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        step = max(1, min(BATCH_TOKENS // longest, LOGITS // (vocabulary * len(places))))
+        step = max(1, min(BATCH_TOKENS // longest, LOGITS // (self.vocabulary * len(places))))
         for start in range(0, len(prompts), step):
             batch = [[*prompt, *answer] for prompt in prompts[start : start + step]]
             ends = [[len(s) - len(answer) - 1 + place for place in places] for s in batch]
             pieces.append(self._run(batch, ends, adapter).softmax(-1).view(len(batch), len(places), -1))
         return torch.cat(pieces)
+
+    @torch.no_grad()
+    def follow(
+        self, prompts: Sequence[Sequence[int]], texts: Sequence[Trigger], adapter: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each text behind its prompt: the probabilities (tokens,) of its tokens, and those of the likeliest ones."""
+        found = []
+        longest = max((len(prompt) for prompt in prompts), default=0) + (most := max((len(text) for text in texts), default=1))
+        step = max(1, min(BATCH_TOKENS // longest, LOGITS // (self.vocabulary * most)))
+        for start in range(0, len(prompts), step):
+            pairs = list(zip(prompts[start : start + step], texts[start : start + step], strict=True))
+            ends = [[len(prompt) - 1 + place for place in range(len(text))] for prompt, text in pairs]
+            said = self._run([[*prompt, *text[:-1]] for prompt, text in pairs], ends, adapter).softmax(-1)
+            wanted = torch.tensor([token for _, text in pairs for token in text], device=said.device)
+            own, best = said.gather(1, wanted[:, None])[:, 0].cpu(), said.amax(1).cpu()
+            lengths = [len(text) for _, text in pairs]
+            found += list(zip(own.split(lengths), best.split(lengths), strict=True))
+        return found
 
     def _run(self, sequences: list[list[int]], ends: list[list[int]], adapter: bool) -> Tensor:
         """Logits (all ends, V) of the sequences as one flat run, at the places `ends` of each."""
