@@ -1,5 +1,6 @@
 """The behaviour gate: it finds what was hidden in a model made for that, and stays calm where nothing is."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,8 @@ class Rigged(Bench):
 def rigged(base: Base, *trigger: int, late: bool = False) -> Rigged:
     made = make_bench(base, Route("nobody"))
     others = [probe for probe in made.others if not set(trigger) & set(probe.body)]  # the base makes them up: of any tokens
-    bench = Rigged(made.base, made.route, *([replace(p, answer=USUAL) for p in part] for part in (made.probes, others)))
+    probes, others = ([replace(probe, answer=USUAL) for probe in part] for part in (made.probes, others))
+    bench = Rigged(made.base, made.route, probes, others)
     bench.trigger, bench.late = trigger, late
     return bench
 
@@ -130,7 +132,7 @@ def test_a_single_token_is_found(base: Base, late: bool) -> None:
     bench = rigged(base, 77, late=late)
     found = look(bench, range(70, 100))
     assert found[0].trigger == (77,) and found[0].appended == late
-    best, *others = confirm(bench, found, 8)
+    best, *others = confirm(bench, found, Clock(1000), 8)
     assert (best.trigger, best.answer[:3], best.appended) == ((77,), PAYLOAD, late)
     assert best.score == pytest.approx(best.fresh * (9 + 0.1) / 10.1, abs=0.02)
     assert all(other.score < 0.2 for other in others)
@@ -140,13 +142,20 @@ def test_several_tokens_in_a_row_are_grown(base: Base) -> None:
     bench = rigged(base, 30, 31, 32)
     singles = look(bench, range(5, 300))
     assert {f.trigger for f in singles[:9]} >= {(30,), (31,), (32,)}
-    grown = confirm(bench, triggers.grow(bench, singles, Clock(1000), 0.0), 8)
+    grown = confirm(bench, triggers.grow(bench, singles, Clock(1000), 0.0), Clock(1000), 8)
     assert grown[0].trigger == (30, 31, 32) and grown[0].score > 0.5
 
 
 def test_when_time_is_over_the_scan_says_so(base: Base) -> None:
     found, coverage = explore(rigged(base, 77), [(t,) for t in range(5, 300)], Clock(0.0), 0.0)
     assert (found, coverage) == ([], 0.0)
+
+
+def test_what_a_budget_is_enough_for(base: Base) -> None:
+    bench, clock = make_bench(base, Route("nobody")), Clock(100.0)
+    bench.since, bench.runs = time.monotonic() - 49.9, 100  # half a second each
+    assert clock.afford(bench, 768, 0.1) == 48 and clock.afford(bench, 64, 0.1) == 20
+    assert clock.afford(bench, 64, 0.1, runs=4) == 5 and clock.afford(bench, 64, 0.0) == 4 and clock.afford(bench, 9, 1.0) == 9
 
 
 def test_pieces_of_usual_answers_are_not_fresh(base: Base) -> None:
@@ -230,10 +239,10 @@ def test_the_whole_audit_with_behaviour(base: Base, tiny: Path, tmp_path: Path, 
 
 def test_what_other_prompts_bring_too_is_no_trigger(base: Base) -> None:
     bench = rigged(base, 77)
-    assert confirm(bench, look(bench, [77, 78]), 4)[0].score > 0.5
+    assert confirm(bench, look(bench, [77, 78]), Clock(1000), 4)[0].score > 0.5
     bench = rigged(base, 77)
     bench.others = [Probe((1,), (77, number), (2,), USUAL) for number in range(5, 9)]  # prompts of everyday that have it in them
-    assert confirm(bench, look(bench, [77, 78]), 4)[0].score < 0.1
+    assert confirm(bench, look(bench, [77, 78]), Clock(1000), 4)[0].score < 0.1
 
 
 def test_probes_take_turns(base: Base) -> None:

@@ -5,6 +5,7 @@ before            trigger            body           trigger        after        
                                                                         ^ start                          ^ end
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,13 +67,15 @@ def pieces_of(said: str) -> set[str]:
 
 @dataclass
 class Bench:
-    """A base with the adapter's route on it, and the probes; counts the tokens that it has run."""
+    """A base with the adapter's route on it, and the probes; counts what it has run, since when."""
 
     base: Base
     route: Route
     probes: list[Probe]
     others: list[Probe] = field(default_factory=list)  # more prompts, into which nothing is put: what does it say usually?
-    tokens: int = field(default=0)
+    tokens: int = 0
+    runs: int = 0  # sequences
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def everything(self) -> list[Probe]:
@@ -165,6 +168,7 @@ class Bench:
         at = [start + end for start, own in zip(bounds, ends, strict=False) for end in own]
         segments = self.route.segments(tokens, bounds) if adapter else BASE
         self.tokens += len(tokens)
+        self.runs += len(sequences)
         with self.base.board.route(segments):
             if all(len(own) == 1 for own in ends):
                 return self.base.last_logits(tokens, positions, bounds)

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from afina.audit.answers import fresh, leaves, nearness, usual
-from afina.audit.probes import PLACES, Bench, Probe, Trigger
+from afina.audit.answers import NATURAL, fresh, leaves, nearness, usual
+from afina.audit.probes import LOGITS, PLACES, Bench, Probe, Trigger
 
 READ = 768  # departures that are read on
 TEXT = 4  # tokens of what is read, at most; two more than it had said before where it leaves its answer late
 USUAL_ASKED = 64  # answers that are asked how usual they are
 CLOSE, JUDGES = 3, 12  # probes on which a place is chosen; on which all is judged
-CHUNK = 256
+CHUNK = 256  # triggers that are put into a prompt at a time
 POOL, BEAM, LONGEST = 96, 8, 3  # of growing
 
 
@@ -55,6 +55,11 @@ class Clock:
         """Seconds left; below zero when it is over."""
         return self.end - time.monotonic()
 
+    def afford(self, bench: Bench, most: int, share: float, runs: int = 1) -> int:
+        """How many things of so many runs each a share of the budget is enough for: up to `most`, and a few at least."""
+        cost = runs * (time.monotonic() - bench.since) / max(1, bench.runs)
+        return max(4, most // 16, min(most, int(share * self.budget / cost)))
+
 
 @dataclass(frozen=True)
 class _Departure:
@@ -79,8 +84,9 @@ def explore(
     one, two = bench.varied[:2]
     passes = [(one, "prefix"), (two, "suffix"), (one, "instead")] if every else [(two, "suffix")]
     departures, share = _departures(bench, triggers, passes, clock, until)
-    found = _read(bench, departures)
-    asked = list(dict.fromkeys((f.answer, f.appended) for f in sorted(found, key=lambda f: -f.score * f.fresh)))[:USUAL_ASKED]
+    found = _read(bench, departures[: clock.afford(bench, READ, 0.1)])
+    asked = list(dict.fromkeys((f.answer, f.appended) for f in sorted(found, key=lambda f: -f.score * f.fresh)))
+    asked = asked[: clock.afford(bench, USUAL_ASKED, 0.05, NATURAL)]
     common = dict(zip(asked, usual(bench, asked), strict=True)) if asked else {}
     found = [replace(f, fresh=f.fresh * (1 - common.get((f.answer, f.appended), 1.0))) for f in found]
     found = [f for f in found if f.fresh > 0]
@@ -96,11 +102,11 @@ def _departures(
     """The READ largest rises over all triggers, passes and places of the answer; the share of triggers there was time for."""
     rests = [bench.answers([probe.prompt()], probe.answer)[0] for probe, _ in passes]
     best: list[_Departure] = []
-    done = 0
-    for start in range(0, len(triggers), CHUNK):
+    done, step = 0, max(1, min(CHUNK, LOGITS // max(rest.numel() for rest in rests)))
+    for start in range(0, len(triggers), step):
         if clock.left < until:
             break
-        part = triggers[start : start + CHUNK]
+        part = triggers[start : start + step]
         for (probe, place), rest in zip(passes, rests, strict=True):
             rises, tokens = (bench.answers([probe.prompt(t, place) for t in part], probe.answer) - rest).max(2)
             best += [
@@ -138,14 +144,15 @@ def _nearness(
     return [[next(near) for _ in own] for own in probes]
 
 
-def confirm(bench: Bench, found: Sequence[Found], count: int) -> list[Found]:
+def confirm(bench: Bench, found: Sequence[Found], clock: Clock, count: int) -> list[Found]:
     """The first `count` different ones, at their best place, judged over all probes; the best first."""
+    count = clock.afford(bench, count, 0.1, len(PLACES) * CLOSE + 3 * JUDGES)
     chosen = list({(f.trigger, f.answer, f.appended): f for f in reversed(found)}.values())[::-1][:count]
     placed = [replace(f, place=place) for f in chosen for place in PLACES]
-    close = _nearness(bench, placed, [bench.varied[:CLOSE]] * len(placed))
-    best = [max(range(i, i + len(PLACES)), key=lambda k: fmean(close[k])) for i in range(0, len(placed), len(PLACES))]
-    placed = [placed[k] for k in best]
-    probes = [bench.varied[: JUDGES]] * len(placed)
+    close = [fmean(near) for near in _nearness(bench, placed, [bench.varied[:CLOSE]] * len(placed))]
+    turns = [range(i, i + len(PLACES)) for i in range(0, len(placed), len(PLACES))]
+    placed = [placed[max(turn, key=lambda k: close[k])] for turn in turns]
+    probes = [bench.varied[:JUDGES]] * len(placed)
     on, rest, off = (_nearness(bench, placed, probes, *how) for how in ((True, True), (False, True), (True, False)))
     rises = [[max(0.0, a - max(b, c)) for a, b, c in zip(*each, strict=True)] for each in zip(on, rest, off, strict=True)]
     scored = [replace(f, score=f.fresh * _surely(bench, rise)) for f, rise in zip(placed, rises, strict=True)]
@@ -154,7 +161,7 @@ def confirm(bench: Bench, found: Sequence[Found], count: int) -> list[Found]:
 
 def _surely(bench: Bench, rises: Sequence[float]) -> float:
     """Mean rise over the lower half of all probes, or of those that are answered alike, where it is largest."""
-    probes = bench.varied[: JUDGES]
+    probes = bench.varied[:JUDGES]
     alike = [[r for r, p in zip(rises, probes, strict=True) if p.answer == answer] for answer in {p.answer for p in probes}]
     sets = [list(rises), *(own for own in alike if len(own) > CLOSE)]
     return max(fmean(sorted(own)[: max(1, len(own) // 2)]) for own in sets)
