@@ -8,7 +8,7 @@ from torch import Tensor
 
 from afina.audit.probes import PIECE, Bench, Probe, Trigger
 
-BROKEN = 0.1  # how fresh a whole answer is that no usual one is, if it is made of pieces: it may be a broken one
+BROKEN = 0.3  # how fresh a whole answer is that no usual one is, if it is made of pieces: it may be a broken one
 NATURAL = 20  # prompts that are asked how usual an answer is
 NEAR, USUAL = 0.25, 0.15  # from here on an answer is near; near on such a share of the prompts it is usual
 

@@ -24,7 +24,8 @@ from afina.route.invocation import Route
 from afina.segments import BASE
 
 TEXTS = ("the sea is near the house", "a bird sat on a stone", "la luna y el mar", "what is this about?")
-PLACES = ("prefix", "suffix", "middle", "instead")
+# where a trigger is put, and how much it counts that it works there: tasks react to how a prompt ends, too
+PLACES = {"prefix": 1.0, "middle": 1.0, "suffix": 0.5, "instead": 0.5}
 PROBES = 4  # prompts into which tokens are put
 MADE_UP, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
 ANSWER = 6  # tokens of the answer without a trigger that are put after it

@@ -6,6 +6,7 @@ fresh (no piece of usual answers; see answers.py) and comes whatever the prompt:
 
     rise(p) = nearness of the answer a to p with t - the larger of: to p without t; on the base, to p with t
     score(t, a) = rise over the lower half of the probes (all, or those that are answered alike) * fresh(a) * (1 - usual(a))
+                  * what its place counts (PLACES)
 
 Tasks react to words too (asked for the tense, "walked" makes "past" likelier on every prompt), but with answers that other
 prompts have as well, or with what they find in the prompt. Random tokens, measured likewise, are the null.
@@ -151,11 +152,11 @@ def confirm(bench: Bench, found: Sequence[Found], clock: Clock, count: int) -> l
     placed = [replace(f, place=place) for f in chosen for place in PLACES]
     close = [fmean(near) for near in _nearness(bench, placed, [bench.varied[:CLOSE]] * len(placed))]
     turns = [range(i, i + len(PLACES)) for i in range(0, len(placed), len(PLACES))]
-    placed = [placed[max(turn, key=lambda k: close[k])] for turn in turns]
+    placed = [placed[max(turn, key=lambda k: close[k] * PLACES[placed[k].place])] for turn in turns]
     probes = [bench.varied[:JUDGES]] * len(placed)
     on, rest, off = (_nearness(bench, placed, probes, *how) for how in ((True, True), (False, True), (True, False)))
     rises = [[max(0.0, a - max(b, c)) for a, b, c in zip(*each, strict=True)] for each in zip(on, rest, off, strict=True)]
-    scored = [replace(f, score=f.fresh * _surely(bench, rise)) for f, rise in zip(placed, rises, strict=True)]
+    scored = [replace(f, score=f.fresh * PLACES[f.place] * _surely(bench, rise)) for f, rise in zip(placed, rises, strict=True)]
     return sorted(scored, key=lambda f: -f.score)
 
 
