@@ -421,9 +421,11 @@ def test_calibrated_adapters_are_compared(originals: Path, adapter: Path, tiny: 
     generator = np.random.default_rng(0)
     near = [{k: v + 0.1 * generator.standard_normal() for k, v in numbers["features"].items()} for _ in range(2 * FEWEST + 20)]
     far = [{k: v + 3 for k, v in row.items()} for row in near]
-    for benign, rule in ((near, "weights-usual"), (far, "weights-unusual"), (near[:10], "few-benign")):
+    for benign, alpha, rule in (
+        (near, 0.05, "weights-usual"), (far, 0.05, "weights-unusual"), (near[:10], 0.05, "few-benign"), (far, 0.001, "few-benign"),
+    ):  # fmt: skip
         calibrate(kind, benign).write(tmp_path / "c.json")
-        found = audit(adapter, base=str(tiny), budget=0, calibration=tmp_path / "c.json")
+        found = audit(adapter, base=str(tiny), budget=0, calibration=tmp_path / "c.json", alpha=alpha)
         assert rule in {finding["rule"] for finding in found["findings"]}, rule
     calibrate(Kind("0" * 64, "lora", kind.layers, kind.rank, True), near).write(tmp_path / "c.json")
     found = audit(adapter, base=str(tiny), budget=0, calibration=tmp_path / "c.json")

@@ -3,7 +3,8 @@
     python benchmarks/audit/fuzz.py --folder FOLDER --cpu 180 [--publish]
 
 FOLDER/corpus      inputs that reached something new; the next chunk goes on from them
-FOLDER/found       inputs that broke a rule, one for each place in the code that broke; there should be none
+FOLDER/found       inputs that broke a rule, one for each place in the code that broke; there should be none. `ended`: a chunk
+                   whose process ended before its time, at an input that breaks nothing when it is given alone
 FOLDER/chunks      a line a chunk: CPU seconds, cases
 
 An input is one of: a header; a JSON object; a package (configuration, story, tensors) as bytes; a valid package with a few
@@ -237,25 +238,36 @@ def child(folder: Path, seconds: int) -> None:
         for name, content in seeds.items():
             (folder / "corpus" / name).write_bytes(content)
     # -timeout would be of the clock, and this process may be stopped for minutes
-    options = [f"-max_total_time={seconds}", "-timeout=0", f"-rss_limit_mb={LIMIT_MB}", "-max_len=8192", "-print_final_stats=1",
+    options = [f"-max_total_time={seconds}", "-timeout=86400", f"-rss_limit_mb={LIMIT_MB}", "-max_len=8192", "-print_final_stats=1",
                f"-artifact_prefix={folder / 'found'}/crash-", str(folder / "corpus")]  # fmt: skip
     atheris.Setup([sys.argv[0], *options], target.one)
     (folder / "place").write_text(str(place))
     atheris.Fuzz()
 
 
+def breaks(file: Path) -> bool:
+    """Whether an input breaks a rule, or the process, when it is given alone."""
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "found").mkdir()
+        words = [sys.executable, __file__, "--folder", place, "--one", str(file), "--child"]
+        return subprocess.run(words, capture_output=True).returncode != 0 or any((Path(place) / "found").iterdir())
+
+
 def chunk(folder: Path, seconds: int) -> dict[str, Any]:
     """One chunk in a process of its own; returns what it did."""
     for name in ("corpus", "found"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    before = os.times()
+    before, start = os.times(), time.time()
     done = subprocess.run([sys.executable, __file__, "--folder", str(folder), "--cpu", str(seconds), "--child"],
                           capture_output=True, text=True, errors="replace")  # fmt: skip
     after = os.times()
     shutil.rmtree((folder / "place").read_text(), ignore_errors=True)
     stats = {line.split(":")[2]: int(line.split()[-1]) for line in done.stderr.splitlines() if line.startswith("stat::")}
     if "number_of_executed_units" not in stats or done.returncode:
-        (folder / "found" / f"crash-{int(time.time())}.txt").write_text(f"exit {done.returncode}\n{done.stdout[-20_000:]}\n{done.stderr[-20_000:]}")
+        left = [file for file in (folder / "found").glob("crash-crash-*") if file.stat().st_mtime >= start]
+        name = "crash" if not left or any(map(breaks, left)) else "ended"
+        (folder / "found" / f"{name}-{int(time.time())}.txt").write_text(
+            f"exit {done.returncode}\n{done.stdout[-20_000:]}\n{done.stderr[-20_000:]}")  # fmt: skip
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {"cpu_s": round(cpu, 1), "cases": stats.get("number_of_executed_units", 0), "mb": stats.get("peak_rss_mb", 0)}
 
@@ -265,9 +277,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--cpu", type=int, default=180, help="seconds of this chunk; 0: none, only tell")
+    parser.add_argument("--one", type=Path, help="with --child: only this input")
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--publish", action="store_true")
     told = parser.parse_args()
+    if told.one:
+        Target(told.folder, told.folder).one(told.one.read_bytes())
+        return
     if told.child:
         child(told.folder, told.cpu)
     ledger = told.folder / "chunks"
@@ -279,7 +295,7 @@ def main() -> None:
     chunks = [json.loads(text) for text in ledger.read_text().splitlines()]
     found = sorted(file.name for file in (told.folder / "found").glob("*.txt"))
     figures = {"cpu_s": sum(c["cpu_s"] for c in chunks), "cases": sum(c["cases"] for c in chunks),
-               "crashes": sum(n.startswith("crash") for n in found), "hangs": sum(n.startswith("hang") for n in found),
+               "crashes": sum(n.startswith("crash") for n in found), "hangs": sum(n.startswith("hang") for n in found), "ended": sum(n.startswith("ended") for n in found),
                "corpus": len(list((told.folder / "corpus").iterdir())), "peak_mb": max(c["mb"] for c in chunks)}  # fmt: skip
     if told.publish:
         common.publish("audit_fuzz", figures, TARGETS, {"chunks": chunks, "found": found}, common.roofline())
