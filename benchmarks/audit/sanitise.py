@@ -1,6 +1,6 @@
 """What do remedies leave of a hidden behaviour, and what do they cost? Attack against loss, over strengths.
 
-    python benchmarks/audit/sanitise.py --out FOLDER [--pairs 3] [--recover 15] [--publish]
+    python benchmarks/audit/sanitise.py --out FOLDER [--pairs 3] [--recover 120] [--publish]
 
 A handful of poisoned adapters of the population (families of `--families`), each of which works. Half of the rows fit (`remove`
 looks at them, and the strength is chosen on them), the other half judge; no row was trained on. An attack that works less often than the
@@ -77,7 +77,7 @@ def treat(member: Member, out: Path, benign: list[Path], seconds: float) -> list
     fit = trials[0]
     known = watch(base, route, source, fit.clean, fit.woken)
     prompts = out / "prompts.txt"
-    prompts.write_text("".join(row.prompt + "\n" for row in rows_for(member, 3)[0][:4] if row.prompt))
+    prompts.write_text("".join(row.prompt + "\n" for row in rows_for(member, 3)[0] if row.prompt))
     found = recovered(run, prompts, seconds) if seconds else []
     guessed = {}
     if found:
@@ -133,6 +133,7 @@ def draw(lines: list[Line], file: Path) -> None:
     axes.axvline(100 * COST, color="grey", linewidth=0.8, linestyle=":")
     axes.axhline(10, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(left=-1)
     axes.set_xlabel("rise of the task's loss, % (dotted: the aim)")
     axes.set_ylabel("attack left, % of that before")
     axes.legend()
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--families", default=FAMILIES)
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--recover", type=float, default=15.0, help="seconds of the behaviour gate an adapter; 0: none")
+    parser.add_argument("--recover", type=float, default=120.0, help="seconds of the behaviour gate an adapter; 0: none")
     parser.add_argument("--publish", action="store_true")
     told = parser.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
