@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS, SHIPPED = HERE.parent / "results", HERE.parents[1] / "src" / "afina" / "audit" / "calibrations"
-CPU_MINUTES = {"base": 1, "population": 32, "behaviour": 50, "embedded population": 15, "embedded behaviour": 30}
+CPU_MINUTES = {"base": 1, "population": 32, "preferred": 1, "behaviour": 62, "embedded population": 15, "embedded behaviour": 53}
 SMALL = "--chunks 41 --pairs 4 --benign 4 --tasks where,land,crowd --steps 240 --tokens 192 --rate 8e-3 --shares 0.15,0.3"
 OWN = "--chunks 8 --pairs 1 --benign 5 --families token,phrase,appended,scattered --steps 120"  # for the shipped calibration
 
