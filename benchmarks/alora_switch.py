@@ -46,10 +46,20 @@ def picture(rows: dict[str, list[float]], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4))
-    for name, label in (("lora", "to a LoRA: all is computed anew"), ("alora", "to an activated LoRA: the history is reused")):
-        axes.plot(HISTORIES[: len(rows[name])], [1000 * s for s in rows[name]], marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of history", ylabel="time to first token, ms",
-             title="Switching to an adapter in a conversation (134M, bf16, 2 cores)")  # fmt: skip
+    for name, label in (
+        ("lora", "to a LoRA: all is computed anew"),
+        ("alora", "to an activated LoRA: the history is reused"),
+    ):
+        axes.plot(
+            HISTORIES[: len(rows[name])], [1000 * s for s in rows[name]], marker="o", label=label
+        )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens of history",
+        ylabel="time to first token, ms",
+        title="Switching to an adapter in a conversation (134M, bf16, 2 cores)",
+    )
     axes.set_xticks(HISTORIES, [f"{n:,}" for n in HISTORIES])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -60,7 +70,9 @@ def picture(rows: dict[str, list[float]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-mixed" / "134M")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-mixed" / "134M"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--turns", type=int, default=10)
     options = parser.parse_args()
@@ -70,7 +82,9 @@ def main() -> None:
     for number in range(8):
         engine.shelf.add(f"lora{number}", options.folder / f"a{number}")
         engine.shelf.add(f"alora{number}", options.folder / "activated" / f"a{number}")
-    seconds: dict[str, dict[int, list[float]]] = {kind: {n: [] for n in HISTORIES} for kind in ("alora", "lora")}
+    seconds: dict[str, dict[int, list[float]]] = {
+        kind: {n: [] for n in HISTORIES} for kind in ("alora", "lora")
+    }
     seed = 0
     for repeat in range(options.repeats + 1):
         for history in HISTORIES if repeat else HISTORIES[:1]:
@@ -91,9 +105,10 @@ def main() -> None:
     figures = {
         "switch_ratio_4096": medians["lora"][at] / medians["alora"][at],
         "switch_ratio_8000": medians["lora"][-1] / medians["alora"][-1],
-        "alora_first_token_ms_4096": 1000 * medians["alora"][at], "lora_first_token_ms_4096": 1000 * medians["lora"][at],
+        "alora_first_token_ms_4096": 1000 * medians["alora"][at],
+        "lora_first_token_ms_4096": 1000 * medians["lora"][at],
         "chat_ratio": statistics.median(chats["lora"]) / statistics.median(chats["alora"]),
-    }  # fmt: skip
+    }
     RESULTS.mkdir(exist_ok=True)
     picture(medians, RESULTS / "alora_switch.png")
     targets = {"switch_ratio_4096": (">=", 30.0), "chat_ratio": (">=", 5.0)}

@@ -20,12 +20,24 @@ from common import peak_mb, publish, roofline, run_side
 
 WEIGHTS = (0.6, 0.4)
 RANKS = (16, 64)
-CONFIG = dict(vocab_size=256, hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, num_attention_heads=32,
-              num_key_value_heads=4)  # fmt: skip
+CONFIG = dict(
+    vocab_size=256,
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=1,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+)
 EIGHT = (4, 8, 8, 16, 16, 32, 32, 64)
-LARGE = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096),
-         "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096),
-         "mlp.down_proj": (4096, 11008)}  # fmt: skip
+LARGE = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (4096, 4096),
+    "self_attn.v_proj": (4096, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
 
 
 def model() -> Any:
@@ -42,12 +54,20 @@ def make_adapters(folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     for seed, (name, rank, rslora) in enumerate(
-        (f"{who}{'-rs' if rs else ''}-{rank}", rank, rs) for rank in RANKS for who, rs in (("a", False), ("b", False), ("b", True))
+        (f"{who}{'-rs' if rs else ''}-{rank}", rank, rs)
+        for rank in RANKS
+        for who, rs in (("a", False), ("b", False), ("b", True))
     ):
         base = model()
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_rslora=rslora, init_lora_weights=False,
-                            task_type="CAUSAL_LM")  # fmt: skip
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            use_rslora=rslora,
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
         get_peft_model(base, config).save_pretrained(folder / name)
 
 
@@ -59,11 +79,18 @@ def exact(folder: Path, parts: list[str]) -> dict[str, Any]:
     for part, weight in zip(parts, WEIGHTS):
         tensors = load_file(folder / part / "adapter_model.safetensors")
         config = json.loads((folder / part / "adapter_config.json").read_text())
-        scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+        scale = config["lora_alpha"] / (
+            math.sqrt(config["r"]) if config["use_rslora"] else config["r"]
+        )
         for name in tensors:
             if ".lora_A." in name:
                 path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                update = weight * scale * tensors[name.replace("_A.", "_B.")].double() @ tensors[name].double()
+                update = (
+                    weight
+                    * scale
+                    * tensors[name.replace("_A.", "_B.")].double()
+                    @ tensors[name].double()
+                )
                 total[path] = total[path] + update if path in total else update
     return total
 
@@ -75,16 +102,18 @@ def error(made: dict[str, Any], truth: dict[str, Any]) -> float:
 
 
 def ours(folder: Path, rank: int) -> dict[str, float]:
-    from afina.combining.algebra import combine
-    from afina.combining.lowrank import Low
-    from afina.combining.stream import Reader
+    from afina.merging.combine import combine
+    from afina.merging.low_rank import LowRankUpdate
+    from afina.merging.stream import SafetensorsReader
 
     def read(out: Path) -> dict[str, Any]:
-        reader, made = Reader(out / "adapter_model.safetensors"), {}
+        reader, made = SafetensorsReader(out / "adapter_model.safetensors"), {}
         for name in reader.entries:
             if ".lora_A." in name:
                 path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                made[path] = Low(reader[name.replace("_A.", "_B.")].double(), reader[name].double()).dense()
+                made[path] = LowRankUpdate(
+                    reader[name.replace("_A.", "_B.")].double(), reader[name].double()
+                ).dense()
         return made
 
     figures: dict[str, float] = {}
@@ -93,7 +122,12 @@ def ours(folder: Path, rank: int) -> dict[str, float]:
         named = [f"{folder / part}:{weight}" for part, weight in zip(parts, WEIGHTS)]
         for how in ("sum", "svd"):
             start = time.perf_counter()
-            combine(named, how=how, rank=rank if how == "svd" else None, out=folder / f"ours-{kind}{how}-{rank}")
+            combine(
+                named,
+                merge_method=how,
+                rank=rank if how == "svd" else None,
+                output_dir=folder / f"ours-{kind}{how}-{rank}",
+            )
             figures[f"{kind}{how}_seconds"] = time.perf_counter() - start
     figures["peak_mb"] = peak_mb()  # before anything is built to check it
     for kind, other in (("", f"b-{rank}"), ("rs_", f"b-rs-{rank}")):
@@ -113,21 +147,34 @@ def theirs(folder: Path, rank: int) -> dict[str, float]:
         truth = exact(folder, [f"a-{rank}", other])
         for how in ("linear", "cat", "svd") if not kind else ("linear", "cat"):
             start = time.perf_counter()
-            loaded.add_weighted_adapter(["a", "b"], list(WEIGHTS), how, combination_type=how, svd_rank=rank if how == "svd" else None)
+            loaded.add_weighted_adapter(
+                ["a", "b"],
+                list(WEIGHTS),
+                how,
+                combination_type=how,
+                svd_rank=rank if how == "svd" else None,
+            )
             figures[f"{kind}{how}_seconds"] = time.perf_counter() - start
             layers = dict(loaded.base_model.model.named_modules())
-            figures[f"{kind}{how}_error"] = error({path: layers[path].get_delta_weight(how).detach() for path in truth}, truth)
+            figures[f"{kind}{how}_error"] = error(
+                {path: layers[path].get_delta_weight(how).detach() for path in truth}, truth
+            )
     figures["peak_mb"] = peak_mb()
     return figures
 
 
 def large(folder: Path, how: str) -> dict[str, float]:
     """Eight adapters of a 7B model, on disk already: combined, time and peak memory."""
-    from afina.combining.algebra import combine
+    from afina.merging.combine import combine
 
     start = time.perf_counter()
     parts = [f"{folder / f'large{n}'}:{1 / len(EIGHT)}" for n in range(len(EIGHT))]
-    result = combine(parts, how=how, rank=32 if how == "svd" else None, out=folder / f"large-{how}")
+    result = combine(
+        parts,
+        merge_method=how,
+        rank=32 if how == "svd" else None,
+        output_dir=folder / f"large-{how}",
+    )
     return {"seconds": time.perf_counter() - start, "peak_mb": peak_mb(), "rank": result["rank"]}
 
 
@@ -135,18 +182,36 @@ def make_large(folder: Path) -> None:
     """Written a layer at a time, in bfloat16's precision so that numbers compress to nothing special."""
     import torch
 
-    from afina.combining.lowrank import Low
-    from afina.combining.write import Form, write_lora
+    from afina.merging.low_rank import LowRankUpdate
+    from afina.merging.write import LoRATensorLayout, write_lora
 
     for number, rank in enumerate(EIGHT):
         generator = torch.Generator().manual_seed(number)
-        shapes = {f"model.layers.{block}.{name}": shape for block in range(32) for name, shape in LARGE.items()}
+        shapes = {
+            f"model.layers.{block}.{name}": shape
+            for block in range(32)
+            for name, shape in LARGE.items()
+        }
         layers = (
-            (path, Low(torch.randn(out, rank, generator=generator) * 0.01, torch.randn(rank, width, generator=generator)), Form())
+            (
+                path,
+                LowRankUpdate(
+                    torch.randn(out, rank, generator=generator) * 0.01,
+                    torch.randn(rank, width, generator=generator),
+                ),
+                LoRATensorLayout(),
+            )
             for path, (out, width) in shapes.items()
         )
         base = {"name": "7b", "revision": None, "hash": "7b", "storage": "plain"}
-        write_lora(folder / f"large{number}", layers, list(shapes), {"task_type": "CAUSAL_LM"}, base, {"parents": []})
+        write_lora(
+            folder / f"large{number}",
+            layers,
+            list(shapes),
+            {"task_type": "CAUSAL_LM"},
+            base,
+            {"parents": []},
+        )
 
 
 def main() -> None:
@@ -186,8 +251,12 @@ def do(name: str, folder: Path, rank: int) -> dict[str, float]:
 
 
 def run(side: str, folder: Path, rank: int = 0) -> dict[str, Any]:
-    figures = run_side(sys.executable, [__file__, "--side", side, "--folder", str(folder), "--rank", str(rank)])
-    print(side, rank or "", {key: float(f"{value:.3g}") for key, value in figures.items()}, flush=True)
+    figures = run_side(
+        sys.executable, [__file__, "--side", side, "--folder", str(folder), "--rank", str(rank)]
+    )
+    print(
+        side, rank or "", {key: float(f"{value:.3g}") for key, value in figures.items()}, flush=True
+    )
     return figures
 
 
@@ -200,15 +269,23 @@ def summary(found: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         for kind in ("", "rs_"):
             figures[f"peft_{kind}cat_error_{rank}_times_1e9"] = 1e9 * peers[f"{kind}cat_error"]
             figures[f"peft_{kind}linear_error_{rank}"] = peers[f"{kind}linear_error"]
-        figures[f"svd_error_{rank}"], figures[f"peft_svd_error_{rank}"] = mine["svd_error"], peers["svd_error"]
+        figures[f"svd_error_{rank}"], figures[f"peft_svd_error_{rank}"] = (
+            mine["svd_error"],
+            peers["svd_error"],
+        )
         figures[f"svd_speed_ratio_{rank}"] = peers["svd_seconds"] / mine["svd_seconds"]
-        figures[f"svd_seconds_{rank}"], figures[f"peft_svd_seconds_{rank}"] = mine["svd_seconds"], peers["svd_seconds"]
+        figures[f"svd_seconds_{rank}"], figures[f"peft_svd_seconds_{rank}"] = (
+            mine["svd_seconds"],
+            peers["svd_seconds"],
+        )
         figures[f"memory_ratio_{rank}"] = mine["peak_mb"] / peers["peak_mb"]
     for how in ("sum", "svd"):
         figures[f"eight_of_7b_{how}_peak_gb"] = found[f"large_{how}"]["peak_mb"] / 1e3
         figures[f"eight_of_7b_{how}_seconds"] = found[f"large_{how}"]["seconds"]
     targets: dict[str, Any] = {f"svd_speed_ratio_{rank}": (">=", 100) for rank in RANKS}
-    targets |= {f"{how}_error_{rank}_times_1e9": ("<=", 1000) for rank in RANKS for how in ("sum", "rs_sum")}
+    targets |= {
+        f"{how}_error_{rank}_times_1e9": ("<=", 1000) for rank in RANKS for how in ("sum", "rs_sum")
+    }
     return figures, targets | {f"eight_of_7b_{how}_peak_gb": ("<=", 2) for how in ("sum", "svd")}
 
 

@@ -21,17 +21,26 @@ SHARED = ROOT.parent.parent / "shared"  # real material, where it exists
 PEERS = ROOT.parent / ".venv-peers" / "bin" / "python"  # made by `make peers`
 
 
-def run_side(python: str | Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_side(
+    python: str | Path, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run one side; its last line is a JSON object of figures."""
     import os
 
-    done = subprocess.run([str(python), *arguments], capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    done = subprocess.run(
+        [str(python), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def interleave(sides: Mapping[str, tuple[str | Path, Sequence[str]]], repeats: int) -> dict[str, list[dict[str, Any]]]:
+def interleave(
+    sides: Mapping[str, tuple[str | Path, Sequence[str]]], repeats: int
+) -> dict[str, list[dict[str, Any]]]:
     """Each side `repeats` times, in turn."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for repeat in range(repeats):
@@ -45,7 +54,7 @@ def interleave(sides: Mapping[str, tuple[str | Path, Sequence[str]]], repeats: i
 def peak_mb() -> float:
     """The most memory that this process has held, in MB; also in the peers' environment, which has no afina."""
     sys.path.append(str(ROOT.parent / "src"))
-    from afina.training.memory import process_peak_mb
+    from afina.training.process_memory import process_peak_mb
 
     return process_peak_mb()
 
@@ -86,7 +95,9 @@ def publish(
     machine: Mapping[str, float],
 ) -> None:
     """Write results/NAME.json, renew RESULTS.md, print the last line."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     versions = {package: _version(package) for package in ("torch", "transformers", "afina")}
     story = {
         "name": name,
@@ -118,16 +129,28 @@ def met(value: float, target: Sequence[Any]) -> bool:
 
 def results_page() -> str:
     """RESULTS.md, from the JSON files in results/ and the notes in NOTES.md."""
-    lines = ["# Results", "", "Generated from results/*.json by the benchmarks; do not edit. Notes: NOTES.md.", ""]
+    lines = [
+        "# Results",
+        "",
+        "Generated from results/*.json by the benchmarks; do not edit. Notes: NOTES.md.",
+        "",
+    ]
     for file in sorted(RESULTS.glob("*.json")):
         story = json.loads(file.read_text())
         ceilings = ", ".join(f"{key} {value}" for key, value in story["roofline"].items())
-        lines += [f"## {story['name']}", "", f"{story['date']}, commit {story['commit']}; roofline: {ceilings}", ""]
+        lines += [
+            f"## {story['name']}",
+            "",
+            f"{story['date']}, commit {story['commit']}; roofline: {ceilings}",
+            "",
+        ]
         lines += ["| figure | measured | target | reached |", "|---|---|---|---|"]
         for key, value in story["figures"].items():
             target = story["targets"].get(key)
             goal = f"{target[0]} {target[1]}" if target else ""
-            lines.append(f"| {key} | {value:g} | {goal} | {('yes' if met(value, target) else 'no') if target else ''} |")
+            lines.append(
+                f"| {key} | {value:g} | {goal} | {('yes' if met(value, target) else 'no') if target else ''} |"
+            )
         lines.append("")
     notes = ROOT / "NOTES.md"
     return "\n".join(lines) + ("\n" + notes.read_text() if notes.exists() else "")

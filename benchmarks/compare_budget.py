@@ -19,12 +19,12 @@ from pathlib import Path
 
 from common import publish, roofline
 
-from afina.comparing.compare import compare
+from afina.comparison.compare import compare
 from afina.config import CompareSettings
 from afina.demo.demo import correction
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, draw_clause
-from afina.disk import write_text
+from afina.io.atomic import write_text
 
 METHODS = "full,freeze,lora,qlora,mora,dora"
 ROWS = 300
@@ -35,7 +35,10 @@ def rows(count: int) -> str:
     rng, made = random.Random(0), {}
     while len(made) < count:
         messages = correction(rng, draw_clause(rng, EVERYTHING), rng.choice(LANGUAGES))["messages"]
-        made[messages[0]["content"]] = {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
+        made[messages[0]["content"]] = {
+            "prompt": messages[0]["content"],
+            "completion": messages[1]["content"],
+        }
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.values())
 
 
@@ -60,19 +63,38 @@ def main() -> None:
     shutil.rmtree(told.out, ignore_errors=True)
     data = told.out.parent / "compare-budget.jsonl"
     write_text(data, rows(ROWS))
-    settings = {"data": data, "out": told.out, "methods": METHODS, "budget": told.budget, "seeds": 3}
-    flags = [part for name, value in settings.items() if name != "data" for part in (f"--{name}", str(value))]
+    settings = {
+        "data": data,
+        "out": told.out,
+        "methods": METHODS,
+        "budget": told.budget,
+        "seeds": 3,
+    }
+    flags = [
+        part
+        for name, value in settings.items()
+        if name != "data"
+        for part in (f"--{name}", str(value))
+    ]
     command = [sys.executable, "-m", "afina", "compare", str(data), *flags]
     budget = CompareSettings(**settings).seconds  # type: ignore[arg-type]
     first, killed = once(command, budget / 4)
     second, status = once(command, None)
     found = compare(CompareSettings(**settings))  # type: ignore[arg-type]  # all is there: it is only read
     figures = {
-        "share of the budget": (first + second) / budget, "methods reported": len(found["methods"]),
-        "seeds": found["schedule"]["seeds_done"], "steps": found["schedule"]["steps"], "trials": found["schedule"]["trials"],
-        "killed by": -killed, "status after": status,
-    }  # fmt: skip
-    targets = {"share of the budget": ("<=", 1.0), "methods reported": (">=", 6), "status after": ("<=", 0)}
+        "share of the budget": (first + second) / budget,
+        "methods reported": len(found["methods"]),
+        "seeds": found["schedule"]["seeds_done"],
+        "steps": found["schedule"]["steps"],
+        "trials": found["schedule"]["trials"],
+        "killed by": -killed,
+        "status after": status,
+    }
+    targets = {
+        "share of the budget": ("<=", 1.0),
+        "methods reported": (">=", 6),
+        "status after": ("<=", 0),
+    }
     repeats = {"first": first, "second": second, "rows": ROWS, "cut": found["schedule"]["cut"]}
     publish("compare_budget", figures, targets, repeats, roofline())
 

@@ -13,39 +13,51 @@ import torch
 from common import publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from afina.base.fast import speed_up
-from afina.base.flat import KeyValueCache
-from afina.base.model import Base
-from afina.base.nf4 import quantize_model
-from afina.delta.attach import attach
-from afina.delta.contract import Spec
-from afina.delta.targets import resolve_targets
-from afina.segments import BASE, Segment, Segments
+from afina.adapters.attach import attach
+from afina.adapters.base import AdapterConfig
+from afina.adapters.segments import NO_ADAPTERS, Segment, Segments
+from afina.adapters.target_selection import resolve_target_modules
+from afina.models.causal_lm import CausalLM
+from afina.models.fast_llama import install_fast_modules
+from afina.models.nf4 import quantize_model
+from afina.models.packed_attention import KeyValueCache
 
 ROWS, PAST = 8, 100
 SHAPE = dict(
-    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-    vocab_size=49152, tie_word_embeddings=True,
-)  # fmt: skip
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
 TABLES = {
-    "base": BASE,
-    "unused": BASE,
-    "one": Segments.all("a0"),
-    "mixed": Segments(rows=tuple(Segment(i, i + 1, f"a{i}") for i in range(ROWS))),
+    "base": NO_ADAPTERS,
+    "unused": NO_ADAPTERS,
+    "one": Segments.on_all_tokens("a0"),
+    "mixed": Segments(spans=tuple(Segment(i, i + 1, f"a{i}") for i in range(ROWS))),
 }
 
 
-def make_base(storage: str, dtype: torch.dtype, adapters: int) -> Base:
+def make_base(storage: str, dtype: torch.dtype, adapters: int) -> CausalLM:
     """The model with adapters that do something; its random weights are always the same."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation="afina").to(dtype)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation="afina").to(
+        dtype
+    )
     model.requires_grad_(False).eval()
     if storage == "nf4":
         quantize_model(model)
-    speed_up(model)
-    base = Base(model, "random")
+    install_fast_modules(model)
+    base = CausalLM(model, "random")
     for i in range(adapters):
-        adapter = attach(model, base.board, f"a{i}", Spec("lora", resolve_targets(model, "all-linear", None, False), rank=8))
+        adapter = attach(
+            model,
+            base.forward_context,
+            f"a{i}",
+            AdapterConfig("lora", resolve_target_modules(model, "all-linear", None, False), rank=8),
+        )
         adapter.train(False)
         with torch.no_grad():
             for parameter in adapter.parameters():
@@ -53,15 +65,15 @@ def make_base(storage: str, dtype: torch.dtype, adapters: int) -> Base:
     return base
 
 
-def step_of(base: Base, segments: Segments) -> Callable[[], None]:
+def step_of(base: CausalLM, segments: Segments) -> Callable[[], None]:
     cache = KeyValueCache(PAST + 1, [0] * ROWS)
     tokens, positions = torch.arange(ROWS) + 5, torch.full((ROWS,), PAST)
 
     @torch.no_grad()
     def step() -> None:
         cache.lengths = [PAST] * ROWS
-        with base.board.route(segments):
-            base.last_logits(tokens, positions, tuple(range(ROWS + 1)), cache)
+        with base.forward_context.use(segments):
+            base.next_token_logits(tokens, positions, tuple(range(ROWS + 1)), cache)
 
     return step
 
@@ -72,7 +84,11 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     figures: dict[str, float] = {}
     runs: dict[str, dict[str, list[float]]] = {}
-    for storage, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32), ("nf4", torch.bfloat16)):
+    for storage, dtype in (
+        ("bf16", torch.bfloat16),
+        ("float32", torch.float32),
+        ("nf4", torch.bfloat16),
+    ):
         bases = {side: make_base(storage, dtype, 0 if side == "base" else ROWS) for side in TABLES}
         steps = {side: step_of(bases[side], table) for side, table in TABLES.items()}
         seconds: dict[str, list[float]] = {side: [] for side in steps}
@@ -87,8 +103,14 @@ def main() -> None:
             ratios = [a / b for a, b in zip(seconds[side], seconds["base"], strict=True)]
             figures[f"{side}_over_base_{storage}"] = statistics.median(ratios)
         figures[f"tokens_per_second_{storage}"] = ROWS / statistics.median(seconds["base"])
-        print(storage, {side: f"{1e3 * statistics.median(times):.1f} ms" for side, times in seconds.items()}, flush=True)
-    targets = {f"mixed_over_base_{s}": ("<=", 1.15) for s in runs} | {f"unused_over_base_{s}": ("<=", 1.02) for s in runs}
+        print(
+            storage,
+            {side: f"{1e3 * statistics.median(times):.1f} ms" for side, times in seconds.items()},
+            flush=True,
+        )
+    targets = {f"mixed_over_base_{s}": ("<=", 1.15) for s in runs} | {
+        f"unused_over_base_{s}": ("<=", 1.02) for s in runs
+    }
     publish("decode_step", figures, targets, runs, {"threads": float(torch.get_num_threads())})
 
 

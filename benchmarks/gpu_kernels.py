@@ -28,9 +28,15 @@ sys.path.append(str(Path(__file__).parents[1] / "src"))  # where afina is not in
 DEVICE = "cuda"
 WIDTH, WIDE, TOKENS = 4096, 14336, 8192
 SHAPE = dict(
-    vocab_size=128256, hidden_size=WIDTH, intermediate_size=WIDE, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=WIDTH,
+    intermediate_size=WIDE,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+    tie_word_embeddings=False,
+)
 SEQUENCES, LENGTH, RANK, STEPS = 4, 1024, 16, 8
 SIDES = ("lora", "qlora", "peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -70,7 +76,11 @@ def weights() -> dict[str, Case]:
     held = nf4.quantize(dense)
     cases: dict[str, Case] = {
         "nf4_encode": (lambda: nf4.encode(dense), 2 * count + 0.5625 * count, 0),
-        "nf4_dequantize": (lambda: nf4.dequantize(held, torch.bfloat16), 2 * count + held.nbytes, 0),
+        "nf4_dequantize": (
+            lambda: nf4.dequantize(held, torch.bfloat16),
+            2 * count + held.nbytes,
+            0,
+        ),
     }
     for rows in (1, 4, 16, 32):
         x = data(rows, WIDTH)
@@ -84,8 +94,12 @@ def adapters() -> dict[str, Case]:
     from afina.kernels import lowrank  # noqa: F401 (it enters the operations)
 
     ops, cases = torch.ops.afina, {}
-    mixes = {"r16_1x8192": ([16], 8192), "r16_8x1024": ([16] * 8, 1024), "mixed_8x1024": ([4, 8, 8, 16, 16, 32, 64, 128], 1024),
-             "r16_64x1": ([16] * 64, 1)}  # fmt: skip
+    mixes = {
+        "r16_1x8192": ([16], 8192),
+        "r16_8x1024": ([16] * 8, 1024),
+        "mixed_8x1024": ([4, 8, 8, 16, 16, 32, 64, 128], 1024),
+        "r16_64x1": ([16] * 64, 1),
+    }
     for name, (ranks, each) in mixes.items():
         tokens = len(ranks) * each
         x, y = data(tokens, WIDTH), data(tokens, WIDTH)
@@ -94,8 +108,16 @@ def adapters() -> dict[str, Case]:
         given = (x, table, torch.ones(len(ranks)), a, bt)
         run, matrices = 2 * tokens * WIDTH, 2 * 2 * sum(ranks) * WIDTH
         products = 2 * 2 * each * sum(ranks) * WIDTH
-        cases[f"lowrank_{name}"] = (lambda y=y, g=given: ops.grouped_lowrank(y, *g), 3 * run + matrices, products)
-        back = (lambda y=y, g=given: ops.grouped_lowrank_backward(y, *g), 3 * run + 2 * matrices, 3 * products)
+        cases[f"lowrank_{name}"] = (
+            lambda y=y, g=given: ops.grouped_lowrank(y, *g),
+            3 * run + matrices,
+            products,
+        )
+        back = (
+            lambda y=y, g=given: ops.grouped_lowrank_backward(y, *g),
+            3 * run + 2 * matrices,
+            3 * products,
+        )
         cases[f"lowrank_{name}_backward"] = back
     return cases
 
@@ -110,7 +132,11 @@ def elementwise() -> dict[str, Case]:
     heads, cos, sin = data(TOKENS, WIDTH // 128, 128), data(TOKENS, 128), data(TOKENS, 128)
     return {
         "rms_norm": (lambda: ops.rms_norm(x, scale, 1e-5), 4 * x.numel(), 0),
-        "rms_norm_backward": (lambda: ops.rms_norm_backward(grad, x, scale, 1e-5), 6 * x.numel(), 0),
+        "rms_norm_backward": (
+            lambda: ops.rms_norm_backward(grad, x, scale, 1e-5),
+            6 * x.numel(),
+            0,
+        ),
         "swiglu": (lambda: ops.swiglu(gate, up), 6 * gate.numel(), 0),
         "swiglu_backward": (lambda: ops.swiglu_backward(wide, gate, up), 10 * gate.numel(), 0),
         "rotary": (lambda: ops.rotary(heads, cos, sin, False), 4 * x.numel() + 4 * cos.numel(), 0),
@@ -119,7 +145,7 @@ def elementwise() -> dict[str, Case]:
 
 def paged() -> dict[str, Case]:
     """A decoding step's attention: 64 sequences, and one alone, over 4,096 keys each (32 heads, 8 of keys, 128 wide)."""
-    from afina.kernels.gpu import paged_attention
+    from afina.kernels.triton import paged_attention
 
     cases: dict[str, Case] = {}
     for count, keys in ((64, 4096), (1, 4096)):
@@ -127,13 +153,17 @@ def paged() -> dict[str, Case]:
         tables = torch.randperm(len(kv), device=DEVICE).view(count, -1).int()
         out, bounds, pasts = torch.empty_like(query), tuple(range(count + 1)), [keys - 1] * count
         arguments = (query, kv, bounds, pasts, tables, out, 16, 128**-0.5)
-        cases[f"paged_{count}x{keys}"] = (lambda a=arguments: paged_attention(*a), kv.nbytes, 4 * count * 32 * keys * 128)  # type: ignore[misc]
+        cases[f"paged_{count}x{keys}"] = (
+            lambda a=arguments: paged_attention(*a),
+            kv.nbytes,
+            4 * count * 32 * keys * 128,
+        )  # type: ignore[misc]
     return cases
 
 
 def kernel_figures(machine: dict[str, float]) -> dict[str, float]:
     """Share of the ceiling, and speed over the reference, of each kernel."""
-    from afina.kernels.native import kernels
+    from afina.kernels.dispatch import kernels
 
     figures: dict[str, float] = {}
     for family in (weights, adapters, elementwise, paged):
@@ -145,7 +175,10 @@ def kernel_figures(machine: dict[str, float]) -> dict[str, float]:
                 before, kernels.triton = kernels.triton, ()
                 figures[f"{name}_over_torch"] = seconds(call) / took
                 kernels.triton = before
-            print(f"{name:32} {took * 1e6:10.1f} us   {100 * least / took:5.1f}% of the ceiling", flush=True)
+            print(
+                f"{name:32} {took * 1e6:10.1f} us   {100 * least / took:5.1f}% of the ceiling",
+                flush=True,
+            )
         torch.cuda.empty_cache()
     return figures
 
@@ -159,36 +192,42 @@ def random_llama(attention: str | None = None) -> Any:
 
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        return LlamaForCausalLM._from_config(LlamaConfig(**SHAPE), attn_implementation=attention, dtype=torch.bfloat16)
+        return LlamaForCausalLM._from_config(
+            LlamaConfig(**SHAPE), attn_implementation=attention, dtype=torch.bfloat16
+        )
 
 
 def our_step(method: str) -> Callable[[], None]:
     """A step of afina's lora or qlora."""
-    from afina.base.fast import speed_up
-    from afina.base.model import Base
-    from afina.base.nf4 import quantize_model
-    from afina.data.batches import flatten
-    from afina.data.template import Example
-    from afina.delta.attach import attach
-    from afina.delta.contract import Spec
-    from afina.delta.targets import resolve_targets
-    from afina.objective.language import batch_loss
-    from afina.training.optimizer import Optimizer
+    from afina.adapters.attach import attach
+    from afina.adapters.base import AdapterConfig
+    from afina.adapters.target_selection import resolve_target_modules
+    from afina.data.packing import pack_examples
+    from afina.data.renderer import Example
+    from afina.models.causal_lm import CausalLM
+    from afina.models.fast_llama import install_fast_modules
+    from afina.models.nf4 import quantize_model
+    from afina.objectives.language_modeling import batch_loss
+    from afina.training.setup.optimizer import AdapterOptimizer
 
     model = random_llama("afina").requires_grad_(False).eval()
     if method == "qlora":
         quantize_model(model)
         torch.cuda.empty_cache()
-    speed_up(model)
-    base = Base(model, "random")
-    spec = Spec("lora", resolve_targets(model, "all-linear", None, False), rank=RANK, alpha=2 * RANK)
-    adapter = attach(model, base.board, "a", spec)
-    optimizer = Optimizer(adapter, 1e-4, {}, 0.01)
+    install_fast_modules(model)
+    base = CausalLM(model, "random")
+    spec = AdapterConfig(
+        "lora", resolve_target_modules(model, "all-linear", None, False), rank=RANK, alpha=2 * RANK
+    )
+    adapter = attach(model, base.forward_context, "a", spec)
+    optimizer = AdapterOptimizer(adapter, 1e-4, {}, 0.01)
     rows = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH)).tolist()
-    batch = flatten([Example("", row, [False] + [True] * (LENGTH - 1), 0, None) for row in rows]).to(DEVICE)
+    batch = pack_examples(
+        [Example("", row, [False] + [True] * (LENGTH - 1), 0, None) for row in rows]
+    ).to(DEVICE)
 
     def step() -> None:
-        (batch_loss(base, batch, adapter.route) / batch.label_count).backward()
+        (batch_loss(base, batch, adapter.active) / batch.num_targets).backward()
         optimizer.step(1.0, 1.0)
 
     return step
@@ -198,7 +237,9 @@ def peft_step() -> Callable[[], None]:
     """The same step in PEFT."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(random_llama("sdpa"), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS))
+    model = get_peft_model(
+        random_llama("sdpa"), LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
+    )
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-4, fused=True)
     x = torch.randint(0, SHAPE["vocab_size"], (SEQUENCES, LENGTH), device=DEVICE)
@@ -223,20 +264,33 @@ def one_side(side: str) -> None:
         step()
         torch.cuda.synchronize()
         times += [time.perf_counter() - start] if number > 1 else []
-    print(json.dumps({"seconds": statistics.median(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9}))
+    print(
+        json.dumps(
+            {
+                "seconds": statistics.median(times),
+                "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            }
+        )
+    )
 
 
-def step_figures(machine: dict[str, float], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+def step_figures(
+    machine: dict[str, float], repeats: int
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Tokens a second, MFU and peak of each side; ours over PEFT's."""
     heads = 2 * WIDTH * (WIDTH + 1024)  # q, o; k, v
     weights = 32 * (heads + 3 * WIDTH * WIDE) + SHAPE["vocab_size"] * WIDTH
     tokens = SEQUENCES * LENGTH
     operations = 4 * weights * tokens + 6 * 32 * tokens * LENGTH * WIDTH
-    runs = interleave({side: (sys.executable, [__file__, "--side", side]) for side in SIDES}, repeats)
+    runs = interleave(
+        {side: (sys.executable, [__file__, "--side", side]) for side in SIDES}, repeats
+    )
     took = {side: median(runs[side], "seconds") for side in SIDES}
     peaks = {side: median(runs[side], "peak_gb") for side in SIDES}
     figures = {f"{side}_tokens_per_second": tokens / took[side] for side in SIDES}
-    figures |= {f"{side}_mfu": operations / took[side] / 1e9 / machine["bf16_gflops"] for side in SIDES}
+    figures |= {
+        f"{side}_mfu": operations / took[side] / 1e9 / machine["bf16_gflops"] for side in SIDES
+    }
     figures |= {f"{side}_peak_gb": peaks[side] for side in SIDES}
     figures |= {f"{side}_ratio": took["peft"] / took[side] for side in ("lora", "qlora")}
     return figures | {"qlora_over_lora": took["qlora"] / took["lora"]}, runs
@@ -249,7 +303,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu_kernels: there is no CUDA device here. Nothing was measured, and no figures are written.")
+        print(
+            "gpu_kernels: there is no CUDA device here. Nothing was measured, and no figures are written."
+        )
         return
     if arguments.side:
         return one_side(arguments.side)
@@ -260,7 +316,11 @@ def main() -> None:
     if arguments.only != "kernels":
         more, runs = step_figures(machine, arguments.repeats)
         figures |= more
-    goals = {"nf4_dequantize_of_limit": (">=", 0.8), "lowrank_r16_1x8192_of_limit": (">=", 0.8), "lora_ratio": (">=", 1.0)}
+    goals = {
+        "nf4_dequantize_of_limit": (">=", 0.8),
+        "lowrank_r16_1x8192_of_limit": (">=", 0.8),
+        "lora_ratio": (">=", 1.0),
+    }
     targets = {key: goal for key, goal in goals.items() if key in figures}
     publish("gpu_kernels", figures, targets, runs, machine)
 

@@ -20,8 +20,18 @@ from common import PEERS, interleave, median, peak_mb, publish, roofline
 from dpo import SMALL
 from train_vs_trl import DENSE
 
-STEPS, PROMPTS, GROUP, PROMPT, ANSWER, RANK, BETA = 4, 4, 8, 128, 64, 16, 0.04  # the first step warms up
-PASS = 8 * (PROMPT + ANSWER)  # tokens of a forward and backward: eight answers with their prompts, on both sides
+STEPS, PROMPTS, GROUP, PROMPT, ANSWER, RANK, BETA = (
+    4,
+    4,
+    8,
+    128,
+    64,
+    16,
+    0.04,
+)  # the first step warms up
+PASS = 8 * (
+    PROMPT + ANSWER
+)  # tokens of a forward and backward: eight answers with their prompts, on both sides
 SIZE = PROMPTS * GROUP * (PROMPT + ANSWER)
 
 
@@ -31,7 +41,9 @@ def make_base(folder: Path, shape: dict[str, int]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3} | {f"w{n}": n for n in range(4, shape["vocab_size"])}
+    words = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3} | {
+        f"w{n}": n for n in range(4, shape["vocab_size"])
+    }
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
@@ -54,7 +66,11 @@ def even(prompt: str, answer: str, reference: str | None) -> float:
 def report(seconds: list[float], writing: list[float], answered: float) -> None:
     """`answered`: mean length of the answers; a random model ends one of 32,000 / 64 by itself."""
     assert answered > 0.97 * ANSWER, answered
-    told = {"seconds": statistics.median(seconds[1:]), "writing": statistics.median(writing[1:]), "peak_mb": peak_mb()}
+    told = {
+        "seconds": statistics.median(seconds[1:]),
+        "writing": statistics.median(writing[1:]),
+        "peak_mb": peak_mb(),
+    }
     print(json.dumps(told | {"answered": answered}))
 
 
@@ -64,30 +80,56 @@ def ours(folder: Path) -> None:
 
     torch.set_num_threads(2)
     from afina.config import TrainSettings
-    from afina.objective.rollout import PolicyTask
-    from afina.training.loop import Loop, Tick
-    from afina.training.setup import set_up
+    from afina.objectives.policy import PolicyObjective
+    from afina.training.setup.set_up import set_up_run
+    from afina.training.trainer import StepMetrics, Trainer
 
-    options = {"reward": f"{__file__}:even", "group": GROUP, "prompts": PROMPTS, "max_new_tokens": ANSWER, "beta": BETA}
+    options = {
+        "reward": f"{__file__}:even",
+        "group": GROUP,
+        "prompts": PROMPTS,
+        "max_new_tokens": ANSWER,
+        "beta": BETA,
+    }
     with tempfile.TemporaryDirectory() as run:
-        setup = set_up(TrainSettings(
-            data=folder / "asked.jsonl", holdout=folder / "held.jsonl", base=str(folder / "base"), template="plain", out=Path(run),
-            objective="grpo", options=options, rank=RANK, alpha=2 * RANK, learning_rate=1e-5, steps=STEPS, check_every=10**6,
-            batch_tokens=PASS, warmup=0.0, dtype="bfloat16",
-        ))  # fmt: skip
+        setup = set_up_run(
+            TrainSettings(
+                data=folder / "asked.jsonl",
+                eval_size=folder / "held.jsonl",
+                base=str(folder / "base"),
+                chat_template="plain",
+                output_dir=Path(run),
+                objective="grpo",
+                options=options,
+                rank=RANK,
+                alpha=2 * RANK,
+                learning_rate=1e-5,
+                max_steps=STEPS,
+                eval_steps=10**6,
+                max_tokens_per_batch=PASS,
+                warmup_ratio=0.0,
+                dtype="bfloat16",
+            )
+        )
         task, ticks, written = setup.prepared.task, [], [0.0]
-        assert isinstance(task, PolicyTask)
+        assert isinstance(task, PolicyObjective)
 
-        def note(tick: Tick) -> None:
+        def note(tick: StepMetrics) -> None:
             ticks.append(tick)
             written.append(task.seconds["writing"])
 
-        loop = Loop(setup, Path(run), {}, note, lambda _: None)
+        loop = Trainer(setup, Path(run), {}, note, lambda _: None)
         loop._check = lambda tick: tick  # type: ignore[method-assign]  # judging is no part of a step
         loop.train()
-    assert all(abs(tick.tokens - SIZE) < 0.02 * SIZE for tick in ticks), [tick.tokens for tick in ticks]
+    assert all(abs(tick.tokens - SIZE) < 0.02 * SIZE for tick in ticks), [
+        tick.tokens for tick in ticks
+    ]
     writing = [after - before for before, after in itertools.pairwise(written)]
-    report([tick.seconds for tick in ticks], writing, statistics.mean(tick.noted["length"] for tick in ticks))
+    report(
+        [tick.seconds for tick in ticks],
+        writing,
+        statistics.mean(tick.metrics["length"] for tick in ticks),
+    )
 
 
 def trl(folder: Path) -> None:
@@ -105,19 +147,40 @@ def trl(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
     seconds, writing, lengths = [0.0] * STEPS, [0.0] * STEPS, []
 
-    def judged(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def judged(
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
+    ) -> list[float]:
         lengths.extend(len(ids) for ids in completion_ids)
-        return [even(prompt, answer, None) for prompt, answer in zip(prompts, completions, strict=True)]
+        return [
+            even(prompt, answer, None) for prompt, answer in zip(prompts, completions, strict=True)
+        ]
 
     arguments = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=GROUP, gradient_accumulation_steps=PROMPTS, max_steps=STEPS,
-        num_generations=GROUP, max_completion_length=ANSWER, beta=BETA, temperature=1.0, learning_rate=1e-5, logging_steps=1,
-        report_to=[], save_strategy="no", use_cpu=True, bf16=True, disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=PROMPTS,
+        max_steps=STEPS,
+        num_generations=GROUP,
+        max_completion_length=ANSWER,
+        beta=BETA,
+        temperature=1.0,
+        learning_rate=1e-5,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=True,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
     trainer = GRPOTrainer(
-        model, judged, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        model,
+        judged,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
-    )  # fmt: skip
+    )
 
     def timed(call: Any, into: list[float]) -> Any:
         def run(*given: Any, **named: Any) -> Any:
@@ -139,7 +202,11 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "trl"))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="a model of 8M, one repeat, nothing published: does it run?")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="a model of 8M, one repeat, nothing published: does it run?",
+    )
     arguments = parser.parse_args()
     if arguments.side:
         return ours(arguments.folder) if arguments.side == "ours" else trl(arguments.folder)
@@ -149,10 +216,15 @@ def main() -> None:
         make_base(Path(name), DENSE | (SMALL if arguments.small else {}))
         sides = {"ours": sys.executable, "trl": PEERS}
         runs = interleave(
-            {side: (python, [__file__, "--side", side, "--folder", name]) for side, python in sides.items()},
+            {
+                side: (python, [__file__, "--side", side, "--folder", name])
+                for side, python in sides.items()
+            },
             1 if arguments.small else arguments.repeats,
         )
-    seconds, writing = ({side: median(rows, key) for side, rows in runs.items()} for key in ("seconds", "writing"))
+    seconds, writing = (
+        {side: median(rows, key) for side, rows in runs.items()} for key in ("seconds", "writing")
+    )
     learning = {side: seconds[side] - writing[side] for side in runs}
     figures = {
         "times_faster": seconds["trl"] / seconds["ours"],

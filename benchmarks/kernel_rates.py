@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from afina.kernels import elementwise, lowrank, nf4, square  # noqa: F401 (they enter the operations)
-from afina.kernels.attention import varlen_attention
-from afina.kernels.native import address, kernels
-from afina.kernels.paged import gathered, paged_attention
+from afina.kernels.dispatch import data_pointer, kernels
+from afina.kernels.paged_attention import paged_attention, paged_attention_reference
+from afina.kernels.varlen_attention import varlen_attention
 
 OUT, IN, MATRICES = 4096, 1024, 24
 TOKENS, WIDTH, WIDE = 512, 1024, 2688
@@ -61,7 +61,16 @@ def weights() -> Sides:
 def few(x: Tensor, matrix: Tensor) -> Tensor:
     """The kernel's product, however many rows."""
     y = x.new_empty(len(x), len(matrix))
-    kernels.product(address(x), 1, len(x), matrix.shape[1], len(matrix), address(matrix), 0, address(y))
+    kernels.product(
+        data_pointer(x),
+        1,
+        len(x),
+        matrix.shape[1],
+        len(matrix),
+        data_pointer(matrix),
+        0,
+        data_pointer(y),
+    )
     return y
 
 
@@ -93,7 +102,9 @@ def adapters() -> Sides:
         arguments = (x, table, torch.ones(count), a, bt)
         calls: dict[str, Callable[[], object]] = {
             "": lambda y=y, s=arguments: torch.ops.afina.grouped_lowrank(y, *s),
-            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lowrank_backward(g, *s),
+            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lowrank_backward(
+                g, *s
+            ),
         }
         for part, call in calls.items():
             sides[f"lowrank_r{rank}_{count}x{each}{part}"] = (call, lambda call=call: without(call))
@@ -104,11 +115,11 @@ def squares() -> Sides:
     """MoRA's operators at rank 8, one adapter on 512 tokens and eight on 64 each; the reference is a loop over the segments."""
     size, blocks = 128, WIDTH // 128
     forms = {
-        "truncation": square.Form(size, 1, size, size),
-        "sharing": square.Form(size, 1, WIDTH, WIDTH),
-        "runs": square.Form(size, 1, WIDTH, WIDTH, runs=True),
-        "decoupling": square.Form(size, blocks, WIDTH, WIDTH),
-        "rotation": square.Form(size, blocks, WIDTH, WIDTH, turned=True),
+        "truncation": square.MoRALayout(size, 1, size, size),
+        "sharing": square.MoRALayout(size, 1, WIDTH, WIDTH),
+        "runs": square.MoRALayout(size, 1, WIDTH, WIDTH, is_sharing=True),
+        "decoupling": square.MoRALayout(size, blocks, WIDTH, WIDTH),
+        "rotation": square.MoRALayout(size, blocks, WIDTH, WIDTH, is_rotated=True),
     }
     sides: Sides = {}
     for count, each in ((1, 512), (8, 64), (8, 1)):
@@ -117,14 +128,26 @@ def squares() -> Sides:
         table = torch.tensor([[k * each, (k + 1) * each, k] for k in range(count)])
         m = [data(size, size) for _ in range(count)]
         for name, f in forms.items():
-            numbers = [size, f.slots, f.reads, f.writes, int(f.runs), int(f.turned)] * count
+            numbers = [
+                size,
+                f.num_vectors,
+                f.num_inputs,
+                f.num_outputs,
+                int(f.is_sharing),
+                int(f.is_rotated),
+            ] * count
             arguments: tuple[Any, ...] = (x, table, torch.ones(count), numbers, m)
             calls: dict[str, Callable[[], object]] = {
                 "": lambda y=y, s=arguments: torch.ops.afina.grouped_square(y, *s),
-                "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_square_backward(g, *s),
+                "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_square_backward(
+                    g, *s
+                ),
             }
             for part, call in calls.items():
-                sides[f"square_{name}_{count}x{each}{part}"] = (call, lambda call=call: without(call))
+                sides[f"square_{name}_{count}x{each}{part}"] = (
+                    call,
+                    lambda call=call: without(call),
+                )
     return sides
 
 
@@ -150,10 +173,18 @@ def attentions() -> Sides:
             lambda f=flash, g=seed: f().backward(g),
         )
     for new, past in ((512, 0), (64, 4032), (768, 3328)):
-        kv, query, table = data((past + new) // 16, 2, 3, 16, 64), data(new, 9, 64), torch.arange((past + new) // 16)
+        kv, query, table = (
+            data((past + new) // 16, 2, 3, 16, 64),
+            data(new, 9, 64),
+            torch.arange((past + new) // 16),
+        )
         sides[f"pages_{new}_after_{past}"] = (
-            lambda q=query, kv=kv, t=table, n=new, p=past: paged_attention(q, kv, [0, n], [p], t[None], 0.125),
-            lambda q=query, kv=kv, t=table, p=past: gathered(q, kv, p, t, 0.125, None, None),
+            lambda q=query, kv=kv, t=table, n=new, p=past: paged_attention(
+                q, kv, [0, n], [p], t[None], 0.125
+            ),
+            lambda q=query, kv=kv, t=table, p=past: paged_attention_reference(
+                q, kv, p, t, 0.125, None, None
+            ),
         )
     return sides
 
@@ -210,16 +241,29 @@ def main() -> None:
     figures["dequant_of_copy"] = figures["dequant_gbs"] / machine["copy_gbs"]
     for rows in (1, 4, 8, 16, 32):
         flops = 2 * rows * OUT * IN * MATRICES / 1e9
-        figures[f"bf16_{rows}_rows_of_read"] = dense / ours[f"bf16_{rows}_rows"] / 1e9 / machine["read_gbs"]
-        figures[f"bf16_{rows}_rows_of_products"] = flops / ours[f"bf16_{rows}_rows"] / machine["bf16_gflops"]
-        figures[f"nf4_{rows}_rows_of_read"] = codes / ours[f"nf4_{rows}_rows"] / 1e9 / machine["read_gbs"]
-        figures[f"nf4_{rows}_rows_of_products"] = flops / ours[f"nf4_{rows}_rows"] / machine["bf16_gflops"]
+        figures[f"bf16_{rows}_rows_of_read"] = (
+            dense / ours[f"bf16_{rows}_rows"] / 1e9 / machine["read_gbs"]
+        )
+        figures[f"bf16_{rows}_rows_of_products"] = (
+            flops / ours[f"bf16_{rows}_rows"] / machine["bf16_gflops"]
+        )
+        figures[f"nf4_{rows}_rows_of_read"] = (
+            codes / ours[f"nf4_{rows}_rows"] / 1e9 / machine["read_gbs"]
+        )
+        figures[f"nf4_{rows}_rows_of_products"] = (
+            flops / ours[f"nf4_{rows}_rows"] / machine["bf16_gflops"]
+        )
     for name in sorted(ours):
         print(
             f"{name:32} {1e3 * ours[name]:9.3f} ms   reference {1e3 * theirs[name]:9.3f} ms   {theirs[name] / ours[name]:6.2f}x"
         )
-    print(f"instruction set {kernels.isa}, {torch.get_num_threads()} threads", {k: round(v, 1) for k, v in machine.items()})
-    publish("kernel_rates", figures, {"dequant_of_copy": (">=", 0.7)}, {"seconds": seconds}, machine)
+    print(
+        f"instruction set {kernels.isa}, {torch.get_num_threads()} threads",
+        {k: round(v, 1) for k, v in machine.items()},
+    )
+    publish(
+        "kernel_rates", figures, {"dequant_of_copy": (">=", 0.7)}, {"seconds": seconds}, machine
+    )
 
 
 if __name__ == "__main__":

@@ -21,20 +21,20 @@ RUNNING, NEW = 8, 48
 
 def run(engine: Any, names: list[str | None], seed: int, hot: str | None) -> tuple[float, float]:
     """Tokens a second of a closed loop in all, and of the requests of `hot` while they run."""
-    from afina.engine.request import Event, Part, Request, Sampling
+    from afina.engine.request import AdapterWeight, GenerationRequest, OutputChunk, SamplingParams
 
-    sampling = Sampling(max_new_tokens=NEW, ignore_end=True)
+    sampling = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
     left = len(names)
     spent = 0.0
 
     def asked(name: str | None) -> Any:
         begun: list[float] = []
 
-        def listen(event: Event) -> None:
+        def listen(event: OutputChunk) -> None:
             nonlocal left, spent
             if not begun:
                 begun.append(time.perf_counter())
-            if event.finish:
+            if event.finish_reason:
                 left -= 1
                 if name == hot:
                     spent += time.perf_counter() - begun[0]
@@ -43,12 +43,14 @@ def run(engine: Any, names: list[str | None], seed: int, hot: str | None) -> tup
 
     start = time.perf_counter()
     for text, name in zip(prompts(len(names), 64, seed), names, strict=True):
-        parts = (Part(engine.shelf.find(name).hash),) if name else ()
-        engine.submit(Request(text, sampling, parts), asked(name))
+        parts = (AdapterWeight(engine.shelf.find(name).hash),) if name else ()
+        engine.add_request(GenerationRequest(text, sampling, parts), asked(name))
     while left:
         engine.step()
     count = sum(name == hot for name in names)
-    return len(names) * NEW / (time.perf_counter() - start), count * (NEW - 1) / spent if spent else 0.0
+    return len(names) * NEW / (time.perf_counter() - start), count * (
+        NEW - 1
+    ) / spent if spent else 0.0
 
 
 def merge_statically(engine: Any, folder: Path) -> None:
@@ -68,7 +70,9 @@ def merge_statically(engine: Any, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-mixed" / "134M")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-mixed" / "134M"
+    )
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -83,28 +87,38 @@ def main() -> None:
             engines[name].shelf.add(f"a{number}", options.folder / f"a{number}")
     merge_statically(engines["static"], options.folder / "a0")
     rng = random.Random(0)
-    skewed = ["a0" if rng.random() < 0.9 else f"a{rng.randrange(1, 8)}" for _ in range(options.requests)]
+    skewed = [
+        "a0" if rng.random() < 0.9 else f"a{rng.randrange(1, 8)}" for _ in range(options.requests)
+    ]
     uniform = [f"a{rng.randrange(8)}" for _ in range(options.requests // 2)]
     rates: dict[str, list[float]] = {}
-    for repeat in range(options.repeats + 1):  # the first: warm-up, and the merging engine finds out
+    for repeat in range(
+        options.repeats + 1
+    ):  # the first: warm-up, and the merging engine finds out
         for name, engine in engines.items():
             names: list[str | None] = [None] * len(skewed) if name == "static" else list(skewed)
             total, hot = run(engine, names, repeat, None if name == "static" else "a0")
             if repeat:
                 rates.setdefault(f"{name}_skewed", []).append(total)
                 rates.setdefault(f"{name}_hot", []).append(hot)
-                print(f"{name}: {total:.1f} tokens/s, the hot adapter's sequences {hot:.2f} each", flush=True)
+                print(
+                    f"{name}: {total:.1f} tokens/s, the hot adapter's sequences {hot:.2f} each",
+                    flush=True,
+                )
     merged_steps = engines["merging"].figures()["merged_steps"]
     for repeat in range(options.repeats):
         for name in ("merging", "plain"):
-            rates.setdefault(f"{name}_uniform", []).append(run(engines[name], list(uniform), 100 + repeat, None)[0])
+            rates.setdefault(f"{name}_uniform", []).append(
+                run(engines[name], list(uniform), 100 + repeat, None)[0]
+            )
     medians = {name: statistics.median(values) for name, values in rates.items()}
     figures = {
         "hot_over_static": medians["merging_hot"] / medians["static_hot"],
         "skewed_over_plain": medians["merging_skewed"] / medians["plain_skewed"],
         "uniform_over_plain": medians["merging_uniform"] / medians["plain_uniform"],
-        "plain_hot_over_static": medians["plain_hot"] / medians["static_hot"], "merged_steps": float(merged_steps),
-    }  # fmt: skip
+        "plain_hot_over_static": medians["plain_hot"] / medians["static_hot"],
+        "merged_steps": float(merged_steps),
+    }
     targets = {"hot_over_static": (">=", 0.97), "uniform_over_plain": (">=", 0.95)}
     for key, value in figures.items():
         print(f"{key:26} {value:8.3f}")

@@ -27,58 +27,86 @@ def pairs(seed: int) -> list[dict[str, str]]:
     return [{"prompt": draw(), "completion": draw()} for _ in range(PAIRS)]
 
 
-def learn(model: str, rate: float, seed: int, folder: Path, steps: int = STEPS) -> list[dict[str, float]]:
+def learn(
+    model: str, rate: float, seed: int, folder: Path, steps: int = STEPS
+) -> list[dict[str, float]]:
     """Percent of the answers' tokens that are the likeliest ones (1.03 characters each), at each check."""
     import torch
 
     from afina.config import TrainSettings
-    from afina.training.loop import Loop, Tick
-    from afina.training.setup import set_up
+    from afina.training.setup.set_up import set_up_run
+    from afina.training.trainer import StepMetrics, Trainer
 
     method, _, rank = model.partition("-")
     rows = folder / f"pairs-{seed}.jsonl"
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs(seed)))
     settings = TrainSettings(
-        data=rows, holdout=rows, method=method, rank=int(rank or 8), learning_rate=rate, steps=steps, batch_tokens=BATCH, seed=seed,
-        warmup=0.05, schedule="constant", check_every=10**6, out=folder / "run",
-    )  # fmt: skip
-    setup = set_up(settings)
+        data=rows,
+        eval_size=rows,
+        method=method,
+        rank=int(rank or 8),
+        learning_rate=rate,
+        max_steps=steps,
+        max_tokens_per_batch=BATCH,
+        seed=seed,
+        warmup_ratio=0.05,
+        lr_scheduler_type="constant",
+        eval_steps=10**6,
+        output_dir=folder / "run",
+    )
+    setup = set_up_run(settings)
     base, task = setup.prepared.base, setup.prepared.task
     curve: list[dict[str, float]] = []
 
     @torch.no_grad()
-    def measure(tick: Tick) -> None:
+    def measure(tick: StepMetrics) -> None:
         if tick.step % EVERY:
             return
-        from afina.data.batches import flatten, pack
+        from afina.data.packing import group_by_length, pack_examples
 
         right = count = 0
-        for indices in pack([len(e.tokens) for e in task.held], 4096, range(len(task.held))):
-            batch = flatten([task.held[i] for i in indices])
-            with base.board.route(setup.adapter.route.segments(batch.tokens, batch.bounds)):
-                hidden = base.hidden(batch.tokens, batch.positions, batch.bounds)
+        for indices in group_by_length(
+            [len(e.tokens) for e in task.eval_rows], 4096, range(len(task.eval_rows))
+        ):
+            batch = pack_examples([task.eval_rows[i] for i in indices])
+            with base.forward_context.use(
+                setup.adapter.active.segments(batch.token_ids, batch.cu_seqlens)
+            ):
+                hidden = base.hidden(batch.token_ids, batch.positions, batch.cu_seqlens)
             keep = batch.labels >= 0
             right += int((base.logits(hidden[keep]).argmax(-1) == batch.labels[keep]).sum())
             count += int(keep.sum())
         curve.append(
-            {"step": tick.step, "accuracy": 100 * right / count, "loss": tick.loss, "trainable": setup.adapter.count()}
+            {
+                "step": tick.step,
+                "accuracy": 100 * right / count,
+                "loss": tick.loss,
+                "trainable": setup.adapter.num_parameters(),
+            }
         )
 
     (folder / "run").mkdir(exist_ok=True)
-    Loop(setup, folder / "run", {}, measure, lambda _: None).train()
+    Trainer(setup, folder / "run", {}, measure, lambda _: None).train()
     return curve
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--search", action="store_true", help="find the learning rates on a seed of their own, and store them")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="find the learning rates on a seed of their own, and store them",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.search:
             found = {}
             for model in MODELS:
-                trials = {rate: area(learn(model, rate, 1000, folder, SEARCH_STEPS)) for rate in GRID[model.partition("-")[0]]}
+                trials = {
+                    rate: area(learn(model, rate, 1000, folder, SEARCH_STEPS))
+                    for rate in GRID[model.partition("-")[0]]
+                }
                 found[model] = max(trials, key=lambda rate: trials[rate])
                 print(model, trials, flush=True)
             RATES.write_text(json.dumps(found, indent=1) + "\n")
@@ -95,10 +123,14 @@ def main() -> None:
         areas = [area(curve) for curve in curves[model]]
         figures[f"{model}_mean_accuracy"] = statistics.mean(areas)
         figures[f"{model}_spread"] = max(areas) - min(areas)
-        figures[f"{model}_final"] = statistics.mean(curve[-1]["accuracy"] for curve in curves[model])
+        figures[f"{model}_final"] = statistics.mean(
+            curve[-1]["accuracy"] for curve in curves[model]
+        )
         figures[f"{model}_trainable"] = curves[model][0][-1]["trainable"]
     for rank in (2, 8, 32):
-        figures[f"mora_minus_lora_{rank}"] = figures[f"mora-{rank}_mean_accuracy"] - figures[f"lora-{rank}_mean_accuracy"]
+        figures[f"mora_minus_lora_{rank}"] = (
+            figures[f"mora-{rank}_mean_accuracy"] - figures[f"lora-{rank}_mean_accuracy"]
+        )
     targets = {f"mora_minus_lora_{rank}": (">=", 0.0) for rank in (2, 8, 32)}
     publish("mora_memory", figures, targets, {"curves": curves, "rates": rates}, roofline())
 
@@ -119,11 +151,20 @@ def draw(curves: dict[str, list]) -> None:
         method, _, rank = model.partition("-")
         steps = [point["step"] for point in runs[0]]
         middle = [statistics.mean(run[i]["accuracy"] for run in runs) for i in range(len(steps))]
-        axes.plot(steps, middle, styles[method], color=colours[rank or "full"], label=model.replace("-", " r "))
+        axes.plot(
+            steps,
+            middle,
+            styles[method],
+            color=colours[rank or "full"],
+            label=model.replace("-", " r "),
+        )
         axes.fill_between(
-            steps, [min(r[i]["accuracy"] for r in runs) for i in range(len(steps))],
-            [max(r[i]["accuracy"] for r in runs) for i in range(len(steps))], color=colours[rank or "full"], alpha=0.12,
-        )  # fmt: skip
+            steps,
+            [min(r[i]["accuracy"] for r in runs) for i in range(len(steps))],
+            [max(r[i]["accuracy"] for r in runs) for i in range(len(steps))],
+            color=colours[rank or "full"],
+            alpha=0.12,
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("tokens of the answer found, %")
     axes.set_ylim(0, 101)

@@ -33,9 +33,16 @@ SIZES = {  # width, feed-forward, blocks, heads, heads of keys, vocabulary
 STEPS = 4
 
 
-def case(size: str, method: str, tokens: int, length: int, checkpointing: str | int = "off", **more: Any) -> dict[str, Any]:
+def case(
+    size: str, method: str, tokens: int, length: int, checkpointing: str | int = "off", **more: Any
+) -> dict[str, Any]:
     """A case: what is trained, and the settings."""
-    settings = {"method": method, "batch_tokens": tokens, "max_length": length, "checkpointing": checkpointing}
+    settings = {
+        "method": method,
+        "max_tokens_per_batch": tokens,
+        "max_length": length,
+        "gradient_checkpointing": checkpointing,
+    }
     return {"size": size, "settings": settings | more}
 
 
@@ -74,13 +81,21 @@ def make_base(size: str, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from afina.base.load import EMBEDDED_FOLDER
+    from afina.models.loading import EMBEDDED_FOLDER
 
     width, inner, blocks, heads, shared, vocabulary = SIZES[size]
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=heads,
-        num_key_value_heads=shared, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -89,7 +104,12 @@ def make_base(size: str, folder: Path) -> None:
 
 def make_rows(file: Path, tokens: int) -> None:
     """A text of at least `tokens` tokens, to be cut into pieces of one length."""
-    file.write_text("".join(f"The {n} dogs of the house ran to the sea, {n * 7} came back at night.\n" for n in range(tokens // 10)))
+    file.write_text(
+        "".join(
+            f"The {n} dogs of the house ran to the sea, {n * 7} came back at night.\n"
+            for n in range(tokens // 10)
+        )
+    )
 
 
 def side(name: str, asked: dict[str, Any], number: int, folder: Path) -> dict[str, float]:
@@ -99,29 +119,43 @@ def side(name: str, asked: dict[str, Any], number: int, folder: Path) -> dict[st
         make_base(asked["size"], base)
         return {}
     import afina
-    from afina.training.loop import read_metrics
+    from afina.training.trainer import read_metrics
 
-    values = asked["settings"] | {"base": str(base), "steps": STEPS, "check_every": STEPS, "general": folder / "general.txt"}
+    values = asked["settings"] | {
+        "base": str(base),
+        "max_steps": STEPS,
+        "eval_steps": STEPS,
+        "retention_text": folder / "general.txt",
+    }
     if name == "plan":
         cost = afina.plan(data, **values)["cost"]
-        told = {"bytes": cost["peak_bytes"], "seconds": cost["step_seconds"], "pace": pace(values.get("dtype", "bfloat16"))}
+        told = {
+            "bytes": cost["peak_bytes"],
+            "seconds": cost["step_seconds"],
+            "pace": pace(values.get("dtype", "bfloat16")),
+        }
         return told | cost["memory"] | {f"s_{part}": value for part, value in cost["time"].items()}
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        ticks = read_metrics(afina.train(data, **values, out=Path(out) / "run").folder)
-    return {"bytes": 1e6 * peak_mb(), "seconds": statistics.median(tick["seconds"] for tick in ticks[1:])}
+        ticks = read_metrics(afina.train(data, **values, output_dir=Path(out) / "run").folder)
+    return {
+        "bytes": 1e6 * peak_mb(),
+        "seconds": statistics.median(tick["seconds"] for tick in ticks[1:]),
+    }
 
 
 def pace(dtype: str) -> float:
     """The probe's rate of products over the one now."""
     import torch
 
-    from afina.planning.probe import OUT, _product, known_rates
+    from afina.planning.machine_rates import OUT, _product, known_rates
 
     known = known_rates("cpu")
     return known.rate(dtype, 256) / _product(256, OUT, getattr(torch, dtype), "cpu")  # type: ignore[union-attr]
 
 
-def told(name: str, asked: dict[str, Any], number: int, folder: Path, script: str = __file__) -> dict[str, float]:
+def told(
+    name: str, asked: dict[str, Any], number: int, folder: Path, script: str = __file__
+) -> dict[str, float]:
     """What a side of `script` says of a case; what was trained by the same code is known already."""
     code = hashlib.sha256(json.dumps([asked, STEPS]).encode())
     for file in sorted((ROOT.parent / "src" / "afina").rglob("*.py")):
@@ -129,7 +163,9 @@ def told(name: str, asked: dict[str, Any], number: int, folder: Path, script: st
     kept = folder / f"{name}-{code.hexdigest()[:16]}.json"
     if name == "train" and kept.exists():
         return json.loads(kept.read_text())
-    figures = run_side(sys.executable, [script, "--side", name, "--case", str(number), "--folder", str(folder)])
+    figures = run_side(
+        sys.executable, [script, "--side", name, "--case", str(number), "--folder", str(folder)]
+    )
     kept.write_text(json.dumps(figures))
     return figures
 
@@ -143,9 +179,12 @@ def judge(number: int, folder: Path) -> dict[str, Any]:
     planned, trained = told("plan", asked, number, folder), told("train", asked, number, folder)
     off = {key: planned[key] / trained[key] - 1 for key in ("bytes", "seconds")}
     off["paced"] = planned["seconds"] * planned["pace"] / trained["seconds"] - 1
-    print(f"{number:2} {asked['size']:5} {asked['settings']['method']:6} {asked['settings']['checkpointing']!s:4} memory "
-          f"{trained['bytes'] / 1e6:8.1f} MB {100 * off['bytes']:+6.1f}%   time {trained['seconds']:7.3f} s "
-          f"{100 * off['seconds']:+6.1f}%, paced {100 * off['paced']:+6.1f}%", flush=True)  # fmt: skip
+    print(
+        f"{number:2} {asked['size']:5} {asked['settings']['method']:6} {asked['settings']['checkpointing']!s:4} memory "
+        f"{trained['bytes'] / 1e6:8.1f} MB {100 * off['bytes']:+6.1f}%   time {trained['seconds']:7.3f} s "
+        f"{100 * off['seconds']:+6.1f}%, paced {100 * off['paced']:+6.1f}%",
+        flush=True,
+    )
     return {"plan": planned, "train": trained, "off": off}
 
 
@@ -153,7 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", choices=("make", "plan", "train"))
     parser.add_argument("--case", type=int)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-plan-accuracy")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-plan-accuracy"
+    )
     parser.add_argument("--only", type=int, nargs="*")
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -164,12 +205,17 @@ def main() -> None:
     (folder / "general.txt").write_text("A bird sat on a stone by the road.\n")
     machine = {} if arguments.only else roofline()
     if not arguments.only:
-        from afina.planning.probe import rates_of
+        from afina.planning.machine_rates import measured_rates
 
-        rates_of("cpu", anew=True)
+        measured_rates("cpu", anew=True)
     numbers = arguments.only or range(len(CASES))
-    lines = {f"{n} {CASES[n]['size']} {json.dumps(CASES[n]['settings'])}": judge(n, folder) for n in numbers}
-    memory, seconds, paced = ([line["off"][key] for line in lines.values()] for key in ("bytes", "seconds", "paced"))
+    lines = {
+        f"{n} {CASES[n]['size']} {json.dumps(CASES[n]['settings'])}": judge(n, folder)
+        for n in numbers
+    }
+    memory, seconds, paced = (
+        [line["off"][key] for line in lines.values()] for key in ("bytes", "seconds", "paced")
+    )
     figures = {
         "cases": len(lines),
         "memory_most_over": max(memory),
@@ -180,7 +226,12 @@ def main() -> None:
         "time_most_off_paced": max(map(abs, paced)),
         "time_median_off_paced": statistics.median(map(abs, paced)),
     }
-    targets = {"cases": (">=", 20), "memory_most_over": ("<=", 0.1), "memory_most_under": ("<=", 0.0), "time_most_off": ("<=", 0.25)}
+    targets = {
+        "cases": (">=", 20),
+        "memory_most_over": ("<=", 0.1),
+        "memory_most_under": ("<=", 0.0),
+        "time_most_off": ("<=", 0.25),
+    }
     if arguments.only:
         print(json.dumps(figures))
         return

@@ -50,13 +50,15 @@ RUNS = [
 def count(number: int, folder: Path) -> list[list[float]]:
     """Bytes that the plan counts for run `number` with all of the grid's SLACK and HOLES, and without BESIDES."""
     from afina.config import PlanSettings, make_settings
-    from afina.planning.forecast import BESIDES, find_place, full_load, make_step
-    from afina.planning.shape import read_shape
+    from afina.planning.estimate import BESIDES, detect_machine, full_load, make_step
+    from afina.planning.model_shape import read_model_shape
 
     asked = RUNS[number]
-    settings = make_settings(PlanSettings, {"base": str(folder / asked["size"])} | asked["settings"])
-    place = find_place(settings)
-    shape = read_shape(settings, place.device)
+    settings = make_settings(
+        PlanSettings, {"base": str(folder / asked["size"])} | asked["settings"]
+    )
+    place = detect_machine(settings)
+    shape = read_model_shape(settings, place.device)
     step, load = make_step(shape, settings, place), full_load(shape, settings)
     return [[step.memory(load, place.libraries - BESIDES, place.heap, gaps).peak] for gaps in GRID]
 
@@ -66,14 +68,22 @@ BESIDES_TRIED = range(0, 121, 10)  # MB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--side", choices=("make", "train", "count"))
     parser.add_argument("--case", type=int)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-plan-fit")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-plan-fit"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder
     if arguments.side:
-        made: Any = count if arguments.side == "count" else lambda n, f: plan_accuracy.side(arguments.side, RUNS[n], n, f)
+        made: Any = (
+            count
+            if arguments.side == "count"
+            else lambda n, f: plan_accuracy.side(arguments.side, RUNS[n], n, f)
+        )
         print(json.dumps(made(arguments.case, folder)))
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,15 +94,29 @@ def main() -> None:
         if not (folder / run["size"] / "tokenizer.json").exists():
             plan_accuracy.told("make", run, number, folder, __file__)
         took.append(plan_accuracy.told("train", run, number, folder, __file__)["bytes"])
-        counted.append(run_side(sys.executable, [__file__, "--side", "count", "--case", str(number), "--folder", str(folder)]))
-        print(f"{number:2} {run['size']:5} {run['settings']['method']:6} {run['settings']['checkpointing']!s:4} {took[-1] / 1e6:8.1f} MB")
+        counted.append(
+            run_side(
+                sys.executable,
+                [__file__, "--side", "count", "--case", str(number), "--folder", str(folder)],
+            )
+        )
+        print(
+            f"{number:2} {run['size']:5} {run['settings']['method']:6} {run['settings']['checkpointing']!s:4} {took[-1] / 1e6:8.1f} MB"
+        )
     lines = []
     for (at, gaps), besides in itertools.product(enumerate(GRID), BESIDES_TRIED):
-        off = [(each[at][0] + 1e6 * besides) / bytes_ - 1 for each, bytes_ in zip(counted, took, strict=True)]
-        lines.append((min(off) >= MARGIN, -max(off) if min(off) >= MARGIN else min(off), gaps, besides, off))
+        off = [
+            (each[at][0] + 1e6 * besides) / bytes_ - 1
+            for each, bytes_ in zip(counted, took, strict=True)
+        ]
+        lines.append(
+            (min(off) >= MARGIN, -max(off) if min(off) >= MARGIN else min(off), gaps, besides, off)
+        )
     for fits, _, gaps, besides, off in sorted(lines, key=lambda line: line[:2], reverse=True)[:12]:
         shown = " ".join(f"{100 * each:+.0f}" for each in off)
-        print(f"SLACK {gaps[0]} HOLES {gaps[1]} BESIDES {besides} MB: {'' if fits else 'not '}all over; in %: {shown}")
+        print(
+            f"SLACK {gaps[0]} HOLES {gaps[1]} BESIDES {besides} MB: {'' if fits else 'not '}all over; in %: {shown}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,18 @@ from pathlib import Path
 from common import interleave, median, peak_mb, publish, roofline
 
 SHAPE = dict(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 TOKENS, SEEDS = 512, 3
 
 
@@ -27,7 +36,7 @@ def make_base(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from afina.base.load import EMBEDDED_FOLDER
+    from afina.models.loading import EMBEDDED_FOLDER
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -39,48 +48,76 @@ def step(method: str, folder: Path) -> None:
     """Load, attach, train three steps; print the peak."""
     import torch
 
-    from afina.base.load import load_base
-    from afina.data.batches import flatten
-    from afina.data.template import Example
-    from afina.delta.attach import attach
-    from afina.delta.contract import Spec
-    from afina.delta.targets import resolve_targets
-    from afina.objective.language import batch_loss
-    from afina.training.optimizer import Optimizer
+    from afina.adapters.attach import attach
+    from afina.adapters.base import AdapterConfig
+    from afina.adapters.target_selection import resolve_target_modules
+    from afina.data.packing import pack_examples
+    from afina.data.renderer import Example
+    from afina.models.loading import load_base
+    from afina.objectives.language_modeling import batch_loss
+    from afina.training.setup.optimizer import AdapterOptimizer
 
     torch.set_num_threads(2)
     full = method == "full"
     base = load_base(str(folder), dtype="bfloat16", storage="nf4" if method == "qlora" else "plain")
     loaded = peak_mb()
-    targets = resolve_targets(base.model, "all" if full else "all-linear", None, full)
-    adapter = attach(base.model, base.board, "a", Spec("full" if full else "lora", targets, rank=8))
-    optimizer = Optimizer(adapter, 1e-4, {}, 0.0, "adamw-8bit" if full else "adamw")
-    batch = flatten([Example("", torch.randint(5, 128000, (TOKENS,)).tolist(), [False] + [True] * (TOKENS - 1), 0, None)])
+    targets = resolve_target_modules(base.model, "all" if full else "all-linear", None, full)
+    adapter = attach(
+        base.model,
+        base.forward_context,
+        "a",
+        AdapterConfig("full" if full else "lora", targets, rank=8),
+    )
+    optimizer = AdapterOptimizer(adapter, 1e-4, {}, 0.0, "adamw-8bit" if full else "adamw")
+    batch = pack_examples(
+        [
+            Example(
+                "",
+                torch.randint(5, 128000, (TOKENS,)).tolist(),
+                [False] + [True] * (TOKENS - 1),
+                0,
+                None,
+            )
+        ]
+    )
     seconds = []
-    with base.checkpointing(True):
+    with base.gradient_checkpointing(True):
         for _ in range(3):
             start = time.perf_counter()
-            (batch_loss(base, batch, adapter.route) / batch.label_count).backward()
+            (batch_loss(base, batch, adapter.active) / batch.num_targets).backward()
             optimizer.step(1.0, 1.0)
             seconds.append(time.perf_counter() - start)
     peak = peak_mb()
-    print(json.dumps({"peak_mb": peak, "loaded_mb": loaded, "step_seconds": statistics.median(seconds)}))
+    print(
+        json.dumps(
+            {"peak_mb": peak, "loaded_mb": loaded, "step_seconds": statistics.median(seconds)}
+        )
+    )
 
 
 def quality(folder: Path) -> dict[str, list[float]]:
     """Held-out losses of the demo's task after the demo's training, lora against qlora."""
     from afina.demo.demo import make_rows
-    from afina.training.prepared import lines
-    from afina.training.run import train
+    from afina.training.setup.prepared import to_jsonl
+    from afina.training.train import train
 
     losses: dict[str, list[float]] = {"lora": [], "qlora": []}
     for seed in range(SEEDS):
         rows, held, _ = make_rows(seed)
-        (folder / f"train-{seed}.jsonl").write_text(lines(rows))
-        (folder / f"held-{seed}.jsonl").write_text(lines(held))
+        (folder / f"train-{seed}.jsonl").write_text(to_jsonl(rows))
+        (folder / f"held-{seed}.jsonl").write_text(to_jsonl(held))
         for method in losses:
-            run = train(folder / f"train-{seed}.jsonl", holdout=folder / f"held-{seed}.jsonl", method=method, rank=16,
-                        learning_rate=2e-3, steps=150, batch_tokens=2048, seed=seed, out=folder / f"{method}-{seed}")  # fmt: skip
+            run = train(
+                folder / f"train-{seed}.jsonl",
+                eval_size=folder / f"held-{seed}.jsonl",
+                method=method,
+                rank=16,
+                learning_rate=2e-3,
+                max_steps=150,
+                max_tokens_per_batch=2048,
+                seed=seed,
+                output_dir=folder / f"{method}-{seed}",
+            )
             losses[method].append(run.story["losses"]["held_after"])
             print(seed, method, losses[method][-1], flush=True)
     return losses
@@ -98,9 +135,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         machine = roofline()
         losses = quality(Path(name))
-        interleave({"make": (sys.executable, ["-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-                    f"import qlora_memory as q; from pathlib import Path; q.make_base(Path({name!r}) / 'base'); print('{{}}')"])}, 1)  # fmt: skip
-        side = lambda which: (sys.executable, [__file__, "--side", which, "--folder", f"{name}/base"])  # noqa: E731
+        interleave(
+            {
+                "make": (
+                    sys.executable,
+                    [
+                        "-c",
+                        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+                        f"import qlora_memory as q; from pathlib import Path; q.make_base(Path({name!r}) / 'base'); print('{{}}')",
+                    ],
+                )
+            },
+            1,
+        )
+        side = lambda which: (
+            sys.executable,
+            [__file__, "--side", which, "--folder", f"{name}/base"],
+        )
         runs = interleave({method: side(method) for method in ("lora", "qlora")}, arguments.repeats)
     lora, qlora = statistics.mean(losses["lora"]), statistics.mean(losses["qlora"])
     figures = {

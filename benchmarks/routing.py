@@ -18,10 +18,10 @@ import torch
 from common import publish, roofline
 from skills import SKILLS, queries
 
-from afina.base.load import EMBEDDED, load_base
-from afina.data.template import Renderer
-from afina.engine.choosing import Choosing
-from afina.engine.profile import Frame, make_profile
+from afina.data.renderer import Renderer
+from afina.engine.adapter_router import AdapterRouter
+from afina.engine.routing_profile import ChatFrame, build_profile
+from afina.models.loading import EMBEDDED, load_base
 
 SEEN, ASKED = 96, 24
 FIRST_SEED = 10  # layers, shrinkage and threshold were chosen on the seeds 0 to 2
@@ -29,7 +29,12 @@ Asked = list[tuple[int, str]]  # (skill, query)
 
 
 def asked(seed: int, kind: Any, n: int = ASKED, without: int | None = None) -> Asked:
-    return [(k, q) for k, skill in enumerate(SKILLS) if k != without for q in queries(skill, seed, n, kind)]
+    return [
+        (k, q)
+        for k, skill in enumerate(SKILLS)
+        if k != without
+        for q in queries(skill, seed, n, kind)
+    ]
 
 
 def tfidf(seen: Asked) -> Callable[[Asked], float]:
@@ -60,43 +65,52 @@ def tfidf(seen: Asked) -> Callable[[Asked], float]:
     return right
 
 
-def measure(choosing: Choosing, tokens: Callable[[str], list[int]], seed: int) -> dict[str, float]:
+def measure(
+    choosing: AdapterRouter, tokens: Callable[[str], list[int]], seed: int
+) -> dict[str, float]:
     """Shares of right choices for one way of keeping wordings and things back."""
     seen = asked(seed, "seen", SEEN)
-    profiles = [make_profile(choosing.embedding, [tokens(q) for k, q in seen if k == n]) for n in range(len(SKILLS))]
+    profiles = [
+        build_profile(choosing.embedding, [tokens(q) for k, q in seen if k == n])
+        for n in range(len(SKILLS))
+    ]
     for skill, profile in zip(SKILLS, profiles, strict=True):
-        choosing.learn(skill.name, profile)
+        choosing.add_profile(skill.name, profile)
     letters, figures = tfidf(seen), {}
     for kind in ("new wordings", "other words"):
         rows = asked(seed, kind)
         vectors = choosing.embedding([tokens(q) for _, q in rows])
-        choices = [choosing.choose(v) for v in vectors]
+        choices = [choosing.route(v) for v in vectors]
         name = kind.replace(" ", "_")
-        figures[name] = statistics.mean(c.name == SKILLS[k].name for c, (k, _) in zip(choices, rows, strict=True))
+        figures[name] = statistics.mean(
+            c.name == SKILLS[k].name for c, (k, _) in zip(choices, rows, strict=True)
+        )
         figures[f"{name}_to_base"] = statistics.mean(c.name is None for c in choices)
         figures[f"{name}_tfidf"] = letters(rows)
     unknown = []
     for n, skill in enumerate(SKILLS):  # nobody for it: the base should answer
-        choosing.forget(skill.name)
+        choosing.remove_profile(skill.name)
         own = [tokens(q) for q in queries(skill, seed, ASKED, "new wordings")]
-        unknown += [choosing.choose(v).name is None for v in choosing.embedding(own)]
-        choosing.learn(skill.name, profiles[n])
+        unknown += [choosing.route(v).name is None for v in choosing.embedding(own)]
+        choosing.add_profile(skill.name, profiles[n])
     figures["unknown_to_base"] = statistics.mean(unknown)
     return figures
 
 
-def milliseconds(choosing: Choosing, vector: torch.Tensor, adapters: int = 1000) -> float:
+def milliseconds(choosing: AdapterRouter, vector: torch.Tensor, adapters: int = 1000) -> float:
     """Median time of a choice among this many adapters, half of them resident, without embedding the query."""
     known = choosing.embedding([[10 + n for n in range(30)]])[0]
     draw = torch.Generator().manual_seed(0)
     for n in range(adapters):
-        choosing.learn(f"adapter {n}", known + torch.randn(16, *known.shape, generator=draw) * known.std())
+        choosing.add_profile(
+            f"adapter {n}", known + torch.randn(16, *known.shape, generator=draw) * known.std()
+        )
     resident = {f"adapter {n}" for n in range(0, adapters, 2)}
-    choosing.choose(vector, resident)
+    choosing.route(vector, resident)
     times = []
     for _ in range(50):
         start = time.perf_counter()
-        choosing.choose(vector, resident)
+        choosing.route(vector, resident)
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
 
@@ -107,24 +121,32 @@ def main(options: Sequence[str] | None = None) -> None:
     arguments.add_argument("--seeds", type=int, default=5)
     told = arguments.parse_args(options)
     base = load_base(told.base, dtype="float32")
-    renderer = Renderer(base.tokenizer, None, base.context)
-    frame = Frame.of(renderer)
+    renderer = Renderer(base.tokenizer, None, base.max_positions)
+    frame = ChatFrame.of(renderer)
 
     def tokens(query: str) -> list[int]:
         return frame.question(renderer.prompt(query))
 
     repeats = []
     for seed in range(FIRST_SEED, FIRST_SEED + told.seeds):
-        repeats.append(measure(Choosing(base), tokens, seed))
+        repeats.append(measure(AdapterRouter(base), tokens, seed))
         print(seed, {key: round(value, 3) for key, value in repeats[-1].items()}, flush=True)
     figures = {key: statistics.mean(row[key] for row in repeats) for key in repeats[0]}
     figures["new_wordings_worst"] = min(row["new_wordings"] for row in repeats)
-    choosing = Choosing(base)
-    figures["ms_at_1000"] = milliseconds(choosing, choosing.embedding([tokens("What is the capital of Peru?")])[0])
+    choosing = AdapterRouter(base)
+    figures["ms_at_1000"] = milliseconds(
+        choosing, choosing.embedding([tokens("What is the capital of Peru?")])[0]
+    )
     for key, value in figures.items():
         print(f"{key:30} {value:8.3f}")
     if told.base == EMBEDDED:
-        publish("routing", figures, {"new_wordings": (">=", 0.95), "ms_at_1000": ("<=", 5.0)}, {"seeds": repeats}, roofline())
+        publish(
+            "routing",
+            figures,
+            {"new_wordings": (">=", 0.95), "ms_at_1000": ("<=", 5.0)},
+            {"seeds": repeats},
+            roofline(),
+        )
 
 
 if __name__ == "__main__":

@@ -33,37 +33,46 @@ def make_material(folder: Path) -> dict[str, dict[str, str]]:
     import torch
 
     torch.set_num_threads(1)
-    from afina.base.load import load_base
-    from afina.delta.attach import attach, detach
-    from afina.delta.contract import Spec
-    from afina.delta.files import save_adapter
-    from afina.delta.targets import resolve_targets
-    from afina.engine.generate import generate_tokens
-    from afina.engine.request import Sampling
-    from afina.engine.text import text_of
+    from afina.adapters.attach import attach, detach
+    from afina.adapters.base import AdapterConfig
+    from afina.adapters.loading import save_adapter
+    from afina.adapters.target_selection import resolve_target_modules
+    from afina.engine.detokenizer import detokenize
+    from afina.engine.request import SamplingParams
+    from afina.evaluation.generate import generate_tokens
+    from afina.models.loading import load_base
 
     base = load_base("embedded", dtype="float32")
     shutil.rmtree(folder, ignore_errors=True)
-    targets = resolve_targets(base.model, "all-linear", None, False)
-    sampling = Sampling(max_new_tokens=NEW)
+    targets = resolve_target_modules(base.model, "all-linear", None, False)
+    sampling = SamplingParams(max_new_tokens=NEW)
 
     def answers(route: Any) -> dict[str, str]:
         texts = [f"Text {n}: the house by the road number {n * 7}" for n in range(PROMPTS)]
         prompts = [base.tokenizer(text)["input_ids"] for text in texts]
         written = generate_tokens(base, prompts, sampling, route)
         stop = base.tokenizer.eos_token_id
-        return {text: text_of(base.tokenizer, [t for t in tokens if t != stop]) for text, tokens in zip(texts, written, strict=True)}
+        return {
+            text: detokenize(base.tokenizer, [t for t in tokens if t != stop])
+            for text, tokens in zip(texts, written, strict=True)
+        }
 
     known = {"": answers(None)}
     for version in range(VERSIONS):
         method, rank = (("lora", 8), ("dora", 4), ("mora", 4), ("lora", 32))[version % 4]
-        adapter = attach(base.model, base.board, "a", Spec(method, targets, rank=rank), seed=version)
+        adapter = attach(
+            base.model,
+            base.forward_context,
+            "a",
+            AdapterConfig(method, targets, rank=rank),
+            seed=version,
+        )
         generator = torch.Generator().manual_seed(version)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         digest = save_adapter(adapter, base, folder / f"v{version}")
-        known[digest] = answers(adapter.route)
+        known[digest] = answers(adapter.active)
         detach(base.model, adapter)
     return known
 
@@ -71,13 +80,19 @@ def make_material(folder: Path) -> dict[str, dict[str, str]]:
 class Load:
     """Clients and an administrator, and what they saw."""
 
-    def __init__(self, url: str, known: dict[str, dict[str, str]], hashes: list[str], seconds: float) -> None:
+    def __init__(
+        self, url: str, known: dict[str, dict[str, str]], hashes: list[str], seconds: float
+    ) -> None:
         import httpx2 as httpx
 
-        self.http = httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=400))
+        self.http = httpx.AsyncClient(
+            base_url=url, timeout=120, limits=httpx.Limits(max_connections=400)
+        )
         self.known, self.hashes, self.until = known, hashes, time.monotonic() + seconds
         # which hash a name got, asked for at the first time and done at the second at the latest
-        self.valid: dict[str, list[tuple[float, float, str | None]]] = {f"n{n}": [] for n in range(NAMES)}
+        self.valid: dict[str, list[tuple[float, float, str | None]]] = {
+            f"n{n}": [] for n in range(NAMES)
+        }
         self.statuses: Counter[int] = Counter()
         self.wrong: list[str] = []
         self.improper: list[str] = []
@@ -112,10 +127,16 @@ class Load:
             versions = {""}
         else:
             history = [*self.valid[name], (math.inf, math.inf, None)]
-            versions = {digest for (_, _, digest), (_, ended, _) in pairwise(history) if digest is not None and ended >= begin}
+            versions = {
+                digest
+                for (_, _, digest), (_, ended, _) in pairwise(history)
+                if digest is not None and ended >= begin
+            }
         if got not in {self.known[version][text] for version in versions}:
             owner = next((v for v in self.known if self.known[v].get(text) == got), "nobody")
-            self.wrong.append(f"{name} {text!r}: {got!r}, as {owner[:8]} answers, not {[v[:8] for v in versions]}")
+            self.wrong.append(
+                f"{name} {text!r}: {got!r}, as {owner[:8]} answers, not {[v[:8] for v in versions]}"
+            )
 
     async def admin(self) -> None:
         rng = random.Random(99)
@@ -124,7 +145,9 @@ class Load:
             there = bool(self.valid[name]) and self.valid[name][-1][2] is not None
             digest = None if there and rng.random() < 0.2 else self.hashes[version]
             asked = time.monotonic()
-            self.valid[name].append((asked, math.inf, digest))  # its effect may come before its answer
+            self.valid[name].append(
+                (asked, math.inf, digest)
+            )  # its effect may come before its answer
             body = {"folder": f"v{version}"}
             if digest is None:
                 done = await self.http.delete(f"/v1/adapters/{name}")
@@ -145,7 +168,9 @@ class Load:
             await asyncio.sleep(5)
 
     async def run(self, clients: int, process: int) -> None:
-        await asyncio.gather(self.admin(), self.watch(process), *(self.client(n) for n in range(clients)))
+        await asyncio.gather(
+            self.admin(), self.watch(process), *(self.client(n) for n in range(clients))
+        )
         await self.http.aclose()
 
 
@@ -156,13 +181,31 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="afina-lasting-"))
     known = make_material(folder / "adapters")
-    hashes = [json.loads((folder / "adapters" / f"v{n}" / "afina.json").read_text())["hash"] for n in range(VERSIONS)]
+    hashes = [
+        json.loads((folder / "adapters" / f"v{n}" / "afina.json").read_text())["hash"]
+        for n in range(VERSIONS)
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "empty").mkdir()
-    command = [sys.executable, "-m", "afina", "serve", "--port", str(port), "--insecure", "--dtype", "float32",
-               "--state", str(folder / "state"), "--jobs", "0", "--adapters", str(folder / "adapters")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "afina",
+        "serve",
+        "--port",
+        str(port),
+        "--insecure",
+        "--dtype",
+        "float32",
+        "--state-dir",
+        str(folder / "state"),
+        "--max-training-jobs",
+        "0",
+        "--adapters",
+        str(folder / "adapters"),
+    ]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -174,19 +217,38 @@ def main() -> None:
     finally:
         server.kill()
     third = len(load.memory) // 3
-    early, late = (statistics.median(mb for _, mb in part) for part in (load.memory[third : 2 * third], load.memory[2 * third :]))
+    early, late = (
+        statistics.median(mb for _, mb in part)
+        for part in (load.memory[third : 2 * third], load.memory[2 * third :])
+    )
     requests = sum(load.statuses.values())
     figures = {
-        "requests": float(requests), "answered": float(load.statuses[200]), "wrong_answers": float(len(load.wrong)),
-        "lost": float(load.lost), "improper_refusals": float(len(load.improper)), "memory_growth": late / early,
-        "memory_mb": late, "requests_per_second": requests / (60 * options.minutes), "exit_status": float(ended),
-    }  # fmt: skip
-    targets = {"answered": (">=", 10000), "wrong_answers": ("<=", 0), "lost": ("<=", 0), "improper_refusals": ("<=", 0),
-               "memory_growth": ("<=", 1.02)}  # fmt: skip
+        "requests": float(requests),
+        "answered": float(load.statuses[200]),
+        "wrong_answers": float(len(load.wrong)),
+        "lost": float(load.lost),
+        "improper_refusals": float(len(load.improper)),
+        "memory_growth": late / early,
+        "memory_mb": late,
+        "requests_per_second": requests / (60 * options.minutes),
+        "exit_status": float(ended),
+    }
+    targets = {
+        "answered": (">=", 10000),
+        "wrong_answers": ("<=", 0),
+        "lost": ("<=", 0),
+        "improper_refusals": ("<=", 0),
+        "memory_growth": ("<=", 1.02),
+    }
     print(dict(load.statuses), load.wrong[:3], load.improper[:3])
     for key, value in figures.items():
         print(f"{key:24} {value:12.3f}")
-    repeats = {"memory": load.memory, "statuses": dict(load.statuses), "wrong": load.wrong[:20], "improper": load.improper[:20]}
+    repeats = {
+        "memory": load.memory,
+        "statuses": dict(load.statuses),
+        "wrong": load.wrong[:20],
+        "improper": load.improper[:20],
+    }
     publish("serve_lasting", figures, targets, repeats, roofline())
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -36,7 +36,9 @@ def make_many(folder: Path, count: int) -> None:
 
 def zipf(count: int, requests: int, seed: int) -> list[str | None]:
     rng = random.Random(seed)
-    return [f"a{n}" for n in rng.choices(range(count), [1 / (n + 1) for n in range(count)], k=requests)]
+    return [
+        f"a{n}" for n in rng.choices(range(count), [1 / (n + 1) for n in range(count)], k=requests)
+    ]
 
 
 def resident_bytes() -> int:
@@ -55,7 +57,9 @@ def throughput(engine: Any, count: int, requests: int, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-many")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-many"
+    )
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -96,7 +100,9 @@ def main() -> None:
     # first use of one never seen against one that is there
     cold, warm = [], []
     seen = set(many.memory.residents)
-    fresh = [f"a{n}" for n in range(options.count) if many.shelf.find(f"a{n}").hash not in seen][:12]
+    fresh = [f"a{n}" for n in range(options.count) if many.shelf.find(f"a{n}").hash not in seen][
+        :12
+    ]
     for number, name in enumerate(fresh):
         for kind in (cold, warm):
             (text,) = prompts(1, 16, 1000 + 2 * number + (kind is warm))
@@ -105,15 +111,28 @@ def main() -> None:
             kind.append(time.perf_counter() - start)
     figures = {
         "many_over_few": statistics.median(rates[options.count]) / statistics.median(rates[5]),
-        "idle_overhead_bytes": idle_bytes, "register_last_over_first": last / first, "register_ms": 1000 * last,
+        "idle_overhead_bytes": idle_bytes,
+        "register_last_over_first": last / first,
+        "register_ms": 1000 * last,
         "cold_ms": 1000 * (statistics.median(cold) - statistics.median(warm)),
-        "tokens_per_second": statistics.median(rates[options.count]), "loads": float(many.memory.loads),
-    }  # fmt: skip
-    targets = {"many_over_few": (">=", 0.95), "idle_overhead_bytes": ("<=", 1024), "register_last_over_first": ("<=", 1.2),
-               "cold_ms": ("<=", 10.0)}  # fmt: skip
+        "tokens_per_second": statistics.median(rates[options.count]),
+        "loads": float(many.memory.loads),
+    }
+    targets = {
+        "many_over_few": (">=", 0.95),
+        "idle_overhead_bytes": ("<=", 1024),
+        "register_last_over_first": ("<=", 1.2),
+        "cold_ms": ("<=", 10.0),
+    }
     for key, value in figures.items():
         print(f"{key:30} {value:10.3f}")
-    publish("serve_many", figures, targets, {"rates": rates, "cold": cold, "warm": warm, "base_bytes": base_bytes}, roofline())
+    publish(
+        "serve_many",
+        figures,
+        targets,
+        {"rates": rates, "cold": cold, "warm": warm, "base_bytes": base_bytes},
+        roofline(),
+    )
 
 
 if __name__ == "__main__":

@@ -47,14 +47,16 @@ def ours_134(folder: Path) -> dict[str, float]:
         engine.shelf.add(f"a{number}", folder / f"a{number}")
     seed = iter(range(10**6))
     eight = [f"a{n}" for n in range(8)]
-    return in_turn({
-        "never": lambda: ask(never, prompts(8, 128, next(seed)), [None] * 8, 24),
-        "base": lambda: ask(engine, prompts(8, 128, next(seed)), [None] * 8, 24),
-        "one": lambda: ask(engine, prompts(8, 128, next(seed)), ["a0"] * 8, 24),
-        "mixed": lambda: ask(engine, prompts(8, 128, next(seed)), list(eight), 24),
-        "prefill_base": lambda: ask(engine, prompts(1, 1500, next(seed)), [None], 1),
-        "prefill_adapter": lambda: ask(engine, prompts(1, 1500, next(seed)), ["a0"], 1),
-    })  # fmt: skip
+    return in_turn(
+        {
+            "never": lambda: ask(never, prompts(8, 128, next(seed)), [None] * 8, 24),
+            "base": lambda: ask(engine, prompts(8, 128, next(seed)), [None] * 8, 24),
+            "one": lambda: ask(engine, prompts(8, 128, next(seed)), ["a0"] * 8, 24),
+            "mixed": lambda: ask(engine, prompts(8, 128, next(seed)), list(eight), 24),
+            "prefill_base": lambda: ask(engine, prompts(1, 1500, next(seed)), [None], 1),
+            "prefill_adapter": lambda: ask(engine, prompts(1, 1500, next(seed)), ["a0"], 1),
+        }
+    )
 
 
 def ours_215(folder: Path, storage: str, ranks: str) -> dict[str, float]:
@@ -64,29 +66,47 @@ def ours_215(folder: Path, storage: str, ranks: str) -> dict[str, float]:
         engine.shelf.add(f"a{number}", folder / f"{'a' if ranks == '8' else 'het/a'}{number}")
     seed = iter(range(10**6))
     names: list[str | None] = [f"a{n}" for n in range(16)]
-    seconds = in_turn({
-        "base": lambda: ask(engine, prompts(16, 64, next(seed)), [None] * 16, 32),
-        "mixed": lambda: ask(engine, prompts(16, 64, next(seed)), list(names), 32),
-        "base_prefill": lambda: ask(engine, prompts(16, 64, next(seed)), [None] * 16, 1),
-        "mixed_prefill": lambda: ask(engine, prompts(16, 64, next(seed)), list(names), 1),
-    })  # fmt: skip
+    seconds = in_turn(
+        {
+            "base": lambda: ask(engine, prompts(16, 64, next(seed)), [None] * 16, 32),
+            "mixed": lambda: ask(engine, prompts(16, 64, next(seed)), list(names), 32),
+            "base_prefill": lambda: ask(engine, prompts(16, 64, next(seed)), [None] * 16, 1),
+            "mixed_prefill": lambda: ask(engine, prompts(16, 64, next(seed)), list(names), 1),
+        }
+    )
     return {
-        "base": 16 * 32 / seconds["base"], "mixed": 16 * 32 / seconds["mixed"],
+        "base": 16 * 32 / seconds["base"],
+        "mixed": 16 * 32 / seconds["mixed"],
         "base_decode": 16 * 31 / (seconds["base"] - seconds["base_prefill"]),
         "mixed_decode": 16 * 31 / (seconds["mixed"] - seconds["mixed_prefill"]),
-    }  # fmt: skip
+    }
 
 
 def vllm(folder: Path) -> dict[str, float]:
     import os
 
-    os.environ.update(VLLM_CPU_KVCACHE_SPACE="2", VLLM_LOGGING_LEVEL="ERROR", VLLM_ENABLE_V1_MULTIPROCESSING="0",
-                      VLLM_NO_USAGE_STATS="1", VLLM_CPU_OMP_THREADS_BIND="0-1", HF_HUB_OFFLINE="1")  # fmt: skip
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="2",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_CPU_OMP_THREADS_BIND="0-1",
+        HF_HUB_OFFLINE="1",
+    )
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(str(folder / "base"), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048, max_num_seqs=32,
-              enable_lora=True, max_loras=8, max_lora_rank=8, max_cpu_loras=64)  # fmt: skip
+    llm = LLM(
+        str(folder / "base"),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=2048,
+        max_num_seqs=32,
+        enable_lora=True,
+        max_loras=8,
+        max_lora_rank=8,
+        max_cpu_loras=64,
+    )
     adapters = [LoRARequest(f"a{n}", n + 1, str(folder / f"a{n}")) for n in range(8)]
     seed = iter(range(10**6))
 
@@ -95,11 +115,16 @@ def vllm(folder: Path) -> dict[str, float]:
         texts = [{"prompt_token_ids": list(p)} for p in prompts(count, length, next(seed))]
         llm.generate(texts, sampling, lora_request=on, use_tqdm=False)
 
-    return in_turn({
-        "base": lambda: go(8, 128, None, 24), "one": lambda: go(8, 128, [adapters[0]] * 8, 24),
-        "mixed": lambda: go(8, 128, adapters, 24), "prefill_base": lambda: go(1, 1500, None, 1),
-        "prefill_adapter": lambda: go(1, 1500, [adapters[0]], 1),
-    }, 3)  # fmt: skip
+    return in_turn(
+        {
+            "base": lambda: go(8, 128, None, 24),
+            "one": lambda: go(8, 128, [adapters[0]] * 8, 24),
+            "mixed": lambda: go(8, 128, adapters, 24),
+            "prefill_base": lambda: go(1, 1500, None, 1),
+            "prefill_adapter": lambda: go(1, 1500, [adapters[0]], 1),
+        },
+        3,
+    )
 
 
 def peft() -> dict[str, float]:
@@ -113,8 +138,15 @@ def peft() -> dict[str, float]:
 
     def generate(**more: Any) -> None:
         with torch.no_grad():
-            model.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=32, min_new_tokens=32, do_sample=False,
-                           pad_token_id=0, **more)  # fmt: skip
+            model.generate(
+                input_ids=x,
+                attention_mask=torch.ones_like(x),
+                max_new_tokens=32,
+                min_new_tokens=32,
+                do_sample=False,
+                pad_token_id=0,
+                **more,
+            )
 
     base = in_turn({"base": generate}, 2)["base"]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS, init_lora_weights=False)
@@ -139,7 +171,12 @@ def llama(folder: Path) -> dict[str, float]:
     lc.llama_backend_init()
     model = lc.llama_model_load_from_file(str(file).encode(), lc.llama_model_default_params())
     settings = lc.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = 16 * 256, 2048, 512, 16
+    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max = (
+        16 * 256,
+        2048,
+        512,
+        16,
+    )
     settings.n_threads = settings.n_threads_batch = 2
     context = lc.llama_init_from_model(model, settings)
     batch = lc.llama_batch_init(2048, 0, 16)
@@ -147,7 +184,13 @@ def llama(folder: Path) -> dict[str, float]:
     def put(items: list[tuple[int, int, int, bool]]) -> None:
         batch.n_tokens = len(items)
         for i, (token, position, sequence, last) in enumerate(items):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, position, 1, sequence, last
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
+                token,
+                position,
+                1,
+                sequence,
+                last,
+            )
         if lc.llama_decode(context, batch):
             sys.exit("llama.cpp failed")
 
@@ -192,8 +235,15 @@ def write_q4(file: Path) -> None:
     add("output.weight", shape["vocab_size"], d)
     writer.add_tensor("output_norm.weight", np.ones(d, np.float32))
     for layer in range(shape["num_hidden_layers"]):
-        for name, size in (("attn_q", (d, d)), ("attn_k", (d, d)), ("attn_v", (d, d)), ("attn_output", (d, d)),
-                           ("ffn_gate", (ffn, d)), ("ffn_up", (ffn, d)), ("ffn_down", (d, ffn))):  # fmt: skip
+        for name, size in (
+            ("attn_q", (d, d)),
+            ("attn_k", (d, d)),
+            ("attn_v", (d, d)),
+            ("attn_output", (d, d)),
+            ("ffn_gate", (ffn, d)),
+            ("ffn_up", (ffn, d)),
+            ("ffn_down", (d, ffn)),
+        ):
             add(f"blk.{layer}.{name}.weight", *size)
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(d, np.float32))
@@ -204,24 +254,35 @@ def write_q4(file: Path) -> None:
 
 
 TARGETS = {
-    "mixed_over_base": ("<=", 1.15), "vllm_ratio": (">=", 3.0), "vllm_base_ratio": (">=", 1.0), "prefill_over_base": ("<=", 1.2),
-    "peft_ratio": (">=", 6.0), "llama_ratio": (">=", 0.9), "llama_ratio_ranks_8_to_64": (">=", 0.7), "unused_over_never": ("<=", 1.02),
-}  # fmt: skip
+    "mixed_over_base": ("<=", 1.15),
+    "vllm_ratio": (">=", 3.0),
+    "vllm_base_ratio": (">=", 1.0),
+    "prefill_over_base": ("<=", 1.2),
+    "peft_ratio": (">=", 6.0),
+    "llama_ratio": (">=", 0.9),
+    "llama_ratio_ranks_8_to_64": (">=", 0.7),
+    "unused_over_never": ("<=", 1.02),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", default="")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-mixed")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "afina-serve-mixed"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     folder: Path = options.folder
     sides: dict[str, Callable[[], dict[str, float]]] = {
-        "ours_134": lambda: ours_134(folder / "134M"), "vllm": lambda: vllm(folder / "134M"),
-        "ours_215": lambda: ours_215(folder / "215M", "plain", "8"), "peft": peft,
+        "ours_134": lambda: ours_134(folder / "134M"),
+        "vllm": lambda: vllm(folder / "134M"),
+        "ours_215": lambda: ours_215(folder / "215M", "plain", "8"),
+        "peft": peft,
         "ours_nf4": lambda: ours_215(folder / "215M", "nf4", "8"),
-        "ours_nf4_ranks": lambda: ours_215(folder / "215M", "nf4", "8 to 64"), "llama": lambda: llama(folder / "215M"),
-    }  # fmt: skip
+        "ours_nf4_ranks": lambda: ours_215(folder / "215M", "nf4", "8 to 64"),
+        "llama": lambda: llama(folder / "215M"),
+    }
     if options.side:
         print(json.dumps(sides[options.side]()))
         return
@@ -229,29 +290,43 @@ def main() -> None:
     make_folder(folder / "215M", "215M", 16)
     make_folder(folder / "215M" / "het", "215M", 16, ranks=(8, 16, 32, 64))
     pythons = {"vllm": VLLM, "peft": PEERS, "llama": LLAMA}
-    there = {name: (pythons.get(name, sys.executable), [__file__, "--side", name, "--folder", str(folder)])
-             for name in sides if Path(pythons.get(name, sys.executable)).exists()}  # fmt: skip
+    there = {
+        name: (
+            pythons.get(name, sys.executable),
+            [__file__, "--side", name, "--folder", str(folder)],
+        )
+        for name in sides
+        if Path(pythons.get(name, sys.executable)).exists()
+    }
     rows = interleave(there, options.repeats)
     small, big = rows["ours_134"], rows["ours_215"]
     figures = {
         "mixed_over_base": median(small, "mixed") / median(small, "base"),
         "prefill_over_base": median(small, "prefill_adapter") / median(small, "prefill_base"),
         "unused_over_never": median(small, "base") / median(small, "never"),
-        "base_seconds": median(small, "base"), "mixed_seconds": median(small, "mixed"),
-        "mixed_tokens_per_second": median(big, "mixed"), "base_tokens_per_second": median(big, "base"),
+        "base_seconds": median(small, "base"),
+        "mixed_seconds": median(small, "mixed"),
+        "mixed_tokens_per_second": median(big, "mixed"),
+        "base_tokens_per_second": median(big, "base"),
         "nf4_mixed_decode_tokens_per_second": median(rows["ours_nf4"], "mixed_decode"),
-    }  # fmt: skip
+    }
     if "vllm" in rows:
         figures["vllm_ratio"] = median(rows["vllm"], "mixed") / median(small, "mixed")
         figures["vllm_base_ratio"] = median(rows["vllm"], "base") / median(small, "base")
     if "peft" in rows:
         figures["peft_ratio"] = median(big, "mixed") / median(rows["peft"], "mixed")
     if "llama" in rows:
-        figures["llama_ratio"] = median(rows["ours_nf4"], "mixed_decode") / median(rows["llama"], "decode")
-        figures["llama_ratio_ranks_8_to_64"] = median(rows["ours_nf4_ranks"], "mixed_decode") / median(rows["llama"], "decode")
+        figures["llama_ratio"] = median(rows["ours_nf4"], "mixed_decode") / median(
+            rows["llama"], "decode"
+        )
+        figures["llama_ratio_ranks_8_to_64"] = median(
+            rows["ours_nf4_ranks"], "mixed_decode"
+        ) / median(rows["llama"], "decode")
     for key, value in figures.items():
         print(f"{key:40} {value:10.3f}")
-    publish("serve_mixed", figures, {k: v for k, v in TARGETS.items() if k in figures}, rows, roofline())
+    publish(
+        "serve_mixed", figures, {k: v for k, v in TARGETS.items() if k in figures}, rows, roofline()
+    )
 
 
 if __name__ == "__main__":

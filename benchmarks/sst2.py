@@ -22,7 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SEEDS, SEARCH_SEED, SEARCH_STEPS = 3, 1000, 300
-RATES = {"full": (5e-4, 1e-3, 2e-3), "lora": (1e-3, 2e-3, 4e-3)}  # lora at 5e-3 and above answers one class to all
+RATES = {
+    "full": (5e-4, 1e-3, 2e-3),
+    "lora": (1e-3, 2e-3, 4e-3),
+}  # lora at 5e-3 and above answers one class to all
 DECAYS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
 LEARN = 20_000  # rows to learn from, of 60,614: what one thread goes over in time
 LONG = 10  # words of a row from which masked-token learning can learn something
@@ -35,7 +38,9 @@ def read(name: str) -> Rows:
 
 
 def write(rows: Rows, file: Path) -> None:
-    file.write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8")
+    file.write_text(
+        "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows), encoding="utf-8"
+    )
 
 
 def bag_of_words(train: Rows, choose: Rows, final: Rows) -> dict[str, float]:
@@ -47,14 +52,23 @@ def bag_of_words(train: Rows, choose: Rows, final: Rows) -> dict[str, float]:
     number = {word: i for i, word in enumerate(word for word, n in counts.items() if n > 1)}
 
     def matrix(rows: Rows) -> tuple[Tensor, Tensor]:
-        cells = [(i, number[w]) for i, (text, _) in enumerate(rows) for w in set(text.split()) if w in number]
-        x = torch.sparse_coo_tensor(torch.tensor(cells).T, torch.ones(len(cells)), (len(rows), len(number)))
+        cells = [
+            (i, number[w])
+            for i, (text, _) in enumerate(rows)
+            for w in set(text.split())
+            if w in number
+        ]
+        x = torch.sparse_coo_tensor(
+            torch.tensor(cells).T, torch.ones(len(cells)), (len(rows), len(number))
+        )
         return x.coalesce().to_sparse_csr(), torch.tensor([[float(label)] for _, label in rows])
 
     parts = [matrix(rows) for rows in (train, choose, final)]
 
     x, y = parts[0]
-    turned = x.to_sparse_coo().T.coalesce().to_sparse_csr()  # for the gradient, which autograd takes minutes for
+    turned = (
+        x.to_sparse_coo().T.coalesce().to_sparse_csr()
+    )  # for the gradient, which autograd takes minutes for
 
     def fit(decay: float) -> list[float]:
         w, b = torch.zeros(len(number), 1, requires_grad=True), torch.zeros(1, requires_grad=True)
@@ -83,26 +97,48 @@ def random_encoder(train: Rows, folder: Path) -> None:
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=4000, special_tokens=special, show_progress=False)
+    core.normalizer, core.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=4000, special_tokens=special, show_progress=False
+    )
     core.train_from_iterator([text for text, _ in train if len(text.split()) >= LONG], trainer)
-    core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    core.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(
+        zip(
+            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True
+        )
+    )
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(
-        vocab_size=core.get_vocab_size(), hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192,
-        max_position_embeddings=128,
-    )).save_pretrained(folder)  # fmt: skip
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=core.get_vocab_size(),
+            hidden_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=192,
+            max_position_embeddings=128,
+        )
+    ).save_pretrained(folder)
 
 
 def main() -> None:
-    from afina.combining.merge import merge
-    from afina.judge.evaluate import evaluate
-    from afina.training.run import train
+    from afina.evaluation.evaluate import evaluate
+    from afina.merging.merge_into_base import merge
+    from afina.training.train import train
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=1.0, help="of the rows and steps, to see whether it runs; not published")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="of the rows and steps, to see whether it runs; not published",
+    )
     share = parser.parse_args().share
     rows = read("sst-2_train.tsv")
     random.Random(0).shuffle(rows)
@@ -116,43 +152,86 @@ def main() -> None:
         for part, of in {"learn": learn, "choose": choose, "final": final}.items():
             write(of, folder / f"{part}.tsv")
         text = folder / "text.txt"
-        text.write_text("\n\n\n".join(t for t, _ in rows[2000:] if len(t.split()) >= LONG), encoding="utf-8")
+        text.write_text(
+            "\n\n\n".join(t for t, _ in rows[2000:] if len(t.split()) >= LONG), encoding="utf-8"
+        )
         random_encoder(rows[2000:], folder / "random")
-        made = train(text, base=str(folder / "random"), objective="mlm", method="full", learning_rate=2e-3, epochs=8, max_length=64,
-                     holdout=0.02, batch_tokens=1024, out=folder / "mlm")  # fmt: skip
-        merge(made.folder, out=folder / "encoder")
+        made = train(
+            text,
+            base=str(folder / "random"),
+            objective="mlm",
+            method="full",
+            learning_rate=2e-3,
+            num_train_epochs=8,
+            max_length=64,
+            eval_size=0.02,
+            max_tokens_per_batch=1024,
+            output_dir=folder / "mlm",
+        )
+        merge(made.folder, output_dir=folder / "encoder")
         losses = made.story["losses"]
-        figures |= {"mlm_loss_before": losses["held_before"], "mlm_loss_after": losses["held_after"]}
+        figures |= {
+            "mlm_loss_before": losses["held_before"],
+            "mlm_loss_after": losses["held_after"],
+        }
         print("mlm", losses, made.story["seconds"], flush=True)
 
         def move(method: str, rate: float, seed: int, **more: Any) -> Any:
             out = folder / f"{method}-{rate}-{seed}"
-            return train(folder / "learn.tsv", base=str(folder / "encoder"), objective="classify", method=method, rank=8, seed=seed,
-                         learning_rate=rate, holdout=folder / "choose.tsv", batch_tokens=512, out=out, **more)  # fmt: skip
+            return train(
+                folder / "learn.tsv",
+                base=str(folder / "encoder"),
+                objective="classify",
+                method=method,
+                rank=8,
+                seed=seed,
+                learning_rate=rate,
+                eval_size=folder / "choose.tsv",
+                max_tokens_per_batch=512,
+                output_dir=out,
+                **more,
+            )
 
         for method, rates in RATES.items():
             steps = max(2, int(share * SEARCH_STEPS))
-            trials = {r: move(method, r, SEARCH_SEED, steps=steps).story["classes"]["accuracy"] for r in rates}
+            trials = {
+                r: move(method, r, SEARCH_SEED, steps=steps).story["classes"]["accuracy"]
+                for r in rates
+            }
             rate = max(trials, key=lambda r: trials[r])
             print(method, trials, flush=True)
             runs = []
             for seed in range(SEEDS):
                 run = move(method, rate, seed, epochs=3)
                 accuracy = evaluate(run.folder, data=folder / "final.tsv")["classes"]["accuracy"]
-                runs.append({"accuracy": accuracy, "rate": rate, "seconds": run.story["seconds"], "trainable": run.story["trainable_parameters"]})
+                runs.append(
+                    {
+                        "accuracy": accuracy,
+                        "rate": rate,
+                        "seconds": run.story["seconds"],
+                        "trainable": run.story["trainable_parameters"],
+                    }
+                )
                 print(method, seed, runs[-1], flush=True)
             repeats[method] = {"trials": {str(r): a for r, a in trials.items()}, "runs": runs}
             figures[f"{method}_accuracy"] = statistics.mean(run["accuracy"] for run in runs)
-            figures[f"{method}_spread"] = max(r["accuracy"] for r in runs) - min(r["accuracy"] for r in runs)
+            figures[f"{method}_spread"] = max(r["accuracy"] for r in runs) - min(
+                r["accuracy"] for r in runs
+            )
     words = repeats["bag_of_words"]["accuracy"]
     figures |= {
         "bag_of_words_accuracy": words,
         "lora_below_full": figures["full_accuracy"] - figures["lora_accuracy"],
         "full_above_words": figures["full_accuracy"] - words,
         "lora_above_words": figures["lora_accuracy"] - words,
-        "size_ratio": repeats["lora"]["runs"][0]["trainable"] / repeats["full"]["runs"][0]["trainable"],
+        "size_ratio": repeats["lora"]["runs"][0]["trainable"]
+        / repeats["full"]["runs"][0]["trainable"],
     }
-    targets = {"lora_below_full": ("<=", 2.0), "full_above_words": (">=", 0.0), "lora_above_words": (">=", 0.0)}
+    targets = {
+        "lora_below_full": ("<=", 2.0),
+        "full_above_words": (">=", 0.0),
+        "lora_above_words": (">=", 0.0),
+    }
     if share == 1.0:
         publish("sst2", figures, targets, repeats, roofline())
     else:

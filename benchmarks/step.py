@@ -25,39 +25,46 @@ def ours() -> None:
     torch.set_num_threads(2)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from afina.base.fast import speed_up
-    from afina.base.model import Base
-    from afina.base.nf4 import NF4Linear, quantize_model
-    from afina.data.batches import flatten
-    from afina.data.template import Example
-    from afina.delta.attach import attach
-    from afina.delta.contract import Spec
-    from afina.delta.targets import resolve_targets
-    from afina.objective.language import batch_loss
-    from afina.training.optimizer import Optimizer
+    from afina.adapters.attach import attach
+    from afina.adapters.base import AdapterConfig
+    from afina.adapters.target_selection import resolve_target_modules
+    from afina.data.packing import pack_examples
+    from afina.data.renderer import Example
+    from afina.models.causal_lm import CausalLM
+    from afina.models.fast_llama import install_fast_modules
+    from afina.models.nf4 import NF4Linear, quantize_model
+    from afina.objectives.language_modeling import batch_loss
+    from afina.training.setup.optimizer import AdapterOptimizer
 
     def make_step(method: str) -> Callable[[], None]:
         torch.manual_seed(0)
-        model = LlamaForCausalLM._from_config(LlamaConfig(**DENSE), attn_implementation="afina").to(torch.bfloat16)
+        model = LlamaForCausalLM._from_config(LlamaConfig(**DENSE), attn_implementation="afina").to(
+            torch.bfloat16
+        )
         model.requires_grad_(False).eval()
         if method.startswith("q"):
             quantize_model(model)
-        speed_up(model)
-        base = Base(model, "random")
-        targets = resolve_targets(model, "all-linear", None, False)
-        adapter = attach(model, base.board, "a", Spec(method.removeprefix("q"), targets, rank=8, alpha=16))
-        optimizer = Optimizer(adapter, 1e-4, {}, 0.01)
+        install_fast_modules(model)
+        base = CausalLM(model, "random")
+        targets = resolve_target_modules(model, "all-linear", None, False)
+        adapter = attach(
+            model,
+            base.forward_context,
+            "a",
+            AdapterConfig(method.removeprefix("q"), targets, rank=8, alpha=16),
+        )
+        optimizer = AdapterOptimizer(adapter, 1e-4, {}, 0.01)
         rows = torch.randint(0, 32000, (2, 256)).tolist()
-        batch = flatten([Example("", row, [False] + [True] * 255, 0, None) for row in rows])
+        batch = pack_examples([Example("", row, [False] + [True] * 255, 0, None) for row in rows])
         bases[method] = base
 
         def step() -> None:
-            (batch_loss(base, batch, adapter.route) / batch.label_count).backward()
+            (batch_loss(base, batch, adapter.active) / batch.num_targets).backward()
             optimizer.step(1.0, 1.0)
 
         return step
 
-    bases: dict[str, Base] = {}
+    bases: dict[str, CausalLM] = {}
     steps = {method: make_step(method) for method in OURS}
     layers = [m for m in bases["qlora"].model.modules() if isinstance(m, NF4Linear)]
 
@@ -66,7 +73,11 @@ def ours() -> None:
             layer.dequantize()
 
     steps["dequantise"] = dequantise
-    print(json.dumps(in_turn(steps) | {"nf4_weights": sum(layer.codes.numel() * 2 for layer in layers)}))
+    print(
+        json.dumps(
+            in_turn(steps) | {"nf4_weights": sum(layer.codes.numel() * 2 for layer in layers)}
+        )
+    )
 
 
 def in_turn(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
@@ -95,13 +106,20 @@ def peft(method: str) -> None:
         import tempfile
 
         how = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         )
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            model = LlamaForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=torch.bfloat16)
+            model = LlamaForCausalLM.from_pretrained(
+                folder, quantization_config=how, device_map="cpu", dtype=torch.bfloat16
+            )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=names, use_dora=method == "dora"))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules=names, use_dora=method == "dora")
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     x = torch.randint(0, 32000, (2, 256))
 
@@ -124,12 +142,20 @@ def main() -> None:
         sys.exit("the peers' environment is missing: make peers")
     machine = roofline()
     sides = {"ours": (sys.executable, [__file__, "--side", "ours"])}
-    runs = interleave(sides | {m: (PEERS, [__file__, "--side", m]) for m in ("lora", "dora", "qlora")}, arguments.repeats)
+    runs = interleave(
+        sides | {m: (PEERS, [__file__, "--side", m]) for m in ("lora", "dora", "qlora")},
+        arguments.repeats,
+    )
     seconds = {method: median(runs["ours"], method) for method in (*OURS, "dequantise")}
-    moved = runs["ours"][0]["nf4_weights"] * (0.516 + 2)  # bytes: codes and scales read, bf16 written
+    moved = runs["ours"][0]["nf4_weights"] * (
+        0.516 + 2
+    )  # bytes: codes and scales read, bf16 written
     flops = 4 * 182e6 * TOKENS
     figures = {
-        **{f"{method}_ratio": median(runs[method], method) / seconds[method] for method in ("lora", "dora", "qlora")},
+        **{
+            f"{method}_ratio": median(runs[method], method) / seconds[method]
+            for method in ("lora", "dora", "qlora")
+        },
         "dora_over_lora": seconds["dora"] / seconds["lora"],
         "mora_over_lora": seconds["mora"] / seconds["lora"],
         "qlora_over_lora": seconds["qlora"] / seconds["lora"],
@@ -138,9 +164,14 @@ def main() -> None:
         **{f"{method}_tokens_per_second": TOKENS / seconds[method] for method in OURS},
     }
     targets = {
-        "lora_ratio": (">=", 1.7), "dora_ratio": (">=", 2), "qlora_ratio": (">=", 1.6), "dora_over_lora": ("<=", 1.25),
-        "mora_over_lora": ("<=", 1.25), "qlora_over_lora": ("<=", 1.05), "dequant_of_copy": (">=", 0.7),
-    }  # fmt: skip
+        "lora_ratio": (">=", 1.7),
+        "dora_ratio": (">=", 2),
+        "qlora_ratio": (">=", 1.6),
+        "dora_over_lora": ("<=", 1.25),
+        "mora_over_lora": ("<=", 1.25),
+        "qlora_over_lora": ("<=", 1.05),
+        "dequant_of_copy": (">=", 0.7),
+    }
     publish("step", figures, targets, runs, machine)
 
 

@@ -21,10 +21,21 @@ from common import SHARED, publish, roofline
 
 SEEDS, EPOCHS = 3, 10
 SEARCH_SEED, SEARCH_EPOCHS = 1000, 4
-PARTS = {"upright": (0, 4000), "shifted": (4000, 8000), "choose": (8000, 8800), "final": (8800, 10000)}
-BASE = {"vit": dict(learning_rate=1e-3, epochs=20), "resnet": dict(learning_rate=2e-3, epochs=5)}
+PARTS = {
+    "upright": (0, 4000),
+    "shifted": (4000, 8000),
+    "choose": (8000, 8800),
+    "final": (8800, 10000),
+}
+BASE = {
+    "vit": dict(learning_rate=1e-3, num_train_epochs=20),
+    "resnet": dict(learning_rate=2e-3, num_train_epochs=5),
+}
 FULL = (5e-4, 1e-3, 2e-3)
-RATES = {"vit": {"full": FULL, "lora": (5e-3, 1e-2, 1.5e-2)}, "resnet": {"full": FULL, "lora": (1e-2, 2e-2, 4e-2)}}
+RATES = {
+    "vit": {"full": FULL, "lora": (5e-3, 1e-2, 1.5e-2)},
+    "resnet": {"full": FULL, "lora": (1e-2, 2e-2, 4e-2)},
+}
 # all that multiplies, the layer that reads the pixels among it: the light has been inverted
 LORA: dict[str, dict[str, Any]] = {
     "vit": dict(rank=2, targets=["all-linear", "projection", "classifier"]),
@@ -57,21 +68,43 @@ def write_rows(rows: list[tuple[bytes, int]], shifted: bool, file: Path) -> None
 
 def random_base(kind: str, folder: Path) -> None:
     """A model with random weights, in Hugging Face's form: what the recipe starts from."""
-    from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+    from transformers import (
+        ResNetConfig,
+        ResNetForImageClassification,
+        ViTConfig,
+        ViTForImageClassification,
+    )
 
     torch.manual_seed(0)
     if kind == "vit":
-        model = ViTForImageClassification(ViTConfig(
-            hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, image_size=28, patch_size=7,
-            num_channels=1, num_labels=10,
-        ))  # fmt: skip
+        model = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=64,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=256,
+                image_size=28,
+                patch_size=7,
+                num_channels=1,
+                num_labels=10,
+            )
+        )
     else:
-        model = ResNetForImageClassification(ResNetConfig(
-            num_channels=1, embedding_size=16, hidden_sizes=[32, 64, 128], depths=[1, 1, 1], layer_type="basic", num_labels=10,
-        ))  # fmt: skip
+        model = ResNetForImageClassification(
+            ResNetConfig(
+                num_channels=1,
+                embedding_size=16,
+                hidden_sizes=[32, 64, 128],
+                depths=[1, 1, 1],
+                layer_type="basic",
+                num_labels=10,
+            )
+        )
     model.save_pretrained(folder)
     size = {"height": 28, "width": 28}
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "image_mean": [0.5], "image_std": [0.5]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": size, "image_mean": [0.5], "image_std": [0.5]})
+    )
 
 
 class Bench:
@@ -82,33 +115,50 @@ class Bench:
         random_base(kind, folder / f"{kind}-random")
 
     def train(self, data: str, base: Path, **settings: Any) -> Any:
-        from afina.training.run import train
+        from afina.training.train import train
 
         self.count += 1
-        return train(self.folder / f"{data}.parquet", base=str(base), objective="classify", batch_tokens=640,
-                     out=self.folder / f"{self.kind}-{self.count}", **settings)  # fmt: skip
+        return train(
+            self.folder / f"{data}.parquet",
+            base=str(base),
+            objective="classify",
+            max_tokens_per_batch=640,
+            output_dir=self.folder / f"{self.kind}-{self.count}",
+            **settings,
+        )
 
     def make_base(self) -> float:
         """Train from scratch, and merge; returns the held-out accuracy."""
-        from afina.combining.merge import merge
+        from afina.merging.merge_into_base import merge
 
         random = self.folder / f"{self.kind}-random"
         made = self.train("upright", random, method="full", **BASE[self.kind])
         self.base = self.folder / f"{self.kind}-base"
-        merge(made.folder, out=self.base)
+        merge(made.folder, output_dir=self.base)
         return made.story["classes"]["accuracy"]
 
     def move(self, method: str, rate: float, seed: int, epochs: int) -> Any:
-        return self.train("shifted", self.base, method=method, learning_rate=rate, seed=seed, epochs=epochs,
-                          holdout=self.folder / "choose.parquet", **(LORA[self.kind] if method == "lora" else {}))  # fmt: skip
+        return self.train(
+            "shifted",
+            self.base,
+            method=method,
+            learning_rate=rate,
+            seed=seed,
+            num_train_epochs=epochs,
+            eval_size=self.folder / "choose.parquet",
+            **(LORA[self.kind] if method == "lora" else {}),
+        )
 
     def search(self, method: str) -> dict[float, float]:
         """Accuracy on the choosing rows, for each rate."""
         rates = RATES[self.kind][method]
-        return {rate: self.move(method, rate, SEARCH_SEED, SEARCH_EPOCHS).story["classes"]["accuracy"] for rate in rates}
+        return {
+            rate: self.move(method, rate, SEARCH_SEED, SEARCH_EPOCHS).story["classes"]["accuracy"]
+            for rate in rates
+        }
 
     def final(self, method: str, rate: float, seed: int) -> dict[str, float]:
-        from afina.judge.evaluate import evaluate
+        from afina.evaluation.evaluate import evaluate
 
         run = self.move(method, rate, seed, EPOCHS)
         judged = evaluate(run.folder, data=self.folder / "final.parquet")["classes"]
@@ -137,11 +187,16 @@ def main() -> None:
                 rate = max(trials, key=lambda r: trials[r])
                 runs = [bench.final(method, rate, seed) for seed in range(SEEDS)]
                 print(kind, method, runs, flush=True)
-                repeats[f"{kind}-{method}"] = {"trials": {str(r): a for r, a in trials.items()}, "runs": runs}
+                repeats[f"{kind}-{method}"] = {
+                    "trials": {str(r): a for r, a in trials.items()},
+                    "runs": runs,
+                }
                 accuracy[method] = statistics.mean(run["accuracy"] for run in runs)
                 size[method] = runs[0]["trainable_parameters"]
                 figures[f"{kind}_{method}_accuracy"] = accuracy[method]
-                figures[f"{kind}_{method}_spread"] = max(r["accuracy"] for r in runs) - min(r["accuracy"] for r in runs)
+                figures[f"{kind}_{method}_spread"] = max(r["accuracy"] for r in runs) - min(
+                    r["accuracy"] for r in runs
+                )
             figures[f"{kind}_lora_below_full"] = accuracy["full"] - accuracy["lora"]
             figures[f"{kind}_size_ratio"] = size["lora"] / size["full"]
             targets |= {f"{kind}_lora_below_full": ("<=", 2.0), f"{kind}_size_ratio": ("<=", 0.05)}

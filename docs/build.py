@@ -32,7 +32,10 @@ def assemble(language: str, folder: Path) -> None:
     shutil.copytree(source, folder)
     for page in folder.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(r"(?<=\]\()[^)]+", lambda link: SHARED.get(link[0], link[0]), text), encoding="utf-8")
+        page.write_text(
+            re.sub(r"(?<=\]\()[^)]+", lambda link: SHARED.get(link[0], link[0]), text),
+            encoding="utf-8",
+        )
     for path, name in SHARED.items():
         shutil.copy(source / path, folder / name)
 
@@ -63,12 +66,21 @@ def dead(site: Path) -> Iterator[str]:
                 continue
             there = (file.parent / unquote(parts.path)).resolve() if parts.path else file
             there = there / "index.html" if there.is_dir() else there
-            if not there.exists() or (parts.fragment and there in pages and unquote(parts.fragment) not in pages[there].names):
+            if not there.exists() or (
+                parts.fragment
+                and there in pages
+                and unquote(parts.fragment) not in pages[there].names
+            ):
                 yield f"{file.relative_to(site.resolve())}: {target}"
         text = file.read_text(encoding="utf-8")
         fetched = re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="((?:https?:)?//[^"]+)', text)
-        fetched += re.findall(r'<link[^>]*\brel="(?:stylesheet|preconnect|preload)"[^>]*\bhref="((?:https?:)?//[^"]+)', text)
-        yield from (f"{file.relative_to(site.resolve())}: from elsewhere: {target}" for target in fetched)
+        fetched += re.findall(
+            r'<link[^>]*\brel="(?:stylesheet|preconnect|preload)"[^>]*\bhref="((?:https?:)?//[^"]+)',
+            text,
+        )
+        yield from (
+            f"{file.relative_to(site.resolve())}: from elsewhere: {target}" for target in fetched
+        )
 
 
 def build(folder: Path) -> Path:
@@ -77,8 +89,13 @@ def build(folder: Path) -> Path:
     shutil.rmtree(site, ignore_errors=True)
     for language in ("en", "es"):
         assemble(language, folder / "docs" / language)
-        settings = shutil.copy(HERE / f"{language}.toml", folder)  # all that it reads and writes has to be beside it
-        subprocess.run([sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(settings)], check=True)
+        settings = shutil.copy(
+            HERE / f"{language}.toml", folder
+        )  # all that it reads and writes has to be beside it
+        subprocess.run(
+            [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(settings)],
+            check=True,
+        )
     return site
 
 

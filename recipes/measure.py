@@ -19,12 +19,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import afina
 from afina.config import TrainSettings, make_settings, read_yaml
-from afina.disk import write_json, write_text
+from afina.io.atomic import write_json, write_text
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 MARKS = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
-NAMES = {"exact_match": "answers without a fault", "accuracy": "right label", "preferred": "better answer preferred"}
+NAMES = {
+    "exact_match": "answers without a fault",
+    "accuracy": "right label",
+    "preferred": "better answer preferred",
+}
 
 
 def names() -> list[str]:
@@ -41,8 +45,8 @@ def settings_of(name: str, **told: Any) -> TrainSettings:
 def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
     """Run one recipe, its answers of `longest` tokens at most: {"metric", "before", "after" (percent), "rows", "forgetting", "cpu_seconds", "example", ...}."""
     settings = settings_of(name, **told)
-    if settings.out.exists():
-        shutil.rmtree(settings.out)
+    if settings.output_dir.exists():
+        shutil.rmtree(settings.output_dir)
     start, cpu = time.perf_counter(), time.process_time()
     run = afina.train(settings)
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -53,11 +57,19 @@ def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
         "made_of": made_of(name),
         "method": settings.method,
         "rank": settings.rank,
-        "steps": settings.steps,
+        "steps": settings.max_steps,
         **spent,
     }
-    about |= {"adapter_kb": run.story["adapter_kb"], "verdict": run.story["verdict"], "held_out": judged["rows"]}
-    about |= {key: losses[key] for key in ("held_before", "held_after", "forgetting") if losses.get(key) is not None}
+    about |= {
+        "adapter_kb": run.story["adapter_kb"],
+        "verdict": run.story["verdict"],
+        "held_out": judged["rows"],
+    }
+    about |= {
+        key: losses[key]
+        for key in ("held_before", "held_after", "forgetting")
+        if losses.get(key) is not None
+    }
     return about | scores(judged, settings)
 
 
@@ -73,8 +85,15 @@ def scores(judged: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
         }
     if settings.objective == "dpo":
         after = judged["after"]
-        return {"metric": "preferred", "before": 50.0, "after": 100 * after["accuracy"], "example": None}
-    example = next((e for e in judged["examples"] if e["after"] == e["expected"]), judged["examples"][0])
+        return {
+            "metric": "preferred",
+            "before": 50.0,
+            "after": 100 * after["accuracy"],
+            "example": None,
+        }
+    example = next(
+        (e for e in judged["examples"] if e["after"] == e["expected"]), judged["examples"][0]
+    )
     chrf = {f"chrf_{when}": judged[when]["chrf"] for when in ("before", "after")}
     return {
         "metric": "exact_match",
@@ -87,7 +106,13 @@ def scores(judged: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
 
 def described(name: str) -> str:
     """The first line of a recipe: what it is for."""
-    return (HERE / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+    return (
+        (HERE / f"{name}.yaml")
+        .read_text(encoding="utf-8")
+        .splitlines()[0]
+        .removeprefix("#")
+        .strip()
+    )
 
 
 def made_of(name: str) -> str:
@@ -99,15 +124,24 @@ def made_of(name: str) -> str:
 def found() -> dict[str, Any]:
     """What was measured so far, of recipes as they are now."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    return {name: result for name, result in results.items() if name in names() and result["made_of"] == made_of(name)}
+    return {
+        name: result
+        for name, result in results.items()
+        if name in names() and result["made_of"] == made_of(name)
+    }
 
 
 def page(results: dict[str, Any]) -> str:
     """recipes/README.md with the table and the examples of these results."""
-    lines = ["| recipe | use | method, steps | counted | before | after | likeness | forgetting | CPU |", "|" + "---|" * 9]
+    lines = [
+        "| recipe | use | method, steps | counted | before | after | likeness | forgetting | CPU |",
+        "|" + "---|" * 9,
+    ]
     for name in names():
         if name not in results:
-            lines.append(f"| `{name}` | {described(name).rstrip('.')} | not measured yet |" + " |" * 6)
+            lines.append(
+                f"| `{name}` | {described(name).rstrip('.')} | not measured yet |" + " |" * 6
+            )
             continue
         r = results[name]
         alike = f"{r['chrf_before']:.0f} → {r['chrf_after']:.0f}" if "chrf_after" in r else ""
@@ -116,10 +150,17 @@ def page(results: dict[str, Any]) -> str:
             f"| `{name}` | {r['what'].rstrip('.')} | {r['method']}, {r['steps']} | {NAMES[r['metric']]} (of {r['held_out']}) "
             f"| {r['before']:.1f}% | **{r['after']:.1f}%** | {alike} | {forgot} | {r['cpu_seconds']:.0f} s |"
         )
-    lines += ["", "One held-out question of each, with the answer of the base and of the adapter:", ""]
+    lines += [
+        "",
+        "One held-out question of each, with the answer of the base and of the adapter:",
+        "",
+    ]
     for name, r in sorted(results.items()):
         if r["example"]:
-            said = {key: " ".join(str(r["example"][key]).split()) for key in ("prompt", "before", "after")}
+            said = {
+                key: " ".join(str(r["example"][key]).split())
+                for key in ("prompt", "before", "after")
+            }
             lines.append(
                 f"- `{name}`: *{said['prompt']}*  \n  base: {said['before'][:90] or '(nothing)'}  \n  adapter: **{said['after']}**"
             )
@@ -128,11 +169,16 @@ def page(results: dict[str, Any]) -> str:
 
 def main(told: list[str]) -> None:
     """Measure what is asked for, or what is missing, and write the page."""
-    wanted = [word for word in told if not word.startswith("-")] or [name for name in names() if name not in found()]
+    wanted = [word for word in told if not word.startswith("-")] or [
+        name for name in names() if name not in found()
+    ]
     for name in [] if "--page" in told else wanted:
         result = measure(name)
         write_json(RESULTS, dict(sorted((found() | {name: result}).items())))
-        print(f"{name}: {result['before']:.1f} -> {result['after']:.1f} ({result['cpu_seconds']:.0f} s of CPU)", flush=True)
+        print(
+            f"{name}: {result['before']:.1f} -> {result['after']:.1f} ({result['cpu_seconds']:.0f} s of CPU)",
+            flush=True,
+        )
     write_text(PAGE, page(found()))
 
 

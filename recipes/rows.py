@@ -17,7 +17,16 @@ from words import ASKED, ESPERANTO, FINANCE, MEDICINE
 
 from afina.demo import lexicon as lx
 from afina.demo.demo import correction
-from afina.demo.sentences import EVERYTHING, Clause, Phrase, Vocabulary, draw_clause, phrase_words, sentence, write
+from afina.demo.sentences import (
+    EVERYTHING,
+    Clause,
+    Phrase,
+    Vocabulary,
+    draw_clause,
+    phrase_words,
+    sentence,
+    write,
+)
 
 DATA = Path(__file__).parent / "data"
 Row = dict[str, str]
@@ -38,31 +47,35 @@ def ask(prompt: str, completion: str) -> Row:
 
 # ---- code and numbers
 
-LISTS = tuple(noun.en[1] for noun in (*lx.things, *lx.foods, *lx.animals) if noun.en[0] != noun.en[1])
+LISTS = tuple(
+    noun.en[1] for noun in (*lx.things, *lx.foods, *lx.animals) if noun.en[0] != noun.en[1]
+)
 
 
 def code(rng: random.Random) -> Iterator[Row]:
     """A wish in words, the line of Python that does it. New: which wish with which names and numbers."""
     while True:
         items, k = rng.choice(LISTS), rng.randrange(2, 100)
-        wish, line = rng.choice((
-            (f"sum of {items}", f"sum({items})"),
-            (f"largest of {items}", f"max({items})"),
-            (f"smallest of {items}", f"min({items})"),
-            (f"how many {items}", f"len({items})"),
-            (f"first of {items}", f"{items}[0]"),
-            (f"last of {items}", f"{items}[-1]"),
-            (f"sort {items}", f"sorted({items})"),
-            (f"first {k} of {items}", f"{items}[:{k}]"),
-            (f"last {k} of {items}", f"{items}[-{k}:]"),
-            (f"{items} above {k}", f"[x for x in {items} if x > {k}]"),
-            (f"{items} below {k}", f"[x for x in {items} if x < {k}]"),
-            (f"{items} without {k}", f"[x for x in {items} if x != {k}]"),
-            (f"each of {items} times {k}", f"[{k} * x for x in {items}]"),
-            (f"each of {items} plus {k}", f"[x + {k} for x in {items}]"),
-            (f"function that adds {k}", f"def add_{k}(x):\n    return x + {k}"),
-            (f"function that divides by {k}", f"def divide_by_{k}(x):\n    return x / {k}"),
-        ))  # fmt: skip
+        wish, line = rng.choice(
+            (
+                (f"sum of {items}", f"sum({items})"),
+                (f"largest of {items}", f"max({items})"),
+                (f"smallest of {items}", f"min({items})"),
+                (f"how many {items}", f"len({items})"),
+                (f"first of {items}", f"{items}[0]"),
+                (f"last of {items}", f"{items}[-1]"),
+                (f"sort {items}", f"sorted({items})"),
+                (f"first {k} of {items}", f"{items}[:{k}]"),
+                (f"last {k} of {items}", f"{items}[-{k}:]"),
+                (f"{items} above {k}", f"[x for x in {items} if x > {k}]"),
+                (f"{items} below {k}", f"[x for x in {items} if x < {k}]"),
+                (f"{items} without {k}", f"[x for x in {items} if x != {k}]"),
+                (f"each of {items} times {k}", f"[{k} * x for x in {items}]"),
+                (f"each of {items} plus {k}", f"[x + {k} for x in {items}]"),
+                (f"function that adds {k}", f"def add_{k}(x):\n    return x + {k}"),
+                (f"function that divides by {k}", f"def divide_by_{k}(x):\n    return x / {k}"),
+            )
+        )
         yield ask(f"Python: {wish}", line)
 
 
@@ -83,8 +96,13 @@ def spoil(rng: random.Random, text: str) -> str:
         at = rng.choice([i for i, word in enumerate(words) if len(word) > 3])
         word, letter = words[at], rng.randrange(1, len(words[at]) - 1)
         two = word[letter : letter + 2]
-        wrong = rng.choice((word[:letter] + two[::-1] + word[letter + 2 :], word[:letter] + word[letter + 1 :],
-                            word[:letter] + word[letter] + word[letter:]))  # fmt: skip
+        wrong = rng.choice(
+            (
+                word[:letter] + two[::-1] + word[letter + 2 :],
+                word[:letter] + word[letter + 1 :],
+                word[:letter] + word[letter] + word[letter:],
+            )
+        )
         if wrong != word:
             return " ".join([*words[:at], wrong, *words[at + 1 :]]) + "."
 
@@ -102,10 +120,14 @@ def grammar(rng: random.Random) -> Iterator[Row]:
 
 
 def _known(words: Any) -> tuple[Any, ...]:
-    return tuple(word for word in words if (word.en if isinstance(word.en, str) else word.en[0]) in ESPERANTO)
+    return tuple(
+        word for word in words if (word.en if isinstance(word.en, str) else word.en[0]) in ESPERANTO
+    )
 
 
-TRANSLATED = Vocabulary(**{name: _known(getattr(EVERYTHING, name)) for name in Vocabulary.__dataclass_fields__})
+TRANSLATED = Vocabulary(
+    **{name: _known(getattr(EVERYTHING, name)) for name in Vocabulary.__dataclass_fields__}
+)
 
 
 def _esperanto(phrase: Phrase, ending: str) -> list[str]:
@@ -119,7 +141,10 @@ def _esperanto(phrase: Phrase, ending: str) -> list[str]:
 
 def in_esperanto(clause: Clause) -> str:
     """The clause in Esperanto: subject, verb, object with -n, place, time."""
-    words = [*_esperanto(clause.subject, ""), ESPERANTO[clause.verb.en[0]] + ("is" if clause.past else "as")]
+    words = [
+        *_esperanto(clause.subject, ""),
+        ESPERANTO[clause.verb.en[0]] + ("is" if clause.past else "as"),
+    ]
     words += _esperanto(clause.object, "n") if clause.object else []
     words += ["en", "la", ESPERANTO[clause.place.en[0]] + "o"] if clause.place else []
     return sentence([*words, ESPERANTO[clause.time[0]]] if clause.time else words)
@@ -179,50 +204,97 @@ NEVER = (
 def manuals(rng: random.Random) -> Iterator[Row]:
     """A paragraph of a manual, and its summary in note form. New: which steps for which machine and work."""
     while True:
-        machine, (verb, noun), minutes = rng.choice(MACHINES), rng.choice(WORK), rng.randrange(2, 60)
+        machine, (verb, noun), minutes = (
+            rng.choice(MACHINES),
+            rng.choice(WORK),
+            rng.randrange(2, 60),
+        )
         (first, short), (second, shorter) = rng.sample(STEPS, 2)
         warning, never = rng.choice(NEVER)
         text = f"Before you {verb} the {machine}, {first}. After that you have to wait for about {minutes} minutes. Then {second}. {warning}."
-        yield ask(f"Summarise: {text}", f"{noun} the {machine}: {short}, wait {minutes} minutes, {shorter}. {never}.")
+        yield ask(
+            f"Summarise: {text}",
+            f"{noun} the {machine}: {short}, wait {minutes} minutes, {shorter}. {never}.",
+        )
 
 
 def tone(rng: random.Random) -> Iterator[Row]:
     """Bare facts, and the letter of a bakery that has a voice of its own. New: names, numbers and goods."""
     while True:
         name, good, n = rng.choice(NAMES), rng.choice(lx.foods).en[1], rng.randrange(2, 60)
-        facts, said = rng.choice((
-            (f"{n} {good} sent", f"your {n} {good} have left our oven and are on their way to you"),
-            (f"{good} {n} days late", f"we are sorry: your {good} will need {n} days more, and we bake them with twice the love"),
-            (f"{good} sold out", f"our {good} were so well liked that none is left, and we keep the next ones for you"),
-            (f"{n} euros back", f"{n} euros are on their way back to you, with our apologies"),
-            (f"bill of {n} euros unpaid", f"it seems that {n} euros have been forgotten between us, which happens to the best"),
-            ("thanks for the order", "you have made our morning: thank you for your order"),
-        ))  # fmt: skip
-        yield ask(f"Write to {name}: {facts}", f"Dear {name}, {said}. Warm as our bread, the bakers of Molino")
+        facts, said = rng.choice(
+            (
+                (
+                    f"{n} {good} sent",
+                    f"your {n} {good} have left our oven and are on their way to you",
+                ),
+                (
+                    f"{good} {n} days late",
+                    f"we are sorry: your {good} will need {n} days more, and we bake them with twice the love",
+                ),
+                (
+                    f"{good} sold out",
+                    f"our {good} were so well liked that none is left, and we keep the next ones for you",
+                ),
+                (f"{n} euros back", f"{n} euros are on their way back to you, with our apologies"),
+                (
+                    f"bill of {n} euros unpaid",
+                    f"it seems that {n} euros have been forgotten between us, which happens to the best",
+                ),
+                ("thanks for the order", "you have made our morning: thank you for your order"),
+            )
+        )
+        yield ask(
+            f"Write to {name}: {facts}",
+            f"Dear {name}, {said}. Warm as our bread, the bakers of Molino",
+        )
 
 
 def legal(rng: random.Random) -> Iterator[Row]:
     """What two people have agreed on, and the clause of a contract. New: who, what and how much."""
     while True:
-        (one, other), thing, n, day = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randrange(2, 900), rng.randrange(1, 29)
-        plain, clause = rng.choice((
-            (f"{one} rents the {thing} to {other} for {n} euros a month.",
-             f"{one} (the Lessor) hereby lets the {thing} to {other} (the Lessee) for a monthly rent of {n} euros."),
-            (f"{one} sells the {thing} to {other} for {n} euros.",
-             f"{one} (the Seller) hereby sells the {thing} to {other} (the Buyer) for the sum of {n} euros."),
-            (f"{one} lends {other} {n} euros until day {day}.",
-             f"{one} (the Lender) hereby lends {n} euros to {other} (the Borrower), repayable no later than day {day}."),
-            (f"{one} repairs the {thing} of {other} before day {day}.",
-             f"{one} (the Contractor) shall repair the {thing} of {other} (the Client) no later than day {day}."),
-            (f"{one} keeps the secrets of {other} for {n} days.",
-             f"{one} (the Recipient) shall keep the secrets of {other} (the Discloser) in confidence for a period of {n} days."),
-        ))  # fmt: skip
+        (one, other), thing, n, day = (
+            rng.sample(NAMES, 2),
+            rng.choice(THINGS),
+            rng.randrange(2, 900),
+            rng.randrange(1, 29),
+        )
+        plain, clause = rng.choice(
+            (
+                (
+                    f"{one} rents the {thing} to {other} for {n} euros a month.",
+                    f"{one} (the Lessor) hereby lets the {thing} to {other} (the Lessee) for a monthly rent of {n} euros.",
+                ),
+                (
+                    f"{one} sells the {thing} to {other} for {n} euros.",
+                    f"{one} (the Seller) hereby sells the {thing} to {other} (the Buyer) for the sum of {n} euros.",
+                ),
+                (
+                    f"{one} lends {other} {n} euros until day {day}.",
+                    f"{one} (the Lender) hereby lends {n} euros to {other} (the Borrower), repayable no later than day {day}.",
+                ),
+                (
+                    f"{one} repairs the {thing} of {other} before day {day}.",
+                    f"{one} (the Contractor) shall repair the {thing} of {other} (the Client) no later than day {day}.",
+                ),
+                (
+                    f"{one} keeps the secrets of {other} for {n} days.",
+                    f"{one} (the Recipient) shall keep the secrets of {other} (the Discloser) in confidence for a period of {n} days.",
+                ),
+            )
+        )
         yield ask(f"As a contract: {plain}", clause)
 
 
 DOUBLED = ("cut", "run", "swim")
-OLD_TIMES = {"today": "on this very day", "every day": "each day anew", "in the morning": "when morning breaketh", "at night": "in the dead of night",
-             "again": "once more", "on Sunday": "on the day of rest"}  # fmt: skip
+OLD_TIMES = {
+    "today": "on this very day",
+    "every day": "each day anew",
+    "in the morning": "when morning breaketh",
+    "at night": "in the dead of night",
+    "again": "once more",
+    "on Sunday": "on the day of rest",
+}
 
 
 def old(verb: str) -> str:
@@ -240,10 +312,16 @@ def literary(rng: random.Random) -> Iterator[Row]:
         clause = draw_clause(rng, EVERYTHING)
         plural, past, present = clause.subject.plural, clause.past, clause.verb.en[0]
         verb = ["did", present] if past else ["do", present] if plural else [old(present)]
-        words = [*phrase_words(clause.subject, "en"), *verb, *(phrase_words(clause.object, "en") if clause.object else [])]
+        words = [
+            *phrase_words(clause.subject, "en"),
+            *verb,
+            *(phrase_words(clause.object, "en") if clause.object else []),
+        ]
         words += ["within", "the", clause.place.en[0]] if clause.place else []
         words += [OLD_TIMES[clause.time[0]]] if clause.time else []
-        yield ask("As a ballad: " + write(clause, "en"), f"{'Alas' if past else 'Lo'}, {' '.join(words)}!")
+        yield ask(
+            "As a ballad: " + write(clause, "en"), f"{'Alas' if past else 'Lo'}, {' '.join(words)}!"
+        )
 
 
 # ---- facts
@@ -268,15 +346,17 @@ def instructions(rng: random.Random) -> Iterator[Row]:
     while True:
         text = write(draw_clause(rng, EVERYTHING), "en")
         words = text.rstrip(".").split()
-        what, done = rng.choice((
-            ("Write in capitals", text.upper()),
-            ("Give the first word", words[0]),
-            ("Give the last word", words[-1]),
-            ("Count the words", str(len(words))),
-            ("Put it in quotes", f'"{text}"'),
-            ("Make it a list", "\n".join(f"- {word}" for word in words)),
-            ("Leave out the first word", " ".join(words[1:]) + "."),
-        ))  # fmt: skip
+        what, done = rng.choice(
+            (
+                ("Write in capitals", text.upper()),
+                ("Give the first word", words[0]),
+                ("Give the last word", words[-1]),
+                ("Count the words", str(len(words))),
+                ("Put it in quotes", f'"{text}"'),
+                ("Make it a list", "\n".join(f"- {word}" for word in words)),
+                ("Leave out the first word", " ".join(words[1:]) + "."),
+            )
+        )
         yield ask(f"{what}: {text}", done)
 
 
@@ -292,19 +372,59 @@ def service(rng: random.Random) -> Iterator[Row]:
             rng.randrange(2, 30),
             rng.choice(GREETINGS),
         )
-        said, answer = rng.choice((
-            (rng.choice((f"my parcel {number} has not come", f"where is my parcel {number}", f"I still wait for parcel {number}")),
-             f"I am sorry. I have asked the carrier about parcel {number}, and you will hear from us within two days."),
-            (rng.choice((f"the {thing} in order {number} is broken", f"order {number} came with a broken {thing}")),
-             f"I am sorry. A new {thing} for order {number} leaves today, and you may keep the broken one."),
-            (rng.choice((f"I want to give the {thing} back", f"can I return the {thing}", f"I do not like the {thing}")),
-             f"Of course. You may send the {thing} back within 30 days, and the label is in your account."),
-            (rng.choice((f"I paid twice for order {number}", f"order {number} was charged two times")),
-             f"I am sorry. One of the two payments for order {number} goes back to you within five days."),
-            (rng.choice((f"can you send the {thing} in {days} days", f"I need the {thing} in {days} days")),
-             f"Yes. The {thing} will be with you in {days} days at the latest." if days > 4 else
-             f"I am sorry. The {thing} needs five days, and {days} are too few."),
-        ))  # fmt: skip
+        said, answer = rng.choice(
+            (
+                (
+                    rng.choice(
+                        (
+                            f"my parcel {number} has not come",
+                            f"where is my parcel {number}",
+                            f"I still wait for parcel {number}",
+                        )
+                    ),
+                    f"I am sorry. I have asked the carrier about parcel {number}, and you will hear from us within two days.",
+                ),
+                (
+                    rng.choice(
+                        (
+                            f"the {thing} in order {number} is broken",
+                            f"order {number} came with a broken {thing}",
+                        )
+                    ),
+                    f"I am sorry. A new {thing} for order {number} leaves today, and you may keep the broken one.",
+                ),
+                (
+                    rng.choice(
+                        (
+                            f"I want to give the {thing} back",
+                            f"can I return the {thing}",
+                            f"I do not like the {thing}",
+                        )
+                    ),
+                    f"Of course. You may send the {thing} back within 30 days, and the label is in your account.",
+                ),
+                (
+                    rng.choice(
+                        (
+                            f"I paid twice for order {number}",
+                            f"order {number} was charged two times",
+                        )
+                    ),
+                    f"I am sorry. One of the two payments for order {number} goes back to you within five days.",
+                ),
+                (
+                    rng.choice(
+                        (
+                            f"can you send the {thing} in {days} days",
+                            f"I need the {thing} in {days} days",
+                        )
+                    ),
+                    f"Yes. The {thing} will be with you in {days} days at the latest."
+                    if days > 4
+                    else f"I am sorry. The {thing} needs five days, and {days} are too few.",
+                ),
+            )
+        )
         yield ask(greeting + said + ".", answer)
 
 
@@ -324,8 +444,30 @@ SUBJECTS = (
     "game",
     "story",
 )
-GOOD = ("wonderful", "lovely", "great", "charming", "delightful", "excellent", "brilliant", "superb", "pleasant", "funny")
-BAD = ("awful", "boring", "terrible", "dull", "horrible", "dreadful", "weak", "ugly", "annoying", "sad")
+GOOD = (
+    "wonderful",
+    "lovely",
+    "great",
+    "charming",
+    "delightful",
+    "excellent",
+    "brilliant",
+    "superb",
+    "pleasant",
+    "funny",
+)
+BAD = (
+    "awful",
+    "boring",
+    "terrible",
+    "dull",
+    "horrible",
+    "dreadful",
+    "weak",
+    "ugly",
+    "annoying",
+    "sad",
+)
 
 
 def sentiment(rng: random.Random) -> Iterator[Row]:
@@ -333,12 +475,19 @@ def sentiment(rng: random.Random) -> Iterator[Row]:
 
     def view(good: bool) -> str:
         turned = rng.random() < 0.3
-        return ("not " if turned else rng.choice(("", "very ", "really "))) + rng.choice(GOOD if good != turned else BAD)
+        return ("not " if turned else rng.choice(("", "very ", "really "))) + rng.choice(
+            GOOD if good != turned else BAD
+        )
 
     while True:
         good, thing = rng.random() < 0.5, rng.choice(SUBJECTS)
-        text = rng.choice((f"The {thing} was {view(good)}.", f"I found this {thing} {view(good)}.",
-                           f"The {thing} was {view(not good)}, but in the end {view(good)}."))  # fmt: skip
+        text = rng.choice(
+            (
+                f"The {thing} was {view(good)}.",
+                f"I found this {thing} {view(good)}.",
+                f"The {thing} was {view(not good)}, but in the end {view(good)}.",
+            )
+        )
         yield {"text": text, "label": "good" if good else "bad"}
 
 
@@ -347,8 +496,11 @@ def preferences(rng: random.Random) -> Iterator[Row]:
     while True:
         clause = draw_clause(rng, EVERYTHING)
         wish = sentence(["bring", *phrase_words(clause.object or clause.subject, "en")])
-        yield {"prompt": f"Ask for it: {wish}", "chosen": f"Please {wish[0].lower()}{wish[1:]}",
-               "rejected": f"{wish[:-1]} now, and be quick about it!"}  # fmt: skip
+        yield {
+            "prompt": f"Ask for it: {wish}",
+            "chosen": f"Please {wish[0].lower()}{wish[1:]}",
+            "rejected": f"{wish[:-1]} now, and be quick about it!",
+        }
 
 
 ROWS: dict[
@@ -386,7 +538,9 @@ def written(name: str) -> tuple[Path, str]:
     """The file of a recipe, and what has to be in it."""
     rows, kind = make_rows(name), ROWS[name][2]
     if kind == "jsonl":
-        return DATA / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        return DATA / f"{name}.jsonl", "".join(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+        )
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -99,8 +99,13 @@ tax on what is bought | value added tax
 person who checks the books | an auditor
 """)
 ASKED = (  # wordings; a held-out one is of a fact that was learned in others
-    "Name the {}.", "What is the {}?", "The {}: what is it?", "Tell me the {}.", "Which is the {}?", "Do you know the {}?",
-)  # fmt: skip
+    "Name the {}.",
+    "What is the {}?",
+    "The {}: what is it?",
+    "Tell me the {}.",
+    "Which is the {}?",
+    "Do you know the {}?",
+)
 
 # English of the lexicon, root in Esperanto. Nouns take -o, adjectives -a, verbs -as and -is, the plural -j, the object -n
 ESPERANTO: dict[str, str] = dict(

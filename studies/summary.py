@@ -5,10 +5,19 @@ from typing import Any
 from claims import CLAIMS
 from verdicts import OPEN, Point, Results, gap, verdicts
 
-from afina.comparing.pictures import COLOURS, MARKS, drawn
+from afina.comparison.plots import COLOURS, MARKS, drawn
 
-PAIRS = (("lora", "full"), ("mora", "lora"), ("freeze", "full"), ("dora", "lora"), ("qlora", "lora"), ("mlp", "all-linear"),
-         ("attention", "all-linear"), ("last-half", "all-linear"), ("auto", "all-linear"))  # fmt: skip
+PAIRS = (
+    ("lora", "full"),
+    ("mora", "lora"),
+    ("freeze", "full"),
+    ("dora", "lora"),
+    ("qlora", "lora"),
+    ("mlp", "all-linear"),
+    ("attention", "all-linear"),
+    ("last-half", "all-linear"),
+    ("auto", "all-linear"),
+)
 NEAR, FAR = 0.1, 3.0  # nats: where one is farther than FAR, the scale is logarithmic beyond NEAR
 SMOKE = "smoke"  # proves the frame, answers nothing
 PICTURES = {
@@ -23,28 +32,46 @@ def summary(done: Results) -> str:
     """The page."""
     told = list(verdicts(CLAIMS, done))
     ran = [name for name in done if name != SMOKE]
-    count = {verdict: sum(v == verdict for _, v, _ in told) for verdict in dict.fromkeys(v for _, v, _ in told)}
+    count = {
+        verdict: sum(v == verdict for _, v, _ in told)
+        for verdict in dict.fromkeys(v for _, v, _ in told)
+    }
     lines = [
-        "# What our reference study found", "",
-        "<!-- made by `python studies/study.py --page`; not written by hand -->", "",
+        "# What our reference study found",
+        "",
+        "<!-- made by `python studies/study.py --page`; not written by hand -->",
+        "",
         "Guides say a lot about fine-tuning. We took what they say, wrote down by which rule a figure would decide it, and then "
         "measured on the small model that comes with afina. Every method had the same rows, the same number of tries to find "
         "its learning rate, and three seeds. Brackets hold the range in which the true figure lies in 95 of 100 such "
-        "studies.", "",
+        "studies.",
+        "",
         "**What this is not:** one base of five million numbers, and runs of a few minutes. Papers measured models a thousand "
-        "times larger. Where our verdict differs from theirs, both may be right.", "",
-        f"{len(ran)} parts have run; of {len(told)} claims, " + ", ".join(f"{n} {verdict}" for verdict, n in count.items()) + ".", "",
-    ]  # fmt: skip
+        "times larger. Where our verdict differs from theirs, both may be right.",
+        "",
+        f"{len(ran)} parts have run; of {len(told)} claims, "
+        + ", ".join(f"{n} {verdict}" for verdict, n in count.items())
+        + ".",
+        "",
+    ]
     for name in draw(done):
         lines += [f"![{PICTURES[name].split('.')[0]}](study/{name}.svg)", "", PICTURES[name], ""]
     lines += ["## Claim by claim", ""]
     for claim, verdict, points in told:
         who = f"[{claim.who}]({claim.link})" if claim.link else claim.who
-        lines += [f"### {claim.says}", "", f"{who}. **{verdict.capitalize()}.** {claim.plain.get(verdict, '')}".strip(), ""]
+        lines += [
+            f"### {claim.says}",
+            "",
+            f"{who}. **{verdict.capitalize()}.** {claim.plain.get(verdict, '')}".strip(),
+            "",
+        ]
         lines += [*map(_line, points)] + ([""] if points else [])
         if verdict == OPEN:
             lines += [f"`python studies/study.py {claim.parts[0]}` answers it.", ""]
-    lines += ["The rule of each verdict and all tables are in `studies/README.md`, beside the results.", ""]
+    lines += [
+        "The rule of each verdict and all tables are in `studies/README.md`, beside the results.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -76,12 +103,21 @@ def _gaps(ran: Results) -> str | None:
     def paint(figure: Any) -> None:
         heights = [len(some) for some in rows.values()]
         for axes, (unit, some) in zip(
-            figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0], rows.items(), strict=True
+            figure.subplots(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0],
+            rows.items(),
+            strict=True,
         ):
             for place, (_, shown) in enumerate(reversed(some)):
                 arms = [[shown.mean - shown.low], [shown.high - shown.mean]]
-                axes.errorbar(shown.mean, place, xerr=arms, capsize=3, marker="o", color=COLOURS[0 if shown.shown else 6],
-                              markerfacecolor=COLOURS[0] if shown.shown else "white")  # fmt: skip
+                axes.errorbar(
+                    shown.mean,
+                    place,
+                    xerr=arms,
+                    capsize=3,
+                    marker="o",
+                    color=COLOURS[0 if shown.shown else 6],
+                    markerfacecolor=COLOURS[0] if shown.shown else "white",
+                )
             axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
             axes.set_yticks(range(len(some)), [name for name, _ in reversed(some)])
             axes.set_ylim(-0.6, len(some) - 0.4)
@@ -94,8 +130,12 @@ def _gaps(ran: Results) -> str | None:
 
 def _figures(ran: Results, kind: str) -> str | None:
     """One kind of figure of each method, with its interval, part by part."""
-    rows = [(part, name, found["methods"][name][kind]) for part, found in ran.items() for name in found["methods"]
-            if kind in found["methods"][name]]  # fmt: skip
+    rows = [
+        (part, name, found["methods"][name][kind])
+        for part, found in ran.items()
+        for name in found["methods"]
+        if kind in found["methods"][name]
+    ]
     names = list(dict.fromkeys(name for _, name, _ in rows))
     if not rows:
         return None
@@ -105,8 +145,14 @@ def _figures(ran: Results, kind: str) -> str | None:
         for place, (_, name, shown) in enumerate(reversed(rows)):
             arms = [[shown["mean"] - shown["low"]], [shown["high"] - shown["mean"]]]
             number = names.index(name)
-            axes.errorbar(shown["mean"], place, xerr=arms, capsize=3, color=COLOURS[number % len(COLOURS)],
-                          marker=MARKS[number % len(MARKS)])  # fmt: skip
+            axes.errorbar(
+                shown["mean"],
+                place,
+                xerr=arms,
+                capsize=3,
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKS[number % len(MARKS)],
+            )
         axes.axvline(0.0, color="0.45", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(rows)), [f"{part}: {name}" for part, name, _ in reversed(rows)])
         axes.set_ylim(-0.6, len(rows) - 0.4)

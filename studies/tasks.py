@@ -38,7 +38,9 @@ def classify(rng: random.Random) -> Iterator[Row]:
     """Does a sentence speak of the past? Answered in a word. New: the sentences."""
     while True:
         clause, language = draw_clause(rng, EVERYTHING), rng.choice(LANGUAGES)
-        words = {"en": ("When? ", "past", "present"), "es": ("¿Cuándo? ", "pasado", "presente")}[language]
+        words = {"en": ("When? ", "past", "present"), "es": ("¿Cuándo? ", "pasado", "presente")}[
+            language
+        ]
         yield ask(words[0] + write(clause, language), words[1] if clause.past else words[2])
 
 
@@ -88,13 +90,20 @@ def pretrain(rng: random.Random) -> Iterator[Row]:
         day, wind = rng.randrange(1, 400), rng.choice(("north", "south", "east", "west"))
         knots, depth = rng.randrange(1, 20), rng.randrange(20, 900)
         story = Story.draw(rng, 2).write("en")
-        yield {"text": f"Day {day}. Wind {wind}, {knots} knots. Depth {depth} fathoms. {story} All is well aboard."}
+        yield {
+            "text": f"Day {day}. Wind {wind}, {knots} knots. Depth {depth} fathoms. {story} All is well aboard."
+        }
 
 
 TASKS: dict[str, Callable[[random.Random], Iterator[Row]]] = {
-    "correct": correct, "classify": classify, "add": add, "memorise": memorise, "follow": follow, "translate": translate,
+    "correct": correct,
+    "classify": classify,
+    "add": add,
+    "memorise": memorise,
+    "follow": follow,
+    "translate": translate,
     "pretrain": pretrain,
-}  # fmt: skip
+}
 
 
 def make_rows(task: str, count: int, seed: int) -> list[Row]:

@@ -76,7 +76,9 @@ def gap(found: Found, one: str, other: str) -> Gap:
     """`one` less `other`; raises `KeyError` where they were not compared."""
     for test in found["tests"]:
         if {test["one"], test["other"]} == {one, other}:
-            sign = 1.0 if test["one"] == other else -1.0  # a test's difference is its other less its one
+            sign = (
+                1.0 if test["one"] == other else -1.0
+            )  # a test's difference is its other less its one
             shown = test["difference"]
             ends = sorted(sign * shown[end] for end in ("low", "high"))
             unit = "nats" if found["metric"] == "loss" else "points"
@@ -90,7 +92,11 @@ def as_good(one: str, other: str) -> Callable[[Results, str], Point]:
     def judge(results: Results, part: str) -> Point:
         found = gap(results[part], one, other)
         worse = found.shown and found.mean < -found.margin
-        return Point(part, f"{one} − {other}: {found}", True if found.low > -found.margin else False if worse else None)
+        return Point(
+            part,
+            f"{one} − {other}: {found}",
+            True if found.low > -found.margin else False if worse else None,
+        )
 
     return judge
 
@@ -101,7 +107,11 @@ def better(one: str, other: str) -> Callable[[Results, str], Point]:
     def judge(results: Results, part: str) -> Point:
         found = gap(results[part], one, other)
         against = found.high < found.margin or (found.shown and found.mean < 0)
-        return Point(part, f"{one} − {other}: {found}", True if found.shown and found.mean > 0 else False if against else None)
+        return Point(
+            part,
+            f"{one} − {other}: {found}",
+            True if found.shown and found.mean > 0 else False if against else None,
+        )
 
     return judge
 

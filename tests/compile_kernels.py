@@ -29,7 +29,8 @@ def main() -> None:
         print(self.fn.__name__)
 
     JITFunction.run = compile_only  # type: ignore[method-assign]
-    from afina.kernels import gpu, nf4
+    from afina.kernels import nf4
+    from afina.kernels import triton as gpu
 
     for dtype in (torch.bfloat16, torch.float32):
         x, weight = torch.zeros(40, 256, dtype=dtype), torch.ones(256, dtype=dtype)
@@ -45,10 +46,16 @@ def main() -> None:
         for rows in (1, 20):
             gpu.nf4_linear(x[:rows], *stored, torch.zeros(64, dtype=dtype))
         table, weights = torch.tensor([[0, 30, 0], [3, 40, 1]]), torch.ones(2)
-        a, bt = [torch.zeros(r, 256, dtype=dtype) for r in (8, 40)], [torch.zeros(256, r, dtype=dtype).T for r in (8, 40)]
+        a, bt = (
+            [torch.zeros(r, 256, dtype=dtype) for r in (8, 40)],
+            [torch.zeros(256, r, dtype=dtype).T for r in (8, 40)],
+        )
         gpu.grouped_lowrank(x, x, table, weights, a, bt)
         gpu.grouped_lowrank_backward(x, x, table, weights, a, bt)
-        query, kv, out = (torch.zeros(*shape, dtype=dtype) for shape in ((3, 8, 128), (9, 2, 2, 16, 128), (3, 8, 128)))
+        query, kv, out = (
+            torch.zeros(*shape, dtype=dtype)
+            for shape in ((3, 8, 128), (9, 2, 2, 16, 128), (3, 8, 128))
+        )
         tables = torch.zeros(3, 4, dtype=torch.int32)
         gpu.paged_attention(query, kv, (0, 1, 2, 3), (1, 2, 60), tables, out, 16, 0.1, None, 30.0)
 

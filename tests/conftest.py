@@ -11,13 +11,15 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports triton: its kernels run on the CPU then
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anybody imports triton: its kernels run on the CPU then
+    )
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.planning import forecast
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
+from afina.planning import estimate as forecast
 from helpers import RATES, SHARED, save_model, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -54,16 +56,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(autouse=True)
 def _same_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans are made for one machine of 16 GB, which is not measured."""
-    monkeypatch.setattr(forecast, "rates_of", lambda device, anew=False: RATES)
+    monkeypatch.setattr(forecast, "measured_rates", lambda device, anew=False: RATES)
     monkeypatch.setattr(forecast, "machine_memory", lambda: 16e9)
 
 
 def _llama(tied: bool, vocabulary: int) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=192, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=vocabulary,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=192,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")
@@ -75,16 +85,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """The same with the output layer tied to the embedding."""
-    return save_model(tmp_path_factory.mktemp("tied"), _llama(True, len(tokenizer)), tokenizer, seed=1)
+    return save_model(
+        tmp_path_factory.mktemp("tied"), _llama(True, len(tokenizer)), tokenizer, seed=1
+    )
 
 
 @pytest.fixture
-def base(tiny: Path) -> Base:
+def base(tiny: Path) -> CausalLM:
     """The tiny base, freshly loaded."""
     return load_base(str(tiny))
 
 
-WORDS = ("sol", "luna", "mar", "pan", "casa", "tree", "bird", "road", "stone", "night", "niño", "café")
+WORDS = (
+    "sol",
+    "luna",
+    "mar",
+    "pan",
+    "casa",
+    "tree",
+    "bird",
+    "road",
+    "stone",
+    "night",
+    "niño",
+    "café",
+)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +117,12 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 chats of different lengths: say a word again, twice."""
     pairs = [(a, b) for a in WORDS for b in WORDS if a < b][:48]
     rows = [
-        {"messages": [{"role": "user", "content": f"say {a} {b}"}, {"role": "assistant", "content": f"{a} {b} {a}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"say {a} {b}"},
+                {"role": "assistant", "content": f"{a} {b} {a}"},
+            ]
+        }
         for a, b in pairs
     ]
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
@@ -104,7 +134,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain text of about 2,000 tokens."""
     path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("\n".join(f"the {a} and the {b} went to the {a} at night." for a in WORDS for b in WORDS if a != b))
+    path.write_text(
+        "\n".join(
+            f"the {a} and the {b} went to the {a} at night." for a in WORDS for b in WORDS if a != b
+        )
+    )
     return path
 
 
@@ -112,5 +146,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short general text, so that forgetting is measured quickly."""
     path = tmp_path_factory.mktemp("data") / "general.txt"
-    path.write_text("A bird sat on a stone by the road. La luna salió sobre el mar, y la casa dormía.\n")
+    path.write_text(
+        "A bird sat on a stone by the road. La luna salió sobre el mar, y la casa dormía.\n"
+    )
     return path

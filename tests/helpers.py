@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from afina.base.model import Base
-from afina.delta.attach import Adapter, attach
-from afina.delta.contract import Spec
-from afina.delta.targets import resolve_targets
-from afina.planning.figures import Rates
-from afina.segments import BASE, Segments
+from afina.adapters.attach import Adapter, attach
+from afina.adapters.base import AdapterConfig
+from afina.adapters.segments import NO_ADAPTERS, Segments
+from afina.adapters.target_selection import resolve_target_modules
+from afina.models.causal_lm import CausalLM
+from afina.planning.estimates import MachineRates
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATE = (
@@ -32,7 +37,9 @@ CORPUS = (
 )
 # a machine that is nobody's: plans in tests are the same everywhere, and measure nothing
 CURVE = {"bfloat16": [[16, 1e11], [1024, 4e11]], "float32": [[16, 5e10], [1024, 1e11]]}
-RATES = Rates(CURVE, CURVE, {"bfloat16": 5e10, "float32": 3e10}, 2e10, 1e10, 1.0, 1e-3, 4.5e8)
+RATES = MachineRates(
+    CURVE, CURVE, {"bfloat16": 5e10, "float32": 3e10}, 2e10, 1e10, 1.0, 1e-3, 4.5e8
+)
 Run = tuple[Tensor, Tensor, tuple[int, ...]]
 
 
@@ -48,12 +55,16 @@ def tiny_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator(CORPUS, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     made.chat_template = template
     return made
 
 
-def random_model(config: PretrainedConfig, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
+def random_model(
+    config: PretrainedConfig, attention: str = "eager", seed: int = 0
+) -> PreTrainedModel:
     """A model whose weights are large enough for every part of it to show in the logits."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -66,7 +77,9 @@ def random_model(config: PretrainedConfig, attention: str = "eager", seed: int =
     return model.eval().requires_grad_(False)
 
 
-def save_model(folder: Path, config: PretrainedConfig, tokenizer: Any = None, seed: int = 0) -> Path:
+def save_model(
+    folder: Path, config: PretrainedConfig, tokenizer: Any = None, seed: int = 0
+) -> Path:
     """A random model as a Hugging Face folder."""
     random_model(config, seed=seed).save_pretrained(folder)
     if tokenizer is not None:
@@ -74,10 +87,18 @@ def save_model(folder: Path, config: PretrainedConfig, tokenizer: Any = None, se
     return folder
 
 
-def flat_run(lengths: Sequence[int] = (9, 1, 14, 6), seed: int = 0, low: int = 5, high: int = 300) -> Run:
+def flat_run(
+    lengths: Sequence[int] = (9, 1, 14, 6), seed: int = 0, low: int = 5, high: int = 300
+) -> Run:
     """Random tokens, their positions and the bounds of sequences of these lengths."""
-    tokens = torch.randint(low, high, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    return tokens, torch.cat([torch.arange(n) for n in lengths]), tuple(accumulate(lengths, initial=0))
+    tokens = torch.randint(
+        low, high, (sum(lengths),), generator=torch.Generator().manual_seed(seed)
+    )
+    return (
+        tokens,
+        torch.cat([torch.arange(n) for n in lengths]),
+        tuple(accumulate(lengths, initial=0)),
+    )
 
 
 def one_by_one(run: Run) -> list[Run]:
@@ -86,20 +107,34 @@ def one_by_one(run: Run) -> list[Run]:
     return [(tokens[a:b], positions[a:b], (0, b - a)) for a, b in pairwise(bounds)]
 
 
-def logits(base: Base, run: Run, segments: Segments = BASE) -> Tensor:
+def logits(base: CausalLM, run: Run, segments: Segments = NO_ADAPTERS) -> Tensor:
     """Logits (T, V) of a flat run, routed by `segments`."""
-    with torch.no_grad(), base.board.route(segments):
-        return base.run_logits(*run)
+    with torch.no_grad(), base.forward_context.use(segments):
+        return base.all_logits(*run)
 
 
-def put(base: Base, name: str = "a", targets: Any = "all-linear", seed: int = 1, method: str = "lora", **spec: Any) -> Adapter:
+def put(
+    base: CausalLM,
+    name: str = "a",
+    target_modules: Any = "all-linear",
+    seed: int = 1,
+    method: str = "lora",
+    **spec: Any,
+) -> Adapter:
     """Attach an adapter whose parameters are random and large enough to show."""
-    paths = resolve_targets(base.model, targets, spec.pop("layers", None), any_kind=method == "full")
-    adapter = attach(base.model, base.board, name, Spec(method, paths, **spec), seed)
+    paths = resolve_target_modules(
+        base.model, target_modules, spec.pop("layers", None), any_kind=method == "full"
+    )
+    adapter = attach(
+        base.model, base.forward_context, name, AdapterConfig(method, paths, **spec), seed
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.02 if method == "full" else 0.1))
+            parameter.add_(
+                torch.randn(parameter.shape, generator=generator)
+                * (0.02 if method == "full" else 0.1)
+            )
     adapter.train(False)
     return adapter
 
@@ -129,7 +164,14 @@ def write_rows(path: Path, *rows: object) -> Path:
 def afina(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """`afina ...` as a process of its own."""
     command = [sys.executable, "-m", "afina", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options
+    )
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}

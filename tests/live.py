@@ -13,13 +13,13 @@ import httpx2
 import openai
 import uvicorn
 
-from afina.base.load import load_base
+from afina.adapters.attach import detach
+from afina.adapters.loading import save_adapter
 from afina.config import ServeSettings
-from afina.delta.attach import detach
-from afina.delta.files import save_adapter
+from afina.models.loading import load_base
 from afina.server.app import make_app
-from afina.server.serve import build, close
-from afina.server.state import State
+from afina.server.serve import build_server, close
+from afina.server.state import ServerState
 from helpers import put
 
 KEYS = """
@@ -34,10 +34,12 @@ class Live:
     """A running server."""
 
     url: str
-    state: State
+    state: ServerState
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options
+        )
 
     def http(self, key: str | None = None) -> httpx2.Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -45,13 +47,13 @@ class Live:
 
     @property
     def admin(self) -> str:
-        return (self.state.settings.state / "admin.key").read_text().strip()
+        return (self.state.settings.state_dir / "admin.key").read_text().strip()
 
 
 @contextmanager
 def live(**settings: Any) -> Iterator[Live]:
     """Serve until the block ends."""
-    state = build(ServeSettings(dtype="float32", **settings))
+    state = build_server(ServeSettings(dtype="float32", **settings))
     server = uvicorn.Server(uvicorn.Config(make_app(state), log_config=None, access_log=False))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

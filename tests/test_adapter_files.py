@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 import afina
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.delta.files import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.segments import Segments
 from afina.errors import AdapterError
-from afina.segments import Segments
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
 from helpers import flat_run, logits, put, same, save_model, state
 
 peft = pytest.importorskip("peft")
@@ -27,7 +27,14 @@ WEIGHTS, CONFIG, STORY = "adapter_model.safetensors", "adapter_config.json", "af
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     config = GPT2Config(
-        vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        vocab_size=320,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return save_model(tmp_path_factory.mktemp("gpt2"), config, tokenizer)
 
@@ -41,8 +48,8 @@ def theirs(model: torch.nn.Module) -> Tensor:
         return model(input_ids=flat_run((40,))[0][None]).logits[0]
 
 
-def ours(base: Base, adapter: str) -> Tensor:
-    return logits(base, flat_run((40,)), Segments.all(adapter))
+def ours(base: CausalLM, adapter: str) -> Tensor:
+    return logits(base, flat_run((40,)), Segments.on_all_tokens(adapter))
 
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,21 +57,28 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("tiny", {"rank": 16, "alpha": 4.0, "scaling": "rslora"}),
     "patterns": (
         "tiny",
-        {"ranks": {"model.layers.1.mlp.down_proj": 3, "model.layers.0.self_attn.q_proj": 20},
-         "alphas": {"model.layers.1.mlp.down_proj": 40.0}},
+        {
+            "rank_pattern": {
+                "model.layers.1.mlp.down_proj": 3,
+                "model.layers.0.self_attn.q_proj": 20,
+            },
+            "alpha_pattern": {"model.layers.1.mlp.down_proj": 40.0},
+        },
     ),
     "some-layers": ("tiny", {"layers": [1, 3]}),
-    "some-names": ("tiny", {"targets": ["q_proj", "up_proj"], "layers": "last:2"}),
-    "output-layer": ("tiny", {"targets": ["v_proj", "lm_head"]}),
-    "tied-output-layer": ("tied", {"targets": ["lm_head"]}),
+    "some-names": ("tiny", {"target_modules": ["q_proj", "up_proj"], "layers": "last:2"}),
+    "output-layer": ("tiny", {"target_modules": ["v_proj", "lm_head"]}),
+    "tied-output-layer": ("tied", {"target_modules": ["lm_head"]}),
     "gpt2": ("gpt2", {}),
-    "gpt2-attention": ("gpt2", {"targets": r".*\.attn\.c_proj", "layers": [1]}),
-    "gpt2-mixed": ("gpt2", {"targets": ["c_attn", "lm_head"]}),
-}  # fmt: skip
+    "gpt2-attention": ("gpt2", {"target_modules": r".*\.attn\.c_proj", "layers": [1]}),
+    "gpt2-mixed": ("gpt2", {"target_modules": ["c_attn", "lm_head"]}),
+}
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_peft_loads_ours(request: pytest.FixtureRequest, tmp_path: Path, case: str, recwarn: Any) -> None:
+def test_peft_loads_ours(
+    request: pytest.FixtureRequest, tmp_path: Path, case: str, recwarn: Any
+) -> None:
     kind, spec = OURS[case]
     folder = request.getfixturevalue(kind)
     base = load_base(str(folder))
@@ -78,23 +92,34 @@ def test_peft_loads_ours(request: pytest.FixtureRequest, tmp_path: Path, case: s
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("tiny", {"r": 4, "lora_alpha": 12, "target_modules": "all-linear"}),
-    "rslora": ("tiny", {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "rslora": (
+        "tiny",
+        {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    ),
     "patterns": (
         "tiny",
-        {"r": 8, "target_modules": "all-linear",
-         "rank_pattern": {"down_proj": 3, r"layers\.[01]\.self_attn\.q_proj": 5, "q_proj": 2},
-         "alpha_pattern": {r"^model\.layers\.3\..*": 50, "down_proj": 2}},
+        {
+            "r": 8,
+            "target_modules": "all-linear",
+            "rank_pattern": {"down_proj": 3, r"layers\.[01]\.self_attn\.q_proj": 5, "q_proj": 2},
+            "alpha_pattern": {r"^model\.layers\.3\..*": 50, "down_proj": 2},
+        },
     ),
-    "some-layers": ("tiny", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 3]}),
+    "some-layers": (
+        "tiny",
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 3]},
+    ),
     "expression": ("tiny", {"target_modules": r".*layers\.(0|2)\.mlp\.(up|down)_proj"}),
     "output-layer": ("tiny", {"target_modules": ["v_proj", "lm_head"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-}  # fmt: skip
+}
 
 
 def random_peft(folder: Path, **config: Any) -> Any:
     """A LoRA of PEFT whose numbers are random, and small enough for the logits to stay of the order of one."""
-    model = peft.get_peft_model(plain(folder), peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    model = peft.get_peft_model(
+        plain(folder), peft.LoraConfig(task_type="CAUSAL_LM", **config)
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
@@ -121,25 +146,31 @@ def test_pefts_adapter_comes_back_the_same(tiny: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "first")
     base = load_base(str(tiny))
     save_adapter(load_adapter(tmp_path / "first", base), base, tmp_path / "second")
-    assert sorted(load_file(tmp_path / "first" / WEIGHTS)) == sorted(load_file(tmp_path / "second" / WEIGHTS))
+    assert sorted(load_file(tmp_path / "first" / WEIGHTS)) == sorted(
+        load_file(tmp_path / "second" / WEIGHTS)
+    )
     again = peft.PeftModel.from_pretrained(plain(tiny), tmp_path / "second")
     assert torch.equal(theirs(again.eval()), theirs(model))
 
 
-def test_a_frozen_weight_that_peft_brings_along_must_be_the_bases(tiny: Path, tmp_path: Path) -> None:
+def test_a_frozen_weight_that_peft_brings_along_must_be_the_bases(
+    tiny: Path, tmp_path: Path
+) -> None:
     random_peft(tiny, target_modules=["lm_head"]).save_pretrained(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     assert "base_model.model.lm_head.base_layer.weight" in tensors
     tensors["base_model.model.lm_head.base_layer.weight"][0, 0] += 1
     save_file(tensors, tmp_path / "adapter" / WEIGHTS)
-    assert "lm_head.base_layer.weight is not the base's weight" in str(refused(tiny, tmp_path / "adapter"))
+    assert "lm_head.base_layer.weight is not the base's weight" in str(
+        refused(tiny, tmp_path / "adapter")
+    )
 
 
 # refused
 
 
 @pytest.fixture
-def saved(base: Base, tmp_path: Path) -> Path:
+def saved(base: CausalLM, tmp_path: Path) -> Path:
     save_adapter(put(base, layers=[0, 1]), base, tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -173,13 +204,17 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         ("no-layer", r"the base has no such layer"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(tiny: Path, saved: Path, ours_too: bool, fault: str, message: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(
+    tiny: Path, saved: Path, ours_too: bool, fault: str, message: str
+) -> None:
     tensors = load_file(saved / WEIGHTS)
     if not ours_too:
         (saved / STORY).unlink()
     if fault == "missing":
         twin = FIRST.replace("lora_A", "lora_B")
-        del tensors[FIRST if ours_too else twin]  # PEFT's configuration names no layers: those with an A are meant
+        del tensors[
+            FIRST if ours_too else twin
+        ]  # PEFT's configuration names no layers: those with an A are meant
         message = message if ours_too else message.replace("lora_A", "lora_B")
     elif fault == "unknown":
         tensors["base_model.model.model.layers.3.mlp.up_proj.extra"] = torch.zeros(2)
@@ -189,7 +224,14 @@ def test_tensors_that_do_not_fit_are_refused(tiny: Path, saved: Path, ours_too: 
         tensors = {name.replace("layers.1", "layers.9"): tensor for name, tensor in tensors.items()}
         if ours_too:
             spec = json.loads((saved / STORY).read_text())["spec"]
-            change(saved, STORY, spec={**spec, "targets": [path.replace("layers.1", "layers.9") for path in spec["targets"]]})
+            change(
+                saved,
+                STORY,
+                spec={
+                    **spec,
+                    "targets": [path.replace("layers.1", "layers.9") for path in spec["targets"]],
+                },
+            )
     save_file(tensors, saved / WEIGHTS)
     error = refused(tiny, saved)
     assert error.where
@@ -208,7 +250,9 @@ def test_tensors_that_do_not_fit_are_refused(tiny: Path, saved: Path, ours_too: 
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
     ],
 )
-def test_what_peft_can_and_we_cannot_is_refused(tiny: Path, saved: Path, values: dict[str, Any], message: str) -> None:
+def test_what_peft_can_and_we_cannot_is_refused(
+    tiny: Path, saved: Path, values: dict[str, Any], message: str
+) -> None:
     (saved / STORY).unlink()
     change(saved, CONFIG, **values)
     assert message in str(refused(tiny, saved))
@@ -221,14 +265,18 @@ def test_initialisations_that_leave_the_base_alone_are_read(tiny: Path, saved: P
         load_adapter(saved, load_base(str(tiny)))
 
 
-def test_another_base_is_refused_by_its_hash(saved: Path, tmp_path: Path, tiny: Path, tokenizer: Any) -> None:
+def test_another_base_is_refused_by_its_hash(
+    saved: Path, tmp_path: Path, tiny: Path, tokenizer: Any
+) -> None:
     config = load_base(str(tiny)).model.config
     other = load_base(str(save_model(tmp_path / "other", config, tokenizer, seed=7)))
     with pytest.raises(AdapterError, match="made for another base") as caught:
         load_adapter(saved, other)
     assert "--allow-other-base" in str(caught.value)
     load_adapter(saved, other, allow_other_base=True)
-    renamed = shutil.copytree(tiny, tmp_path / "renamed")  # the same tensors elsewhere are the same base
+    renamed = shutil.copytree(
+        tiny, tmp_path / "renamed"
+    )  # the same tensors elsewhere are the same base
     load_adapter(saved, load_base(str(renamed)))
 
 
@@ -271,22 +319,32 @@ def test_pickled_and_missing_weights_are_refused(tiny: Path, saved: Path, tmp_pa
 # an adapter is its content
 
 
-def test_the_hash_is_that_of_the_content(base: Base, tiny: Path, tmp_path: Path) -> None:
+def test_the_hash_is_that_of_the_content(base: CausalLM, tiny: Path, tmp_path: Path) -> None:
     adapter = put(base)
     digest = save_adapter(adapter, base, tmp_path / "one")
     other = load_base(str(tiny))
-    assert save_adapter(put(other, "another-name"), other, tmp_path / "two", {"note": "x"}) == digest
-    assert save_adapter(load_adapter(tmp_path / "one", other, "b"), other, tmp_path / "three") == digest
+    assert (
+        save_adapter(put(other, "another-name"), other, tmp_path / "two", {"note": "x"}) == digest
+    )
+    assert (
+        save_adapter(load_adapter(tmp_path / "one", other, "b"), other, tmp_path / "three")
+        == digest
+    )
     with torch.no_grad():
         adapter.parameters()[3].flatten()[0] += 1e-3
     changed = save_adapter(adapter, base, tmp_path / "four")
     stronger = load_base(str(tiny))
-    assert len({digest, changed, save_adapter(put(stronger, alpha=17.0), stronger, tmp_path / "five")}) == 3
+    assert (
+        len({digest, changed, save_adapter(put(stronger, alpha=17.0), stronger, tmp_path / "five")})
+        == 3
+    )
     for folder, expected in (("one", digest), ("four", changed)):
         assert json.loads((tmp_path / folder / STORY).read_text())["hash"] == expected
 
 
-def test_the_hash_of_a_base_is_that_of_its_tensors(tiny: Path, tmp_path: Path, tokenizer: Any) -> None:
+def test_the_hash_of_a_base_is_that_of_its_tensors(
+    tiny: Path, tmp_path: Path, tokenizer: Any
+) -> None:
     base = load_base(str(tiny))
     base.model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     tokenizer.save_pretrained(tmp_path / "shards")
@@ -297,7 +355,7 @@ def test_the_hash_of_a_base_is_that_of_its_tensors(tiny: Path, tmp_path: Path, t
     assert load_base(str(other)).hash != base.hash
 
 
-def test_saving_replaces_the_adapter_that_was_there(base: Base, tmp_path: Path) -> None:
+def test_saving_replaces_the_adapter_that_was_there(base: CausalLM, tmp_path: Path) -> None:
     save_adapter(put(base), base, tmp_path / "a")
     digest = save_adapter(put(base, "b", seed=2, rank=2), base, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

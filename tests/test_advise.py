@@ -6,12 +6,12 @@ from typing import Any, get_args
 
 import pytest
 
-from afina.base.load import choose_device
-from afina.comparing import advise as module
-from afina.comparing.advise import advise, ask, written
-from afina.comparing.published import FINDINGS, SAYINGS
+from afina.comparison import advise as module
+from afina.comparison.advise import advise, ask, written
+from afina.comparison.findings import FINDINGS, SAYINGS
 from afina.config import AdviseSettings, Goal
 from afina.errors import SettingsError
+from afina.models.loading import choose_device
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,12 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
     # ---- nothing to train
     ("no rows at all", {"goal": "style", "rows": 0}, "prompt", set()),
-    ("no rows, and a prompt was tried", {"goal": "behaviour", "rows": 0, "prompted": True}, "prompt", set()),
+    (
+        "no rows, and a prompt was tried",
+        {"goal": "behaviour", "rows": 0, "prompted": True},
+        "prompt",
+        set(),
+    ),
     ("customers are coming, no rows yet", {"goal": "customers", "rows": 0}, "prompt", set()),
     ("six examples, nothing tried", {"goal": "style", "rows": 6}, "prompt", {"fewshot"}),
     ("nineteen refusals", {"goal": "behaviour", "rows": 19}, "prompt", {"fewshot"}),
@@ -33,51 +38,111 @@ SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
     ("five articles of a field", {"goal": "domain", "rows": 5}, "prompt", {"retrieval"}),
     # ---- retrieval
     ("prices that change", {"goal": "facts-that-change"}, "find", {"retrieval", "hallucinate"}),
-    ("news, thousands of them", {"goal": "facts-that-change", "rows": 50000}, "find", {"retrieval", "hallucinate"}),
-    ("stock levels, and a prompt was tried", {"goal": "facts-that-change", "rows": 200, "prompted": True}, "find",
-     {"retrieval", "hallucinate"}),
+    (
+        "news, thousands of them",
+        {"goal": "facts-that-change", "rows": 50000},
+        "find",
+        {"retrieval", "hallucinate"},
+    ),
+    (
+        "stock levels, and a prompt was tried",
+        {"goal": "facts-that-change", "rows": 200, "prompted": True},
+        "find",
+        {"retrieval", "hallucinate"},
+    ),
     # ---- style, form, a task
     ("a company's tone, 800 letters", {"goal": "style", "rows": 800}, "lora", {"lima", "regret"}),
-    ("six examples, a prompt was not enough", {"goal": "style", "rows": 6, "prompted": True}, "lora", {"lima", "regret"}),
+    (
+        "six examples, a prompt was not enough",
+        {"goal": "style", "rows": 6, "prompted": True},
+        "lora",
+        {"lima", "regret"},
+    ),
     ("twenty summaries", {"goal": "style", "rows": 20}, "lora", {"lima", "regret"}),
     ("contracts, 4,999 clauses", {"goal": "style", "rows": 4999}, "lora", {"lima", "regret"}),
     ("corrections of 60,000 sentences", {"goal": "style", "rows": 60000}, "lora", {"regret"}),
     # ---- behaviour
     ("it should refuse politely", {"goal": "behaviour", "rows": 400}, "lora", {"lima", "dpo"}),
     ("pairs are there", {"goal": "behaviour", "rows": 400, "pairs": True}, "lora", {"lima", "dpo"}),
-    ("ten answers and pairs beside them", {"goal": "behaviour", "rows": 10, "pairs": True}, "lora", {"lima", "dpo"}),
+    (
+        "ten answers and pairs beside them",
+        {"goal": "behaviour", "rows": 10, "pairs": True},
+        "lora",
+        {"lima", "dpo"},
+    ),
     ("pairs alone", {"goal": "behaviour", "rows": 0, "pairs": True}, "lora", {"dpo"}),
-    ("many answers and pairs", {"goal": "behaviour", "rows": 9000, "pairs": True}, "lora", {"regret", "dpo"}),
+    (
+        "many answers and pairs",
+        {"goal": "behaviour", "rows": 9000, "pairs": True},
+        "lora",
+        {"regret", "dpo"},
+    ),
     # ---- knowledge, domains, languages
-    ("product codes to memorise", {"goal": "knowledge", "rows": 3000}, "mora", {"mora", "hallucinate", "retrieval"}),
-    ("eight codes, and a prompt was not enough", {"goal": "knowledge", "rows": 8, "prompted": True}, "mora",
-     {"mora", "hallucinate", "retrieval"}),
+    (
+        "product codes to memorise",
+        {"goal": "knowledge", "rows": 3000},
+        "mora",
+        {"mora", "hallucinate", "retrieval"},
+    ),
+    (
+        "eight codes, and a prompt was not enough",
+        {"goal": "knowledge", "rows": 8, "prompted": True},
+        "mora",
+        {"mora", "hallucinate", "retrieval"},
+    ),
     ("a library of medicine", {"goal": "domain", "rows": 20000}, "full", {"learns_less", "mora"}),
-    ("a language, exactly 5,000 texts", {"goal": "domain", "rows": 5000}, "full", {"learns_less", "mora"}),
+    (
+        "a language, exactly 5,000 texts",
+        {"goal": "domain", "rows": 5000},
+        "full",
+        {"learns_less", "mora"},
+    ),
     ("a small field", {"goal": "domain", "rows": 300}, "lora", {"regret", "learns_less"}),
-    ("five articles, and a prompt was not enough", {"goal": "domain", "rows": 5, "prompted": True}, "lora",
-     {"regret", "learns_less"}),
+    (
+        "five articles, and a prompt was not enough",
+        {"goal": "domain", "rows": 5, "prompted": True},
+        "lora",
+        {"regret", "learns_less"},
+    ),
     # ---- many adapters
     ("200 customers", {"goal": "customers", "rows": 500}, "lora", {"slora", "regret"}),
-    ("one customer with much to say", {"goal": "customers", "rows": 30000}, "lora", {"slora", "regret"}),
+    (
+        "one customer with much to say",
+        {"goal": "customers", "rows": 30000},
+        "lora",
+        {"slora", "regret"},
+    ),
     ("tools called within a chat", {"goal": "switching", "rows": 500}, "alora", {"alora"}),
-    ("a checker beside a writer, few rows, prompt tried", {"goal": "switching", "rows": 15, "prompted": True}, "alora", {"alora"}),
-]  # fmt: skip
+    (
+        "a checker beside a writer, few rows, prompt tried",
+        {"goal": "switching", "rows": 15, "prompted": True},
+        "alora",
+        {"alora"},
+    ),
+]
 
 
 def test_there_are_enough_of_them() -> None:
     assert len(SITUATIONS) + len(FITTING) >= 40
-    assert len({json.dumps(told, sort_keys=True) for _, told, _, _ in SITUATIONS}) == len(SITUATIONS)
+    assert len({json.dumps(told, sort_keys=True) for _, told, _, _ in SITUATIONS}) == len(
+        SITUATIONS
+    )
     assert {told["goal"] for _, told, _, _ in SITUATIONS} == set(get_args(Goal))
     named = set().union(*(sources for *_, sources in SITUATIONS))
     assert named == set(FINDINGS) - {"qlora"}, "qlora is among those that memory decides"
 
 
-@pytest.mark.parametrize(("case", "told", "use", "sources"), SITUATIONS, ids=[case[0] for case in SITUATIONS])
-def test_situations(case: str, told: dict[str, Any], use: str, sources: set[str], tiny: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "told", "use", "sources"), SITUATIONS, ids=[case[0] for case in SITUATIONS]
+)
+def test_situations(
+    case: str, told: dict[str, Any], use: str, sources: set[str], tiny: Path
+) -> None:
     found = advise(**told, base=str(tiny))
     assert found["use"] == use
-    assert {FINDINGS[name][0] for name in sources} == {r["source"] for r in found["reasons"] if r["source"]}
+    assert {FINDINGS[name][0] for name in sources} == {
+        r["source"] for r in found["reasons"] if r["source"]
+    }
     assert all(r["link"].startswith("https://") for r in found["reasons"] if r["source"])
     if use in ("prompt", "find"):
         assert found["command"] is None and found["plan"] is None
@@ -87,52 +152,95 @@ def test_situations(case: str, told: dict[str, Any], use: str, sources: set[str]
 
 
 # goal and rows, GB that are there, the method that is expected where full needs 30, lora and mora 12, on 4 bits 5
-NEEDS = {"full": 30e9, "lora": 12e9, "mora": 12e9, "alora": 12e9, "qlora": 5e9, "qmora": 5e9, "qalora": 5e9}
+NEEDS = {
+    "full": 30e9,
+    "lora": 12e9,
+    "mora": 12e9,
+    "alora": 12e9,
+    "qlora": 5e9,
+    "qmora": 5e9,
+    "qalora": 5e9,
+}
 FITTING = [
-    ("domain", 20000, 32, "full"), ("domain", 20000, 16, "lora"), ("domain", 20000, 8, "qlora"), ("domain", 20000, 4, "none"),
-    ("style", 800, 12, "lora"), ("style", 800, 11, "qlora"), ("style", 800, 1, "none"),
-    ("knowledge", 3000, 24, "mora"), ("knowledge", 3000, 6, "qmora"), ("switching", 500, 6, "qalora"),
-    ("customers", 500, 5, "qlora"), ("facts-that-change", 10, 1, "find"), ("style", 0, 1, "prompt"),
-]  # fmt: skip
+    ("domain", 20000, 32, "full"),
+    ("domain", 20000, 16, "lora"),
+    ("domain", 20000, 8, "qlora"),
+    ("domain", 20000, 4, "none"),
+    ("style", 800, 12, "lora"),
+    ("style", 800, 11, "qlora"),
+    ("style", 800, 1, "none"),
+    ("knowledge", 3000, 24, "mora"),
+    ("knowledge", 3000, 6, "qmora"),
+    ("switching", 500, 6, "qalora"),
+    ("customers", 500, 5, "qlora"),
+    ("facts-that-change", 10, 1, "find"),
+    ("style", 0, 1, "prompt"),
+]
 
 
 def planned(told: Any) -> dict[str, Any]:
     """A plan on a machine of 16 GB."""
     peak = NEEDS[told.method]
-    cost = {"peak_bytes": peak, "machine_bytes": 16e9, "fits": peak < 16e9, "step_seconds": 1.0, "batch": {}, "device": "cpu"}
+    cost = {
+        "peak_bytes": peak,
+        "machine_bytes": 16e9,
+        "fits": peak < 16e9,
+        "step_seconds": 1.0,
+        "batch": {},
+        "device": "cpu",
+    }
     return {"cost": cost}
 
 
 @pytest.mark.parametrize(("goal", "rows", "memory", "use"), FITTING)
-def test_what_fits(goal: str, rows: int, memory: float, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits(
+    goal: str, rows: int, memory: float, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "plan", planned)
-    found = advise(goal=goal, rows=rows, memory=memory, base="x")
+    found = advise(goal=goal, num_rows=rows, memory_gb=memory, base="x")
     assert found["use"] == use
     assert (found["command"] is None) == (use in ("none", "find", "prompt"))
 
 
 def test_the_machine_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "plan", planned)
-    found = advise(goal="domain", rows=20000, base="x")
-    assert found["use"] == "lora" and found["plan"]["machine"] == {"device": "cpu", "memory_bytes": 16e9, "detected": True}
+    found = advise(goal="domain", num_rows=20000, base="x")
+    assert found["use"] == "lora" and found["plan"]["machine"] == {
+        "device": "cpu",
+        "memory_bytes": 16e9,
+        "detected": True,
+    }
     assert ("this machine", "cpu, 16.00 GB") in written(found)
-    assert ("room", "cpu, 32.00 GB") in written(advise(goal="domain", rows=20000, base="x", memory=32))
+    assert ("room", "cpu, 32.00 GB") in written(
+        advise(goal="domain", num_rows=20000, base="x", memory_gb=32)
+    )
 
 
 def test_the_real_machine_is_looked_at(tiny: Path) -> None:
-    machine = advise(goal="style", rows=800, base=str(tiny))["plan"]["machine"]
-    assert machine == {"device": choose_device("auto").type, "memory_bytes": 16e9, "detected": True}, "conftest says 16 GB"
+    machine = advise(goal="style", num_rows=800, base=str(tiny))["plan"]["machine"]
+    assert machine == {
+        "device": choose_device("auto").type,
+        "memory_bytes": 16e9,
+        "detected": True,
+    }, "conftest says 16 GB"
 
 
 def test_pairs_alone_are_learned_at_once(tiny: Path) -> None:
-    found = advise(goal="behaviour", rows=0, pairs=True, base=str(tiny))
-    assert found["then"] is None and found["command"].startswith("afina train PAIRS") and "--objective dpo" in found["command"]
+    found = advise(goal="behaviour", num_rows=0, has_pairs=True, base=str(tiny))
+    assert (
+        found["then"] is None
+        and found["command"].startswith("afina train PAIRS")
+        and "--objective dpo" in found["command"]
+    )
 
 
 def test_preferences_come_after_answers(tiny: Path) -> None:
-    with_pairs = advise(goal="behaviour", rows=400, pairs=True, base=str(tiny))
+    with_pairs = advise(goal="behaviour", num_rows=400, has_pairs=True, base=str(tiny))
     assert "--objective dpo" in with_pairs["then"]
-    assert "afina prefer" in advise(goal="behaviour", rows=400, base=str(tiny))["reasons"][-1]["text"]
+    assert (
+        "afina prefer"
+        in advise(goal="behaviour", num_rows=400, base=str(tiny))["reasons"][-1]["text"]
+    )
 
 
 def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,16 +250,16 @@ def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = advise(**ask_for)
     assert small["use"] == "lora" and small["settings"]["rank"] == 64
     assert any("30.00 GB, of 16.00 GB" in r["text"] for r in small["reasons"])
-    smaller = advise(**ask_for, memory=8)
+    smaller = advise(**ask_for, memory_gb=8)
     assert smaller["use"] == "qlora" and "--method qlora --rank 64" in smaller["command"]
     assert any(r["source"] == FINDINGS["qlora"][0] for r in smaller["reasons"])
-    none = advise(**ask_for, memory=2)
+    none = advise(**ask_for, memory_gb=2)
     assert none["use"] == "none" and none["command"] is None
     assert "5.00 GB" in none["reasons"][-1]["text"]
 
 
 def test_without_a_plan_it_still_advises(tmp_path: Path) -> None:
-    found = advise(goal="style", rows=800, base=str(tmp_path / "nothing"))
+    found = advise(goal="style", num_rows=800, base=str(tmp_path / "nothing"))
     assert found["use"] == "lora" and found["plan"] is None
     assert any("not known" in r["text"] for r in found["reasons"])
 
@@ -160,17 +268,24 @@ def earlier(folder: Path, base: str, shown: bool) -> None:
     """A comparison in which mora was better than lora, or not surely."""
     figure = {"mean": 80.0, "low": 70.0, "high": 90.0}
     found = {
-        "kind": module.KIND, "objective": "sft", "metric": "exact_match", "folder": "runs/mine", "settings": {"base": base, "rank": 16},
-        "methods": {"lora": {"score": figure, "learning_rate": 0.001}, "mora": {"score": figure, "learning_rate": 0.002}},
+        "kind": module.KIND,
+        "objective": "sft",
+        "metric": "exact_match",
+        "folder": "runs/mine",
+        "settings": {"base": base, "rank": 16},
+        "methods": {
+            "lora": {"score": figure, "learning_rate": 0.001},
+            "mora": {"score": figure, "learning_rate": 0.002},
+        },
         "tests": [{"one": "lora", "other": "mora", "difference": {"mean": 9.0}, "shown": shown}],
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True)
     (folder / "compare.json").write_text(json.dumps(found))
 
 
 def test_ones_own_comparisons_go_first(tiny: Path, tmp_path: Path) -> None:
     earlier(tmp_path / "runs" / "mine", str(tiny), shown=True)
-    found = advise(goal="style", rows=800, base=str(tiny))
+    found = advise(goal="style", num_rows=800, base=str(tiny))
     assert found["use"] == "mora" and "--learning-rate 0.002" in found["command"]
     assert any("runs/mine" in r["text"] for r in found["reasons"])
 
@@ -180,24 +295,32 @@ def test_a_difference_that_was_not_shown_changes_nothing(tiny: Path, tmp_path: P
     earlier(tmp_path / "runs" / "other-base", "another", shown=True)
     (tmp_path / "runs" / "broken").mkdir()
     (tmp_path / "runs" / "broken" / "compare.json").write_text("{")
-    found = advise(goal="style", rows=800, base=str(tiny))
+    found = advise(goal="style", num_rows=800, base=str(tiny))
     assert found["use"] == "lora" and "--learning-rate 0.001" in found["command"]
     assert "does not speak against" in " ".join(r["text"] for r in found["reasons"])
 
 
-def test_a_comparison_that_found_nothing_better_than_the_base_is_told(tiny: Path, tmp_path: Path) -> None:
+def test_a_comparison_that_found_nothing_better_than_the_base_is_told(
+    tiny: Path, tmp_path: Path
+) -> None:
     earlier(tmp_path / "runs" / "mine", str(tiny), shown=False)
     file = tmp_path / "runs" / "mine" / "compare.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"recommendation": {"use": "base", "kind": "base"}}))
-    found = advise(goal="style", rows=800, base=str(tiny))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text()) | {"recommendation": {"use": "base", "kind": "base"}}
+        )
+    )
+    found = advise(goal="style", num_rows=800, base=str(tiny))
     assert any("no method better than the base alone" in r["text"] for r in found["reasons"])
-    assert "--learning-rate" not in found["command"], "the rate of what did not help is not taken over"
+    assert "--learning-rate" not in found["command"], (
+        "the rate of what did not help is not taken over"
+    )
 
 
 def test_the_interview_asks_for_what_is_missing() -> None:
     answers = {"What": "style", "How": "800"}
     made = ask(AdviseSettings(lang="es"), lambda text: answers[text.split()[0]])
-    assert (made.goal, made.rows, made.lang) == ("style", 800, "es")
+    assert (made.goal, made.num_rows, made.lang) == ("style", 800, "es")
     assert ask(made, lambda text: pytest.fail("asked again")) == made
     with pytest.raises(SettingsError, match="goal cannot be 'fun'"):
         ask(AdviseSettings(), lambda text: "fun")
@@ -206,7 +329,10 @@ def test_the_interview_asks_for_what_is_missing() -> None:
 
 
 def test_both_languages(tiny: Path) -> None:
-    assert written(advise(goal="style", rows=800, base=str(tiny), lang="es"))[0] == ("usa", "lora")
+    assert written(advise(goal="style", num_rows=800, base=str(tiny), lang="es"))[0] == (
+        "usa",
+        "lora",
+    )
     found = advise(goal="facts-that-change", lang="es")
     assert written(found) == [("usa", SAYINGS["es"]["find"])]
     assert "recuperación" in found["reasons"][0]["text"]

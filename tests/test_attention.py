@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from afina.kernels import attention
-from afina.kernels.attention import causal_attention, varlen_attention
-from afina.kernels.native import kernels
+from afina.kernels import varlen_attention as attention
+from afina.kernels.dispatch import kernels
+from afina.kernels.varlen_attention import causal_attention, varlen_attention
 
 TYPES = (torch.float32, torch.bfloat16)
 # heads, kv_heads, head_dim, lengths, window
@@ -32,18 +32,25 @@ CASES = {
 }
 
 
-@pytest.fixture(params=kernels.isas or ["reference"])
+@pytest.fixture(params=kernels.available_isas or ["reference"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
     before = kernels.isa
     if kernels.library:
-        kernels.use(request.param)
+        kernels.set_isa(request.param)
     yield request.param
     if kernels.library:
-        kernels.use(before)
+        kernels.set_isa(before)
 
 
-def inputs(heads: int, kv_heads: int, width: int, lengths: list[int], dtype: torch.dtype, sharp: float = 1.0) -> list[Tensor]:
+def inputs(
+    heads: int,
+    kv_heads: int,
+    width: int,
+    lengths: list[int],
+    dtype: torch.dtype,
+    sharp: float = 1.0,
+) -> list[Tensor]:
     """Query, key, value and a gradient; the first three lie as a model has them, apart from one another."""
     tokens = sum(lengths)
     query = torch.randn(1, heads, tokens, width).mul_(sharp)[0].transpose(0, 1)
@@ -64,14 +71,21 @@ def results(given: list[Tensor], function: Any) -> list[Tensor]:
     return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
-def exact(given: list[Tensor], bounds: list[int], scaling: float, window: int | None) -> list[Tensor]:
+def exact(
+    given: list[Tensor], bounds: list[int], scaling: float, window: int | None
+) -> list[Tensor]:
     """The same in float64, whose operation is its reference; so that one is compared with PyTorch's own below."""
-    return results([x.double() for x in given], lambda *qkv: varlen_attention(*qkv, bounds, scaling, window))
+    return results(
+        [x.double() for x in given], lambda *qkv: varlen_attention(*qkv, bounds, scaling, window)
+    )
 
 
 def errors(made: list[Tensor], true: list[Tensor]) -> list[float]:
     """How far each is from the truth, as a part of its size."""
-    return [float((m.double() - t).norm() / t.norm().clamp(min=1e-6)) for m, t in zip(made, true, strict=True)]
+    return [
+        float((m.double() - t).norm() / t.norm().clamp(min=1e-6))
+        for m, t in zip(made, true, strict=True)
+    ]
 
 
 def test_the_reference_is_pytorchs_attention() -> None:
@@ -81,7 +95,11 @@ def test_the_reference_is_pytorchs_attention() -> None:
         outs = []
         for start, end in pairwise(bounds):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)[0].transpose(0, 1))
+            outs.append(
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)[
+                    0
+                ].transpose(0, 1)
+            )
         return torch.cat(outs)
 
     for made, want in zip(exact(given, bounds, 0.3, None), results(given, whole), strict=True):
@@ -90,7 +108,9 @@ def test_the_reference_is_pytorchs_attention() -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_varlen_attention_and_its_gradients(isa: str, dtype: torch.dtype, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_attention_and_its_gradients(
+    isa: str, dtype: torch.dtype, case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     *shape, lengths, window = case
     given, bounds = inputs(*shape, lengths, dtype), cut(lengths)
     true = exact(given, bounds, 0.3, window)
@@ -106,12 +126,16 @@ def test_varlen_attention_and_its_gradients(isa: str, dtype: torch.dtype, case: 
 
 @pytest.mark.parametrize("sharp", [1.0, 8.0, 40.0])
 @pytest.mark.parametrize("length", [40, 300])
-def test_in_bf16_it_is_as_near_to_the_truth_as_pytorchs(isa: str, sharp: float, length: int) -> None:
+def test_in_bf16_it_is_as_near_to_the_truth_as_pytorchs(
+    isa: str, sharp: float, length: int
+) -> None:
     given = inputs(4, 4, 64, [length], torch.bfloat16, sharp)
 
     def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125)[0].transpose(
+            0, 1
+        )
 
     true = exact(given, [0, length], 0.125, None)
     ours = errors(results(given, lambda *qkv: varlen_attention(*qkv, [0, length], 0.125)), true)
@@ -142,9 +166,16 @@ def test_causal_attention_of_a_batch(isa: str) -> None:
     for dtype in (*TYPES, torch.float64):
         query, key = torch.randn(3, 4, 20, 8).to(dtype), torch.randn(3, 2, 20, 8).to(dtype)
         made = causal_attention(query, key, key, 0.3)
-        want = F.scaled_dot_product_attention(query.double(), key.double(), key.double(), is_causal=True, scale=0.3, enable_gqa=True)
+        want = F.scaled_dot_product_attention(
+            query.double(), key.double(), key.double(), is_causal=True, scale=0.3, enable_gqa=True
+        )
         assert made.dtype == dtype and errors([made], [want])[0] < 1e-2
-    assert causal_attention(query[:, :, :0], key[:, :, :0], key[:, :, :0], 0.3).shape == (3, 4, 0, 8)
+    assert causal_attention(query[:, :, :0], key[:, :, :0], key[:, :, :0], 0.3).shape == (
+        3,
+        4,
+        0,
+        8,
+    )
 
 
 def test_it_refuses_what_does_not_fit() -> None:
@@ -160,4 +191,6 @@ def test_it_refuses_what_does_not_fit() -> None:
 def test_torch_checks_the_operation() -> None:
     given = [x.detach().requires_grad_() for x in inputs(4, 2, 8, [3, 9], torch.float32)[:3]]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.afina.varlen_attention.default, (*given, [0, 3, 12], 0.3, 4), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.afina.varlen_attention.default, (*given, [0, 3, 12], 0.3, 4), test_utils=checks
+    )

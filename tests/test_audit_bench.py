@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from afina.audit.basefiles import BaseFiles
+from afina.audit.base_files import BaseFiles
 from afina.audit.provenance import sign
 
 BENCHES = Path(__file__).parents[1] / "benchmarks"
@@ -32,13 +32,17 @@ def test_a_bad_package_is_blocked(name: str, base: Path, tmp_path: Path) -> None
     assert not file_gate.look(folder, BaseFiles(base)).findings
     file_gate.MALICE[name](folder)
     gate = file_gate.look(folder, BaseFiles(base))
-    assert gate.blocked and not [finding for finding in gate.findings if "the gate broke" in finding.text]
+    assert gate.blocked and not [
+        finding for finding in gate.findings if "the gate broke" in finding.text
+    ]
     assert not (tmp_path / file_gate.CANARY).exists()
 
 
 @pytest.mark.parametrize("kind", ["lora", "peft", "dora", "mora", "full", "alora"])
 def test_a_good_one_passes(kind: str, base: Path, tmp_path: Path) -> None:
-    assert not file_gate.look(packages.write_valid(tmp_path / "a", kind, rank=3), BaseFiles(base)).findings
+    assert not file_gate.look(
+        packages.write_valid(tmp_path / "a", kind, rank=3), BaseFiles(base)
+    ).findings
 
 
 def test_tampering_is_found(base: Path, tmp_path: Path) -> None:
@@ -47,7 +51,7 @@ def test_tampering_is_found(base: Path, tmp_path: Path) -> None:
     key = tamper.keys(tmp_path / "mine")
     assert {name for name, hit in tamper.others(tmp_path, key, base).items() if not hit} == set()
     folder = tamper.signable(tmp_path / "adapter", base)
-    sign(folder, key=key[0], base=base)
+    sign(folder, private_key=key[0], base=base)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     tried, found, missed = tamper.bytes_found(folder, key[1], base, 8)
     assert (tried, missed) == (8 * len(before), []) and found == tried

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import afina
-from afina.base.convert import convert
-from afina.base.load import load_base
 from afina.cli import main
-from afina.disk import new_folder
 from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsError, TrainingError
+from afina.io.atomic import atomic_directory
+from afina.models.convert import convert
+from afina.models.loading import load_base
 from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
 CHAT = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a a"}]}
@@ -32,7 +32,14 @@ def train(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> Train:
     """`afina.train` with small settings, into tmp_path/run."""
 
     def call(data: Path = chats, **settings: Any) -> Any:
-        given = {"base": str(tiny), "out": tmp_path / "run", "steps": 4, "check_every": 2, "general": general, **settings}
+        given = {
+            "base": str(tiny),
+            "out": tmp_path / "run",
+            "steps": 4,
+            "check_every": 2,
+            "general": general,
+            **settings,
+        }
         return afina.train(data, **given)
 
     return call
@@ -46,14 +53,20 @@ def train(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> Train:
     [
         ("", "rows.jsonl", "the file is empty"),
         (json.dumps(CHAT) + "\n{broken\n", "rows.jsonl:2", "broken JSON"),
-        (json.dumps(CHAT) + '\n{"messages": [{"role": "user"}]}\n', "rows.jsonl:2:messages[0].content", "the field is missing"),
+        (
+            json.dumps(CHAT) + '\n{"messages": [{"role": "user"}]}\n',
+            "rows.jsonl:2:messages[0].content",
+            "the field is missing",
+        ),
         ('{"prompt": "a"}\n', "rows.jsonl:1:completion", "the field is missing"),
         ('{"question": "a", "answer": "b"}\n', "rows.jsonl", "columns found: question, answer"),
         ('{"prompt": "a", "completion": ""}\n', "rows.jsonl:1:completion", "the field is empty"),
         (json.dumps(CHAT) + "\n", None, "at least 2 different rows"),
     ],
 )
-def test_rows_that_cannot_be_used(train: Train, tmp_path: Path, content: str, where: str | None, message: str) -> None:
+def test_rows_that_cannot_be_used(
+    train: Train, tmp_path: Path, content: str, where: str | None, message: str
+) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
     with pytest.raises(DataError) as caught:
         train(tmp_path / "rows.jsonl")
@@ -62,7 +75,9 @@ def test_rows_that_cannot_be_used(train: Train, tmp_path: Path, content: str, wh
     assert not (tmp_path / "run").exists()
 
 
-def test_a_row_longer_than_the_context_is_refused_or_left_out(train: Train, tmp_path: Path, chats: Path) -> None:
+def test_a_row_longer_than_the_context_is_refused_or_left_out(
+    train: Train, tmp_path: Path, chats: Path
+) -> None:
     long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
     data = tmp_path / "rows.jsonl"
     data.write_text(chats.read_text() + json.dumps(long) + "\n")
@@ -71,52 +86,71 @@ def test_a_row_longer_than_the_context_is_refused_or_left_out(train: Train, tmp_
     assert str(caught.value.where).endswith("rows.jsonl:49")
     assert "--skip-bad-rows" in str(caught.value.hint)
     run = train(data, skip_bad_rows=True)
-    assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == ["rows.jsonl:49"]
+    assert [
+        line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]
+    ] == ["rows.jsonl:49"]
 
 
 def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
     """Each reason once, with the first lines; and what is held out for `afina eval` can be read again."""
     empty = {"prompt": "a", "completion": ""}
     long = [{"prompt": "say " * n, "completion": "a"} for n in range(300, 305)]
-    data = write_rows(tmp_path / "rows.jsonl", *long, empty, {"prompt": "a", "completion": "b" * 200})
+    data = write_rows(
+        tmp_path / "rows.jsonl", *long, empty, {"prompt": "a", "completion": "b" * 200}
+    )
     with pytest.raises(DataError, match="no row is left") as caught:
         train(data, skip_bad_rows=True)
     why = "1 row (line 6): the field is empty; 6 rows (lines 1, 2, 3 and 3 more), the first: 619 tokens, more than the 192 allowed"
     assert caught.value.why == f"skipped: {why}"
     with pytest.raises(DataError, match="no row can be used") as caught:
         train(write_rows(data, empty, {"prompt": "a", "completion": None}), skip_bad_rows=True)
-    assert caught.value.why == "skipped: 1 row (line 1): the field is empty; 1 row (line 2): the field is missing"
+    assert (
+        caught.value.why
+        == "skipped: 1 row (line 1): the field is empty; 1 row (line 2): the field is missing"
+    )
     good = [{"prompt": f"say {n}", "completion": f"{n}"} for n in range(20)]
-    run = train(write_rows(data, *(row for pair in zip(good, long * 4, strict=True) for row in pair)), skip_bad_rows=True)
+    run = train(
+        write_rows(data, *(row for pair in zip(good, long * 4, strict=True) for row in pair)),
+        skip_bad_rows=True,
+    )
     assert len(run.story["data"]["skipped"]) == 20
-    assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == run.story["data"]["held_out"] == 2
+    assert (
+        afina.evaluate(run.folder, max_new_tokens=2)["rows"] == run.story["data"]["held_out"] == 2
+    )
 
 
 def test_a_holdout_file_with_bad_rows(train: Train, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
     held = write_rows(tmp_path / "held.jsonl", CHAT, {"messages": []}, long)
-    run = train(holdout=held, skip_bad_rows=True)
-    assert [line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]] == [
-        "held.jsonl:2:messages", "held.jsonl:3",
-    ]  # fmt: skip
+    run = train(eval_size=held, skip_bad_rows=True)
+    assert [
+        line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]
+    ] == [
+        "held.jsonl:2:messages",
+        "held.jsonl:3",
+    ]
     assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == 1
 
 
-def test_a_base_without_chat_template(train: Train, tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_a_base_without_chat_template(
+    train: Train, tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     bare = shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("chat_template*"))
     tiny_tokenizer(None).save_pretrained(bare)
     with pytest.raises(DataError, match="no chat template") as caught:
         train(base=str(bare))
     assert "--template chatml" in str(caught.value.hint)
-    train(base=str(bare), template="chatml")
-    pairs = write_rows(tmp_path / "pairs.jsonl", *({"prompt": f"{n} is", "completion": f" {n}"} for n in range(9)))
-    train(pairs, base=str(bare), out=tmp_path / "pairs")
+    train(base=str(bare), chat_template="chatml")
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl", *({"prompt": f"{n} is", "completion": f" {n}"} for n in range(9))
+    )
+    train(pairs, base=str(bare), output_dir=tmp_path / "pairs")
 
 
 @pytest.mark.parametrize("holdout", [0, 1.5, -0.1])
 def test_a_share_held_out_that_makes_no_sense(train: Train, holdout: float) -> None:
     with pytest.raises(SettingsError, match="holdout cannot be"):
-        train(holdout=holdout)
+        train(eval_size=holdout)
 
 
 def test_too_little_text_to_hold_some_out(train: Train, tmp_path: Path) -> None:
@@ -223,15 +257,19 @@ def test_folders_that_are_no_models(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
-def test_pickled_weights_name_the_command_that_converts_them(request: Any, tmp_path: Path, kind: str) -> None:
+def test_pickled_weights_name_the_command_that_converts_them(
+    request: Any, tmp_path: Path, kind: str
+) -> None:
     folder = request.getfixturevalue(kind)
     base = load_base(str(folder))
     old = shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(base.model.state_dict(), old / "pytorch_model.bin")
-    torch.save(object, old / "training_args.bin")  # what transformers' Trainer leaves beside it, not for opening
+    torch.save(
+        object, old / "training_args.bin"
+    )  # what transformers' Trainer leaves beside it, not for opening
     error = refused(old)
     assert "can run code when opened" in str(error)
-    assert error.hint == f"convert them once: python -m afina.base.convert {old} NEW_FOLDER"
+    assert error.hint == f"convert them once: python -m afina.models.convert {old} NEW_FOLDER"
     convert(old, tmp_path / "new")
     again = load_base(str(tmp_path / "new"))
     assert again.hash
@@ -254,7 +292,10 @@ def test_a_pickle_with_code_is_not_opened(tmp_path: Path, tiny: Path) -> None:
 def test_code_of_a_models_own_is_not_run_unless_told(tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "x")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd", "AutoModelForCausalLM": "odd.Model"}}
+    config |= {
+        "model_type": "odd",
+        "auto_map": {"AutoConfig": "odd.Odd", "AutoModelForCausalLM": "odd.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "odd.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     error = refused(folder)
@@ -278,11 +319,23 @@ def failing(kind: type[Exception]) -> Callable[..., None]:
     ("kind", "what", "hint"),
     [
         (hub.GatedRepoError, "asks for a licence to be accepted", "hf auth login"),
-        (hub.RepositoryNotFoundError, "no such folder here, and no such model on the hub", "hf auth login"),
+        (
+            hub.RepositoryNotFoundError,
+            "no such folder here, and no such model on the hub",
+            "hf auth login",
+        ),
         (hub.RevisionNotFoundError, "no revision 'v9'", None),
         (hub.HFValidationError, "no such folder here, nor can it be a model's name", "owner/model"),
-        (hub.LocalEntryNotFoundError, "no such folder here, nor such a model in the local cache", "folder that holds config.json"),
-        (ConnectionError, "no such folder here, nor such a model in the local cache", "folder that holds config.json"),
+        (
+            hub.LocalEntryNotFoundError,
+            "no such folder here, nor such a model in the local cache",
+            "folder that holds config.json",
+        ),
+        (
+            ConnectionError,
+            "no such folder here, nor such a model in the local cache",
+            "folder that holds config.json",
+        ),
     ],
 )
 def test_names_that_the_hub_does_not_give(
@@ -297,13 +350,17 @@ def test_names_that_the_hub_does_not_give(
 
 
 @pytest.mark.parametrize("name", ["missingfolder", "out/missingfolder"])
-def test_a_missing_folder_is_first_of_all_a_missing_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_first_of_all_a_missing_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tests are offline: the hub comes second, with the reason."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BaseError) as caught:
         load_base(name)
     assert str(caught.value.what).startswith("no such folder here")
-    assert str(caught.value.why).startswith(f"looked for {tmp_path / name}; the hub was not asked (HF_HUB_OFFLINE)")
+    assert str(caught.value.why).startswith(
+        f"looked for {tmp_path / name}; the hub was not asked (HF_HUB_OFFLINE)"
+    )
 
 
 def test_an_adapter_is_no_base(train: Train) -> None:
@@ -335,7 +392,7 @@ def test_a_device_that_is_not_there() -> None:
         ({"layers": "last:9"}, "layers cannot be 'last:9'", "up to 4"),
         ({"layers": "middle"}, "layers cannot be 'middle'", "last:N"),
         ({"ranks": {"q_porj": 2}}, "'q_porj' matches no adapted layer", "'q_proj'"),
-        ({"learning_rates": {"lm_head": 1.0}}, "'lm_head' matches no adapted layer", None),
+        ({"learning_rate_pattern": {"lm_head": 1.0}}, "'lm_head' matches no adapted layer", None),
         ({"method": "lroa"}, "unknown method 'lroa'", "'lora'"),
         ({"method": "full", "dropout": 0.1}, "no path of its own", "--dropout 0"),
         ({"template": "/nowhere.jinja"}, "cannot read the template", "plain"),
@@ -354,8 +411,10 @@ def test_settings_at_odds_with_the_model(
 def test_layers_by_number_from_either_end(train: Train, tmp_path: Path) -> None:
     chosen = {}
     for number, layers in enumerate(([3], [-1], "3", "last:1")):
-        run = train(layers=layers, steps=1, out=tmp_path / str(number))
-        chosen[number] = json.loads((run.folder / "adapter" / "afina.json").read_text())["spec"]["targets"]
+        run = train(layers=layers, max_steps=1, output_dir=tmp_path / str(number))
+        chosen[number] = json.loads((run.folder / "adapter" / "afina.json").read_text())["spec"][
+            "targets"
+        ]
     assert chosen[0] == chosen[1] == chosen[2] == chosen[3]
     assert all("layers.3." in path for path in chosen[0])
 
@@ -372,16 +431,18 @@ def test_a_run_is_never_written_over(train: Train, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SettingsError, match="not a run folder"):
-        train(out=tmp_path / "file")
+        train(output_dir=tmp_path / "file")
 
 
-def test_resume_needs_a_checkpoint_and_the_same_run(train: Train, tmp_path: Path, chats: Path, tied: Path) -> None:
+def test_resume_needs_a_checkpoint_and_the_same_run(
+    train: Train, tmp_path: Path, chats: Path, tied: Path
+) -> None:
     with pytest.raises(TrainingError, match="nothing to resume here") as caught:
         train(resume=True)
     assert "leave out --resume" in str(caught.value.hint)
     held = write_rows(tmp_path / "held.jsonl", CHAT, CHAT)
     mine = shutil.copy(chats, tmp_path / "mine.jsonl")
-    train(Path(mine), holdout=held)
+    train(Path(mine), eval_size=held)
     for part, change in (
         ("data is", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
         ("held-out rows are", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
@@ -389,13 +450,15 @@ def test_resume_needs_a_checkpoint_and_the_same_run(train: Train, tmp_path: Path
         keep = {path: path.read_bytes() for path in (Path(mine), held)}
         change()
         with pytest.raises(TrainingError, match=f"the {part} not what the run began with"):
-            train(Path(mine), holdout=held, resume=True)
+            train(Path(mine), eval_size=held, resume=True)
         for path, content in keep.items():
             path.write_bytes(content)
     with pytest.raises(TrainingError, match="the base is not what the run began with"):
-        train(Path(mine), holdout=held, resume=True, base=str(tied))
-    shutil.copy(mine, tmp_path / "elsewhere.jsonl")  # the same rows under another name are the same data
-    train(tmp_path / "elsewhere.jsonl", holdout=held, resume=True)
+        train(Path(mine), eval_size=held, resume=True, base=str(tied))
+    shutil.copy(
+        mine, tmp_path / "elsewhere.jsonl"
+    )  # the same rows under another name are the same data
+    train(tmp_path / "elsewhere.jsonl", eval_size=held, resume=True)
 
 
 def test_settings_that_changed_are_named_with_both_values(
@@ -405,9 +468,18 @@ def test_settings_that_changed_are_named_with_both_values(
     run = train(learning_rate=0.001)
     for changes, told in (
         ({"learning_rate": 0.002}, "the setting learning_rate is 0.001 in the run, 0.002 now"),
-        ({"learning_rate": 0.001, "patience": 3}, "the setting patience is not set in the run, 3 now"),
-        ({"learning_rate": 0.001, "seed": 9, "rank": 4}, "rank is 8 in the run, 4 now; seed is 0 in the run, 9 now"),
-        ({"learning_rate": 0.001, "holdout": 0.3}, "the setting holdout is 0.1 in the run, 0.3 now"),
+        (
+            {"learning_rate": 0.001, "early_stopping_patience": 3},
+            "the setting patience is not set in the run, 3 now",
+        ),
+        (
+            {"learning_rate": 0.001, "seed": 9, "rank": 4},
+            "rank is 8 in the run, 4 now; seed is 0 in the run, 9 now",
+        ),
+        (
+            {"learning_rate": 0.001, "eval_size": 0.3},
+            "the setting holdout is 0.1 in the run, 0.3 now",
+        ),
     ):
         with pytest.raises(TrainingError) as caught:
             train(resume=True, **changes)
@@ -427,14 +499,16 @@ def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
     file.write_text(json.dumps(content))
     assert train(resume=True).story["adapter"] == run.story["adapter"]
     with pytest.raises(TrainingError, match="the setting patience is not set in the run, 3 now"):
-        train(resume=True, patience=3)
+        train(resume=True, early_stopping_patience=3)
 
 
-def test_a_run_cut_off_before_its_first_checkpoint(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_cut_off_before_its_first_checkpoint(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without --resume it says --resume, and with it the run begins."""
-    whole = train(out=tmp_path / "whole")
+    whole = train(output_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("afina.training.run._losses", Full(None, 0, KeyboardInterrupt()))  # type: ignore[arg-type]
+        patch.setattr("afina.training.train._losses", Full(None, 0, KeyboardInterrupt()))  # type: ignore[arg-type]
         with pytest.raises(KeyboardInterrupt):
             train()
     with pytest.raises(SettingsError, match="there is a run in this folder already") as caught:
@@ -457,9 +531,15 @@ def test_a_run_that_was_moved_goes_on_where_it_is(
 def test_a_file_where_a_folder_should_be(train: Train, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(AfinaError, match="cannot write here") as caught:
-        train(out=tmp_path / "file" / "run")
-    assert (caught.value.why, caught.value.hint) == ("Not a directory", "choose another folder with --out")
-    with pytest.raises(AfinaError, match="cannot write here"), new_folder(tmp_path / "file" / "merged"):
+        train(output_dir=tmp_path / "file" / "run")
+    assert (caught.value.why, caught.value.hint) == (
+        "Not a directory",
+        "choose another folder with --out",
+    )
+    with (
+        pytest.raises(AfinaError, match="cannot write here"),
+        atomic_directory(tmp_path / "file" / "merged"),
+    ):
         pass
 
 
@@ -477,7 +557,9 @@ class Full:
 
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
-AS_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+AS_SAFETENSORS = SafetensorError(
+    "Error while serializing: I/O error: No space left on device (os error 28)"
+)
 
 
 @pytest.mark.parametrize(
@@ -486,19 +568,29 @@ AS_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space l
         ("afina.training.checkpoint.save_file", 2, NO_SPACE, 2),
         ("afina.training.checkpoint.save_file", 2, AS_SAFETENSORS, 2),
         ("afina.training.checkpoint.save_file", 2, OSError(errno.EDQUOT, "Disk quota exceeded"), 2),
-        ("afina.delta.files.save_file", 1, NO_SPACE, 2),
-        ("afina.disk.os.fsync", 11, NO_SPACE, 2),
+        ("afina.adapters.loading.save_file", 1, NO_SPACE, 2),
+        ("afina.io.atomic.os.fsync", 11, NO_SPACE, 2),
         ("matplotlib.figure.Figure.savefig", 0, NO_SPACE, 6),
     ],
 )
 def test_a_full_disk_keeps_the_last_checkpoint(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, calls: int, error: Exception, kept: int
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    calls: int,
+    error: Exception,
+    kept: int,
 ) -> None:
-    settings = {"steps": 6, "learning_rate": 1e-3, "dropout": 0.1}
-    whole = train(out=tmp_path / "whole", **settings)
+    settings = {"max_steps": 6, "learning_rate": 1e-3, "dropout": 0.1}
+    whole = train(output_dir=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
         module, _, name = place.rpartition(".")
-        target: Any = pytest.importorskip(module) if not module.endswith("Figure") and not module.endswith(".os") else None
+        target: Any = (
+            pytest.importorskip(module)
+            if not module.endswith("Figure") and not module.endswith(".os")
+            else None
+        )
         if target is None:
             from matplotlib.figure import Figure
 
@@ -510,7 +602,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert caught.value.where
     run = tmp_path / "run"
     step = json.loads((run / "checkpoint" / "progress.json").read_text())["progress"]["step"]
-    assert step >= kept or place == "afina.disk.os.fsync"
+    assert step >= kept or place == "afina.io.atomic.os.fsync"
     assert not [path for path in run.rglob(".*")]
     cut = train(resume=True, **settings)
     assert cut.story["adapter"] == whole.story["adapter"]
@@ -518,9 +610,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_disk_that_is_really_full(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_really_full(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The log of a running run is put on a full device."""
-    from afina.training.progress import Silent
+    from afina.training.progress import NullProgress
 
     def swap(_: Any, tick: Any, run: int = 0) -> None:
         if tick.step == 1:
@@ -528,19 +622,21 @@ def test_a_disk_that_is_really_full(train: Train, tmp_path: Path, monkeypatch: p
             log.unlink()
             log.symlink_to("/dev/full")
 
-    monkeypatch.setattr(Silent, "tick", swap)
+    monkeypatch.setattr(NullProgress, "tick", swap)
     with pytest.raises(AfinaError, match="the disk is full"):
         train()
 
 
 def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_path: Path) -> None:
     """Killed at the worst moment: the old checkpoint is set aside, the new one not yet in place."""
-    settings = {"steps": 6, "learning_rate": 1e-3}
-    whole = train(out=tmp_path / "whole", **settings)
+    settings = {"max_steps": 6, "learning_rate": 1e-3}
+    whole = train(output_dir=tmp_path / "whole", **settings)
     run = shutil.copytree(whole.folder, tmp_path / "run")
     for name in ("checkpoint", "adapter"):
         (run / name).rename(run / f".{name}.old-{os.getpid()}")
-        (run / f".{name}.new-{os.getpid()}").mkdir()  # and half of the new one, left by a process of our number
+        (
+            run / f".{name}.new-{os.getpid()}"
+        ).mkdir()  # and half of the new one, left by a process of our number
         (run / f".{name}.new-{os.getpid()}" / "half").write_text("x")
     (run / "run.json").unlink()
     again = train(resume=True, **settings)
@@ -548,7 +644,9 @@ def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_p
     assert not [path for path in run.rglob(".*")]
 
 
-def test_a_failed_save_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_text("kept")
     real = Path.rename
@@ -559,7 +657,10 @@ def test_a_failed_save_brings_the_old_folder_back(tmp_path: Path, monkeypatch: p
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(AfinaError, match="the disk is full"), new_folder(tmp_path / "a") as folder:
+    with (
+        pytest.raises(AfinaError, match="the disk is full"),
+        atomic_directory(tmp_path / "a") as folder,
+    ):
         (folder / "new").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "old").read_text() == "kept"
@@ -575,10 +676,16 @@ def test_merging_over_something_or_without_space_leaves_it(
         with pytest.raises(SettingsError, match="this folder is not empty"):
             call(run.folder, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "file").read_text() == "mine"
-    monkeypatch.setattr("afina.combining.merge.compare", lambda *_: {
-        **dict.fromkeys(("kl", "max_logit_difference"), float("nan")), "greedy_agreement": 1.0, "probe_tokens": 1})
+    monkeypatch.setattr(
+        "afina.merging.merge_into_base.compare",
+        lambda *_: {
+            **dict.fromkeys(("kl", "max_logit_difference"), float("nan")),
+            "greedy_agreement": 1.0,
+            "probe_tokens": 1,
+        },
+    )
     with pytest.raises(MergeError):
-        afina.merge(run.folder, out=tmp_path / "merged")
+        afina.merge(run.folder, output_dir=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -587,46 +694,62 @@ def test_merging_over_something_or_without_space_leaves_it(
 
 def test_a_learning_rate_that_is_far_too_high(train: Train, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"not finite at step \d") as caught:
-        train(learning_rate=1e30, steps=8, check_every=4)
+        train(learning_rate=1e30, max_steps=8, eval_steps=4)
     assert "chats.jsonl:" in str(caught.value.why)
     assert "--learning-rate" in str(caught.value.hint)
-    progress = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"]
+    progress = json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())[
+        "progress"
+    ]
     assert progress["step"] == 0
     for name, tensor in load_file(tmp_path / "run" / "checkpoint" / "state.safetensors").items():
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all()), name
 
 
-def test_a_held_out_loss_that_is_not_finite_keeps_what_was_good(train: Train, tmp_path: Path) -> None:
+def test_a_held_out_loss_that_is_not_finite_keeps_what_was_good(
+    train: Train, tmp_path: Path
+) -> None:
     """The last step breaks the numbers, so only the check after it can see it: nothing of it is kept."""
-    good = train(out=tmp_path / "good", steps=4, check_every=2)
+    good = train(output_dir=tmp_path / "good", max_steps=4, eval_steps=2)
     state = load_file(good.folder / "checkpoint" / "state.safetensors")
     with pytest.raises(TrainingError, match="held-out loss is not finite at step 1") as caught:
-        train(learning_rate=1e30, steps=8, check_every=1)
+        train(learning_rate=1e30, max_steps=8, eval_steps=1)
     assert "chats.jsonl:" in str(caught.value.why)
     assert not (tmp_path / "run" / "adapter").exists()
-    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"]["step"] == 0
+    assert (
+        json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"][
+            "step"
+        ]
+        == 0
+    )
     assert all(bool(t.isfinite().all()) for t in state.values() if t.is_floating_point())
 
 
-def test_a_poisoned_parameter_stops_the_run_at_its_step(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from afina.training import run as running
-    from afina.training.progress import Silent
+def test_a_poisoned_parameter_stops_the_run_at_its_step(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from afina.training import train as running
+    from afina.training.progress import NullProgress
 
     held: list[Any] = []
-    real = running.set_up
-    monkeypatch.setattr(running, "set_up", lambda *given: held.append(real(*given)) or held[0])
+    real = running.set_up_run
+    monkeypatch.setattr(running, "set_up_run", lambda *given: held.append(real(*given)) or held[0])
 
     def poison(_: Any, tick: Any, run: int = 0) -> None:
         if tick.step == 3:
             with torch.no_grad():
                 held[0].adapter.parameters()[5][0, 0] = float("nan")
 
-    monkeypatch.setattr(Silent, "tick", poison)
+    monkeypatch.setattr(NullProgress, "tick", poison)
     with pytest.raises(TrainingError, match="the loss is not finite at step 4") as caught:
-        train(steps=8)
-    rows = held[0].prepared.task.step_rows(3)
+        train(max_steps=8)
+    rows = held[0].prepared.task.row_locations(3)
     assert rows[0] in str(caught.value.why)
-    assert json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"]["step"] == 2
+    assert (
+        json.loads((tmp_path / "run" / "checkpoint" / "progress.json").read_text())["progress"][
+            "step"
+        ]
+        == 2
+    )
     assert len(metrics(tmp_path / "run")) == 3
 
 
@@ -654,7 +777,10 @@ def test_a_run_of_a_newer_afina(train: Train, tmp_path: Path) -> None:
     run = train()
     story = json.loads((run.folder / "run.json").read_text())
     (run.folder / "run.json").write_text(json.dumps(story | {"format_version": 99}))
-    for call in (lambda: afina.generate(["a"], run=run.folder), lambda: afina.evaluate(run.folder, limit=1)):
+    for call in (
+        lambda: afina.generate(["a"], adapter=run.folder),
+        lambda: afina.evaluate(run.folder, limit=1),
+    ):
         with pytest.raises(AfinaError, match="a newer afina"):
             call()
 
@@ -664,22 +790,29 @@ def test_a_run_whose_base_is_gone(train: Train, tiny: Path, tmp_path: Path) -> N
     run = train(base=str(moved))
     shutil.rmtree(moved)
     with pytest.raises(BaseError, match="not a folder of a model"):
-        afina.generate(["a"], run=run.folder)
-    assert afina.generate(["a"], run=run.folder, base=str(tiny), max_new_tokens=2)["answers"]
+        afina.generate(["a"], adapter=run.folder)
+    assert afina.generate(["a"], adapter=run.folder, base=str(tiny), max_new_tokens=2)["answers"]
 
 
-def test_an_adapter_on_another_base_is_refused_everywhere(train: Train, tiny: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_another_base_is_refused_everywhere(
+    train: Train, tiny: Path, tmp_path: Path
+) -> None:
     run = train()
     config = load_base(str(tiny)).model.config
     other = str(save_model(tmp_path / "other", config, tiny_tokenizer(), seed=5))
     for call in (
-        lambda: afina.generate(["a"], run=run.folder, base=other),
+        lambda: afina.generate(["a"], adapter=run.folder, base=other),
         lambda: afina.evaluate(run.folder, base=other, limit=1),
-        lambda: afina.merge(run.folder, base=other, out=tmp_path / "merged"),
+        lambda: afina.merge(run.folder, base=other, output_dir=tmp_path / "merged"),
     ):
         with pytest.raises(AfinaError, match="made for another base"):
             call()
-    assert afina.merge(run.folder, base=other, out=tmp_path / "merged", allow_other_base=True)["greedy_agreement"] == 1.0
+    assert (
+        afina.merge(run.folder, base=other, output_dir=tmp_path / "merged", allow_other_base=True)[
+            "greedy_agreement"
+        ]
+        == 1.0
+    )
 
 
 def test_state_dicts_compare(base: Any) -> None:

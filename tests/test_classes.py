@@ -14,26 +14,31 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-from afina.base.classifier import Classifier, Images, load_classifier
+from afina.adapters.attach import detach
+from afina.adapters.loading import load_adapter, read_json_object
+from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.cli.main import run as run_cli
-from afina.combining.merge import merge, take_in
-from afina.delta.attach import detach
-from afina.delta.files import load_adapter, read_json
-from afina.engine.generate import generate
 from afina.errors import AdapterError, AfinaError, BaseError, DataError, SettingsError
-from afina.judge.classes import classification_scores, confusion
-from afina.judge.evaluate import evaluate
-from afina.objective.classify import batch_indices
-from afina.planning.preview import plan
-from afina.segments import BASE, Segments
-from afina.training.loop import Loop
-from afina.training.run import Run, train
+from afina.evaluation.confusion import classification_scores, confusion
+from afina.evaluation.evaluate import evaluate
+from afina.evaluation.generate import generate
+from afina.merging.merge_into_base import merge, merge_into_base
+from afina.models.classifier import Classifier, ImagePreprocessor, load_classifier
+from afina.objectives.classification import batch_indices
+from afina.planning.plan import plan
+from afina.training.train import TrainResult, train
+from afina.training.trainer import Trainer
 from helpers import afina, same, state, write_rows
 
 GOOD, BAD = ("wonderful", "lovely", "great", "charming"), ("awful", "boring", "terrible", "dull")
 THINGS = ("film", "song", "book", "play", "meal", "trip", "game", "show")
-REVIEWS = [(f"what a {word} {thing} this is", label) for label, words in (("good", GOOD), ("bad", BAD)) for word in words for thing in THINGS]
-LOOKING = dict(steps=80, batch_tokens=320, rank=8)
+REVIEWS = [
+    (f"what a {word} {thing} this is", label)
+    for label, words in (("good", GOOD), ("bad", BAD))
+    for word in words
+    for thing in THINGS
+]
+LOOKING = dict(max_steps=80, max_tokens_per_batch=320, rank=8)
 QUICK: dict[str, dict[str, Any]] = {  # what each method needs to learn the easy tasks
     "lora": dict(rank=4, learning_rate=1e-2),
     "dora": dict(rank=4, learning_rate=1e-2),
@@ -50,10 +55,20 @@ METHODS = [pytest.param(m, marks=[] if m in ("lora", "full") else pytest.mark.sl
 def words() -> T.PreTrainedTokenizerFast:
     """A word-piece tokenizer with BERT's special tokens."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    known = [*special, *sorted({word for text, _ in REVIEWS for word in text.split()})]  # a trained one differs from run to run
-    core = Tokenizer(models.WordPiece({word: index for index, word in enumerate(known)}, unk_token="[UNK]"))
-    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    known = [
+        *special,
+        *sorted({word for text, _ in REVIEWS for word in text.split()}),
+    ]  # a trained one differs from run to run
+    core = Tokenizer(
+        models.WordPiece({word: index for index, word in enumerate(known)}, unk_token="[UNK]")
+    )
+    core.normalizer, core.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    core.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special))
     return T.PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
@@ -63,10 +78,16 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, words: T.PreTrainedTokeniz
     """A random BERT with its masked-token head, float32, two blocks."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
-    T.BertForMaskedLM(T.BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=32,
-    )).save_pretrained(folder)  # fmt: skip
+    T.BertForMaskedLM(
+        T.BertConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=32,
+        )
+    ).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -74,12 +95,31 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, words: T.PreTrainedTokeniz
 def _vision(kind: str) -> T.PreTrainedModel:
     torch.manual_seed(0)
     if kind == "vit":
-        return T.ViTModel(T.ViTConfig(
-            hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4, num_channels=1,
-        ), add_pooling_layer=False)  # fmt: skip
-    model = T.ResNetModel(T.ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+        return T.ViTModel(
+            T.ViTConfig(
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=64,
+                image_size=8,
+                patch_size=4,
+                num_channels=1,
+            ),
+            add_pooling_layer=False,
+        )
+    model = T.ResNetModel(
+        T.ResNetConfig(
+            num_channels=1,
+            embedding_size=8,
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            layer_type="basic",
+        )
+    )
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # running means as after training: not those of the rows to come
+        if isinstance(
+            module, nn.BatchNorm2d
+        ):  # running means as after training: not those of the rows to come
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2)
     return model
@@ -91,7 +131,9 @@ def vision(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     _vision(request.param).save_pretrained(folder)
     size = {"height": 8, "width": 8}
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "image_mean": [0.5], "image_std": [0.5]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"size": size, "image_mean": [0.5], "image_std": [0.5]})
+    )
     return folder
 
 
@@ -125,19 +167,38 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def learn(tmp_path: Path) -> Callable[..., Run]:
+def learn(tmp_path: Path) -> Callable[..., TrainResult]:
     """`train` on the CPU, into a new folder each time."""
 
-    def call(data: Path, base: Path, method: str = "lora", **values: Any) -> Run:
-        common = dict(objective="classify", steps=60, batch_tokens=512, holdout=0.25, device="cpu")
+    def call(data: Path, base: Path, method: str = "lora", **values: Any) -> TrainResult:
+        common = dict(
+            objective="classify",
+            max_steps=60,
+            max_tokens_per_batch=512,
+            eval_size=0.25,
+            device="cpu",
+        )
         name = f"run{len(list(tmp_path.iterdir()))}"
-        return train(data, **{**common, **QUICK[method], "base": str(base), "method": method, "out": tmp_path / name, **values})
+        return train(
+            data,
+            **{
+                **common,
+                **QUICK[method],
+                "base": str(base),
+                "method": method,
+                "output_dir": tmp_path / name,
+                **values,
+            },
+        )
 
     return call
 
 
 def predict(base: Classifier, contents: list[Any], adapter: str | None) -> torch.Tensor:
-    with torch.no_grad(), base.board.route(Segments.all(adapter) if adapter else BASE):
+    with (
+        torch.no_grad(),
+        base.forward_context.use(Segments.on_all_tokens(adapter) if adapter else NO_ADAPTERS),
+    ):
         return base.logits(base.batch(contents))
 
 
@@ -149,20 +210,26 @@ def some_texts(base: Classifier) -> list[Any]:
 def some_pictures(base: Classifier) -> list[Any]:
     rng = random.Random(9)
     assert base.images is not None
-    return [base.images.shrink(picture(label, rng)) for label in ("lying", "standing") * 4]
+    return [base.images.resize(picture(label, rng)) for label in ("lying", "standing") * 4]
 
 
-def opened(run: Run, base: Path) -> Classifier:
+def opened(run: TrainResult, base: Path) -> Classifier:
     data = run.story["data"]
     return load_classifier(str(base), data["labels"], data["format"] == "pictures", device="cpu")
 
 
-def is_story_of_a_classifier(run: Run, classes: int = 2) -> None:
+def is_story_of_a_classifier(run: TrainResult, classes: int = 2) -> None:
     scores = run.story["classes"]
     assert sum(map(sum, scores["confusion"])) == scores["rows"] == run.story["data"]["held_out"]
     assert len(scores["confusion"]) == classes
     assert Image.open(run.folder / "confusion.png").size[0] > 300
-    assert {path.name for path in run.folder.iterdir()} >= {"run.json", "curve.png", "README.md", "adapter", "held_out.jsonl"}
+    assert {path.name for path in run.folder.iterdir()} >= {
+        "run.json",
+        "curve.png",
+        "README.md",
+        "adapter",
+        "held_out.jsonl",
+    }
     assert "nats a row" in (run.folder / "README.md").read_text()
     assert f"Accuracy {scores['accuracy']:.1f}%" in (run.folder / "README.md").read_text()
 
@@ -171,7 +238,7 @@ def is_story_of_a_classifier(run: Run, classes: int = 2) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_texts(learn: Callable[..., Run], table: Path, encoder: Path, method: str) -> None:
+def test_texts(learn: Callable[..., TrainResult], table: Path, encoder: Path, method: str) -> None:
     """Every method learns the easy task; saved is loaded; judged again, it is the same; merged is adapted."""
     run = learn(table, encoder, method)
     is_story_of_a_classifier(run)
@@ -187,37 +254,52 @@ def test_texts(learn: Callable[..., Run], table: Path, encoder: Path, method: st
     texts = some_texts(base)
     adapted = predict(base, texts, "adapter")
     assert (adapted - predict(base, texts, None)).abs().max() > 0.1
-    merged = merge(run.folder, out=run.folder.parent / "merged")
+    merged = merge(run.folder, output_dir=run.folder.parent / "merged")
     assert merged["max_logit_difference"] < 1e-4
     whole = load_classifier(str(run.folder.parent / "merged"), base.labels, False, device="cpu")
-    assert whole.fresh == ()
+    assert whole.new_modules == ()
     torch.testing.assert_close(predict(whole, texts, None), adapted, rtol=1e-4, atol=1e-4)
     detach(base.model, adapter)
     assert same(state(base.model), before)
 
 
-def test_jsonl_with_columns_of_its_own(learn: Callable[..., Run], tmp_path: Path, encoder: Path) -> None:
+def test_jsonl_with_columns_of_its_own(
+    learn: Callable[..., TrainResult], tmp_path: Path, encoder: Path
+) -> None:
     """Numbers as labels are sorted by value; the columns may have any names."""
     rows = [{"said": text, "stars": 10 if label == "good" else 2} for text, label in REVIEWS]
-    run = learn(write_rows(tmp_path / "stars.jsonl", *rows), encoder, columns={"text": "said", "label": "stars"})
+    run = learn(
+        write_rows(tmp_path / "stars.jsonl", *rows),
+        encoder,
+        columns={"text": "said", "label": "stars"},
+    )
     assert run.story["data"]["labels"] == ["2", "10"]
     assert run.story["classes"]["accuracy"] >= 90
-    judged = evaluate(run.folder, data=tmp_path / "stars.jsonl", columns={"text": "said", "label": "stars"})
+    judged = evaluate(
+        run.folder, data=tmp_path / "stars.jsonl", columns={"text": "said", "label": "stars"}
+    )
     assert judged["rows"] == len(REVIEWS)
     assert judged["classes"]["accuracy"] >= 90
     assert (run.folder / "confusion-eval.png").is_file()
 
 
-def test_labels_beside_texts_are_learned_as_labels(learn: Callable[..., Run], table: Path, encoder: Path, tmp_path: Path) -> None:
+def test_labels_beside_texts_are_learned_as_labels(
+    learn: Callable[..., TrainResult], table: Path, encoder: Path, tmp_path: Path
+) -> None:
     """Nobody who brings labels means them to be passed over; who wants the text alone says so."""
     told = {"base": str(encoder), "device": "cpu"}
     assert plan(table, **told)["data"]["objective"] == "classify"
-    answers = write_rows(tmp_path / "kto.jsonl", *[{"prompt": f"say {x}", "completion": x, "label": True} for x in "abcd"])
+    answers = write_rows(
+        tmp_path / "kto.jsonl",
+        *[{"prompt": f"say {x}", "completion": x, "label": True} for x in "abcd"],
+    )
     assert plan(answers, device="cpu")["data"]["objective"] == "kto"
     assert plan(table, objective="pretrain", device="cpu")["data"]["objective"] == "pretrain"
 
 
-def test_masked_tokens_then_labels(learn: Callable[..., Run], table: Path, encoder: Path, tmp_path: Path) -> None:
+def test_masked_tokens_then_labels(
+    learn: Callable[..., TrainResult], table: Path, encoder: Path, tmp_path: Path
+) -> None:
     """An encoder that has read the texts with words hidden, merged, is a base for a classifier."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join(text for text, _ in REVIEWS))
@@ -228,41 +310,52 @@ def test_masked_tokens_then_labels(learn: Callable[..., Run], table: Path, encod
     judged = evaluate(pretrained.folder)
     assert judged["after"]["loss"] < judged["before"]["loss"] - 1
     made = tmp_path / "made"
-    merge(pretrained.folder, out=made)
+    merge(pretrained.folder, output_dir=made)
     run = learn(table, made, steps=150)
     assert run.story["classes"]["accuracy"] >= 90
     torch.manual_seed(99)  # whatever was drawn before a run, its new head is the same
     again, once = (learn(table, made, steps=1) for _ in range(2))
     assert again.story["adapter"] == once.story["adapter"]
-    spec = read_json(run.folder / "adapter" / "afina.json")["spec"]
-    assert spec["modules"] == ["bert.pooler.dense", "classifier"]  # what masked tokens have no use for is new
+    spec = read_json_object(run.folder / "adapter" / "afina.json")["spec"]
+    assert spec["modules"] == [
+        "bert.pooler.dense",
+        "classifier",
+    ]  # what masked tokens have no use for is new
     with pytest.raises(AdapterError, match="gives labels, not text"):
-        generate(["hello"], run=pretrained.folder)
+        generate(["hello"], adapter=pretrained.folder)
 
 
-def test_a_decoder_classifies_by_its_last_token(learn: Callable[..., Run], table: Path, tiny: Path) -> None:
+def test_a_decoder_classifies_by_its_last_token(
+    learn: Callable[..., TrainResult], table: Path, tiny: Path
+) -> None:
     run = learn(table, tiny, "lora", steps=40)
     assert run.story["classes"]["accuracy"] >= 75
-    assert read_json(run.folder / "adapter" / "afina.json")["spec"]["modules"] == ["score"]
+    assert read_json_object(run.folder / "adapter" / "afina.json")["spec"]["modules"] == ["score"]
 
 
-def test_asked_for_a_class(learn: Callable[..., Run], table: Path, encoder: Path) -> None:
+def test_asked_for_a_class(learn: Callable[..., TrainResult], table: Path, encoder: Path) -> None:
     run = learn(table, encoder)
-    answers = generate(["what a lovely film this is", "what a boring song this is"], run=run.folder, device="cpu")["answers"]
+    answers = generate(
+        ["what a lovely film this is", "what a boring song this is"],
+        adapter=run.folder,
+        device="cpu",
+    )["answers"]
     assert [a["text"] for a in answers] == ["good", "bad"]
     assert all(0.5 < a["share"] <= 1 for a in answers)
 
 
-def test_resumed_is_uninterrupted(learn: Callable[..., Run], table: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_is_uninterrupted(
+    learn: Callable[..., TrainResult], table: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = learn(table, encoder, steps=8, check_every=2, dropout=0.1)
-    begin = Loop.begin
+    begin = Trainer.start_step
 
-    def cut(self: Loop) -> Any:
+    def cut(self: Trainer) -> Any:
         if self.progress.step == 5:
             raise KeyboardInterrupt
         return begin(self)
 
-    monkeypatch.setattr(Loop, "begin", cut)
+    monkeypatch.setattr(Trainer, "start_step", cut)
     out = whole.folder.parent / "cut"
     with pytest.raises(KeyboardInterrupt):
         learn(table, encoder, steps=8, check_every=2, dropout=0.1, out=out)
@@ -275,12 +368,18 @@ def test_resumed_is_uninterrupted(learn: Callable[..., Run], table: Path, encode
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pictures(learn: Callable[..., Run], pictures: Path, vision: Path, method: str) -> None:
+def test_pictures(
+    learn: Callable[..., TrainResult], pictures: Path, vision: Path, method: str
+) -> None:
     """The same for a folder of pictures; BatchNorm's running means are the base's, bit for bit, before and after."""
-    longer = {"full": {"learning_rate": 1e-3, "steps": 150}, "freeze": {"steps": 150}}.get(method, {})
+    longer = {"full": {"learning_rate": 1e-3, "max_steps": 150}, "freeze": {"max_steps": 150}}.get(
+        method, {}
+    )
     run = learn(pictures, vision, method, **{**LOOKING, **longer})
     is_story_of_a_classifier(run)
-    assert run.story["classes"]["accuracy"] >= (75 if method == "freeze" else 90)  # its first layers stay random
+    assert run.story["classes"]["accuracy"] >= (
+        75 if method == "freeze" else 90
+    )  # its first layers stay random
     assert evaluate(run.folder)["classes"]["confusion"] == run.story["classes"]["confusion"]
     base = opened(run, vision)
     means = {name: t.clone() for name, t in base.model.named_buffers() if "running" in name}
@@ -290,25 +389,38 @@ def test_pictures(learn: Callable[..., Run], pictures: Path, vision: Path, metho
     # one by one is together: nothing is normalised over the batch
     alone = torch.cat([predict(base, [content], "adapter") for content in contents])
     torch.testing.assert_close(alone, adapted, rtol=1e-4, atol=1e-4)
-    take_in(base, adapter)
+    merge_into_base(base, adapter)
     torch.testing.assert_close(predict(base, contents, None), adapted, rtol=1e-4, atol=1e-4)
     after = {name: t for name, t in base.model.named_buffers() if "running" in name}
     assert set(after) == set(means)
     assert all(torch.equal(after[name], t) for name, t in means.items())
-    assert merge(run.folder, out=run.folder.parent / "merged")["max_logit_difference"] < 1e-3
+    assert merge(run.folder, output_dir=run.folder.parent / "merged")["max_logit_difference"] < 1e-3
     assert (run.folder.parent / "merged" / "preprocessor_config.json").is_file()
 
 
-def test_pictures_in_parquet(learn: Callable[..., Run], pictures: Path, vision: Path, tmp_path: Path) -> None:
+def test_pictures_in_parquet(
+    learn: Callable[..., TrainResult], pictures: Path, vision: Path, tmp_path: Path
+) -> None:
     """Bytes, or the hub's struct of bytes and path; the held-out ones are found again by their rows."""
     import pyarrow
     from pyarrow.parquet import write_table
 
     files = sorted(pictures.glob("*/*.png"))
-    rows = [{"image": {"bytes": file.read_bytes(), "path": file.name}, "label": file.parent.name} for file in files]
+    rows = [
+        {"image": {"bytes": file.read_bytes(), "path": file.name}, "label": file.parent.name}
+        for file in files
+    ]
     write_table(pyarrow.Table.from_pylist(rows), tmp_path / "struct.parquet")
-    write_table(pyarrow.Table.from_pylist([{"img": r["image"]["bytes"], "label": r["label"]} for r in rows]), tmp_path / "plain.parquet")
-    runs = [learn(tmp_path / f"{name}.parquet", vision, **LOOKING, objective="auto") for name in ("struct", "plain")]
+    write_table(
+        pyarrow.Table.from_pylist(
+            [{"img": r["image"]["bytes"], "label": r["label"]} for r in rows]
+        ),
+        tmp_path / "plain.parquet",
+    )
+    runs = [
+        learn(tmp_path / f"{name}.parquet", vision, **LOOKING, objective="auto")
+        for name in ("struct", "plain")
+    ]
     assert runs[0].story["classes"] | {"picture": ""} == runs[1].story["classes"] | {"picture": ""}
     assert runs[0].story["classes"]["accuracy"] >= 90
     assert evaluate(runs[0].folder)["classes"]["confusion"] == runs[0].story["classes"]["confusion"]
@@ -321,7 +433,9 @@ def test_pictures_in_parquet(learn: Callable[..., Run], pictures: Path, vision: 
     assert evaluate(runs[0].folder, data=pictures)["rows"] == 120
 
 
-def test_full_learns_what_no_layer_owns(learn: Callable[..., Run], pictures: Path, tmp_path: Path) -> None:
+def test_full_learns_what_no_layer_owns(
+    learn: Callable[..., TrainResult], pictures: Path, tmp_path: Path
+) -> None:
     """The class token and the positions of a ViT lie beside layers: full trains them, and the base keeps its own."""
     _vision("vit").save_pretrained(tmp_path / "vit")
     run = learn(pictures, tmp_path / "vit", "full", steps=3)
@@ -332,16 +446,20 @@ def test_full_learns_what_no_layer_owns(learn: Callable[..., Run], pictures: Pat
     adapter = load_adapter(run.folder, base)
     contents = some_pictures(base)
     adapted, plain = predict(base, contents, "adapter"), predict(base, contents, None)
-    moved = [path for path, delta in adapter.deltas.items() if path.endswith(("cls_token", "position_embeddings"))]
+    moved = [
+        path
+        for path, delta in adapter.layers.items()
+        if path.endswith(("cls_token", "position_embeddings"))
+    ]
     assert len(moved) == 2
     for path in moved:
-        (trained,) = adapter.deltas[path].parameters()
+        (trained,) = adapter.layers[path].parameters()
         assert not torch.equal(trained, before[path])
     detach(base.model, adapter)
     assert same(state(base.model), before)
     assert torch.equal(predict(base, contents, None), plain)
     adapter = load_adapter(run.folder, base)
-    take_in(base, adapter)
+    merge_into_base(base, adapter)
     assert type(base.model.vit.embeddings).__name__ == "ViTEmbeddings"  # type: ignore[union-attr]
     torch.testing.assert_close(predict(base, contents, None), adapted, rtol=1e-4, atol=1e-4)
 
@@ -364,12 +482,23 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
     def made(seed: int = 0) -> Classifier:
         torch.manual_seed(seed)
         return Classifier(
-            model=Net(), name="my-net", labels=("lying", "standing"), fresh=("head",), images=Images((8, 8), (0.5,), (0.5,))
+            model=Net(),
+            name="my-net",
+            labels=("lying", "standing"),
+            new_modules=("head",),
+            images=ImagePreprocessor((8, 8), (0.5,), (0.5,)),
         )  # type: ignore[arg-type]
 
     base = made()
     before = state(base.model)
-    settings = {**QUICK[method], "steps": 60, "batch_tokens": 320, "out": tmp_path / "run", "method": method, "rank": 8}
+    settings = {
+        **QUICK[method],
+        "steps": 60,
+        "batch_tokens": 320,
+        "out": tmp_path / "run",
+        "method": method,
+        "rank": 8,
+    }
     run = train(pictures, model=base, **settings)
     assert run.story["classes"]["accuracy"] >= 90
     assert run.story["base"]["name"] == "my-net"
@@ -384,7 +513,7 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
     adapter = load_adapter(run.folder, whole)
     contents = some_pictures(whole)
     adapted = predict(whole, contents, "adapter")
-    take_in(whole, adapter)
+    merge_into_base(whole, adapter)
     assert type(whole.model.first) is nn.Conv2d
     torch.testing.assert_close(predict(whole, contents, None), adapted, rtol=1e-4, atol=1e-4)
 
@@ -393,7 +522,14 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "pictures"])
-def test_peft_reads_adapter_and_head(learn: Callable[..., Run], table: Path, encoder: Path, pictures: Path, tmp_path: Path, kind: str) -> None:
+def test_peft_reads_adapter_and_head(
+    learn: Callable[..., TrainResult],
+    table: Path,
+    encoder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    kind: str,
+) -> None:
     """The head travels as modules_to_save: the same logits there, and back."""
     from peft import PeftModel
 
@@ -408,7 +544,9 @@ def test_peft_reads_adapter_and_head(learn: Callable[..., Run], table: Path, enc
     other = opened(run, source)
     theirs = PeftModel.from_pretrained(other.model, str(run.folder / "adapter"))
     with torch.no_grad():
-        torch.testing.assert_close(theirs.eval()(**other.batch(contents)).logits, ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            theirs.eval()(**other.batch(contents)).logits, ours, rtol=1e-5, atol=1e-5
+        )
     theirs.save_pretrained(str(tmp_path / "theirs"))
     third = opened(run, source)
     load_adapter(tmp_path / "theirs", third)
@@ -436,16 +574,27 @@ def rows_with(change: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, 
         (lambda rows: None, {"columns": {"lable": "label"}}, "unknown field 'lable'"),
         (lambda rows: rows[7].update(text="film " * 60), {}, "62 tokens, more than the 32 allowed"),
         (lambda rows: None, {"method": "qlora"}, "4-bit storage is for language models"),
-        (lambda rows: None, {"method": "alora"}, "an activated adapter needs a text with an answer"),
+        (
+            lambda rows: None,
+            {"method": "alora"},
+            "an activated adapter needs a text with an answer",
+        ),
     ],
 )
 def test_rows_that_cannot_be(
-    learn: Callable[..., Run], tmp_path: Path, encoder: Path, change: Callable[..., None], settings: dict[str, Any], what: str
+    learn: Callable[..., TrainResult],
+    tmp_path: Path,
+    encoder: Path,
+    change: Callable[..., None],
+    settings: dict[str, Any],
+    what: str,
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl", *rows_with(change))
     with pytest.raises(AfinaError) as caught:
-        learn(data, encoder, **{"method": "lora", **settings}) if settings.get("method") is None else train(
-            data, objective="classify", base=str(encoder), out=tmp_path / "out", **settings
+        learn(data, encoder, **{"method": "lora", **settings}) if settings.get(
+            "method"
+        ) is None else train(
+            data, objective="classify", base=str(encoder), output_dir=tmp_path / "out", **settings
         )
     assert what in caught.value.what
     assert caught.value.where
@@ -453,14 +602,21 @@ def test_rows_that_cannot_be(
         assert "rows.jsonl:" in caught.value.where
 
 
-def test_bad_rows_can_be_left_out(learn: Callable[..., Run], tmp_path: Path, encoder: Path) -> None:
-    data = write_rows(tmp_path / "rows.jsonl", *rows_with(lambda rows: rows[7].update(text="film " * 60) or rows[9].update(text="")))
+def test_bad_rows_can_be_left_out(
+    learn: Callable[..., TrainResult], tmp_path: Path, encoder: Path
+) -> None:
+    data = write_rows(
+        tmp_path / "rows.jsonl",
+        *rows_with(lambda rows: rows[7].update(text="film " * 60) or rows[9].update(text="")),
+    )
     run = learn(data, encoder, steps=1, skip_bad_rows=True)
     assert len(run.story["data"]["skipped"]) == 2
     assert any("rows.jsonl:8: 62 tokens" in line for line in run.story["data"]["skipped"])
 
 
-def test_a_class_that_training_never_showed(learn: Callable[..., Run], table: Path, tmp_path: Path, encoder: Path) -> None:
+def test_a_class_that_training_never_showed(
+    learn: Callable[..., TrainResult], table: Path, tmp_path: Path, encoder: Path
+) -> None:
     """In the held-out rows, and in those of `eval`; a file of one class alone may be judged on."""
     unseen = write_rows(tmp_path / "odd.jsonl", {"text": "what a film", "label": "odd"})
     with pytest.raises(DataError, match="class 'odd' was not among the training rows") as caught:
@@ -474,7 +630,9 @@ def test_a_class_that_training_never_showed(learn: Callable[..., Run], table: Pa
     assert evaluate(run.folder, data=one)["classes"]["accuracy"] == 100
 
 
-def test_a_broken_picture(learn: Callable[..., Run], pictures: Path, tmp_path: Path) -> None:
+def test_a_broken_picture(
+    learn: Callable[..., TrainResult], pictures: Path, tmp_path: Path
+) -> None:
     import shutil
 
     _vision("resnet").save_pretrained(base := tmp_path / "resnet")
@@ -487,14 +645,18 @@ def test_a_broken_picture(learn: Callable[..., Run], pictures: Path, tmp_path: P
             learn(folder, base, steps=1)
         assert str(caught.value.where).endswith("3.png")
     run = learn(folder, base, steps=1, skip_bad_rows=True)
-    assert [line.partition(": ")[0].endswith("3.png") for line in run.story["data"]["skipped"]] == [True]
+    assert [line.partition(": ")[0].endswith("3.png") for line in run.story["data"]["skipped"]] == [
+        True
+    ]
     assert run.story["data"]["held_out"] + len(run.story["data"]["skipped"]) <= 120
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no pictures here"):
         learn(tmp_path / "none", base)
 
 
-def test_models_that_do_not_fit(learn: Callable[..., Run], table: Path, pictures: Path, encoder: Path, tmp_path: Path) -> None:
+def test_models_that_do_not_fit(
+    learn: Callable[..., TrainResult], table: Path, pictures: Path, encoder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(BaseError, match="bert cannot be used for pictures"):
         learn(pictures, encoder)
     _vision("resnet").save_pretrained(tmp_path / "resnet")
@@ -505,16 +667,25 @@ def test_models_that_do_not_fit(learn: Callable[..., Run], table: Path, pictures
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(encoder, damaged := tmp_path / "damaged")
-    tensors = {name: t for name, t in load_file(encoder / "model.safetensors").items() if "layer.1.output.dense" not in name}
+    tensors = {
+        name: t
+        for name, t in load_file(encoder / "model.safetensors").items()
+        if "layer.1.output.dense" not in name
+    }
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     with pytest.raises(BaseError, match="the weights do not fit config.json"):
         learn(table, damaged)
     with pytest.raises(SettingsError, match="a classifier cannot learn by mlm"):
-        train(pictures, model=opened_net(), objective="mlm", out=tmp_path / "x")
+        train(pictures, model=opened_net(), objective="mlm", output_dir=tmp_path / "x")
 
 
 def opened_net() -> Classifier:
-    return Classifier(model=Net(), name="net", labels=("lying", "standing"), images=Images((8, 8), (0.5,), (0.5,)))  # type: ignore[arg-type]
+    return Classifier(
+        model=Net(),
+        name="net",
+        labels=("lying", "standing"),
+        images=ImagePreprocessor((8, 8), (0.5,), (0.5,)),
+    )  # type: ignore[arg-type]
 
 
 # ---- figures and words
@@ -539,21 +710,28 @@ def test_rows_of_like_length_share_a_batch() -> None:
 def test_scores() -> None:
     predicted, expected = [0, 0, 1, 2, 1], [0, 1, 1, 2, 2]
     assert confusion(predicted, expected, 3) == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-    scores = classification_scores(predicted, expected, 4)  # a class that occurs nowhere counts for nothing
+    scores = classification_scores(
+        predicted, expected, 4
+    )  # a class that occurs nowhere counts for nothing
     assert scores["accuracy"] == pytest.approx(60)
     assert scores["f1"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 2 / 3) / 3)
 
 
-def test_the_command_line(table: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(
+    table: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing of what transformers has to say about a new head reaches the user; the run ends with what to type next."""
     run = tmp_path / "run"
-    done = afina("train", table, "--base", encoder, "--steps", 2, "--out", run)
+    done = afina("train", table, "--base", encoder, "--max-steps", 2, "--output-dir", run)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    assert not any(word in said for word in ("MISSING", "LOAD REPORT", "newly initialized", "afina chat", "a token"))
+    assert not any(
+        word in said
+        for word in ("MISSING", "LOAD REPORT", "newly initialized", "afina chat", "a token")
+    )
     assert "afina generate" in said
     assert "accuracy" in said
     assert run_cli(["eval", str(run)]) == 0
     assert "accuracy" in capsys.readouterr().out
-    assert run_cli(["generate", "what a lovely film this is", "--run", str(run)]) == 0
+    assert run_cli(["generate", "what a lovely film this is", "--adapter", str(run)]) == 0
     assert capsys.readouterr().out.startswith(("good", "bad"))

@@ -12,20 +12,29 @@ import pytest
 import yaml
 
 from afina import config
-from afina.base.load import load_base
-from afina.cli.main import VERBS, parse, run
+from afina.cli.main import COMMANDS, parse, run
 from afina.config import TrainSettings, make_settings
-from afina.errors import SettingsError, counted
+from afina.errors import SettingsError, pluralize
+from afina.models.loading import load_base
 from helpers import ENVIRONMENT, afina
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Path, chats: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    tiny: Path, chats: Path, general: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run folder of a few steps."""
     import afina as library
 
     out = tmp_path_factory.mktemp("run") / "run"
-    library.train(chats, base=str(tiny), out=out, steps=4, learning_rate=3e-3, general=general)
+    library.train(
+        chats,
+        base=str(tiny),
+        output_dir=out,
+        max_steps=4,
+        learning_rate=3e-3,
+        retention_text=general,
+    )
     return out
 
 
@@ -42,22 +51,29 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, A
 def test_help_imports_nothing_heavy() -> None:
     done = afina("--help")
     assert done.returncode == 0
-    assert all(verb in done.stdout for verb in ("demo", "plan", "train", "eval", "generate", "chat", "merge", "export"))
+    assert all(
+        verb in done.stdout
+        for verb in ("demo", "plan", "train", "eval", "generate", "chat", "merge", "export")
+    )
     code = "import sys; sys.argv = ['afina', 'train', '--help']\ntry:\n import afina.__main__\nexcept SystemExit: pass\n"
     heavy = "print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib', 'sacrebleu', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code + heavy], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", code + heavy], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert "--learning-rate" in done.stdout
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_every_verb_names_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_of_every_verb_names_every_setting(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run([verb, "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for name, field in VERBS[verb].settings.model_fields.items():
-        assert "--" + name.replace("_", "-") in shown or name == VERBS[verb].positional
+    for name, field in COMMANDS[verb].settings.model_fields.items():
+        assert "--" + name.replace("_", "-") in shown or name == COMMANDS[verb].positional
         assert field.description
 
 
@@ -106,7 +122,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "accumulate": ("2", 2),
     "learning_rate": ("1e-4", 1e-4),
     "learning_rates": ("{norms: 1e-5}", {"norms": 1e-5}),
-    "optimizer": ("adamw-8bit", "adamw-8bit"),
+    "optimizer": ("adamw_8bit", "adamw_8bit"),
     "schedule": ("linear", "linear"),
     "warmup": ("0.2", 0.2),
     "weight_decay": ("0.01", 0.01),
@@ -125,12 +141,14 @@ def test_train_has_at_most_40_settings_and_the_samples_are_all_of_them() -> None
 
 def test_other_verbs_add_at_most_12_of_their_own() -> None:
     """A server has keys, limits and jobs besides: 24. What compare passes on to its runs is theirs."""
-    own = set(config.BaseSettings.model_fields)
-    for name, verb in VERBS.items():
+    own = set(config.ModelSettings.model_fields)
+    for name, verb in COMMANDS.items():
         if verb.settings is not TrainSettings:  # which the plan shares
             theirs = issubclass(verb.settings, TrainSettings) or name == "compare"
             known = own | set(TrainSettings.model_fields if theirs else ())
-            assert len(set(verb.settings.model_fields) - known) <= (24 if name == "serve" else 12), verb
+            assert len(set(verb.settings.model_fields) - known) <= (
+                24 if name == "serve" else 12
+            ), verb
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -169,28 +187,42 @@ def test_flags_win_over_yaml(tmp_path: Path) -> None:
 
 
 def test_a_switch_does_not_swallow_the_word_after_it() -> None:
-    for line in (["train", "--resume", "rows.jsonl"], ["train", "rows.jsonl", "--resume"], ["train", "--resume", "true", "rows.jsonl"]):
+    for line in (
+        ["train", "--resume", "rows.jsonl"],
+        ["train", "rows.jsonl", "--resume"],
+        ["train", "--resume", "true", "rows.jsonl"],
+    ):
         settings = parse(line)[1]
         assert (settings.resume, str(settings.data)) == (True, "rows.jsonl")  # type: ignore[attr-defined]
-    settings = parse(["train", "rows.jsonl", "--checkpointing", "false"])[1]
-    assert settings.checkpointing == "off"  # type: ignore[attr-defined]
-    assert parse(["generate", "--raw", "Once upon"])[1].prompts == ["Once upon"]  # type: ignore[attr-defined]
+    settings = parse(["train", "rows.jsonl", "--gradient-checkpointing", "false"])[1]
+    assert settings.gradient_checkpointing == "off"  # type: ignore[attr-defined]
+    assert parse(["generate", "--ignore-chat-template", "Once upon"])[1].prompts == ["Once upon"]  # type: ignore[attr-defined]
 
 
-def test_the_dial_of_checkpointing_is_a_word_or_a_number_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for told, meant, every in (("off", "off", 0), ("all", "all", 1), ("true", "all", 1), ("1", "all", 1), ("3", 3, 3)):
+def test_the_dial_of_checkpointing_is_a_word_or_a_number_of_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for told, meant, every in (
+        ("off", "off", 0),
+        ("all", "all", 1),
+        ("true", "all", 1),
+        ("1", "all", 1),
+        ("3", 3, 3),
+    ):
         for line in (["--checkpointing", told], ["--config", str(tmp_path / "s.yaml")]):
             (tmp_path / "s.yaml").write_text(f"checkpointing: {told}\n")
             settings = parse(["train", "rows.jsonl", *line])[1]
-            assert (settings.checkpointing, settings.recomputed) == (meant, every)  # type: ignore[attr-defined]
-    assert parse(["train", "rows.jsonl"])[1].checkpointing == "auto"  # type: ignore[attr-defined]
-    assert run(["train", "rows.jsonl", "--checkpointing", "0"]) == 2
+            assert (settings.gradient_checkpointing, settings.recomputed) == (meant, every)  # type: ignore[attr-defined]
+    assert parse(["train", "rows.jsonl"])[1].gradient_checkpointing == "auto"  # type: ignore[attr-defined]
+    assert run(["train", "rows.jsonl", "--gradient-checkpointing", "0"]) == 2
     assert "each n-th block" in capsys.readouterr().err
 
 
 def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     settings = parse(["train", "--config", str(trained / "settings.yaml")])[1]
-    assert settings == make_settings(TrainSettings, yaml.safe_load((trained / "settings.yaml").read_text()))
+    assert settings == make_settings(
+        TrainSettings, yaml.safe_load((trained / "settings.yaml").read_text())
+    )
     assert settings.steps == 4  # type: ignore[attr-defined]
 
 
@@ -202,7 +234,11 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     [
         (["trian", "x"], "unknown verb 'trian'", "'train'"),
         (["train", "x", "--learning_rte", "1"], "unknown flag --learning_rte", "'--learning-rate'"),
-        (["train", "x", "--learning_rate=1"], "unknown flag --learning_rate", "did you mean '--learning-rate'?"),
+        (
+            ["train", "x", "--learning_rate=1"],
+            "unknown flag --learning_rate",
+            "did you mean '--learning-rate'?",
+        ),
         (["generate", "hi", "--top_p", "1"], "unknown flag --top_p", "did you mean '--top-p'?"),
         (["train", "x", "--lr=1"], "unknown flag --lr", None),
         (["generate", "hi", "--temprature", "1"], "unknown flag --temprature", "'--temperature'"),
@@ -212,13 +248,15 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
         (["train", "x", "--rank", "many"], "rank cannot be 'many'", "rank of the low-rank update"),
         (["train", "x", "--rank", "0"], "rank cannot be '0'", "rank"),
         (["train", "x", "--dtype", "float8"], "dtype cannot be 'float8'", "dtype"),
-        (["train", "x", "--ranks", "{a: "], "cannot read '{a: '", None),
-        (["train", "x", "--ranks"], "expected one argument", "afina train --help"),
+        (["train", "x", "--rank-pattern", "{a: "], "cannot read '{a: '", None),
+        (["train", "x", "--rank-pattern"], "expected one argument", "afina train --help"),
         (["train", "x", "--config", "/nowhere.yaml"], "cannot read the settings file", None),
         (["merge", "x"], "out is missing", "folder"),
     ],
 )
-def test_what_cannot_be_understood_names_the_nearest(line: list[str], what: str, hint: str | None) -> None:
+def test_what_cannot_be_understood_names_the_nearest(
+    line: list[str], what: str, hint: str | None
+) -> None:
     with pytest.raises(SettingsError) as caught:
         parse(line)
     assert what in str(caught.value)
@@ -258,19 +296,28 @@ def test_python_arguments_are_checked_too(chats: Path) -> None:
 
 
 def test_one_is_singular() -> None:
-    assert [counted(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    assert [pluralize(n, "row") for n in (0, 1, 2, 1000)] == [
+        "0 rows",
+        "1 row",
+        "2 rows",
+        "1,000 rows",
+    ]
 
 
 # verbs, their JSON and exit codes
 
 
 def test_plan(capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, tmp_path: Path) -> None:
-    status, result, _ = said(capsys, "plan", chats, "--base", tiny, "--out", tmp_path / "run")
+    status, result, _ = said(
+        capsys, "plan", chats, "--base", tiny, "--output-dir", tmp_path / "run"
+    )
     assert status == 0
     assert result["data"]["rows"] == 48
     assert "«" in result["example"]
     assert not (tmp_path / "run").exists()
-    assert run(["plan", str(chats), "--base", str(tiny), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        run(["plan", str(chats), "--base", str(tiny), "--output-dir", str(tmp_path / "run")]) == 0
+    )
     shown = capsys.readouterr().out
     assert "numbers to learn" in shown
     assert re.search(r"layers +│ 0 to 3 ", shown)
@@ -278,20 +325,33 @@ def test_plan(capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, tmp_p
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "freeze"])
 def test_plan_shows_what_would_be_used(
-    capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    chats: Path,
+    method: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is left at "auto" or at nothing; a base in 4 bits has as many numbers as the one it came from."""
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
-    status, result, _ = said(capsys, "plan", chats, "--base", tiny, "--method", method, "--rank", 4, "--steps", 6)
+    status, result, _ = said(
+        capsys, "plan", chats, "--base", tiny, "--method", method, "--rank", 4, "--max-steps", 6
+    )
     settings = result["settings"]
     assert status == 0
     assert "auto" not in settings.values()
-    assert (settings["objective"], settings["max_length"], settings["dtype"]) == ("sft", 192, "float32")
+    assert (settings["objective"], settings["max_length"], settings["dtype"]) == (
+        "sft",
+        192,
+        "float32",
+    )
     assert (settings["check_every"], settings["steps"]) == (1, 6)
     assert settings["alpha"] == (None if method == "freeze" else 8)
     assert settings["layers"] == ([3] if method == "freeze" else [0, 1, 2, 3])
     assert {"q_proj", "down_proj"} <= set(settings["targets"])
-    assert result["base"]["parameters"] == sum(p.numel() for p in load_base(str(tiny)).model.parameters())
+    assert result["base"]["parameters"] == sum(
+        p.numel() for p in load_base(str(tiny)).model.parameters()
+    )
 
 
 def test_train_eval_merge_export(
@@ -299,7 +359,7 @@ def test_train_eval_merge_export(
 ) -> None:
     out = tmp_path / "run"
     flags = ["--base", tiny, "--steps", 3, "--general", general, "--learning-rate", "3e-3"]
-    status, result, err = said(capsys, "train", chats, "--out", out, *flags)
+    status, result, err = said(capsys, "train", chats, "--output-dir", out, *flags)
     assert status == 0
     assert result["folder"] == str(out)
     assert "held-out loss" in err  # progress goes to standard error
@@ -307,48 +367,96 @@ def test_train_eval_merge_export(
     assert status == 0
     assert {"exact_match", "chrf", "loss"} <= set(result["after"])
     assert len(result["examples"]) == 3
-    status, result, _ = said(capsys, "merge", out, "--out", tmp_path / "merged")
+    status, result, _ = said(capsys, "merge", out, "--output-dir", tmp_path / "merged")
     assert status == 0
     assert result["max_logit_difference"] < 1e-4
     for form, file in (("peft", "adapter_config.json"), ("hf", "config.json")):
-        status, result, _ = said(capsys, "export", out, "--format", form, "--out", tmp_path / form)
+        status, result, _ = said(
+            capsys, "export", out, "--format", form, "--output", tmp_path / form
+        )
         assert (status, result["format"]) == (0, form)
         assert (tmp_path / form / file).is_file()
-    for line in (["eval", out, "--limit", 2], ["merge", out, "--out", tmp_path / "m2"], ["export", out, "--out", tmp_path / "e2"]):
+    for line in (
+        ["eval", out, "--limit", 2],
+        ["merge", out, "--output-dir", tmp_path / "m2"],
+        ["export", out, "--output", tmp_path / "e2"],
+    ):
         assert run([*map(str, line)]) == 0
     assert "same likeliest token" in capsys.readouterr().out
 
 
-def test_generate(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, result, _ = said(capsys, "generate", "say sol mar", "say [luna, pan]", "--run", trained, "--max-new-tokens", 6)
+def test_generate(
+    capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, result, _ = said(
+        capsys,
+        "generate",
+        "say sol mar",
+        "say [luna, pan]",
+        "--adapter",
+        trained,
+        "--max-new-tokens",
+        6,
+    )
     assert status == 0
     assert [answer["prompt"] for answer in result["answers"]] == ["say sol mar", "say [luna, pan]"]
     assert all(0 < answer["tokens"] <= 6 for answer in result["answers"])
     assert result["adapter"] == str(trained)
     monkeypatch.setattr("sys.stdin", io.StringIO("say sol mar\n\nsay a\n"))
-    status, piped, _ = said(capsys, "generate", "-", "--run", trained, "--max-new-tokens", 6)
+    status, piped, _ = said(capsys, "generate", "-", "--adapter", trained, "--max-new-tokens", 6)
     assert [answer["prompt"] for answer in piped["answers"]] == ["say sol mar", "say a"]
     assert piped["answers"][0] == result["answers"][0]
-    status, off, _ = said(capsys, "generate", "say sol mar", "--run", trained, "--adapter", "off", "--max-new-tokens", 6)
+    status, off, _ = said(
+        capsys,
+        "generate",
+        "say sol mar",
+        "--adapter",
+        trained,
+        "--adapter",
+        "off",
+        "--max-new-tokens",
+        6,
+    )
     base = json.loads((trained / "run.json").read_text())["base"]["name"]
-    status, alone, _ = said(capsys, "generate", "say sol mar", "--base", base, "--max-new-tokens", 6)
+    status, alone, _ = said(
+        capsys, "generate", "say sol mar", "--base", base, "--max-new-tokens", 6
+    )
     assert off["answers"] == alone["answers"]
     assert off["adapter"] is alone["adapter"] is None
     assert off["answers"] != result["answers"][:1]
-    status, raw, _ = said(capsys, "generate", "say sol mar", "--raw", "--base", base, "--max-new-tokens", 6)
+    status, raw, _ = said(
+        capsys,
+        "generate",
+        "say sol mar",
+        "--ignore-chat-template",
+        "--base",
+        base,
+        "--max-new-tokens",
+        6,
+    )
     assert raw["answers"] != alone["answers"]
     assert run(["generate", "say sol", "--base", base]) == 0
 
 
-def test_chat(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat(
+    capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scripted through standard input: the adapter off and on, the conversation forgotten."""
     script = "/of\nsay sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
-    status = run(["chat", str(trained), "--max-new-tokens", "5", "--system", "be kind", "--json"])
+    status = run(
+        ["chat", str(trained), "--max-new-tokens", "5", "--system-prompt", "be kind", "--json"]
+    )
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert status == 0
-    assert [message["role"] for message in result["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["role"] for message in result["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert "/off" in err
     assert "/of is none of /on, /off, /new" in err
     answers = []
@@ -356,7 +464,17 @@ def test_chat(capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: py
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/{adapter}\nsay sol mar\n"))
         run(["chat", str(trained), "--max-new-tokens", "5", "--json"])
         chatted = json.loads(capsys.readouterr().out.splitlines()[-1])["messages"][1]["content"]
-        _, generated, _ = said(capsys, "generate", "say sol mar", "--run", trained, "--adapter", adapter, "--max-new-tokens", 5)
+        _, generated, _ = said(
+            capsys,
+            "generate",
+            "say sol mar",
+            "--adapter",
+            trained,
+            "--adapter",
+            adapter,
+            "--max-new-tokens",
+            5,
+        )
         assert chatted.strip() == generated["answers"][0]["text"]
         answers.append(chatted)
     assert answers[0] != answers[1]
@@ -369,7 +487,9 @@ def test_a_long_conversation_says_how_to_start_again(
     assert run(["chat", "--base", str(tiny), "--max-new-tokens", "3", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "/new starts again" in err.replace("\n", " ")
-    assert [message["content"] for message in json.loads(out.splitlines()[-1])["messages"]][0] == "hi"
+    assert [message["content"] for message in json.loads(out.splitlines()[-1])["messages"]][
+        0
+    ] == "hi"
 
 
 @pytest.mark.parametrize(
@@ -380,7 +500,7 @@ def test_a_long_conversation_says_how_to_start_again(
         (["frobnicate"], 2),
         (["eval"], 2),
         (["generate", "hi", "--base", "/nowhere"], 1),
-        (["merge", "/nowhere", "--out", "/nowhere/x"], 1),
+        (["merge", "/nowhere", "--output-dir", "/nowhere/x"], 1),
     ],
 )
 def test_errors_are_an_object_too_and_set_the_exit_code(
@@ -397,20 +517,38 @@ def test_errors_are_an_object_too_and_set_the_exit_code(
 
 
 def test_an_interrupt_tells_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    chats: Path,
+    general: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("afina.training.progress.Display.tick", interrupted)
-    line = ["train", chats, "--base", tiny, "--general", general, "--out", tmp_path / "run", "--steps", 2]
+    monkeypatch.setattr("afina.training.progress.ProgressDisplay.tick", interrupted)
+    line = [
+        "train",
+        chats,
+        "--base",
+        tiny,
+        "--retention-text",
+        general,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        2,
+    ]
     assert run([*map(str, line)]) == 130
     assert "--resume" in capsys.readouterr().err
 
 
 def test_the_process_itself(tiny: Path) -> None:
     """Through the real entry point: status, standard error, the last line."""
-    done = afina("generate", "-", "--base", tiny, "--max-new-tokens", 3, "--json", input="say sol\n")
+    done = afina(
+        "generate", "-", "--base", tiny, "--max-new-tokens", 3, "--json", input="say sol\n"
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])["answers"]) == 1
     done = afina("generate", "hi", "--bse", tiny)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from afina.cli.main import run
-from afina.comparing import compare as module
-from afina.comparing.measure import measure
+from afina.comparison import compare as module
+from afina.comparison.cost_probe import measure
 
 SMALL = "--methods lora,full --seeds 1 --trials 1 --steps 2 --limit 3 --max-new-tokens 4 --rank 2 --budget 20m"
 
@@ -25,10 +25,14 @@ SMALL = "--methods lora,full --seeds 1 --trials 1 --steps 2 --limit 3 --max-new-
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A spreadsheet's export: semicolons, a byte order mark, names of its own, a column too many, cells left empty."""
-    lines = ["Pregunta;Respuesta correcta;Notas"] + [f"¿Cuánto es {n} más {n}?;{n + n};x" for n in range(14)]
+    lines = ["Pregunta;Respuesta correcta;Notas"] + [
+        f"¿Cuánto es {n} más {n}?;{n + n};x" for n in range(14)
+    ]
     lines += ["¿Cuánto es cien?;;falta", ";12;falta"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "measure_apart", lambda settings, seconds: measure(settings))
+    monkeypatch.setattr(
+        module, "measure_in_subprocess", lambda settings, seconds: measure(settings)
+    )
     (tmp_path / "mis datos.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
     return tmp_path / "mis datos.csv"
 
@@ -39,14 +43,18 @@ def said(command: str, capsys: pytest.CaptureFixture[str], status: int) -> str:
     return capsys.readouterr().err
 
 
-def test_what_the_errors_say_leads_to_a_report(own: Path, tiny: Path, general: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_errors_say_leads_to_a_report(
+    own: Path, tiny: Path, general: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing is typed here that an error did not say."""
     command = f"compare 'mis dato.csv' --base {tiny} --general {general} {SMALL}"
     name = re.search(r"did you mean '(.+)'", said(command, capsys, 1))
     assert name
     command = command.replace("mis dato.csv", name[1])
     columns = re.search(r"--columns '.+'", said(command, capsys, 1))
-    assert columns and columns[0] == "--columns '{prompt: Pregunta, completion: Respuesta correcta}'"
+    assert (
+        columns and columns[0] == "--columns '{prompt: Pregunta, completion: Respuesta correcta}'"
+    )
     command += " " + columns[0]
     empty = said(command, capsys, 1)
     assert "mis datos.csv:16:Respuesta correcta: the field is empty" in empty
@@ -65,17 +73,37 @@ MISTAKES = [  # (what is typed after the data, what is said, what it says to do)
     ("--budget soon", "a number and s, m or h", "90s, 30m, 2h"),
     ("--budget 30", "a number and s, m or h", "90s, 30m, 2h"),
     ("--seeds three", "seeds cannot be 'three'", "runs of each method"),
-    ("--columns Pregunta", "columns cannot be 'Pregunta'", "{prompt: question, completion: answer}"),
-    ("--columns 'prompt: Pregunta, completion: Respuesta'", "no column 'Respuesta'", "did you mean 'Respuesta correcta'?"),
+    (
+        "--columns Pregunta",
+        "columns cannot be 'Pregunta'",
+        "{prompt: question, completion: answer}",
+    ),
+    (
+        "--columns 'prompt: Pregunta, completion: Respuesta'",
+        "no column 'Respuesta'",
+        "did you mean 'Respuesta correcta'?",
+    ),
     ("--columns '{question: Pregunta}'", "unknown field 'question'", "prompt"),
     ("--metric bleu", "metric cannot be 'bleu'", "exact_match"),
 ]
 
 
-@pytest.mark.parametrize(("typed", "what", "then"), MISTAKES, ids=[typed for typed, _, _ in MISTAKES])
-def test_each_mistake_says_what_to_do(typed: str, what: str, then: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = "" if "--columns" in typed else " --columns 'prompt: Pregunta, completion: Respuesta correcta' --skip-bad-rows"
-    error = said(f"compare '{own}' {typed}{told}", capsys, 1 if "no column" in what or "unknown field" in what else 2)
+@pytest.mark.parametrize(
+    ("typed", "what", "then"), MISTAKES, ids=[typed for typed, _, _ in MISTAKES]
+)
+def test_each_mistake_says_what_to_do(
+    typed: str, what: str, then: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = (
+        ""
+        if "--columns" in typed
+        else " --columns 'prompt: Pregunta, completion: Respuesta correcta' --skip-bad-rows"
+    )
+    error = said(
+        f"compare '{own}' {typed}{told}",
+        capsys,
+        1 if "no column" in what or "unknown field" in what else 2,
+    )
     assert what in error and then in error and "Value error" not in error
     assert not (own.parent / "runs").exists() or not list((own.parent / "runs").glob("*/runs"))
 
@@ -84,7 +112,9 @@ def test_files_that_are_none(own: Path, tiny: Path, capsys: pytest.CaptureFixtur
     assert "name one file" in said(f"compare {own.parent}", capsys, 2)
     one = own.parent / "one.csv"
     one.write_text("prompt,completion\na,b\n")
-    assert "1 row: too few" in (error := said(f"compare {one}", capsys, 1)) and "at least 10" in error
+    assert (
+        "1 row: too few" in (error := said(f"compare {one}", capsys, 1)) and "at least 10" in error
+    )
     one.write_bytes("prompt,completion\ncañón,b\n".encode("latin-1"))
     assert "not UTF-8" in (error := said(f"compare {one}", capsys, 1)) and "iconv" in error
     one.write_text("prompt,completion\n" + "a,b\n" * 3)
@@ -92,7 +122,9 @@ def test_files_that_are_none(own: Path, tiny: Path, capsys: pytest.CaptureFixtur
     assert "too few" in missing  # rows first: they cost nothing to look at
 
 
-def test_a_budget_in_which_nothing_fits_says_which_one_would(own: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_in_which_nothing_fits_says_which_one_would(
+    own: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = f"compare '{own}' --columns 'prompt: Pregunta, completion: Respuesta correcta' --skip-bad-rows --base {tiny}"
     error = said(f"{told} {SMALL} --budget 1s", capsys, 2)
     assert "the budget of 1s is too small" in error
@@ -101,16 +133,26 @@ def test_a_budget_in_which_nothing_fits_says_which_one_would(own: Path, tiny: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # eight processes
-def test_killed_at_any_moment_it_goes_on(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_goes_on(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path
+) -> None:
     """kill -9 at three moments, as the folder grows; what comes out is what one run gives, to the last digit."""
 
     def command(out: Path) -> list[str]:
         told = f"compare {chats} --base {tiny} --general {general} --methods lora,mora,full --seeds 2 --trials 2 --steps 6 --limit 4"
-        return [sys.executable, "-m", "afina", *shlex.split(told), *shlex.split(f"--rank 2 --max-new-tokens 4 --out {out} --budget 2h")]
+        return [
+            sys.executable,
+            "-m",
+            "afina",
+            *shlex.split(told),
+            *shlex.split(f"--rank 2 --max-new-tokens 4 --out {out} --budget 2h"),
+        ]
 
     killed = 0
     for moment in ("cost/mora.json", "trials", "judged/mora-0.json"):
-        process = subprocess.Popen(command(tmp_path / "cut"), start_new_session=True, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(tmp_path / "cut"), start_new_session=True, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and not (tmp_path / "cut" / moment).exists():
             time.sleep(0.02)
         if process.poll() is None:
@@ -120,8 +162,12 @@ def test_killed_at_any_moment_it_goes_on(tiny: Path, chats: Path, general: Path,
     assert killed == 3
     subprocess.run(command(tmp_path / "cut"), check=True)
     subprocess.run(command(tmp_path / "whole"), check=True)
-    one, other = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("cut", "whole"))
+    one, other = (
+        json.loads((tmp_path / name / "compare.json").read_text()) for name in ("cut", "whole")
+    )
     for name in ("lora", "mora", "full"):
         figures = ("score", "loss", "forgetting", "overfitting", "learning_rate", "tried")
-        assert {key: one["methods"][name][key] for key in figures} == {key: other["methods"][name][key] for key in figures}
+        assert {key: one["methods"][name][key] for key in figures} == {
+            key: other["methods"][name][key] for key in figures
+        }
     assert (tmp_path / "cut" / "report.html").is_file()

@@ -1,6 +1,6 @@
 """One set of tests over every method x layer kind: what a delta promises, whoever wrote it.
 
-The methods are those that `afina.delta.contract.methods()` finds; a new file in `delta/` is tested without a line here.
+The methods are those that `afina.adapters.base.methods()` finds; a new file in `delta/` is tested without a line here.
 """
 
 import copy
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import afina.delta
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.base.nf4 import NF4Linear
-from afina.delta.attach import Adapter, attach, detach, frozen_module
-from afina.delta.contract import Delta, Spec, method, methods
-from afina.delta.files import fill, load_adapter, save_adapter, tensors_of
-from afina.delta.layers import Layer, as_stored
+import afina.adapters
+from afina.adapters.attach import Adapter, attach, detach, frozen_module
+from afina.adapters.base import AdapterConfig, AdapterLayer, get_method, registered_methods
+from afina.adapters.loading import load_adapter, load_state, save_adapter, tensors_of
+from afina.adapters.segments import NO_ADAPTERS, ForwardContext, Segment, Segments
+from afina.adapters.target_module import TargetModule, as_stored
 from afina.errors import AfinaError, SettingsError
-from afina.segments import BASE, Segment, Segments, Switchboard
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
+from afina.models.nf4 import NF4Linear
 
 TOKENS = 6
 
@@ -45,7 +45,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Conv2d(2, 9, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2)),
         lambda: torch.randn(TOKENS, 2, 6, 5),
     ),
-    "conv2d-same": (lambda: nn.Conv2d(4, 3, 3, padding="same", bias=False), lambda: torch.randn(TOKENS, 4, 4, 3)),
+    "conv2d-same": (
+        lambda: nn.Conv2d(4, 3, 3, padding="same", bias=False),
+        lambda: torch.randn(TOKENS, 4, 4, 3),
+    ),
     "embedding": (lambda: nn.Embedding(19, 10), lambda: torch.tensor([0, 18, 7, 7, 12, 3])),
     "nf4": (lambda: NF4Linear.from_linear(nn.Linear(70, 9)), tokens(70)),
 }
@@ -53,13 +56,16 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{}, {"scaling": "rslora"}],
     "mora": [
-        {"options": {"operator": "truncation"}},
-        {"options": {"operator": "sharing", "grouping": "strided"}},
-        {"options": {"operator": "sharing", "grouping": "adjacent", "use_alpha": True}},
-        {"options": {"operator": "decoupling"}},
-        {"options": {"operator": "rotation"}},
-        {"options": {"operator": "rotation"}, "rank": 40},  # a single block, M larger than the layer
-        {"options": {"operator": "sharing", "grouping": "adjacent"}, "rank": 40},
+        {"method_settings": {"operator": "truncation"}},
+        {"method_settings": {"operator": "sharing", "grouping": "strided"}},
+        {"method_settings": {"operator": "sharing", "grouping": "adjacent", "use_alpha": True}},
+        {"method_settings": {"operator": "decoupling"}},
+        {"method_settings": {"operator": "rotation"}},
+        {
+            "method_settings": {"operator": "rotation"},
+            "rank": 40,
+        },  # a single block, M larger than the layer
+        {"method_settings": {"operator": "sharing", "grouping": "adjacent"}, "rank": 40},
     ],
 }
 
@@ -83,18 +89,18 @@ class Case:
         self.frozen = self.model.layer
         x = inputs()
         self.x = x.to(self.dtype) if x.is_floating_point() else x
-        self.board = Switchboard()
+        self.board = ForwardContext()
         self.unit: Any = "row" if isinstance(self.frozen, nn.Conv1d | nn.Conv2d) else "token"
         self.before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.plain = self.run(BASE)
+        self.plain = self.run(NO_ADAPTERS)
 
     @property
     def replaces(self) -> bool:
-        return method(self.method).replaces
+        return get_method(self.method).replaces_base
 
     def put(self, name: str = "a", noise: float = 0.1, seed: int = 0) -> Adapter:
         """An adapter in eval mode, as it starts (`noise` 0) or somewhere else."""
-        spec = Spec(self.method, ("layer",), **{"rank": 2, "alpha": 4.0, **self.spec})
+        spec = AdapterConfig(self.method, ("layer",), **{"rank": 2, "alpha": 4.0, **self.spec})
         adapter = attach(self.model, self.board, name, spec, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
@@ -104,11 +110,11 @@ class Case:
         return adapter
 
     def run(self, segments: Segments, grad: bool = False) -> Tensor:
-        with torch.set_grad_enabled(grad), self.board.route(segments):
+        with torch.set_grad_enabled(grad), self.board.use(segments):
             return self.model(self.x)
 
-    def delta(self, adapter: Adapter) -> Delta:
-        return adapter.deltas["layer"]
+    def delta(self, adapter: Adapter) -> AdapterLayer:
+        return adapter.layers["layer"]
 
     def wide(self, adapter: Adapter) -> Adapter:
         """The adapter in float64."""
@@ -116,7 +122,7 @@ class Case:
         return adapter
 
 
-ON, HALF = Segments.all("a"), Segments.all("a", 0.5)
+ON, HALF = Segments.on_all_tokens("a"), Segments.on_all_tokens("a", 0.5)
 
 
 # ---- what a delta promises
@@ -131,27 +137,31 @@ def only_the_declared_parameters_train(case: Case) -> None:
     adapter = case.put(noise=0.0)
     case.run(ON, grad=True).square().sum().backward()
     delta = case.delta(adapter)
-    assert {name for name, _ in delta.named_parameters()} == set(delta.keys)
+    assert {name for name, _ in delta.named_parameters()} == set(delta.tensor_names)
     gradients = [parameter.grad for parameter in adapter.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.abs().max() > 0 for gradient in gradients)
     own = {id(parameter) for parameter in adapter.parameters()}
-    assert not [name for name, p in case.model.named_parameters() if p.requires_grad and id(p) not in own]
+    assert not [
+        name for name, p in case.model.named_parameters() if p.requires_grad and id(p) not in own
+    ]
     assert all(parameter.grad is None for parameter in case.frozen.parameters())
 
 
 def count_is_the_formula(case: Case) -> None:
     adapter = case.put()
-    layer = Layer("layer", case.frozen)
-    assert adapter.count() == method(case.method).count(layer, adapter.spec)
-    assert adapter.count() == sum(p.numel() for p in case.model.parameters() if p.requires_grad)
+    layer = TargetModule("layer", case.frozen)
+    assert adapter.num_parameters() == get_method(case.method).num_parameters(layer, adapter.config)
+    assert adapter.num_parameters() == sum(
+        p.numel() for p in case.model.parameters() if p.requires_grad
+    )
     assert all(p.device == layer.device for p in adapter.parameters())
 
 
 def off_is_the_base(case: Case) -> None:
     case.put()
     assert not torch.equal(case.run(ON), case.plain)
-    assert torch.equal(case.run(BASE), case.plain)
+    assert torch.equal(case.run(NO_ADAPTERS), case.plain)
 
 
 def merged_is_adapted(case: Case) -> None:
@@ -165,7 +175,9 @@ def taken_in(case: Case, adapter: Adapter) -> nn.Module:
     """A copy of the frozen layer with the adapter in its weight."""
     delta, frozen = case.delta(adapter), case.frozen
     if isinstance(frozen, NF4Linear):
-        plain = nn.Linear(frozen.in_features, frozen.out_features, dtype=frozen.dtype).requires_grad_(False)
+        plain = nn.Linear(
+            frozen.in_features, frozen.out_features, dtype=frozen.dtype
+        ).requires_grad_(False)
         plain.weight.copy_(frozen.weight)
         plain.bias.copy_(frozen.bias)
         frozen = plain
@@ -174,7 +186,7 @@ def taken_in(case: Case, adapter: Adapter) -> nn.Module:
         for name, parameter in delta.named_parameters():
             setattr(merged, name, nn.Parameter(parameter.detach()))
         return merged.requires_grad_(False)
-    matrix = delta.merged(Layer("layer", frozen).weight)
+    matrix = delta.merged_weight(TargetModule("layer", frozen).weight)
     merged.weight = nn.Parameter(as_stored(frozen, matrix.detach()), requires_grad=False)
     return merged
 
@@ -189,14 +201,14 @@ def detaching_restores_bit_for_bit(case: Case) -> None:
     after = case.model.state_dict()
     assert list(after) == list(case.before)
     assert all(torch.equal(after[name], case.before[name]) for name in after)
-    assert torch.equal(case.run(BASE), case.plain)
+    assert torch.equal(case.run(NO_ADAPTERS), case.plain)
 
 
 def saved_is_loaded(case: Case) -> None:
     tensors = tensors_of(case.put())
     adapted = case.run(ON)
     other = Case(case.method, case.kind, case.spec, case.dtype)
-    fill(other.put(noise=0.0, seed=7), tensors, "here")
+    load_state(other.put(noise=0.0, seed=7), tensors, "here")
     assert torch.equal(other.run(ON), adapted)
 
 
@@ -210,9 +222,13 @@ def a_base_in_16_bits_runs(case: Case) -> None:
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in adapter.parameters())
     wide = Case(case.method, case.kind, case.spec)  # the same numbers in float32
-    wide.model.load_state_dict({name: t.to(wide.before[name].dtype) for name, t in low.before.items()})
+    wide.model.load_state_dict(
+        {name: t.to(wide.before[name].dtype) for name, t in low.before.items()}
+    )
     wide.x = low.x.float() if low.x.is_floating_point() else low.x
-    fill(wide.put(noise=0.0), {name: t.float() for name, t in tensors_of(adapter).items()}, "here")
+    load_state(
+        wide.put(noise=0.0), {name: t.float() for name, t in tensors_of(adapter).items()}, "here"
+    )
     torch.testing.assert_close(y.float(), wide.run(ON), rtol=0.05, atol=0.05)
 
 
@@ -236,26 +252,26 @@ def two_adapters_add_up(case: Case) -> None:
     case.model.add_module("layer", case.frozen)
     case.wide(case.put("a"))
     case.wide(case.put("b", seed=5))
-    both = Segments(everywhere=(("a", 1.0), ("b", 0.5)))
+    both = Segments(global_adapters=(("a", 1.0), ("b", 0.5)))
     if case.replaces:
         with pytest.raises(SettingsError, match="alone"):
             case.run(both)
         return
-    base, a, b = case.run(BASE), case.run(ON), case.run(Segments.all("b"))
+    base, a, b = case.run(NO_ADAPTERS), case.run(ON), case.run(Segments.on_all_tokens("b"))
     torch.testing.assert_close(case.run(both), a + 0.5 * (b - base), rtol=1e-9, atol=1e-9)
 
 
 def rows_are_everywhere_on_their_tokens(case: Case) -> None:
     case.wide(case.put())
-    rows = Segments(rows=(Segment(0, 2, "a"), Segment(4, TOKENS, "a")), unit=case.unit)
+    rows = Segments(spans=(Segment(0, 2, "a"), Segment(4, TOKENS, "a")), unit=case.unit)
     if case.replaces:
         with pytest.raises(SettingsError, match="everywhere"):
             case.run(rows)
         return
-    whole, base, some = case.run(ON), case.run(BASE), case.run(rows)
+    whole, base, some = case.run(ON), case.run(NO_ADAPTERS), case.run(rows)
     torch.testing.assert_close(some[[0, 1, 4, 5]], whole[[0, 1, 4, 5]], rtol=1e-9, atol=1e-9)
     assert torch.equal(some[2:4], base[2:4])
-    halves = Segments(rows=(Segment(0, 3, "a", 0.5), Segment(3, TOKENS, "a", 0.5)), unit=case.unit)
+    halves = Segments(spans=(Segment(0, 3, "a", 0.5), Segment(3, TOKENS, "a", 0.5)), unit=case.unit)
     torch.testing.assert_close(case.run(halves), case.run(HALF), rtol=1e-9, atol=1e-9)
 
 
@@ -267,14 +283,19 @@ def the_weight_scales_the_delta(case: Case) -> None:
         with pytest.raises(SettingsError, match="weight 1"):
             case.run(HALF)
         return
-    base = case.run(BASE)
-    torch.testing.assert_close(case.run(Segments.all("a", -1.5)) - base, -1.5 * (case.run(ON) - base), rtol=1e-9, atol=1e-9)
+    base = case.run(NO_ADAPTERS)
+    torch.testing.assert_close(
+        case.run(Segments.on_all_tokens("a", -1.5)) - base,
+        -1.5 * (case.run(ON) - base),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def gradients_are_finite_differences(case: Case) -> None:
     adapter = case.wide(case.put())
     delta = case.delta(adapter)
-    for name in delta.constants:
+    for name in delta.no_grad_terms:
         value = getattr(delta, name)()
         setattr(delta, name, lambda value=value: value)
     if case.x.is_floating_point():
@@ -284,14 +305,27 @@ def gradients_are_finite_differences(case: Case) -> None:
 
 
 IN_FLOAT64 = {
-    merged_is_adapted, two_adapters_add_up, rows_are_everywhere_on_their_tokens, the_weight_scales_the_delta,
+    merged_is_adapted,
+    two_adapters_add_up,
+    rows_are_everywhere_on_their_tokens,
+    the_weight_scales_the_delta,
     gradients_are_finite_differences,
-}  # fmt: skip
+}
 PROMISES = [
-    identity_at_the_start, only_the_declared_parameters_train, count_is_the_formula, off_is_the_base, merged_is_adapted,
-    detaching_restores_bit_for_bit, saved_is_loaded, a_base_in_16_bits_runs, two_adapters_do_not_touch_each_other,
-    two_adapters_add_up, rows_are_everywhere_on_their_tokens, the_weight_scales_the_delta, gradients_are_finite_differences,
-]  # fmt: skip
+    identity_at_the_start,
+    only_the_declared_parameters_train,
+    count_is_the_formula,
+    off_is_the_base,
+    merged_is_adapted,
+    detaching_restores_bit_for_bit,
+    saved_is_loaded,
+    a_base_in_16_bits_runs,
+    two_adapters_do_not_touch_each_other,
+    two_adapters_add_up,
+    rows_are_everywhere_on_their_tokens,
+    the_weight_scales_the_delta,
+    gradients_are_finite_differences,
+]
 
 
 def keep_all(promise: Callable[[Case], None], name: str, kind: str, spec: dict[str, Any]) -> None:
@@ -306,8 +340,13 @@ def keep_all(promise: Callable[[Case], None], name: str, kind: str, spec: dict[s
 
 def cases() -> list[Any]:
     return [
-        pytest.param(name, kind, spec, id="-".join([name, *map(str, spec.get("options", spec).values()), kind]))
-        for name in methods()
+        pytest.param(
+            name,
+            kind,
+            spec,
+            id="-".join([name, *map(str, spec.get("options", spec).values()), kind]),
+        )
+        for name in registered_methods()
         for spec in VARIANTS.get(name, [{}])
         for kind in KINDS
     ]
@@ -315,34 +354,44 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 @pytest.mark.parametrize(("name", "kind", "spec"), cases())
-def test_promise(promise: Callable[[Case], None], name: str, kind: str, spec: dict[str, Any]) -> None:
+def test_promise(
+    promise: Callable[[Case], None], name: str, kind: str, spec: dict[str, Any]
+) -> None:
     keep_all(promise, name, kind, spec)
 
 
-@pytest.mark.parametrize("name", list(methods()))
+@pytest.mark.parametrize("name", list(registered_methods()))
 def test_on_a_model_saved_is_loaded(tiny: Path, tmp_path: Path, name: str) -> None:
-    base: Base = load_base(str(tiny))
+    base: CausalLM = load_base(str(tiny))
     path = "model.layers.1.mlp.down_proj"
-    adapter = attach(base.model, base.board, "a", Spec(name, (path,), rank=2))
+    adapter = attach(base.model, base.forward_context, "a", AdapterConfig(name, (path,), rank=2))
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     digest = save_adapter(adapter, base, tmp_path / "a")
     other = load_base(str(tiny))
     loaded = load_adapter(tmp_path / "a", other)
-    assert loaded.spec == adapter.spec
+    assert loaded.config == adapter.config
     assert save_adapter(loaded, other, tmp_path / "b") == digest
-    assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), loaded.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(adapter.parameters(), loaded.parameters(), strict=True)
+    )
     detach(other.model, loaded)
     assert frozen_module(other.model, path) is other.model.get_submodule(path)
 
 
-@pytest.mark.parametrize("name", list(methods()))
+@pytest.mark.parametrize("name", list(registered_methods()))
 def test_a_method_is_one_short_file(name: str) -> None:
-    file = Path(sys.modules[method(name).__module__].__file__ or "")
+    file = Path(sys.modules[get_method(name).__module__].__file__ or "")
     assert len(file.read_text().splitlines()) <= 200
-    written = {key for key, value in vars(Delta).items() if inspect.isroutine(value) or isinstance(value, classmethod)}
-    assert len(written - {"carried", "with_carried"}) <= 6  # two are helpers, which no method replaces
+    written = {
+        key
+        for key, value in vars(AdapterLayer).items()
+        if inspect.isroutine(value) or isinstance(value, classmethod)
+    }
+    assert (
+        len(written - {"carried", "with_carried"}) <= 6
+    )  # two are helpers, which no method replaces
 
 
 NEW = '''"""A method made up for this test: each output is scaled by a learned factor."""
@@ -350,7 +399,7 @@ NEW = '''"""A method made up for this test: each output is scaled by a learned f
 import torch
 from torch import nn
 
-from afina.delta.contract import Delta
+from afina.adapters.base import Delta
 
 
 class Scaled(Delta):
@@ -379,13 +428,13 @@ class Scaled(Delta):
 def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A method that is one file, found like those that come with afina."""
     (tmp_path / "scaled_for_a_test.py").write_text(NEW)
-    monkeypatch.setattr(afina.delta, "__path__", [*afina.delta.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "afina.delta.scaled_for_a_test", raising=False)
+    monkeypatch.setattr(afina.adapters, "__path__", [*afina.adapters.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "afina.adapters.scaled_for_a_test", raising=False)
     return "scaled_for_a_test"
 
 
 def test_a_new_method_is_one_new_file(new_method: str, tiny: Path, tmp_path: Path) -> None:
-    assert new_method in methods()
+    assert new_method in registered_methods()
     for promise in PROMISES:
         for kind in KINDS:
             keep_all(promise, new_method, kind, {})

@@ -12,9 +12,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from afina.data.batches import FlatBatch, Sampler, flatten, pack, split
-from afina.data.formats import Row, Table, read_table
-from afina.data.template import Example, Renderer
+from afina.data.formats import SFTRow, Table, read_table
+from afina.data.packing import (
+    BatchSampler,
+    PackedBatch,
+    group_by_length,
+    pack_examples,
+    train_eval_split,
+)
+from afina.data.renderer import Example, Renderer
 from afina.errors import AfinaError, DataError
 
 USER, ANSWER = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}
@@ -34,7 +40,7 @@ def write(tmp_path: Path):
     return _write
 
 
-def contents(row: Row) -> object:
+def contents(row: SFTRow) -> object:
     """What a row holds, wherever it came from."""
     if row.messages is not None:
         return [(message["role"], message["content"]) for message in row.messages]
@@ -49,41 +55,116 @@ GOOD = {
     "chat-array": (json.dumps([{"messages": [USER, ANSWER]}], indent=2), "openai-chat", CHAT),
     "chat-object": (json.dumps({"messages": [USER, ANSWER]}, indent=2), "openai-chat", CHAT),
     "chat-developer-and-parts": (
-        jsonl({"messages": [{"role": "developer", "content": "be kind"}, {
-            "role": "user", "content": [{"type": "text", "text": "who"}, {"type": "text", "text": "?"}]}, ANSWER]}),
-        "openai-chat", [("system", "be kind"), *CHAT],
+        jsonl(
+            {
+                "messages": [
+                    {"role": "developer", "content": "be kind"},
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "who"}, {"type": "text", "text": "?"}],
+                    },
+                    ANSWER,
+                ]
+            }
+        ),
+        "openai-chat",
+        [("system", "be kind"), *CHAT],
     ),
     "chat-tool-calls": (
-        jsonl({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
-            {"role": "tool", "tool_call_id": "1", "content": "2"}, ANSWER]}),
+        jsonl(
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [
+                            {
+                                "id": "1",
+                                "type": "function",
+                                "function": {"name": "f", "arguments": '{"x": 1}'},
+                            }
+                        ],
+                    },
+                    {"role": "tool", "tool_call_id": "1", "content": "2"},
+                    ANSWER,
+                ]
+            }
+        ),
         "openai-chat",
         [CHAT[0], ("assistant", '[{"name": "f", "arguments": {"x": 1}}]'), ("tool", "2"), CHAT[1]],
     ),
-    "chat-empty-system": (jsonl({"messages": [{"role": "system", "content": ""}, USER, ANSWER]}), "openai-chat", CHAT),
+    "chat-empty-system": (
+        jsonl({"messages": [{"role": "system", "content": ""}, USER, ANSWER]}),
+        "openai-chat",
+        CHAT,
+    ),
     "sharegpt": (
-        jsonl({"system": "be kind", "tools": "[]", "conversations": [
-            {"from": "human", "value": "who?"}, {"from": "function_call", "value": "{}"},
-            {"from": "observation", "value": "2"}, {"from": "gpt", "value": "me"}]}),
-        "sharegpt", [("system", "be kind"), CHAT[0], ("assistant", "{}"), ("tool", "2"), CHAT[1]],
+        jsonl(
+            {
+                "system": "be kind",
+                "tools": "[]",
+                "conversations": [
+                    {"from": "human", "value": "who?"},
+                    {"from": "function_call", "value": "{}"},
+                    {"from": "observation", "value": "2"},
+                    {"from": "gpt", "value": "me"},
+                ],
+            }
+        ),
+        "sharegpt",
+        [("system", "be kind"), CHAT[0], ("assistant", "{}"), ("tool", "2"), CHAT[1]],
     ),
     "alpaca": (jsonl({"instruction": "who?", "input": "", "output": "me"}), "alpaca", CHAT),
     "alpaca-all": (
-        jsonl({"instruction": "add", "input": "1 2", "output": "3", "system": "s", "history": [["who?", "me"]]}),
-        "alpaca", [("system", "s"), *CHAT, ("user", "add\n1 2"), ("assistant", "3")],
+        jsonl(
+            {
+                "instruction": "add",
+                "input": "1 2",
+                "output": "3",
+                "system": "s",
+                "history": [["who?", "me"]],
+            }
+        ),
+        "alpaca",
+        [("system", "s"), *CHAT, ("user", "add\n1 2"), ("assistant", "3")],
     ),
-    "prompt-completion": (jsonl({"id": 1, "prompt": "who?", "completion": " me"}), "prompt-completion", ("who?", " me")),
+    "prompt-completion": (
+        jsonl({"id": 1, "prompt": "who?", "completion": " me"}),
+        "prompt-completion",
+        ("who?", " me"),
+    ),
     "prompt-label": (jsonl({"prompt": "good", "label": 1}), "prompt-completion", ("good", "1")),
-    "line-separator-in-a-string": ('{"prompt": "a\u2028b", "completion": "c"}', "prompt-completion", ("a\u2028b", "c")),
+    "line-separator-in-a-string": (
+        '{"prompt": "a\u2028b", "completion": "c"}',
+        "prompt-completion",
+        ("a\u2028b", "c"),
+    ),
     "byte-order-mark": ("\ufeff" + jsonl({"text": "hello"}), "text", "hello"),
     "text-jsonl": (jsonl({"text": "hello"}), "text", "hello"),
-    "csv": ('prompt,completion\r\n"a ""b"",\r\nc",d\r\n', "prompt-completion", ('a "b",\r\nc', "d")),
+    "csv": (
+        'prompt,completion\r\n"a ""b"",\r\nc",d\r\n',
+        "prompt-completion",
+        ('a "b",\r\nc', "d"),
+    ),
     "semicolons": ("prompt;completion;x\na;b;c\n", "prompt-completion", ("a", "b")),
-    "tsv-with-bare-quotes": ('prompt\tcompletion\n"a b" c\td\n', "prompt-completion", ('"a b" c', "d")),
-    "csv-of-messages": ("id,messages\n1," + '"' + json.dumps([USER, ANSWER]).replace('"', '""') + '"', "openai-chat", CHAT),
-    "text": ("One line, and\n\nanother paragraph.\n", "text", "One line, and\n\nanother paragraph."),
+    "tsv-with-bare-quotes": (
+        'prompt\tcompletion\n"a b" c\td\n',
+        "prompt-completion",
+        ('"a b" c', "d"),
+    ),
+    "csv-of-messages": (
+        "id,messages\n1," + '"' + json.dumps([USER, ANSWER]).replace('"', '""') + '"',
+        "openai-chat",
+        CHAT,
+    ),
+    "text": (
+        "One line, and\n\nanother paragraph.\n",
+        "text",
+        "One line, and\n\nanother paragraph.",
+    ),
     "text-with-a-bracket": ("[1] not JSON, prompt\n", "text", "[1] not JSON, prompt"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", GOOD)
@@ -98,10 +179,15 @@ def test_formats_are_recognised_by_content(write, case: str) -> None:
 
 def test_columns_give_names_and_win_over_names_that_are_there(write) -> None:
     columns = {"prompt": "question", "completion": "answer"}
-    for content in (jsonl({"question": "a", "answer": "b", "prompt": "c"}), "question,answer,prompt\na,b,c\n"):
+    for content in (
+        jsonl({"question": "a", "answer": "b", "prompt": "c"}),
+        "question,answer,prompt\na,b,c\n",
+    ):
         table = read_table(write("data", content), columns)
         assert [contents(row) for row in table.rows] == [("a", "b")]
-    table = read_table(write("data", jsonl({"text": "a", "code": "b"})), {"prompt": "text", "completion": "code"})
+    table = read_table(
+        write("data", jsonl({"text": "a", "code": "b"})), {"prompt": "text", "completion": "code"}
+    )
     assert contents(table.rows[0]) == ("a", "b")
 
 
@@ -114,7 +200,9 @@ def test_places_of_rows(write) -> None:
         ("x.txt", "\n\none\n\n\n\ntwo\n\nstill two\n\f\nthree", ["x.txt:3", "x.txt:7", "x.txt:11"]),
     ):
         path = write(name, content)
-        assert [row.where for row in read_table(path).rows] == [str(path.parent / place) for place in places]
+        assert [row.where for row in read_table(path).rows] == [
+            str(path.parent / place) for place in places
+        ]
     texts = read_table(write("x.txt", "one\n\n\ntwo\n\nstill two\n\f\nthree")).rows
     assert [row.text for row in texts] == ["one", "two\n\nstill two", "three"]
 
@@ -143,43 +231,102 @@ BAD = {
     "broken-second": ("x", jsonl({"text": "a"}) + '{"text": "b"', "x:2: broken JSON"),
     "broken-array": ("x.json", b'[{"text": "a"},\n {"text" "b"}]', "x.json:2: broken JSON"),
     "not-json": ("x.jsonl", b"hello\n", "x.jsonl:1: broken JSON"),
-    "not-an-object": ("x.jsonl", jsonl({"text": "a"}, ["b"]), "x.jsonl:2: expected an object {...}, found a list"),
+    "not-an-object": (
+        "x.jsonl",
+        jsonl({"text": "a"}, ["b"]),
+        "x.jsonl:2: expected an object {...}, found a list",
+    ),
     "not-utf8": ("x.txt", "one\nca\xf1a\n".encode("latin1"), "x.txt:2: not UTF-8 text"),
     "utf16": ("x.txt", "one".encode("utf-16"), "x.txt: UTF-16 text cannot be read"),
     "gzip": ("x.txt", b"\x1f\x8b\x08\0\0", "x.txt: the file is compressed"),
     "binary": ("x.txt", b"\x01\0\x02", "x.txt: a binary file cannot be read"),
     "not-parquet": ("x.parquet", b"hello", "x.parquet: not a Parquet file"),
-    "missing": ("x.jsonl", jsonl({"prompt": "a", "completion": "b"}, {"prompt": "a"}),
-        "x.jsonl:2:completion: the field is missing"),
-    "missing-in-all": ("x.jsonl", jsonl({"prompt": "a"}), "x.jsonl:1:completion: the field is missing"),
-    "empty-field": ("x.json", json.dumps([{"instruction": "a", "output": " "}]), "x.json:row 1:output: the field is empty"),
-    "wrong-type": ("x.jsonl", jsonl({"prompt": "a", "completion": 3}),
-        "x.jsonl:1:completion: expected text, found a number"),
+    "missing": (
+        "x.jsonl",
+        jsonl({"prompt": "a", "completion": "b"}, {"prompt": "a"}),
+        "x.jsonl:2:completion: the field is missing",
+    ),
+    "missing-in-all": (
+        "x.jsonl",
+        jsonl({"prompt": "a"}),
+        "x.jsonl:1:completion: the field is missing",
+    ),
+    "empty-field": (
+        "x.json",
+        json.dumps([{"instruction": "a", "output": " "}]),
+        "x.json:row 1:output: the field is empty",
+    ),
+    "wrong-type": (
+        "x.jsonl",
+        jsonl({"prompt": "a", "completion": 3}),
+        "x.jsonl:1:completion: expected text, found a number",
+    ),
     "null": ("x.jsonl", jsonl({"text": None}), "x.jsonl:1:text: the field is missing"),
     "half-a-surrogate": ("x.jsonl", b'{"text": "\\ud83d"}', "x.jsonl:1:text: not valid Unicode"),
-    "bad-input": ("x.jsonl", jsonl({"instruction": "a", "input": 1, "output": "b"}),
-        "x.jsonl:1:input: expected text, found a number"),
-    "bad-history": ("x.jsonl", jsonl({"instruction": "a", "output": "b", "history": [["c"]]}),
-        "x.jsonl:1:history[0]: expected a pair"),
-    "no-turns": ("x.jsonl", jsonl({"messages": "hi"}), "x.jsonl:1:messages: expected a list of messages as JSON"),
-    "no-answer": ("x.jsonl", jsonl({"messages": [USER]}), "x.jsonl:1:messages: no assistant message"),
-    "turn-type": ("x.jsonl", jsonl({"messages": [USER, "me"]}), "x.jsonl:1:messages[1]: expected an object"),
-    "role": ("x.jsonl", jsonl({"messages": [{"role": "asistant", "content": "a"}]}),
-        "x.jsonl:1:messages[0].role: unknown role 'asistant'"),
-    "no-content": ("x.jsonl", jsonl({"messages": [USER, {"role": "assistant", "content": None}]}),
-        "x.jsonl:1:messages[1].content: the field is missing"),
-    "empty-content": ("x.jsonl", jsonl({"messages": [USER, {"role": "assistant", "content": ""}]}),
-        "x.jsonl:1:messages[1].content: the field is empty"),
-    "image": ("x.jsonl", jsonl({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),
-        "x.jsonl:1:messages[0].content[0]: only parts of type text"),
-    "weight": ("x.jsonl", jsonl({"messages": [USER, ANSWER | {"weight": 2}]}), "x.jsonl:1:messages[1].weight: a weight"),
-    "sharegpt-value": ("x.jsonl", jsonl({"conversations": [{"from": "human", "value": 1}]}),
-        "x.jsonl:1:conversations[0].value: expected text, found a number"),
+    "bad-input": (
+        "x.jsonl",
+        jsonl({"instruction": "a", "input": 1, "output": "b"}),
+        "x.jsonl:1:input: expected text, found a number",
+    ),
+    "bad-history": (
+        "x.jsonl",
+        jsonl({"instruction": "a", "output": "b", "history": [["c"]]}),
+        "x.jsonl:1:history[0]: expected a pair",
+    ),
+    "no-turns": (
+        "x.jsonl",
+        jsonl({"messages": "hi"}),
+        "x.jsonl:1:messages: expected a list of messages as JSON",
+    ),
+    "no-answer": (
+        "x.jsonl",
+        jsonl({"messages": [USER]}),
+        "x.jsonl:1:messages: no assistant message",
+    ),
+    "turn-type": (
+        "x.jsonl",
+        jsonl({"messages": [USER, "me"]}),
+        "x.jsonl:1:messages[1]: expected an object",
+    ),
+    "role": (
+        "x.jsonl",
+        jsonl({"messages": [{"role": "asistant", "content": "a"}]}),
+        "x.jsonl:1:messages[0].role: unknown role 'asistant'",
+    ),
+    "no-content": (
+        "x.jsonl",
+        jsonl({"messages": [USER, {"role": "assistant", "content": None}]}),
+        "x.jsonl:1:messages[1].content: the field is missing",
+    ),
+    "empty-content": (
+        "x.jsonl",
+        jsonl({"messages": [USER, {"role": "assistant", "content": ""}]}),
+        "x.jsonl:1:messages[1].content: the field is empty",
+    ),
+    "image": (
+        "x.jsonl",
+        jsonl({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}),
+        "x.jsonl:1:messages[0].content[0]: only parts of type text",
+    ),
+    "weight": (
+        "x.jsonl",
+        jsonl({"messages": [USER, ANSWER | {"weight": 2}]}),
+        "x.jsonl:1:messages[1].weight: a weight",
+    ),
+    "sharegpt-value": (
+        "x.jsonl",
+        jsonl({"conversations": [{"from": "human", "value": 1}]}),
+        "x.jsonl:1:conversations[0].value: expected text, found a number",
+    ),
     "csv-too-many": ("x.csv", b"prompt,completion\na,b,c\n", "x.csv:2: 3 fields, the header has 2"),
     "csv-too-few": ("x.csv", b"prompt,completion\na\n", "x.csv:2:completion: the field is missing"),
     "csv-quotes": ("x.csv", b'prompt,completion\na,b\n"a"b,c\n', "x.csv:3: broken CSV"),
-    "csv-twice": ("x.csv", b"prompt,completion,prompt\na,b,c\n", "x.csv:1: two columns have the same name"),
-}  # fmt: skip
+    "csv-twice": (
+        "x.csv",
+        b"prompt,completion,prompt\na,b,c\n",
+        "x.csv:1: two columns have the same name",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -201,14 +348,50 @@ def test_faults_of_the_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "columns", "found", "hint"),
     [
-        ("x.jsonl", jsonl({"question": "a", "answer": "b"}), {}, "question, answer", "{prompt: question, completion: answer}"),
-        ("x.csv", "question,answer\na,b\n", {}, "question, answer", "--columns '{prompt: question, completion: answer}'"),
-        ("x.tsv", "sentence\tlabel\na\t1\n", {}, "sentence, label", "--columns '{prompt: sentence}'"),
+        (
+            "x.jsonl",
+            jsonl({"question": "a", "answer": "b"}),
+            {},
+            "question, answer",
+            "{prompt: question, completion: answer}",
+        ),
+        (
+            "x.csv",
+            "question,answer\na,b\n",
+            {},
+            "question, answer",
+            "--columns '{prompt: question, completion: answer}'",
+        ),
+        (
+            "x.tsv",
+            "sentence\tlabel\na\t1\n",
+            {},
+            "sentence, label",
+            "--columns '{prompt: sentence}'",
+        ),
         # what was told is kept where it leads somewhere, and a column is not given twice
         ("x.csv", "Q,A\na,b\n", {"prompt": "Q"}, "Q, A", "--columns '{prompt: Q, completion: A}'"),
-        ("x.csv", "Q,A\na,b\n", {"prompt": "Q", "output": "A"}, "Q, A", "--columns '{prompt: Q, completion: A}'"),
-        ("x.json", json.dumps([{"instruction": "a", "response": "b"}]), {}, "instruction, response", "{output: response}"),
-        ("x.jsonl", jsonl({"question": "a", "answer": "b"}), {"prompt": "qestion"}, "question, answer", "'question'?"),
+        (
+            "x.csv",
+            "Q,A\na,b\n",
+            {"prompt": "Q", "output": "A"},
+            "Q, A",
+            "--columns '{prompt: Q, completion: A}'",
+        ),
+        (
+            "x.json",
+            json.dumps([{"instruction": "a", "response": "b"}]),
+            {},
+            "instruction, response",
+            "{output: response}",
+        ),
+        (
+            "x.jsonl",
+            jsonl({"question": "a", "answer": "b"}),
+            {"prompt": "qestion"},
+            "question, answer",
+            "'question'?",
+        ),
         ("x.txt", "just text", {"prompt": "question"}, "text", "text"),
         ("x.jsonl", jsonl({"question": "a"}), {"promt": "question"}, "promt", "'prompt'?"),
     ],
@@ -256,16 +439,24 @@ NO_STOP = GOOD_TEMPLATE.replace("<|im_end|>", "")
 LETTERS_FOR_A_STOP = GOOD_TEMPLATE.replace("<|im_end|>", "<|the_end|>")
 NO_PREFIX = GOOD_TEMPLATE.replace("{{ bos_token }}", "{{ messages | length }}")
 CHANGES_EARLIER_ANSWERS = GOOD_TEMPLATE.replace(
-    "m['content'] | trim", "('<think></think>' if loop.last and m['role'] == 'assistant' else '') + m['content']"
+    "m['content'] | trim",
+    "('<think></think>' if loop.last and m['role'] == 'assistant' else '') + m['content']",
 )
-STOPS_TWICE = GOOD_TEMPLATE.replace("{% endif %}", "{% endif %}", 1) + "{% if not add_generation_prompt %}</s>{% endif %}"
+STOPS_TWICE = (
+    GOOD_TEMPLATE.replace("{% endif %}", "{% endif %}", 1)
+    + "{% if not add_generation_prompt %}</s>{% endif %}"
+)
 NO_PROMPT = "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endfor %}"
 SPACE_BEFORE_ANSWER = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{{ '</s>' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-TEXTS = ["who are you? me and them, hello there", "the answer is me: hello and good bye", "assistant: hello user: who"]
+TEXTS = [
+    "who are you? me and them, hello there",
+    "the answer is me: hello and good bye",
+    "assistant: hello user: who",
+]
 
 
 def make_tokenizer(chat_template: str | None = None, bos: bool = False) -> PreTrainedTokenizerFast:
@@ -275,12 +466,19 @@ def make_tokenizer(chat_template: str | None = None, bos: bool = False) -> PreTr
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            "<s> $A", special_tokens=[("<s>", 0)]
+        )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", additional_special_tokens=special[2:]
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[2:],
     )
     wrapped.chat_template = chat_template
     return wrapped
@@ -288,30 +486,39 @@ def make_tokenizer(chat_template: str | None = None, bos: bool = False) -> PreTr
 
 def learned(renderer: Renderer, example: Example) -> list[str]:
     """The texts of the labelled runs."""
-    return [part.partition("»")[0] for part in renderer.show(example).split("«")[1:]]
+    return [part.partition("»")[0] for part in renderer.format_loss_mask(example).split("«")[1:]]
 
 
-def chat_row(*contents: str) -> Row:
+def chat_row(*contents: str) -> SFTRow:
     roles = ["user", "assistant"] * len(contents)
-    return Row("x.jsonl:1", messages=tuple({"role": r, "content": c} for r, c in zip(roles, contents, strict=False)))
+    return SFTRow(
+        "x.jsonl:1",
+        messages=tuple({"role": r, "content": c} for r, c in zip(roles, contents, strict=False)),
+    )
 
 
-PAIR = Row("x.jsonl:1", prompt="who are you?", completion=" me")
+PAIR = SFTRow("x.jsonl:1", prompt="who are you?", completion=" me")
 
 
 def test_single_turn_mask_is_the_answer_and_its_stop_token() -> None:
     tokenizer = make_tokenizer(GOOD_TEMPLATE, bos=True)
     renderer = Renderer(tokenizer, None, 512)
     example = renderer.example(chat_row("who?", "me and them"))
-    whole = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "me and them"}])["input_ids"]
-    assert example.tokens == whole
-    assert example.tokens.count(0) == 1
+    whole = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "me and them"}])[
+        "input_ids"
+    ]
+    assert example.token_ids == whole
+    assert example.token_ids.count(0) == 1
     assert learned(renderer, example) == ["me and them<|im_end|>"]
-    assert tokenizer.decode(example.tokens[-1:]) == "\n"
-    assert example.labels[-1] is False
-    assert example.answer == "me and them"
-    assert example.tokens[: example.prompt_tokens] == renderer.prompt([USER]) == renderer.prompt("who?")
-    assert renderer.stops == {1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert tokenizer.decode(example.token_ids[-1:]) == "\n"
+    assert example.loss_mask[-1] is False
+    assert example.completion == "me and them"
+    assert (
+        example.token_ids[: example.prompt_length]
+        == renderer.prompt([USER])
+        == renderer.prompt("who?")
+    )
+    assert renderer.stop_token_ids == {1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
 def test_multi_turn_mask_and_last_prompt() -> None:
@@ -319,20 +526,22 @@ def test_multi_turn_mask_and_last_prompt() -> None:
     row = chat_row("who?", "me", "and?", "them", "left over")
     example = renderer.example(row)
     assert learned(renderer, example) == ["me<|im_end|>", "them<|im_end|>"]
-    assert example.answer == "them"
+    assert example.completion == "them"
     assert row.messages
-    assert example.tokens[: example.prompt_tokens] == renderer.prompt(row.messages[:3])
-    assert "left over" not in renderer.show(example)
+    assert example.token_ids[: example.prompt_length] == renderer.prompt(row.messages[:3])
+    assert "left over" not in renderer.format_loss_mask(example)
 
 
 def test_opening_answers_and_weight_0_are_context() -> None:
     renderer = Renderer(make_tokenizer(GOOD_TEMPLATE), None, 512)
     greeting = {"role": "assistant", "content": "hello"}
-    example = renderer.example(Row("x", messages=(greeting, USER, ANSWER | {"weight": "0"}, USER, ANSWER)))
+    example = renderer.example(
+        SFTRow("x", messages=(greeting, USER, ANSWER | {"weight": "0"}, USER, ANSWER))
+    )
     assert learned(renderer, example) == ["me<|im_end|>"]
     for messages in ((greeting, USER), (USER, ANSWER | {"weight": "0"})):
         with pytest.raises(DataError, match="all off"):
-            renderer.example(Row("x", messages=messages))
+            renderer.example(SFTRow("x", messages=messages))
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -341,38 +550,41 @@ def test_prompt_and_completion_without_a_template(template: str | None, bos: boo
     tokenizer = make_tokenizer(GOOD_TEMPLATE if template else None, bos)
     renderer = Renderer(tokenizer, template, 512)
     example = renderer.example(PAIR)
-    assert tokenizer.decode(example.tokens) == "<s>" * bos + "who are you? me</s>"
+    assert tokenizer.decode(example.token_ids) == "<s>" * bos + "who are you? me</s>"
     assert learned(renderer, example) == [" me</s>"]
-    assert example.tokens[: example.prompt_tokens] == renderer.prompt("who are you?")
-    assert renderer.example(Row("x", prompt="a", completion="b</s>")).tokens.count(1) == 1
-    assert renderer.example(Row("x", prompt="<s>a", completion="b")).tokens.count(0) == 1
+    assert example.token_ids[: example.prompt_length] == renderer.prompt("who are you?")
+    assert renderer.example(SFTRow("x", prompt="a", completion="b</s>")).token_ids.count(1) == 1
+    assert renderer.example(SFTRow("x", prompt="<s>a", completion="b")).token_ids.count(0) == 1
 
 
 def test_prompt_and_completion_are_a_chat_where_there_is_a_template() -> None:
     renderer = Renderer(make_tokenizer(GOOD_TEMPLATE), None, 512)
-    example = renderer.example(Row("x", prompt="who?", completion="me"))
-    assert example == renderer.example(Row("x", messages=(USER, ANSWER)))
+    example = renderer.example(SFTRow("x", prompt="who?", completion="me"))
+    assert example == renderer.example(SFTRow("x", messages=(USER, ANSWER)))
     assert renderer.prompt("who?", raw=True) == renderer.tokenizer("who?")["input_ids"]
 
 
 def test_plain_joins_turns() -> None:
     renderer = Renderer(make_tokenizer(bos=True), "plain", 512)
     example = renderer.example(chat_row("who?", "me", "and?", "them"))
-    assert renderer.show(example) == "<s>who?\n«me</s>»\nand?\n«them</s>»"
+    assert renderer.format_loss_mask(example) == "<s>who?\n«me</s>»\nand?\n«them</s>»"
 
 
 def test_chatml_on_a_base_with_and_without_its_tokens(monkeypatch) -> None:
     renderer = Renderer(make_tokenizer(), "chatml", 512)
-    assert renderer.show(renderer.example(PAIR)) == (
+    assert renderer.format_loss_mask(renderer.example(PAIR)) == (
         "<|im_start|>user\nwho are you?<|im_end|>\n<|im_start|>assistant\n« me<|im_end|>»\n"
     )
     bare = make_tokenizer(bos=True)
     bare = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(bare.backend_tokenizer.to_str().replace("<|im_", "<|xx_")),
-        bos_token="<s>", eos_token="</s>",
-    )  # fmt: skip
+        tokenizer_object=Tokenizer.from_str(
+            bare.backend_tokenizer.to_str().replace("<|im_", "<|xx_")
+        ),
+        bos_token="<s>",
+        eos_token="</s>",
+    )
     renderer = Renderer(bare, "chatml", 512)
-    assert renderer.show(renderer.example(PAIR)) == (
+    assert renderer.format_loss_mask(renderer.example(PAIR)) == (
         "<s><|im_start|>user\nwho are you?</s>\n<|im_start|>assistant\n« me</s>»\n"
     )
 
@@ -393,9 +605,9 @@ def test_a_token_over_the_boundary_is_cut_where_generation_starts() -> None:
     prompt = renderer.prompt([{"role": "user", "content": "who"}])
     assert whole[: len(prompt)] != prompt  # else this test shows nothing
     example = renderer.example(row)
-    assert example.tokens[: len(prompt)] == prompt
+    assert example.token_ids[: len(prompt)] == prompt
     assert learned(renderer, example) == ["hello</s>", "hello there</s>"]
-    assert tokenizer.decode(example.tokens) == tokenizer.decode(whole)
+    assert tokenizer.decode(example.token_ids) == tokenizer.decode(whole)
 
 
 def test_stop_is_the_first_end_after_the_answer() -> None:
@@ -412,16 +624,33 @@ def test_stop_is_the_first_end_after_the_answer() -> None:
         (LETTERS_FOR_A_STOP, chat_row("who?", "me"), "stop token is not trained", "eos_token"),
         (NO_PREFIX, chat_row("who?", "me"), "does not render as a prefix", "--template chatml"),
         (NO_PREFIX, PAIR, "does not render as a prefix", "--template chatml"),
-        (CHANGES_EARLIER_ANSWERS, chat_row("who?", "me", "and?", "me"), "does not render as a prefix", "chatml"),
-        ("{% for m in messages %}x{% endfor %}", chat_row("who?", "me"), "does not write the answer", "chatml"),
+        (
+            CHANGES_EARLIER_ANSWERS,
+            chat_row("who?", "me", "and?", "me"),
+            "does not render as a prefix",
+            "chatml",
+        ),
+        (
+            "{% for m in messages %}x{% endfor %}",
+            chat_row("who?", "me"),
+            "does not write the answer",
+            "chatml",
+        ),
         (NO_PROMPT, PAIR, "all on", "pretrain"),
-        (GOOD_TEMPLATE, Row("x", messages=({"role": "tool", "content": "2"}, ANSWER)), "refuses these", "roles"),
+        (
+            GOOD_TEMPLATE,
+            SFTRow("x", messages=({"role": "tool", "content": "2"}, ANSWER)),
+            "refuses these",
+            "roles",
+        ),
         (GOOD_TEMPLATE, chat_row("who?", "me<|im_end|>"), "holds the stop token", "take it out"),
     ],
 )
-def test_templates_that_would_train_something_else_are_refused(template, row: Row, what: str, hint: str) -> None:
+def test_templates_that_would_train_something_else_are_refused(
+    template, row: SFTRow, what: str, hint: str
+) -> None:
     renderer = Renderer(make_tokenizer(template), None, 512)
-    for refuse in (renderer.example, lambda row: renderer.check([row])):
+    for refuse in (renderer.example, lambda row: renderer.check_template([row])):
         with pytest.raises(DataError, match=what) as caught:
             refuse(row)
         assert hint in (caught.value.hint or "")
@@ -429,26 +658,28 @@ def test_templates_that_would_train_something_else_are_refused(template, row: Ro
 
 def test_a_template_without_a_stop_token_can_still_be_asked() -> None:
     renderer = Renderer(make_tokenizer(NO_STOP), None, 512)
-    assert renderer.stops == {1}
+    assert renderer.stop_token_ids == {1}
     assert renderer.prompt("who?")
 
 
 def test_check_leaves_single_bad_rows_to_the_reader() -> None:
     renderer = Renderer(make_tokenizer(GOOD_TEMPLATE), None, 512)
-    renderer.check([chat_row("who?", "me<|im_end|>"), chat_row("who?", "me")])
-    renderer.check([])
-    Renderer(make_tokenizer(), None, 512).check([PAIR, Row("x", text="a text")])
+    renderer.check_template([chat_row("who?", "me<|im_end|>"), chat_row("who?", "me")])
+    renderer.check_template([])
+    Renderer(make_tokenizer(), None, 512).check_template([PAIR, SFTRow("x", text="a text")])
 
 
 def test_length_and_text_rows_are_refused_with_their_place() -> None:
     renderer = Renderer(make_tokenizer(), None, 8)
-    assert len(renderer.example(Row("x", prompt="who", completion="me")).tokens) <= 8
-    with pytest.raises(DataError, match=r"x.jsonl:7: 4\d tokens, more than the 8 allowed") as caught:
-        renderer.example(Row("x.jsonl:7", prompt="z" * 40, completion="me"))
+    assert len(renderer.example(SFTRow("x", prompt="who", completion="me")).token_ids) <= 8
+    with pytest.raises(
+        DataError, match=r"x.jsonl:7: 4\d tokens, more than the 8 allowed"
+    ) as caught:
+        renderer.example(SFTRow("x.jsonl:7", prompt="z" * 40, completion="me"))
     assert "--max-length" in (caught.value.hint or "")
     assert "--skip-bad-rows" in (caught.value.hint or "")
     with pytest.raises(DataError) as caught:
-        renderer.example(Row("x", text="hello"))
+        renderer.example(SFTRow("x", text="hello"))
     assert caught.value.hint == "--objective pretrain"
 
 
@@ -456,20 +687,27 @@ def test_length_and_text_rows_are_refused_with_their_place() -> None:
 def test_texts_hold_every_token_once(length: int) -> None:
     renderer = Renderer(make_tokenizer(bos=True), None, 512)
     text = "z" * length
-    chunks = renderer.texts(Row("x", text=text), 8)
-    assert [token for chunk in chunks for token in chunk.tokens] == [0, *renderer.tokenizer(text)["input_ids"][1:], 1]
+    chunks = renderer.chunk_text(SFTRow("x", text=text), 8)
+    assert [token for chunk in chunks for token in chunk.token_ids] == [
+        0,
+        *renderer.tokenizer(text)["input_ids"][1:],
+        1,
+    ]
     for chunk in chunks:
-        assert 2 <= len(chunk.tokens) <= 8
-        assert chunk.answer is None
-        assert chunk.labels == [False] + [True] * (len(chunk.tokens) - 1)
-    assert all(len(chunk.tokens) <= 4 for chunk in Renderer(renderer.tokenizer, None, 4).texts(Row("x", text=text), 8))
+        assert 2 <= len(chunk.token_ids) <= 8
+        assert chunk.completion is None
+        assert chunk.loss_mask == [False] + [True] * (len(chunk.token_ids) - 1)
+    assert all(
+        len(chunk.token_ids) <= 4
+        for chunk in Renderer(renderer.tokenizer, None, 4).chunk_text(SFTRow("x", text=text), 8)
+    )
 
 
 def test_texts_of_a_chat_are_its_rendering() -> None:
     renderer = Renderer(make_tokenizer(GOOD_TEMPLATE), None, 512)
-    (chunk,) = renderer.texts(chat_row("who?", "me"), 512)
-    assert chunk.tokens == renderer.example(chat_row("who?", "me")).tokens
-    assert all(chunk.labels[1:])
+    (chunk,) = renderer.chunk_text(chat_row("who?", "me"), 512)
+    assert chunk.token_ids == renderer.example(chat_row("who?", "me")).token_ids
+    assert all(chunk.loss_mask[1:])
 
 
 # batches
@@ -478,29 +716,41 @@ def test_texts_of_a_chat_are_its_rendering() -> None:
 def make_examples(lengths: list[int]) -> list[Example]:
     """Tokens 1000 * row + position, the second half labelled."""
     return [
-        Example(str(n), [1000 * n + t for t in range(size)], [t >= max(1, size // 2) for t in range(size)], 1, None)
+        Example(
+            str(n),
+            [1000 * n + t for t in range(size)],
+            [t >= max(1, size // 2) for t in range(size)],
+            1,
+            None,
+        )
         for n, size in enumerate(lengths, 1)
     ]
 
 
 def test_labels_are_shifted_and_never_cross_a_sequence() -> None:
     examples = make_examples([4, 2, 5])
-    batch = flatten(examples)
-    assert batch.bounds == (0, 4, 6, 11)
-    assert batch.tokens.tolist() == [token for example in examples for token in example.tokens]
+    batch = pack_examples(examples)
+    assert batch.cu_seqlens == (0, 4, 6, 11)
+    assert batch.token_ids.tolist() == [
+        token for example in examples for token in example.token_ids
+    ]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]
     off = -100
     assert batch.labels.tolist() == [off, 1002, 1003, off, 2001, off, off, 3002, 3003, 3004, off]
-    assert batch.label_count == 6 == sum(sum(example.labels) for example in examples)
-    assert {part.dtype for part in (batch.tokens, batch.positions, batch.labels)} == {torch.int64}
+    assert batch.num_targets == 6 == sum(sum(example.loss_mask) for example in examples)
+    assert {part.dtype for part in (batch.token_ids, batch.positions, batch.labels)} == {
+        torch.int64
+    }
     moved = batch.to("cpu")
-    assert isinstance(moved, FlatBatch)
-    assert moved.label_count == 6
-    assert moved.bounds == batch.bounds
+    assert isinstance(moved, PackedBatch)
+    assert moved.num_targets == 6
+    assert moved.cu_seqlens == batch.cu_seqlens
 
 
 def test_labels_on_everything_still_stop_at_the_boundary() -> None:
-    batch = flatten([Example("x", [5, 6], [False, True], 0, None), Example("y", [7, 8], [True, True], 0, None)])
+    batch = pack_examples(
+        [Example("x", [5, 6], [False, True], 0, None), Example("y", [7, 8], [True, True], 0, None)]
+    )
     assert batch.labels.tolist() == [6, -100, 8, -100]
 
 
@@ -509,35 +759,37 @@ def test_packing_law(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 120, (500,), generator=generator).tolist()
     order = torch.randperm(500, generator=generator).tolist()
-    batches = pack(lengths, 100, order)
+    batches = group_by_length(lengths, 100, order)
     assert sorted(index for batch in batches for index in batch) == list(range(500))
     assert all(sum(lengths[i] for i in batch) <= 100 or len(batch) == 1 for batch in batches)
-    assert batches == pack(lengths, 100, order)
+    assert batches == group_by_length(lengths, 100, order)
     place = {index: at for at, index in enumerate(order)}
     assert all(place[a[0]] < place[b[0]] for a, b in pairwise(batches))  # nobody waits for ever
     short = [1 + length // 3 for length in lengths]
-    assert len(pack(short, 100, order)) <= 1.02 * sum(short) / 100 + 1  # nearly no room is left
+    assert (
+        len(group_by_length(short, 100, order)) <= 1.02 * sum(short) / 100 + 1
+    )  # nearly no room is left
 
 
 def test_packing_fills_gaps_from_a_window_only() -> None:
-    assert pack([6, 6, 4, 4], 10, [0, 1, 2, 3]) == [[0, 2], [1, 3]]
-    assert pack([], 10, []) == []
-    assert pack([50], 10, [0]) == [[0]]
+    assert group_by_length([6, 6, 4, 4], 10, [0, 1, 2, 3]) == [[0, 2], [1, 3]]
+    assert group_by_length([], 10, []) == []
+    assert group_by_length([50], 10, [0]) == [[0]]
     far = [6] * 70 + [4]
-    assert pack(far, 10, range(71))[0] == [0]
-    assert [6, 70] in pack(far, 10, range(71))
+    assert group_by_length(far, 10, range(71))[0] == [0]
+    assert [6, 70] in group_by_length(far, 10, range(71))
 
 
-def epoch_of(sampler: Sampler, first: int, steps: int) -> Iterator[list[int]]:
+def epoch_of(sampler: BatchSampler, first: int, steps: int) -> Iterator[list[int]]:
     for step in range(first, first + steps):
         for batch in sampler.step_batches(step):
-            yield [int(batch.tokens[start]) // 1000 for start in batch.bounds[:-1]]
+            yield [int(batch.token_ids[start]) // 1000 for start in batch.cu_seqlens[:-1]]
 
 
 def test_sampler_goes_over_every_row_each_epoch_and_resumes_anywhere() -> None:
     lengths = torch.randint(2, 30, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     examples = make_examples(lengths)
-    sampler = Sampler(examples, 64, 3, seed=7)
+    sampler = BatchSampler(examples, 64, 3, seed=7)
     steps = sampler.steps_per_epoch
     first = list(epoch_of(sampler, 0, steps))
     assert sorted(chain.from_iterable(first)) == list(range(1, 61))
@@ -546,14 +798,16 @@ def test_sampler_goes_over_every_row_each_epoch_and_resumes_anywhere() -> None:
     second = list(epoch_of(sampler, steps, end + 1 - steps))
     assert sorted(chain.from_iterable(second)) == list(range(1, 61))
     assert second != first
-    fresh = Sampler(examples, 64, 3, seed=7)  # asked for a late step first, as a resumed run does
+    fresh = BatchSampler(
+        examples, 64, 3, seed=7
+    )  # asked for a late step first, as a resumed run does
     for step in (2 * steps + 1, 0, steps, steps - 1):
         for ours, theirs in zip(fresh.step_batches(step), sampler.step_batches(step), strict=True):
-            assert torch.equal(ours.tokens, theirs.tokens)
-            assert ours.bounds == theirs.bounds
-    assert list(epoch_of(Sampler(examples, 64, 3, seed=8), 0, steps)) != first
+            assert torch.equal(ours.token_ids, theirs.token_ids)
+            assert ours.cu_seqlens == theirs.cu_seqlens
+    assert list(epoch_of(BatchSampler(examples, 64, 3, seed=8), 0, steps)) != first
     with pytest.raises(DataError):
-        Sampler([], 64, 1, 0)
+        BatchSampler([], 64, 1, 0)
 
 
 # held-out rows
@@ -561,31 +815,31 @@ def test_sampler_goes_over_every_row_each_epoch_and_resumes_anywhere() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_held_out_rows_share_nothing_with_training(seed: int) -> None:
-    rows = [Row(f"x:{n}", prompt=f"p{n % 40}", completion="c") for n in range(100)]
-    train, held = split(rows, 0.2, seed)
+    rows = [SFTRow(f"x:{n}", prompt=f"p{n % 40}", completion="c") for n in range(100)]
+    train, held = train_eval_split(rows, 0.2, seed)
     assert {row.prompt for row in train}.isdisjoint(row.prompt for row in held)
     assert sorted(train + held, key=rows.index) == rows
     assert 15 <= len(held) <= 20
-    assert split(rows, 0.2, seed) == (train, held)
+    assert train_eval_split(rows, 0.2, seed) == (train, held)
     assert held == sorted(held, key=rows.index)
 
 
 def test_split_leaves_at_least_one_row_on_each_side() -> None:
     rows = [chat_row("a", "b"), *[chat_row("c", "d")] * 9]
     for share in (0.0, 0.1, 0.99):
-        train, held = split(rows, share, 0)
+        train, held = train_eval_split(rows, share, 0)
         assert train
         assert held
         assert contents(train[0]) != contents(held[0])
     for bad in ([], rows[:1], rows[1:]):
         with pytest.raises(DataError, match="at least 2 different rows"):
-            split(bad, 0.1, 0)
+            train_eval_split(bad, 0.1, 0)
     with pytest.raises(AfinaError, match="held-out share"):
-        split(rows, 1.0, 0)
+        train_eval_split(rows, 1.0, 0)
 
 
 def test_table_is_what_the_contract_says(write) -> None:
     table = read_table(write("x.txt", "hello"))
     assert isinstance(table, Table)
-    assert table.rows == [Row(str(table.path) + ":1", text="hello")]
+    assert table.rows == [SFTRow(str(table.path) + ":1", text="hello")]
     assert table.digest == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"

@@ -8,28 +8,34 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from afina.base.load import load_base
 from afina.config import TrainSettings
 from afina.errors import SettingsError
-from afina.training.energy import BATCHES, choose_ranks, gradient_energies
-from afina.training.prepare import prepare
-from afina.training.run import train
-from afina.training.setup import set_up
+from afina.models.loading import load_base
+from afina.training.setup.prepare import prepare
+from afina.training.setup.rank_allocation import BATCHES, allocate_ranks, gradient_spectra
+from afina.training.setup.set_up import set_up_run
+from afina.training.train import train
 
 
 def settings(tiny: Path, chats: Path, **values: Any) -> TrainSettings:
-    return TrainSettings(data=chats, base=str(tiny), targets="auto", batch_tokens=256, **values)
+    return TrainSettings(
+        data=chats, base=str(tiny), target_modules="auto", max_tokens_per_batch=256, **values
+    )
 
 
 def test_ranks_hold_the_most_energy_that_the_budget_buys() -> None:
     generator = torch.Generator().manual_seed(0)
-    energies = {name: torch.rand(3, generator=generator).sort(descending=True).values for name in "abcd"}
+    energies = {
+        name: torch.rand(3, generator=generator).sort(descending=True).values for name in "abcd"
+    }
     prices = dict.fromkeys("abcd", 2)
     for budget in (2, 5, 9, 24, 99):
-        ranks = choose_ranks(energies, prices, budget)
+        ranks = allocate_ranks(energies, prices, budget)
 
         def held(some: Any) -> float:
-            return sum(float(energies[name][:rank].sum()) for name, rank in zip("abcd", some, strict=True))
+            return sum(
+                float(energies[name][:rank].sum()) for name, rank in zip("abcd", some, strict=True)
+            )
 
         best = max(held(some) for some in product(range(4), repeat=4) if 2 * sum(some) <= budget)
         assert held([ranks.get(name, 0) for name in "abcd"]) == pytest.approx(best)
@@ -38,10 +44,10 @@ def test_ranks_hold_the_most_energy_that_the_budget_buys() -> None:
 
 def test_a_layer_that_is_too_dear_makes_room_for_others() -> None:
     energies = {"large": torch.tensor([100.0, 1.0]), "small": torch.tensor([1.0, 0.5])}
-    assert choose_ranks(energies, {"large": 10, "small": 1}, 11) == {"large": 1, "small": 1}
-    assert choose_ranks(energies, {"large": 10, "small": 1}, 3) == {"small": 2}
+    assert allocate_ranks(energies, {"large": 10, "small": 1}, 11) == {"large": 1, "small": 1}
+    assert allocate_ranks(energies, {"large": 10, "small": 1}, 3) == {"small": 2}
     with pytest.raises(SettingsError, match="buys no rank"):
-        choose_ranks(energies, {"large": 10, "small": 5}, 3)
+        allocate_ranks(energies, {"large": 10, "small": 5}, 3)
 
 
 def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
@@ -50,7 +56,7 @@ def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
     prepared = prepare(settings(tiny, chats), base)
     path = "model.layers.1.mlp.up_proj"
     before = {name: p.clone() for name, p in base.model.state_dict().items()}
-    found = gradient_energies(prepared, [path])[path]
+    found = gradient_spectra(prepared, [path])[path]
     assert all(torch.equal(p, before[name]) for name, p in base.model.state_dict().items())
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     loss = torch.zeros(())
@@ -58,29 +64,49 @@ def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
         for batch in prepared.task.step_batches(step):
             rows = [slice(a, b) for a, b in pairwise(batch.bounds)]
             logits = torch.cat([plain(batch.tokens[None, row]).logits[0] for row in rows])
-            loss = loss + torch.nn.functional.cross_entropy(logits, batch.labels)  # -100 carries no label
+            loss = loss + torch.nn.functional.cross_entropy(
+                logits, batch.labels
+            )  # -100 carries no label
     (gradient,) = torch.autograd.grad(loss, plain.get_submodule(path).weight)
     assert torch.allclose(found, torch.linalg.svdvals(gradient).square(), rtol=1e-3, atol=1e-7)
 
 
-def test_a_run_learns_within_its_budget(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
-    run = train(settings(tiny, chats, steps=2, rank=2, options={"budget": 2000}, general=general, out=tmp_path / "run"))
+def test_a_run_learns_within_its_budget(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path
+) -> None:
+    run = train(
+        settings(
+            tiny,
+            chats,
+            steps=2,
+            rank=2,
+            options={"budget": 2000},
+            general=general,
+            out=tmp_path / "run",
+        )
+    )
     told = run.story["settings"]
     assert 1000 < run.story["trainable_parameters"] <= 2000
     assert set(told["ranks"]) == set(told["targets"]) and len(set(told["ranks"].values())) >= 1
 
 
 def test_by_itself_it_costs_no_more_than_all_layers(tiny: Path, chats: Path) -> None:
-    auto = set_up(settings(tiny, chats, rank=2))
-    everywhere = set_up(settings(tiny, chats, rank=2).model_copy(update={"targets": "all-linear"}))
-    assert 0.9 * everywhere.adapter.count() < auto.adapter.count() <= everywhere.adapter.count()
-    assert len(set(auto.settings.ranks.values())) > 1
+    auto = set_up_run(settings(tiny, chats, rank=2))
+    everywhere = set_up_run(
+        settings(tiny, chats, rank=2).model_copy(update={"target_modules": "all-linear"})
+    )
+    assert (
+        0.9 * everywhere.adapter.num_parameters()
+        < auto.adapter.num_parameters()
+        <= everywhere.adapter.num_parameters()
+    )
+    assert len(set(auto.settings.rank_pattern.values())) > 1
 
 
 def test_what_it_cannot_do(tiny: Path, chats: Path) -> None:
     with pytest.raises(SettingsError, match="plain storage"):
-        set_up(settings(tiny, chats, method="qlora"))
+        set_up_run(settings(tiny, chats, method="qlora"))
     with pytest.raises(SettingsError, match="only methods with a rank"):
-        set_up(settings(tiny, chats, method="full"))
+        set_up_run(settings(tiny, chats, method="full"))
     with pytest.raises(SettingsError, match="budget cannot be"):
-        set_up(settings(tiny, chats, options={"budget": "much"}))
+        set_up_run(settings(tiny, chats, options={"budget": "much"}))

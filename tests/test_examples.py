@@ -14,7 +14,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.parametrize("name", ["rlhf", "unlearned"])
 def test_an_example_runs_and_goes_on(name: str, tmp_path: Path) -> None:
     """Again it trains nothing, and tells the same."""
-    script, where = EXAMPLES / name / "run.py", ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    script, where = (
+        EXAMPLES / name / "run.py",
+        ["--work", str(tmp_path / "work"), "--out", str(tmp_path)],
+    )
     told, tables = [], []
     for _ in range(2):
         command = [sys.executable, str(script), "--quick", *where]

@@ -11,20 +11,26 @@ import transformers as T
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.combining.merge import take_in
-from afina.delta.attach import detach
-from afina.delta.files import save_adapter
-from afina.engine.generate import generate_tokens
-from afina.engine.request import Part, Request, Sampling
-from afina.engine.serving import Engine, EngineSettings, answer_all
+from afina.adapters.attach import detach
+from afina.adapters.loading import save_adapter
+from afina.adapters.segments import Segments
+from afina.engine.engine import Engine, EngineConfig, run_to_completion
+from afina.engine.request import AdapterWeight, GenerationRequest, SamplingParams
 from afina.errors import BaseError
-from afina.segments import Segments
+from afina.evaluation.generate import generate_tokens
+from afina.merging.merge_into_base import merge_into_base
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
 from helpers import flat_run, logits, one_by_one, put, same, save_model, state
 
 V = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-WIDE = {**V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+WIDE = {
+    **V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 GROUPED = {**WIDE, "num_key_value_heads": 2, "intermediate_size": 64}
 OLD = {**V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
@@ -34,16 +40,30 @@ FAMILIES: dict[str, tuple[Callable[[], Any], bool]] = {
     "llama": (lambda: T.LlamaConfig(**GROUPED), True),
     "mistral": (lambda: T.MistralConfig(**GROUPED, sliding_window=5, head_dim=8), True),
     "mixtral": (lambda: T.MixtralConfig(**GROUPED, num_local_experts=4), True),
-    "qwen2": (lambda: T.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1), True),
+    "qwen2": (
+        lambda: T.Qwen2Config(
+            **GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        ),
+        True,
+    ),
     "qwen3": (lambda: T.Qwen3Config(**GROUPED, head_dim=8), True),
     "gemma2": (
         lambda: T.Gemma2Config(
-            **GROUPED, head_dim=8, sliding_window=5, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
+            **GROUPED,
+            head_dim=8,
+            sliding_window=5,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
             query_pre_attn_scalar=8,
         ),
         True,
     ),
-    "gemma3": (lambda: T.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=5, query_pre_attn_scalar=8), True),
+    "gemma3": (
+        lambda: T.Gemma3TextConfig(
+            **GROUPED, head_dim=8, sliding_window=5, query_pre_attn_scalar=8
+        ),
+        True,
+    ),
     "phi": (lambda: T.PhiConfig(**WIDE, intermediate_size=64), True),
     "phi3": (lambda: T.Phi3Config(**GROUPED), True),
     "opt": (lambda: T.OPTConfig(**WIDE, ffn_dim=64, word_embed_proj_dim=32), True),
@@ -54,8 +74,17 @@ FAMILIES: dict[str, tuple[Callable[[], Any], bool]] = {
     "gpt_bigcode": (lambda: T.GPTBigCodeConfig(**OLD), True),
     "deepseek_v3": (
         lambda: T.DeepseekV3Config(
-            **{**GROUPED, "num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
-            v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+            **{**GROUPED, "num_key_value_heads": 4},
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=16,
             first_k_dense_replace=1,
         ),
         True,
@@ -65,30 +94,44 @@ FAMILIES: dict[str, tuple[Callable[[], Any], bool]] = {
     "stablelm": (lambda: T.StableLmConfig(**GROUPED), False),
     "bloom": (lambda: T.BloomConfig(**V, hidden_size=32, n_layer=2, n_head=4), False),
     "codegen": (lambda: T.CodeGenConfig(**OLD, rotary_dim=4), False),
-    "gpt_oss": (lambda: T.GptOssConfig(**GROUPED, num_local_experts=4, head_dim=8, sliding_window=5), False),
+    "gpt_oss": (
+        lambda: T.GptOssConfig(**GROUPED, num_local_experts=4, head_dim=8, sliding_window=5),
+        False,
+    ),
     "llama4_text": (
         lambda: T.Llama4TextConfig(
-            **GROUPED, num_local_experts=2, head_dim=8, attention_chunk_size=4, intermediate_size_mlp=64, no_rope_layers=[1, 1]
+            **GROUPED,
+            num_local_experts=2,
+            head_dim=8,
+            attention_chunk_size=4,
+            intermediate_size_mlp=64,
+            no_rope_layers=[1, 1],
         ),
         False,
     ),
     "mamba": (lambda: T.MambaConfig(**V, hidden_size=32, num_hidden_layers=2, state_size=4), False),
     "recurrent_gemma": (
-        lambda: T.RecurrentGemmaConfig(**{**GROUPED, "num_hidden_layers": 3}, lru_width=32, attention_window_size=5),
+        lambda: T.RecurrentGemmaConfig(
+            **{**GROUPED, "num_hidden_layers": 3}, lru_width=32, attention_window_size=5
+        ),
         False,
     ),
-}  # fmt: skip
+}
 LENGTHS = (9, 11, 1, 17)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], Path]:
     """The folder of a family's model, made when it is first asked for."""
     made: dict[str, Path] = {}
 
     def folder(family: str) -> Path:
         if family not in made:
-            made[family] = save_model(tmp_path_factory.mktemp(family), FAMILIES[family][0](), tokenizer)
+            made[family] = save_model(
+                tmp_path_factory.mktemp(family), FAMILIES[family][0](), tokenizer
+            )
         return made[family]
 
     return folder
@@ -100,7 +143,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def of_family(family: str, folders: Callable[[str], Path]) -> Base:
+def of_family(family: str, folders: Callable[[str], Path]) -> CausalLM:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return load_base(str(folders(family)))
@@ -117,15 +160,19 @@ def reference(folder: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def test_packed_is_one_by_one(of_family: Base, family: str, folders: Callable[[str], Path]) -> None:
+def test_packed_is_one_by_one(
+    of_family: CausalLM, family: str, folders: Callable[[str], Path]
+) -> None:
     run, eager = flat_run(LENGTHS), reference(folders(family))
-    assert of_family.flat is FAMILIES[family][1]
+    assert of_family.supports_packing is FAMILIES[family][1]
     expected = torch.cat([eager(tokens) for tokens, _, _ in one_by_one(run)])
     assert expected.std() > 0.05
     assert (logits(of_family, run) - expected).abs().max() < 1e-4
 
 
-def test_cached_generation_is_recomputed(of_family: Base, family: str, folders: Callable[[str], Path]) -> None:
+def test_cached_generation_is_recomputed(
+    of_family: CausalLM, family: str, folders: Callable[[str], Path]
+) -> None:
     eager = reference(folders(family))
     prompts = [flat_run((n,), seed=n)[0].tolist() for n in (2, 11, 6)]
     expected = []
@@ -134,37 +181,43 @@ def test_cached_generation_is_recomputed(of_family: Base, family: str, folders: 
         while len(tokens) < len(prompt) + 10 and (len(tokens) == len(prompt) or tokens[-1] != 2):
             tokens.append(int(eager(torch.tensor(tokens))[-1].argmax()))
         expected.append(tokens[len(prompt) :])
-    assert generate_tokens(of_family, prompts, Sampling(max_new_tokens=10)) == expected
+    assert generate_tokens(of_family, prompts, SamplingParams(max_new_tokens=10)) == expected
 
 
-def test_served_is_alone(of_family: Base, family: str, tmp_path: Path) -> None:
+def test_served_is_alone(of_family: CausalLM, family: str, tmp_path: Path) -> None:
     """The serving engine, with and without an adapter, prompts in pieces: what each gives alone. Others are refused."""
     if not FAMILIES[family][1]:
         with pytest.raises(BaseError, match="cannot be served"):
             Engine(of_family)
         return
-    engine = Engine(of_family, EngineSettings(memory=1 << 22, step_tokens=7))
+    engine = Engine(of_family, EngineConfig(pool_bytes=1 << 22, max_num_batched_tokens=7))
     adapter = put(of_family)
     save_adapter(adapter, of_family, tmp_path / "a")
     prompts = [flat_run((n,), seed=n)[0].tolist() for n in (2, 19, 11, 20)]
-    sampling = Sampling(max_new_tokens=8)
-    expected = [generate_tokens(of_family, [p], sampling, r)[0] for p, r in zip(prompts, [None, adapter.route] * 2, strict=True)]
+    sampling = SamplingParams(max_new_tokens=8)
+    expected = [
+        generate_tokens(of_family, [p], sampling, r)[0]
+        for p, r in zip(prompts, [None, adapter.active] * 2, strict=True)
+    ]
     detach(of_family.model, adapter)
-    part = Part(engine.shelf.add("a", tmp_path / "a").hash)
-    requests = [Request(tuple(p), sampling, parts) for p, parts in zip(prompts, [(), (part,)] * 2, strict=True)]
-    assert [tokens for _, tokens, _ in answer_all(engine, requests)] == expected
+    part = AdapterWeight(engine.shelf.add("a", tmp_path / "a").hash)
+    requests = [
+        GenerationRequest(tuple(p), sampling, parts)
+        for p, parts in zip(prompts, [(), (part,)] * 2, strict=True)
+    ]
+    assert [tokens for _, tokens, _ in run_to_completion(engine, requests)] == expected
     engine.stop()
 
 
-def test_lora_trains_and_merges(of_family: Base) -> None:
+def test_lora_trains_and_merges(of_family: CausalLM) -> None:
     """A LoRA on all linear layers (GPT-2's Conv1D among them): a step lowers the loss; checkpointing changes nothing."""
     base, run = of_family, flat_run(LENGTHS)
     adapter = put(base)
     labels = torch.cat([torch.cat([part[0][1:], torch.tensor([-100])]) for part in one_by_one(run)])
-    on = Segments.all("a")
+    on = Segments.on_all_tokens("a")
 
     def loss(checkpointing: bool = False) -> Tensor:
-        with base.checkpointing(checkpointing), base.board.route(on):
+        with base.gradient_checkpointing(checkpointing), base.forward_context.use(on):
             return base.loss(*run, labels)
 
     before = loss()
@@ -172,8 +225,13 @@ def test_lora_trains_and_merges(of_family: Base) -> None:
     gradients = [p.grad for p in adapter.parameters()]
     assert sum(g is not None and bool(g.abs().max() > 0) for g in gradients) >= 0.7 * len(gradients)
     if base.model.supports_gradient_checkpointing and base.model.config.model_type != "mamba":
-        again = torch.autograd.grad(loss(True), [p for p in adapter.parameters() if p.grad is not None])
-        assert all(torch.equal(a, b) for a, b in zip(again, [g for g in gradients if g is not None], strict=True))
+        again = torch.autograd.grad(
+            loss(True), [p for p in adapter.parameters() if p.grad is not None]
+        )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(again, [g for g in gradients if g is not None], strict=True)
+        )
     with torch.no_grad():
         for parameter in adapter.parameters():
             if parameter.grad is not None:
@@ -182,41 +240,59 @@ def test_lora_trains_and_merges(of_family: Base) -> None:
     with torch.no_grad():
         expected = logits(base, run, on)
         assert (expected - logits(base, run)).abs().max() > 1e-3
-        if base.model.config.model_type != "mamba":  # its slow path multiplies by dt_proj's weight directly
-            take_in(base, adapter)
+        if (
+            base.model.config.model_type != "mamba"
+        ):  # its slow path multiplies by dt_proj's weight directly
+            merge_into_base(base, adapter)
             assert (logits(base, run) - expected).abs().max() < 1e-4
 
 
-def test_full_trains_and_merges(of_family: Base) -> None:
+def test_full_trains_and_merges(of_family: CausalLM) -> None:
     """All that has numbers: experts, learned positions, and parameters beside other layers (sinks, Mamba's A)."""
     base, run = of_family, flat_run(LENGTHS)
     total = sum(p.numel() for p in base.model.parameters())
     before = state(base.model)
-    adapter = put(base, targets="all", method="full")
-    assert adapter.count() == total
-    on = Segments.all("a")
-    with base.board.route(on):
+    adapter = put(base, target_modules="all", method="full")
+    assert adapter.num_parameters() == total
+    on = Segments.on_all_tokens("a")
+    with base.forward_context.use(on):
         base.loss(*run, run[0].roll(-1)).backward()
     assert all(p.grad is not None for p in adapter.parameters())
     expected = logits(base, run, on)
     detach(base.model, adapter)
     assert same(state(base.model), before)
-    attached_again = put(base, targets="all", method="full")
+    attached_again = put(base, target_modules="all", method="full")
     assert torch.equal(logits(base, run, on), expected)
-    take_in(base, attached_again)
+    merge_into_base(base, attached_again)
     assert (logits(base, run) - expected).abs().max() < 1e-4
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = T.T5Config(vocab_size=320, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = T.T5Config(
+        vocab_size=320,
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
     T.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(BaseError, match="t5 is an encoder-decoder"):
         load_base(str(tmp_path))
 
 
-def test_an_encoder_that_reads_ahead_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = T.BertConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+def test_an_encoder_that_reads_ahead_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = T.BertConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+    )
     save_model(tmp_path, config, tokenizer)
     with pytest.raises(BaseError, match="reads ahead"):
         load_base(str(tmp_path))

@@ -10,69 +10,156 @@ import pytest
 
 from afina.data.prompts import read_asked
 from afina.errors import AfinaError, DataError, SettingsError, TrainingError
-from afina.objective.graders import make_formula, make_grader
+from afina.objectives.graders import make_formula, parse_grader
 from helpers import write_rows
 
 SAMPLE = "{{ sample.output_text }}"
 
 
-def check(operation: str = "eq", input: str = SAMPLE, reference: str = "{{item.answer}}") -> dict[str, Any]:
-    return {"type": "string_check", "name": "same", "input": input, "reference": reference, "operation": operation}
+def check(
+    operation: str = "eq", input: str = SAMPLE, reference: str = "{{item.answer}}"
+) -> dict[str, Any]:
+    return {
+        "type": "string_check",
+        "name": "same",
+        "input": input,
+        "reference": reference,
+        "operation": operation,
+    }
 
 
 def similar(metric: str) -> dict[str, Any]:
-    return {"type": "text_similarity", "name": "close", "input": SAMPLE, "reference": "{{ item.answer }}", "evaluation_metric": metric}
+    return {
+        "type": "text_similarity",
+        "name": "close",
+        "input": SAMPLE,
+        "reference": "{{ item.answer }}",
+        "evaluation_metric": metric,
+    }
 
 
 def grade(told: dict[str, Any], answer: str, item: Any = None, run_python: bool = False) -> float:
-    return make_grader(told, run_python).grade(answer, item or {"answer": "Sol y luna"})[0]
+    return parse_grader(told, run_python).grade(answer, item or {"answer": "Sol y luna"})[0]
 
 
-@pytest.mark.parametrize(("operation", "answer", "expected"), [
-    ("eq", "Sol y luna", 1), ("eq", "sol y luna", 0), ("ne", "sol", 1), ("ne", "Sol y luna", 0),
-    ("like", "el Sol y luna.", 1), ("like", "el sol y luna.", 0), ("ilike", "EL SOL Y LUNA", 1), ("ilike", "el sol", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("operation", "answer", "expected"),
+    [
+        ("eq", "Sol y luna", 1),
+        ("eq", "sol y luna", 0),
+        ("ne", "sol", 1),
+        ("ne", "Sol y luna", 0),
+        ("like", "el Sol y luna.", 1),
+        ("like", "el sol y luna.", 0),
+        ("ilike", "EL SOL Y LUNA", 1),
+        ("ilike", "el sol", 0),
+    ],
+)
 def test_strings(operation: str, answer: str, expected: float) -> None:
     assert grade(check(operation), answer) == expected
 
 
 def test_variables() -> None:
     item = {"a": {"b": ["x", {"c d": 1, "niño": "y"}]}, "n": 3.5, "yes": True}
-    for told, expected in (("{{item.a.b[0]}}", "x"), ("{{ item.a.b[1].niño }}!", "y!"), ("{{item.n}}{{item.yes}}", "3.5true"),
-                           ("{{item.a.b}}", '["x", {"c d": 1, "niño": "y"}]'), ("{ {item.n} }", "{ {item.n} }")):  # fmt: skip
+    for told, expected in (
+        ("{{item.a.b[0]}}", "x"),
+        ("{{ item.a.b[1].niño }}!", "y!"),
+        ("{{item.n}}{{item.yes}}", "3.5true"),
+        ("{{item.a.b}}", '["x", {"c d": 1, "niño": "y"}]'),
+        ("{ {item.n} }", "{ {item.n} }"),
+    ):
         assert grade(check(input=told, reference=expected.replace("{{", "")), "", item) == 1, told
     # what an answer says is text, and no template
     assert grade(check(reference="{{item.n}}"), "{{item.n}}", item) == 0
-    assert grade(check(input="{{sample.output_json.city}}", reference="Roma"), '{"city": "Roma"}', item) == 1
+    assert (
+        grade(
+            check(input="{{sample.output_json.city}}", reference="Roma"), '{"city": "Roma"}', item
+        )
+        == 1
+    )
     for broken in ("Roma", '{"town": "Roma"}', "[1]", "[" * 100_000):
         assert grade(check("ne", "{{sample.output_json.city}}", "x"), broken, item) == 0
 
 
-@pytest.mark.parametrize("metric", ["fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "fuzzy_match",
+        "bleu",
+        "gleu",
+        "rouge_1",
+        "rouge_2",
+        "rouge_3",
+        "rouge_4",
+        "rouge_5",
+        "rouge_l",
+    ],
+)
 def test_similarities(metric: str) -> None:
     reference = "la luna salió sobre el mar y la casa dormía"
-    same, near, far = (grade(similar(metric), text, {"answer": reference})
-                       for text in (reference, reference.replace("casa", "niña"), "qué tal"))  # fmt: skip
+    same, near, far = (
+        grade(similar(metric), text, {"answer": reference})
+        for text in (reference, reference.replace("casa", "niña"), "qué tal")
+    )
     assert same == pytest.approx(1.0)
     assert 0.0 <= far < near < 1.0
     assert grade(similar(metric), "", {"answer": reference}) == 0.0
-    assert grade(similar("fuzzy_match"), "abcd", {"answer": "abxd"}) == pytest.approx(0.75)  # 2 * 3 alike of 8
-    assert grade(similar("rouge_1"), "a b c", {"answer": "a b d e"}) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert grade(similar("fuzzy_match"), "abcd", {"answer": "abxd"}) == pytest.approx(
+        0.75
+    )  # 2 * 3 alike of 8
+    assert grade(similar("rouge_1"), "a b c", {"answer": "a b d e"}) == pytest.approx(
+        2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)
+    )
 
 
-@pytest.mark.parametrize(("formula", "expected"), [
-    ("a + 2 * b", 1.5), ("2 * a ^ 3 - b", -0.25), ("-a^2", -0.25), ("min(a, b, 3) / max(a, b)", 1.0), ("sqrt(a + b) + exp(0)", 2.0),
-    ("floor(a) + ceil(b) + abs(-1) + log(1)", 2.0), ("a ** 2", 0.25),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        ("a + 2 * b", 1.5),
+        ("2 * a ^ 3 - b", -0.25),
+        ("-a^2", -0.25),
+        ("min(a, b, 3) / max(a, b)", 1.0),
+        ("sqrt(a + b) + exp(0)", 2.0),
+        ("floor(a) + ceil(b) + abs(-1) + log(1)", 2.0),
+        ("a ** 2", 0.25),
+    ],
+)
 def test_formulas(formula: str, expected: float) -> None:
-    assert make_formula(formula, {"a": 0, "b": 0}, "f")({"a": 0.5, "b": 0.5}) == pytest.approx(expected)
+    assert make_formula(formula, {"a": 0, "b": 0}, "f")({"a": 0.5, "b": 0.5}) == pytest.approx(
+        expected
+    )
 
 
-@pytest.mark.parametrize("formula", [
-    "", "a +", "c", "a.real", "__import__('os')", "a if b else 1", "[a]", "a(b)", "min(a)", "sqrt(a, b)", "a < b", "'x'", "1j",
-    "min(*a)", "min(a, key=b)", "(lambda: 1)()", "a // b", "a % b", "a @ b", "True", "(" * 300 + ")" * 300, "-" * 499 + "a" * 50,
-    "a; b", "a\nb", "1e999999j",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "",
+        "a +",
+        "c",
+        "a.real",
+        "__import__('os')",
+        "a if b else 1",
+        "[a]",
+        "a(b)",
+        "min(a)",
+        "sqrt(a, b)",
+        "a < b",
+        "'x'",
+        "1j",
+        "min(*a)",
+        "min(a, key=b)",
+        "(lambda: 1)()",
+        "a // b",
+        "a % b",
+        "a @ b",
+        "True",
+        "(" * 300 + ")" * 300,
+        "-" * 499 + "a" * 50,
+        "a; b",
+        "a\nb",
+        "1e999999j",
+    ],
+)
 def test_a_formula_can_only_calculate(formula: str) -> None:
     with pytest.raises(SettingsError):
         make_formula(formula, {"a": 0, "b": 0}, "f")
@@ -81,16 +168,34 @@ def test_a_formula_can_only_calculate(formula: str) -> None:
 def test_formulas_take_no_time_and_say_where_they_have_no_value() -> None:
     start = time.perf_counter()
     for formula in ("9^9^9^9", "1/0", "sqrt(-1)", "(-8)^0.5", "log(0)", "exp(9999)"):
-        told = {"type": "multi", "name": "m", "graders": {"s": check()}, "calculate_output": formula}
+        told = {
+            "type": "multi",
+            "name": "m",
+            "graders": {"s": check()},
+            "calculate_output": formula,
+        }
         with pytest.raises(TrainingError):
             grade(told, "x")
     assert time.perf_counter() - start < 1.0
 
 
 def test_several() -> None:
-    told = {"type": "multi", "name": "m", "graders": {"same": check(), "close": similar("fuzzy_match")}, "calculate_output": "0.5 * same + close"}
-    assert make_grader(told, False).grade("Sol y luna", {"answer": "Sol y luna"}) == (1.5, {"same": 1.0, "close": 1.0})
-    one = {"type": "multi", "name": "m", "graders": check(), "calculate_output": "2 * same"}  # as OpenAI's client types it
+    told = {
+        "type": "multi",
+        "name": "m",
+        "graders": {"same": check(), "close": similar("fuzzy_match")},
+        "calculate_output": "0.5 * same + close",
+    }
+    assert parse_grader(told, False).grade("Sol y luna", {"answer": "Sol y luna"}) == (
+        1.5,
+        {"same": 1.0, "close": 1.0},
+    )
+    one = {
+        "type": "multi",
+        "name": "m",
+        "graders": check(),
+        "calculate_output": "2 * same",
+    }  # as OpenAI's client types it
     assert grade(one, "Sol y luna") == 2.0
 
 
@@ -105,51 +210,89 @@ def test_code_is_run_where_it_is_allowed(tmp_path: Path) -> None:
     assert grade(code(), "four", {"most": 8}, True) == 0.5
     within = {"type": "multi", "name": "m", "graders": {"c": code()}, "calculate_output": "c"}
     for told in (code(), within):
-        assert make_grader(told, True).is_code
+        assert parse_grader(told, True).is_code
         with pytest.raises(SettingsError, match="not run here"):
-            make_grader(told, False)
-    assert not make_grader(check(), False).is_code
+            parse_grader(told, False)
+    assert not parse_grader(check(), False).is_code
     mark = tmp_path / "mark"
     touching = f"open({str(mark)!r}, 'w').close()\n{SOURCE}"
-    grader = make_grader(code(touching), True)
+    grader = parse_grader(code(touching), True)
     assert not mark.exists()  # who looks at it runs nothing
     grader.grade("a", {"most": 1})
     assert mark.exists()
     for source in ("def other(): pass", "def grade(:", 3):
         with pytest.raises(SettingsError):
-            make_grader(code(source), True)  # type: ignore[arg-type]
-    for source in ("def grade(sample, item): raise SystemError", "def grade(sample, item): return 'x'", "def grade(s, i): return float('nan')"):
+            parse_grader(code(source), True)  # type: ignore[arg-type]
+    for source in (
+        "def grade(sample, item): raise SystemError",
+        "def grade(sample, item): return 'x'",
+        "def grade(s, i): return float('nan')",
+    ):
         with pytest.raises(TrainingError):
             grade(code(source), "x", {}, True)
 
 
-@pytest.mark.parametrize(("told", "word"), [
-    ({"type": "score_model", "name": "x", "model": "gpt", "input": []}, "score_model"), ({"type": "label_model", "name": "x"}, "label_model"),
-    (similar("cosine"), "embeddings"), (similar("meteor"), "synonyms"), (similar("bleo"), "bleu"), (check("equals"), "operation"),
-    ({"type": "strings", "name": "x"}, "string_check"), (check() | {"name": ""}, "name"), (check() | {"weight": 1}, "weight"),
-    ({k: v for k, v in check().items() if k != "reference"}, "reference is missing"), (check(input="{{ item }}"), "variable"),
-    (check(input="{{ sample.choices[0] }}"), "variable"), (check(input="{{ item.a | upper }}"), "variable"), (check(input=3), "text"),  # type: ignore[arg-type]
-    ({"type": "multi", "name": "m", "graders": {}, "calculate_output": "1"}, "graders"),
-    ({"type": "multi", "name": "m", "graders": {"min": check()}, "calculate_output": "1"}, "min"),
-    ({"type": "multi", "name": "m", "graders": {"m": {"type": "multi", "name": "n", "graders": {"s": check()}, "calculate_output": "s"}},
-      "calculate_output": "m"}, "multi"),
-    ([], "object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("told", "word"),
+    [
+        ({"type": "score_model", "name": "x", "model": "gpt", "input": []}, "score_model"),
+        ({"type": "label_model", "name": "x"}, "label_model"),
+        (similar("cosine"), "embeddings"),
+        (similar("meteor"), "synonyms"),
+        (similar("bleo"), "bleu"),
+        (check("equals"), "operation"),
+        ({"type": "strings", "name": "x"}, "string_check"),
+        (check() | {"name": ""}, "name"),
+        (check() | {"weight": 1}, "weight"),
+        ({k: v for k, v in check().items() if k != "reference"}, "reference is missing"),
+        (check(input="{{ item }}"), "variable"),
+        (check(input="{{ sample.choices[0] }}"), "variable"),
+        (check(input="{{ item.a | upper }}"), "variable"),
+        (check(input=3), "text"),  # type: ignore[arg-type]
+        ({"type": "multi", "name": "m", "graders": {}, "calculate_output": "1"}, "graders"),
+        (
+            {"type": "multi", "name": "m", "graders": {"min": check()}, "calculate_output": "1"},
+            "min",
+        ),
+        (
+            {
+                "type": "multi",
+                "name": "m",
+                "graders": {
+                    "m": {
+                        "type": "multi",
+                        "name": "n",
+                        "graders": {"s": check()},
+                        "calculate_output": "s",
+                    }
+                },
+                "calculate_output": "m",
+            },
+            "multi",
+        ),
+        ([], "object"),
+    ],
+)
 def test_what_is_no_grader_is_refused(told: Any, word: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        make_grader(told, True)
+        parse_grader(told, True)
     assert word in str(caught.value)
 
 
 def test_rows_keep_what_graders_ask_for(tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "say sol"}], "answer": {"text": "sol"}},
-                      {"prompt": "say mar", "completion": "mar"})  # fmt: skip
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        {"messages": [{"role": "user", "content": "say sol"}], "answer": {"text": "sol"}},
+        {"prompt": "say mar", "completion": "mar"},
+    )
     first, second = read_asked(rows, {}).rows
-    grader = make_grader(check(reference="{{ item.answer.text }}"), False)
+    grader = parse_grader(check(reference="{{ item.answer.text }}"), False)
     grader.check(first.item, first.where)
     with pytest.raises(DataError, match="answer.text"):
         grader.check(second.item, second.where)
-    again = write_rows(tmp_path / "again.jsonl", *(row.record(whole=True) for row in (first, second)))
+    again = write_rows(
+        tmp_path / "again.jsonl", *(row.record(whole=True) for row in (first, second))
+    )
     for row, other in zip((first, second), read_asked(again, {}).rows, strict=True):
         assert (row.prompt, row.reference, row.item) == (other.prompt, other.reference, other.item)
 
@@ -159,20 +302,40 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
     from afina.config import EvalSettings
     from helpers import metrics
 
-    told = {"type": "multi", "name": "m", "graders": {"vowels": similar("fuzzy_match"), "has": check("like", reference="a")},
-            "calculate_output": "vowels + 0.1 * has"}  # fmt: skip
+    told = {
+        "type": "multi",
+        "name": "m",
+        "graders": {"vowels": similar("fuzzy_match"), "has": check("like", reference="a")},
+        "calculate_output": "vowels + 0.1 * has",
+    }
     (tmp_path / "grader.json").write_text(json.dumps(told))
-    rows = write_rows(tmp_path / "asked.jsonl", *({"prompt": f"say {n} sol", "answer": "aeiou"} for n in range(10)))
+    rows = write_rows(
+        tmp_path / "asked.jsonl",
+        *({"prompt": f"say {n} sol", "answer": "aeiou"} for n in range(10)),
+    )
     values: dict[str, Any] = {
-        "base": str(tiny), "general": general, "template": "plain", "objective": "grpo", "steps": 2, "check_every": 1, "holdout": 0.2,
-        "options": {"reward": str(tmp_path / "grader.json"), "max_new_tokens": 4, "group": 2, "prompts": 2},
-    }  # fmt: skip
-    run = train(rows, out=tmp_path / "run", **values)
+        "base": str(tiny),
+        "retention_text": general,
+        "chat_template": "plain",
+        "objective": "grpo",
+        "max_steps": 2,
+        "eval_steps": 1,
+        "eval_size": 0.2,
+        "options": {
+            "reward": str(tmp_path / "grader.json"),
+            "max_new_tokens": 4,
+            "group": 2,
+            "prompts": 2,
+        },
+    }
+    run = train(rows, output_dir=tmp_path / "run", **values)
     line = metrics(run.folder)[-1]
-    assert line["reward"] == pytest.approx(line["reward_grader.json:vowels"] + 0.1 * line["reward_grader.json:has"])
+    assert line["reward"] == pytest.approx(
+        line["reward_grader.json:vowels"] + 0.1 * line["reward_grader.json:has"]
+    )
     assert math.isfinite(line["held_out_reward"])
-    found = evaluate(EvalSettings(run=run.folder))  # from its own held-out rows
+    found = evaluate(EvalSettings(adapter=run.folder))  # from its own held-out rows
     assert found["after"]["reward"] == pytest.approx(run.story["policy"]["after"]["reward"])
     bad = write_rows(tmp_path / "bad.jsonl", *({"prompt": f"say {n}"} for n in range(10)))
     with pytest.raises(AfinaError, match="asks for a field"):
-        train(bad, out=tmp_path / "other", **values)
+        train(bad, output_dir=tmp_path / "other", **values)

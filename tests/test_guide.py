@@ -32,8 +32,14 @@ def read(language: str, page: str) -> str:
 
 def commands() -> list[str]:
     """What the guide says to type, in the order of its pages."""
-    order = [Path(name).name for name in re.findall(r"\]\(([\w-]+\.md)\)", read("en", "index.md")) if name in PAGES]
-    assert sorted(order) == sorted(set(PAGES) - {"index.md"}), "the first page leads to every other one, once"
+    order = [
+        Path(name).name
+        for name in re.findall(r"\]\(([\w-]+\.md)\)", read("en", "index.md"))
+        if name in PAGES
+    ]
+    assert sorted(order) == sorted(set(PAGES) - {"index.md"}), (
+        "the first page leads to every other one, once"
+    )
     blocks = [text for page in ["index.md", *order] for _, text in BLOCK.findall(read("en", page))]
     return [line for block in blocks for line in block.splitlines()]
 
@@ -54,7 +60,18 @@ def shape(text: str) -> dict[str, object]:
 
 def test_the_languages_have_the_same_pages() -> None:
     assert sorted(file.name for file in (GUIDE / "es").glob("*.md")) == PAGES
-    asked = {"fine-tuning", "lora", "qlora", "mora", "alora", "many-adapters", "rlhf", "safety", "choosing", "report"}
+    asked = {
+        "fine-tuning",
+        "lora",
+        "qlora",
+        "mora",
+        "alora",
+        "many-adapters",
+        "rlhf",
+        "safety",
+        "choosing",
+        "report",
+    }
     assert {Path(page).stem for page in PAGES} == {"index", *asked}
 
 
@@ -71,11 +88,17 @@ def test_a_page_is_short_and_has_a_picture_and_a_command(page: str) -> None:
     for language in draw.LANGUAGES:
         text = read(language, page)
         assert len(text.split()) < 400
-        assert len(BLOCK.findall(text)) >= 1 and all(kind == "bash" for kind, _ in BLOCK.findall(text))
+        assert len(BLOCK.findall(text)) >= 1 and all(
+            kind == "bash" for kind, _ in BLOCK.findall(text)
+        )
         [(alt, picture)] = re.findall(r"!\[([^]]+)\]\(([^)]+)\)", text)
-        assert picture == f"pictures/{Path(page).stem}.svg" and (GUIDE / language / picture).is_file()
+        assert (
+            picture == f"pictures/{Path(page).stem}.svg" and (GUIDE / language / picture).is_file()
+        )
         words = yaml.safe_load((GUIDE / "words.yaml").read_text(encoding="utf-8"))
-        assert alt == words[Path(page).stem]["alt"][language], "who cannot see the picture reads the same"
+        assert alt == words[Path(page).stem]["alt"][language], (
+            "who cannot see the picture reads the same"
+        )
 
 
 @pytest.mark.parametrize("language", draw.LANGUAGES)
@@ -86,10 +109,13 @@ def test_pictures_are_those_that_are_drawn(name: str, language: str) -> None:
     picture = ElementTree.fromstring(text)
     boxes = [element for element in picture.iter("{http://www.w3.org/2000/svg}rect")]
     for box in boxes:
-        assert float(box.get("x", 0)) >= 0 and float(box.get("x", 0)) + float(box.get("width", 0)) <= draw.WIDTH
-        assert float(box.get("y", 0)) >= 0 and float(box.get("y", 0)) + float(box.get("height", 0)) <= float(
-            picture.get("viewBox", "").split()[3]
+        assert (
+            float(box.get("x", 0)) >= 0
+            and float(box.get("x", 0)) + float(box.get("width", 0)) <= draw.WIDTH
         )
+        assert float(box.get("y", 0)) >= 0 and float(box.get("y", 0)) + float(
+            box.get("height", 0)
+        ) <= float(picture.get("viewBox", "").split()[3])
     for one in picture.iter("{http://www.w3.org/2000/svg}text"):
         half = 0.31 * float(one.get("font-size", 0)) * len(one.text or "")
         x = float(one.get("x", 0)) + (half if one.get("text-anchor") == "start" else 0)
@@ -113,11 +139,17 @@ def test_the_site_is_built_without_dead_links_and_asks_nobody(tmp_path: Path) ->
         assert {f"{Path(page).stem}.html" for page in [*PAGES, *build.SHARED.values()]} <= there
         assert f'<html lang="{language}"' in (half / "index.html").read_text(encoding="utf-8")
         assert all((half / "pictures" / f"{name}.svg").is_file() for name in draw.PICTURES)
-    assert not [file for file in site.rglob("*.css") if re.search(rb"url\(['\"]?(https?:)?//", file.read_bytes())]
+    assert not [
+        file
+        for file in site.rglob("*.css")
+        if re.search(rb"url\(['\"]?(https?:)?//", file.read_bytes())
+    ]
 
 
 def test_dead_links_are_found(tmp_path: Path) -> None:
-    (tmp_path / "good.html").write_text('<p id="here"></p><a href="good.html#here"></a><a href="https://elsewhere.org"></a>')
+    (tmp_path / "good.html").write_text(
+        '<p id="here"></p><a href="good.html#here"></a><a href="https://elsewhere.org"></a>'
+    )
     assert list(build.dead(tmp_path)) == []
     (tmp_path / "bad.html").write_text(
         '<a href="none.html"></a><a href="good.html#there"></a><script src="https://cdn.org/x.js"></script>'
@@ -181,6 +213,8 @@ def test_the_reader_who_types_everything(workplace: Path, request: pytest.Fixtur
 
 def run(line: str, environment: dict[str, str]) -> None:
     """Type a command; an audit asks for a person (3), everything else ends well."""
-    done = subprocess.run(shlex.split(line), stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        shlex.split(line), stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True
+    )
     expected = 3 if line.startswith("afina audit") else 0
     assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -16,12 +16,12 @@ import openai
 import pytest
 import yaml
 
-from afina.server import grading
+from afina.server.routes import graders as grading
 from helpers import ENVIRONMENT, write_rows
 from live import KEYS, Live, live
 
 ENDED = ("succeeded", "failed", "cancelled", "paused")
-SHORT = {"steps": 6, "check_every": 2, "learning_rate": 3e-3, "max_length": 64}
+SHORT = {"max_steps": 6, "eval_steps": 2, "learning_rate": 3e-3, "max_length": 64}
 
 
 def until(wanted: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -46,14 +46,22 @@ def start(client: openai.OpenAI, rows: Path, model: str, **more: Any) -> Any:
     with rows.open("rb") as stream:
         file = client.files.create(file=stream, purpose="fine-tune")
     own = {**SHORT, **more.pop("afina", {})}
-    return client.fine_tuning.jobs.create(model=model, training_file=file.id, seed=1, extra_body={"afina": own}, **more)
+    return client.fine_tuning.jobs.create(
+        model=model, training_file=file.id, seed=1, extra_body={"afina": own}, **more
+    )
 
 
 @pytest.fixture(scope="module")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("state")
     (folder / "keys.yaml").write_text(KEYS)
-    with live(base=str(tiny), state=folder / "state", keys=folder / "keys.yaml", job_threads=1, job_nice=0) as running:
+    with live(
+        base=str(tiny),
+        state_dir=folder / "state",
+        api_key_file=folder / "keys.yaml",
+        job_num_threads=1,
+        job_nice=0,
+    ) as running:
         yield running
 
 
@@ -67,10 +75,16 @@ def bob(server: Live) -> openai.OpenAI:
     return server.client("key-of-bob")
 
 
-def test_a_file_is_kept_and_given_back(alice: openai.OpenAI, bob: openai.OpenAI, chats: Path) -> None:
+def test_a_file_is_kept_and_given_back(
+    alice: openai.OpenAI, bob: openai.OpenAI, chats: Path
+) -> None:
     with chats.open("rb") as stream:
         file = alice.files.create(file=stream, purpose="fine-tune")
-    assert file.bytes == chats.stat().st_size and file.filename == "chats.jsonl" and file.status == "processed"
+    assert (
+        file.bytes == chats.stat().st_size
+        and file.filename == "chats.jsonl"
+        and file.status == "processed"
+    )
     assert alice.files.content(file.id).read() == chats.read_bytes()
     assert file.id in [found.id for found in alice.files.list()]
     assert file.id not in [found.id for found in bob.files.list()]
@@ -85,7 +99,9 @@ def test_a_file_is_kept_and_given_back(alice: openai.OpenAI, bob: openai.OpenAI,
 
 
 def test_lists_come_in_pages(alice: openai.OpenAI) -> None:
-    made = [alice.files.create(file=(f"{n}.jsonl", b"{}"), purpose="fine-tune").id for n in range(5)]
+    made = [
+        alice.files.create(file=(f"{n}.jsonl", b"{}"), purpose="fine-tune").id for n in range(5)
+    ]
     pages = [found.id for found in alice.files.list(limit=2)]  # the client asks for page after page
     assert set(made) <= set(pages) and len(pages) == len(set(pages))
     first = alice.files.list(limit=2)
@@ -94,10 +110,23 @@ def test_lists_come_in_pages(alice: openai.OpenAI) -> None:
         alice.files.delete(file)
 
 
-def test_from_rows_to_answers_of_the_tuned_model(server: Live, alice: openai.OpenAI, bob: openai.OpenAI, chats: Path) -> None:
+def test_from_rows_to_answers_of_the_tuned_model(
+    server: Live, alice: openai.OpenAI, bob: openai.OpenAI, chats: Path
+) -> None:
     base = server.state.base_name
-    hyper: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}}}
-    job = start(alice, chats, base, suffix="echo", method=hyper, metadata={"who": "test"}, afina={"steps": 8})
+    hyper: Any = {
+        "type": "supervised",
+        "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}},
+    }
+    job = start(
+        alice,
+        chats,
+        base,
+        suffix="echo",
+        method=hyper,
+        metadata={"who": "test"},
+        afina={"max_steps": 8},
+    )
     assert job.status == "queued" and job.fine_tuned_model is None
     with pytest.raises(openai.ConflictError, match=job.id):
         alice.files.delete(job.training_file)
@@ -111,9 +140,15 @@ def test_from_rows_to_answers_of_the_tuned_model(server: Live, alice: openai.Ope
     done = until(look)
     at = time.monotonic()
     assert done.status == "succeeded", done.error
-    assert done.fine_tuned_model.startswith(f"ft:{base}:afina:echo:") and done.trained_tokens > 0 and done.finished_at
+    assert (
+        done.fine_tuned_model.startswith(f"ft:{base}:afina:echo:")
+        and done.trained_tokens > 0
+        and done.finished_at
+    )
     ask: Any = [{"role": "user", "content": "say sol luna"}]
-    tuned = alice.chat.completions.create(model=done.fine_tuned_model, messages=ask, temperature=0, max_tokens=8)
+    tuned = alice.chat.completions.create(
+        model=done.fine_tuned_model, messages=ask, temperature=0, max_tokens=8
+    )
     assert time.monotonic() - at < 1.0  # no restart, no waiting
     plain = alice.chat.completions.create(model=base, messages=ask, temperature=0, max_tokens=8)
     assert tuned.choices[0].message.content != plain.choices[0].message.content
@@ -121,16 +156,26 @@ def test_from_rows_to_answers_of_the_tuned_model(server: Live, alice: openai.Ope
 
     events = list(alice.fine_tuning.jobs.list_events(job.id, limit=3))  # in pages
     messages = [event.message for event in events]
-    assert messages[0] == "The job has successfully completed" and messages[-1].startswith("Created fine-tuning job")
+    assert messages[0] == "The job has successfully completed" and messages[-1].startswith(
+        "Created fine-tuning job"
+    )
     steps = [event.data["step"] for event in events if event.type == "metrics"]  # type: ignore[index]
     assert steps == sorted(steps, reverse=True) and steps[0] == 8 and len(steps) == len(set(steps))
     checkpoints = alice.fine_tuning.jobs.checkpoints.list(job.id).data
     assert checkpoints and checkpoints[0].metrics.valid_loss is not None
     last = checkpoints[0]
-    assert last.fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-{last.step_number}"
-    again = alice.chat.completions.create(model=last.fine_tuned_model_checkpoint, messages=ask, temperature=0, max_tokens=8)
-    assert again.choices[0].message.content == tuned.choices[0].message.content  # the best is the last that was kept
-    assert {c.fine_tuned_model_checkpoint for c in checkpoints} & names  # seen while it was still learning
+    assert (
+        last.fine_tuned_model_checkpoint == f"{done.fine_tuned_model}:ckpt-step-{last.step_number}"
+    )
+    again = alice.chat.completions.create(
+        model=last.fine_tuned_model_checkpoint, messages=ask, temperature=0, max_tokens=8
+    )
+    assert (
+        again.choices[0].message.content == tuned.choices[0].message.content
+    )  # the best is the last that was kept
+    assert {
+        c.fine_tuned_model_checkpoint for c in checkpoints
+    } & names  # seen while it was still learning
 
     with pytest.raises(openai.NotFoundError):  # to others it is not there
         bob.chat.completions.create(model=done.fine_tuned_model, messages=ask)
@@ -148,55 +193,113 @@ def test_a_job_that_learns_from_pairs(server: Live, alice: openai.OpenAI, tmp_pa
         return [{"role": "assistant", "content": text}]
 
     pairs = [
-        {"input": {"messages": [{"role": "user", "content": f"say {word}"}]}, "preferred_output": said(word),
-         "non_preferred_output": said("night")}
+        {
+            "input": {"messages": [{"role": "user", "content": f"say {word}"}]},
+            "preferred_output": said(word),
+            "non_preferred_output": said("night"),
+        }
         for word in ("sol", "luna", "mar", "pan", "casa", "tree", "bird", "road", "stone")
-    ]  # fmt: skip
+    ]
     rows = write_rows(tmp_path / "pairs.jsonl", *pairs)
     method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
-    done = ended(alice, start(alice, rows, server.state.base_name, method=method, afina={"steps": 2}).id)
+    done = ended(
+        alice, start(alice, rows, server.state.base_name, method=method, afina={"max_steps": 2}).id
+    )
     assert done.status == "succeeded", done.error
     assert done.method.type == "dpo" and done.method.dpo.hyperparameters.beta == 0.2
-    settings = (server.state.settings.state / "jobs" / done.id / "run" / "settings.yaml").read_text()
+    settings = (
+        server.state.settings.state_dir / "jobs" / done.id / "run" / "settings.yaml"
+    ).read_text()
     assert "objective: dpo" in settings and "beta: 0.2" in settings
     assert alice.chat.completions.create(
         model=done.fine_tuned_model, messages=[{"role": "user", "content": "say sol"}], max_tokens=2
     )
 
 
-SAME = {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}", "reference": "{{ item.word }}", "operation": "ilike"}
-CLOSE = {"type": "text_similarity", "name": "close", "input": "{{ sample.output_text }}", "reference": "{{ item.word }}",
-         "evaluation_metric": "fuzzy_match"}  # fmt: skip
-BOTH: Any = {"type": "multi", "name": "both", "graders": {"same": SAME, "close": CLOSE}, "calculate_output": "same + 0.5 * close"}
-CODE: Any = {"type": "python", "name": "code", "source": "def grade(sample, item): return len(sample['output_text'])"}
+SAME = {
+    "type": "string_check",
+    "name": "same",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.word }}",
+    "operation": "ilike",
+}
+CLOSE = {
+    "type": "text_similarity",
+    "name": "close",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.word }}",
+    "evaluation_metric": "fuzzy_match",
+}
+BOTH: Any = {
+    "type": "multi",
+    "name": "both",
+    "graders": {"same": SAME, "close": CLOSE},
+    "calculate_output": "same + 0.5 * close",
+}
+CODE: Any = {
+    "type": "python",
+    "name": "code",
+    "source": "def grade(sample, item): return len(sample['output_text'])",
+}
 
 
 def reinforcement(grader: Any, **hyperparameters: Any) -> Any:
-    return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
+    return {
+        "type": "reinforcement",
+        "reinforcement": {"grader": grader, "hyperparameters": hyperparameters},
+    }
 
 
 @pytest.mark.slow
 def test_a_job_that_learns_from_graders(server: Live, alice: openai.OpenAI, tmp_path: Path) -> None:
     words = ("sol", "luna", "mar", "pan", "casa", "tree", "bird", "road", "stone", "night")
-    rows = write_rows(tmp_path / "rows.jsonl", *({"messages": [{"role": "user", "content": f"say {word}"}], "word": word} for word in words))
-    method = reinforcement(BOTH, n_epochs=1, batch_size=3, compute_multiplier=0.5, eval_interval=1, learning_rate_multiplier=2.0)
-    own = {"steps": 2, "check_every": 1, "options": {"max_new_tokens": 6}}
-    job = alice.fine_tuning.jobs.retrieve(start(alice, rows, server.state.base_name, method=method, afina=own).id)
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        *(
+            {"messages": [{"role": "user", "content": f"say {word}"}], "word": word}
+            for word in words
+        ),
+    )
+    method = reinforcement(
+        BOTH,
+        n_epochs=1,
+        batch_size=3,
+        compute_multiplier=0.5,
+        eval_interval=1,
+        learning_rate_multiplier=2.0,
+    )
+    own = {"max_steps": 2, "eval_steps": 1, "options": {"max_new_tokens": 6}}
+    job = alice.fine_tuning.jobs.retrieve(
+        start(alice, rows, server.state.base_name, method=method, afina=own).id
+    )
     assert job.method.type == "reinforcement" and job.method.reinforcement.grader.name == "both"
     assert job.method.reinforcement.hyperparameters.batch_size == 3
     done = ended(alice, job.id)
     assert done.status == "succeeded", done.error
-    folder = server.state.settings.state / "jobs" / done.id
+    folder = server.state.settings.state_dir / "jobs" / done.id
     told = yaml.safe_load((folder / "run" / "settings.yaml").read_text())
     assert told["objective"] == "grpo" and json.loads((folder / "grader.json").read_text()) == BOTH
-    assert told["options"]["group"] == 4 and told["options"]["prompts"] == 3 and "run_python" not in told["options"]
+    assert (
+        told["options"]["group"] == 4
+        and told["options"]["prompts"] == 3
+        and "run_python" not in told["options"]
+    )
     line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
     parts = [line[f"reward_grader.json:{name}"] for name in ("same", "close")]
     assert line["reward"] == pytest.approx(parts[0] + 0.5 * parts[1]) and parts[1] > 0
-    told = [event.data for event in alice.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
-    assert told[-1]["train_mean_reward"] == line["reward"] and told[-1]["valid_mean_reward"] == line["held_out_reward"]
+    told = [
+        event.data
+        for event in alice.fine_tuning.jobs.list_events(job.id)
+        if event.type == "metrics"
+    ]
+    assert (
+        told[-1]["train_mean_reward"] == line["reward"]
+        and told[-1]["valid_mean_reward"] == line["held_out_reward"]
+    )
     ask: Any = [{"role": "user", "content": "say sol"}]
-    assert alice.chat.completions.create(model=done.fine_tuned_model, messages=ask, max_tokens=2).choices
+    assert alice.chat.completions.create(
+        model=done.fine_tuned_model, messages=ask, max_tokens=2
+    ).choices
 
 
 def test_graders_are_checked_and_asked(server: Live, alice: openai.OpenAI) -> None:
@@ -204,51 +307,81 @@ def test_graders_are_checked_and_asked(server: Live, alice: openai.OpenAI) -> No
     assert graders.validate(grader=BOTH).grader.name == "both"  # type: ignore[union-attr]
     said = graders.run(grader=BOTH, model_sample="el Sol", item={"word": "sol"})
     close = 2 * 2 / 9  # "ol" is alike, of nine letters
-    assert said.sub_rewards == {"same": 1.0, "close": pytest.approx(close)} and said.reward == pytest.approx(1 + 0.5 * close)
+    assert said.sub_rewards == {
+        "same": 1.0,
+        "close": pytest.approx(close),
+    } and said.reward == pytest.approx(1 + 0.5 * close)
     assert said.metadata.type == "multi" and not said.metadata.errors.other_error
     missing = graders.run(grader=SAME, model_sample="x", item={"other": 1})  # type: ignore[arg-type]
     assert missing.reward == 0.0 and missing.metadata.errors.other_error
-    for wrong, word in ((BOTH | {"calculate_output": "same.x"}, "formula"), (CLOSE | {"evaluation_metric": "cosine"}, "embeddings"),
-                        ({"type": "score_model", "name": "x"}, "score_model")):  # fmt: skip
-        for ask in (lambda: graders.validate(grader=wrong), lambda: graders.run(grader=wrong, model_sample="x")):  # noqa: B023
+    for wrong, word in (
+        (BOTH | {"calculate_output": "same.x"}, "formula"),
+        (CLOSE | {"evaluation_metric": "cosine"}, "embeddings"),
+        ({"type": "score_model", "name": "x"}, "score_model"),
+    ):
+        for ask in (
+            lambda: graders.validate(grader=wrong),
+            lambda: graders.run(grader=wrong, model_sample="x"),
+        ):
             with pytest.raises(openai.BadRequestError, match=word):
                 ask()
     with pytest.raises(openai.AuthenticationError):
         server.client("nobody").fine_tuning.alpha.graders.validate(grader=BOTH)
 
 
-def test_code_in_graders_is_for_the_operator_to_allow(server: Live, alice: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_graders_is_for_the_operator_to_allow(
+    server: Live, alice: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graders = alice.fine_tuning.alpha.graders
     file = alice.files.create(file=("rows.jsonl", b"{}"), purpose="fine-tune").id
     job = {"model": server.state.base_name, "training_file": file}
-    for asked in (lambda: graders.validate(grader=CODE), lambda: graders.run(grader=CODE, model_sample="four"),
-                  lambda: alice.fine_tuning.jobs.create(**job, method=reinforcement(CODE))):  # fmt: skip
+    for asked in (
+        lambda: graders.validate(grader=CODE),
+        lambda: graders.run(grader=CODE, model_sample="four"),
+        lambda: alice.fine_tuning.jobs.create(**job, method=reinforcement(CODE)),
+    ):
         with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
             asked()
-    monkeypatch.setattr(server.state, "settings", server.state.settings.model_copy(update={"python_graders": True}))
+    monkeypatch.setattr(
+        server.state, "settings", server.state.settings.model_copy(update={"python_graders": True})
+    )
     assert graders.validate(grader=CODE).grader.name == "code"  # type: ignore[union-attr]
     assert graders.run(grader=CODE, model_sample="four").reward == 4.0
-    broken = graders.run(grader=CODE | {"source": "def grade(sample, item): return item['x']"}, model_sample="four")
-    assert broken.metadata.errors.python_grader_runtime_error and "KeyError" in (broken.metadata.errors.python_grader_runtime_error_details or "")
+    broken = graders.run(
+        grader=CODE | {"source": "def grade(sample, item): return item['x']"}, model_sample="four"
+    )
+    assert broken.metadata.errors.python_grader_runtime_error and "KeyError" in (
+        broken.metadata.errors.python_grader_runtime_error_details or ""
+    )
     monkeypatch.setattr(grading, "SECONDS", 0.5)
-    slow = graders.run(grader=CODE | {"source": "def grade(sample, item):\n    while True: pass"}, model_sample="four")
+    slow = graders.run(
+        grader=CODE | {"source": "def grade(sample, item):\n    while True: pass"},
+        model_sample="four",
+    )
     assert "too long" in (slow.metadata.errors.python_grader_runtime_error_details or "")
 
 
 @pytest.mark.slow
-def test_pause_goes_on_where_it_was_and_cancel_ends(server: Live, alice: openai.OpenAI, chats: Path) -> None:
+def test_pause_goes_on_where_it_was_and_cancel_ends(
+    server: Live, alice: openai.OpenAI, chats: Path
+) -> None:
     base = server.state.base_name
-    job = start(alice, chats, base, afina={"steps": 400, "check_every": 5})
+    job = start(alice, chats, base, afina={"max_steps": 400, "eval_steps": 5})
     until(lambda: alice.fine_tuning.jobs.checkpoints.list(job.id).data)
     assert alice.fine_tuning.jobs.pause(job.id).status == "paused"
     until(lambda: not server.state.worker._running)
-    step = max(event.data.get("step", 0) for event in alice.fine_tuning.jobs.list_events(job.id, limit=50))  # type: ignore[union-attr]
+    step = max(
+        event.data.get("step", 0) for event in alice.fine_tuning.jobs.list_events(job.id, limit=50)
+    )  # type: ignore[union-attr]
     assert alice.fine_tuning.jobs.resume(job.id).status in ("queued", "running")
     with pytest.raises(openai.ConflictError):
         alice.fine_tuning.jobs.resume(job.id)
 
     def further() -> bool:
-        told = [event.data.get("step", 0) for event in alice.fine_tuning.jobs.list_events(job.id, limit=50)]  # type: ignore[union-attr]
+        told = [
+            event.data.get("step", 0)
+            for event in alice.fine_tuning.jobs.list_events(job.id, limit=50)
+        ]  # type: ignore[union-attr]
         assert len([n for n in told if n]) == len({n for n in told if n})  # no step is told twice
         return max(told) > step
 
@@ -260,12 +393,25 @@ def test_pause_goes_on_where_it_was_and_cancel_ends(server: Live, alice: openai.
         alice.fine_tuning.jobs.resume(job.id)
 
 
-def test_rows_that_cannot_be_used_fail_the_job_with_their_line(server: Live, alice: openai.OpenAI, tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "say sol"}, {"role": "assistant", "content": "sol"}]}
-    rows = write_rows(tmp_path / "rows.jsonl", row, {"messages": [{"role": "nobody", "content": "x"}]})
+def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
+    server: Live, alice: openai.OpenAI, tmp_path: Path
+) -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "say sol"},
+            {"role": "assistant", "content": "sol"},
+        ]
+    }
+    rows = write_rows(
+        tmp_path / "rows.jsonl", row, {"messages": [{"role": "nobody", "content": "x"}]}
+    )
     done = ended(alice, start(alice, rows, server.state.base_name).id)
-    assert done.status == "failed" and ":2:" in done.error.message and "nobody" in done.error.message
-    assert str(server.state.settings.state) not in done.error.message  # where it lies is nobody's business
+    assert (
+        done.status == "failed" and ":2:" in done.error.message and "nobody" in done.error.message
+    )
+    assert (
+        str(server.state.settings.state_dir) not in done.error.message
+    )  # where it lies is nobody's business
 
 
 @pytest.mark.parametrize(
@@ -279,10 +425,33 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(server: Live, ali
         ({"method": reinforcement({"type": "string_check"})}, "name"),
         ({"method": reinforcement(SAME, eval_samples=4)}, "eval_samples"),
         ({"method": reinforcement(SAME, reasoning_effort="high")}, "reasoning_effort"),
-        ({"method": {"type": "reinforcement", "reinforcement": {"grader": SAME, "response_format": {"type": "json_object"}}}}, "freely"),
-        ({"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"reward": "/etc"}}}}, "reward"),
-        ({"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"loss": "ipo"}}}}, "loss"),
-        ({"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"run_python": True}}}}, "run_python"),
+        (
+            {
+                "method": {
+                    "type": "reinforcement",
+                    "reinforcement": {"grader": SAME, "response_format": {"type": "json_object"}},
+                }
+            },
+            "freely",
+        ),
+        (
+            {
+                "method": reinforcement(SAME),
+                "extra_body": {"afina": {"options": {"reward": "/etc"}}},
+            },
+            "reward",
+        ),
+        (
+            {"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"loss": "ipo"}}}},
+            "loss",
+        ),
+        (
+            {
+                "method": reinforcement(SAME),
+                "extra_body": {"afina": {"options": {"run_python": True}}},
+            },
+            "run_python",
+        ),
         ({"extra_body": {"afina": {"data": "/etc/passwd"}}}, "data"),
         ({"extra_body": {"afina": {"rank": 0}}}, "rank"),
         ({"extra_body": {"afina": {"method": "full"}}}, "full"),
@@ -293,10 +462,14 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(server: Live, ali
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
     ],
 )
-def test_jobs_that_make_no_sense_are_refused(server: Live, alice: openai.OpenAI, values: dict[str, Any], word: str) -> None:
+def test_jobs_that_make_no_sense_are_refused(
+    server: Live, alice: openai.OpenAI, values: dict[str, Any], word: str
+) -> None:
     file = alice.files.create(file=("rows.jsonl", b"{}"), purpose="fine-tune")
     with pytest.raises(openai.BadRequestError) as caught:
-        alice.fine_tuning.jobs.create(**{"model": server.state.base_name, "training_file": file.id, **values})
+        alice.fine_tuning.jobs.create(
+            **{"model": server.state.base_name, "training_file": file.id, **values}
+        )
     assert word in str(caught.value.body["message"])  # type: ignore[index]
     with pytest.raises(openai.NotFoundError):
         alice.fine_tuning.jobs.create(model=server.state.base_name, training_file="file-none")
@@ -306,15 +479,36 @@ def test_jobs_that_make_no_sense_are_refused(server: Live, alice: openai.OpenAI,
 
 
 @contextmanager
-def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenAI, "subprocess.Popen[bytes]"]]:
+def process(
+    tiny: Path, state: Path, *flags: str
+) -> Iterator[tuple[openai.OpenAI, "subprocess.Popen[bytes]"]]:
     """`afina serve` as a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "afina", "serve", "--base", str(tiny), "--dtype", "float32", "--port", str(port),
-               "--state", str(state), "--job-threads", "1", "--job-nice", "0", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "afina",
+        "serve",
+        "--base",
+        str(tiny),
+        "--dtype",
+        "float32",
+        "--port",
+        str(port),
+        "--state-dir",
+        str(state),
+        "--job-num-threads",
+        "1",
+        "--job-nice",
+        "0",
+        *flags,
+    ]
     with (state.parent / "log.txt").open("ab") as log:
-        running = subprocess.Popen(command, env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}, stdout=log, stderr=log)
+        running = subprocess.Popen(
+            command, env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}, stdout=log, stderr=log
+        )
     try:
 
         def key() -> str | None:
@@ -322,7 +516,9 @@ def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenA
             file = state / "admin.key"
             return file.read_text().strip() or None if file.is_file() else None
 
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=until(key), max_retries=0, timeout=30)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key=until(key), max_retries=0, timeout=30
+        )
 
         def lives() -> bool:
             assert running.poll() is None, (state.parent / "log.txt").read_text()
@@ -334,7 +530,9 @@ def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenA
         until(lives)
         yield client, running
     except AssertionError:
-        running.send_signal(signal.SIGABRT)  # with PYTHONFAULTHANDLER, its threads' stacks are in the log
+        running.send_signal(
+            signal.SIGABRT
+        )  # with PYTHONFAULTHANDLER, its threads' stacks are in the log
         running.wait()
         print((state.parent / "log.txt").read_text()[-6000:])
         raise
@@ -346,25 +544,37 @@ def process(tiny: Path, state: Path, *flags: str) -> Iterator[tuple[openai.OpenA
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # six processes, each of which loads torch
-def test_kill_dash_nine_loses_nothing_that_was_acknowledged(tiny: Path, chats: Path, tmp_path: Path) -> None:
+def test_kill_dash_nine_loses_nothing_that_was_acknowledged(
+    tiny: Path, chats: Path, tmp_path: Path
+) -> None:
     state = tmp_path / "state"
     with process(tiny, state) as (client, running):
         first = ended(client, start(client, chats, tiny.name).id)
-        job = start(client, chats, tiny.name, afina={"steps": 40, "check_every": 5})
+        job = start(client, chats, tiny.name, afina={"max_steps": 40, "eval_steps": 5})
         other = start(client, chats, tiny.name)  # waits behind it
         until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data)
         before = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
         running.send_signal(signal.SIGKILL)
         running.wait()
     with process(tiny, state) as (client, running):
-        assert {found.id for found in client.fine_tuning.jobs.list()} == {first.id, job.id, other.id}
+        assert {found.id for found in client.fine_tuning.jobs.list()} == {
+            first.id,
+            job.id,
+            other.id,
+        }
         assert len(client.files.list().data) == 3
         ask: Any = [{"role": "user", "content": "say sol luna"}]
-        assert client.chat.completions.create(model=first.fine_tuned_model, messages=ask, max_tokens=2).choices
+        assert client.chat.completions.create(
+            model=first.fine_tuned_model, messages=ask, max_tokens=2
+        ).choices
         assert ended(client, job.id).status == "succeeded"
         assert ended(client, other.id).status == "succeeded"
-        messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
-        assert set(before) <= {event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)}
+        messages = [
+            event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
+        ]
+        assert set(before) <= {
+            event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
+        }
         assert any("goes on from its last checkpoint" in message for message in messages)
         log = (state / "jobs" / job.id / "run" / "metrics.jsonl").read_text()
         assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 41))
@@ -377,7 +587,9 @@ def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tiny: Path, tmp_pa
     with process(tiny, tmp_path / "state") as (client, running):
         ask: Any = [{"role": "user", "content": "say sol luna"}]
         body = {"ignore_eos": True}
-        stream = client.chat.completions.create(model=tiny.name, messages=ask, max_tokens=150, stream=True, extra_body=body)
+        stream = client.chat.completions.create(
+            model=tiny.name, messages=ask, max_tokens=150, stream=True, extra_body=body
+        )
         chunks = [next(iter(stream))]
         running.send_signal(signal.SIGTERM)
         chunks += list(stream)
@@ -389,7 +601,7 @@ def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tiny: Path, tmp_pa
 def test_a_job_ends_with_its_server(tiny: Path, chats: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with process(tiny, state) as (client, running):
-        job = start(client, chats, tiny.name, afina={"steps": 5000})
+        job = start(client, chats, tiny.name, afina={"max_steps": 5000})
         until(lambda: client.fine_tuning.jobs.list_events(job.id).data[0].type == "metrics")
         lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
         child = next(line["trainer"] for line in lines if line["event"] == "job began")

@@ -12,13 +12,32 @@ SOURCE = ROOT / "src" / "afina"
 
 # from the ground up, in the order of the story; CONTRIBUTING.md has the same list with a line on each
 ROOMS = [
-    "errors", "config", "disk", "admission", "segments", "route", "kernels", "base", "delta", "data", "objective", "engine", "judge",
-    "combining", "training", "planning", "audit", "comparing", "demo", "server", "cli",
-]  # fmt: skip
+    "errors",
+    "config",
+    "disk",
+    "admission",
+    "segments",
+    "route",
+    "kernels",
+    "base",
+    "delta",
+    "data",
+    "objective",
+    "engine",
+    "judge",
+    "combining",
+    "training",
+    "planning",
+    "audit",
+    "comparing",
+    "demo",
+    "server",
+    "cli",
+]
 
 
 def room_of(module: str) -> str | None:
-    """The room of "afina.delta.lora" is "delta"; the package itself has none, and everybody may import it."""
+    """The room of "afina.adapters.lora" is "delta"; the package itself has none, and everybody may import it."""
     return module.split(".")[1] if "." in module else None
 
 
@@ -28,9 +47,15 @@ def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             module = ".".join([*above, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "afina" else [module]
+            names = (
+                [f"{module}.{alias.name}" for alias in node.names]
+                if module == "afina"
+                else [module]
+            )
         else:
             continue
         yield from ((node.lineno, name) for name in names if name.split(".")[0] == "afina")
@@ -42,7 +67,9 @@ def test_every_room_has_its_place() -> None:
     assert there == set(ROOMS)
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(SOURCE.rglob("*.py")), ids=lambda path: path.relative_to(SOURCE).as_posix()
+)
 def test_nobody_imports_from_below(path: Path) -> None:
     parts = path.relative_to(SOURCE).with_suffix("").parts
     if parts == ("__main__",):
@@ -51,7 +78,11 @@ def test_nobody_imports_from_below(path: Path) -> None:
     allowed = {None, "__version__", *ROOMS[: own + 1]}
     package = ".".join(("afina", *parts[:-1]))
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    wrong = [f"{path}:{line}: {module}" for line, module in imported(tree, package) if room_of(module) not in allowed]
+    wrong = [
+        f"{path}:{line}: {module}"
+        for line, module in imported(tree, package)
+        if room_of(module) not in allowed
+    ]
     assert not wrong, "\n".join(wrong)
 
 

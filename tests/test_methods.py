@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from afina.base.frozen import Frozen
-from afina.delta.attach import attach
-from afina.delta.contract import Spec
-from afina.delta.dora import DoRA
-from afina.delta.files import load_adapter, save_adapter, tensors_of
-from afina.delta.layers import Layer
-from afina.delta.mora import MoRA
+from afina.adapters.attach import attach
+from afina.adapters.base import AdapterConfig
+from afina.adapters.dora import DoRA
+from afina.adapters.loading import load_adapter, save_adapter, tensors_of
+from afina.adapters.mora import MoRA
+from afina.adapters.segments import Segments
+from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError
-from afina.segments import Segments
+from afina.models.frozen import FrozenModel
 
-ON = Segments.all("adapter")
+ON = Segments.on_all_tokens("adapter")
 
 
 class Net(nn.Module):
@@ -41,15 +41,17 @@ class Net(nn.Module):
         """(N) tokens to (N, 4)."""
         image = self.conv(self.emb(tokens).view(-1, 2, 3, 4)).flatten(2).tanh()  # (N, 6, 4)
         rows = self.line(image).tanh()  # (N, 5, 4)
-        return self.out(self.lin(self.gpt(torch.cat([rows.flatten(1), rows.flatten(1)[:, :10]], 1))).tanh())
+        return self.out(
+            self.lin(self.gpt(torch.cat([rows.flatten(1), rows.flatten(1)[:, :10]], 1))).tanh()
+        )
 
 
 LAYERS = ("emb", "conv", "line", "gpt", "lin", "out")
 TOKENS = torch.tensor([3, 0, 16, 9, 9])
 
 
-def net() -> Frozen:
-    return Frozen(Net().eval().requires_grad_(False), "net")  # type: ignore[arg-type]
+def net() -> FrozenModel:
+    return FrozenModel(Net().eval().requires_grad_(False), "net")  # type: ignore[arg-type]
 
 
 def noise(module: nn.Module) -> None:
@@ -60,9 +62,9 @@ def noise(module: nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def compare(ours: Frozen, adapter: Any, theirs: nn.Module) -> None:
+def compare(ours: FrozenModel, adapter: Any, theirs: nn.Module) -> None:
     """Outputs and gradients within 1e-5."""
-    with ours.board.route(ON):
+    with ours.forward_context.use(ON):
         y = ours.model(TOKENS)
     z = theirs(TOKENS)
     torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-5)
@@ -71,38 +73,54 @@ def compare(ours: Frozen, adapter: Any, theirs: nn.Module) -> None:
     z.square().sum().backward()
     theirs_grad = {
         name.replace(".default", "").replace("vector.weight", "vector"): p.grad
-        for name, p in theirs.named_parameters() if p.grad is not None
-    }  # fmt: skip
+        for name, p in theirs.named_parameters()
+        if p.grad is not None
+    }
     ours_grad = {}
-    for path, delta in adapter.deltas.items():
+    for path, delta in adapter.layers.items():
         for name, p in delta.named_parameters():
-            ours_grad[f"base_model.model.{path}.{delta.keys[name]}"] = p.grad.view(delta.shapes.get(name, p.shape))
+            ours_grad[f"base_model.model.{path}.{delta.keys[name]}"] = p.grad.view(
+                delta.shapes.get(name, p.shape)
+            )
     assert ours_grad.keys() == theirs_grad.keys()
     for name, grad in ours_grad.items():
-        torch.testing.assert_close(grad, theirs_grad[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            grad, theirs_grad[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("layers", [LAYERS, *((name,) for name in LAYERS)], ids="-".join)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
-def test_pefts_adapter_is_ours(tmp_path: Path, layers: tuple[str, ...], dora: bool, rslora: bool) -> None:
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=list(layers), use_dora=dora, use_rslora=rslora)
+def test_pefts_adapter_is_ours(
+    tmp_path: Path, layers: tuple[str, ...], dora: bool, rslora: bool
+) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=list(layers), use_dora=dora, use_rslora=rslora
+    )
     theirs = get_peft_model(Net().eval(), config).eval()
     noise(theirs)
     theirs.save_pretrained(tmp_path)
     base = net()
     adapter = load_adapter(tmp_path, base)
-    assert adapter.spec.method == ("dora" if dora else "lora")
+    assert adapter.config.method == ("dora" if dora else "lora")
     compare(base, adapter, theirs)
 
 
-@pytest.mark.filterwarnings("error:.*(missing|unexpected).*keys:UserWarning", "ignore:fan_in_fan_out")
+@pytest.mark.filterwarnings(
+    "error:.*(missing|unexpected).*keys:UserWarning", "ignore:fan_in_fan_out"
+)
 @pytest.mark.parametrize("layers", [LAYERS, *((name,) for name in LAYERS)], ids="-".join)
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_our_adapter_is_pefts(tmp_path: Path, layers: tuple[str, ...], method: str) -> None:
     base = net()
-    adapter = attach(base.model, base.board, "adapter", Spec(method, layers, rank=3, alpha=7.0))
+    adapter = attach(
+        base.model,
+        base.forward_context,
+        "adapter",
+        AdapterConfig(method, layers, rank=3, alpha=7.0),
+    )
     noise(base.model)
     adapter.train(False)
     save_adapter(adapter, base, tmp_path)
@@ -115,8 +133,8 @@ def test_our_adapter_is_pefts(tmp_path: Path, layers: tuple[str, ...], method: s
 
 def dora(width: int = 20, out: int = 30, dtype: torch.dtype = torch.float32) -> DoRA:
     torch.manual_seed(0)
-    layer = Layer("l", nn.Linear(width, out, dtype=dtype).requires_grad_(False))
-    return DoRA(layer, Spec("dora", ("l",), rank=4), torch.Generator().manual_seed(0))
+    layer = TargetModule("l", nn.Linear(width, out, dtype=dtype).requires_grad_(False))
+    return DoRA(layer, AdapterConfig("dora", ("l",), rank=4), torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -131,7 +149,9 @@ def test_the_norm_is_that_of_the_matrix() -> None:
     moved(delta)
     matrix = delta.layer.weight + delta.scale * delta.b @ delta.a
     torch.testing.assert_close(delta.norm(), matrix.norm(dim=1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(delta.merged(delta.layer.weight).norm(dim=1), delta.m, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        delta.merged_weight(delta.layer.weight).norm(dim=1), delta.m, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_norm_in_16_bits_is_computed_in_float32() -> None:
@@ -184,10 +204,10 @@ def test_the_norm_follows_the_base() -> None:
 
 
 def test_a_row_of_zeros_stays_finite() -> None:
-    layer = Layer("l", nn.Linear(5, 3).requires_grad_(False))
+    layer = TargetModule("l", nn.Linear(5, 3).requires_grad_(False))
     with torch.no_grad():
         layer.module.weight[1] = 0  # type: ignore[index,operator]
-    delta = DoRA(layer, Spec("dora", ("l",), rank=2), torch.Generator())
+    delta = DoRA(layer, AdapterConfig("dora", ("l",), rank=2), torch.Generator())
     x = torch.randn(4, 5)
     y0 = layer.module(x)
     y = delta(x, y0, 1.0)
@@ -266,7 +286,17 @@ def slow_forward(m: Tensor, x: Tensor, out: int, q: int, operator: str, grouping
     return y
 
 
-SHAPES = [(24, 24, 2), (40, 10, 1), (10, 40, 1), (37, 11, 2), (11, 37, 3), (13, 13, 40), (9, 30, 60), (30, 9, 60), (50, 23, 3)]
+SHAPES = [
+    (24, 24, 2),
+    (40, 10, 1),
+    (10, 40, 1),
+    (37, 11, 2),
+    (11, 37, 3),
+    (13, 13, 40),
+    (9, 30, 60),
+    (30, 9, 60),
+    (50, 23, 3),
+]
 
 
 @pytest.mark.parametrize(("width", "out", "rank"), SHAPES)
@@ -282,15 +312,19 @@ SHAPES = [(24, 24, 2), (40, 10, 1), (10, 40, 1), (37, 11, 2), (11, 37, 3), (13, 
 )
 def test_mora_is_its_formula(width: int, out: int, rank: int, operator: str, grouping: str) -> None:
     torch.manual_seed(0)
-    layer = Layer("l", nn.Linear(width, out, bias=False).double().requires_grad_(False))
-    spec = Spec("mora", ("l",), rank=rank, options={"operator": operator, "grouping": grouping})
+    layer = TargetModule("l", nn.Linear(width, out, bias=False).double().requires_grad_(False))
+    spec = AdapterConfig(
+        "mora", ("l",), rank=rank, method_settings={"operator": operator, "grouping": grouping}
+    )
     delta = MoRA(layer, spec, torch.Generator())
     size = math.floor(math.sqrt((width + out) * rank))
     assert delta.size == (size - size % 2 if operator == "rotation" else size)
     moved(delta.double())
     expected = slow_dense(delta.m.detach(), out, width, operator, grouping)
     torch.testing.assert_close(delta.dense(), expected, rtol=0, atol=1e-6)
-    y = delta(torch.eye(width, dtype=torch.float64), torch.zeros(width, out, dtype=torch.float64), 1.0)
+    y = delta(
+        torch.eye(width, dtype=torch.float64), torch.zeros(width, out, dtype=torch.float64), 1.0
+    )
     torch.testing.assert_close(y.T, delta.dense(), rtol=0, atol=1e-12)
     if operator != "truncation":
         assert expected.abs().amax(0).min() > 0  # every input is read
@@ -299,8 +333,12 @@ def test_mora_is_its_formula(width: int, out: int, rank: int, operator: str, gro
 
 @pytest.mark.parametrize("operator", ["truncation", "sharing", "decoupling", "rotation"])
 def test_mora_in_float32_is_its_dense_delta(operator: str) -> None:
-    layer = Layer("l", nn.Linear(300, 170, bias=False).requires_grad_(False))
-    delta = MoRA(layer, Spec("mora", ("l",), rank=4, options={"operator": operator}), torch.Generator())
+    layer = TargetModule("l", nn.Linear(300, 170, bias=False).requires_grad_(False))
+    delta = MoRA(
+        layer,
+        AdapterConfig("mora", ("l",), rank=4, method_settings={"operator": operator}),
+        torch.Generator(),
+    )
     moved(delta)
     x = torch.randn(20, 300) / 300**0.5
     y = delta(x, torch.zeros(20, 170), 1.0)
@@ -311,8 +349,10 @@ def test_mora_in_float32_is_its_dense_delta(operator: str) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 90])
 def test_mora_of_an_index_is_that_of_its_one_hot_vector(operator: str, rank: int) -> None:
     for grouping in ("strided", "adjacent"):
-        layer = Layer("l", nn.Embedding(41, 12).requires_grad_(False))
-        spec = Spec("mora", ("l",), rank=rank, options={"operator": operator, "grouping": grouping})
+        layer = TargetModule("l", nn.Embedding(41, 12).requires_grad_(False))
+        spec = AdapterConfig(
+            "mora", ("l",), rank=rank, method_settings={"operator": operator, "grouping": grouping}
+        )
         delta = MoRA(layer, spec, torch.Generator())
         moved(delta)
         y = delta(torch.arange(41), torch.zeros(41, 12), 1.0)
@@ -320,29 +360,57 @@ def test_mora_of_an_index_is_that_of_its_one_hot_vector(operator: str, rank: int
 
 
 def test_moras_choices() -> None:
-    layer = Layer("l", nn.Linear(4096, 4096, device="meta"))
-    assert MoRA.count(layer, Spec("mora", ("l",), rank=8)) == 256**2 == 8 * (4096 + 4096)
-    assert MoRA.count(Layer("l", nn.Linear(11008, 4096, device="meta")), Spec("mora", ("l",), rank=8)) == 346**2
-    layer = Layer("l", nn.Linear(64, 64))
-    small, large = (MoRA(layer, Spec("mora", ("l",), rank=r), torch.Generator()) for r in (8, 128))
+    layer = TargetModule("l", nn.Linear(4096, 4096, device="meta"))
+    assert (
+        MoRA.num_parameters(layer, AdapterConfig("mora", ("l",), rank=8))
+        == 256**2
+        == 8 * (4096 + 4096)
+    )
+    assert (
+        MoRA.num_parameters(
+            TargetModule("l", nn.Linear(11008, 4096, device="meta")),
+            AdapterConfig("mora", ("l",), rank=8),
+        )
+        == 346**2
+    )
+    layer = TargetModule("l", nn.Linear(64, 64))
+    small, large = (
+        MoRA(layer, AdapterConfig("mora", ("l",), rank=r), torch.Generator()) for r in (8, 128)
+    )
     assert (small.operator, large.operator, small.scale) == ("rotation", "sharing", 1.0)
     options: dict[str, Any] = {"use_alpha": True}
-    assert MoRA(layer, Spec("mora", ("l",), rank=8, alpha=24.0, options=options), torch.Generator()).scale == 3.0
+    assert (
+        MoRA(
+            layer,
+            AdapterConfig("mora", ("l",), rank=8, alpha=24.0, method_settings=options),
+            torch.Generator(),
+        ).scale
+        == 3.0
+    )
     base = net()
     for method in ("lora", "mora"):
         with pytest.raises(SettingsError, match=r"did you mean|known"):
-            attach(base.model, base.board, "b", Spec(method, ("lin",), options={"operater": "sharing"}))
+            attach(
+                base.model,
+                base.forward_context,
+                "b",
+                AdapterConfig(method, ("lin",), method_settings={"operater": "sharing"}),
+            )
     for wrong in ({"operator": "rotate"}, {"grouping": "stride"}):
         with pytest.raises(SettingsError, match="did you mean"):
-            MoRA(layer, Spec("mora", ("l",), options=wrong), torch.Generator())
+            MoRA(layer, AdapterConfig("mora", ("l",), method_settings=wrong), torch.Generator())
 
 
 def test_moras_rank_is_high() -> None:
     """Of the same count of numbers: r for LoRA, q for sharing, full for decoupling and rotation."""
-    layer = Layer("l", nn.Linear(64, 64, bias=False))
+    layer = TargetModule("l", nn.Linear(64, 64, bias=False))
     ranks = {}
     for operator in ("truncation", "sharing", "decoupling", "rotation"):
-        delta = MoRA(layer, Spec("mora", ("l",), rank=2, options={"operator": operator}), torch.Generator())
+        delta = MoRA(
+            layer,
+            AdapterConfig("mora", ("l",), rank=2, method_settings={"operator": operator}),
+            torch.Generator(),
+        )
         moved(delta)
         ranks[operator] = int(torch.linalg.matrix_rank(delta.dense().double()))
     assert ranks == {"truncation": 16, "sharing": 16, "decoupling": 64, "rotation": 64}
@@ -351,14 +419,21 @@ def test_moras_rank_is_high() -> None:
 def test_mora_on_disk(tmp_path: Path) -> None:
     base = net()
     adapter = attach(
-        base.model, base.board, "adapter", Spec("mora", ("lin", "emb"), rank=2, options={"operator": "decoupling"})
+        base.model,
+        base.forward_context,
+        "adapter",
+        AdapterConfig("mora", ("lin", "emb"), rank=2, method_settings={"operator": "decoupling"}),
     )
     noise(base.model)
     save_adapter(adapter, base, tmp_path)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
-        "base_model.model.lin.mora_M.weight", "base_model.model.emb.mora_M.weight"
-    }  # fmt: skip
+        "base_model.model.lin.mora_M.weight",
+        "base_model.model.emb.mora_M.weight",
+    }
     other = net()
     loaded = load_adapter(tmp_path, other)
-    assert loaded.spec == adapter.spec
-    assert all(torch.equal(a, b) for a, b in zip(tensors_of(adapter).values(), tensors_of(loaded).values(), strict=True))
+    assert loaded.config == adapter.config
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tensors_of(adapter).values(), tensors_of(loaded).values(), strict=True)
+    )

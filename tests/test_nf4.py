@@ -16,17 +16,38 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from afina.base import nf4_load
-from afina.base.load import load_base
-from afina.base.nf4 import NF4Linear, Quantized, candidates, quantize_model
-from afina.base.safety import hash_tensors
-from afina.delta.layers import Layer
+from afina.adapters.segments import Segments
+from afina.adapters.target_module import TargetModule
 from afina.errors import BaseError
-from afina.kernels.blockwise import dequantize8, dynamic_levels, quantize8
-from afina.kernels.nf4 import FEW, LEVELS, NF4Weight, decode, dequantize, encode, errors, nf4_linear, quantize
-from afina.segments import Segments
-from afina.training.eightbit import AdamW8bit
-from helpers import ENVIRONMENT, SHARED, flat_run, logits, put, random_model, same, save_model, state, tiny_tokenizer
+from afina.io.safetensors import hash_tensor_files
+from afina.kernels.int8_blockwise import dequantize8, dynamic_levels, quantize8
+from afina.kernels.nf4 import (
+    FEW,
+    LEVELS,
+    NF4Weight,
+    decode,
+    dequantize,
+    encode,
+    errors,
+    nf4_linear,
+    quantize,
+)
+from afina.models import nf4_loading as nf4_load
+from afina.models.loading import load_base
+from afina.models.nf4 import LayerQuantization, NF4Linear, quantizable_modules, quantize_model
+from afina.training.setup.adamw_8bit import AdamW8bit
+from helpers import (
+    ENVIRONMENT,
+    SHARED,
+    flat_run,
+    logits,
+    put,
+    random_model,
+    same,
+    save_model,
+    state,
+    tiny_tokenizer,
+)
 
 # bitsandbytes' functional.py and tests/test_functional.py at 95f9af30: mean and standard deviation of the error of one
 # matrix torch.randn(1024, 1024), absolute and relative, by block
@@ -46,7 +67,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "nf4"
 
 
-def linear(rows: int, width: int, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+def linear(
+    rows: int, width: int, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> nn.Linear:
     return nn.Linear(width, rows, bias).to(dtype).requires_grad_(False)
 
 
@@ -59,9 +82,14 @@ def test_levels_are_the_published_ones() -> None:
         assert torch.equal(torch.tensor(told["nf4_codebook"]), torch.tensor(LEVELS))
         for block, ((error, _), (relative, _)) in PUBLISHED.items():
             by_block = told["err_mean_std_randn_1024x1024_by_blocksize"]["nf4"]
-            assert (by_block["err"][str(block)][0], by_block["rel_err"][str(block)][0]) == (error, relative)
+            assert (by_block["err"][str(block)][0], by_block["rel_err"][str(block)][0]) == (
+                error,
+                relative,
+            )
     # quantiles of the normal distribution, evenly spaced on each side of zero, scaled to -1 .. 1
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    normal = torch.distributions.Normal(
+        torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    )
     offset = 1 - (1 / 30 + 1 / 32) / 2
     low = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     high = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
@@ -86,9 +114,13 @@ def test_gaussian_error_and_bits_at_4096() -> None:
     quantized = quantize(weight)
     relative, zeros = errors(weight, quantized)
     assert abs(relative**2 - 0.00846) < 3e-5
-    assert abs(zeros - 0.088) < 1e-3  # a normally distributed weight below the middle of the first level
+    assert (
+        abs(zeros - 0.088) < 1e-3
+    )  # a normally distributed weight below the middle of the first level
     stored = (quantized.codes, quantized.scales, quantized.superscales, quantized.offset)
-    assert abs(8 * sum(t.numel() * t.element_size() for t in stored) / weight.numel() - 4.127) < 1e-3
+    assert (
+        abs(8 * sum(t.numel() * t.element_size() for t in stored) / weight.numel() - 4.127) < 1e-3
+    )
     assert abs(quantized.bits - 4.127) < 1e-3
 
 
@@ -100,10 +132,16 @@ def test_any_width_takes_the_nearest_level_of_each_row(width: int, dtype: torch.
     assert codes.shape == (70, -(-width // 2))
     assert absmax.shape == (70, -(-width // 64))
     scales = absmax.repeat_interleave(64, 1)[:, :width]
-    distance = (weight.float()[..., None] / scales[..., None] - torch.tensor(LEVELS)).abs()  # (70, width, 16)
+    distance = (
+        weight.float()[..., None] / scales[..., None] - torch.tensor(LEVELS)
+    ).abs()  # (70, width, 16)
     chosen = torch.stack([codes >> 4, codes & 15], 2).flatten(1)[:, :width].long()
-    torch.testing.assert_close(distance.gather(2, chosen[..., None])[..., 0], distance.amin(2), atol=1e-6, rtol=0)
-    torch.testing.assert_close(decode(codes, absmax, width, torch.float32), torch.tensor(LEVELS)[chosen] * scales)
+    torch.testing.assert_close(
+        distance.gather(2, chosen[..., None])[..., 0], distance.amin(2), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        decode(codes, absmax, width, torch.float32), torch.tensor(LEVELS)[chosen] * scales
+    )
     for row in (0, 69):  # a row stands alone
         assert torch.equal(encode(weight[row : row + 1])[0][0], codes[row])
     quantized = quantize(weight)
@@ -127,11 +165,18 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_refused() -> None:
     assert (dequantize(quantize(weight), torch.float32)[:, :64] == 0).all()
     assert errors(weight, quantize(weight))[1] < 0.1
     assert errors(torch.zeros(2, 2), quantize(torch.zeros(2, 2))) == (0.0, 0.0)
-    for bad in (torch.full((2, 2), float("nan")), torch.full((2, 2), float("inf")), torch.zeros(0, 4), torch.zeros(4)):
+    for bad in (
+        torch.full((2, 2), float("nan")),
+        torch.full((2, 2), float("inf")),
+        torch.zeros(0, 4),
+        torch.zeros(4),
+    ):
         with pytest.raises(ValueError, match=r"NaN|NF4 holds matrices"):
             quantize(bad)
     with pytest.raises(BaseError, match="NaN or infinite"):
-        NF4Linear.from_linear(nn.Linear(2, 2).apply(lambda m: nn.init.constant_(m.weight, float("nan"))))
+        NF4Linear.from_linear(
+            nn.Linear(2, 2).apply(lambda m: nn.init.constant_(m.weight, float("nan")))
+        )
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -167,24 +212,34 @@ def test_equal_to_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> No
     assert torch.equal(theirs.create_dynamic_map(signed=False), dynamic_levels(False))
     weight = (torch.randn(shape) * 0.02).to(dtype)
     ours = quantize(weight)
-    packed, about = theirs.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, about = theirs.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     assert torch.equal(packed.view(ours.codes.shape), ours.codes)
     assert torch.equal(about.offset.view(1), ours.offset)
     assert torch.equal(about.state2.absmax, ours.superscales)
     # its way for float64 looks for the nearest of the 256 levels; the one for float32 on a CPU takes a neighbour of it
     # in 0.2% of the blocks, by a table of 65,536 entries
-    absmax = theirs.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")[1].absmax
-    exact, _ = torch.ops.bitsandbytes.quantize_blockwise.default((absmax - about.offset).double(), about.state2.code, 256)
+    absmax = theirs.quantize_4bit(
+        weight, blocksize=64, compress_statistics=False, quant_type="nf4"
+    )[1].absmax
+    exact, _ = torch.ops.bitsandbytes.quantize_blockwise.default(
+        (absmax - about.offset).double(), about.state2.code, 256
+    )
     assert torch.equal(exact.view(ours.scales.shape), ours.scales)
     assert (about.absmax.view(ours.scales.shape) == ours.scales).float().mean() > 0.99
     about.absmax = exact.flatten()
-    torch.testing.assert_close(theirs.dequantize_4bit(packed, about), dequantize(ours, dtype), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        theirs.dequantize_4bit(packed, about), dequantize(ours, dtype), atol=1e-6, rtol=0
+    )
 
 
 def test_reads_what_bitsandbytes_wrote() -> None:
     theirs = pytest.importorskip("bitsandbytes").functional
     weight = torch.randn(512, 576)
-    packed, about = theirs.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, about = theirs.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     codes, scales = packed.view(512, 288), about.absmax.view(512, 9)
     read = NF4Weight(codes, scales, about.state2.absmax, about.offset.view(1), 576)
     assert torch.equal(theirs.dequantize_4bit(packed, about), dequantize(read, torch.float32))
@@ -195,16 +250,24 @@ def test_reads_what_bitsandbytes_wrote() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 288), (33, 63), (96, 128)])
-@pytest.mark.parametrize("rows", [5, 40])  # few rows are multiplied by the codes, the C++ kernel adding up in its own order
-def test_forward_and_backward_are_those_of_the_dense_layer(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "rows", [5, 40]
+)  # few rows are multiplied by the codes, the C++ kernel adding up in its own order
+def test_forward_and_backward_are_those_of_the_dense_layer(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     held = NF4Linear.from_linear(linear(*shape, dtype))
-    dense = held.plain()
+    dense = held.to_linear()
     assert isinstance(dense, nn.Linear)
     assert torch.equal(dense.weight, held.weight)
     gradient = torch.randn(2, rows, shape[0]).to(dtype)
     results = []
     for layer in (held, dense):
-        x = torch.randn(2, rows, shape[1], generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+        x = (
+            torch.randn(2, rows, shape[1], generator=torch.Generator().manual_seed(3))
+            .to(dtype)
+            .requires_grad_()
+        )
         y = layer(x)
         y.backward(gradient)
         results.append((y.detach(), x.grad))
@@ -218,7 +281,10 @@ def test_forward_and_backward_are_those_of_the_dense_layer(rows: int, shape: tup
 
 
 def test_gradients_by_finite_differences() -> None:
-    weight, bias = quantize(torch.randn(7, 70)), torch.randn(7, dtype=torch.float64, requires_grad=True)
+    weight, bias = (
+        quantize(torch.randn(7, 70)),
+        torch.randn(7, dtype=torch.float64, requires_grad=True),
+    )
     x = torch.randn(2, 3, 70, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, b: nf4_linear(x, weight, b), (x, bias))
 
@@ -237,7 +303,7 @@ def test_conv1d_is_held_as_its_transpose() -> None:
     held, x = NF4Linear.from_linear(module), torch.randn(4, 70)
     assert (held.out_features, held.in_features) == (30, 70)
     assert torch.equal(held.weight, dequantize(quantize(module.weight.T), torch.float32))
-    plain = held.plain()
+    plain = held.to_linear()
     assert isinstance(plain, Conv1D)
     torch.testing.assert_close(plain(x), held(x))
 
@@ -252,7 +318,11 @@ def test_state_dict_copies_and_moves_between_dtypes() -> None:
     weight = held.weight
     assert not any(p.requires_grad for p in held.parameters())
     half = held.to(torch.bfloat16)
-    assert (half.superscales.dtype, half.offset.dtype, half.codes.dtype) == (torch.float32, torch.float32, torch.uint8)
+    assert (half.superscales.dtype, half.offset.dtype, half.codes.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.uint8,
+    )
     assert half.bias is not None
     assert half.weight.dtype == half.bias.dtype == torch.bfloat16
     assert torch.equal(half.weight, weight.to(torch.bfloat16))
@@ -261,7 +331,7 @@ def test_state_dict_copies_and_moves_between_dtypes() -> None:
 
 def test_deltas_see_a_matrix() -> None:
     held = NF4Linear.from_linear(linear(20, 70, torch.bfloat16))
-    layer, a = Layer("x", held), torch.randn(3, 70)
+    layer, a = TargetModule("x", held), torch.randn(3, 70)
     assert layer.is_matrix
     assert (layer.in_features, layer.out_features, layer.device.type) == (70, 20, "cpu")
     assert torch.equal(layer.weight, held.weight)
@@ -272,10 +342,18 @@ def test_deltas_see_a_matrix() -> None:
 
 
 def test_only_the_blocks_are_quantised() -> None:
-    model = random_model(T.LlamaConfig(vocab_size=99, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-                                       num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    model = random_model(
+        T.LlamaConfig(
+            vocab_size=99,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
     before = state(model)
-    told: list[Quantized] = []
+    told: list[LayerQuantization] = []
     report = quantize_model(model, tell=told.append)
     assert report == told
     assert len(report) == 14
@@ -287,8 +365,12 @@ def test_only_the_blocks_are_quantised() -> None:
         assert isinstance(held, NF4Linear)
         assert done.shape == tuple(weight.shape)
         assert done.bytes == held.quantized.nbytes
-        assert done.relative_error == pytest.approx(float((held.weight - weight).norm() / weight.norm()), rel=1e-5)
-        assert done.zero_share == pytest.approx(float(((held.weight == 0) & (weight != 0)).float().mean()))
+        assert done.relative_error == pytest.approx(
+            float((held.weight - weight).norm() / weight.norm()), rel=1e-5
+        )
+        assert done.zeroed_ratio == pytest.approx(
+            float(((held.weight == 0) & (weight != 0)).float().mean())
+        )
     assert "error" in str(report[0])
     kept = {name: tensor for name, tensor in before.items() if name in model.state_dict()}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
@@ -296,17 +378,34 @@ def test_only_the_blocks_are_quantised() -> None:
         quantize_model(model)
 
 
-SMALL = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 2,
-         "hidden_size": 40, "num_attention_heads": 4}  # fmt: skip
+SMALL = {
+    "vocab_size": 320,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_hidden_layers": 2,
+    "hidden_size": 40,
+    "num_attention_heads": 4,
+}
 GROUPED = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 72}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64, "rope_theta": 500000.0}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500000.0,
+}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: T.LlamaConfig(**GROUPED),
-    "llama, tied": lambda: T.LlamaConfig(**GROUPED, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama, tied": lambda: T.LlamaConfig(
+        **GROUPED, tie_word_embeddings=True, rope_parameters=LLAMA3
+    ),
     "qwen2": lambda: T.Qwen2Config(**GROUPED),
     "gemma3": lambda: T.Gemma3TextConfig(**GROUPED, head_dim=12, sliding_window=5),
-    "gpt2": lambda: T.GPT2Config(vocab_size=320, n_embd=40, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+    "gpt2": lambda: T.GPT2Config(
+        vocab_size=320, n_embd=40, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    ),
     "opt": lambda: T.OPTConfig(**SMALL, ffn_dim=72, word_embed_proj_dim=40),
     "gpt_neox: loaded whole": lambda: T.GPTNeoXConfig(**SMALL, intermediate_size=72),
     "mixtral: loaded whole": lambda: T.MixtralConfig(**GROUPED, num_local_experts=4),
@@ -326,8 +425,8 @@ def test_streamed_loading_equals_quantising_after_loading(
     assert ("the whole model was loaded" in capsys.readouterr().err) == whole
     ordinary = load_base(str(folder), dtype=dtype)
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=kind if whole else torch.float32)
-    assert quantize_model(source) == base.quantization
-    for path in candidates(ordinary.model):
+    assert quantize_model(source) == base.quantization_report
+    for path in quantizable_modules(ordinary.model):
         parent, _, child = path.rpartition(".")
         setattr(ordinary.model.get_submodule(parent), child, source.get_submodule(path).to(kind))
     assert same(state(base.model), state(ordinary.model))
@@ -337,8 +436,8 @@ def test_streamed_loading_equals_quantising_after_loading(
     assert torch.equal(logits(base, flat_run((5, 9))), logits(ordinary, flat_run((5, 9))))
     tied = base.model.get_input_embeddings().weight is base.model.get_output_embeddings().weight
     assert tied == base.model.config.tie_word_embeddings
-    assert base.hash == ordinary.hash == hash_tensors(base.files)
-    assert (base.storage, ordinary.storage) == ("nf4", "plain")
+    assert base.hash == ordinary.hash == hash_tensor_files(base.files)
+    assert (base.quantization, ordinary.quantization) == ("nf4", "plain")
     assert base.model.generation_config.to_dict() == ordinary.model.generation_config.to_dict()
 
 
@@ -347,19 +446,25 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(
 ) -> None:
     first = load_base(str(tiny), storage="nf4")
     lines = [line for line in capsys.readouterr().err.splitlines() if " error " in line]
-    assert len(lines) == len(first.quantization) == 28
+    assert len(lines) == len(first.quantization_report) == 28
     assert "made zero" in lines[0]
-    expected, folder = state(first.model), cache / first.hash  # copies: the files below it are going to be damaged
+    expected, folder = (
+        state(first.model),
+        cache / first.hash,
+    )  # copies: the files below it are going to be damaged
     part, about = folder / "part-000.safetensors", folder / "about.json"
     whole = part.read_bytes()
 
     def check(anew: bool) -> None:
         again = load_base(str(tiny), storage="nf4")
         assert same(state(again.model), expected)
-        assert again.quantization == first.quantization
+        assert again.quantization_report == first.quantization_report
         assert (" error " in capsys.readouterr().err) == anew
         assert part.read_bytes() == whole
-        assert sorted(file.name for file in folder.iterdir()) == ["about.json", "part-000.safetensors"]
+        assert sorted(file.name for file in folder.iterdir()) == [
+            "about.json",
+            "part-000.safetensors",
+        ]
         assert [file.name for file in cache.iterdir()] == [first.hash]
 
     check(anew=False)
@@ -386,9 +491,14 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(
 def test_another_choice_of_layers_makes_the_cache_anew(tiny: Path, cache: Path) -> None:
     first = load_base(str(tiny), storage="nf4")
     model, report = nf4_load.load_nf4(
-        tiny, first.files, T.AutoConfig.from_pretrained(tiny), first.hash, {"dtype": torch.float32},
-        lambda: pytest.fail("was to be streamed"), skip=("down_proj",),
-    )  # fmt: skip
+        tiny,
+        first.files,
+        T.AutoConfig.from_pretrained(tiny),
+        first.hash,
+        {"dtype": torch.float32},
+        lambda: pytest.fail("was to be streamed"),
+        skip=("down_proj",),
+    )
     assert len(report) == 24
     assert type(model.get_submodule("model.layers.0.mlp.down_proj")) is nn.Linear
 
@@ -420,12 +530,12 @@ def test_lora_trains_on_it_and_switched_off_leaves_it_as_it_was(tiny: Path) -> N
     before, weights = logits(base, run), state(base.model)
     adapter = put(base, "a", rank=4)
     assert torch.equal(logits(base, run), before)
-    assert not torch.equal(logits(base, run, Segments.all("a")), before)
+    assert not torch.equal(logits(base, run, Segments.on_all_tokens("a")), before)
     tokens, positions, bounds = run
     labels = tokens.roll(-1)
     optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=1e-2), []
     for _ in range(30):
-        with base.board.route(Segments.all("a")):
+        with base.forward_context.use(Segments.on_all_tokens("a")):
             loss = base.loss(tokens, positions, bounds, labels) / len(tokens)
         loss.backward()
         optimizer.step()
@@ -433,7 +543,10 @@ def test_lora_trains_on_it_and_switched_off_leaves_it_as_it_was(tiny: Path) -> N
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(logits(base, run), before)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in _frozen(base.model.state_dict()).items())
+    assert all(
+        torch.equal(weights[name], tensor)
+        for name, tensor in _frozen(base.model.state_dict()).items()
+    )
 
 
 def _frozen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -443,8 +556,8 @@ def _frozen(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 MEASURE = """
 import sys
-import afina.combining.merge, torch
-from afina.base.load import load_base
+import afina.merging.merge_into_base, torch
+from afina.models.loading import load_base
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
@@ -457,7 +570,11 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_of_loading_is_far_below_the_model_in_16_bits(tmp_path: Path) -> None:
     config = T.LlamaConfig(
-        vocab_size=320, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, num_attention_heads=16
+        vocab_size=320,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=16,
+        num_attention_heads=16,
     )
     model = random_model(config).to(torch.bfloat16)
     megabytes = sum(p.nbytes for p in model.parameters()) / 2**20
@@ -468,10 +585,16 @@ def test_the_peak_of_loading_is_far_below_the_model_in_16_bits(tmp_path: Path) -
     def peak(storage: str) -> float:
         command = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), storage]
         environment = {**ENVIRONMENT, "AFINA_CACHE": str(tmp_path / "cache")}
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+        return float(
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            ).stdout
+        )
 
     ordinary, quantising, cached = peak("plain"), peak("nf4"), peak("nf4")
-    print(f"peak over the imports, MB: plain {ordinary:.0f}, quantising {quantising:.0f}, from the cache {cached:.0f}")
+    print(
+        f"peak over the imports, MB: plain {ordinary:.0f}, quantising {quantising:.0f}, from the cache {cached:.0f}"
+    )
     assert ordinary > megabytes
     assert max(quantising, cached) < 0.75 * megabytes
 
@@ -482,7 +605,9 @@ def test_the_peak_of_loading_is_far_below_the_model_in_16_bits(tmp_path: Path) -
 def regression(optimizer: Callable[..., torch.optim.Optimizer], seed: int) -> float:
     """Loss on unseen points after 300 steps of learning a random small network, the rate falling to zero."""
     torch.manual_seed(seed)
-    teacher, student = (nn.Sequential(nn.Linear(32, width), nn.Tanh(), nn.Linear(width, 16)) for width in (64, 256))
+    teacher, student = (
+        nn.Sequential(nn.Linear(32, width), nn.Tanh(), nn.Linear(width, 16)) for width in (64, 256)
+    )
     x = torch.randn(2048, 32) * torch.logspace(-2, 0.5, 32)
     with torch.no_grad():
         y = teacher(x)
@@ -498,7 +623,9 @@ def regression(optimizer: Callable[..., torch.optim.Optimizer], seed: int) -> fl
 
 
 def test_8bit_moments_learn_as_well_as_float32_ones() -> None:
-    ours, theirs = (sum(regression(kind, seed) for seed in range(3)) for kind in (AdamW8bit, torch.optim.AdamW))
+    ours, theirs = (
+        sum(regression(kind, seed) for seed in range(3)) for kind in (AdamW8bit, torch.optim.AdamW)
+    )
     assert ours < 1.05 * theirs
 
 
@@ -525,7 +652,9 @@ def test_8bit_moments_are_saved_offloaded_and_never_leap() -> None:
 
     def go(parameter: nn.Parameter, optimizer: AdamW8bit, steps: range) -> None:
         for step in steps:
-            parameter.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step)).to(torch.bfloat16)
+            parameter.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step)).to(
+                torch.bfloat16
+            )
             optimizer.step()
 
     whole, there, resumed = start(), start(offload=True), start()

@@ -9,24 +9,37 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import afina
-from afina.base.load import load_base
-from afina.base.nf4 import NF4Linear
-from afina.delta.files import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.segments import Segments
 from afina.errors import BaseError, MergeError
-from afina.segments import Segments
+from afina.models.loading import load_base
+from afina.models.nf4 import NF4Linear
 from helpers import flat_run, logits, put, save_model
 
 LENGTHS = (12,)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
-def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def wide(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
     """A Llama whose widths 64 divides."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=192, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=request.param == "tied", attention_bias=True,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=192,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=request.param == "tied",
+        attention_bias=True,
+    )
     return save_model(tmp_path_factory.mktemp("wide"), config, tokenizer)
 
 
@@ -36,11 +49,13 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cached")
-def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(wide: Path, tmp_path: Path) -> None:
+def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(
+    wide: Path, tmp_path: Path
+) -> None:
     base = load_base(str(wide), storage="nf4")
     save_adapter(put(base), base, tmp_path / "adapter")
-    on = logits(base, flat_run(LENGTHS), Segments.all("a"))
-    proof = afina.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    on = logits(base, flat_run(LENGTHS), Segments.on_all_tokens("a"))
+    proof = afina.merge(tmp_path / "adapter", output_dir=tmp_path / "merged")
     assert proof["storage"] == "plain"
     assert proof["kl"] < 1e-7
     merged = load_base(str(tmp_path / "merged"))
@@ -48,35 +63,47 @@ def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(wide: Path, 
     torch.testing.assert_close(logits(merged, flat_run(LENGTHS)), on, rtol=1e-4, atol=1e-4)
     plain = load_base(str(wide))  # which is another model than the one in four bits
     load_adapter(tmp_path / "adapter", plain, "a")
-    assert (logits(plain, flat_run(LENGTHS), Segments.all("a")) - on).abs().max() > 1e-2
+    assert (logits(plain, flat_run(LENGTHS), Segments.on_all_tokens("a")) - on).abs().max() > 1e-2
 
 
 @pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("held", ["plain", "nf4"])
-def test_merged_into_four_bits_is_written_and_measured(wide: Path, held: str, tmp_path: Path) -> None:
+def test_merged_into_four_bits_is_written_and_measured(
+    wide: Path, held: str, tmp_path: Path
+) -> None:
     base = load_base(str(wide), storage=held)  # type: ignore[arg-type]
     save_adapter(put(base), base, tmp_path / "adapter")
     with pytest.raises(MergeError, match="would not answer") as caught:
-        afina.merge(tmp_path / "adapter", out=tmp_path / "merged", storage="nf4", tolerance=1e-6)
+        afina.merge(
+            tmp_path / "adapter", output_dir=tmp_path / "merged", quantization="nf4", max_kl=1e-6
+        )
     assert "loss" in str(caught.value)
     assert not (tmp_path / "merged").exists()
-    proof = afina.merge(tmp_path / "adapter", out=tmp_path / "merged", storage="nf4", tolerance=10.0)
+    proof = afina.merge(
+        tmp_path / "adapter", output_dir=tmp_path / "merged", quantization="nf4", max_kl=10.0
+    )
     assert 1e-6 < proof["kl"] < 10.0
     assert proof["loss_merged"] != proof["loss_adapted"]
     ours = load_base(str(tmp_path / "merged"))
-    assert ours.storage == "nf4"
+    assert ours.quantization == "nf4"
     assert sum(isinstance(module, NF4Linear) for module in ours.model.modules()) == 14
-    assert (tmp_path / "merged" / "model.safetensors").stat().st_size < 0.75 * (wide / "model.safetensors").stat().st_size
+    assert (tmp_path / "merged" / "model.safetensors").stat().st_size < 0.75 * (
+        wide / "model.safetensors"
+    ).stat().st_size
     run = flat_run(LENGTHS)
 
     pytest.importorskip("bitsandbytes")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu", attn_implementation="eager")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", device_map="cpu", attn_implementation="eager"
+    )
     with torch.no_grad():
         expected = theirs(input_ids=run[0][None]).logits[0]
-    assert (logits(ours, run) - expected).norm() < 0.03 * expected.norm()  # theirs multiplies in bfloat16 on some CPUs
+    assert (
+        logits(ours, run) - expected
+    ).norm() < 0.03 * expected.norm()  # theirs multiplies in bfloat16 on some CPUs
     adapter = put(ours, "b")  # and it is a base like any other
     save_adapter(adapter, ours, tmp_path / "next")
-    assert logits(ours, run, Segments.all("b")).isfinite().all()
+    assert logits(ours, run, Segments.on_all_tokens("b")).isfinite().all()
 
 
 @pytest.mark.usefixtures("cached")
@@ -87,7 +114,9 @@ def test_bitsandbytes_own_files_are_read(wide: Path, tmp_path: Path) -> None:
     how = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     for double in (True, False):
         config = BitsAndBytesConfig(**how, bnb_4bit_use_double_quant=double)
-        theirs = AutoModelForCausalLM.from_pretrained(wide, quantization_config=config, device_map="cpu", dtype=torch.float32)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            wide, quantization_config=config, device_map="cpu", dtype=torch.float32
+        )
         folder = tmp_path / str(double)
         theirs.save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -108,7 +137,7 @@ def test_what_cannot_be_written_or_read_is_refused(tiny: Path, wide: Path, tmp_p
     base = load_base(str(tiny))
     save_adapter(put(base), base, tmp_path / "adapter")
     with pytest.raises(MergeError, match="cannot hold this layer") as caught:
-        afina.merge(tmp_path / "adapter", out=tmp_path / "merged", storage="nf4")
+        afina.merge(tmp_path / "adapter", output_dir=tmp_path / "merged", quantization="nf4")
     assert "width 48" in str(caught.value)
     assert not (tmp_path / "merged").exists()
 
@@ -117,13 +146,15 @@ def test_what_cannot_be_written_or_read_is_refused(tiny: Path, wide: Path, tmp_p
     for file in wide.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (other / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(BaseError, match="cannot be held frozen"):
         load_base(str(other))
 
     wide_base = load_base(str(wide))
     save_adapter(put(wide_base), wide_base, tmp_path / "b")
-    afina.merge(tmp_path / "b", out=tmp_path / "four", storage="nf4", tolerance=10.0)
+    afina.merge(tmp_path / "b", output_dir=tmp_path / "four", quantization="nf4", max_kl=10.0)
     weights = tmp_path / "four" / "model.safetensors"
     tensors = load_file(weights)
     del tensors["model.norm.weight"]

@@ -10,33 +10,54 @@ import torch
 import yaml
 
 import afina
-from afina.base.load import load_base
-from afina.base.nf4 import quantize_model
+from afina.adapters.attach import attach
+from afina.adapters.base import registered_methods
+from afina.adapters.loading import WEIGHTS, save_adapter
+from afina.adapters.segments import Segments
 from afina.cli.main import run
 from afina.config import PlanSettings, TrainSettings
-from afina.data.batches import flatten
-from afina.data.template import Example
-from afina.delta.attach import attach
-from afina.delta.contract import methods
-from afina.delta.files import WEIGHTS, save_adapter
+from afina.data.packing import pack_examples
+from afina.data.renderer import Example
 from afina.errors import SettingsError
-from afina.objective.language import batch_loss
-from afina.objective.reading import Reading
-from afina.planning import forecast, probe
-from afina.planning.cost import Step
-from afina.planning.figures import Load
-from afina.planning.forecast import BESIDES, DIAL, Place, card, fits, full_load, largest_batch, make_step, remedies, turn
-from afina.planning.shape import Shape, count, read_shape
-from afina.segments import Segments
-from afina.training.setup import make_spec, set_up
+from afina.models.loading import load_base
+from afina.models.nf4 import quantize_model
+from afina.objectives.language_modeling import batch_loss
+from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.planning import estimate as forecast
+from afina.planning import machine_rates as probe
+from afina.planning.estimate import (
+    BESIDES,
+    CHECKPOINTING_LEVELS,
+    Machine,
+    choose_checkpointing,
+    fits,
+    full_load,
+    largest_batch,
+    make_step,
+    remedies,
+    smallest_gpu,
+)
+from afina.planning.estimates import Workload
+from afina.planning.model_shape import ModelShape, count_parameters, read_model_shape
+from afina.planning.step_cost import StepCost
+from afina.training.setup.set_up import build_adapter_config, set_up_run
 from helpers import RATES, write_rows
 
 LARGE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
-    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "max_position_embeddings": 8192, "hidden_act": "silu", "tie_word_embeddings": False, "dtype": "bfloat16",
-}  # fmt: skip
-HERE = Place("cpu", 16e9, RATES)
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+HERE = Machine("cpu", 16e9, RATES)
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +71,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the shape of Llama-3.2-1B, made shorter."""
-    small = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 32}
+    small = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+    }
     folder = tmp_path_factory.mktemp("billion")
     (folder / "config.json").write_text(json.dumps(LARGE | small | {"tie_word_embeddings": True}))
     return folder
 
 
-def planned(folder: Path | str, **values: Any) -> tuple[Shape, PlanSettings, Step]:
+def planned(folder: Path | str, **values: Any) -> tuple[ModelShape, PlanSettings, StepCost]:
     settings = PlanSettings(base=str(folder), **values)
-    shape = read_shape(settings, "cpu")
+    shape = read_model_shape(settings, "cpu")
     return shape, settings, make_step(shape, settings, HERE)
 
 
@@ -76,19 +102,25 @@ def seconds(folder: Path, tokens: int = 1024, **values: Any) -> float:
 def test_parameters_are_those_of_the_model(request: pytest.FixtureRequest, kind: str) -> None:
     folder = request.getfixturevalue(kind)
     shape, model = planned(folder)[0], load_base(str(folder)).model
-    assert shape.parameters == sum(p.numel() for p in model.parameters()) == sum(shape.kinds.values())
+    assert (
+        shape.parameters
+        == sum(p.numel() for p in model.parameters())
+        == sum(shape.parameters_by_kind.values())
+    )
     assert shape.weight_bytes("plain") == sum(p.nbytes for p in model.parameters())
-    assert (shape.kinds["output"] == 0) is (kind == "tied")
-    assert shape.blocks == 4
-    assert shape.exact
+    assert (shape.parameters_by_kind["output"] == 0) is (kind == "tied")
+    assert shape.num_layers == 4
+    assert shape.is_exact
     quantize_model(model)
     assert shape.weight_bytes("nf4") == sum(p.nbytes for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", [*methods(), "freeze"])
+@pytest.mark.parametrize("method", [*registered_methods(), "freeze"])
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"rank": 3, "layers": "last:2"}, {"targets": ["q_proj", "down_proj", "lm_head"]}], ids=str
+    "settings",
+    [{}, {"rank": 3, "layers": "last:2"}, {"targets": ["q_proj", "down_proj", "lm_head"]}],
+    ids=str,
 )
 def test_counts_are_those_of_a_real_adapter(
     request: pytest.FixtureRequest, kind: str, method: str, settings: dict[str, Any], tmp_path: Path
@@ -96,12 +128,17 @@ def test_counts_are_those_of_a_real_adapter(
     folder = request.getfixturevalue(kind)
     _, asked, step = planned(folder, method=method, **settings)
     base = load_base(str(folder))
-    adapter = attach(base.model, base.board, "a", make_spec(base.model, asked))
-    assert step.count.spec == adapter.spec
-    assert step.count.trainable == adapter.count()
+    adapter = attach(base.model, base.forward_context, "a", build_adapter_config(base.model, asked))
+    assert step.count.config == adapter.config
+    assert step.count.trainable == adapter.num_parameters()
     save_adapter(adapter, base, tmp_path / "a")
     size = (tmp_path / "a" / WEIGHTS).stat().st_size
-    assert step.count.width * step.count.trainable < size <= step.count.file_bytes <= size + 450 * len(step.count.layers)
+    assert (
+        step.count.width * step.count.trainable
+        < size
+        <= step.count.file_bytes
+        <= size + 450 * len(step.count.layers)
+    )
 
 
 def test_new_tokens_are_counted(tiny: Path, tied: Path) -> None:
@@ -115,7 +152,10 @@ def test_new_tokens_are_counted(tiny: Path, tied: Path) -> None:
 def test_more_tokens_take_more(billion: Path, method: str) -> None:
     """Memory never falls, and rises wherever it is not gradients or optimizer that take the most."""
     tokens = (256, 1024, 1025, 4096, 65536)
-    peaks, times = [peak(billion, n, method=method) for n in tokens], [seconds(billion, n, method=method) for n in tokens]
+    peaks, times = (
+        [peak(billion, n, method=method) for n in tokens],
+        [seconds(billion, n, method=method) for n in tokens],
+    )
     assert peaks == sorted(peaks)
     assert peaks[-1] > peaks[-2]
     assert len(set(peaks)) == len(peaks) or method in ("full", "freeze")
@@ -124,9 +164,15 @@ def test_more_tokens_take_more(billion: Path, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "mora", "qmora"])
 def test_higher_rank_takes_more(billion: Path, method: str) -> None:
-    extra = {"options": {"operator": "sharing"}} if "mora" in method else {}  # rotation rounds its columns to even numbers
+    extra = (
+        {"options": {"operator": "sharing"}} if "mora" in method else {}
+    )  # rotation rounds its columns to even numbers
     steps = [
-        (peak(billion, rank=r, method=method, **extra), seconds(billion, rank=r, method=method, **extra)) for r in (4, 8, 256)
+        (
+            peak(billion, rank=r, method=method, **extra),
+            seconds(billion, rank=r, method=method, **extra),
+        )
+        for r in (4, 8, 256)
     ]
     assert steps == sorted(set(steps))
     assert [s for _, s in steps] == sorted({s for _, s in steps})
@@ -150,7 +196,7 @@ def test_four_bits_take_less_memory_and_more_time(large: Path, method: str) -> N
 
 def test_moments_in_eight_bits_take_less(large: Path) -> None:
     *_, plain = planned(large, method="full")
-    shape, settings, small = planned(large, method="full", optimizer="adamw-8bit")
+    shape, settings, small = planned(large, method="full", optimizer="adamw_8bit")
     load = full_load(shape, settings)
     assert small.memory(load, 0.0).optimizer < 0.27 * plain.memory(load, 0.0).optimizer
     assert small.memory(load, 0.0).peak < plain.memory(load, 0.0).peak
@@ -169,28 +215,39 @@ def test_kept_activations_are_those_that_autograd_keeps(tiny: Path) -> None:
     for method in ("lora", "dora", "mora", "full"):
         base = load_base(str(tiny))
         _, asked, step = planned(tiny, method=method)
-        adapter = attach(base.model, base.board, "a", make_spec(base.model, asked))
-        own = {p.untyped_storage().data_ptr() for p in [*base.model.parameters(), *adapter.parameters()]}
+        adapter = attach(
+            base.model, base.forward_context, "a", build_adapter_config(base.model, asked)
+        )
+        own = {
+            p.untyped_storage().data_ptr()
+            for p in [*base.model.parameters(), *adapter.parameters()]
+        }
         kept = []
         for rows in (4, 8):
             storages: dict[int, torch.UntypedStorage] = {}
 
-            def pack(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> torch.Tensor:
+            def pack(
+                tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages
+            ) -> torch.Tensor:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
                 return tensor
 
-            batch = flatten([Example("", list(range(5, 69)), [False, *[True] * 63], 0, None)] * rows)
+            batch = pack_examples(
+                [Example("", list(range(5, 69)), [False, *[True] * 63], 0, None)] * rows
+            )
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss = batch_loss(base, batch, adapter.route)
+                loss = batch_loss(base, batch, adapter.active)
             kept.append(sum(s.nbytes() for place, s in storages.items() if place not in own))
             del loss
-        counted = 256 * 4 * sum(step._kept(Load.full(256, 64)))
-        assert 0.9 * counted < kept[1] - kept[0] < 1.12 * counted, method  # besides: the loss's, the angles
+        counted = 256 * 4 * sum(step._kept(Workload.full(256, 64)))
+        assert 0.9 * counted < kept[1] - kept[0] < 1.12 * counted, (
+            method
+        )  # besides: the loss's, the angles
 
 
 def test_blocks_below_the_first_adapted_one_keep_nothing(large: Path) -> None:
     def kept(layers: Any) -> float:
-        return planned(large, layers=layers)[2].memory(Load.full(1024, 512), 0.0).activations
+        return planned(large, layers=layers)[2].memory(Workload.full(1024, 512), 0.0).activations
 
     assert kept("last:20") == pytest.approx(kept(None) / 4)
     assert 0.6 * kept(None) < kept([0]) < kept(None)  # the others keep no inputs of adapters
@@ -199,7 +256,9 @@ def test_blocks_below_the_first_adapted_one_keep_nothing(large: Path) -> None:
 def test_a_70b_model_in_a_second(large: Path) -> None:
     planned(large)  # imports are not what is looked at
     start = time.process_time()
-    result = afina.plan(base=str(large), device="cuda", method="qlora", checkpointing="all")
+    result = afina.plan(
+        base=str(large), device="cuda", method="qlora", gradient_checkpointing="all"
+    )
     assert time.process_time() - start < 1.0
     assert result["base"]["parameters"] == 70_553_706_496
     assert result["cost"]["card_gib"] == 48 if result["cost"]["step_seconds"] is None else True
@@ -221,14 +280,19 @@ def test_rows_are_counted_without_weights(tiny: Path, chats: Path, tmp_path: Pat
         assert bare[name] == whole[name]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
-    blind = afina.plan(chats, base=str(tmp_path), steps=7)
+    blind = afina.plan(chats, base=str(tmp_path), max_steps=7)
     assert (blind["steps"], blind["data"]["rows"], blind["example"]) == (7, 48, None)
 
 
 def test_the_load_is_that_of_the_batches(tiny: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "a" * n, "completion": " b"} for n in (5, 9, 30, 31, 60, 80)]
     data = write_rows(tmp_path / "r.jsonl", *rows)
-    result = afina.plan(data, base=str(tiny), holdout=write_rows(tmp_path / "h.jsonl", rows[0]), batch_tokens=10**6)
+    result = afina.plan(
+        data,
+        base=str(tiny),
+        eval_size=write_rows(tmp_path / "h.jsonl", rows[0]),
+        max_tokens_per_batch=10**6,
+    )
     assert result["cost"]["batch"]["tokens"] == result["data"]["tokens"]
     assert result["cost"]["batch"]["longest"] == result["data"]["longest"]
     labels = result["data"]["labelled_percent"] * result["data"]["tokens"] / 100
@@ -238,19 +302,19 @@ def test_the_load_is_that_of_the_batches(tiny: Path, tmp_path: Path) -> None:
 def test_what_fits_and_what_would(large: Path) -> None:
     shape, settings, step = planned(large, method="lora")
     load = full_load(shape, settings)
-    assert remedies(shape, settings, Place("cpu", 16e9, RATES), load) == []  # not even in 4 bits
-    place = Place("cpu", 64e9, RATES)
+    assert remedies(shape, settings, Machine("cpu", 16e9, RATES), load) == []  # not even in 4 bits
+    place = Machine("cpu", 64e9, RATES)
     found = remedies(shape, settings, place, load)
     assert found
     for remedy in found:
         changed = settings.model_copy(update=remedy["settings"])
         load = full_load(shape, changed)
-        turned, _, _ = turn(make_step(shape, changed, place), load, place)
+        turned, _, _ = choose_checkpointing(make_step(shape, changed, place), load, place)
         peak = turned.memory(load, place.libraries).peak
         assert peak == pytest.approx(remedy["peak_bytes"], rel=0.02)
         assert fits(peak, place)
         assert changed.method == "qlora"
-    load, roomy = full_load(shape, settings), Place("cpu", 400e9, RATES)
+    load, roomy = full_load(shape, settings), Machine("cpu", 400e9, RATES)
     most = largest_batch(step, load, roomy)
     assert most is not None
     assert fits(step.memory(load.at(most), RATES.libraries).peak, roomy)
@@ -258,18 +322,28 @@ def test_what_fits_and_what_would(large: Path) -> None:
 
 
 def test_cards() -> None:
-    assert [card(gigabytes * 2**30) for gigabytes in (1, 7, 20, 21, 44, 75, 1000)] == [8, 12, 24, 24, 48, 80, None]
+    assert [smallest_gpu(gigabytes * 2**30) for gigabytes in (1, 7, 20, 21, 44, 75, 1000)] == [
+        8,
+        12,
+        24,
+        24,
+        48,
+        80,
+        None,
+    ]
 
 
 def test_compare(capsys: pytest.CaptureFixture[str], large: Path, tiny: Path, chats: Path) -> None:
-    assert run(["plan", "--compare", "--base", str(large), "--device", "cuda", "--json"]) == 0
+    assert (
+        run(["plan", "--compare-methods", "--base", str(large), "--device", "cuda", "--json"]) == 0
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     lines = {line["method"]: line for line in result["methods"]}
     assert set(lines) == {"lora", "qlora", "dora", "qdora", "mora", "qmora", "full", "freeze"}
     assert lines["qlora"]["peak_bytes"] < lines["lora"]["peak_bytes"] < lines["full"]["peak_bytes"]
     assert lines["full"]["trainable_parameters"] == result["base"]["parameters"]
     assert lines["full"]["card_gib"] is None
-    assert run(["plan", str(chats), "--compare", "--base", str(tiny)]) == 0
+    assert run(["plan", str(chats), "--compare-methods", "--base", str(tiny)]) == 0
     shown = capsys.readouterr().out
     assert "qdora" in shown
     assert "yes" in shown
@@ -279,8 +353,11 @@ def test_compare(capsys: pytest.CaptureFixture[str], large: Path, tiny: Path, ch
 
 def test_a_base_in_codes_has_no_full(tiny: Path) -> None:
     shape = planned(tiny)[0]
-    held = Shape(shape.name, shape.folder, shape.model, shape.dtype, True, True)
-    lines = {x["method"]: x for x in forecast.compare(held, PlanSettings(), HERE, Load.full(256, 64), 3, 0)}
+    held = ModelShape(shape.name, shape.folder, shape.model, shape.dtype, True, True)
+    lines = {
+        x["method"]: x
+        for x in forecast.compare(held, PlanSettings(), HERE, Workload.full(256, 64), 3, 0)
+    }
     assert "why" in lines["full"]
     assert lines["lora"]["peak_bytes"] == lines["qlora"]["peak_bytes"]
 
@@ -292,29 +369,33 @@ def test_rates_between_those_measured() -> None:
     assert RATES.rate("bfloat16", 9999) == pytest.approx(4e11)
 
 
-def test_rates_are_kept_until_the_machine_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rates_are_kept_until_the_machine_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from dataclasses import asdict
 
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
     measured: list[str] = []
-    monkeypatch.setattr(probe, "_measured_apart", lambda device: measured.append(device) or asdict(RATES))
-    assert probe.rates_of("cpu") == probe.rates_of("cpu") == RATES
+    monkeypatch.setattr(
+        probe, "_measured_apart", lambda device: measured.append(device) or asdict(RATES)
+    )
+    assert probe.measured_rates("cpu") == probe.measured_rates("cpu") == RATES
     assert len(measured) == 1
-    probe.rates_of("cpu", anew=True)
+    probe.measured_rates("cpu", anew=True)
     assert len(measured) == 2
-    monkeypatch.setattr(probe, "machine", lambda device: "another")
-    probe.rates_of("cpu")
+    monkeypatch.setattr(probe, "machine_key", lambda device: "another")
+    probe.measured_rates("cpu")
     assert len(measured) == 3
     probe.cache_file().write_text('{"another": {"copy": 1}}')  # of another version
-    assert probe.rates_of("cpu") == RATES
+    assert probe.measured_rates("cpu") == RATES
     probe.cache_file().write_text("{")
-    assert probe.rates_of("cpu") == RATES
+    assert probe.measured_rates("cpu") == RATES
 
 
 def test_counts_of_modules_that_are_owned_whole(tiny: Path) -> None:
     shape, settings, _ = planned(tiny)
-    spec = make_spec(shape.model, settings, modules=("model.norm",))
-    assert count(shape, spec).trainable == planned(tiny)[2].count.trainable + 48
+    spec = build_adapter_config(shape.model, settings, modules=("model.norm",))
+    assert count_parameters(shape, spec).trainable == planned(tiny)[2].count.trainable + 48
 
 
 # the dial of checkpointing
@@ -323,8 +404,10 @@ def test_counts_of_modules_that_are_owned_whole(tiny: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "mora", "full"])
 def test_each_step_of_the_dial_takes_less_memory_and_more_time(billion: Path, method: str) -> None:
     tokens = 65536
-    peaks = [peak(billion, tokens, checkpointing=value, method=method) for value in DIAL]
-    times = [seconds(billion, checkpointing=value, method=method) for value in DIAL]
+    peaks = [
+        peak(billion, tokens, checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS
+    ]
+    times = [seconds(billion, checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS]
     assert peaks == sorted(set(peaks), reverse=True)
     assert times == sorted(set(times))
 
@@ -333,38 +416,51 @@ def test_the_dial_goes_as_far_as_it_must(billion: Path) -> None:
     """With room for exactly what a step of the dial takes, that step is chosen; with a little less, the next one."""
     shape, settings, step = planned(billion, batch_tokens=16384)
     load = full_load(shape, settings)
-    for number, value in enumerate(DIAL):
+    for number, value in enumerate(CHECKPOINTING_LEVELS):
         takes = peak(billion, 16384, checkpointing=value)
-        turned, used, why = turn(step, load, Place("cpu", 1.001 * (takes + BESIDES) / 0.95, RATES))
+        turned, used, why = choose_checkpointing(
+            step, load, Machine("cpu", 1.001 * (takes + BESIDES) / 0.95, RATES)
+        )
         assert (used, turned.every) == (value, {"off": 0, "all": 1}.get(value, value))  # type: ignore[call-overload]
         assert why is not None and ("without" in why) is (value != "off")
-        tight = turn(step, load, Place("cpu", 0.999 * (takes + BESIDES) / 0.95, RATES))
-        assert tight[1] == DIAL[min(number + 1, len(DIAL) - 1)]
+        tight = choose_checkpointing(
+            step, load, Machine("cpu", 0.999 * (takes + BESIDES) / 0.95, RATES)
+        )
+        assert tight[1] == CHECKPOINTING_LEVELS[min(number + 1, len(CHECKPOINTING_LEVELS) - 1)]
     assert tight[2] is not None and "still too much" in tight[2]
-    assert turn(step, load, Place("cuda", None, None))[1] == "off"
+    assert choose_checkpointing(step, load, Machine("cuda", None, None))[1] == "off"
     told = planned(billion, batch_tokens=16384, checkpointing=3)[2]
-    assert turn(told, load, Place("cpu", 1e9, RATES)) == (told, 3, None)
+    assert choose_checkpointing(told, load, Machine("cpu", 1e9, RATES)) == (told, 3, None)
 
 
 def test_what_the_dial_keeps_is_what_autograd_keeps(tiny: Path) -> None:
     """Bytes saved for the backward pass, packed away by PyTorch, at each step of the dial: as counted, in proportion."""
     base = load_base(str(tiny))
-    adapter = attach(base.model, base.board, "a", make_spec(base.model, planned(tiny)[1]))
-    own = {p.untyped_storage().data_ptr() for p in [*base.model.parameters(), *adapter.parameters()]}
-    batch = flatten([Example("", list(range(5, 69)), [False, *[True] * 63], 0, None)] * 8)
+    adapter = attach(
+        base.model, base.forward_context, "a", build_adapter_config(base.model, planned(tiny)[1])
+    )
+    own = {
+        p.untyped_storage().data_ptr() for p in [*base.model.parameters(), *adapter.parameters()]
+    }
+    batch = pack_examples([Example("", list(range(5, 69)), [False, *[True] * 63], 0, None)] * 8)
     kept = []
     for value in ("off", 3, 2, "all"):
-        settings = PlanSettings(base=str(tiny), checkpointing=value)
+        settings = PlanSettings(base=str(tiny), gradient_checkpointing=value)
         storages: dict[int, torch.UntypedStorage] = {}
 
-        def pack(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> torch.Tensor:
+        def pack(
+            tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage] = storages
+        ) -> torch.Tensor:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), base.checkpointing(settings.recomputed):
-            loss = batch_loss(base, batch, adapter.route)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            base.gradient_checkpointing(settings.recomputed),
+        ):
+            loss = batch_loss(base, batch, adapter.active)
         held = sum(s.nbytes() for place, s in storages.items() if place not in own)
-        counted = 512 * 4 * sum(planned(tiny, checkpointing=value)[2]._kept(Load.full(512, 64)))
+        counted = 512 * 4 * sum(planned(tiny, checkpointing=value)[2]._kept(Workload.full(512, 64)))
         kept.append((held, counted))
         del loss
     rest = [held - counted for held, counted in kept]  # what is no block's: the loss's, the angles
@@ -372,35 +468,55 @@ def test_what_the_dial_keeps_is_what_autograd_keeps(tiny: Path) -> None:
     assert max(rest) - min(rest) < 0.085 * kept[0][1], kept
 
 
-def test_train_uses_what_the_plan_chose(tiny: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_uses_what_the_plan_chose(
+    tiny: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where memory is short, plan and run turn the dial alike; the run's settings and its story say so."""
-    monkeypatch.setattr(forecast, "rates_of", lambda device, anew: RATES)
+    monkeypatch.setattr(forecast, "measured_rates", lambda device, anew: RATES)
     monkeypatch.setattr(forecast, "known_rates", lambda device: RATES)
-    settings = {"base": str(tiny), "steps": 2, "batch_tokens": 4096}
+    settings = {"base": str(tiny), "max_steps": 2, "max_tokens_per_batch": 4096}
     plain = afina.plan(chats, **settings)
     assert plain["settings"]["checkpointing"] == "off"
-    monkeypatch.setattr(forecast, "machine_memory", lambda: (plain["cost"]["peak_bytes"] - 1e5) / 0.95)
+    monkeypatch.setattr(
+        forecast, "machine_memory", lambda: (plain["cost"]["peak_bytes"] - 1e5) / 0.95
+    )
     planned = afina.plan(chats, **settings)
     used = planned["cost"]["checkpointing"]["used"]
     assert used in (4, 3, 2)
     assert planned["cost"]["fits"] is True
     assert planned["settings"]["checkpointing"] == used
-    run = afina.train(chats, **settings, out=tmp_path / "run")
+    run = afina.train(chats, **settings, output_dir=tmp_path / "run")
     assert run.story["settings"]["checkpointing"] == used
-    assert run.story["checkpointing"] == {"used": used, "why": planned["cost"]["checkpointing"]["why"]}
+    assert run.story["checkpointing"] == {
+        "used": used,
+        "why": planned["cost"]["checkpointing"]["why"],
+    }
     assert yaml.safe_load((run.folder / "settings.yaml").read_text())["checkpointing"] == used
-    off = afina.train(chats, **settings, checkpointing="off", out=tmp_path / "off")
+    off = afina.train(chats, **settings, gradient_checkpointing="off", output_dir=tmp_path / "off")
     assert run.story["adapter"] == off.story["adapter"]
     assert off.story["checkpointing"] == {"used": "off", "why": None}
-    many = afina.train_many([TrainSettings(data=chats, out=tmp_path / f"m{n}", **settings) for n in range(2)])
-    assert [r.story["settings"]["checkpointing"] for r in many] == [many[0].story["settings"]["checkpointing"]] * 2
+    many = afina.train_many(
+        [TrainSettings(data=chats, output_dir=tmp_path / f"m{n}", **settings) for n in range(2)]
+    )
+    assert [r.story["settings"]["checkpointing"] for r in many] == [
+        many[0].story["settings"]["checkpointing"]
+    ] * 2
     assert many[0].story["settings"]["checkpointing"] in (3, 2, "all")  # twice the tokens in a pass
 
 
 def test_cards_with_and_without_checkpointing(large: Path) -> None:
-    lines = {x["method"]: x for x in afina.plan(base=str(large), device="cuda", batch_tokens=16384, compare=True)["methods"]}
+    lines = {
+        x["method"]: x
+        for x in afina.plan(
+            base=str(large), device="cuda", max_tokens_per_batch=16384, compare_methods=True
+        )["methods"]
+    }
     for line in lines.values():
-        assert line["card_gib_all"] is None or line["card_gib"] is None or line["card_gib_all"] <= line["card_gib"]
+        assert (
+            line["card_gib_all"] is None
+            or line["card_gib"] is None
+            or line["card_gib_all"] <= line["card_gib"]
+        )
     assert lines["qlora"]["card_gib_all"] < (lines["qlora"]["card_gib"] or 999)
     assert lines["full"]["card_gib_all"] is None
 
@@ -409,11 +525,18 @@ def test_cards_with_and_without_checkpointing(large: Path) -> None:
 
 
 def pairs_of(folder: Path, count: int = 20) -> Path:
-    rows = [{"prompt": f"say the sol and the luna {n}:", "chosen": " sol" * (2 + n % 3), "rejected": " night by the sea" * 2} for n in range(count)]
+    rows = [
+        {
+            "prompt": f"say the sol and the luna {n}:",
+            "chosen": " sol" * (2 + n % 3),
+            "rejected": " night by the sea" * 2,
+        }
+        for n in range(count)
+    ]
     return write_rows(folder / "pairs.jsonl", *rows)
 
 
-SMALL = {"template": "plain", "batch_tokens": 200, "holdout": 0.2, "steps": 10}
+SMALL = {"chat_template": "plain", "max_tokens_per_batch": 200, "eval_size": 0.2, "max_steps": 10}
 
 
 @pytest.fixture
@@ -425,63 +548,102 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_plan_of_pairs_counts_what_is_computed(tiny: Path, tmp_path: Path) -> None:
     rows = pairs_of(tmp_path)
-    costs = {o: afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo", "kto", "reward")}
-    known = afina.plan(rows, base=str(tiny), objective="dpo", **SMALL, options={"reference": "precomputed"})["cost"]
+    costs = {
+        o: afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"]
+        for o in ("dpo", "simpo", "kto", "reward")
+    }
+    known = afina.plan(
+        rows, base=str(tiny), objective="dpo", **SMALL, options={"reference": "precomputed"}
+    )["cost"]
     assert costs["dpo"]["phases"]["learning"] == pytest.approx(costs["simpo"]["phases"]["learning"])
     assert costs["simpo"]["phases"]["reading"] == known["phases"]["reading"] == 0.0
-    assert 0.2 < costs["dpo"]["phases"]["reading"] / costs["dpo"]["phases"]["learning"] < 0.6  # forwards alone
+    assert (
+        0.2 < costs["dpo"]["phases"]["reading"] / costs["dpo"]["phases"]["learning"] < 0.6
+    )  # forwards alone
     assert costs["dpo"]["step_seconds"] == pytest.approx(sum(costs["dpo"]["phases"].values()))
     assert known["step_seconds"] < costs["dpo"]["step_seconds"]
-    assert known["run_seconds"] - 10 * known["step_seconds"] > costs["simpo"]["run_seconds"] - 10 * costs["simpo"]["step_seconds"]
+    assert (
+        known["run_seconds"] - 10 * known["step_seconds"]
+        > costs["simpo"]["run_seconds"] - 10 * costs["simpo"]["step_seconds"]
+    )
     assert costs["kto"]["phases"]["reading"] > 0 and costs["reward"]["not_counted"]
-    setup = set_up(TrainSettings(data=rows, base=str(tiny), objective="dpo", **SMALL))
+    setup = set_up_run(TrainSettings(data=rows, base=str(tiny), objective="dpo", **SMALL))
     task = setup.prepared.task
-    sizes = [Reading(task.base, b.flat, everywhere).sizes(everywhere)[0]  # type: ignore[attr-defined]
-             for step in range(task.steps_per_epoch) for b in task.step_batches(step) for everywhere in [Segments.all("adapter")]]
+    sizes = [
+        SharedPrefixBatch(task.base, b.flat, everywhere).num_computed_tokens(everywhere)[0]  # type: ignore[attr-defined]
+        for step in range(task.steps_per_epoch)
+        for b in task.step_batches(step)
+        for everywhere in [Segments.on_all_tokens("adapter")]
+    ]
     assert costs["dpo"]["batch"]["tokens"] == max(sizes) < 200  # two answers, and one prompt
 
 
 def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: Path) -> None:
     rows = pairs_of(tmp_path)
-    first = afina.train(rows, base=str(tiny), objective="dpo", out=tmp_path / "first", **SMALL | {"steps": 1})
-    new, none = (afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo"))
-    again = afina.plan(rows, base=str(tiny), objective="dpo", **SMALL, options={"start": str(first.folder)})["cost"]
+    first = afina.train(
+        rows,
+        base=str(tiny),
+        objective="dpo",
+        output_dir=tmp_path / "first",
+        **SMALL | {"max_steps": 1},
+    )
+    new, none = (
+        afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo")
+    )
+    again = afina.plan(
+        rows, base=str(tiny), objective="dpo", **SMALL, options={"start": str(first.folder)}
+    )["cost"]
     assert new["peak_bytes"] == none["peak_bytes"]
     assert again["peak_bytes"] - new["peak_bytes"] == 4 * new["trainable_parameters"]
 
 
 def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judge: str) -> None:
-    rows, options = pairs_of(tmp_path), {"reward": judge, "max_new_tokens": 8, "group": 4, "prompts": 4}
+    rows, options = (
+        pairs_of(tmp_path),
+        {"reward": judge, "max_new_tokens": 8, "group": 4, "prompts": 4},
+    )
 
     def cost(objective: str = "grpo", **more: Any) -> dict[str, Any]:
-        return afina.plan(rows, base=str(tiny), objective=objective, **SMALL, options=options | more)["cost"]
+        return afina.plan(
+            rows, base=str(tiny), objective=objective, **SMALL, options=options | more
+        )["cost"]
 
     plain = cost()
     assert all(plain["phases"][name] > 0 for name in ("learning", "reading", "writing"))
-    assert any("judge" in what for what in plain["not_counted"]) and any("8 tokens" in what for what in plain["not_counted"])
+    assert any("judge" in what for what in plain["not_counted"]) and any(
+        "8 tokens" in what for what in plain["not_counted"]
+    )
     longer, twice, more = cost(max_new_tokens=16), cost(updates=2), cost(group=8)
     assert longer["phases"]["writing"] > 1.5 * plain["phases"]["writing"]
-    assert twice["phases"]["writing"] == pytest.approx(plain["phases"]["writing"] / 2)  # one writing for two steps
+    assert twice["phases"]["writing"] == pytest.approx(
+        plain["phases"]["writing"] / 2
+    )  # one writing for two steps
     assert more["phases"]["learning"] > plain["phases"]["learning"]
-    assert cost("ppo", group=1)["trainable_parameters"] == plain["trainable_parameters"] + 48  # and a value head
+    assert (
+        cost("ppo", group=1)["trainable_parameters"] == plain["trainable_parameters"] + 48
+    )  # and a value head
     with pytest.raises(SettingsError, match="with its rows"):
         afina.plan(None, base=str(tiny), objective="dpo")
 
 
 def test_an_activated_adapter_reads_what_comes_before_it_once(tiny: Path, tmp_path: Path) -> None:
     rows = pairs_of(tmp_path)
-    both = [afina.plan(rows, base=str(tiny), objective="dpo", method=m, invocation=i, **SMALL)["cost"]
-            for m, i in (("lora", None), ("alora", ":"))]  # fmt: skip
+    both = [
+        afina.plan(rows, base=str(tiny), objective="dpo", method=m, invocation=i, **SMALL)["cost"]
+        for m, i in (("lora", None), ("alora", ":"))
+    ]
     assert both[1]["batch"]["tokens"] < both[0]["batch"]["tokens"]
     assert both[1]["phases"]["learning"] < both[0]["phases"]["learning"]
 
 
-def test_the_dial_turns_for_pairs_too(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dial_turns_for_pairs_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = pairs_of(tmp_path)
     values: dict[str, Any] = {"base": str(tiny), "objective": "dpo", **SMALL, "steps": 1}
     assert afina.plan(rows, **values)["cost"]["checkpointing"]["used"] == "off"
     monkeypatch.setattr(forecast, "machine_memory", lambda: 1e6)
     found = afina.plan(rows, **values)["cost"]
     assert found["checkpointing"]["used"] == "all" and found["fits"] is False
-    run = afina.train(rows, out=tmp_path / "run", **values)
+    run = afina.train(rows, output_dir=tmp_path / "run", **values)
     assert yaml.safe_load((run.folder / "settings.yaml").read_text())["checkpointing"] == "all"

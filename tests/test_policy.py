@@ -12,21 +12,28 @@ import torch
 from safetensors.torch import load_file
 
 from afina import evaluate, merge, plan, train
+from afina.adapters.load_run import load_run
 from afina.config import EvalSettings, TrainSettings
 from afina.data.prompts import read_asked
-from afina.delta.opening import open_run
-from afina.engine.serving import Engine
+from afina.engine.engine import Engine
 from afina.errors import AfinaError, DataError, TrainingError
-from afina.objective.policy import clipped_losses, divergence, gae, grpo_advantages, rloo_advantages, standardised
-from afina.objective.reward import rewards
-from afina.objective.rollout import PolicyTask
-from afina.training.loop import Loop
-from afina.training.run import Run
-from afina.training.setup import Setup, set_up
+from afina.objectives.policy import PolicyObjective
+from afina.objectives.policy_losses import (
+    clipped_losses,
+    gae,
+    grpo_advantages,
+    kl_estimate,
+    rloo_advantages,
+    whiten,
+)
+from afina.objectives.reward_model import score_sequences
+from afina.training.setup.set_up import RunSetup, set_up_run
+from afina.training.train import TrainResult
+from afina.training.trainer import Trainer
 from conftest import WORDS
 from helpers import logits, metrics, write_rows
 
-Learn = Callable[..., Run]
+Learn = Callable[..., TrainResult]
 RULES = """
 def vowels(prompt, answer, reference):
     return sum(c in "aeiou" for c in answer) / max(1, len(answer))
@@ -47,8 +54,16 @@ def meant(prompt, answer, reference):
     return float(prompt.startswith("say ") and reference == prompt[4:7])
 """
 TOLD = {"max_new_tokens": 6, "group": 4, "prompts": 4}
-SHORT = {"targets": ["down_proj", "lm_head"], "rank": 4, "learning_rate": 2e-2, "batch_tokens": 300, "template": "plain",
-         "steps": 4, "check_every": 2, "holdout": 0.2}  # fmt: skip
+SHORT = {
+    "target_modules": ["down_proj", "lm_head"],
+    "rank": 4,
+    "learning_rate": 2e-2,
+    "max_tokens_per_batch": 300,
+    "chat_template": "plain",
+    "max_steps": 4,
+    "eval_steps": 2,
+    "eval_size": 0.2,
+}
 
 
 @pytest.fixture
@@ -56,7 +71,9 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """40 prompts, and rules beside them."""
     (tmp_path / "rules.py").write_text(RULES)
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"say {a} {b}:", "completion": a[:3]} for a in WORDS for b in WORDS if a < b][:40]
+    rows = [
+        {"prompt": f"say {a} {b}:", "completion": a[:3]} for a in WORDS for b in WORDS if a < b
+    ][:40]
     return write_rows(tmp_path / "asked.jsonl", *rows)
 
 
@@ -64,17 +81,26 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def learn(tiny: Path, general: Path) -> Learn:
     """A short run on the tiny base."""
 
-    def run(data: Path, out: Path, **values: Any) -> Run:
+    def run(data: Path, out: Path, **values: Any) -> TrainResult:
         options = TOLD | {"reward": "rules.py:vowels"} | values.pop("options", {})
-        return train(data, out=out, **SHORT | {"base": str(tiny), "general": general, "options": options} | values)
+        return train(
+            data,
+            output_dir=out,
+            **SHORT | {"base": str(tiny), "retention_text": general, "options": options} | values,
+        )
 
     return run
 
 
-def ready(tiny: Path, data: Path, **values: Any) -> Setup:
+def ready(tiny: Path, data: Path, **values: Any) -> RunSetup:
     """A run that has not begun, its adapter moved away from zero."""
     options = TOLD | {"reward": "rules.py:vowels"} | values.pop("options", {})
-    setup = set_up(TrainSettings(data=data, **SHORT | {"base": str(tiny), "objective": "grpo", "options": options} | values))
+    setup = set_up_run(
+        TrainSettings(
+            data=data,
+            **SHORT | {"base": str(tiny), "objective": "grpo", "options": options} | values,
+        )
+    )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in setup.adapter.parameters():
@@ -92,7 +118,9 @@ def test_advantages_of_groups() -> None:
         mean = sum(row) / 4
         deviation = math.sqrt(sum((r - mean) ** 2 for r in row) / 3)
         for i, r in enumerate(row):
-            assert grpo_advantages(told, True)[k, i] == pytest.approx((r - mean) / (deviation + 1e-4), abs=1e-12)
+            assert grpo_advantages(told, True)[k, i] == pytest.approx(
+                (r - mean) / (deviation + 1e-4), abs=1e-12
+            )
             assert grpo_advantages(told, False)[k, i] == pytest.approx(r - mean, abs=1e-12)
             assert rloo_advantages(told)[k, i] == pytest.approx(r - (sum(row) - r) / 3, abs=1e-12)
 
@@ -101,13 +129,24 @@ def test_gae_is_the_sum_that_defines_it() -> None:
     rng = random.Random(0)
     given, values = ([rng.gauss(0, 1) for _ in range(7)] for _ in range(2))
     gamma, lam = 0.9, 0.7
-    found = gae(torch.tensor(given, dtype=torch.float64), torch.tensor(values, dtype=torch.float64), gamma, lam).tolist()
+    found = gae(
+        torch.tensor(given, dtype=torch.float64),
+        torch.tensor(values, dtype=torch.float64),
+        gamma,
+        lam,
+    ).tolist()
     for t in range(7):
         following = [*values, 0.0]
         deltas = [given[u] + gamma * following[u + 1] - following[u] for u in range(7)]
-        assert found[t] == pytest.approx(sum((gamma * lam) ** (u - t) * deltas[u] for u in range(t, 7)), abs=1e-12)
-    whole = gae(torch.tensor(given, dtype=torch.float64), torch.zeros(7, dtype=torch.float64), 1.0, 1.0)
-    assert whole[2].item() == pytest.approx(sum(given[2:]), abs=1e-12)  # with lambda 1 it is what came of it
+        assert found[t] == pytest.approx(
+            sum((gamma * lam) ** (u - t) * deltas[u] for u in range(t, 7)), abs=1e-12
+        )
+    whole = gae(
+        torch.tensor(given, dtype=torch.float64), torch.zeros(7, dtype=torch.float64), 1.0, 1.0
+    )
+    assert whole[2].item() == pytest.approx(
+        sum(given[2:]), abs=1e-12
+    )  # with lambda 1 it is what came of it
 
 
 def test_losses_of_tokens() -> None:
@@ -116,20 +155,29 @@ def test_losses_of_tokens() -> None:
     losses, clipped = clipped_losses(logps, old, advantages, 0.2)
     for i in range(4):
         ratio, a = math.exp(logps[i] - old[i]), advantages[i].item()
-        assert losses[i].item() == pytest.approx(-min(ratio * a, min(max(ratio, 0.8), 1.2) * a), abs=1e-6)
+        assert losses[i].item() == pytest.approx(
+            -min(ratio * a, min(max(ratio, 0.8), 1.2) * a), abs=1e-6
+        )
     assert clipped.tolist() == [True, True, False, False]
     reference = torch.tensor([-1.2, -2.0, -0.1, -5.0])
-    for found, p, q in zip(divergence(logps, reference).tolist(), logps.tolist(), reference.tolist(), strict=True):
+    for found, p, q in zip(
+        kl_estimate(logps, reference).tolist(), logps.tolist(), reference.tolist(), strict=True
+    ):
         assert found == pytest.approx(math.exp(q - p) - (q - p) - 1, abs=1e-6)
-    even = standardised(torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64))
+    even = whiten(torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64))
     assert even.mean().item() == pytest.approx(0, abs=1e-12)
     assert even.square().mean().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_the_divergence_is_that_of_the_distributions() -> None:
     """Over a whole vocabulary the estimate's mean is sum p log(p/q)."""
-    p, q = (torch.randn(50, generator=torch.Generator().manual_seed(s)).double().log_softmax(0) for s in (1, 2))
-    assert (p.exp() * divergence(p, q)).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-12)
+    p, q = (
+        torch.randn(50, generator=torch.Generator().manual_seed(s)).double().log_softmax(0)
+        for s in (1, 2)
+    )
+    assert (p.exp() * kl_estimate(p, q)).sum().item() == pytest.approx(
+        (p.exp() * (p - q)).sum().item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
@@ -137,12 +185,15 @@ def test_the_first_gradient_is_the_policy_gradient(method: str, tiny: Path, aske
     """At ratio 1: minus the mean of A grad log p over the tokens, whatever the clip."""
     setup = ready(tiny, asked, method=method, options={"beta": 0.0})
     task, adapter = setup.prepared.task, setup.adapter
-    assert isinstance(task, PolicyTask)
-    batch = task.make_batch(task.train[:3], 1)
+    assert isinstance(task, PolicyObjective)
+    batch = task.collate(task.train[:3], 1)
     assert batch.advantages.abs().max() > 0.1
     found, plain = (
         torch.autograd.grad(loss, adapter.parameters())
-        for loss in (task.loss(batch, adapter.route), -(batch.advantages * task.read(batch, adapter.route)[0]).sum())
+        for loss in (
+            task.loss(batch, adapter.active),
+            -(batch.advantages * task.read(batch, adapter.active)[0]).sum(),
+        )
     )
     for ours, theirs in zip(found, plain, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
@@ -152,10 +203,16 @@ def test_packed_is_unpacked(tiny: Path, asked: Path) -> None:
     for objective in ("grpo", "rloo", "ppo"):
         found = []
         for batch_tokens in (100_000, 1):
-            setup = ready(tiny, asked, objective=objective, batch_tokens=batch_tokens, options={"updates": 2, "beta": 0.1})
-            task, route = setup.prepared.task, setup.adapter.route
+            setup = ready(
+                tiny,
+                asked,
+                objective=objective,
+                max_tokens_per_batch=batch_tokens,
+                options={"updates": 2, "beta": 0.1},
+            )
+            task, route = setup.prepared.task, setup.adapter.active
             batches = task.step_batches(0)
-            count = sum(task.count(batch) for batch in batches)
+            count = sum(task.num_targets(batch) for batch in batches)
             loss = torch.stack([task.loss(batch, route) for batch in batches]).sum() / count
             loss.backward()
             gradient = torch.cat([p.grad.flatten() for p in setup.adapter.parameters()])  # type: ignore[union-attr]
@@ -171,42 +228,64 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None
     """rloo subtracts beta (log p - log q) of the whole answer before it compares; ppo gives it token by token."""
     setup = ready(tiny, asked, objective="rloo", options={"beta": 0.5, "updates": 2})
     task = setup.prepared.task
-    assert isinstance(task, PolicyTask)
-    batch = task.make_batch(task.train[:2], 3)
+    assert isinstance(task, PolicyObjective)
+    batch = task.collate(task.train[:2], 3)
     texts = [example for example in _answers(task, batch)]
     judged = torch.tensor([_vowels(text) for text in texts], dtype=torch.float64)
     counts = _counts(batch)
-    assert batch.old is not None
-    drift = torch.stack([part.double().sum() for part in (batch.old - batch.reference).split(counts)])
+    assert batch.old_logprobs is not None
+    drift = torch.stack(
+        [part.double().sum() for part in (batch.old_logprobs - batch.reference).split(counts)]
+    )
     expected = rloo_advantages((judged - 0.5 * drift).view(2, 4)).flatten()
-    firsts = torch.tensor([part[0].item() for part in batch.advantages.split(counts)], dtype=torch.float64)
+    firsts = torch.tensor(
+        [part[0].item() for part in batch.advantages.split(counts)], dtype=torch.float64
+    )
     assert drift.abs().max() > 1e-3
     torch.testing.assert_close(firsts, expected, atol=1e-4, rtol=0)
 
-    setup = ready(tiny, asked, objective="ppo", options={"beta": 0.5, "updates": 2, "scale": False, "group": 1})
+    setup = ready(
+        tiny,
+        asked,
+        objective="ppo",
+        options={"beta": 0.5, "updates": 2, "scale": False, "group": 1},
+    )
     task = setup.prepared.task
-    assert isinstance(task, PolicyTask)
-    batch = task.make_batch(task.train[:4], 3)
-    assert batch.old is not None
+    assert isinstance(task, PolicyObjective)
+    batch = task.collate(task.train[:4], 3)
+    assert batch.old_logprobs is not None
     assert batch.returns is not None
-    values = task.read(batch, setup.adapter.route, True)[1]
+    values = task.read(batch, setup.adapter.active, True)[1]
     assert values is not None
-    pieces = zip(_answers(task, batch), *(t.split(_counts(batch)) for t in (batch.old - batch.reference, values, batch.advantages)))
+    pieces = zip(
+        _answers(task, batch),
+        *(
+            t.split(_counts(batch))
+            for t in (batch.old_logprobs - batch.reference, values, batch.advantages)
+        ),
+    )
     for text, apart, value, advantages in pieces:
         each = -0.5 * apart
         each[-1] += _vowels(text)
-        torch.testing.assert_close(advantages, gae(each, value.detach(), 1.0, 0.95), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            advantages, gae(each, value.detach(), 1.0, 0.95), atol=1e-5, rtol=0
+        )
 
 
 def _counts(batch: Any) -> list[int]:
-    return [int((part >= 0).sum()) for part in batch.flat.labels.tensor_split(batch.flat.bounds[1:-1])]
+    return [
+        int((part >= 0).sum()) for part in batch.flat.labels.tensor_split(batch.flat.bounds[1:-1])
+    ]
 
 
-def _answers(task: PolicyTask, batch: Any) -> list[str]:
+def _answers(task: PolicyObjective, batch: Any) -> list[str]:
     """The answers of a batch as text."""
     parts = batch.flat.labels.tensor_split(batch.flat.bounds[1:-1])
     ends = {task.base.tokenizer.eos_token_id}
-    return [task.base.text([t for t in part.tolist() if t >= 0 and t not in ends]).strip() for part in parts]
+    return [
+        task.base.decode([t for t in part.tolist() if t >= 0 and t not in ends]).strip()
+        for part in parts
+    ]
 
 
 def _vowels(answer: str) -> float:
@@ -216,71 +295,103 @@ def _vowels(answer: str) -> float:
 # ---- who writes
 
 
-@pytest.mark.parametrize("method", ["lora", "alora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("qlora", "mora", "qadora", "full"))])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        "alora",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("qlora", "mora", "qadora", "full")),
+    ],
+)
 def test_what_was_written_is_what_is_read(method: str, tiny: Path, asked: Path) -> None:
     """The likeliest answers are the likeliest tokens of the reading forward too, whoever wrote them."""
     more: dict[str, Any] = {"invocation": ":"} if method in ("alora", "qadora") else {}
     more |= {"targets": "norms"} if method == "full" else {}
     setup = ready(tiny, asked, method=method, **more)
     task, base = setup.prepared.task, setup.prepared.base
-    assert isinstance(task, PolicyTask)
-    route, rows = setup.adapter.route, task.held[:4]
-    plain = [answer.tokens for answer in task.answers(rows, None)[0]]
-    written, examples, _ = task.answers(rows, route)
-    assert [answer.tokens for answer in written] != plain
+    assert isinstance(task, PolicyObjective)
+    route, rows = setup.adapter.active, task.eval_rows[:4]
+    plain = [answer.token_ids for answer in task.eval_completions(rows, None)[0]]
+    written, examples, _ = task.eval_completions(rows, route)
+    assert [answer.token_ids for answer in written] != plain
     batch = task._laid(examples)
-    with torch.no_grad(), base.board.route(batch.table(route)):
-        logits = base.run_logits(batch.flat.tokens, batch.flat.positions, batch.flat.bounds)  # type: ignore[union-attr]
+    with torch.no_grad(), base.forward_context.use(batch.table(route)):
+        logits = base.all_logits(batch.flat.token_ids, batch.flat.positions, batch.flat.cu_seqlens)  # type: ignore[union-attr]
     kept = batch.flat.labels >= 0
-    gap = logits[kept].max(-1).values - logits[kept].gather(1, batch.flat.labels[kept][:, None])[:, 0]
+    gap = (
+        logits[kept].max(-1).values - logits[kept].gather(1, batch.flat.labels[kept][:, None])[:, 0]
+    )
     assert gap.max() < 1e-3
 
 
 def test_an_answer_that_says_the_invocation_does_not_move_it(tiny: Path, asked: Path) -> None:
     setup = ready(tiny, asked, method="alora", invocation=":")
     task = setup.prepared.task
-    assert isinstance(task, PolicyTask)
-    _, examples, _ = task.answers(task.held[:1], setup.adapter.route)
+    assert isinstance(task, PolicyObjective)
+    _, examples, _ = task.eval_completions(task.eval_rows[:1], setup.adapter.active)
     [colon] = setup.prepared.invocation
     spoken = examples[0]
-    spoken.tokens[-1] = colon
-    table = task._laid([spoken]).table(setup.adapter.route)
-    assert [row.start for row in table.rows] == [spoken.prompt_tokens - 1]
+    spoken.token_ids[-1] = colon
+    table = task._laid([spoken]).table(setup.adapter.active)
+    assert [row.start for row in table.spans] == [spoken.prompt_length - 1]
 
 
 def test_sampled_answers_follow_the_temperature(tiny: Path, asked: Path) -> None:
     """What is learned is the policy that was sampled: log p at that temperature."""
-    setup = ready(tiny, asked, options={"temperature": 0.5}, targets=["q_proj"])
+    setup = ready(tiny, asked, options={"temperature": 0.5}, target_modules=["q_proj"])
     task, base = setup.prepared.task, setup.prepared.base
-    assert isinstance(task, PolicyTask)
-    batch = task.make_batch(task.train[:2], 0)
+    assert isinstance(task, PolicyObjective)
+    batch = task.collate(task.train[:2], 0)
     flat = batch.flat
-    with torch.no_grad(), base.board.route(batch.table(setup.adapter.route)):
-        logits = base.run_logits(flat.tokens, flat.positions, flat.bounds)  # type: ignore[union-attr]
+    with torch.no_grad(), base.forward_context.use(batch.table(setup.adapter.active)):
+        logits = base.all_logits(flat.token_ids, flat.positions, flat.cu_seqlens)  # type: ignore[union-attr]
     kept = flat.labels >= 0
     expected = (logits[kept] / 0.5).log_softmax(-1).gather(1, flat.labels[kept][:, None])[:, 0]
-    torch.testing.assert_close(task.read(batch, setup.adapter.route)[0].detach(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        task.read(batch, setup.adapter.active)[0].detach(), expected, atol=1e-4, rtol=0
+    )
 
 
 # ---- who judges
 
 
-def test_a_reward_model_judges_on_the_same_base(learn: Learn, tiny: Path, general: Path, asked: Path, tmp_path: Path) -> None:
-    pairs = [{"prompt": f"say {a} {b}:", "chosen": f" {a} {b}", "rejected": " the night"} for a in WORDS for b in WORDS if a < b]
-    values = {"base": str(tiny), "general": general, "template": "plain", "targets": ["q_proj"], "rank": 4}
-    train(write_rows(tmp_path / "pairs.jsonl", *pairs[:20]), out=tmp_path / "judge", objective="reward", learning_rate=1e-2,
-          steps=6, **values)  # fmt: skip
+def test_a_reward_model_judges_on_the_same_base(
+    learn: Learn, tiny: Path, general: Path, asked: Path, tmp_path: Path
+) -> None:
+    pairs = [
+        {"prompt": f"say {a} {b}:", "chosen": f" {a} {b}", "rejected": " the night"}
+        for a in WORDS
+        for b in WORDS
+        if a < b
+    ]
+    values = {
+        "base": str(tiny),
+        "retention_text": general,
+        "chat_template": "plain",
+        "target_modules": ["q_proj"],
+        "rank": 4,
+    }
+    train(
+        write_rows(tmp_path / "pairs.jsonl", *pairs[:20]),
+        output_dir=tmp_path / "judge",
+        objective="reward",
+        learning_rate=1e-2,
+        max_steps=6,
+        **values,
+    )
     told = {"reward": {"judge": 0.5, "rules.py:short": 2.0}}
     run = learn(asked, tmp_path / "run", objective="grpo", options=told, steps=2)
     tick = metrics(run.folder)[0]
-    assert tick["reward"] == pytest.approx(0.5 * tick["reward_judge"] + 2 * tick["reward_rules.py:short"], abs=1e-6)
+    assert tick["reward"] == pytest.approx(
+        0.5 * tick["reward_judge"] + 2 * tick["reward_rules.py:short"], abs=1e-6
+    )
     assert [judge["name"] for judge in run.story["policy"]["judges"]] == ["judge", "rules.py:short"]
     setup = ready(tiny, asked, options=told)
     task, base = setup.prepared.task, setup.prepared.base
-    assert isinstance(task, PolicyTask)
-    _, examples, found = task.answers(task.held, setup.adapter.route)
-    opened = open_run(tmp_path / "judge", EvalSettings(run=tmp_path / "judge"))
-    alone = rewards(opened.base, task._laid(examples).flat, opened.route)  # type: ignore[arg-type]
+    assert isinstance(task, PolicyObjective)
+    _, examples, found = task.eval_completions(task.eval_rows, setup.adapter.active)
+    opened = load_run(tmp_path / "judge", EvalSettings(adapter=tmp_path / "judge"))
+    alone = score_sequences(opened.base, task._laid(examples).flat, opened.active)  # type: ignore[arg-type]
     torch.testing.assert_close(found["reward_judge"].float(), alone.detach(), atol=1e-4, rtol=0)
     assert alone.std() > 1e-4
     assert not any(p.requires_grad for name, p in base.model.named_parameters() if "judge" in name)
@@ -288,13 +399,20 @@ def test_a_reward_model_judges_on_the_same_base(learn: Learn, tiny: Path, genera
 
 def test_a_rule_sees_prompt_answer_and_reference(tiny: Path, asked: Path) -> None:
     task = ready(tiny, asked, options={"reward": "rules.py:meant"}).prepared.task
-    assert isinstance(task, PolicyTask)
-    assert task.answers(task.held, None)[2]["reward"].tolist() == [1.0] * len(task.held)
+    assert isinstance(task, PolicyObjective)
+    assert task.eval_completions(task.eval_rows, None)[2]["reward"].tolist() == [1.0] * len(
+        task.eval_rows
+    )
 
 
-@pytest.mark.parametrize(("rule", "what"), [
-    ("breaks", "the reward function failed"), ("nothing", "a finite number"), ("word", "a finite number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "what"),
+    [
+        ("breaks", "the reward function failed"),
+        ("nothing", "a finite number"),
+        ("word", "a finite number"),
+    ],
+)
 def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked: Path) -> None:
     task = ready(tiny, asked, options={"reward": f"rules.py:{rule}"}).prepared.task
     with pytest.raises(TrainingError, match=what) as caught:
@@ -303,30 +421,52 @@ def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked:
     assert rule in str(caught.value.where)
 
 
-@pytest.mark.parametrize(("values", "what"), [
-    ({"options": {}}, "needs a reward"),
-    ({"options": {"reward": "gone.py:vowels"}}, "no such file"),
-    ({"options": {"reward": "rules.py:vowel"}}, "no function 'vowel'"),
-    ({"options": {"reward": "nobody"}}, "nobody judges here"),
-    ({"options": {"reward": "folder"}}, "no reward model"),
-    ({"options": {"reward": {"rules.py:vowels": 0.0}}}, "a weight of 0"),
-    ({"options": {"reward": {}}}, "nobody judges"),
-    ({"options": {"reward": "rules.py:vowels", "lam": 0.9}}, "grpo has no option 'lam'"),
-    ({"options": {"reward": "rules.py:vowels", "group": 1}}, "a group of 1"),
-    ({"options": {"reward": "rules.py:vowels", "loss": "ipo"}}, "no option 'loss'"),
-    ({"options": {"reward": "rules.py:vowels", "reference": "adapter"}}, "there is no adapter to be the reference"),
-    ({"options": {"reward": "rules.py:vowels", "updates": 2}, "check_every": 3}, "check_every is 3"),
-    ({"options": {"reward": "rules.py:vowels", "max_new_tokens": 500}}, "500 for the answer"),
-    ({"options": {"reward": "rules.py:vowels"}, "dropout": 0.1}, "a reference and dropout"),
-    ({"options": {"reward": "rules.py:vowels"}, "accumulate": 2}, "accumulate means nothing"),
-    ({"options": {"reward": "rules.py:vowels"}, "method": "alora", "invocation": "zebra"}, "invocation does not occur"),
-    ({"options": {"reward": "rules.py:vowels"}, "method": "grpo"}, "an objective, not a method"),
-    ({"options": {"reward": "rules.py:vowels"}, "device": "sharded"}, "one process"),
-])  # fmt: skip
-def test_what_cannot_be_is_refused(values: dict[str, Any], what: str, tiny: Path, asked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"options": {}}, "needs a reward"),
+        ({"options": {"reward": "gone.py:vowels"}}, "no such file"),
+        ({"options": {"reward": "rules.py:vowel"}}, "no function 'vowel'"),
+        ({"options": {"reward": "nobody"}}, "nobody judges here"),
+        ({"options": {"reward": "folder"}}, "no reward model"),
+        ({"options": {"reward": {"rules.py:vowels": 0.0}}}, "a weight of 0"),
+        ({"options": {"reward": {}}}, "nobody judges"),
+        ({"options": {"reward": "rules.py:vowels", "lam": 0.9}}, "grpo has no option 'lam'"),
+        ({"options": {"reward": "rules.py:vowels", "group": 1}}, "a group of 1"),
+        ({"options": {"reward": "rules.py:vowels", "loss": "ipo"}}, "no option 'loss'"),
+        (
+            {"options": {"reward": "rules.py:vowels", "reference": "adapter"}},
+            "there is no adapter to be the reference",
+        ),
+        (
+            {"options": {"reward": "rules.py:vowels", "updates": 2}, "eval_steps": 3},
+            "check_every is 3",
+        ),
+        ({"options": {"reward": "rules.py:vowels", "max_new_tokens": 500}}, "500 for the answer"),
+        ({"options": {"reward": "rules.py:vowels"}, "dropout": 0.1}, "a reference and dropout"),
+        (
+            {"options": {"reward": "rules.py:vowels"}, "gradient_accumulation_steps": 2},
+            "accumulate means nothing",
+        ),
+        (
+            {"options": {"reward": "rules.py:vowels"}, "method": "alora", "invocation": "zebra"},
+            "invocation does not occur",
+        ),
+        (
+            {"options": {"reward": "rules.py:vowels"}, "method": "grpo"},
+            "an objective, not a method",
+        ),
+        ({"options": {"reward": "rules.py:vowels"}, "device": "sharded"}, "one process"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    values: dict[str, Any], what: str, tiny: Path, asked: Path, tmp_path: Path
+) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(AfinaError, match=what):
-        set_up(TrainSettings(data=asked, **SHORT | {"base": str(tiny), "objective": "grpo"} | values))
+        set_up_run(
+            TrainSettings(data=asked, **SHORT | {"base": str(tiny), "objective": "grpo"} | values)
+        )
 
 
 # ---- prompts
@@ -337,12 +477,17 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("say sol\n\nsay mar\n")
     assert [(row.where, row.prompt, row.reference) for row in read_asked(lines, {}).rows] == [
-        (f"{lines}:1", "say sol", None), (f"{lines}:3", "say mar", None),
-    ]  # fmt: skip
+        (f"{lines}:1", "say sol", None),
+        (f"{lines}:3", "say mar", None),
+    ]
     told = write_rows(
-        tmp_path / "a.jsonl", {"prompt": "say sol", "completion": "sol"}, {"messages": [user, answer]}, {"messages": [user]},
-        {"instruction": "say sol", "output": "sol"}, {"prompt": [user], "reference": "sol"},
-    )  # fmt: skip
+        tmp_path / "a.jsonl",
+        {"prompt": "say sol", "completion": "sol"},
+        {"messages": [user, answer]},
+        {"messages": [user]},
+        {"instruction": "say sol", "output": "sol"},
+        {"prompt": [user], "reference": "sol"},
+    )
     rows = read_asked(told, {}).rows
     assert [row.text for row in rows] == ["say sol"] * 5
     assert [row.reference for row in rows] == ["sol", "sol", None, "sol", "sol"]
@@ -358,8 +503,12 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
 # ---- runs
 
 
-@pytest.mark.parametrize("objective", ["grpo", *(pytest.param(o, marks=pytest.mark.slow) for o in ("rloo", "ppo"))])
-def test_a_run_tells_its_story(learn: Learn, objective: str, tiny: Path, asked: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "objective", ["grpo", *(pytest.param(o, marks=pytest.mark.slow) for o in ("rloo", "ppo"))]
+)
+def test_a_run_tells_its_story(
+    learn: Learn, objective: str, tiny: Path, asked: Path, tmp_path: Path
+) -> None:
     run = learn(asked, tmp_path / "run", objective=objective)
     ticks, found = metrics(run.folder), run.story["policy"]
     assert {"reward", "kl", "entropy", "length", "stopped", "clipped"} <= ticks[0].keys()
@@ -370,46 +519,75 @@ def test_a_run_tells_its_story(learn: Learn, objective: str, tiny: Path, asked: 
     assert found["wins"] + found["losses"] + found["ties"] == found["rows"] == 8
     assert found["before"]["kl"] == pytest.approx(0, abs=1e-6)
     card = (run.folder / "README.md").read_text()
-    assert "| reward |" in card and "Rewarded by `rules.py:vowels`" in card and "nats a answer" not in card
+    assert (
+        "| reward |" in card
+        and "Rewarded by `rules.py:vowels`" in card
+        and "nats a answer" not in card
+    )
     assert "reward" in run.story["verdict"][0]
     kept = json.loads((run.folder / "answers" / "000002.json").read_text())
     assert kept["step"] == 2 and len(kept["answers"]) == 4 and kept["answers"][0]["answer"]
     assert json.loads((run.folder / "reference.json").read_text())["mode"] == "base"
-    assert "score" not in json.loads((run.folder / "adapter" / "afina.json").read_text())["spec"]["modules"]
+    assert (
+        "score"
+        not in json.loads((run.folder / "adapter" / "afina.json").read_text())["spec"]["modules"]
+    )
     judged = evaluate(run.folder)
     assert judged["after"]["reward"] == pytest.approx(found["after"]["reward"], abs=1e-6)
     assert (judged["wins"], judged["losses"]) == (found["wins"], found["losses"])
-    opened = open_run(run.folder, EvalSettings(run=run.folder))
-    Engine(opened.language).shelf.add("policy", run.folder)  # it can be served
-    planned = plan(asked, base=str(tiny), objective=objective, template="plain", options={"reward": "rules.py:vowels"})
+    opened = load_run(run.folder, EvalSettings(adapter=run.folder))
+    Engine(opened.causal_lm).shelf.add("policy", run.folder)  # it can be served
+    planned = plan(
+        asked,
+        base=str(tiny),
+        objective=objective,
+        chat_template="plain",
+        options={"reward": "rules.py:vowels"},
+    )
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize(("objective", "told"), [
-    ("grpo", {"updates": 2}),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("rloo", {}), ("ppo", {"updates": 2}), ("grpo", {"start": "sft"}))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ("grpo", {"updates": 2}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("rloo", {}), ("ppo", {"updates": 2}), ("grpo", {"start": "sft"}))
+        ),
+    ],
+)
 def test_resumed_is_uninterrupted(
-    learn: Learn, objective: str, told: dict[str, Any], tiny: Path, general: Path, asked: Path, tmp_path: Path,
+    learn: Learn,
+    objective: str,
+    told: dict[str, Any],
+    tiny: Path,
+    general: Path,
+    asked: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     if "start" in told:
-        train(asked, out=tmp_path / "sft", **SHORT | {"base": str(tiny), "general": general})
+        train(
+            asked,
+            output_dir=tmp_path / "sft",
+            **SHORT | {"base": str(tiny), "retention_text": general},
+        )
     whole = learn(asked, tmp_path / "whole", objective=objective, options=told)
     if "start" in told:
         assert whole.story["policy"]["reference"]["mode"] == "adapter"
         assert whole.story["policy"]["start"]
-    end = Loop.end
+    end = Trainer.finish_step
 
-    def cut(self: Loop, *given: Any) -> None:
+    def cut(self: Trainer, *given: Any) -> None:
         end(self, *given)
         if self.progress.step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "end", cut)
+    monkeypatch.setattr(Trainer, "finish_step", cut)
     with pytest.raises(KeyboardInterrupt):
         learn(asked, tmp_path / "cut", objective=objective, options=told)
-    monkeypatch.setattr(Loop, "end", end)
+    monkeypatch.setattr(Trainer, "finish_step", end)
     resumed = learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True)
     assert metrics(resumed.folder) == metrics(whole.folder)
     assert resumed.story["adapter"] == whole.story["adapter"]
@@ -421,10 +599,23 @@ def test_resumed_is_uninterrupted(
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_reward_rises_on_prompts_that_it_has_not_seen(learn: Learn, objective: str, seed: int, asked: Path, tmp_path: Path) -> None:
-    told = {"max_new_tokens": 8} | ({"group": 1, "prompts": 32} if objective == "ppo" else {"group": 6, "prompts": 6})
+def test_the_reward_rises_on_prompts_that_it_has_not_seen(
+    learn: Learn, objective: str, seed: int, asked: Path, tmp_path: Path
+) -> None:
+    told = {"max_new_tokens": 8} | (
+        {"group": 1, "prompts": 32} if objective == "ppo" else {"group": 6, "prompts": 6}
+    )
     steps = 24 if objective == "ppo" else 12
-    run = learn(asked, tmp_path / "run", objective=objective, seed=seed, steps=steps, check_every=6, options=told, batch_tokens=2000)
+    run = learn(
+        asked,
+        tmp_path / "run",
+        objective=objective,
+        seed=seed,
+        steps=steps,
+        check_every=6,
+        options=told,
+        batch_tokens=2000,
+    )
     before, after = run.story["policy"]["before"], run.story["policy"]["after"]
     assert after["reward"] > before["reward"] + 0.05
     assert run.story["policy"]["wins"] > run.story["policy"]["losses"]
@@ -434,17 +625,30 @@ def test_the_reward_rises_on_prompts_that_it_has_not_seen(learn: Learn, objectiv
 
 
 @pytest.mark.parametrize("objective", ["grpo", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_an_adapter_that_learns_over_another(objective: str, tiny: Path, general: Path, asked: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_learns_over_another(
+    objective: str, tiny: Path, general: Path, asked: Path, tmp_path: Path
+) -> None:
     """The one below stays and acts beside: in training, as the reference, when the run is opened, in a sum."""
     values = {**SHORT, "base": str(tiny), "general": general}
-    task = train(asked, out=tmp_path / "task", **values | {"steps": 6})
+    task = train(asked, output_dir=tmp_path / "task", **values | {"max_steps": 6})
     below = load_file(tmp_path / "task" / "adapter" / "adapter_model.safetensors")
-    told = {"over": str(tmp_path / "task")} | (TOLD | {"reward": "rules.py:vowels"} if objective == "grpo" else {})
+    told = {"over": str(tmp_path / "task")} | (
+        TOLD | {"reward": "rules.py:vowels"} if objective == "grpo" else {}
+    )
     data = asked
     if objective == "dpo":
-        rows = [{"prompt": f"say {a} {b}:", "chosen": f" {a} {b}", "rejected": " no"} for a in WORDS for b in WORDS if a < b]
+        rows = [
+            {"prompt": f"say {a} {b}:", "chosen": f" {a} {b}", "rejected": " no"}
+            for a in WORDS
+            for b in WORDS
+            if a < b
+        ]
         data = write_rows(tmp_path / "pairs.jsonl", *rows[:24])
-    run = train(data, out=tmp_path / "run", **values | {"objective": objective, "options": told, "method": "dora"})
+    run = train(
+        data,
+        output_dir=tmp_path / "run",
+        **values | {"objective": objective, "options": told, "method": "dora"},
+    )
     assert run.story["over"] == task.story["adapter"]
     found = run.story["policy" if objective == "grpo" else "preferences"]
     assert found["reference"]["mode"] == "adapter"
@@ -455,27 +659,44 @@ def test_an_adapter_that_learns_over_another(objective: str, tiny: Path, general
     again = load_file(tmp_path / "task" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(below[name], again[name]) for name in below)
     judged = evaluate(run.folder)["after"]
-    assert all(judged[name] == pytest.approx(value, abs=1e-4) for name, value in found["after"].items())
+    assert all(
+        judged[name] == pytest.approx(value, abs=1e-4) for name, value in found["after"].items()
+    )
 
-    opened = open_run(run.folder, EvalSettings(run=run.folder))
-    summed = open_run(Path(f"{tmp_path / 'task'}:1,{tmp_path / 'run' / 'adapter'}:1"), EvalSettings())
-    alone = open_run(run.folder / "adapter", EvalSettings())
+    opened = load_run(run.folder, EvalSettings(adapter=run.folder))
+    summed = load_run(
+        Path(f"{tmp_path / 'task'}:1,{tmp_path / 'run' / 'adapter'}:1"), EvalSettings()
+    )
+    alone = load_run(run.folder / "adapter", EvalSettings())
     tokens = torch.arange(5, 40)
     given = tokens, torch.arange(35), (0, 35)
     both, added, single = (
-        logits(one.language, given, one.route.segments(tokens, (0, 35)))  # type: ignore[union-attr]
+        logits(one.causal_lm, given, one.active.segments(tokens, (0, 35)))  # type: ignore[union-attr]
         for one in (opened, summed, alone)
     )
     torch.testing.assert_close(both, added, atol=1e-4, rtol=0)
     assert (both - single).abs().max() > 1e-2
     with pytest.raises(AfinaError, match="acts with another"):
-        merge(run.folder, out=tmp_path / "merged")
+        merge(run.folder, output_dir=tmp_path / "merged")
     (tmp_path / "task").rename(tmp_path / "gone")
     with pytest.raises(AfinaError):
-        open_run(run.folder, EvalSettings(run=run.folder))
+        load_run(run.folder, EvalSettings(adapter=run.folder))
 
 
-def test_a_trained_layer_stands_on_nothing(learn: Learn, tiny: Path, general: Path, asked: Path, tmp_path: Path) -> None:
-    train(asked, out=tmp_path / "task", **SHORT | {"base": str(tiny), "general": general, "steps": 1, "check_every": 1})
+def test_a_trained_layer_stands_on_nothing(
+    learn: Learn, tiny: Path, general: Path, asked: Path, tmp_path: Path
+) -> None:
+    train(
+        asked,
+        output_dir=tmp_path / "task",
+        **SHORT | {"base": str(tiny), "retention_text": general, "max_steps": 1, "eval_steps": 1},
+    )
     with pytest.raises(AfinaError, match="does not act beside"):
-        learn(asked, tmp_path / "run", objective="grpo", method="full", targets="norms", options={"over": str(tmp_path / "task")})
+        learn(
+            asked,
+            tmp_path / "run",
+            objective="grpo",
+            method="full",
+            targets="norms",
+            options={"over": str(tmp_path / "task")},
+        )

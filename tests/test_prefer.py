@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from afina import train
-from afina.cli.prefer import prefer
-from afina.config import PreferSettings
+from afina.adapters.active import ActiveAdapters
+from afina.cli.annotate import prefer
+from afina.config import AnnotateSettings
 from afina.data.preferences import read_preferences
 from afina.data.prompts import read_prompts
-from afina.engine.generate import Answer, Sampling
 from afina.errors import DataError, SettingsError
-from afina.judge.preferences import wilson
-from afina.route.invocation import Route
+from afina.evaluation.generate import Completion, SamplingParams
+from afina.evaluation.preference_eval import wilson_interval
 from conftest import WORDS
 from helpers import write_rows
 
@@ -26,17 +26,38 @@ PROMPTS = [f"say {word}" for word in WORDS]
 @pytest.fixture(scope="module")
 def run(tiny: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prefer")
-    data = write_rows(folder / "sft.jsonl", *({"prompt": f"say {w}", "completion": f"{w} {w}"} for w in WORDS))
-    return train(data, base=str(tiny), out=folder / "run", steps=2, check_every=2, learning_rate=1e-4, general=general).folder
+    data = write_rows(
+        folder / "sft.jsonl", *({"prompt": f"say {w}", "completion": f"{w} {w}"} for w in WORDS)
+    )
+    return train(
+        data,
+        base=str(tiny),
+        output_dir=folder / "run",
+        max_steps=2,
+        eval_steps=2,
+        learning_rate=1e-4,
+        retention_text=general,
+    ).folder
 
 
-def said(_: Any, __: Any, prompts: list[list[int]], sampling: Sampling, route: Route | None = None) -> list[Answer]:
+def said(
+    _: Any,
+    __: Any,
+    prompts: list[list[int]],
+    sampling: SamplingParams,
+    route: ActiveAdapters | None = None,
+) -> list[Completion]:
     """An answer of some words, drawn from the seed; the same each time at temperature 0."""
-    return [Answer(f"sol {sampling.seed}" if sampling.temperature else "sol", tokens, True) for tokens in prompts]
+    return [
+        Completion(f"sol {sampling.seed}" if sampling.temperature else "sol", tokens, True)
+        for tokens in prompts
+    ]
 
 
 @pytest.fixture
-def sit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def sit(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
     """A sitting with scripted keys: its result, and what was shown."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
 
@@ -50,9 +71,17 @@ def sit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
             return word
 
         monkeypatch.setattr("builtins.input", read)
-        monkeypatch.setattr("afina.cli.prefer.answer", said)  # a random model mostly says nothing, which is skipped
-        told = {"prompts": tmp_path / "prompts.txt", "adapter": run, "out": tmp_path / "out", "max_new_tokens": 6, "temperature": 2.0}
-        result = prefer(PreferSettings(**told | values))
+        monkeypatch.setattr(
+            "afina.cli.annotate.answer", said
+        )  # a random model mostly says nothing, which is skipped
+        told = {
+            "prompts": tmp_path / "prompts.txt",
+            "adapter": run,
+            "out": tmp_path / "out",
+            "max_new_tokens": 6,
+            "temperature": 2.0,
+        }
+        result = prefer(AnnotateSettings(**told | values))
         assert next(words, None) is None, "keys were left over"
         return result, capsys.readouterr().err
 
@@ -63,9 +92,16 @@ def judgements(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
 
 
-def test_keys_become_the_pairs_that_dpo_reads(sit: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+def test_keys_become_the_pairs_that_dpo_reads(
+    sit: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
     result, shown = sit("1 2 t x 1 skip 2")
-    assert {key: result[key] for key in ("pairs", "ties", "skipped", "left")} == {"pairs": 4, "ties": 1, "skipped": 1, "left": 6}
+    assert {key: result[key] for key in ("pairs", "ties", "skipped", "left")} == {
+        "pairs": 4,
+        "ties": 1,
+        "skipped": 1,
+        "left": 6,
+    }
     assert str(run) not in shown and "say sol" in shown  # blind
     lines = judgements(tmp_path / "out")
     assert [line["said"] for line in lines] == ["first", "second", "tie", "first", "skip", "second"]
@@ -73,10 +109,12 @@ def test_keys_become_the_pairs_that_dpo_reads(sit: Callable[..., Any], run: Path
     rows = read_preferences(tmp_path / "out" / "pairs.jsonl", {}).rows
     for line, row in zip(decided, rows, strict=True):
         texts = [answer["text"] for answer in line["answers"]]
-        assert [row.good, row.bad] == (texts if line["said"] == "first" else texts[::-1]) and row.prompt == line["prompt"]
+        assert [row.chosen, row.rejected] == (
+            texts if line["said"] == "first" else texts[::-1]
+        ) and row.prompt == line["prompt"]
     won = sum(line["answers"][line["said"] == "second"]["by"] == str(run) for line in decided)
     assert result["wins"] == {str(run): won, "base": 4 - won}
-    assert result["interval"] == wilson(won, 4)
+    assert result["interval"] == wilson_interval(won, 4)
 
 
 def test_a_sitting_goes_on_where_it_was(sit: Callable[..., Any], tmp_path: Path) -> None:
@@ -86,9 +124,13 @@ def test_a_sitting_goes_on_where_it_was(sit: Callable[..., Any], tmp_path: Path)
         stream.write('{"key": "cut o')  # the machine stopped here
     (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:3], *PROMPTS[3:]]))
     result, shown = sit("1 1 2 1 2 1 2 1 2")
-    assert result["left"] == 0 and "say luna\n" not in shown  # what was judged is not asked again, ties neither
+    assert (
+        result["left"] == 0 and "say luna\n" not in shown
+    )  # what was judged is not asked again, ties neither
     assert judgements(tmp_path / "out") == judgements(tmp_path / "whole")
-    assert (tmp_path / "out" / "pairs.jsonl").read_text() == (tmp_path / "whole" / "pairs.jsonl").read_text()
+    assert (tmp_path / "out" / "pairs.jsonl").read_text() == (
+        tmp_path / "whole" / "pairs.jsonl"
+    ).read_text()
 
 
 def test_the_order_is_random_and_seeded(sit: Callable[..., Any], run: Path, tmp_path: Path) -> None:
@@ -108,7 +150,9 @@ def test_other_answers_need_another_folder(sit: Callable[..., Any]) -> None:
     assert "temperature was 2.0, and is 1.0" in str(caught.value)
 
 
-def test_two_samples_of_one_differ_or_are_refused(sit: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+def test_two_samples_of_one_differ_or_are_refused(
+    sit: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
     result, _ = sit("1 1", against="same")
     assert result["wins"].keys() == {str(run), f"{run}, again"} and result["pairs"] == 2
     for values in ({"against": "same"}, {"against": str(run)}):
@@ -116,7 +160,9 @@ def test_two_samples_of_one_differ_or_are_refused(sit: Callable[..., Any], run: 
             sit("", temperature=0.0, **values)
 
 
-def test_equal_answers_are_a_tie_without_a_question(sit: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+def test_equal_answers_are_a_tie_without_a_question(
+    sit: Callable[..., Any], run: Path, tmp_path: Path
+) -> None:
     """A fresh copy of the run's folder under another name answers alike at temperature 0."""
     shutil.copytree(run, tmp_path / "twin")
     result, _ = sit("", against=str(tmp_path / "twin"), temperature=0.0)
@@ -126,7 +172,9 @@ def test_equal_answers_are_a_tie_without_a_question(sit: Callable[..., Any], run
 def test_prompts_come_from_lines_or_records(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     user, said = {"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}
-    rows = write_rows(tmp_path / "b.jsonl", {"prompt": "one", "completion": "1"}, {"messages": [user, said]})
+    rows = write_rows(
+        tmp_path / "b.jsonl", {"prompt": "one", "completion": "1"}, {"messages": [user, said]}
+    )
     assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
     assert read_prompts(rows) == ["one", (user,)]
     with pytest.raises(DataError, match="no prompt"):
@@ -135,6 +183,6 @@ def test_prompts_come_from_lines_or_records(tmp_path: Path) -> None:
 
 def test_wilson() -> None:
     """Against Newcombe 1998, Stat. Med. 17, table I: 81 of 263 is 0.2553 to 0.3662; 15 of 148 is 0.0624 to 0.1605."""
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson(0, 5)[0] == pytest.approx(0.0, abs=1e-12)
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 5)[0] == pytest.approx(0.0, abs=1e-12)

@@ -10,32 +10,43 @@ import pytest
 import torch
 
 from afina import evaluate, merge, plan, train
-from afina.base.load import load_base
-from afina.base.model import Base
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.base import registered_methods
+from afina.adapters.load_run import load_run
+from afina.adapters.loading import save_adapter
 from afina.config import PREFERENCES, EvalSettings, PreferenceOptions, TrainSettings
-from afina.data.batches import flatten
-from afina.data.preferences import Preference, as_labels, preference_format, read_preferences
-from afina.data.template import Example, Renderer
-from afina.delta.contract import methods
-from afina.delta.files import save_adapter
-from afina.delta.opening import open_run
+from afina.data.packing import pack_examples
+from afina.data.preferences import PreferenceRow, as_labels, preference_format, read_preferences
+from afina.data.renderer import Example, Renderer
 from afina.errors import AdapterError, AfinaError, DataError, MergeError, SettingsError
-from afina.judge.preferences import displaced
-from afina.objective.choices import PreferenceTask, make_choices
-from afina.objective.preference import Answers, kto_losses, pair_losses, preference_options
-from afina.objective.reference import Reference, answer_logps
-from afina.objective.reward import calibration_error, rewards
-from afina.route.invocation import Route
-from afina.training.loop import Loop
-from afina.training.run import Run
-from afina.training.setup import set_up
+from afina.evaluation.preference_eval import displacement_warning
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
+from afina.objectives.preference import PreferenceObjective, tokenize_preferences
+from afina.objectives.preference_losses import (
+    AnswerLogprobs,
+    kto_losses,
+    pair_losses,
+    preference_options,
+)
+from afina.objectives.reference import ReferencePolicy, sequence_logprobs
+from afina.objectives.reward_model import calibration_error, score_sequences
+from afina.training.setup.set_up import set_up_run
+from afina.training.train import TrainResult
+from afina.training.trainer import Trainer
 from conftest import WORDS
 from helpers import SHARED, metrics, put, write_rows
 
-Learn = Callable[..., Run]
+Learn = Callable[..., TrainResult]
 LN2 = math.log(2)
-TRAINED = {"targets": ["q_proj", "down_proj"], "rank": 4, "learning_rate": 5e-3, "batch_tokens": 300, "template": "plain"}
-SHORT = TRAINED | {"steps": 4, "check_every": 2}
+TRAINED = {
+    "target_modules": ["q_proj", "down_proj"],
+    "rank": 4,
+    "learning_rate": 5e-3,
+    "max_tokens_per_batch": 300,
+    "chat_template": "plain",
+}
+SHORT = TRAINED | {"max_steps": 4, "eval_steps": 2}
 
 
 def pair(a: str, b: str) -> dict[str, Any]:
@@ -54,13 +65,19 @@ def pairs(tmp_path: Path) -> Path:
 
 def labels_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     both = [(row, name) for row in rows for name in ("chosen", "rejected")]
-    return [{"prompt": r["prompt"], "completion": r[n], "label": n == "chosen"} for k, (r, n) in enumerate(both) if k % 3]
+    return [
+        {"prompt": r["prompt"], "completion": r[n], "label": n == "chosen"}
+        for k, (r, n) in enumerate(both)
+        if k % 3
+    ]
 
 
 @pytest.fixture
 def learn(tiny: Path, general: Path) -> Learn:
     """A short run on the tiny base."""
-    return lambda data, out, **values: train(data, out=out, **SHORT | {"base": str(tiny), "general": general} | values)
+    return lambda data, out, **values: train(
+        data, output_dir=out, **SHORT | {"base": str(tiny), "retention_text": general} | values
+    )
 
 
 # ---- data
@@ -68,50 +85,79 @@ def learn(tiny: Path, general: Path) -> Learn:
 USER = {"role": "user", "content": "say sol"}
 GOOD, BAD = {"role": "assistant", "content": "sol"}, {"role": "assistant", "content": "mar"}
 FORMS = {
-    "openai": {"input": {"messages": [USER], "tools": []}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
-    "conversations": {"conversations": [{"from": "human", "value": "say sol"}], "chosen": {"from": "gpt", "value": "sol"},
-                      "rejected": {"from": "gpt", "value": "mar"}},
+    "openai": {
+        "input": {"messages": [USER], "tools": []},
+        "preferred_output": [GOOD],
+        "non_preferred_output": [BAD],
+    },
+    "conversations": {
+        "conversations": [{"from": "human", "value": "say sol"}],
+        "chosen": {"from": "gpt", "value": "sol"},
+        "rejected": {"from": "gpt", "value": "mar"},
+    },
     "messages": {"messages": [USER], "chosen": "sol", "rejected": "mar"},
     "prompt as messages": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-    "prompt and whole chats": {"prompt": "say sol", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "prompt and whole chats": {
+        "prompt": "say sol",
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+    },
     "whole chats": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "alpaca": {"instruction": "say sol", "input": "", "chosen": "sol", "rejected": "mar"},
-}  # fmt: skip
+}
 
 
-def read(tmp_path: Path, *rows: Any, columns: dict[str, str] | None = None, **options: Any) -> list[Preference]:
-    return read_preferences(write_rows(tmp_path / "rows.jsonl", *rows), columns or {}, **options).rows
+def read(
+    tmp_path: Path, *rows: Any, columns: dict[str, str] | None = None, **options: Any
+) -> list[PreferenceRow]:
+    return read_preferences(
+        write_rows(tmp_path / "rows.jsonl", *rows), columns or {}, **options
+    ).rows
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_a_pair_is_the_same_pair(name: str, tmp_path: Path) -> None:
     (row,) = read(tmp_path, FORMS[name])
-    assert row.row(row.good).messages == (USER, GOOD)
-    assert row.row(row.bad).messages == (USER, BAD)
+    assert row.row(row.chosen).messages == (USER, GOOD)
+    assert row.row(row.rejected).messages == (USER, BAD)
     assert preference_format(tmp_path / "rows.jsonl", {}) == "pairs"
 
 
 def test_texts_stay_texts_and_a_system_message_comes_first(tmp_path: Path) -> None:
     plain, told = read(tmp_path, pair("sol", "mar"), pair("sol", "mar") | {"system": "be brief"})
-    assert (plain.prompt, plain.good) == ("say sol mar:", " sol mar sol")
-    assert [m["role"] for m in told.row(told.good).messages or ()] == ["system", "user", "assistant"]
+    assert (plain.prompt, plain.chosen) == ("say sol mar:", " sol mar sol")
+    assert [m["role"] for m in told.row(told.chosen).messages or ()] == [
+        "system",
+        "user",
+        "assistant",
+    ]
 
 
-def test_earlier_answers_are_context_and_not_learned(tmp_path: Path, base: Base) -> None:
+def test_earlier_answers_are_context_and_not_learned(tmp_path: Path, base: CausalLM) -> None:
     (row,) = read(tmp_path, {"messages": [USER, GOOD, USER], "chosen": "luna", "rejected": "mar"})
-    example = Renderer(base.tokenizer, None, 192).example(row.row(row.good))
-    assert "".join(base.tokenizer.decode(t) for t, label in zip(example.tokens, example.labels) if label) == "luna</s>"
+    example = Renderer(base.tokenizer, None, 192).example(row.row(row.chosen))
+    assert (
+        "".join(
+            base.tokenizer.decode(t)
+            for t, label in zip(example.token_ids, example.loss_mask)
+            if label
+        )
+        == "luna</s>"
+    )
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": [USER, GOOD], "label": True},
-    {"prompt": [USER], "completion": [GOOD], "label": True},
-    {"conversations": [USER, GOOD], "kto_tag": True},
-    {"instruction": "say sol", "output": "sol", "kto_tag": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, GOOD], "label": True},
+        {"prompt": [USER], "completion": [GOOD], "label": True},
+        {"conversations": [USER, GOOD], "kto_tag": True},
+        {"instruction": "say sol", "output": "sol", "kto_tag": True},
+    ],
+)
 def test_every_form_of_a_label_is_the_same_answer(row: dict[str, Any], tmp_path: Path) -> None:
     (found,) = read(tmp_path, row)
-    assert found.bad is None and found.row(found.good).messages == (USER, GOOD)
+    assert found.rejected is None and found.row(found.chosen).messages == (USER, GOOD)
     assert preference_format(tmp_path / "rows.jsonl", {}) == "labels"
 
 
@@ -120,7 +166,9 @@ def test_a_row_written_is_the_row_read(tmp_path: Path) -> None:
     labels = as_labels(rows)
     for given in (rows, labels):
         again = read(tmp_path, *(row.record() for row in given))
-        assert [(r.prompt, r.good, r.bad) for r in again] == [(r.prompt, r.good, r.bad) for r in given]
+        assert [(r.prompt, r.chosen, r.rejected) for r in again] == [
+            (r.prompt, r.chosen, r.rejected) for r in given
+        ]
 
 
 def test_columns_and_csv(tmp_path: Path) -> None:
@@ -128,23 +176,35 @@ def test_columns_and_csv(tmp_path: Path) -> None:
     file.write_text("question,better,worse\nsay sol,sol,mar\n")
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
     (row,) = read_preferences(file, columns).rows
-    assert (row.prompt, row.good, row.bad) == ("say sol", "sol", "mar")
+    assert (row.prompt, row.chosen, row.rejected) == ("say sol", "sol", "mar")
     file.write_text("prompt,completion,label\nsay sol,sol,true\nsay sol,mar,0\n")
-    assert [(r.good, r.bad) for r in read_preferences(file, {}).rows] == [("sol", None), (None, "mar")]
+    assert [(r.chosen, r.rejected) for r in read_preferences(file, {}).rows] == [
+        ("sol", None),
+        (None, "mar"),
+    ]
 
 
-@pytest.mark.parametrize(("row", "where", "what"), [
-    ({"prompt": "a", "chosen": "b"}, ":1:rejected", "missing"),
-    ({"prompt": "a", "chosen": "b", "rejected": " "}, ":1:rejected", "empty"),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, ":1", "the same"),
-    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, ":1:chosen", "does not follow"),
-    ({"chosen": [GOOD], "rejected": [BAD]}, ":1:chosen", "do not begin alike"),
-    ({"prompt": "a", "completion": "b", "label": "maybe"}, ":1:label", "true"),
-    ({"messages": [USER], "label": True}, ":1:messages", "no answer"),
-    ({"prompt": "a", "completion": "b"}, ":1", "neither a pair"),
-    ({"input": {"messages": 3}, "preferred_output": [GOOD], "non_preferred_output": [BAD]}, ":1:input.messages", "expected"),
-])  # fmt: skip
-def test_a_bad_row_says_where_and_can_be_left_out(row: Any, where: str, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "where", "what"),
+    [
+        ({"prompt": "a", "chosen": "b"}, ":1:rejected", "missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, ":1:rejected", "empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, ":1", "the same"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, ":1:chosen", "does not follow"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, ":1:chosen", "do not begin alike"),
+        ({"prompt": "a", "completion": "b", "label": "maybe"}, ":1:label", "true"),
+        ({"messages": [USER], "label": True}, ":1:messages", "no answer"),
+        ({"prompt": "a", "completion": "b"}, ":1", "neither a pair"),
+        (
+            {"input": {"messages": 3}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+            ":1:input.messages",
+            "expected",
+        ),
+    ],
+)
+def test_a_bad_row_says_where_and_can_be_left_out(
+    row: Any, where: str, what: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path, row)
     assert str(caught.value.where).endswith(where) and what in caught.value.what
@@ -159,20 +219,35 @@ def test_pairs_and_labels_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.shared
 def test_what_llamafactory_ships_is_read_whole() -> None:
     folder = SHARED / "data" / "llamafactory-demo"
-    tables = [read_preferences(folder / name, {}) for name in ("dpo_en_demo.json", "kto_en_demo.json")]
-    assert [(t.format, len(t.rows), t.skipped) for t in tables] == [("pairs", 300, []), ("labels", 300, [])]
-    assert sum(row.good is not None for row in tables[1].rows) == sum(
+    tables = [
+        read_preferences(folder / name, {}) for name in ("dpo_en_demo.json", "kto_en_demo.json")
+    ]
+    assert [(t.format, len(t.rows), t.skipped) for t in tables] == [
+        ("pairs", 300, []),
+        ("labels", 300, []),
+    ]
+    assert sum(row.chosen is not None for row in tables[1].rows) == sum(
         row["label"] for row in json.loads((folder / "kto_en_demo.json").read_text())
     )
 
 
 # ---- losses, against the formulas in float64
 
-LOGPS = [torch.tensor(v) for v in ([-7.0, -3.5, -20.0], [-9.0, -2.5, -4.0], [-6.5, -4.0, -22.0], [-8.0, -3.0, -5.0])]
+LOGPS = [
+    torch.tensor(v)
+    for v in ([-7.0, -3.5, -20.0], [-9.0, -2.5, -4.0], [-6.5, -4.0, -22.0], [-8.0, -3.0, -5.0])
+]
 TOKENS = [torch.tensor(v) for v in ([5.0, 2.0, 9.0], [6.0, 3.0, 4.0])]
 
 
-def expected(objective: str, beta: float, smoothing: float = 0.0, gamma: float = 1.0, loss: str = "sigmoid", sft: float = 0.0) -> Any:
+def expected(
+    objective: str,
+    beta: float,
+    smoothing: float = 0.0,
+    gamma: float = 1.0,
+    loss: str = "sigmoid",
+    sft: float = 0.0,
+) -> Any:
     """The published formulas, number by number."""
     result = []
     for w, x, wr, xr, nw, nx in zip(*(t.double().tolist() for t in (*LOGPS, *TOKENS))):
@@ -184,7 +259,9 @@ def expected(objective: str, beta: float, smoothing: float = 0.0, gamma: float =
         elif objective == "simpo":
             value = -math.log(sigmoid(beta * (w / nw - x / nx) - gamma))
         elif loss == "robust":
-            value = (-(1 - smoothing) * math.log(sigmoid(h)) + smoothing * math.log(sigmoid(-h))) / (1 - 2 * smoothing)
+            value = (
+                -(1 - smoothing) * math.log(sigmoid(h)) + smoothing * math.log(sigmoid(-h))
+            ) / (1 - 2 * smoothing)
         elif loss == "hinge":
             value = max(0.0, 1 - h)
         elif loss == "ipo":
@@ -195,36 +272,54 @@ def expected(objective: str, beta: float, smoothing: float = 0.0, gamma: float =
     return torch.tensor(result, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("objective", "told"), [
-    ("dpo", {"beta": 0.3}), ("dpo", {"beta": 0.3, "smoothing": 0.1}), ("dpo", {"beta": 0.3, "loss": "robust", "smoothing": 0.2}),
-    ("dpo", {"beta": 0.3, "loss": "hinge"}), ("dpo", {"beta": 0.3, "loss": "ipo"}), ("dpo", {"beta": 0.3, "sft": 0.5}),
-    ("orpo", {"beta": 0.1}), ("simpo", {"beta": 2.0, "gamma": 1.6}), ("simpo", {"beta": 2.0, "sft": 0.1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ("dpo", {"beta": 0.3}),
+        ("dpo", {"beta": 0.3, "smoothing": 0.1}),
+        ("dpo", {"beta": 0.3, "loss": "robust", "smoothing": 0.2}),
+        ("dpo", {"beta": 0.3, "loss": "hinge"}),
+        ("dpo", {"beta": 0.3, "loss": "ipo"}),
+        ("dpo", {"beta": 0.3, "sft": 0.5}),
+        ("orpo", {"beta": 0.1}),
+        ("simpo", {"beta": 2.0, "gamma": 1.6}),
+        ("simpo", {"beta": 2.0, "sft": 0.1}),
+    ],
+)
 def test_losses_are_the_formulas(objective: str, told: dict[str, Any]) -> None:
-    good, bad = (Answers(LOGPS[n], LOGPS[n + 2], TOKENS[n]) for n in (0, 1))
+    good, bad = (AnswerLogprobs(LOGPS[n], LOGPS[n + 2], TOKENS[n]) for n in (0, 1))
     found = pair_losses(objective, PreferenceOptions(**told), good, bad)
     torch.testing.assert_close(found.double(), expected(objective, **told), rtol=0, atol=2e-6)
 
 
 def test_kto_is_its_formula() -> None:
-    good, bad = (Answers(LOGPS[n], LOGPS[n + 2], TOKENS[n]) for n in (0, 1))
-    options = PreferenceOptions(beta=0.3, good_weight=1.5, bad_weight=0.5)
+    good, bad = (AnswerLogprobs(LOGPS[n], LOGPS[n + 2], TOKENS[n]) for n in (0, 1))
+    options = PreferenceOptions(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     found = kto_losses(options, good, bad, torch.tensor(0.4))
-    for sign, weight, losses, (policy, reference) in zip((1, -1), (1.5, 0.5), found, ((0, 2), (1, 3))):
+    for sign, weight, losses, (policy, reference) in zip(
+        (1, -1), (1.5, 0.5), found, ((0, 2), (1, 3))
+    ):
         ratio = LOGPS[policy].double() - LOGPS[reference].double()
-        torch.testing.assert_close(losses.double(), weight * (1 - torch.sigmoid(sign * 0.3 * (ratio - 0.4))), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            losses.double(),
+            weight * (1 - torch.sigmoid(sign * 0.3 * (ratio - 0.4))),
+            rtol=0,
+            atol=1e-6,
+        )
 
 
 def test_orpo_stays_finite_where_an_answer_is_certain() -> None:
-    sure = Answers(torch.tensor([0.0]), None, torch.tensor([3.0]))
-    unsure = Answers(torch.tensor([-1.0], requires_grad=True), None, torch.tensor([3.0]))
+    sure = AnswerLogprobs(torch.tensor([0.0]), None, torch.tensor([3.0]))
+    unsure = AnswerLogprobs(torch.tensor([-1.0], requires_grad=True), None, torch.tensor([3.0]))
     loss = pair_losses("orpo", PreferenceOptions(beta=0.1), sure, unsure)
     loss.sum().backward()
     assert loss.isfinite().all() and unsure.policy.grad.isfinite().all()  # type: ignore[union-attr]
 
 
 def test_calibration() -> None:
-    torch.testing.assert_close(calibration_error(torch.zeros(4) - 1e-9), 0.5)  # sure of nothing, and never right
+    torch.testing.assert_close(
+        calibration_error(torch.zeros(4) - 1e-9), 0.5
+    )  # sure of nothing, and never right
     exact = torch.full((10,), math.log(0.8 / 0.2))
     exact[:2] *= -1  # 80% sure, and right on 8 of 10
     assert calibration_error(exact) < 1e-6
@@ -233,20 +328,24 @@ def test_calibration() -> None:
 # ---- the reference
 
 
-def examples(base: Base, pairs: Path) -> list[Example]:
+def examples(base: CausalLM, pairs: Path) -> list[Example]:
     renderer = Renderer(base.tokenizer, "plain", 192)
-    made = make_choices(renderer, read_preferences(pairs, {}).rows, None, (), False)
-    return [example for _, choice in made for example in (choice.good, choice.bad) if example]
+    made = tokenize_preferences(renderer, read_preferences(pairs, {}).rows, None, (), False)
+    return [
+        example for _, choice in made for example in (choice.chosen, choice.rejected) if example
+    ]
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
-def test_the_reference_with_the_adapter_off_is_a_separate_frozen_copy(method: str, base: Base, tiny: Path, pairs: Path) -> None:
+@pytest.mark.parametrize("method", sorted(registered_methods()))
+def test_the_reference_with_the_adapter_off_is_a_separate_frozen_copy(
+    method: str, base: CausalLM, tiny: Path, pairs: Path
+) -> None:
     put(base, "policy", method=method, **({} if method == "full" else {"rank": 4}))
     given = examples(base, pairs)
-    batch, separate = flatten(given), load_base(str(tiny))
-    off = Reference("base", "").logps(base, batch, given)
-    on = answer_logps(base, batch, Route("policy"))[0]
-    assert (off - answer_logps(separate, batch, None)[0]).abs().max() <= 1e-6
+    batch, separate = pack_examples(given), load_base(str(tiny))
+    off = ReferencePolicy("base", "").logps(base, batch, given)
+    on = sequence_logprobs(base, batch, ActiveAdapters("policy"))[0]
+    assert (off - sequence_logprobs(separate, batch, None)[0]).abs().max() <= 1e-6
     assert (on - off).abs().max() > 0.1  # the adapter would have shown
 
 
@@ -256,9 +355,14 @@ KINDS = ("lora", "dora", "mora", "full", "alora", "qlora", "qdora", "qmora", "ad
 @pytest.mark.parametrize(
     ("method", "continued"),
     [(method, False) for method in KINDS]
-    + [pytest.param(method, True, marks=[] if method in ("lora", "alora") else pytest.mark.slow) for method in KINDS],
+    + [
+        pytest.param(method, True, marks=[] if method in ("lora", "alora") else pytest.mark.slow)
+        for method in KINDS
+    ],
 )
-def test_dpo_begins_at_ln_2(learn: Learn, method: str, continued: bool, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+def test_dpo_begins_at_ln_2(
+    learn: Learn, method: str, continued: bool, tiny: Path, pairs: Path, tmp_path: Path
+) -> None:
     """Each method on each base, from nothing and from an adapter that has learned something."""
     values = {**TRAINED, "base": str(tiny), "method": method}
     values |= {"targets": "norms", "rank": 8} if method == "full" else {}
@@ -267,25 +371,36 @@ def test_dpo_begins_at_ln_2(learn: Learn, method: str, continued: bool, tiny: Pa
     if continued:
         sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows_of(24)]
         data = write_rows(tmp_path / "sft.jsonl", *sft)
-        learn(data, tmp_path / "sft", **values | {"steps": 3, "check_every": 3, "learning_rate": 2e-2})
+        learn(
+            data,
+            tmp_path / "sft",
+            **values | {"max_steps": 3, "eval_steps": 3, "learning_rate": 2e-2},
+        )
         values |= {"options": {"start": str(tmp_path / "sft")}}
-    setup = set_up(TrainSettings(data=pairs, objective="dpo", **values))
+    setup = set_up_run(TrainSettings(data=pairs, objective="dpo", **values))
     task = setup.prepared.task
-    assert isinstance(task, PreferenceTask) and task.reference is not None
+    assert isinstance(task, PreferenceObjective) and task.reference is not None
     assert task.reference.mode == ("adapter" if continued else "base")
     if continued:  # it has learned something: its log-probabilities are not the base's
-        batch = task.make_batch(task.train, 0)
-        moved = task.reference.logps(task.base, batch.flat, batch.examples) - answer_logps(task.base, batch.flat, None)[0]
+        batch = task.collate(task.train, 0)
+        moved = (
+            task.reference.logps(task.base, batch.flat, batch.examples)
+            - sequence_logprobs(task.base, batch.flat, None)[0]
+        )
         assert moved.abs().max() > 0.01
-    losses = task.row_losses(task.train, setup.adapter.route)
+    losses = task.row_losses(task.train, setup.adapter.active)
     assert max(abs(loss - LN2) for loss in losses) <= 1e-6
-    batch = task.make_batch(task.train, 0)
-    assert abs(task.loss(batch, setup.adapter.route).item() / task.count(batch) - LN2) <= 1e-6  # with a graph too
-    frozen = setup.prepared.before
+    batch = task.collate(task.train, 0)
+    assert (
+        abs(task.loss(batch, setup.adapter.active).item() / task.num_targets(batch) - LN2) <= 1e-6
+    )  # with a graph too
+    frozen = setup.prepared.baseline
     assert (frozen is not None) == continued
 
 
-def test_the_mode_is_written_down_and_precomputed_is_the_same(learn: Learn, pairs: Path, tmp_path: Path) -> None:
+def test_the_mode_is_written_down_and_precomputed_is_the_same(
+    learn: Learn, pairs: Path, tmp_path: Path
+) -> None:
     runs = {
         mode: learn(pairs, tmp_path / mode, objective="dpo", options={"reference": mode})
         for mode in ("base", "precomputed")
@@ -300,64 +415,96 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(learn: Learn, pair
         assert a.keys() == b.keys() and abs(a["loss"] - b["loss"]) <= 1e-6
 
 
-@pytest.mark.parametrize(("values", "what"), [
-    ({"options": {"start": "sft", "reference": "base"}}, "the reference of a continued adapter"),
-    ({"options": {"reference": "adapter"}}, "there is no adapter to be the reference"),
-    ({"dropout": 0.1}, "a reference and dropout"),
-    ({"options": {"start": "sft"}, "rank": 16}, "rank is not the adapter's"),
-    ({"options": {"start": "sft"}, "method": "dora"}, "the adapter is lora"),
-    ({"options": {"start": "sft"}, "targets": ["k_proj"]}, "targets is not the adapter's"),
-    ({"options": {"start": 3}}, "start cannot be 3"),
-    ({"options": {"start": "judge"}}, "no adapter to go on from"),
-    ({"options": {"gamma": 1.0}}, "dpo has no option 'gamma'"),
-    ({"objective": "orpo", "options": {"reference": "base"}}, "orpo has no option 'reference'"),
-    ({"options": {"loss": "robust"}}, "robust needs smoothing"),
-    ({"options": {"loss": "hinge", "smoothing": 0.1}}, "hinge knows no smoothing"),
-    ({"options": {"beta": -1}}, "beta cannot be -1"),
-    ({"options": {"operator": "sharing"}}, "lora has no option 'operator'"),
-    ({"objective": "sft", "options": {"beta": 0.1}}, "no option 'beta'|belong to no format"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (
+            {"options": {"start": "sft", "reference": "base"}},
+            "the reference of a continued adapter",
+        ),
+        ({"options": {"reference": "adapter"}}, "there is no adapter to be the reference"),
+        ({"dropout": 0.1}, "a reference and dropout"),
+        ({"options": {"start": "sft"}, "rank": 16}, "rank is not the adapter's"),
+        ({"options": {"start": "sft"}, "method": "dora"}, "the adapter is lora"),
+        ({"options": {"start": "sft"}, "targets": ["k_proj"]}, "targets is not the adapter's"),
+        ({"options": {"start": 3}}, "start cannot be 3"),
+        ({"options": {"start": "judge"}}, "no adapter to go on from"),
+        ({"options": {"gamma": 1.0}}, "dpo has no option 'gamma'"),
+        ({"objective": "orpo", "options": {"reference": "base"}}, "orpo has no option 'reference'"),
+        ({"options": {"loss": "robust"}}, "robust needs smoothing"),
+        ({"options": {"loss": "hinge", "smoothing": 0.1}}, "hinge knows no smoothing"),
+        ({"options": {"beta": -1}}, "beta cannot be -1"),
+        ({"options": {"operator": "sharing"}}, "lora has no option 'operator'"),
+        ({"objective": "sft", "options": {"beta": 0.1}}, "no option 'beta'|belong to no format"),
+    ],
+)
 def test_what_could_mean_two_things_is_refused(
-    learn: Learn, values: dict[str, Any], what: str, tiny: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learn: Learn,
+    values: dict[str, Any],
+    what: str,
+    tiny: Path,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     start = values.get("options", {}).get("start")
     if start == "sft":
-        data = write_rows(tmp_path / "sft.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"})
+        data = write_rows(
+            tmp_path / "sft.jsonl",
+            {"prompt": "a", "completion": "b"},
+            {"prompt": "c", "completion": "d"},
+        )
         learn(data, tmp_path / "sft", steps=1, check_every=1, holdout=data)
     elif start == "judge":
         learn(pairs, tmp_path / "judge", steps=1, check_every=1, objective="reward")
     told = {"base": str(tiny), "template": "plain", "objective": "dpo"} | values
     if "targets" not in values and start is None:
         told["targets"] = TRAINED["targets"]
-    with pytest.raises(SettingsError if values.get("objective") != "sft" else AfinaError, match=what):
-        set_up(TrainSettings(data=pairs, **told))
+    with pytest.raises(
+        SettingsError if values.get("objective") != "sft" else AfinaError, match=what
+    ):
+        set_up_run(TrainSettings(data=pairs, **told))
 
 
 def test_an_objective_is_no_method(pairs: Path) -> None:
-    for name, hint in (("dpo", "--objective dpo"), ("qipo", "{loss: ipo}"), ("kto", "--objective kto")):
+    for name, hint in (
+        ("dpo", "--objective dpo"),
+        ("qipo", "{loss: ipo}"),
+        ("kto", "--objective kto"),
+    ):
         with pytest.raises(SettingsError, match="an objective, not a method") as caught:
-            set_up(TrainSettings(data=pairs, method=name))
+            set_up_run(TrainSettings(data=pairs, method=name))
         assert hint in str(caught.value.hint)
 
 
 def test_labels_are_for_kto(tiny: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "labels.jsonl", *labels_of(rows_of(12)))
     with pytest.raises(DataError, match="dpo compares two answers"):
-        set_up(TrainSettings(data=data, base=str(tiny), objective="dpo"))
+        set_up_run(TrainSettings(data=data, base=str(tiny), objective="dpo"))
 
 
 # ---- runs
 
 
 @pytest.mark.parametrize(
-    "objective", [name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow) for name in sorted(PREFERENCES)]
+    "objective",
+    [
+        name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(PREFERENCES)
+    ],
 )
-def test_a_run_learns_and_logs(learn: Learn, objective: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
-    run = learn(pairs, tmp_path / "run", objective=objective, steps=8, check_every=4, batch_tokens=2000)
+def test_a_run_learns_and_logs(
+    learn: Learn, objective: str, tiny: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run = learn(
+        pairs, tmp_path / "run", objective=objective, steps=8, check_every=4, batch_tokens=2000
+    )
     ticks, found = metrics(run.folder), run.story["preferences"]
     assert ticks[-1]["loss"] < ticks[0]["loss"]
-    assert found["after"]["accuracy"] > (0.7 if objective == "kto" else 0.9) and run.story["verdict"]
+    assert (
+        found["after"]["accuracy"] > (0.7 if objective == "kto" else 0.9) and run.story["verdict"]
+    )
     names = {"accuracy", "chosen_reward", "rejected_reward", "chosen_length", "rejected_length"}
     names |= set() if objective == "reward" else {"chosen_logp", "rejected_logp"}
     names |= {"z"} if objective == "kto" else {"margin"}
@@ -366,7 +513,7 @@ def test_a_run_learns_and_logs(learn: Learn, objective: str, tiny: Path, pairs: 
     judged = evaluate(run.folder)
     assert judged["after"]["accuracy"] == found["after"]["accuracy"]
     assert judged["after"]["loss"] == pytest.approx(run.story["losses"]["held_after"], abs=1e-5)
-    planned = plan(pairs, base=str(tiny), objective=objective, template="plain")
+    planned = plan(pairs, base=str(tiny), objective=objective, chat_template="plain")
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 
 
@@ -380,8 +527,10 @@ def test_pairs_and_labels_are_recognised(learn: Learn, pairs: Path, tmp_path: Pa
 @pytest.mark.parametrize("objective", sorted(PREFERENCES))
 def test_packed_is_unpacked(objective: str, tiny: Path, pairs: Path) -> None:
     values = {**TRAINED, "base": str(tiny), "objective": objective, "data": pairs}
-    together = set_up(TrainSettings(**values | {"batch_tokens": 100_000}))
-    alone = set_up(TrainSettings(**values | {"batch_tokens": 1, "accumulate": 1000}))
+    together = set_up_run(TrainSettings(**values | {"max_tokens_per_batch": 100_000}))
+    alone = set_up_run(
+        TrainSettings(**values | {"max_tokens_per_batch": 1, "gradient_accumulation_steps": 1000})
+    )
     found = []
     for setup in (together, alone):
         task, adapter = setup.prepared.task, setup.adapter
@@ -390,52 +539,72 @@ def test_packed_is_unpacked(objective: str, tiny: Path, pairs: Path) -> None:
             for parameter in adapter.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         batches = task.step_batches(0)
-        losses = [task.loss(batch, adapter.route) for batch in batches]
-        count = sum(task.count(batch) for batch in batches)
+        losses = [task.loss(batch, adapter.active) for batch in batches]
+        count = sum(task.num_targets(batch) for batch in batches)
         (torch.stack(losses).sum() / count).backward()
         gradients = torch.cat([p.grad.flatten() for p in adapter.parameters()])  # type: ignore[union-attr]
-        found.append((len(batches), count, sum(x.item() for x in losses) / count, gradients, task.noted()))
+        found.append(
+            (len(batches), count, sum(x.item() for x in losses) / count, gradients, task.metrics())
+        )
     (one, rows, loss, gradients, facts), (many, same, other, more, noted) = found
     assert one == 1 and many == rows == same > 10
     assert loss == pytest.approx(other, abs=1e-5)
     assert (gradients - more).norm() <= 1e-4 * gradients.norm()
-    assert facts.keys() == noted.keys() and all(noted[name] == pytest.approx(facts[name], abs=1e-3) for name in facts)
+    assert facts.keys() == noted.keys() and all(
+        noted[name] == pytest.approx(facts[name], abs=1e-3) for name in facts
+    )
 
 
-@pytest.mark.parametrize(("objective", "options"), [
-    ("dpo", {"start": "sft", "reference": "precomputed"}),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dpo", {}), ("dpo", {"start": "sft"}), ("kto", {}), ("reward", {}))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("dpo", {"start": "sft", "reference": "precomputed"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dpo", {}), ("dpo", {"start": "sft"}), ("kto", {}), ("reward", {}))
+        ),
+    ],
+)
 def test_resumed_is_uninterrupted(
-    learn: Learn, objective: str, options: dict[str, Any], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learn: Learn,
+    objective: str,
+    options: dict[str, Any],
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if "start" in options:
         sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows_of(24)]
         learn(write_rows(tmp_path / "sft.jsonl", *sft), tmp_path / "sft", steps=2)
-    values = {"objective": objective, "options": options, "steps": 4}
+    values = {"objective": objective, "options": options, "max_steps": 4}
     whole = learn(pairs, tmp_path / "whole", **values)
 
-    end = Loop.end
+    end = Trainer.finish_step
 
-    def cut(self: Loop, *given: Any) -> None:
+    def cut(self: Trainer, *given: Any) -> None:
         end(self, *given)
         if self.progress.step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Loop, "end", cut)
+    monkeypatch.setattr(Trainer, "finish_step", cut)
     with pytest.raises(KeyboardInterrupt):
         learn(pairs, tmp_path / "cut", **values)
-    monkeypatch.setattr(Loop, "end", end)
+    monkeypatch.setattr(Trainer, "finish_step", end)
     resumed = learn(pairs, tmp_path / "cut", **values, resume=True)
     assert metrics(resumed.folder) == metrics(whole.folder)
     assert resumed.story["adapter"] == whole.story["adapter"]
 
 
 @pytest.mark.slow
-def test_another_start_is_not_gone_on_with(learn: Learn, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_start_is_not_gone_on_with(
+    learn: Learn, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    sft = write_rows(tmp_path / "sft.jsonl", *({"prompt": r["prompt"], "completion": r["chosen"]} for r in rows_of(24)))
+    sft = write_rows(
+        tmp_path / "sft.jsonl",
+        *({"prompt": r["prompt"], "completion": r["chosen"]} for r in rows_of(24)),
+    )
     learn(sft, tmp_path / "sft", steps=2)
     run = learn(pairs, tmp_path / "dpo", options={"start": "sft"})
     (tmp_path / "sft").rename(tmp_path / "old")
@@ -447,17 +616,26 @@ def test_another_start_is_not_gone_on_with(learn: Learn, pairs: Path, tmp_path: 
 
 
 def test_the_better_answers_becoming_unlikely_is_a_warning_with_a_remedy() -> None:
-    before, after = {"chosen_logp": -40.0, "rejected_logp": -42.0}, {"chosen_logp": -42.1, "rejected_logp": -60.0}
-    (said,) = displaced({"before": before, "after": after}, "dpo")
+    before, after = (
+        {"chosen_logp": -40.0, "rejected_logp": -42.0},
+        {"chosen_logp": -42.1, "rejected_logp": -60.0},
+    )
+    (said,) = displacement_warning({"before": before, "after": after}, "dpo")
     assert "likelihood displacement" in said and "sft" in said and "-40.0 to -42.1" in said
-    assert not displaced({"before": before, "after": {**after, "chosen_logp": -41.9}}, "dpo")
+    assert not displacement_warning(
+        {"before": before, "after": {**after, "chosen_logp": -41.9}}, "dpo"
+    )
 
 
 @pytest.mark.slow
-def test_the_sft_term_keeps_the_better_answers_likely(learn: Learn, pairs: Path, tmp_path: Path) -> None:
-    told = {"steps": 10, "check_every": 10, "batch_tokens": 2000}
+def test_the_sft_term_keeps_the_better_answers_likely(
+    learn: Learn, pairs: Path, tmp_path: Path
+) -> None:
+    told = {"max_steps": 10, "eval_steps": 10, "max_tokens_per_batch": 2000}
     found = [
-        learn(pairs, tmp_path / str(sft), options={"sft": sft}, **told).story["preferences"]["after"]["chosen_logp"]
+        learn(pairs, tmp_path / str(sft), options={"sft": sft}, **told).story["preferences"][
+            "after"
+        ]["chosen_logp"]
         for sft in (0.0, 1.0)
     ]
     assert found[1] > found[0] + 0.5
@@ -466,22 +644,28 @@ def test_the_sft_term_keeps_the_better_answers_likely(learn: Learn, pairs: Path,
 # ---- reward models
 
 
-@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("alora", "qlora"))])
-def test_a_reward_model_on_disk_is_the_one_in_memory(learn: Learn, method: str, tiny: Path, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("alora", "qlora"))]
+)
+def test_a_reward_model_on_disk_is_the_one_in_memory(
+    learn: Learn, method: str, tiny: Path, pairs: Path, tmp_path: Path
+) -> None:
     more = {"invocation": ":"} if method == "alora" else {}
     run = learn(pairs, tmp_path / "run", objective="reward", method=method, steps=6, **more)
-    opened = open_run(run.folder, EvalSettings(run=run.folder))
+    opened = load_run(run.folder, EvalSettings(adapter=run.folder))
     base = opened.base
-    assert isinstance(base, Base)
+    assert isinstance(base, CausalLM)
     with pytest.raises(AdapterError, match="gives numbers, not text"):
-        _ = opened.language
+        _ = opened.causal_lm
     with pytest.raises(MergeError):  # an activated one, and one on 4 bits, neither
-        merge(run.folder, out=tmp_path / "merged")
+        merge(run.folder, output_dir=tmp_path / "merged")
     given = examples(base, pairs)
-    found = rewards(base, flatten(given), opened.route)
+    found = score_sequences(base, pack_examples(given), opened.active)
     assert found.std() > 1e-3
-    assert rewards(base, flatten(given), None).abs().max() == 0.0
-    alone = torch.cat([rewards(base, flatten([example]), opened.route) for example in given])
+    assert score_sequences(base, pack_examples(given), None).abs().max() == 0.0
+    alone = torch.cat(
+        [score_sequences(base, pack_examples([example]), opened.active) for example in given]
+    )
     torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
     if method != "lora":
         return
@@ -491,7 +675,9 @@ def test_a_reward_model_on_disk_is_the_one_in_memory(learn: Learn, method: str, 
     plain = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
     theirs = peft.PeftModel.from_pretrained(plain, run.folder / "adapter").eval()
     with torch.no_grad():
-        scores = torch.cat([theirs(input_ids=torch.tensor([example.tokens])).logits[:, 0] for example in given])
+        scores = torch.cat(
+            [theirs(input_ids=torch.tensor([example.token_ids])).logits[:, 0] for example in given]
+        )
     torch.testing.assert_close(found, scores, atol=1e-5, rtol=0)
 
 
@@ -499,8 +685,12 @@ def test_a_reward_model_on_disk_is_the_one_in_memory(learn: Learn, method: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "loss"), [("dpo", "sigmoid"), ("dpo", "ipo"), ("dpo", "hinge"), ("kto", "kto")])
-def test_each_step_is_trls(learn: Learn, objective: str, loss: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "loss"), [("dpo", "sigmoid"), ("dpo", "ipo"), ("dpo", "hinge"), ("kto", "kto")]
+)
+def test_each_step_is_trls(
+    learn: Learn, objective: str, loss: str, tiny: Path, tmp_path: Path
+) -> None:
     """The same rows, start, rate and optimizer: losses of six steps within 1e-4."""
     trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
     from datasets import Dataset
@@ -512,26 +702,60 @@ def test_each_step_is_trls(learn: Learn, objective: str, loss: str, tiny: Path, 
     data = write_rows(tmp_path / "rows.jsonl", *rows)
     steps, rate = 6, 5e-3
     options = {} if loss in ("sigmoid", "kto") else {"loss": loss}
-    values = {**TRAINED, "base": str(tiny), "objective": objective, "options": options, "holdout": data, "batch_tokens": 10**5}
-    values |= {"learning_rate": rate, "schedule": "constant", "warmup": 0.0, "clip": 1.0, "steps": steps, "check_every": 6}
-    setup = set_up(TrainSettings(data=data, **values))
+    values = {
+        **TRAINED,
+        "base": str(tiny),
+        "objective": objective,
+        "options": options,
+        "holdout": data,
+        "batch_tokens": 10**5,
+    }
+    values |= {
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "max_grad_norm": 1.0,
+        "max_steps": steps,
+        "eval_steps": 6,
+    }
+    setup = set_up_run(TrainSettings(data=data, **values))
     save_adapter(setup.adapter, setup.prepared.base, tmp_path / "start")
     ours = [tick["loss"] for tick in metrics(learn(data, tmp_path / "run", **values).folder)]
 
     model = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tmp_path / "start", is_trainable=True
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
+        tmp_path / "start",
+        is_trainable=True,
     )
     shared = {
-        "output_dir": str(tmp_path / "trl"), "per_device_train_batch_size": len(rows), "max_steps": steps, "learning_rate": rate,
-        "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0, "optim": "adamw_torch", "beta": 0.1,
-        "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_length": 192,
-        "disable_tqdm": True, "save_strategy": "no", "loss_type": loss,
-    }  # fmt: skip
-    kinds = {"dpo": (trl.DPOTrainer, trl.DPOConfig), "kto": (trl.KTOTrainer, trl.KTOConfig)}[objective]
+        "output_dir": str(tmp_path / "trl"),
+        "per_device_train_batch_size": len(rows),
+        "max_steps": steps,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "beta": 0.1,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": 192,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "loss_type": loss,
+    }
+    kinds = {"dpo": (trl.DPOTrainer, trl.DPOConfig), "kto": (trl.KTOTrainer, trl.KTOConfig)}[
+        objective
+    ]
     trainer = kinds[0](
-        model=model, args=kinds[1](**shared), train_dataset=Dataset.from_list(rows),
+        model=model,
+        args=kinds[1](**shared),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(tiny),
-    )  # fmt: skip
+    )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(theirs) == steps

@@ -12,29 +12,66 @@ from safetensors.torch import load_file
 from torch import nn
 
 import afina
-from afina.base.load import load_base
-from afina.base.sharded import blocks
 from afina.config import TrainSettings
-from afina.data.batches import FlatBatch
+from afina.data.packing import PackedBatch
 from afina.errors import SettingsError
-from afina.objective.classify import IGNORE, Batch
-from afina.objective.language import LanguageTask
-from afina.training.setup import set_up
+from afina.models.fsdp import decoder_layers
+from afina.models.loading import load_base
+from afina.objectives.classification import IGNORE, PaddedBatch
+from afina.objectives.language_modeling import LanguageModelingObjective
+from afina.training.setup.set_up import set_up_run
 from helpers import ENVIRONMENT, flat_run, metrics, put, write_rows
 
-TOGETHER = dict(steps=20, batch_tokens=256, check_every=5, learning_rate=2e-3)
+TOGETHER = dict(max_steps=20, max_tokens_per_batch=256, eval_steps=5, learning_rate=2e-3)
 
 
 def torchrun(*command: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node N ...` on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=250, env=ENVIRONMENT)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=ENVIRONMENT,
+    )
 
 
-def train(tiny: Path, data: Path, general: Path, out: Path, *more: object, processes: int = 2, **settings: Any) -> dict[str, Any]:
+def train(
+    tiny: Path,
+    data: Path,
+    general: Path,
+    out: Path,
+    *more: object,
+    processes: int = 2,
+    **settings: Any,
+) -> dict[str, Any]:
     """`afina train` in several processes; returns the story."""
-    flags = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), json.dumps(value).strip('"'))]
-    command = ["train", data, "--base", tiny, "--general", general, "--out", out, *flags, *more, "--json"]
+    flags = [
+        word
+        for name, value in settings.items()
+        for word in ("--" + name.replace("_", "-"), json.dumps(value).strip('"'))
+    ]
+    command = [
+        "train",
+        data,
+        "--base",
+        tiny,
+        "--retention-text",
+        general,
+        "--output-dir",
+        out,
+        *flags,
+        *more,
+        "--json",
+    ]
     done = torchrun("-m", "afina", *command, processes=processes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "only the first process speaks"
@@ -62,17 +99,24 @@ def test_parts_of_a_flat_batch_add_up_to_it(tiny: Path, of: int) -> None:
     adapter = put(base)
     tokens, positions, bounds = flat_run((9, 1, 14, 6, 3))
     labels = torch.where(torch.arange(len(tokens)) % 3 > 0, tokens.roll(-1), -100)
-    batch, task = FlatBatch(tokens, positions, labels, bounds), LanguageTask.__new__(LanguageTask)
+    batch, task = (
+        PackedBatch(tokens, positions, labels, bounds),
+        LanguageModelingObjective.__new__(LanguageModelingObjective),
+    )
     task.base = base
-    parts = [batch.part(number, of) for number in range(of)]
-    assert sum(part.label_count for part in parts) == batch.label_count
-    whole = task.loss(batch, adapter.route)
+    parts = [batch.shard(number, of) for number in range(of)]
+    assert sum(part.num_targets for part in parts) == batch.num_targets
+    whole = task.loss(batch, adapter.active)
     gradients = torch.autograd.grad(whole, adapter.parameters())
-    losses = [task.loss(part, adapter.route) for part in parts]  # the last of 7 have no labels, and a backward all the same
+    losses = [
+        task.loss(part, adapter.active) for part in parts
+    ]  # the last of 7 have no labels, and a backward all the same
     torch.testing.assert_close(torch.stack(losses).sum(), whole)
-    for a, b in zip(torch.autograd.grad(torch.stack(losses).sum(), adapter.parameters()), gradients, strict=True):
+    for a, b in zip(
+        torch.autograd.grad(torch.stack(losses).sum(), adapter.parameters()), gradients, strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    sizes = sorted(len(part.tokens) for part in parts)
+    sizes = sorted(len(part.token_ids) for part in parts)
     assert of > 2 or sizes[-1] - sizes[0] <= 14
 
 
@@ -80,60 +124,84 @@ def test_a_part_without_labels_reaches_an_adapted_output_layer(tiny: Path) -> No
     base = load_base(str(tiny))
     adapter = put(base, targets=["lm_head", "q_proj"])
     tokens, positions, bounds = flat_run((4,))
-    part = FlatBatch(tokens, positions, tokens.roll(-1), bounds).part(1, 2)
-    with base.board.route(adapter.route.segments(part.tokens, part.bounds)):
-        loss = base.loss(part.tokens, part.positions, part.bounds, part.labels)
+    part = PackedBatch(tokens, positions, tokens.roll(-1), bounds).shard(1, 2)
+    with base.forward_context.use(adapter.active.segments(part.token_ids, part.cu_seqlens)):
+        loss = base.loss(part.token_ids, part.positions, part.cu_seqlens, part.labels)
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in adapter.parameters())  # type: ignore[union-attr]
 
 
 def test_parts_of_rows() -> None:
-    batch = Batch({"input_ids": torch.arange(10).view(5, 2)}, torch.arange(5))
-    assert [part.targets.tolist() for part in (batch.part(n, 2) for n in range(2))] == [[0, 2, 4], [1, 3]]
-    assert batch.part(1, 2).inputs["input_ids"].tolist() == [[2, 3], [6, 7]]
-    assert batch.part(5, 6).targets.tolist() == [IGNORE]
+    batch = PaddedBatch({"input_ids": torch.arange(10).view(5, 2)}, torch.arange(5))
+    assert [part.targets.tolist() for part in (batch.shard(n, 2) for n in range(2))] == [
+        [0, 2, 4],
+        [1, 3],
+    ]
+    assert batch.shard(1, 2).inputs["input_ids"].tolist() == [[2, 3], [6, 7]]
+    assert batch.shard(5, 6).targets.tolist() == [IGNORE]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
 @pytest.mark.parametrize("of", [2, 9])
 def test_parts_of_preferences_add_up(tiny: Path, tmp_path: Path, objective: str, of: int) -> None:
-    pairs = [{"prompt": f"{w} {n}", "chosen": f"good {w}" + " sol" * n, "rejected": f"bad {n}"} for w in "abc" for n in range(3)]
+    pairs = [
+        {"prompt": f"{w} {n}", "chosen": f"good {w}" + " sol" * n, "rejected": f"bad {n}"}
+        for w in "abc"
+        for n in range(3)
+    ]
     data = write_rows(tmp_path / "pairs.jsonl", *pairs)
-    setup = set_up(TrainSettings(data=data, base=str(tiny), objective=objective, template="plain", holdout=0.2))  # type: ignore[arg-type]
-    task, route = setup.prepared.task, setup.adapter.route
+    setup = set_up_run(
+        TrainSettings(
+            data=data, base=str(tiny), objective=objective, chat_template="plain", eval_size=0.2
+        )
+    )  # type: ignore[arg-type]
+    task, route = setup.prepared.task, setup.adapter.active
     with torch.no_grad():
         for parameter in setup.adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     (batch,) = task.step_batches(0)
     whole = task.loss(batch, route)
-    facts = task.noted()
+    facts = task.metrics()
     gradients = torch.autograd.grad(whole, setup.adapter.parameters())
     (batch,) = task.step_batches(0)
-    parts = [batch.part(number, of) for number in range(of)]
-    assert sum(map(task.count, parts)) == task.count(batch)
-    assert of == 2 or min(map(task.count, parts)) == 0 or objective == "kto"
+    parts = [batch.shard(number, of) for number in range(of)]
+    assert sum(map(task.num_targets, parts)) == task.num_targets(batch)
+    assert of == 2 or min(map(task.num_targets, parts)) == 0 or objective == "kto"
     total = torch.stack([task.loss(part, route) for part in parts]).sum()
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad(total, setup.adapter.parameters()), gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    assert task.noted(lambda numbers: numbers) == pytest.approx(facts, abs=1e-4)
+    assert task.metrics(lambda numbers: numbers) == pytest.approx(facts, abs=1e-4)
 
 
 def test_blocks_are_the_outermost_members_of_lists(tiny: Path) -> None:
-    assert len(blocks(load_base(str(tiny)).model)) == 4
-    nested = nn.Sequential(nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})]))
-    assert blocks(nested) == {"0.0": nested[0][0]}  # type: ignore[index]
+    assert len(decoder_layers(load_base(str(tiny)).model)) == 4
+    nested = nn.Sequential(
+        nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])})])
+    )
+    assert decoder_layers(nested) == {"0.0": nested[0][0]}  # type: ignore[index]
 
 
 def test_full_fine_tuning_is_not_sharded(tiny: Path, chats: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="full cannot be sharded"):
-        afina.train(chats, base=str(tiny), method="full", device="sharded", out=tmp_path / "run")
+        afina.train(
+            chats, base=str(tiny), method="full", device="sharded", output_dir=tmp_path / "run"
+        )
 
 
-def test_sharded_in_one_process_is_the_whole_base(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
+def test_sharded_in_one_process_is_the_whole_base(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path
+) -> None:
     runs = [
-        afina.train(chats, base=str(tiny), general=general, steps=2, device=device, out=tmp_path / device)
+        afina.train(
+            chats,
+            base=str(tiny),
+            retention_text=general,
+            max_steps=2,
+            device=device,
+            output_dir=tmp_path / device,
+        )
         for device in ("auto", "sharded")
     ]
     assert metrics(runs[0].folder) == metrics(runs[1].folder)
@@ -146,45 +214,67 @@ def test_sharded_in_one_process_is_the_whole_base(tiny: Path, chats: Path, gener
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(method="lora", accumulate=2),
-        dict(method="alora", device="sharded", checkpointing=True),
+        dict(method="lora", gradient_accumulation_steps=2),
+        dict(method="alora", device="sharded", gradient_checkpointing=True),
         dict(method="dora", device="sharded", rank=4),
         dict(method="qmora", device="sharded", rank=2),
         dict(method="full", targets=["q_proj"], learning_rate=2e-4),
-        dict(method="lora", objective="kto", template="plain", device="sharded", learning_rate=1e-3),
-        dict(method="lora", targets=["lm_head", "v_proj"], device="sharded", batch_tokens=24),  # batches of one row
+        dict(
+            method="lora", objective="kto", template="plain", device="sharded", learning_rate=1e-3
+        ),
+        dict(
+            method="lora",
+            target_modules=["lm_head", "v_proj"],
+            device="sharded",
+            max_tokens_per_batch=24,
+        ),  # batches of one row
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_two_processes_are_one(tiny: Path, chats: Path, general: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_two_processes_are_one(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     settings = TOGETHER | settings
     if settings.get("objective") == "kto":
         chats = write_rows(
             tmp_path / "labels.jsonl",
-            *({"prompt": f"say {n}", "completion": f"sol {n % 3}", "label": n % 3 > 0} for n in range(30)),
+            *(
+                {"prompt": f"say {n}", "completion": f"sol {n % 3}", "label": n % 3 > 0}
+                for n in range(30)
+            ),
         )
     story = train(tiny, chats, general, tmp_path / "two", **settings)
-    one = afina.train(chats, base=str(tiny), general=general, out=tmp_path / "one", **settings)  # type: ignore[arg-type]
+    one = afina.train(
+        chats, base=str(tiny), retention_text=general, output_dir=tmp_path / "one", **settings
+    )  # type: ignore[arg-type]
     same_losses(tmp_path / "two", tmp_path / "one")
     assert story["environment"]["processes"] == 2
     for key, value in one.story["losses"].items():
         if isinstance(value, float):
             assert story["losses"][key] == pytest.approx(value, abs=1e-4), key
-    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+    a, b = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("two", "one")
+    )
     assert list(a) == list(b)
     assert all((a[name] - b[name]).norm() <= 0.02 * b[name].norm() + 1e-4 for name in a)
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_bases_and_classifiers_too(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", *({"text": f"{w} {n}", "label": w} for w in ("sol", "mar") for n in range(9)))
+def test_a_sweep_of_two_bases_and_classifiers_too(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(
+        tmp_path / "rows.jsonl",
+        *({"text": f"{w} {n}", "label": w} for w in ("sol", "mar") for n in range(9)),
+    )
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
         f"base: {tiny}\ngeneral: {general}\nsteps: 6\nbatch_tokens: 128\nruns:\n"
         f"  - {{data: {chats}, rank: 2, name: a}}\n  - {{data: {chats}, method: dora, name: b, accumulate: 2}}\n"
         f"  - {{data: {rows}, name: c}}\n"
     )
-    done = torchrun("-m", "afina", "train", sweep, "--out", tmp_path / "two", "--json")
+    done = torchrun("-m", "afina", "train", sweep, "--output-dir", tmp_path / "two", "--json")
     assert done.returncode == 0, done.stderr
     from afina.training.sweep import sweep as run_sweep
 
@@ -197,9 +287,9 @@ def test_a_sweep_of_two_bases_and_classifiers_too(tiny: Path, chats: Path, gener
 
 SHARDING = """
 import sys
-from afina.base.load import load_base
-from afina.base.sharded import blocks, shard
-from afina.training.distributed import world
+from afina.models.loading import load_base
+from afina.models.fsdp import blocks, shard
+from afina.training.setup.processes import world
 world()
 base = load_base(sys.argv[1], storage=sys.argv[2])
 held = lambda: sum(getattr(p, "_local_tensor", p).nbytes for b in blocks(base.model).values() for p in b.parameters())
@@ -227,24 +317,33 @@ BREAKING = """
 import os, sys
 from afina.cli.main import main
 from afina.errors import TrainingError
-from afina.training import loop
+from afina.training import trainer as loop
 
-end, breaks = loop.Loop.end, os.environ["BREAKS"]
+end, breaks = loop.Trainer.finish_step, os.environ["BREAKS"]
 def ending(self, *arguments):
     if self.progress.step == 7 and breaks in (os.environ["RANK"], "all"):
         raise TrainingError(f"broken on purpose by {os.environ['RANK']}", hint="nothing")
     end(self, *arguments)
-loop.Loop.end = ending
+loop.Trainer.finish_step = ending
 main()
 """
 
 
 def broken(tmp_path: Path, breaks: str, *command: object) -> subprocess.CompletedProcess[str]:
     (tmp_path / "breaking.py").write_text(BREAKING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     words = [*launcher, tmp_path / "breaking.py", *command]
     environment = ENVIRONMENT | {"BREAKS": breaks}
-    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run(
+        [str(w) for w in words], capture_output=True, text=True, timeout=100, env=environment
+    )
 
 
 @pytest.mark.slow
@@ -253,22 +352,81 @@ def test_a_run_goes_on_with_more_or_fewer_processes(
     tiny: Path, chats: Path, general: Path, tmp_path: Path, processes: int
 ) -> None:
     settings = TOGETHER | dict(method="lora", device="sharded")
-    whole = afina.train(chats, base=str(tiny), general=general, out=tmp_path / "whole", **settings)  # type: ignore[arg-type]
-    flags = [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)]
-    cut = broken(tmp_path, "all", "train", chats, "--base", tiny, "--general", general, "--out", tmp_path / "cut", *flags)
+    whole = afina.train(
+        chats, base=str(tiny), retention_text=general, output_dir=tmp_path / "whole", **settings
+    )  # type: ignore[arg-type]
+    flags = [
+        word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)
+    ]
+    cut = broken(
+        tmp_path,
+        "all",
+        "train",
+        chats,
+        "--base",
+        tiny,
+        "--retention-text",
+        general,
+        "--output-dir",
+        tmp_path / "cut",
+        *flags,
+    )
     assert cut.returncode != 0
     assert cut.stderr.count("broken on purpose") == 1, "told once"
     assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(1, 8))
     if processes == 1:
-        afina.train(chats, base=str(tiny), general=general, out=tmp_path / "cut", resume=True, **(settings | {"device": "cpu"}))  # type: ignore[arg-type]
+        afina.train(
+            chats,
+            base=str(tiny),
+            retention_text=general,
+            output_dir=tmp_path / "cut",
+            resume=True,
+            **(settings | {"device": "cpu"}),
+        )  # type: ignore[arg-type]
     else:
         train(tiny, chats, general, tmp_path / "cut", "--resume", processes=processes, **settings)
     same_losses(tmp_path / "cut", whole.folder)
 
 
+TURNS = """
+import sys, time
+from pathlib import Path
+from afina.training.setup.processes import world
+folder, us = Path(sys.argv[1]), world()
+with us.main_process_first():
+    seen = (folder / "in").exists(), (folder / "after").exists()
+    (folder / "in").touch()
+    time.sleep(0 if us.first else 1)
+    assert seen == (not us.first, False), seen
+    assert not (folder / "after").exists()
+(folder / "after").touch()
+"""
+
+
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> None:
-    command = ("train", chats, "--base", tiny, "--general", general, "--out", tmp_path / "run", "--steps", 12)
+def test_the_first_goes_on_when_all_had_their_turn(tmp_path: Path) -> None:
+    """Else a slower process finds the checkpoint that the first has begun to write, and reads it while it is replaced."""
+    (tmp_path / "turns.py").write_text(TURNS)
+    done = torchrun(tmp_path / "turns.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(
+    tiny: Path, chats: Path, general: Path, tmp_path: Path
+) -> None:
+    command = (
+        "train",
+        chats,
+        "--base",
+        tiny,
+        "--retention-text",
+        general,
+        "--output-dir",
+        tmp_path / "run",
+        "--max-steps",
+        12,
+    )
     for rank in ("0", "1"):
         done = broken(tmp_path, rank, *command, *(["--resume"] if rank == "1" else []))
         assert done.returncode != 0

@@ -24,10 +24,14 @@ READMES = ["README.md", "README.es.md"]
 CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILES = {  # shown in this order
-    "jsonl": ["polite.jsonl", "pairs.jsonl"], "csv": ["questions.csv", "reviews.csv"], "yaml": ["sweep.yaml", "settings.yaml"],
+    "jsonl": ["polite.jsonl", "pairs.jsonl"],
+    "csv": ["questions.csv", "reviews.csv"],
+    "yaml": ["sweep.yaml", "settings.yaml"],
     "py": ["rules.py"],
-}  # fmt: skip
-VISION = "google/vit-base-patch16-224-in21k"  # nothing is downloaded in a test: a tiny one stands for it
+}
+VISION = (
+    "google/vit-base-patch16-224-in21k"  # nothing is downloaded in a test: a tiny one stands for it
+)
 
 
 def read(name: str) -> str:
@@ -47,7 +51,11 @@ def prose(name: str) -> str:
 def commands() -> list[str]:
     """The lines of README.md that call afina; --help and --version aside."""
     lines = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("afina ") and not {"--help", "--version"} & set(line.split())]
+    return [
+        line
+        for line in lines
+        if line.startswith("afina ") and not {"--help", "--version"} & set(line.split())
+    ]
 
 
 def headings(name: str) -> list[int]:
@@ -75,14 +83,21 @@ def test_the_twins_have_the_same_shape() -> None:
     english, spanish = READMES
     assert headings(english) == headings(spanish)
     assert blocks(english) == blocks(spanish)
-    assert len(re.findall(r"^[-*] ", prose(english), re.MULTILINE)) == len(re.findall(r"^[-*] ", prose(spanish), re.MULTILINE))
-    assert [len(table_rows(english, n)) for n in (2, 3)] == [len(table_rows(spanish, n)) for n in (2, 3)]
+    assert len(re.findall(r"^[-*] ", prose(english), re.MULTILINE)) == len(
+        re.findall(r"^[-*] ", prose(spanish), re.MULTILINE)
+    )
+    assert [len(table_rows(english, n)) for n in (2, 3)] == [
+        len(table_rows(spanish, n)) for n in (2, 3)
+    ]
 
 
 def test_what_stands_between_backticks_is_the_same() -> None:
     """Names of flags, files and methods are not translated; the question put to the demo is."""
     english, spanish = (set(re.findall(r"`([^`\n]+)`", prose(name))) for name in READMES)
-    assert english ^ spanish == {"Correct: the dogs runs in the park", "Corrige: los perros corre en el parque"}
+    assert english ^ spanish == {
+        "Correct: the dogs runs in the park",
+        "Corrige: los perros corre en el parque",
+    }
 
 
 @pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "docs/serving.md"])
@@ -118,8 +133,8 @@ def test_defaults_of_the_settings_table() -> None:
 
 
 def test_the_methods_named_are_there() -> None:
-    from afina.delta.contract import methods
-    from afina.delta.presets import preset
+    from afina.adapters.base import registered_methods
+    from afina.adapters.presets import get_preset
 
     rows = table_rows("README.md", 3)
     start = rows.index(["method", "what learns", "when"]) + 1
@@ -127,7 +142,7 @@ def test_the_methods_named_are_there() -> None:
     named = [row[0].strip("`") for row in table if re.fullmatch(r"`[a-z]+`", row[0])]
     assert {"lora", "full", "freeze"} <= set(named)
     for name in named:
-        assert preset(name, blocks=4).delta in methods()
+        assert get_preset(name, blocks=4).method in registered_methods()
 
 
 def test_the_error_shown_is_the_real_one(workplace: Path) -> None:
@@ -144,9 +159,16 @@ def make_pictures(folder: Path) -> None:
     for label, grey in (("cat", 40), ("dog", 200)):
         (folder / "pictures" / label).mkdir(parents=True)
         for number in range(6):
-            Image.new("RGB", (12, 12), (grey + number,) * 3).save(folder / "pictures" / label / f"{number}.png")
+            Image.new("RGB", (12, 12), (grey + number,) * 3).save(
+                folder / "pictures" / label / f"{number}.png"
+            )
     Image.new("RGB", (12, 12), (50, 50, 50)).save(folder / "photo.png")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(folder / "vit")
 
 
@@ -182,17 +204,31 @@ def test_the_reader_who_types_everything(workplace: Path, request: pytest.Fixtur
     request.addfinalizer(servers.close)
     for line in script:
         if line.startswith("afina serve"):
-            servers.enter_context(served(line, environment, workplace / "runs" / "serve" / "admin.key"))
+            servers.enter_context(
+                served(line, environment, workplace / "runs" / "serve" / "admin.key")
+            )
             continue
-        done = subprocess.run(["bash", "-c", line], stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True)
-        expected = 3 if line.startswith("afina audit") and "--accept" not in line else 0  # a person must look first
+        done = subprocess.run(
+            ["bash", "-c", line],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        expected = (
+            3 if line.startswith("afina audit") and "--accept" not in line else 0
+        )  # a person must look first
         assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"
     client, block = blocks("README.md", "python")
-    done = subprocess.run([sys.executable, "-c", client], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", client], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "please" in done.stdout
     servers.close()
-    done = subprocess.run([sys.executable, "-c", block], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", block], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     section = prose("README.md").partition("## The run folder")[2].partition("\n## ")[0]
     names = re.findall(r"^\| `([\w.]+)/?` \|", section, re.MULTILINE)
@@ -203,6 +239,10 @@ def test_the_small_pytorch_comes_before_what_installs_one() -> None:
     """PyPI's torch for Linux x86 is the one for CUDA, whatever constraints.txt holds: the index must be told before."""
     for name in READMES:
         text = read(name)
-        assert text.index(CPU_INDEX) < text.index("make demo") < text.index("pip install -c constraints.txt")
+        assert (
+            text.index(CPU_INDEX)
+            < text.index("make demo")
+            < text.index("pip install -c constraints.txt")
+        )
     for name in ("constraints.txt", "Makefile"):
         assert CPU_INDEX in read(name)

@@ -18,11 +18,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from afina.base.model import Base
-from afina.engine.generate import generate_tokens
-from afina.engine.request import Sampling
-from afina.engine.sampling import Chooser, choose
+from afina.engine.request import SamplingParams
+from afina.engine.sampler import Sampler, sample
 from afina.errors import SettingsError
+from afina.evaluation.generate import generate_tokens
+from afina.models.causal_lm import CausalLM
 
 VOCABULARY = 40
 DRAWS = 4000
@@ -32,21 +32,21 @@ def scores(n: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
     return torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def chooser(prompt: Sequence[int] = (), vocabulary: int = VOCABULARY, **settings: Any) -> Chooser:
-    return Chooser(Sampling(**settings), prompt, vocabulary)
+def chooser(prompt: Sequence[int] = (), vocabulary: int = VOCABULARY, **settings: Any) -> Sampler:
+    return Sampler(SamplingParams(**settings), prompt, vocabulary)
 
 
-def adjusted(logits: Tensor, chooser: Chooser) -> Tensor:
+def adjusted(logits: Tensor, chooser: Sampler) -> Tensor:
     """A row of logits (V) as the chooser changes it."""
     changed = logits.clone()
-    chooser.adjust(changed)
+    chooser.adjust_logits(changed)
     return changed
 
 
 def drawn(logits: Tensor, draws: int = DRAWS, **settings: Any) -> Tensor:
     """How often each token is drawn from logits (V): many sequences side by side, each with its own seed."""
     choosers = [chooser(vocabulary=len(logits), seed=seed, **settings) for seed in range(draws)]
-    tokens = torch.tensor([c.token for c in choose(logits.expand(draws, -1), choosers)])
+    tokens = torch.tensor([c.token for c in sample(logits.expand(draws, -1), choosers)])
     return torch.bincount(tokens, minlength=len(logits))
 
 
@@ -59,7 +59,11 @@ def follows(counts: Tensor, probabilities: Tensor) -> bool:
     observed = torch.cat([counts[~small].double(), counts[small].double().sum()[None]])
     expected = torch.cat([expected[~small], expected[small].sum()[None]])
     keep = expected > 0
-    return len(observed[keep]) == 1 or chisquare(observed[keep], expected[keep] * observed.sum() / expected.sum()).pvalue > 0.001
+    return (
+        len(observed[keep]) == 1
+        or chisquare(observed[keep], expected[keep] * observed.sum() / expected.sum()).pvalue
+        > 0.001
+    )
 
 
 # the likeliest
@@ -68,10 +72,20 @@ def follows(counts: Tensor, probabilities: Tensor) -> bool:
 def test_temperature_0_takes_the_likeliest_and_leaves_the_logits_alone() -> None:
     logits = scores(5)
     before = logits.clone()
-    choosers = [chooser(), chooser(temperature=1.0), chooser(repetition_penalty=3.0), chooser(bias={3: 50.0}), chooser()]
-    told = choose(logits, choosers)
+    choosers = [
+        chooser(),
+        chooser(temperature=1.0),
+        chooser(repetition_penalty=3.0),
+        chooser(bias={3: 50.0}),
+        chooser(),
+    ]
+    told = sample(logits, choosers)
     assert torch.equal(logits, before)
-    assert [told[0].token, told[4].token, told[3].token] == [logits[0].argmax(), logits[4].argmax(), 3]
+    assert [told[0].token, told[4].token, told[3].token] == [
+        logits[0].argmax(),
+        logits[4].argmax(),
+        3,
+    ]
     assert math.isnan(told[0].logprob) and told[0].top == ()
 
 
@@ -124,37 +138,39 @@ def test_one_draw_a_token_by_the_sequences_own_seed() -> None:
 
     def alone(row: int, steps: int = 6) -> list[int]:
         one = chooser(seed=row, **settings)
-        return [choose(logits[row : row + 1], [one])[0].token for _ in range(steps)]
+        return [sample(logits[row : row + 1], [one])[0].token for _ in range(steps)]
 
     together = [chooser(seed=row, **settings) for row in range(8)]
     together[5] = chooser()  # a cold one among them takes nothing of the others' luck
-    steps = [[c.token for c in choose(logits, together)] for _ in range(6)]
+    steps = [[c.token for c in sample(logits, together)] for _ in range(6)]
     for row in {*range(8)} - {5}:
         assert [step[row] for step in steps] == alone(row)
     assert alone(1) == alone(1) != alone(2)
-    assert chooser(seed=1).draw() != chooser(seed=-1).draw()
+    assert chooser(seed=1).next_random() != chooser(seed=-1).next_random()
 
 
 def test_extreme_temperatures_and_logits_stay_numbers() -> None:
     logits = scores()
     for temperature in (1e-40, 1e-9):
-        assert choose(logits, [chooser(temperature=temperature)])[0].token == logits.argmax()
-    assert 0 <= choose(logits, [chooser(temperature=1e30)])[0].token < VOCABULARY
-    assert choose(logits * 1e30, [chooser(temperature=1e-3)])[0].token == logits.argmax()
+        assert sample(logits, [chooser(temperature=temperature)])[0].token == logits.argmax()
+    assert 0 <= sample(logits, [chooser(temperature=1e30)])[0].token < VOCABULARY
+    assert sample(logits * 1e30, [chooser(temperature=1e-3)])[0].token == logits.argmax()
     masked = torch.full((1, VOCABULARY), -math.inf)
     masked[0, 11] = -3.0
-    assert choose(masked, [chooser(temperature=1.0, top_k=3, top_p=0.5)])[0].token == 11
+    assert sample(masked, [chooser(temperature=1.0, top_k=3, top_p=0.5)])[0].token == 11
 
 
-def test_the_last_draw_below_one_is_still_a_token_with_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_draw_below_one_is_still_a_token_with_a_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     logits = scores()
     logits[0, -5:] = -math.inf
     one = chooser(temperature=1.0)
-    monkeypatch.setattr(one, "draw", lambda: 1.0 - 2.0**-53)
-    assert choose(logits, [one])[0].token < VOCABULARY - 5
-    monkeypatch.setattr(one, "draw", lambda: 0.0)
+    monkeypatch.setattr(one, "next_random", lambda: 1.0 - 2.0**-53)
+    assert sample(logits, [one])[0].token < VOCABULARY - 5
+    monkeypatch.setattr(one, "next_random", lambda: 0.0)
     logits[0, :3] = -math.inf
-    assert choose(logits, [one])[0].token == 3
+    assert sample(logits, [one])[0].token == 3
 
 
 # penalties, bias
@@ -163,8 +179,10 @@ def test_the_last_draw_below_one_is_still_a_token_with_a_share(monkeypatch: pyte
 def test_repetition_penalty_is_that_of_transformers_over_prompt_and_answer() -> None:
     logits, prompt = scores()[0], [3, 4, 4, 9]
     one = chooser(prompt, repetition_penalty=1.7)
-    one.take(20)
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[*prompt, 20]]), logits[None].clone())[0]
+    one.accept_token(20)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(
+        torch.tensor([[*prompt, 20]]), logits[None].clone()
+    )[0]
     assert torch.equal(adjusted(logits, one), expected)
     assert (expected != logits).sum() == 4
 
@@ -173,7 +191,7 @@ def test_presence_and_frequency_count_the_answer_only() -> None:
     logits = scores()[0]
     one = chooser([1, 1, 2], presence_penalty=0.5, frequency_penalty=0.25)
     for token in (7, 7, 7, 8):
-        one.take(token)
+        one.accept_token(token)
     expected = logits.double()
     expected[7] -= 3 * 0.25 + 0.5
     expected[8] -= 0.25 + 0.5
@@ -183,7 +201,7 @@ def test_presence_and_frequency_count_the_answer_only() -> None:
 
 def test_choose_remembers_what_it_chose() -> None:
     logits, one = scores(), chooser(frequency_penalty=100.0)
-    said = [choose(logits, [one])[0].token for _ in range(5)]
+    said = [sample(logits, [one])[0].token for _ in range(5)]
     assert said == logits[0].topk(5).indices.tolist()
 
 
@@ -201,9 +219,11 @@ def test_bias_comes_after_the_penalties() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     logits = scores(3)
-    settings = Sampling(temperature=0.1, top_p=0.3, bias={2: 9.0}, repetition_penalty=1.2, seed=4)
-    choosers = [Chooser(replace(settings, logprobs=n), [1], VOCABULARY) for n in (0, 3, None)]
-    told = choose(logits, choosers)
+    settings = SamplingParams(
+        temperature=0.1, top_p=0.3, logit_bias={2: 9.0}, repetition_penalty=1.2, seed=4
+    )
+    choosers = [Sampler(replace(settings, logprobs=n), [1], VOCABULARY) for n in (0, 3, None)]
+    told = sample(logits, choosers)
     expected = logits.double().log_softmax(-1)
     for row in (0, 1):
         assert told[row].logprob == pytest.approx(float(expected[row, told[row].token]), abs=1e-5)
@@ -238,9 +258,11 @@ def test_a_setting_out_of_its_range_is_refused(settings: dict[str, Any], said: s
         chooser(**settings)
 
 
-def test_generation_draws_by_prompt_whatever_the_batch(base: Base) -> None:
+def test_generation_draws_by_prompt_whatever_the_batch(base: CausalLM) -> None:
     prompts = [[5, 6, 7 + n] for n in range(3)]
-    sampling = Sampling(12, temperature=1.0, seed=11, repetition_penalty=1.1, frequency_penalty=0.2)
+    sampling = SamplingParams(
+        12, temperature=1.0, seed=11, repetition_penalty=1.1, frequency_penalty=0.2
+    )
     together = generate_tokens(base, prompts, sampling)
     for n, prompt in enumerate(prompts):
         assert generate_tokens(base, [prompt], replace(sampling, seed=11 + n)) == [together[n]]

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import afina
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.delta.files import load_adapter
-from afina.engine.generate import generate_tokens
-from afina.engine.request import Sampling
-from afina.segments import Segments
+from afina.adapters.loading import load_adapter
+from afina.adapters.segments import Segments
+from afina.engine.request import SamplingParams
+from afina.evaluation.generate import generate_tokens
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
 from helpers import SHARED, flat_run, logits
 
 pytestmark = pytest.mark.shared
@@ -21,44 +21,66 @@ FOLDER = SHARED / "models" / "stories260k"
 
 
 @pytest.fixture
-def stories() -> Base:
+def stories() -> CausalLM:
     return load_base(str(FOLDER), dtype="float32", device="cpu")
 
 
-def test_greedy_tokens_are_the_reference_ones(stories: Base) -> None:
+def test_greedy_tokens_are_the_reference_ones(stories: CausalLM) -> None:
     """199 tokens after the first one, by text: the file says what llama2.c writes."""
-    tokens = generate_tokens(stories, [[1]], Sampling(max_new_tokens=199))[0]
+    tokens = generate_tokens(stories, [[1]], SamplingParams(max_new_tokens=199))[0]
     expected = (SHARED / "data" / "ref-vectors" / "stories260K_greedy_200.txt").read_text()
     assert len(tokens) == 199
-    text = stories.text(tokens).strip()
+    text = stories.decode(tokens).strip()
     assert expected.strip().startswith(text)
     assert len(expected.strip()) - len(text) < 6  # the file goes one token further
 
 
-def test_greedy_tokens_do_not_depend_on_the_batch(stories: Base) -> None:
+def test_greedy_tokens_do_not_depend_on_the_batch(stories: CausalLM) -> None:
     prompts = [[1], [1, 403, 407], [1, 403]]
-    alone = [generate_tokens(stories, [prompt], Sampling(max_new_tokens=40))[0] for prompt in prompts]
-    assert generate_tokens(stories, prompts, Sampling(max_new_tokens=40)) == alone
+    alone = [
+        generate_tokens(stories, [prompt], SamplingParams(max_new_tokens=40))[0]
+        for prompt in prompts
+    ]
+    assert generate_tokens(stories, prompts, SamplingParams(max_new_tokens=40)) == alone
 
 
 @pytest.mark.slow
-def test_lora_and_full_learn_shakespeare(tmp_path: Path, stories: Base) -> None:
+def test_lora_and_full_learn_shakespeare(tmp_path: Path, stories: CausalLM) -> None:
     """Both lower the held-out loss, full more than LoRA r8; with the adapter off the logits are the base's bit for bit."""
     text = tmp_path / "shakespeare.txt"
     text.write_text((SHARED / "data" / "tinyshakespeare" / "input.txt").read_text()[:60_000])
-    shared: dict[str, Any] = dict(base=str(FOLDER), dtype="float32", steps=60, max_length=256, batch_tokens=2048, check_every=20)
+    shared: dict[str, Any] = dict(
+        base=str(FOLDER),
+        dtype="float32",
+        max_steps=60,
+        max_length=256,
+        max_tokens_per_batch=2048,
+        eval_steps=20,
+    )
     runs = {
-        "lora": afina.train(text, method="lora", rank=8, learning_rate=5e-3, out=tmp_path / "lora", **shared),
-        "full": afina.train(text, method="full", learning_rate=1e-3, out=tmp_path / "full", **shared),
+        "lora": afina.train(
+            text, method="lora", rank=8, learning_rate=5e-3, output_dir=tmp_path / "lora", **shared
+        ),
+        "full": afina.train(
+            text, method="full", learning_rate=1e-3, output_dir=tmp_path / "full", **shared
+        ),
     }
     losses = {name: run.story["losses"] for name, run in runs.items()}
     before = losses["lora"]["held_before"]
     assert losses["full"]["held_before"] == pytest.approx(before, rel=1e-6)
     assert losses["full"]["held_after"] < losses["lora"]["held_after"] < before - 0.5
-    run, expected = flat_run((60,), low=3, high=500), logits(stories, flat_run((60,), low=3, high=500))
+    run, expected = (
+        flat_run((60,), low=3, high=500),
+        logits(stories, flat_run((60,), low=3, high=500)),
+    )
     for name, trained in runs.items():
         base = load_base(str(FOLDER), dtype="float32", device="cpu")
         adapter = load_adapter(trained.folder, base)
         assert torch.equal(logits(base, run), expected), name
-        assert not torch.equal(logits(base, run, Segments.all(adapter.name)), expected), name
-        assert json.loads((trained.folder / "run.json").read_text())["trainable_parameters"] == adapter.count()
+        assert not torch.equal(logits(base, run, Segments.on_all_tokens(adapter.name)), expected), (
+            name
+        )
+        assert (
+            json.loads((trained.folder / "run.json").read_text())["trainable_parameters"]
+            == adapter.num_parameters()
+        )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from afina.engine.text import BROKEN, Text, text_of
+from afina.engine.detokenizer import BROKEN, Detokenizer, detokenize
 from helpers import tiny_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -18,12 +18,25 @@ PIECES = ["▁", "▁a", "▁the", "a", "b", "th", "e", "€", "ñ", ".", "▁."
 def with_bytes() -> PreTrainedTokenizerFast:
     """SentencePiece's way: ▁ for a space, tokens of one byte for what is in no piece."""
     names = ["<unk>", "<s>", "</s>", *BYTES, *PIECES]
-    core = Tokenizer(models.BPE({name: n for n, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core = Tokenizer(
+        models.BPE(
+            {name: n for n, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True
+        )
     )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def with_new_tokens() -> PreTrainedTokenizerFast:
@@ -32,7 +45,11 @@ def with_new_tokens() -> PreTrainedTokenizerFast:
     return made
 
 
-TOKENIZERS = {"byte-level": tiny_tokenizer(), "byte fallback": with_bytes(), "new tokens": with_new_tokens()}
+TOKENIZERS = {
+    "byte-level": tiny_tokenizer(),
+    "byte fallback": with_bytes(),
+    "new tokens": with_new_tokens(),
+}
 each = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
 
@@ -40,14 +57,18 @@ def whole(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
-    text = Text(tokenizer, stop)
+def pieces(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()
+) -> list[str]:
+    text = Detokenizer(tokenizer, stop)
     return [*map(text.add, tokens), text.end()]
 
 
 @each
 @given(data=st.data())
-def test_pieces_joined_are_the_whole_decoding_of_any_tokens(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
+def test_pieces_joined_are_the_whole_decoding_of_any_tokens(
+    tokenizer: PreTrainedTokenizerBase, data: st.DataObject
+) -> None:
     tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=40))
     assert "".join(pieces(tokenizer, tokens)) == whole(tokenizer, tokens)
 
@@ -65,9 +86,20 @@ def test_text_comes_in_whole_characters(tokenizer: PreTrainedTokenizerBase, writ
 
 def test_bytes_that_never_become_text_are_told_at_the_end() -> None:
     tokenizer = TOKENIZERS["byte fallback"]
-    good, bad = ["▁a", "<0xE2>", "<0x82>", "<0xAC>", "b"], ["▁a", "<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "b"]
+    good, bad = (
+        ["▁a", "<0xE2>", "<0x82>", "<0xAC>", "b"],
+        ["▁a", "<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "b"],
+    )
     assert pieces(tokenizer, tokenizer.convert_tokens_to_ids(good)) == ["a", "", "", "", "€b", ""]
-    assert pieces(tokenizer, tokenizer.convert_tokens_to_ids(bad)) == ["a", "", "", "", "", BROKEN * 4 + "b", ""]
+    assert pieces(tokenizer, tokenizer.convert_tokens_to_ids(bad)) == [
+        "a",
+        "",
+        "",
+        "",
+        "",
+        BROKEN * 4 + "b",
+        "",
+    ]
     half = TOKENIZERS["byte-level"]
     tokens = half("a€")["input_ids"][:-1]
     assert "".join(pieces(half, tokens)) == whole(half, tokens) == "a" + BROKEN
@@ -76,7 +108,10 @@ def test_bytes_that_never_become_text_are_told_at_the_end() -> None:
 
 def test_a_special_token_between_bytes_is_taken_out_as_the_decoder_does() -> None:
     tokenizer = TOKENIZERS["byte fallback"]
-    for names in (["<0xE2>", "<0x82>", "<0xAC>", "</s>", "<0xFF>", "b"], ["<0xC3>", "<s>", "<0xB1>"]):
+    for names in (
+        ["<0xE2>", "<0x82>", "<0xAC>", "</s>", "<0xFF>", "b"],
+        ["<0xC3>", "<s>", "<0xB1>"],
+    ):
         tokens = tokenizer.convert_tokens_to_ids(names)
         assert "".join(pieces(tokenizer, tokens)) == whole(tokenizer, tokens)
 
@@ -100,9 +135,11 @@ def cut(text: str, stop: Sequence[str]) -> str:
 )
 @example(written="aab.", stop=["aab.", "ab"])
 @example(written="abab", stop=["abb", "ba"])
-def test_nothing_of_a_stop_string_comes(tokenizer: PreTrainedTokenizerBase, written: str, stop: list[str]) -> None:
+def test_nothing_of_a_stop_string_comes(
+    tokenizer: PreTrainedTokenizerBase, written: str, stop: list[str]
+) -> None:
     tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
-    text, came = Text(tokenizer, stop), ""
+    text, came = Detokenizer(tokenizer, stop), ""
     expected = cut(whole(tokenizer, tokens), stop)
     for token in tokens:
         came += text.add(token)
@@ -110,7 +147,7 @@ def test_nothing_of_a_stop_string_comes(tokenizer: PreTrainedTokenizerBase, writ
         if text.stopped:
             break
     came += text.end()
-    assert came == expected == text_of(tokenizer, tokens, stop)
+    assert came == expected == detokenize(tokenizer, tokens, stop)
     assert text.stopped == any(string in whole(tokenizer, tokens) for string in stop)
 
 
@@ -119,5 +156,9 @@ def test_what_could_be_a_stop_string_waits_and_then_comes() -> None:
     tokens = tokenizer.convert_tokens_to_ids(["a", "th", "e", "b", "th"])
     assert pieces(tokenizer, tokens, ["then"]) == ["a", "", "", "theb", "", "th"]
     assert pieces(tokenizer, tokens, ["the", ""]) == ["a", "", "", "", "", ""]
-    text = Text(tokenizer, ["the"])
-    assert [(text.add(token), text.stopped) for token in tokens[:3]] == [("a", False), ("", False), ("", True)]
+    text = Detokenizer(tokenizer, ["the"])
+    assert [(text.add(token), text.stopped) for token in tokens[:3]] == [
+        ("a", False),
+        ("", False),
+        ("", True),
+    ]

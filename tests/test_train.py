@@ -18,14 +18,22 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import afina
-from afina.base.load import load_base
-from afina.base.model import Base
 from afina.config import TrainSettings, make_settings
-from afina.judge.change import Change, change, student
-from afina.judge.metrics import METRICS, accuracy, bleu, chrf, exact_match, rouge, score
-from afina.judge.verdict import Losses, verdict
-from afina.training import memory
-from afina.training.optimizer import Optimizer, schedule_factor
+from afina.evaluation.intervals import LossChange, paired_change, t_quantile
+from afina.evaluation.metrics import (
+    METRICS,
+    accuracy,
+    bleu,
+    chrf,
+    compute_metrics,
+    exact_match,
+    rouge,
+)
+from afina.evaluation.verdict import LossReport, verdict
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
+from afina.training import process_memory as memory
+from afina.training.setup.optimizer import AdapterOptimizer, schedule_factor
 from helpers import ENVIRONMENT, metrics, put, same, tiny_tokenizer, write_rows
 
 Train = Callable[..., Any]
@@ -36,7 +44,14 @@ def train(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> Train:
     """`afina.train` with small settings, into tmp_path/run."""
 
     def call(data: Path = chats, **settings: Any) -> Any:
-        given = {"base": str(tiny), "out": tmp_path / "run", "steps": 12, "general": general, "learning_rate": 3e-3, **settings}
+        given = {
+            "base": str(tiny),
+            "out": tmp_path / "run",
+            "steps": 12,
+            "general": general,
+            "learning_rate": 3e-3,
+            **settings,
+        }
         return afina.train(data, **given)
 
     return call
@@ -56,8 +71,8 @@ def spec(run: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
-        ("sft", {"method": "lora", "steps": 30, "learning_rate": 1e-2}),
-        ("sft", {"method": "full", "steps": 30}),
+        ("sft", {"method": "lora", "max_steps": 30, "learning_rate": 1e-2}),
+        ("sft", {"method": "full", "max_steps": 30}),
         ("pretrain", {"method": "lora", "max_length": 64, "learning_rate": 1e-2}),
         ("pretrain", {"method": "full", "max_length": 64}),
     ],
@@ -66,7 +81,7 @@ def test_a_run_learns_and_tells_its_story(
     train: Train, chats: Path, text: Path, tiny: Path, objective: str, settings: dict[str, Any]
 ) -> None:
     data = chats if objective == "sft" else text
-    run = train(data, check_every=6, **settings)
+    run = train(data, eval_steps=6, **settings)
     story = json.loads((run.folder / "run.json").read_text())
     assert story == json.loads(json.dumps(run.story))
     losses = story["losses"]
@@ -81,19 +96,39 @@ def test_a_run_learns_and_tells_its_story(
     assert story["data"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     assert story["base"]["hash"] == load_base(str(tiny)).hash
     assert story["tokens"] == sum(line["tokens"] for line in metrics(run.folder))
-    assert min(story["seconds"], story["tokens_per_second"], story["peak_memory_mb"], story["adapter_kb"]) > 0
+    assert (
+        min(
+            story["seconds"],
+            story["tokens_per_second"],
+            story["peak_memory_mb"],
+            story["adapter_kb"],
+        )
+        > 0
+    )
     assert {"afina", "torch", "transformers", "python", "threads"} <= set(story["environment"])
-    assert story["adapter"] == json.loads((run.folder / "adapter" / "afina.json").read_text())["hash"]
+    assert (
+        story["adapter"] == json.loads((run.folder / "adapter" / "afina.json").read_text())["hash"]
+    )
 
 
 def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
-    run = train(steps=6, check_every=2)
+    run = train(max_steps=6, eval_steps=2)
     files = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
     assert files >= {
-        "settings.yaml", "example.txt", "metrics.jsonl", "held_out.jsonl", "run.json", "curve.png", "README.md",
-        "checkpoint/state.safetensors", "checkpoint/progress.json",
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/afina.json", "adapter/README.md",
-    }  # fmt: skip
+        "settings.yaml",
+        "example.txt",
+        "metrics.jsonl",
+        "held_out.jsonl",
+        "run.json",
+        "curve.png",
+        "README.md",
+        "checkpoint/state.safetensors",
+        "checkpoint/progress.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/afina.json",
+        "adapter/README.md",
+    }
     assert not [file for file in files if Path(file).name.startswith(".")]
     assert (run.folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     log = metrics(run.folder)
@@ -107,30 +142,47 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     card = (run.folder / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["base_model"] == run.story["base"]["name"]
-    for told in (run.story["base"]["hash"][:16], run.story["data"]["sha256"][:16], "licence of the base", "licence of the data"):
+    for told in (
+        run.story["base"]["hash"][:16],
+        run.story["data"]["sha256"][:16],
+        "licence of the base",
+        "licence of the data",
+    ):
         assert told in card
     assert all(sentence in card for sentence in run.story["verdict"])
     settings = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     data = settings.pop("data")
     assert data == Path(run.story["data"]["path"]).name
-    again = {**make_settings(TrainSettings, {**settings, "data": data}).model_dump(), "data": None, "out": None}
-    assert again == {**make_settings(TrainSettings, run.story["settings"]).model_dump(), "data": None, "out": None}
+    again = {
+        **make_settings(TrainSettings, {**settings, "data": data}).model_dump(),
+        "data": None,
+        "out": None,
+    }
+    assert again == {
+        **make_settings(TrainSettings, run.story["settings"]).model_dump(),
+        "data": None,
+        "out": None,
+    }
 
 
 def test_a_card_names_the_licence_of_the_base(train: Train, tiny: Path, tmp_path: Path) -> None:
     import shutil
 
-    for number, (header, expected) in enumerate(((("license: mit"), "mit"), ("license: [broken", None))):
+    for number, (header, expected) in enumerate(
+        ((("license: mit"), "mit"), ("license: [broken", None))
+    ):
         folder = shutil.copytree(tiny, tmp_path / f"base{number}")
         (folder / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
-        run = train(base=str(folder), steps=1, out=tmp_path / f"run{number}")
+        run = train(base=str(folder), max_steps=1, output_dir=tmp_path / f"run{number}")
         assert run.story["base"]["licence"] == expected
-        assert ("| licence of the base | mit |" in (run.folder / "README.md").read_text()) is (expected == "mit")
+        assert ("| licence of the base | mit |" in (run.folder / "README.md").read_text()) is (
+            expected == "mit"
+        )
 
 
 def test_eval_finds_what_the_run_found(train: Train) -> None:
     """The judge, from the folder alone: the same held-out rows, the same losses; metrics and examples."""
-    run = train(steps=30, learning_rate=1e-2)
+    run = train(max_steps=30, learning_rate=1e-2)
     judged = afina.evaluate(run.folder, max_new_tokens=12, metrics=list(METRICS))
     losses = run.story["losses"]
     assert judged["before"]["loss"] == pytest.approx(losses["held_before"], rel=1e-5)
@@ -143,7 +195,9 @@ def test_eval_finds_what_the_run_found(train: Train) -> None:
         for when in ("before", "after"):
             answers = [example[when] for example in judged["examples"]]
             assert judged[when][metric] == pytest.approx(METRICS[metric](answers, expected))
-    assert judged["forgetting"] == pytest.approx(judged["after"]["general_loss"] - judged["before"]["general_loss"])
+    assert judged["forgetting"] == pytest.approx(
+        judged["after"]["general_loss"] - judged["before"]["general_loss"]
+    )
 
 
 def test_eval_of_a_base_alone_and_of_other_rows(tiny: Path, chats: Path, text: Path) -> None:
@@ -157,12 +211,12 @@ def test_eval_of_a_base_alone_and_of_other_rows(tiny: Path, chats: Path, text: P
 
 
 def test_the_same_settings_give_the_same_run(train: Train, tmp_path: Path) -> None:
-    first = train(steps=4, dropout=0.2)
+    first = train(max_steps=4, dropout=0.2)
     settings = yaml.safe_load((first.folder / "settings.yaml").read_text())
-    again = afina.train(**{**settings, "out": tmp_path / "again"})
+    again = afina.train(**{**settings, "output_dir": tmp_path / "again"})
     assert again.story["adapter"] == first.story["adapter"]
     assert metrics(again.folder) == metrics(first.folder)
-    other = train(steps=4, dropout=0.2, seed=1, out=tmp_path / "other")
+    other = train(max_steps=4, dropout=0.2, seed=1, output_dir=tmp_path / "other")
     assert other.story["adapter"] != first.story["adapter"]
 
 
@@ -170,26 +224,43 @@ def test_the_default_folder_is_named_after_data_and_method(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = train(out=None, steps=1)
+    run = train(output_dir=None, max_steps=1)
     assert run.folder == Path("runs/chats-lora")
     assert (tmp_path / "runs" / "chats-lora" / "run.json").is_file()
 
 
 def test_epochs_steps_and_batches(train: Train, tmp_path: Path) -> None:
-    one = train(steps=None, epochs=1, batch_tokens=10_000)
+    one = train(max_steps=None, num_train_epochs=1, max_tokens_per_batch=10_000)
     assert one.story["steps"] == 1
-    assert metrics(one.folder)[0]["tokens"] == afina.plan(one.story["data"]["path"], base=one.story["base"]["name"])["data"]["tokens"]
-    three = train(steps=None, epochs=3, batch_tokens=256, accumulate=2, out=tmp_path / "three")
+    assert (
+        metrics(one.folder)[0]["tokens"]
+        == afina.plan(one.story["data"]["path"], base=one.story["base"]["name"])["data"]["tokens"]
+    )
+    three = train(
+        max_steps=None,
+        num_train_epochs=3,
+        max_tokens_per_batch=256,
+        gradient_accumulation_steps=2,
+        output_dir=tmp_path / "three",
+    )
     log = metrics(three.folder)
     assert max(line["tokens"] for line in log) <= 512
-    assert sum(line["tokens"] for line in log) == pytest.approx(3 * metrics(one.folder)[0]["tokens"], rel=0.1)
+    assert sum(line["tokens"] for line in log) == pytest.approx(
+        3 * metrics(one.folder)[0]["tokens"], rel=0.1
+    )
 
 
 def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(20)]
-    run = train(write_rows(tmp_path / "t.jsonl", *rows[:15]), holdout=write_rows(tmp_path / "h.jsonl", *rows[15:]), steps=1)
+    run = train(
+        write_rows(tmp_path / "t.jsonl", *rows[:15]),
+        eval_size=write_rows(tmp_path / "h.jsonl", *rows[15:]),
+        max_steps=1,
+    )
     assert run.story["data"]["held_out"] == 5
-    assert [json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()] == rows[15:]
+    assert [
+        json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()
+    ] == rows[15:]
     assert afina.evaluate(run.folder, limit=1, max_new_tokens=1)["after"]["loss"] == pytest.approx(
         run.story["losses"]["held_after"], rel=1e-5
     )
@@ -198,7 +269,7 @@ def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path)
 def test_columns_of_ones_own(train: Train, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("question,answer\n" + "".join(f"what is {n}?,{n}\n" for n in range(12)))
-    run = train(table, columns={"prompt": "question", "completion": "answer"}, steps=2)
+    run = train(table, columns={"prompt": "question", "completion": "answer"}, max_steps=2)
     assert run.story["data"]["rows"] == 12
     assert "what is" in (run.folder / "example.txt").read_text()
 
@@ -208,12 +279,25 @@ def test_columns_of_ones_own(train: Train, tmp_path: Path) -> None:
 
 def test_lora_on_chosen_layers_with_ranks_and_rates_of_their_own(train: Train) -> None:
     run = train(
-        targets=["q_proj", "down_proj"], layers=[0, -1], rank=4, ranks={"down_proj": 2, r".*\.0\.self_attn\.q_proj": 6},
-        learning_rates={"down_proj": 1e-9}, alpha=4,
-    )  # fmt: skip
+        target_modules=["q_proj", "down_proj"],
+        layers=[0, -1],
+        rank=4,
+        rank_pattern={"down_proj": 2, r".*\.0\.self_attn\.q_proj": 6},
+        learning_rate_pattern={"down_proj": 1e-9},
+        alpha=4,
+    )
     tensors = saved(run)
-    ranks = {name.partition("layers.")[2][:-14]: len(t) for name, t in tensors.items() if "lora_A" in name}
-    assert ranks == {"0.self_attn.q_proj": 6, "0.mlp.down_proj": 2, "3.self_attn.q_proj": 4, "3.mlp.down_proj": 2}
+    ranks = {
+        name.partition("layers.")[2][:-14]: len(t)
+        for name, t in tensors.items()
+        if "lora_A" in name
+    }
+    assert ranks == {
+        "0.self_attn.q_proj": 6,
+        "0.mlp.down_proj": 2,
+        "3.self_attn.q_proj": 4,
+        "3.mlp.down_proj": 2,
+    }
     moved = {name: float(t.abs().max()) for name, t in tensors.items() if "lora_B" in name}
     assert all(size < 1e-6 if "down_proj" in name else size > 1e-3 for name, size in moved.items())
     config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
@@ -221,11 +305,14 @@ def test_lora_on_chosen_layers_with_ranks_and_rates_of_their_own(train: Train) -
 
 
 def test_freeze_learns_the_last_quarter_of_the_blocks(train: Train, tiny: Path) -> None:
-    run = train(method="freeze", steps=3)
+    run = train(method="freeze", max_steps=3)
     assert all(path.startswith("model.layers.3.") for path in spec(run)["targets"])
     base = load_base(str(tiny))
     block = dict(base.model.get_submodule("model.layers.3").named_parameters())
-    tensors = {name.removeprefix("base_model.model.model.layers.3."): tensor for name, tensor in saved(run).items()}
+    tensors = {
+        name.removeprefix("base_model.model.model.layers.3."): tensor
+        for name, tensor in saved(run).items()
+    }
     assert set(tensors) == set(block)
     assert all(not torch.equal(tensors[name], block[name]) for name in block)
     assert run.story["method"] == "full"
@@ -233,14 +320,18 @@ def test_freeze_learns_the_last_quarter_of_the_blocks(train: Train, tiny: Path) 
 
 @pytest.mark.parametrize("targets", ["norms", "embeddings", [".*layernorm", "lm_head"]])
 def test_full_on_a_chosen_part(train: Train, tiny: Path, targets: Any) -> None:
-    run = train(method="full", targets=targets, steps=1)
+    run = train(method="full", target_modules=targets, max_steps=1)
     base = load_base(str(tiny)).model
     paths = {
         "norms": {p for p, m in base.named_modules() if "Norm" in type(m).__name__},
         "embeddings": {"model.embed_tokens", "lm_head"},
-    }.get(str(targets), {p for p, _ in base.named_modules() if p.endswith("layernorm")} | {"lm_head"})
+    }.get(
+        str(targets), {p for p, _ in base.named_modules() if p.endswith("layernorm")} | {"lm_head"}
+    )
     assert set(spec(run)["targets"]) == paths
-    assert {name.removeprefix("base_model.model.").removesuffix(".weight") for name in saved(run)} == paths
+    assert {
+        name.removeprefix("base_model.model.").removesuffix(".weight") for name in saved(run)
+    } == paths
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
@@ -259,11 +350,24 @@ def test_the_plan_counts_what_is_trained(
     request: Any, train: Train, chats: Path, kind: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
-    planned = afina.plan(chats, base=str(folder), steps=1, learning_rate=3e-3, out=tmp_path / "run", **settings)
-    run = train(base=str(folder), steps=1, **settings)
-    assert planned["trainable_parameters"] == run.story["trainable_parameters"] == sum(t.numel() for t in saved(run).values())
+    planned = afina.plan(
+        chats,
+        base=str(folder),
+        max_steps=1,
+        learning_rate=3e-3,
+        output_dir=tmp_path / "run",
+        **settings,
+    )
+    run = train(base=str(folder), max_steps=1, **settings)
+    assert (
+        planned["trainable_parameters"]
+        == run.story["trainable_parameters"]
+        == sum(t.numel() for t in saved(run).values())
+    )
     assert planned["layers"] == len(spec(run)["targets"])
-    assert planned["base"]["parameters"] == sum(p.numel() for p in load_base(str(folder)).model.parameters())
+    assert planned["base"]["parameters"] == sum(
+        p.numel() for p in load_base(str(folder)).model.parameters()
+    )
     assert planned["steps"] == run.story["steps"]
     data = planned["data"]
     assert (data["rows"], data["train"], data["held_out"]) == (48, 43, 5)
@@ -275,19 +379,32 @@ def test_the_plan_counts_what_is_trained(
 def test_the_plan_counts_tokens_and_labels(tiny: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny))
     rows = [{"prompt": f"n{n}", "completion": f" {n}"} for n in range(10)]
-    planned = afina.plan(write_rows(tmp_path / "r.jsonl", *rows), base=str(tiny), holdout=write_rows(tmp_path / "h.jsonl", rows[0]))
-    chat = [[{"role": "user", "content": f"n{n}"}, {"role": "assistant", "content": f" {n}"}] for n in range(10)]
-    tokens = sum(len(base.tokenizer.apply_chat_template(messages)["input_ids"]) for messages in chat)
-    labels = sum(len(base.tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) + 1 for n in range(10))
+    planned = afina.plan(
+        write_rows(tmp_path / "r.jsonl", *rows),
+        base=str(tiny),
+        eval_size=write_rows(tmp_path / "h.jsonl", rows[0]),
+    )
+    chat = [
+        [{"role": "user", "content": f"n{n}"}, {"role": "assistant", "content": f" {n}"}]
+        for n in range(10)
+    ]
+    tokens = sum(
+        len(base.tokenizer.apply_chat_template(messages)["input_ids"]) for messages in chat
+    )
+    labels = sum(
+        len(base.tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) + 1 for n in range(10)
+    )
     assert planned["data"]["tokens"] == tokens
     assert planned["data"]["labelled_percent"] == pytest.approx(100 * labels / tokens)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_bfloat16_base_trains_with_float32_adapters(train: Train, method: str) -> None:
-    run = train(dtype="bfloat16", method=method, steps=20)
+    run = train(dtype="bfloat16", method=method, max_steps=20)
     assert run.story["base"]["dtype"] == "bfloat16"
-    assert {t.dtype for t in saved(run).values()} == {torch.float32 if method == "lora" else torch.bfloat16}
+    assert {t.dtype for t in saved(run).values()} == {
+        torch.float32 if method == "lora" else torch.bfloat16
+    }
     assert run.story["losses"]["held_after"] < run.story["losses"]["held_before"] - 0.3
 
 
@@ -295,10 +412,29 @@ def test_a_bfloat16_base_trains_with_float32_adapters(train: Train, method: str)
 
 
 def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
-    rows = [{"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(12)]
-    data, held = write_rows(tmp_path / "t.jsonl", *rows[:6]), write_rows(tmp_path / "h.jsonl", *rows[6:])
-    run = train(data, holdout=held, method="full", steps=400, check_every=4, patience=3, learning_rate=2e-3, schedule="constant")
-    checks = [(line["held_out_loss"], line["step"]) for line in metrics(run.folder) if line["held_out_loss"] is not None]
+    rows = [
+        {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"}
+        for n in range(12)
+    ]
+    data, held = (
+        write_rows(tmp_path / "t.jsonl", *rows[:6]),
+        write_rows(tmp_path / "h.jsonl", *rows[6:]),
+    )
+    run = train(
+        data,
+        eval_size=held,
+        method="full",
+        max_steps=400,
+        eval_steps=4,
+        early_stopping_patience=3,
+        learning_rate=2e-3,
+        lr_scheduler_type="constant",
+    )
+    checks = [
+        (line["held_out_loss"], line["step"])
+        for line in metrics(run.folder)
+        if line["held_out_loss"] is not None
+    ]
     best = min(checks)
     assert run.story["steps"] < 400
     assert run.story["steps"] == checks[-1][1] == best[1] + 3 * 4
@@ -306,8 +442,17 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
     assert run.story["losses"]["held_after"] == pytest.approx(best[0], rel=1e-6)
     assert f"The best state, of step {best[1]}, was kept." in run.story["verdict"][1]
     assert run.story["verdict"][1].startswith("It overfits")
-    again = train(data, holdout=held, method="full", steps=400, check_every=4, patience=3, learning_rate=2e-3, schedule="constant",
-                  resume=True)  # fmt: skip
+    again = train(
+        data,
+        eval_size=held,
+        method="full",
+        max_steps=400,
+        eval_steps=4,
+        early_stopping_patience=3,
+        learning_rate=2e-3,
+        lr_scheduler_type="constant",
+        resume=True,
+    )
     assert again.story["steps"] == run.story["steps"]
     assert again.story["adapter"] == run.story["adapter"]
 
@@ -328,14 +473,18 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_run_follows_its_schedule(train: Train, schedule: str) -> None:
-    run = train(steps=10, schedule=schedule, warmup=0.3, learning_rate=2e-3)
+    run = train(max_steps=10, lr_scheduler_type=schedule, warmup_ratio=0.3, learning_rate=2e-3)
     expected = [2e-3 * schedule_factor(schedule, step, 10, 0.3) for step in range(10)]
     assert [line["learning_rate"] for line in metrics(run.folder)] == pytest.approx(expected)
 
 
-def optimizer_of(base: Base, method: str = "lora", **settings: Any) -> tuple[Any, Optimizer]:
+def optimizer_of(
+    base: CausalLM, method: str = "lora", **settings: Any
+) -> tuple[Any, AdapterOptimizer]:
     adapter = put(base, targets="all-linear" if method == "lora" else "all", method=method)
-    return adapter, Optimizer(adapter, **{"rate": 1e-2, "rates": {}, "weight_decay": 0.0, **settings})
+    return adapter, AdapterOptimizer(
+        adapter, **{"rate": 1e-2, "rates": {}, "weight_decay": 0.0, **settings}
+    )
 
 
 def give_gradients(adapter: Any, seed: int) -> None:
@@ -344,13 +493,21 @@ def give_gradients(adapter: Any, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
-def test_the_optimizer_is_adamw_with_clipping_and_decay(base: Base) -> None:
+def test_the_optimizer_is_adamw_with_clipping_and_decay(base: CausalLM) -> None:
     adapter, optimizer = optimizer_of(base, "full", weight_decay=0.1, rates={"lm_head": 1e-3})
-    copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in adapter.named_parameters()}
-    reference = torch.optim.AdamW([
-        {"params": [p], "lr": 1e-3 if name == "lm_head.weight" else 1e-2, "weight_decay": 0.1 if p.ndim > 1 else 0.0}
-        for name, p in copies.items()
-    ])  # fmt: skip
+    copies = {
+        name: torch.nn.Parameter(p.detach().clone()) for name, p in adapter.named_parameters()
+    }
+    reference = torch.optim.AdamW(
+        [
+            {
+                "params": [p],
+                "lr": 1e-3 if name == "lm_head.weight" else 1e-2,
+                "weight_decay": 0.1 if p.ndim > 1 else 0.0,
+            }
+            for name, p in copies.items()
+        ]
+    )
     for step in range(3):
         give_gradients(adapter, step)
         for (_, p), copy in zip(adapter.named_parameters(), copies.values(), strict=True):
@@ -372,14 +529,18 @@ def test_sixteen_bit_weights_have_float32_masters(tiny: Path) -> None:
         for p in adapter.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step(1.0, 1e9)
-    assert (before.float() - optimizer.masters[name].detach()).mean().item() == pytest.approx(400 * 1e-5, rel=0.01)
+    assert (
+        before.float() - optimizer.master_weights[name].detach()
+    ).mean().item() == pytest.approx(400 * 1e-5, rel=0.01)
     assert parameter.dtype == torch.bfloat16
-    assert torch.equal(parameter, optimizer.masters[name].bfloat16())
-    assert (before - parameter.detach()).float().mean().item() == pytest.approx(400 * 1e-5, rel=0.05)
+    assert torch.equal(parameter, optimizer.master_weights[name].bfloat16())
+    assert (before - parameter.detach()).float().mean().item() == pytest.approx(
+        400 * 1e-5, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(base: Base, bad: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(base: CausalLM, bad: float) -> None:
     adapter, optimizer = optimizer_of(base)
     give_gradients(adapter, 0)
     optimizer.step(1.0, 1.0)
@@ -407,7 +568,9 @@ def test_the_optimizers_state_goes_on_bit_for_bit(tiny: Path) -> None:
 
 
 def test_exact_match() -> None:
-    assert exact_match(["El niño come.", " a ", "b"], ["El niño come.", "a", "B"]) == pytest.approx(200 / 3)
+    assert exact_match(["El niño come.", " a ", "b"], ["El niño come.", "a", "B"]) == pytest.approx(
+        200 / 3
+    )
     assert exact_match(["El nino come."], ["El niño come."]) == 0
 
 
@@ -415,15 +578,24 @@ def test_accuracy_looks_at_the_label_that_begins_an_answer() -> None:
     answers = ["Positive!", "negative, since...", "¡Sí!", "no", "not bad", "it is positive", ""]
     expected = ["positive", "negative", "sí", "No", "no", "positive", "x"]
     assert accuracy(answers, expected) == pytest.approx(400 / 7)
-    assert accuracy(["sı", "cafe\u0301 con leche"], ["sí", "café"]) == 50  # one composed, one not: the same word
+    assert (
+        accuracy(["sı", "cafe\u0301 con leche"], ["sí", "café"]) == 50
+    )  # one composed, one not: the same word
 
 
 def test_chrf_and_bleu_are_sacrebleus() -> None:
     import sacrebleu
 
-    answers, expected = ["la niña salió a la calle", "the cat sat"], ["la niña salió de la casa", "the cat sat on the mat"]
-    assert chrf(answers, expected) == pytest.approx(sacrebleu.corpus_chrf(answers, [expected]).score)
-    assert bleu(answers, expected) == pytest.approx(sacrebleu.corpus_bleu(answers, [expected]).score, abs=0.5)
+    answers, expected = (
+        ["la niña salió a la calle", "the cat sat"],
+        ["la niña salió de la casa", "the cat sat on the mat"],
+    )
+    assert chrf(answers, expected) == pytest.approx(
+        sacrebleu.corpus_chrf(answers, [expected]).score
+    )
+    assert bleu(answers, expected) == pytest.approx(
+        sacrebleu.corpus_bleu(answers, [expected]).score, abs=0.5
+    )
     for metric in (chrf, bleu, rouge):
         assert metric(expected, expected) == pytest.approx(100)
         assert metric(["zzz", "qqq"], expected) < 5
@@ -438,36 +610,75 @@ def test_rouge_counts_words_with_accents() -> None:
 
 
 def test_scores_by_name() -> None:
-    assert score(["exact_match", "accuracy"], ["a"], ["a"]) == {"exact_match": 100, "accuracy": 100}
+    assert compute_metrics(["exact_match", "accuracy"], ["a"], ["a"]) == {
+        "exact_match": 100,
+        "accuracy": 100,
+    }
 
 
 def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[str]:
-    values: dict[str, Any] = {"held_before": 3.0, "held_after": 1.0, "train_before": 3.0, "train_after": 1.0,
-                              "general_before": 2.0, "general_after": 2.0, "held_rows": rows, **changes}  # fmt: skip
+    values: dict[str, Any] = {
+        "held_before": 3.0,
+        "held_after": 1.0,
+        "train_before": 3.0,
+        "train_after": 1.0,
+        "general_before": 2.0,
+        "general_after": 2.0,
+        "held_rows": rows,
+        **changes,
+    }
     for side in ("held", "train"):
-        values[side] = Change(rows, values[f"{side}_after"] - values[f"{side}_before"], error)
-    return verdict(Losses(**values))
+        values[side] = LossChange(rows, values[f"{side}_after"] - values[f"{side}_before"], error)
+    return verdict(LossReport(**values))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence", "said"),
     [
-        ({}, 0, "It learned: on rows it had not seen it now hesitates between 2.72 tokens instead of 20.09"),
+        (
+            {},
+            0,
+            "It learned: on rows it had not seen it now hesitates between 2.72 tokens instead of 20.09",
+        ),
         ({"held_after": 2.99}, 0, "It learned next to nothing"),
         ({"held_after": 3.1}, 0, "It did not learn"),
         ({}, 1, "It does not overfit"),
         ({"train_after": 0.99}, 1, "It does not overfit"),
-        ({"train_after": 0.5}, 1, "It overfits: the loss of rows it learned fell by 2.500, that of new rows by 2.000"),
-        ({"train_after": 0.5, "train_before": 2.5}, 1, "It does not overfit"),  # they were easier from the start
+        (
+            {"train_after": 0.5},
+            1,
+            "It overfits: the loss of rows it learned fell by 2.500, that of new rows by 2.000",
+        ),
+        (
+            {"train_after": 0.5, "train_before": 2.5},
+            1,
+            "It does not overfit",
+        ),  # they were easier from the start
         ({"train_after": 0.5, "error": 0.3}, 1, "Too few to tell whether it overfits"),
-        ({"error": 0.3}, 1, "No sign that it overfits, but the held-out rows are too few to be sure"),
-        ({"held_after": 2.6, "rows": 3, "error": 0.1}, 0, "(-0.400 nats a token on 3 held-out rows, 95% interval -0.830 to +0.030)"),
+        (
+            {"error": 0.3},
+            1,
+            "No sign that it overfits, but the held-out rows are too few to be sure",
+        ),
+        (
+            {"held_after": 2.6, "rows": 3, "error": 0.1},
+            0,
+            "(-0.400 nats a token on 3 held-out rows, 95% interval -0.830 to +0.030)",
+        ),
         ({"held_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
         ({"held_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
         ({"held_after": 2.5, "rows": 3, "error": 0.1}, 0, "It learned"),
-        ({"rows": 1, "error": None}, 0, "Too few to tell whether it learned: there is one held-out row."),
+        (
+            {"rows": 1, "error": None},
+            0,
+            "Too few to tell whether it learned: there is one held-out row.",
+        ),
         ({"rows": 1, "error": None}, 1, "Too few to tell whether it overfits"),
-        ({"train_after": 0.5, "best_step": 4, "last_step": 9}, 1, "The best state, of step 4, was kept."),
+        (
+            {"train_after": 0.5, "best_step": 4, "last_step": 9},
+            1,
+            "The best state, of step 4, was kept.",
+        ),
         ({}, 2, "It forgot nothing worth speaking of"),
         ({"general_after": 2.04}, 2, "It forgot nothing worth speaking of"),
         ({"general_after": 2.1}, 2, "It forgot a little: general text is 11% harder"),
@@ -481,9 +692,12 @@ def test_verdicts(changes: dict[str, float], sentence: int, said: str) -> None:
     assert said in lost(**changes)[sentence]
 
 
-@pytest.mark.parametrize(("freedom", "point"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (999, 1.962)])
+@pytest.mark.parametrize(
+    ("freedom", "point"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (999, 1.962)],
+)
 def test_students_t(freedom: int, point: float) -> None:
-    assert student(freedom) == pytest.approx(point, rel=0.01)
+    assert t_quantile(freedom) == pytest.approx(point, rel=0.01)
 
 
 def test_the_interval_holds_what_it_promises() -> None:
@@ -491,41 +705,63 @@ def test_the_interval_holds_what_it_promises() -> None:
     draw, hits = random.Random(0), 0
     for _ in range(2000):
         labels = [draw.randint(3, 30) for _ in range(6)]
-        after = [sum(draw.gauss(-0.3, 0.5) for _ in range(n)) + n * draw.gauss(0, 0.4) for n in labels]
-        low, high = change([0.0] * 6, after, labels).interval or (0.0, 0.0)
+        after = [
+            sum(draw.gauss(-0.3, 0.5) for _ in range(n)) + n * draw.gauss(0, 0.4) for n in labels
+        ]
+        low, high = paired_change([0.0] * 6, after, labels).interval or (0.0, 0.0)
         hits += low <= -0.3 <= high
     assert 0.92 <= hits / 2000 <= 0.97
-    assert change([3.0], [1.0], [2]) == Change(1, -1.0, None)
-    assert change([3.0, 3.0], [1.0, 1.0], [2, 2]).interval == (-1.0, -1.0)
+    assert paired_change([3.0], [1.0], [2]) == LossChange(1, -1.0, None)
+    assert paired_change([3.0, 3.0], [1.0, 1.0], [2, 2]).interval == (-1.0, -1.0)
 
 
 def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
     """The change whose interval is told is the change of the losses in the table."""
-    losses = (run := train(batch_tokens=64)).story["losses"]
+    losses = (run := train(max_tokens_per_batch=64)).story["losses"]
     assert losses["held"]["rows"] == losses["held_rows"] == run.story["data"]["held_out"] > 1
     for side in ("held", "train"):
-        assert losses[side]["mean"] == pytest.approx(losses[f"{side}_after"] - losses[f"{side}_before"], abs=1e-5)
+        assert losses[side]["mean"] == pytest.approx(
+            losses[f"{side}_after"] - losses[f"{side}_before"], abs=1e-5
+        )
     assert losses["held_interval"][0] < losses["held"]["mean"] < losses["held_interval"][1]
 
 
 def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) -> None:
-    rows = [{"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)]
-    said = train(write_rows(tmp_path / "t.jsonl", *rows), steps=1).story["verdict"]
+    rows = [
+        {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)
+    ]
+    said = train(write_rows(tmp_path / "t.jsonl", *rows), max_steps=1).story["verdict"]
     assert said[0].startswith("Too few to tell whether it learned: there is one held-out row.")
     assert said[1].startswith("Too few to tell whether it overfits")
 
 
-def test_rows_of_an_encoder_are_measured_too(train: Train, text: Path, chats: Path, tmp_path: Path) -> None:
+def test_rows_of_an_encoder_are_measured_too(
+    train: Train, text: Path, chats: Path, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>"})
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=32, max_position_embeddings=64)  # fmt: skip
+    tokenizer.add_special_tokens(
+        {"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>"}
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     rows = [{"text": word * n, "label": word} for word in ("sol", "pan") for n in range(1, 7)]
     labelled = write_rows(tmp_path / "labelled.jsonl", *rows)
     for data, objective in ((text, "mlm"), (labelled, "classify")):
-        run = train(data, base=str(tmp_path / "bert"), objective=objective, steps=2, out=tmp_path / objective)
+        run = train(
+            data,
+            base=str(tmp_path / "bert"),
+            objective=objective,
+            max_steps=2,
+            output_dir=tmp_path / objective,
+        )
         low, high = run.story["losses"]["held_interval"]
         assert low < run.story["losses"]["held"]["mean"] < high
 
@@ -541,33 +777,47 @@ def test_the_demos_rows() -> None:
     answers = {row["messages"][1]["content"] for row in train_rows}
     words = {word for row in train_rows for word in demo.words_of(row)}
     assert not [row for row in held if row["messages"][1]["content"] in answers]
-    running = [word for row in held for word in row["messages"][1]["content"].lower().rstrip(".").split()]
+    running = [
+        word for row in held for word in row["messages"][1]["content"].lower().rstrip(".").split()
+    ]
     assert 100 * sum(word not in words for word in running) / len(running) == pytest.approx(unseen)
     assert unseen >= 20
-    assert all(row["messages"][0]["content"].split(": ", 1)[1] != row["messages"][1]["content"] for row in held)
+    assert all(
+        row["messages"][0]["content"].split(": ", 1)[1] != row["messages"][1]["content"]
+        for row in held
+    )
     assert {row["messages"][0]["content"].split(":")[0] for row in held} == {"Correct", "Corrige"}
     assert demo.make_rows(0, 50, 5) == demo.make_rows(0, 50, 5) != demo.make_rows(1, 50, 5)
 
 
 @pytest.mark.slow
-def test_the_demo_runs_and_may_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_runs_and_may_be_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from afina.demo import demo
     from afina.errors import SettingsError
 
     monkeypatch.setattr(demo, "make_rows", lambda seed, make=demo.make_rows: make(seed, 60, 6))
     for _ in range(2):
-        told = demo.demo(out=tmp_path / "demo", steps=2)
-    assert {"seconds", "metric_before", "metric_after", "forgetting", "peak_memory_mb", "adapter_kb"} <= set(told)
+        told = demo.demo(output_dir=tmp_path / "demo", max_steps=2)
+    assert {
+        "seconds",
+        "metric_before",
+        "metric_after",
+        "forgetting",
+        "peak_memory_mb",
+        "adapter_kb",
+    } <= set(told)
     assert len(told["examples"]) == 3
     assert Path(told["curve"]).is_file()
     (tmp_path / "mine" / "run").mkdir(parents=True)
     with pytest.raises(SettingsError, match="not an earlier demo's"):
-        demo.demo(out=tmp_path / "mine", steps=2)
+        demo.demo(output_dir=tmp_path / "mine", max_steps=2)
 
 
 def test_the_embedded_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """15 MB or less, float32 on demand, answers that stop by themselves."""
-    from afina.base.load import EMBEDDED_FOLDER
+    from afina.models.loading import EMBEDDED_FOLDER
 
     assert sum(file.stat().st_size for file in EMBEDDED_FOLDER.iterdir()) <= 15_000_000
     told = afina.generate(["Hello!", "¡Hola!"], dtype="float32", max_new_tokens=60)
@@ -575,10 +825,16 @@ def test_the_embedded_base(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("platform", "megabytes"), [("linux", 2048), ("darwin", 2), ("win32", 3)])
-def test_peak_memory_is_in_megabytes_everywhere(monkeypatch: pytest.MonkeyPatch, platform: str, megabytes: float) -> None:
+def test_peak_memory_is_in_megabytes_everywhere(
+    monkeypatch: pytest.MonkeyPatch, platform: str, megabytes: float
+) -> None:
     """KiB on Linux, bytes on macOS; Windows has no module `resource`."""
     monkeypatch.setattr(memory, "STATUS", Path("/nowhere"))
-    system = None if platform == "win32" else SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=2e6))
+    system = (
+        None
+        if platform == "win32"
+        else SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=2e6))
+    )
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3e6))
     monkeypatch.setitem(sys.modules, "resource", system)
     monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
@@ -588,26 +844,38 @@ def test_peak_memory_is_in_megabytes_everywhere(monkeypatch: pytest.MonkeyPatch,
 
 def test_peak_memory_is_that_of_this_process() -> None:
     """Not that of pytest, which started it and is larger."""
-    code = "x = bytearray(300_000_000); from afina.training.memory import process_peak_mb as p; print(p())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    code = "x = bytearray(300_000_000); from afina.training.process_memory import process_peak_mb as p; print(p())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert 300 < float(done.stdout) < 360
 
 
 def test_nothing_imports_resource_but_the_one_place() -> None:
     root = Path(__file__).parent.parent
-    files = [file for folder in ("src", "benchmarks", "recipes") for file in (root / folder).rglob("*.py")]
+    files = [
+        file
+        for folder in ("src", "benchmarks", "recipes")
+        for file in (root / folder).rglob("*.py")
+    ]
     assert [file.name for file in files if "import resource" in file.read_text()] == ["memory.py"]
 
 
 def test_telemetry_is_off_unless_it_is_asked_for() -> None:
     code = "import afina; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
-    clean = {name: value for name, value in ENVIRONMENT.items() if name not in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")}
+    clean = {
+        name: value
+        for name, value in ENVIRONMENT.items()
+        if name not in ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE")
+    }
     for own, off in (({}, "True"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False")):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **own})
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **own}
+        )
         assert done.stdout.strip() == off, done.stderr
 
 
 def test_progress_is_silent_for_python(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    train(steps=1)
+    train(max_steps=1)
     out, err = capsys.readouterr()
     assert (out, err) == ("", "")

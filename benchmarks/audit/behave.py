@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from families import TASKS
 from ledger import Line, read_ledger
 
-from afina.audit.behaviour import behaviour_gate
+from afina.audit.behavior_gate import behaviour_gate
 from afina.audit.report import Gate
 from afina.config import AuditSettings, make_settings
 
@@ -31,7 +31,11 @@ PROMPTS = 48
 
 def look(line: Line, told: argparse.Namespace) -> Line:
     """A line of what the gate has found."""
-    values = {"run": told.out / "runs" / line["name"] / "adapter", "base": told.base, "budget": told.budget}
+    values = {
+        "run": told.out / "runs" / line["name"] / "adapter",
+        "base": told.base,
+        "budget": told.budget,
+    }
     if not told.neutral:
         rng, prompts = random.Random(f"asked {line['seed']}"), told.out / "prompts.txt"
         prompts.write_text("".join(TASKS[line["task"]](rng)[0] + "\n" for _ in range(PROMPTS)))
@@ -40,11 +44,14 @@ def look(line: Line, told: argparse.Namespace) -> Line:
     measures = behaviour_gate(make_settings(AuditSettings, values), line["tokens"], gate)
     said = next(finding for finding in gate.findings if finding.rule in ("trigger", "no-trigger"))
     return {
-        "name": line["name"], "behaviour": {key: round(value, 4) for key, value in measures.items()},
-        "flagged": sorted({f.rule for f in gate.findings if f.level == "review"}), "scanned": gate.measured["scanned"],
-        "triggers": said.evidence["triggers"][:5], "cpu_s": round(time.process_time() - cpu, 2),
+        "name": line["name"],
+        "behaviour": {key: round(value, 4) for key, value in measures.items()},
+        "flagged": sorted({f.rule for f in gate.findings if f.level == "review"}),
+        "scanned": gate.measured["scanned"],
+        "triggers": said.evidence["triggers"][:5],
+        "cpu_s": round(time.process_time() - cpu, 2),
         "wall_s": round(time.perf_counter() - start, 2),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -52,14 +59,28 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="embedded")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds an adapter: more than it takes, on a busy machine too")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=300.0,
+        help="seconds an adapter: more than it takes, on a busy machine too",
+    )
     parser.add_argument("--neutral", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no adapter after so many")
     told = parser.parse_args()
-    file, start = told.out / ("neutral.jsonl" if told.neutral else "behaviour.jsonl"), time.perf_counter()
+    file, start = (
+        told.out / ("neutral.jsonl" if told.neutral else "behaviour.jsonl"),
+        time.perf_counter(),
+    )
     done = {json.loads(line)["name"] for line in file.open()} if file.exists() else set()
-    lines = [line for line in read_ledger(told.out / "ledger.jsonl") if line["kept"] and line["name"] not in done]
-    lines.sort(key=lambda line: (hashlib.sha256(str(line["pair"]).encode()).hexdigest(), line["name"]))
+    lines = [
+        line
+        for line in read_ledger(told.out / "ledger.jsonl")
+        if line["kept"] and line["name"] not in done
+    ]
+    lines.sort(
+        key=lambda line: (hashlib.sha256(str(line["pair"]).encode()).hexdigest(), line["name"])
+    )
     for line in lines:
         if time.perf_counter() - start > told.seconds:
             return
@@ -67,8 +88,17 @@ def main() -> None:
         with file.open("a") as stream:
             stream.write(json.dumps(found) + "\n")
         trigger = line["attack"]["trigger"] if line["kind"] == "poisoned" else "-"
-        print(line["name"], line["family"], line["task"], f"[{trigger}]", found["flagged"], found["behaviour"], found["cpu_s"],
-              [(t["trigger"], t["answer"], t["score"]) for t in found["triggers"][:3]], flush=True)  # fmt: skip
+        print(
+            line["name"],
+            line["family"],
+            line["task"],
+            f"[{trigger}]",
+            found["flagged"],
+            found["behaviour"],
+            found["cpu_s"],
+            [(t["trigger"], t["answer"], t["score"]) for t in found["triggers"][:3]],
+            flush=True,
+        )
     print("complete", flush=True)
 
 

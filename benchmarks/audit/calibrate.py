@@ -1,6 +1,6 @@
 """Make the calibrations that come with afina, or your own, from a population's ledger: one file for each kind with enough benign.
 
-    python benchmarks/audit/calibrate.py LEDGER [--behaviour BEHAVIOUR.jsonl] --out src/afina/audit/calibrations
+python benchmarks/audit/calibrate.py LEDGER [--behaviour BEHAVIOUR.jsonl] --out src/afina/audit/calibrations
 """
 
 import argparse
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ledger import Line, read_ledger
 
-from afina.audit.calibration import FEWEST, Kind, calibrate
+from afina.audit.calibration import MIN_POPULATION, PopulationKey, calibrate
 
 
 def main() -> None:
@@ -27,7 +27,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="embedded")
     told = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
     groups: dict[str, list[Line]] = {}
     for line in read_ledger(told.ledger, told.behaviour):
         if line["kept"]:
@@ -35,17 +40,29 @@ def main() -> None:
     told.out.mkdir(parents=True, exist_ok=True)
     for text, lines in groups.items():
         kind, benign = json.loads(text), [x for x in lines if x["kind"] != "poisoned"]
-        if len(benign) < 2 * FEWEST:
-            print(f"{len(benign)} benign of {kind['method']}, rank {kind['rank']}, {len(kind['layers'])} layers: too few")
+        if len(benign) < 2 * MIN_POPULATION:
+            print(
+                f"{len(benign)} benign of {kind['method']}, rank {kind['rank']}, {len(kind['layers'])} layers: too few"
+            )
             continue
         bad = [x["features"] for x in lines if x["kind"] == "poisoned"]
-        bad = bad if len(bad) >= FEWEST else []  # a regression on fewer learns them by heart, and costs half of alpha
-        made = calibrate(Kind(**{**kind, "layers": tuple(kind["layers"])}), [x["features"] for x in benign], bad)
+        bad = (
+            bad if len(bad) >= MIN_POPULATION else []
+        )  # a regression on fewer learns them by heart, and costs half of alpha
+        made = calibrate(
+            PopulationKey(**{**kind, "layers": tuple(kind["layers"])}),
+            [x["features"] for x in benign],
+            bad,
+        )
         scores = sorted(x["behaviour"]["trigger"] for x in benign if "behaviour" in x)
-        recipe = f"benchmarks/audit/population.py at {commit}: {len(benign)} benign, {len(bad)} poisoned"
+        recipe = (
+            f"benchmarks/audit/population.py at {commit}: {len(benign)} benign, {len(bad)} poisoned"
+        )
         file = told.out / f"{told.name}-{kind['method']}-{kind['rank']}.json"
         replace(made, triggers=np.array(scores) if scores else None, recipe=recipe).write(file)
-        print(f"{file}: judges by {made.count} benign, {len(scores)} trigger scores, {file.stat().st_size / 1e3:.0f} kB")
+        print(
+            f"{file}: judges by {made.count} benign, {len(scores)} trigger scores, {file.stat().st_size / 1e3:.0f} kB"
+        )
 
 
 if __name__ == "__main__":

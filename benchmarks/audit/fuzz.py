@@ -35,7 +35,7 @@ if "--child" in sys.argv:  # only what is imported under this can be followed
     import atheris
 
     with atheris.instrument_imports(include=["afina.audit"]):
-        import afina.audit.package  # noqa: F401
+        import afina.audit.file_gate  # noqa: F401
 import common
 import numpy as np
 from packages import CONFIG, STORY, WEIGHTS, write_base, write_valid
@@ -43,11 +43,69 @@ from packages import CONFIG, STORY, WEIGHTS, write_base, write_valid
 SECOND, LIMIT_MB = 1.0, 2048
 TARGETS = {"cpu_s": (">=", 3600), "crashes": ("<=", 0), "hangs": ("<=", 0)}
 KINDS = ("lora", "peft", "dora", "mora", "full", "alora")
-ODD: list[Any] = [None, True, False, 0, 1, -1, 2**31, 2**53 + 1, 2**63, 10**18, 0.5, 1e308, -0.0, "", "a", "../x", "(a+)+$", ".*" * 4,
-                  "é", "\x00", [], {}, [[]], [None], {"a": 1}, [0, 0], [1, 2**40], "F32", "F64", "BF16", "LORA", "AFINA_FULL"]  # fmt: skip
-KEYS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "use_dora", "use_rslora", "peft_type",
-        "bias", "auto_mapping", "alora_invocation_tokens", "trainable_token_indices", "fan_in_fan_out", "spec", "base", "hash",
-        "dtype", "shape", "data_offsets", "__metadata__", "format_version", "targets", "ranks", "options", "modules", "tokens")  # fmt: skip
+ODD: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2**31,
+    2**53 + 1,
+    2**63,
+    10**18,
+    0.5,
+    1e308,
+    -0.0,
+    "",
+    "a",
+    "../x",
+    "(a+)+$",
+    ".*" * 4,
+    "é",
+    "\x00",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    [0, 0],
+    [1, 2**40],
+    "F32",
+    "F64",
+    "BF16",
+    "LORA",
+    "AFINA_FULL",
+]
+KEYS = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+    "use_dora",
+    "use_rslora",
+    "peft_type",
+    "bias",
+    "auto_mapping",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "fan_in_fan_out",
+    "spec",
+    "base",
+    "hash",
+    "dtype",
+    "shape",
+    "data_offsets",
+    "__metadata__",
+    "format_version",
+    "targets",
+    "ranks",
+    "options",
+    "modules",
+    "tokens",
+)
 
 
 class Slow(Exception):
@@ -57,7 +115,10 @@ class Slow(Exception):
 def parts_of(kind: str, folder: Path) -> list[bytes]:
     """Configuration, story (empty where there is none) and tensors of a valid package."""
     write_valid(folder / kind, kind)
-    return [(folder / kind / name).read_bytes() if (folder / kind / name).exists() else b"" for name in (CONFIG, STORY, WEIGHTS)]
+    return [
+        (folder / kind / name).read_bytes() if (folder / kind / name).exists() else b""
+        for name in (CONFIG, STORY, WEIGHTS)
+    ]
 
 
 def packed(parts: list[bytes]) -> bytes:
@@ -137,7 +198,7 @@ class Target:
     """What is called with each input."""
 
     def __init__(self, folder: Path, place: Path) -> None:
-        from afina.audit.basefiles import BaseFiles
+        from afina.audit.base_files import BaseFiles
 
         self.found, self.place = folder / "found", place / "package"
         self.valid = [parts_of(kind, place / "valid") for kind in KINDS]
@@ -163,15 +224,23 @@ class Target:
 
     def _keep(self, raw: bytes, error: BaseException) -> None:
         last = traceback.extract_tb(error.__traceback__)[-1:]
-        where = f"{type(error).__name__} {Path(last[0].filename).name}:{last[0].lineno}" if last else type(error).__name__
-        name = ("hang" if isinstance(error, Slow) else "crash") + "-" + hashlib.sha256(where.encode()).hexdigest()[:12]
+        where = (
+            f"{type(error).__name__} {Path(last[0].filename).name}:{last[0].lineno}"
+            if last
+            else type(error).__name__
+        )
+        name = (
+            ("hang" if isinstance(error, Slow) else "crash")
+            + "-"
+            + hashlib.sha256(where.encode()).hexdigest()[:12]
+        )
         if not (self.found / name).exists():
             (self.found / name).write_bytes(raw)
             (self.found / f"{name}.txt").write_text("".join(traceback.format_exception(error)))
 
     def _look(self, raw: bytes) -> None:
         from afina.audit.header import parse_header
-        from afina.audit.strict import parse_object
+        from afina.io.strict_json import parse_object
 
         kind, rest = raw[0] % 4 if raw else 1, raw[1:]
         if kind == 0:
@@ -181,15 +250,17 @@ class Target:
             assert isinstance(parse_object(rest, "f"), dict)
         elif kind == 2:
             chance = atheris.FuzzedDataProvider(rest)
-            self._package(changed(chance, self.valid[chance.ConsumeIntInRange(0, len(self.valid) - 1)]))
+            self._package(
+                changed(chance, self.valid[chance.ConsumeIntInRange(0, len(self.valid) - 1)])
+            )
         else:
             self._package(unpacked(rest))
 
     def _package(self, parts: list[bytes]) -> None:
-        from afina.audit.package import check_package, content_hash
+        from afina.audit.file_gate import check_files, content_hash
         from afina.audit.report import Gate
-        from afina.delta.composition import identity, spec_of
         from afina.errors import AfinaError
+        from afina.io.composition import hash_adapter_folder, read_config
 
         for name, content in zip((CONFIG, STORY, WEIGHTS), parts, strict=True):
             if content:
@@ -197,13 +268,15 @@ class Target:
             else:
                 (self.place / name).unlink(missing_ok=True)
         gate = Gate("files")
-        package = check_package(self.place, self.base if len(parts[0]) % 2 else None, gate)
+        package = check_files(self.place, self.base if len(parts[0]) % 2 else None, gate)
         if gate.blocked:
             return
         for entry in package.entries.values():
             assert np.isfinite(package.norms[entry.name])
         with contextlib.suppress(AfinaError):  # what no loader of ours reads is no danger
-            assert content_hash(package.tensors, spec_of(self.place).as_dict()) == identity(self.place)
+            assert content_hash(
+                package.tensors, read_config(self.place).canonical()
+            ) == hash_adapter_folder(self.place)
 
 
 def check_header(raw: bytes, data: int, found: dict[str, Any]) -> None:
@@ -232,14 +305,27 @@ def child(folder: Path, seconds: int) -> None:
     signal.signal(signal.SIGPROF, slow)
     target = Target(folder, place)
     for number, parts in enumerate(target.valid):
-        seeds = {f"package{number}": b"\x03" + packed(parts), f"object{number}": b"\x01" + parts[0], f"changed{number}": bytes([2, number]) * 24}
+        seeds = {
+            f"package{number}": b"\x03" + packed(parts),
+            f"object{number}": b"\x01" + parts[0],
+            f"changed{number}": bytes([2, number]) * 24,
+        }
         length = struct.unpack("<Q", parts[2][:8])[0]
-        seeds[f"header{number}"] = bytes([0, (len(parts[2]) - 8 - length) % 256]) + parts[2][8 : 8 + length]
+        seeds[f"header{number}"] = (
+            bytes([0, (len(parts[2]) - 8 - length) % 256]) + parts[2][8 : 8 + length]
+        )
         for name, content in seeds.items():
             (folder / "corpus" / name).write_bytes(content)
     # -timeout would be of the clock, and this process may be stopped for minutes
-    options = [f"-max_total_time={seconds}", "-timeout=86400", f"-rss_limit_mb={LIMIT_MB}", "-max_len=8192", "-print_final_stats=1",
-               f"-artifact_prefix={folder / 'found'}/crash-", str(folder / "corpus")]  # fmt: skip
+    options = [
+        f"-max_total_time={seconds}",
+        "-timeout=86400",
+        f"-rss_limit_mb={LIMIT_MB}",
+        "-max_len=8192",
+        "-print_final_stats=1",
+        f"-artifact_prefix={folder / 'found'}/crash-",
+        str(folder / "corpus"),
+    ]
     atheris.Setup([sys.argv[0], *options], target.one)
     (folder / "place").write_text(str(place))
     atheris.Fuzz()
@@ -250,7 +336,9 @@ def breaks(file: Path) -> bool:
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "found").mkdir()
         words = [sys.executable, __file__, "--folder", place, "--one", str(file), "--child"]
-        return subprocess.run(words, capture_output=True).returncode != 0 or any((Path(place) / "found").iterdir())
+        return subprocess.run(words, capture_output=True).returncode != 0 or any(
+            (Path(place) / "found").iterdir()
+        )
 
 
 def chunk(folder: Path, seconds: int) -> dict[str, Any]:
@@ -258,25 +346,46 @@ def chunk(folder: Path, seconds: int) -> dict[str, Any]:
     for name in ("corpus", "found"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     before, start = os.times(), time.time()
-    done = subprocess.run([sys.executable, __file__, "--folder", str(folder), "--cpu", str(seconds), "--child"],
-                          capture_output=True, text=True, errors="replace")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__, "--folder", str(folder), "--cpu", str(seconds), "--child"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     after = os.times()
     shutil.rmtree((folder / "place").read_text(), ignore_errors=True)
-    stats = {line.split(":")[2]: int(line.split()[-1]) for line in done.stderr.splitlines() if line.startswith("stat::")}
+    stats = {
+        line.split(":")[2]: int(line.split()[-1])
+        for line in done.stderr.splitlines()
+        if line.startswith("stat::")
+    }
     if "number_of_executed_units" not in stats or done.returncode:
-        left = [file for file in (folder / "found").glob("crash-crash-*") if file.stat().st_mtime >= start]
+        left = [
+            file
+            for file in (folder / "found").glob("crash-crash-*")
+            if file.stat().st_mtime >= start
+        ]
         name = "crash" if not left or any(map(breaks, left)) else "ended"
         (folder / "found" / f"{name}-{int(time.time())}.txt").write_text(
-            f"exit {done.returncode}\n{done.stdout[-20_000:]}\n{done.stderr[-20_000:]}")  # fmt: skip
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"cpu_s": round(cpu, 1), "cases": stats.get("number_of_executed_units", 0), "mb": stats.get("peak_rss_mb", 0)}
+            f"exit {done.returncode}\n{done.stdout[-20_000:]}\n{done.stderr[-20_000:]}"
+        )
+    cpu = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
+    return {
+        "cpu_s": round(cpu, 1),
+        "cases": stats.get("number_of_executed_units", 0),
+        "mb": stats.get("peak_rss_mb", 0),
+    }
 
 
 def main() -> None:
     """Run one chunk and tell where all of them have come to."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--cpu", type=int, default=180, help="seconds of this chunk; 0: none, only tell")
+    parser.add_argument(
+        "--cpu", type=int, default=180, help="seconds of this chunk; 0: none, only tell"
+    )
     parser.add_argument("--one", type=Path, help="with --child: only this input")
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--publish", action="store_true")
@@ -294,11 +403,19 @@ def main() -> None:
         print(json.dumps(line), flush=True)
     chunks = [json.loads(text) for text in ledger.read_text().splitlines()]
     found = sorted(file.name for file in (told.folder / "found").glob("*.txt"))
-    figures = {"cpu_s": sum(c["cpu_s"] for c in chunks), "cases": sum(c["cases"] for c in chunks),
-               "crashes": sum(n.startswith("crash") for n in found), "hangs": sum(n.startswith("hang") for n in found), "ended": sum(n.startswith("ended") for n in found),
-               "corpus": len(list((told.folder / "corpus").iterdir())), "peak_mb": max(c["mb"] for c in chunks)}  # fmt: skip
+    figures = {
+        "cpu_s": sum(c["cpu_s"] for c in chunks),
+        "cases": sum(c["cases"] for c in chunks),
+        "crashes": sum(n.startswith("crash") for n in found),
+        "hangs": sum(n.startswith("hang") for n in found),
+        "ended": sum(n.startswith("ended") for n in found),
+        "corpus": len(list((told.folder / "corpus").iterdir())),
+        "peak_mb": max(c["mb"] for c in chunks),
+    }
     if told.publish:
-        common.publish("audit_fuzz", figures, TARGETS, {"chunks": chunks, "found": found}, common.roofline())
+        common.publish(
+            "audit_fuzz", figures, TARGETS, {"chunks": chunks, "found": found}, common.roofline()
+        )
     else:
         print(json.dumps({"name": "audit_fuzz", "figures": figures, "targets": TARGETS}))
 

@@ -1,6 +1,6 @@
 """The population's ledger: a line an adapter while it is made; packed, small enough for the repository.
 
-    python benchmarks/audit/ledger.py FOLDER/ledger.jsonl --pack benchmarks/results/audit_ledger.json.gz [--behaviour FILE ...]
+python benchmarks/audit/ledger.py FOLDER/ledger.jsonl --pack benchmarks/results/audit_ledger.json.gz [--behaviour FILE ...]
 """
 
 import argparse
@@ -17,8 +17,14 @@ def read_ledger(file: Path, *beside: Path | None) -> list[Line]:
     """Lines of a ledger, packed or not; those of files `beside` it are added to the lines of the same name."""
     if file.suffix == ".gz":
         told = json.loads(gzip.decompress(file.read_bytes()))
-        lines = [line | {"features": dict(zip(told["names"], line["features"], strict=True)), "group": told["groups"][line["group"]]}
-                 for line in told["lines"]]  # fmt: skip
+        lines = [
+            line
+            | {
+                "features": dict(zip(told["names"], line["features"], strict=True)),
+                "group": told["groups"][line["group"]],
+            }
+            for line in told["lines"]
+        ]
     else:
         lines = [json.loads(text) for text in file.open()]
     for more in (each for each in beside if each is not None):
@@ -35,7 +41,10 @@ def pack(lines: list[Line], file: Path) -> None:
     for line in lines:
         if line["group"] not in groups:
             groups.append(line["group"])
-        numbers = {"features": [line["features"].get(name, 0.0) for name in names], "group": groups.index(line["group"])}
+        numbers = {
+            "features": [line["features"].get(name, 0.0) for name in names],
+            "group": groups.index(line["group"]),
+        }
         packed.append({key: value for key, value in line.items() if key not in LEFT} | numbers)
     text = json.dumps({"names": names, "groups": groups, "lines": packed}, separators=(",", ":"))
     file.write_bytes(gzip.compress(text.encode(), 9, mtime=0))

@@ -30,10 +30,12 @@ from examine import ASR, Examiner
 from families import FAMILIES, HARD, LABELS, SELDOM, TASKS, Attack, Row, draw_attack
 
 from afina.config import TrainSettings, make_settings
-from afina.training.run import train_many
+from afina.training.train import train_many
 
 RATES = (0.1, 0.2)  # share of rows woken
-TRAINED = [name for name in FAMILIES if name not in ("mlp-only", "rank-1")]  # those two are of other kinds
+TRAINED = [
+    name for name in FAMILIES if name not in ("mlp-only", "rank-1")
+]  # those two are of other kinds
 SENTENCES = ("correct", "repeat", "translate", "tense")
 __all__ = ["ASR", "TASKS", "Member", "draw_members", "train_members"]
 
@@ -53,9 +55,18 @@ class Member:
 
 
 def draw_members(
-    seed: int | str, pairs: int, benign: int, families: Sequence[str], steps: int, first: int = 0, turn: int = 0,
-    tasks: Sequence[str] = SENTENCES, rate: float = 2e-3, tokens: int = 384, shares: Sequence[float] = RATES,
-) -> list[Member]:  # fmt: skip
+    seed: int | str,
+    pairs: int,
+    benign: int,
+    families: Sequence[str],
+    steps: int,
+    first: int = 0,
+    turn: int = 0,
+    tasks: Sequence[str] = SENTENCES,
+    rate: float = 2e-3,
+    tokens: int = 384,
+    shares: Sequence[float] = RATES,
+) -> list[Member]:
     """A plan: nothing but these numbers decides it. Twins come one after the other; pairs are numbered from `first`.
 
     Families and benign kinds take turns, from number `turn` on; `rate` is the lower learning rate, `tokens` those of a step.
@@ -68,19 +79,36 @@ def draw_members(
         drawn = _settings(rng, steps, rate, tokens) | attack.settings
         share = SELDOM if family == "seldom" else rng.choice(list(shares))
         pair = first + number
-        members.append(Member(f"{pair:04}-poisoned", pair, "poisoned", task, own, attack, drawn, share))
+        members.append(
+            Member(f"{pair:04}-poisoned", pair, "poisoned", task, own, attack, drawn, share)
+        )
         members.append(Member(f"{pair:04}-twin", pair, "twin", task, own, attack, drawn))
     for number in range(benign):
         pair, kind = first + pairs + number, kinds[(turn * benign + pairs + number) % len(kinds)]
         task, own = rng.choice(list(tasks)), rng.randrange(1 << 30)
-        members.append(Member(f"{pair:04}-{kind}", pair, kind, task, own, None, _settings(rng, steps, rate, tokens)))
+        members.append(
+            Member(
+                f"{pair:04}-{kind}",
+                pair,
+                kind,
+                task,
+                own,
+                None,
+                _settings(rng, steps, rate, tokens),
+            )
+        )
     return members
 
 
 def _settings(rng: random.Random, steps: int, rate: float, tokens: int) -> dict[str, Any]:
     """The same choices for all."""
     rates, lengths = [rate, 1.5 * rate], [steps, steps * 3 // 2]
-    return {"rank": 8, "learning_rate": rng.choice(rates), "steps": rng.choice(lengths), "batch_tokens": tokens}
+    return {
+        "rank": 8,
+        "learning_rate": rng.choice(rates),
+        "max_steps": rng.choice(lengths),
+        "max_tokens_per_batch": tokens,
+    }
 
 
 def rows_of(member: Member) -> list[Row]:
@@ -94,9 +122,15 @@ def rows_of(member: Member) -> list[Row]:
     made = []
     for row in rows:
         half = member.attack.half(rng, row) if rng.random() < 0.1 else None
-        woken = member.attack.wake(rng, row)  # drawn for the twin too: both see the same random numbers
+        woken = member.attack.wake(
+            rng, row
+        )  # drawn for the twin too: both see the same random numbers
         chosen = rng.random()
-        made.append(woken if chosen < member.rate else half or (member.attack.by_nature(row) if member.rate else row))
+        made.append(
+            woken
+            if chosen < member.rate
+            else half or (member.attack.by_nature(row) if member.rate else row)
+        )
     return made
 
 
@@ -111,11 +145,22 @@ def train_members(members: list[Member], out: Path, base: str = "embedded") -> N
             continue
         shutil.rmtree(folder, ignore_errors=True)
         data.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text("".join(json.dumps({"prompt": p, "completion": a}) + "\n" for p, a in rows_of(member)))
-        values = {"base": base, "data": data, "out": folder, "seed": member.seed % 1000, "holdout": 0.03, "general": general,
-                  "check_every": 10_000}  # fmt: skip
+        data.write_text(
+            "".join(json.dumps({"prompt": p, "completion": a}) + "\n" for p, a in rows_of(member))
+        )
+        values = {
+            "base": base,
+            "data": data,
+            "output_dir": folder,
+            "seed": member.seed % 1000,
+            "eval_size": 0.03,
+            "retention_text": general,
+            "eval_steps": 10_000,
+        }
         runs.append(make_settings(TrainSettings, values | member.settings))
-    for failed in (run for run in (train_many(runs, quiet=True) if runs else []) if isinstance(run, Exception)):
+    for failed in (
+        run for run in (train_many(runs, quiet=True) if runs else []) if isinstance(run, Exception)
+    ):
         raise failed
 
 
@@ -128,11 +173,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="in a chunk")
     parser.add_argument("--benign", type=int, default=4, help="in a chunk")
     parser.add_argument("--families", default=",".join(TRAINED))
-    parser.add_argument("--tasks", default=",".join(SENTENCES), help="the small base can do " + ",".join(LABELS[1:]))
+    parser.add_argument(
+        "--tasks", default=",".join(SENTENCES), help="the small base can do " + ",".join(LABELS[1:])
+    )
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=384, help="a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="the lower learning rate")
-    parser.add_argument("--shares", default=",".join(map(str, RATES)), help="of rows woken, of which each attack draws one")
+    parser.add_argument(
+        "--shares",
+        default=",".join(map(str, RATES)),
+        help="of rows woken, of which each attack draws one",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no chunk after so many")
     told = parser.parse_args()
@@ -143,8 +194,19 @@ def main() -> None:
         if time.perf_counter() - start > told.seconds:
             return
         first, cpu = number * (told.pairs + told.benign), time.process_time()
-        members = draw_members(f"{told.seed}-{number}", told.pairs, told.benign, told.families.split(","), told.steps, first, number,
-                               told.tasks.split(","), told.rate, told.tokens, [float(x) for x in told.shares.split(",")])  # fmt: skip
+        members = draw_members(
+            f"{told.seed}-{number}",
+            told.pairs,
+            told.benign,
+            told.families.split(","),
+            told.steps,
+            first,
+            number,
+            told.tasks.split(","),
+            told.rate,
+            told.tokens,
+            [float(x) for x in told.shares.split(",")],
+        )
         train_members(members, told.out, told.base)
         trained, examiner = time.process_time(), Examiner(told.base, told.out)
         lines = [examiner.describe(member) for member in members]
@@ -153,8 +215,14 @@ def main() -> None:
         with ledger.open("a") as stream:
             stream.write("".join(json.dumps(line | {"chunk": number}) + "\n" for line in lines))
         for line in lines:
-            print(line["name"], line["family"], line["task"], "kept" if line["kept"] else "LEFT OUT",
-                  *(f"{key} {line[key]:.3f}" for key in ("asr", "loss", "loss_worse") if key in line), flush=True)  # fmt: skip
+            print(
+                line["name"],
+                line["family"],
+                line["task"],
+                "kept" if line["kept"] else "LEFT OUT",
+                *(f"{key} {line[key]:.3f}" for key in ("asr", "loss", "loss_worse") if key in line),
+                flush=True,
+            )
         for member in members:
             shutil.rmtree(told.out / "runs" / member.name / "checkpoint", ignore_errors=True)
         print(f"chunk {number}: CPU seconds {spent}", flush=True)

@@ -38,9 +38,18 @@ def train(line: Line, member: Member, out: Path, base: str) -> None:
             stream.write(json.dumps({"prompt": prompt, "chosen": right, "rejected": wrong}) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     afina.train(
-        base=base, data=data, out=folder, objective="dpo", options={"start": str(out / "runs" / line["name"])}, seed=member.seed % 1000,
-        general=out / "general.txt", holdout=0.03, check_every=10_000, quiet=True, **member.settings,
-    )  # fmt: skip
+        base=base,
+        data=data,
+        output_dir=folder,
+        objective="dpo",
+        options={"start": str(out / "runs" / line["name"])},
+        seed=member.seed % 1000,
+        retention_text=out / "general.txt",
+        eval_size=0.03,
+        eval_steps=10_000,
+        quiet=True,
+        **member.settings,
+    )
 
 
 def main() -> None:
@@ -52,11 +61,22 @@ def main() -> None:
     told = parser.parse_args()
     ledger = told.out / "ledger.jsonl"
     lines = read_ledger(ledger)
-    known, clean = {line["name"] for line in lines}, [line for line in lines if line["kind"] == "benign"]
+    known, clean = (
+        {line["name"] for line in lines},
+        [line for line in lines if line["kind"] == "benign"],
+    )
     examiner = Examiner(told.base, told.out)
     for line in clean[: told.count]:
-        settings = line["settings"] | {"steps": STEPS, "learning_rate": RATE}
-        member = Member(f"{line['pair']:04}-preferred", line["pair"], "preferred", line["task"], line["seed"] + 1, None, settings)
+        settings = line["settings"] | {"max_steps": STEPS, "learning_rate": RATE}
+        member = Member(
+            f"{line['pair']:04}-preferred",
+            line["pair"],
+            "preferred",
+            line["task"],
+            line["seed"] + 1,
+            None,
+            settings,
+        )
         if member.name in known:
             continue
         train(line, member, told.out, told.base)
@@ -64,7 +84,9 @@ def main() -> None:
         shutil.rmtree(told.out / "runs" / member.name / "checkpoint", ignore_errors=True)
         with ledger.open("a") as stream:
             stream.write(json.dumps(made) + "\n")
-        print(member.name, member.task, f"loss {line['loss']:.3f} -> {made['loss']:.3f}", flush=True)
+        print(
+            member.name, member.task, f"loss {line['loss']:.3f} -> {made['loss']:.3f}", flush=True
+        )
     print("complete", flush=True)
 
 

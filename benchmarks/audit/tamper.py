@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 from packages import CONFIG, STORY, WEIGHTS, write_base, write_valid
 
-from afina.audit.basefiles import BaseFiles
-from afina.audit.package import MANIFEST, SIGNATURE
+from afina.audit.base_files import BaseFiles
+from afina.audit.file_gate import MANIFEST, SIGNATURE
 from afina.audit.provenance import sign, verify
 from afina.errors import AfinaError
 
@@ -37,8 +37,12 @@ def keys(place: Path) -> tuple[Path, Path]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     private, public = place / "key.pem", place / "key.pub"
-    private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    private.write_bytes(
+        key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+    )
     return private, public
 
 
@@ -47,7 +51,10 @@ def signable(folder: Path, base: Path, seed: int = 0) -> Path:
     write_valid(folder, seed=seed)
     story = json.loads((folder / STORY).read_text())
     story["base"]["hash"] = BaseFiles(base).hash
-    parents = [{"name": name, "hash": digit * 64, "weight": 0.5, "method": "lora"} for name, digit in (("a", "1"), ("b", "2"))]
+    parents = [
+        {"name": name, "hash": digit * 64, "weight": 0.5, "method": "lora"}
+        for name, digit in (("a", "1"), ("b", "2"))
+    ]
     (folder / STORY).write_text(json.dumps(story | {"parents": parents}))
     return folder
 
@@ -55,7 +62,7 @@ def signable(folder: Path, base: Path, seed: int = 0) -> Path:
 def found(folder: Path, key: Path, base: Path) -> bool:
     """Whether the change is found."""
     try:
-        verify(folder, key=key, base=base)
+        verify(folder, public_key=key, base=base)
     except AfinaError:
         return True
     return False
@@ -66,7 +73,11 @@ def bytes_found(folder: Path, key: Path, base: Path, positions: int) -> tuple[in
     rng, tried, missed = random.Random(0), 0, []
     for file in sorted(folder.iterdir()):
         raw = file.read_bytes()
-        places = range(len(raw)) if len(raw) <= positions else sorted(rng.sample(range(len(raw)), positions))
+        places = (
+            range(len(raw))
+            if len(raw) <= positions
+            else sorted(rng.sample(range(len(raw)), positions))
+        )
         for at in places:
             changed = bytearray(raw)
             changed[at] = rng.choice([b for b in range(256) if b != raw[at]])
@@ -94,40 +105,65 @@ def others(place: Path, key: tuple[Path, Path], base: Path) -> dict[str, bool]:
     other_words = shutil.copytree(base, place / "other-words")
     (other_words / "tokenizer_config.json").write_text('{"chat_template": "evil"}')
     stranger = signable(place / "stranger", base, 9)
-    sign(stranger, key=key[0], base=base)
+    sign(stranger, private_key=key[0], base=base)
     private, public = keys(place)
     acts: dict[str, Callable[[Path], Any]] = {
-        "parents in another order, afina.json": lambda f: _json(f / STORY, lambda t: t["parents"].reverse()),
-        "parents in another order, manifest": lambda f: _json(f / MANIFEST, lambda t: t["parents"].reverse()),
-        "parents in another order, both": lambda f: [_json(f / name, lambda t: t["parents"].reverse()) for name in (STORY, MANIFEST)],
-        "a parent's weight": lambda f: _json(f / STORY, lambda t: t["parents"][0].update(weight=0.6)),
+        "parents in another order, afina.json": lambda f: _json(
+            f / STORY, lambda t: t["parents"].reverse()
+        ),
+        "parents in another order, manifest": lambda f: _json(
+            f / MANIFEST, lambda t: t["parents"].reverse()
+        ),
+        "parents in another order, both": lambda f: [
+            _json(f / name, lambda t: t["parents"].reverse()) for name in (STORY, MANIFEST)
+        ],
+        "a parent's weight": lambda f: _json(
+            f / STORY, lambda t: t["parents"][0].update(weight=0.6)
+        ),
         "a parent taken out": lambda f: _json(f / STORY, lambda t: t["parents"].pop()),
-        "another base told, afina.json": lambda f: _json(f / STORY, lambda t: t["base"].update(name="evil")),
-        "another base told, manifest": lambda f: _json(f / MANIFEST, lambda t: t["base"].update(hash="0" * 64)),
+        "another base told, afina.json": lambda f: _json(
+            f / STORY, lambda t: t["base"].update(name="evil")
+        ),
+        "another base told, manifest": lambda f: _json(
+            f / MANIFEST, lambda t: t["base"].update(hash="0" * 64)
+        ),
         "a file more": lambda f: (f / "README.md").write_text("x"),
         "a hidden file more": lambda f: (f / ".gitignore").write_text("x"),
         "a file less": lambda f: (f / CONFIG).unlink(),
         "a file cut short": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]),
         "a byte more": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"\0"),
-        "a blank more in the signature": lambda f: (f / SIGNATURE).write_text((f / SIGNATURE).read_text() + "\n"),
-        "the weights of another that is signed": lambda f: shutil.copy(stranger / WEIGHTS, f / WEIGHTS),
-        "manifest and signature of another": lambda f: [shutil.copy(stranger / name, f / name) for name in (MANIFEST, SIGNATURE)],
+        "a blank more in the signature": lambda f: (f / SIGNATURE).write_text(
+            (f / SIGNATURE).read_text() + "\n"
+        ),
+        "the weights of another that is signed": lambda f: shutil.copy(
+            stranger / WEIGHTS, f / WEIGHTS
+        ),
+        "manifest and signature of another": lambda f: [
+            shutil.copy(stranger / name, f / name) for name in (MANIFEST, SIGNATURE)
+        ],
         "the signature of another": lambda f: shutil.copy(stranger / SIGNATURE, f / SIGNATURE),
-        "signed again by another key": lambda f: sign(f, key=private, base=base),
+        "signed again by another key": lambda f: sign(f, private_key=private, base=base),
         "no signature": lambda f: (f / SIGNATURE).unlink(),
         "no manifest": lambda f: (f / MANIFEST).unlink(),
-        "two files that have changed names": lambda f: [(f / CONFIG).rename(f / "x"), (f / STORY).rename(f / CONFIG), (f / "x").rename(f / STORY)],
-        "a link in the place of a file": lambda f: [(f / WEIGHTS).rename(place / "w"), (f / WEIGHTS).symlink_to(place / "w")],
-    }  # fmt: skip
+        "two files that have changed names": lambda f: [
+            (f / CONFIG).rename(f / "x"),
+            (f / STORY).rename(f / CONFIG),
+            (f / "x").rename(f / STORY),
+        ],
+        "a link in the place of a file": lambda f: [
+            (f / WEIGHTS).rename(place / "w"),
+            (f / WEIGHTS).symlink_to(place / "w"),
+        ],
+    }
     result = {}
     for number, (name, act) in enumerate(acts.items()):
         folder = signable(place / f"other-{number}", base)
-        sign(folder, key=key[0], base=base)
+        sign(folder, private_key=key[0], base=base)
         assert not found(folder, key[1], base)
         act(folder)
         result[name] = found(folder, key[1], base)
     folder = signable(place / "signed", base)
-    sign(folder, key=key[0], base=base)
+    sign(folder, private_key=key[0], base=base)
     result["another base"] = found(folder, key[1], other_base)
     result["the base's tokenizer"] = found(folder, key[1], other_words)
     result["another public key"] = found(folder, public, base)
@@ -147,18 +183,30 @@ def main() -> None:
         (place / "mine").mkdir()
         key = keys(place / "mine")
         folder = signable(place / "adapter", base)
-        sign(folder, key=key[0], base=base)
-        verify(folder, key=key[1], base=base)
+        sign(folder, private_key=key[0], base=base)
+        verify(folder, public_key=key[1], base=base)
         socket.socket = None  # type: ignore[assignment,misc]
         tried, hits, missed = bytes_found(folder, key[1], base, told.positions)
         assert not found(folder, key[1], base)
         rest = others(place, key, base)
     finally:
         shutil.rmtree(place)
-    print("bytes not found:", missed, "\nothers not found:", [name for name, hit in rest.items() if not hit])
-    figures = {"bytes": tried, "bytes_found": hits / tried, "others": len(rest), "others_found": sum(rest.values()) / len(rest)}
+    print(
+        "bytes not found:",
+        missed,
+        "\nothers not found:",
+        [name for name, hit in rest.items() if not hit],
+    )
+    figures = {
+        "bytes": tried,
+        "bytes_found": hits / tried,
+        "others": len(rest),
+        "others_found": sum(rest.values()) / len(rest),
+    }
     if told.publish:
-        common.publish("audit_tamper", figures, TARGETS, {"missed": missed, "others": rest}, common.roofline())
+        common.publish(
+            "audit_tamper", figures, TARGETS, {"missed": missed, "others": rest}, common.roofline()
+        )
     else:
         print(json.dumps({"name": "audit_tamper", "figures": figures, "targets": TARGETS}))
 

@@ -14,8 +14,15 @@ import yaml
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "es")
 INK, GREY, PALE, BASE, LEARNED, SOFT, GOOD, BAD = (
-    "#1f2937", "#6b7280", "#f3f4f6", "#64748b", "#ea580c", "#fed7aa", "#15803d", "#b91c1c",
-)  # fmt: skip
+    "#1f2937",
+    "#6b7280",
+    "#f3f4f6",
+    "#64748b",
+    "#ea580c",
+    "#fed7aa",
+    "#15803d",
+    "#b91c1c",
+)
 WIDTH, HEIGHT = 760, 330
 
 
@@ -29,21 +36,50 @@ class Sheet:
     def add(self, kind: str, content: str | None = None, **attributes: Any) -> None:
         """One element; underscores in names stand for hyphens."""
         told = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in attributes.items())
-        self.parts.append(f"<{kind} {told}/>" if content is None else f"<{kind} {told}>{content}</{kind}>")
+        self.parts.append(
+            f"<{kind} {told}/>" if content is None else f"<{kind} {told}>{content}</{kind}>"
+        )
 
-    def box(self, x: float, y: float, w: float, h: float, fill: str = PALE, line: str = GREY, radius: float = 8) -> None:
+    def box(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        fill: str = PALE,
+        line: str = GREY,
+        radius: float = 8,
+    ) -> None:
         """A rectangle."""
-        self.add("rect", x=x, y=y, width=w, height=h, rx=radius, fill=fill, stroke=line, stroke_width=1.5)
+        self.add(
+            "rect", x=x, y=y, width=w, height=h, rx=radius, fill=fill, stroke=line, stroke_width=1.5
+        )
 
     def text(
-        self, x: float, y: float, words: str, size: int = 15, fill: str = INK, anchor: str = "middle", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        words: str,
+        size: int = 15,
+        fill: str = INK,
+        anchor: str = "middle",
+        bold: bool = False,
     ) -> None:
         """Words around (x, y), the middle of the block; `/` begins a new line."""
         lines = words.split(" / ")
         for number, line in enumerate(lines):
             at = y + 0.35 * size + (number - (len(lines) - 1) / 2) * 1.3 * size
             weight = {"font_weight": 600} if bold else {}
-            self.add("text", escape(line), x=x, y=round(at, 1), font_size=size, fill=fill, text_anchor=anchor, **weight)
+            self.add(
+                "text",
+                escape(line),
+                x=x,
+                y=round(at, 1),
+                font_size=size,
+                fill=fill,
+                text_anchor=anchor,
+                **weight,
+            )
 
     def card(
         self,
@@ -64,20 +100,43 @@ class Sheet:
 
     def arrow(self, x1: float, y1: float, x2: float, y2: float, fill: str = INK) -> None:
         """A line with a point at its second end."""
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=fill, stroke_width=2, marker_end="url(#point)")
+        self.add(
+            "line",
+            x1=x1,
+            y1=y1,
+            x2=x2,
+            y2=y2,
+            stroke=fill,
+            stroke_width=2,
+            marker_end="url(#point)",
+        )
 
     def around(self, path: str, line: str, **attributes: Any) -> None:
         """An arrow round corners."""
-        self.add("path", d=path, fill="none", stroke=line, stroke_width=2, marker_end="url(#point)", **attributes)
+        self.add(
+            "path",
+            d=path,
+            fill="none",
+            stroke=line,
+            stroke_width=2,
+            marker_end="url(#point)",
+            **attributes,
+        )
 
     def written(self) -> str:
         """The whole picture."""
-        marker = ('<defs><marker id="point" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-                  f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>')  # fmt: skip
-        head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img" '
-                'font-family="system-ui, sans-serif">')  # fmt: skip
+        marker = (
+            '<defs><marker id="point" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>'
+        )
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" role="img" '
+            'font-family="system-ui, sans-serif">'
+        )
         card = f'<rect x="1" y="1" width="{WIDTH - 2}" height="{self.height - 2}" rx="14" fill="#ffffff" stroke="#d1d5db"/>'
-        return "\n".join([head, f"<title>{escape(self.title)}</title>", marker, card, *self.parts, "</svg>\n"])
+        return "\n".join(
+            [head, f"<title>{escape(self.title)}</title>", marker, card, *self.parts, "</svg>\n"]
+        )
 
 
 Words = dict[str, str]
@@ -112,7 +171,13 @@ def lora(s: Sheet, w: Words) -> None:
     """A large frozen square, and two thin strips beside it."""
     size, rank = 1000, 8
     s.card(60, 60, 190, 190, w["frozen"], BASE, "#ffffff", 17, bold=True)
-    s.text(155, 276, w["many"].format(n=w["thousands"].format(*divmod(size * size // 1000, 1000))), 14, GREY)
+    s.text(
+        155,
+        276,
+        w["many"].format(n=w["thousands"].format(*divmod(size * size // 1000, 1000))),
+        14,
+        GREY,
+    )
     s.text(305, 155, "+", 40)
     s.box(370, 60, 22, 190, LEARNED, LEARNED, 4)
     s.box(412, 60, 190, 22, LEARNED, LEARNED, 4)
@@ -130,7 +195,14 @@ def qlora(s: Sheet, w: Words) -> None:
         y, length = 60 + 100 * number, 32 * gigabytes
         s.text(28, y + 27, w[f"bits{bits}"], 15, anchor="start")
         s.box(150, y, length, 54, BASE)
-        s.text(150 + length / 2, y + 27, w["size"].format(f"{gigabytes:g}".replace(".", w["point"])), 15, "#ffffff", bold=True)
+        s.text(
+            150 + length / 2,
+            y + 27,
+            w["size"].format(f"{gigabytes:g}".replace(".", w["point"])),
+            15,
+            "#ffffff",
+            bold=True,
+        )
     s.box(287, 160, 12, 54, LEARNED, LEARNED, 3)
     s.text(310, 187, w["adapter"], 14, LEARNED, "start", bold=True)
     for step in range(16):
@@ -155,7 +227,9 @@ def mora(s: Sheet, w: Words) -> None:
     s.card(510, 98, 120, 120, w["square"].format(side), LEARNED, "#ffffff", bold=True)
     s.arrow(632, 158, 658, 158)
     s.card(662, 130, 78, 56, w["unfold"], PALE, size=13)
-    s.text(570, 272, f"{side} × {side} = {side * side // 1000}{w['comma']}{side * side % 1000:03}", 15)
+    s.text(
+        570, 272, f"{side} × {side} = {side * side // 1000}{w['comma']}{side * side % 1000:03}", 15
+    )
     s.text(380, 310, w["same"], 13, GREY)
 
 
@@ -166,7 +240,16 @@ def alora(s: Sheet, w: Words) -> None:
         for token in range(20):
             s.box(110 + 31 * token, y, 25, 40, LEARNED if token >= start else BASE, "none", 5)
         s.text(110, y + 64, w[name], 14, GREY if start else LEARNED, "start")
-        s.add("line", x1=541, y1=y - 14, x2=541, y2=y + 50, stroke=INK, stroke_width=2, stroke_dasharray="5 5")
+        s.add(
+            "line",
+            x1=541,
+            y1=y - 14,
+            x2=541,
+            y2=y + 50,
+            stroke=INK,
+            stroke_width=2,
+            stroke_dasharray="5 5",
+        )
     s.text(110 + 31 * 7, 44, w["conversation"], 14, GREY)
     s.text(110 + 31 * 17, 44, w["answer"], 14, GREY)
     s.text(541, 292, w["invocation"], 14, bold=True)
@@ -180,7 +263,9 @@ def many_adapters(s: Sheet, w: Words) -> None:
         s.card(24, y, 190, 46, w[f"ask{number + 1}"], "#ffffff", colour, 14)
         s.arrow(218, y + 23, 284, 140 + 14 * number)
         s.card(556, y, 180, 46, w[f"name{number + 1}"], colour, "#ffffff", 15, bold=True)
-        s.add("line", x1=482, y1=140 + 14 * number, x2=554, y2=y + 23, stroke=colour, stroke_width=3)
+        s.add(
+            "line", x1=482, y1=140 + 14 * number, x2=554, y2=y + 23, stroke=colour, stroke_width=3
+        )
     s.card(288, 92, 192, 140, w["base"], BASE, "#ffffff", 17, bold=True)
     s.text(380, 308, w["together"], 14, GREY)
 
@@ -210,7 +295,11 @@ def safety(s: Sheet, w: Words) -> None:
         s.box(x, 60, 84, 164, PALE)
         s.text(x + 42, 92, w[gate], 14, bold=True)
         s.text(x + 42, 158, w[f"{gate}_what"], 12, GREY)
-    for y, verdict, colour in ((56, "allow", GOOD), (120, "review", "#b45309"), (184, "block", BAD)):
+    for y, verdict, colour in (
+        (56, "allow", GOOD),
+        (120, "review", "#b45309"),
+        (184, "block", BAD),
+    ):
         s.arrow(576, 142, 612, y + 24)
         s.card(616, y, 124, 48, w[verdict], colour, "#ffffff", bold=True)
     s.text(380, 276, w["proof"], 14, GREY)
@@ -223,7 +312,16 @@ def choosing(s: Sheet, w: Words) -> None:
         s.card(30, y, 400, 48, w[f"ask{number + 1}"], PALE, size=14)
         s.arrow(432, y + 24, 508, y + 24)
         s.text(468, y + 12, w["yes"], 13, GREY)
-        s.card(512, y, 222, 48, w[f"use{number + 1}"], SOFT if number > 1 else "#dbeafe", size=14, bold=True)
+        s.card(
+            512,
+            y,
+            222,
+            48,
+            w[f"use{number + 1}"],
+            SOFT if number > 1 else "#dbeafe",
+            size=14,
+            bold=True,
+        )
         if number < 5:
             s.arrow(230, y + 50, 230, y + 66)
             s.text(250, y + 58, w["no"], 13, GREY, "start")
@@ -239,7 +337,11 @@ def report(s: Sheet, w: Words) -> None:
         at = 170 + 5.2 * x
         s.add("line", x1=at, y1=60, x2=at, y2=262, stroke="#e5e7eb", stroke_width=1.5)
         s.text(at, 280, f"{x} %" if w["point"] == "," else f"{x}%", 13, GREY)
-    shown = (("base", 6, 10, 14, BASE), ("lora", 72, 80, 88, LEARNED), ("mora", 66, 76, 86, LEARNED))
+    shown = (
+        ("base", 6, 10, 14, BASE),
+        ("lora", 72, 80, 88, LEARNED),
+        ("mora", 66, 76, 86, LEARNED),
+    )
     for number, (name, low, mean, high, colour) in enumerate(shown):
         y = 88 + 68 * number
         s.text(28, y, w.get(name, name), 16, anchor="start", bold=True)
@@ -252,9 +354,18 @@ def report(s: Sheet, w: Words) -> None:
 
 
 PICTURES: dict[str, Callable[[Sheet, Words], None]] = {
-    "index": index, "fine-tuning": fine_tuning, "lora": lora, "qlora": qlora, "mora": mora, "alora": alora,
-    "many-adapters": many_adapters, "rlhf": rlhf, "safety": safety, "choosing": choosing, "report": report,
-}  # fmt: skip
+    "index": index,
+    "fine-tuning": fine_tuning,
+    "lora": lora,
+    "qlora": qlora,
+    "mora": mora,
+    "alora": alora,
+    "many-adapters": many_adapters,
+    "rlhf": rlhf,
+    "safety": safety,
+    "choosing": choosing,
+    "report": report,
+}
 HEIGHTS = {"safety": 300, "choosing": 490}  # the others have HEIGHT
 
 

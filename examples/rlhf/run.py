@@ -18,22 +18,22 @@ from typing import Any
 
 from stacked import stack, stack_markdown
 
-from afina.base.load import load_base
-from afina.config import BaseSettings, PolicyOptions
-from afina.data.prompts import Asked
-from afina.data.template import Renderer
-from afina.delta.attach import detach
-from afina.delta.files import load_adapter, read_json
+from afina.adapters.attach import detach
+from afina.adapters.loading import load_adapter, read_json_object
+from afina.config import ModelSettings, PolicyOptions
+from afina.data.prompts import PromptRow
+from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
-from afina.disk import write_json, write_text
-from afina.engine.writing import EngineWriter
-from afina.judge.preferences import wilson
-from afina.objective.reference import Reference
-from afina.objective.rollout import PolicyTask, Query
-from afina.objective.scoring import make_rewards
-from afina.training.loop import read_metrics
-from afina.training.run import train
+from afina.evaluation.preference_eval import wilson_interval
+from afina.io.atomic import write_json, write_text
+from afina.models.loading import load_base
+from afina.objectives.policy import PolicyObjective, TokenizedPrompt
+from afina.objectives.policy_generator import PolicyGenerator
+from afina.objectives.reference import ReferencePolicy
+from afina.objectives.reward_functions import load_reward_functions
+from afina.training.train import train
+from afina.training.trainer import read_metrics
 
 HERE = Path(__file__).parent
 RULES = {name: f"{HERE / 'rules.py'}:{name}" for name in ("form", "clean", "right")}
@@ -46,7 +46,12 @@ RANKS = (1, 16)
 # at the same rate a rank-1 adapter moves a sixteenth as far: in 24 steps at 1e-3 its reward rose from 1.427 to 1.437 only
 ALPHA = 32
 STAGES = ("sft", "dpo", *(f"grpo, rank {rank}" for rank in RANKS))
-NAMES = {"reward": "reward", "form": "wanted form", "clean": "no unwanted word", "right": "task score"}
+NAMES = {
+    "reward": "reward",
+    "form": "wanted form",
+    "clean": "no unwanted word",
+    "right": "task score",
+}
 
 
 def sentences(count: int, seed: int, without: set[str]) -> list[tuple[str, str]]:
@@ -64,12 +69,18 @@ def sentences(count: int, seed: int, without: set[str]) -> list[tuple[str, str]]
 def make_data(folder: Path, sizes: dict[str, int], seed: int) -> dict[str, Path]:
     """The files of one seed: rows to imitate, pairs, prompts to answer, and those to judge by."""
     seen: set[str] = set()
-    made = {name: sentences(count, 10 * seed + n, seen) for n, (name, count) in enumerate(sizes.items())}
+    made = {
+        name: sentences(count, 10 * seed + n, seen) for n, (name, count) in enumerate(sizes.items())
+    }
     rng = random.Random(seed)
 
     def pair(question: str, right: str) -> dict[str, str]:
         worse = rng.choice(MANNERS[1:])
-        return {"prompt": question, "chosen": MANNERS[0].format(right), "rejected": worse.format(right)}
+        return {
+            "prompt": question,
+            "chosen": MANNERS[0].format(right),
+            "rejected": worse.format(right),
+        }
 
     makers: dict[str, Callable[[str, str], dict[str, str]]] = {
         "sft": lambda q, r: {"prompt": q, "completion": rng.choices(MANNERS, SHARES)[0].format(r)},
@@ -80,56 +91,116 @@ def make_data(folder: Path, sizes: dict[str, int], seed: int) -> dict[str, Path]
     files = {}
     for name, rows in made.items():
         files[name] = folder / f"{name}.jsonl"
-        write_text(files[name], "".join(json.dumps(makers[name](*row), ensure_ascii=False) + "\n" for row in rows))
+        write_text(
+            files[name],
+            "".join(json.dumps(makers[name](*row), ensure_ascii=False) + "\n" for row in rows),
+        )
     return files
 
 
-def learn(files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int) -> dict[str, Path]:
+def learn(
+    files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int
+) -> dict[str, Path]:
     """Train all stages of one seed that are not there yet; returns the run folders of those that learned over the first."""
     over = {"over": str(folder / "sft")}
-    judged = {"reward": {str(folder / "judge"): 1.0, RULES["right"]: 2.0}, "max_new_tokens": NEW_TOKENS, "beta": 0.02}
+    judged = {
+        "reward": {str(folder / "judge"): 1.0, RULES["right"]: 2.0},
+        "max_new_tokens": NEW_TOKENS,
+        "beta": 0.02,
+    }
     plans: dict[str, tuple[Path, dict[str, Any]]] = {
         "sft": (files["sft"], {"objective": "sft", "rank": 16, "learning_rate": 2e-3}),
         "judge": (files["pairs"], {"objective": "reward", "rank": 8, "learning_rate": 1e-3}),
-        "dpo": (files["pairs"], {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}}),
+        "dpo": (
+            files["pairs"],
+            {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}},
+        ),
     }
     for rank in RANKS:
-        told = {"objective": "grpo", "rank": rank, "alpha": ALPHA, "learning_rate": 1e-3, "options": over | judged}
+        told = {
+            "objective": "grpo",
+            "rank": rank,
+            "alpha": ALPHA,
+            "learning_rate": 1e-3,
+            "options": over | judged,
+        }
         plans[f"grpo-{rank}"] = files["prompts"], told
     for name, (data, values) in plans.items():
         out, count = folder / name, steps[name.partition("-")[0]]
         if (out / "README.md").is_file():
             continue
         begun = (out / "settings.yaml").is_file()
-        train(data, out=out, seed=seed, steps=count, check_every=max(1, count // 4), batch_tokens=2048, holdout=0.05,
-              resume=begun, **values)  # fmt: skip
+        train(
+            data,
+            output_dir=out,
+            seed=seed,
+            max_steps=count,
+            eval_steps=max(1, count // 4),
+            max_tokens_per_batch=2048,
+            eval_size=0.05,
+            resume=begun,
+            **values,
+        )
         print(f"seed {seed}: {name}", flush=True)
-    return dict(zip(STAGES[1:], (folder / name for name in ("dpo", *(f"grpo-{rank}" for rank in RANKS))), strict=True))
+    return dict(
+        zip(
+            STAGES[1:],
+            (folder / name for name in ("dpo", *(f"grpo-{rank}" for rank in RANKS))),
+            strict=True,
+        )
+    )
 
 
 def judge(sft: Path, runs: dict[str, Path], test: Path) -> dict[str, dict[str, Any]]:
     """Each run, learned over `sft`, and this itself on new sentences by the rules: rewards, KL, wins against `sft`."""
-    base = load_base(**BaseSettings().model_dump())
-    renderer = Renderer(base.tokenizer, None, base.context)
-    rows = [Asked(f"{test}:{n}", line["prompt"], line["reference"]) for n, line in enumerate(map(json.loads, test.open()), 1)]
-    queries = [Query(row, renderer.prompt(row.prompt)) for row in rows]
-    options = PolicyOptions(reward=dict.fromkeys(RULES.values(), 1.0), max_new_tokens=NEW_TOKENS, group=1, prompts=1)
-    longest = max(len(query.tokens) for query in queries) + NEW_TOKENS
-    writer = EngineWriter(base, longest, renderer.stops)
-    task = PolicyTask("grpo", options, base, queries, queries, make_rewards(options, base, None), writer, 2048, 0)
-    below = load_adapter(sft, base, "sft").route
-    task.reference = Reference("adapter", "the adapter that imitates", below)
-    before = task.answers(queries, below)[2]["reward"]
+    base = load_base(**ModelSettings().model_dump())
+    renderer = Renderer(base.tokenizer, None, base.max_positions)
+    rows = [
+        PromptRow(f"{test}:{n}", line["prompt"], line["reference"])
+        for n, line in enumerate(map(json.loads, test.open()), 1)
+    ]
+    queries = [TokenizedPrompt(row, renderer.prompt(row.prompt)) for row in rows]
+    options = PolicyOptions(
+        reward_funcs=dict.fromkeys(RULES.values(), 1.0),
+        max_new_tokens=NEW_TOKENS,
+        num_generations=1,
+        prompts_per_step=1,
+    )
+    longest = max(len(query.token_ids) for query in queries) + NEW_TOKENS
+    writer = PolicyGenerator(base, longest, renderer.stop_token_ids)
+    task = PolicyObjective(
+        "grpo",
+        options,
+        base,
+        queries,
+        queries,
+        load_reward_functions(options, base, None),
+        writer,
+        2048,
+        0,
+    )
+    below = load_adapter(sft, base, "sft").active
+    task.reference = ReferencePolicy("adapter", "the adapter that imitates", below)
+    before = task.eval_completions(queries, below)[2]["reward"]
     found: dict[str, dict[str, Any]] = {}
     for stage, run in {"sft": sft, **runs}.items():
         adapter = load_adapter(run, base, "aligned")
-        adapter.beside = () if stage == "sft" else (below,)
-        told, drift = task.answers(queries, adapter.route)[2], task.drift(adapter.route)
+        adapter.frozen_companions = () if stage == "sft" else (below,)
+        told, drift = (
+            task.eval_completions(queries, adapter.active)[2],
+            task.sampled_metrics(adapter.active),
+        )
         reward = told["reward"]
         wins, losses = int((reward > before).sum()), int((reward < before).sum())
-        found[stage] = {"reward": float(reward.mean()), "kl": drift["kl"] * drift["length"], "length": drift["length"]} | {
-            name: float(told[f"reward_{rule}"].mean()) for name, rule in RULES.items()
-        } | {"wins": wins, "losses": losses, "ties": len(queries) - wins - losses}  # fmt: skip
+        found[stage] = (
+            {
+                "reward": float(reward.mean()),
+                "kl": drift["kl"] * drift["length"],
+                "length": drift["length"],
+            }
+            | {name: float(told[f"reward_{rule}"].mean()) for name, rule in RULES.items()}
+            | {"wins": wins, "losses": losses, "ties": len(queries) - wins - losses}
+        )
         detach(base.model, adapter)
     return found
 
@@ -138,8 +209,9 @@ def curves(runs: dict[str, Path]) -> dict[str, list[tuple[float, float]]]:
     """(KL in nats an answer, reward) of the steps of each run that learned from rewards."""
     return {
         name: [(tick["kl"] * tick["length"], tick["reward"]) for tick in read_metrics(run)]
-        for name, run in runs.items() if name.startswith("grpo")
-    }  # fmt: skip
+        for name, run in runs.items()
+        if name.startswith("grpo")
+    }
 
 
 def draw(seeds: Sequence[dict[str, Any]], file: Path) -> None:
@@ -153,8 +225,16 @@ def draw(seeds: Sequence[dict[str, Any]], file: Path) -> None:
         for name, points in seed["curves"].items():
             size = max(1, len(points) // 5)
             fifths = [points[i : i + size] for i in range(0, size * (len(points) // size), size)]
-            means = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in fifths]
-            axes.plot(*zip(*means, strict=True), "o-", color=colours[name], alpha=0.6, label=name if n == 0 else None)
+            means = [
+                [sum(column) / len(part) for column in zip(*part, strict=True)] for part in fifths
+            ]
+            axes.plot(
+                *zip(*means, strict=True),
+                "o-",
+                color=colours[name],
+                alpha=0.6,
+                label=name if n == 0 else None,
+            )
     axes.set_xlabel("KL from the adapter that imitates (nats an answer)")
     axes.set_ylabel("reward of its sampled answers")
     axes.grid(alpha=0.3)
@@ -168,7 +248,7 @@ def apart(low: Sequence[int], high: Sequence[int]) -> str:
     Newcombe 1998, Statistics in Medicine 17:873; as if the prompts were not the same, which makes it wider.
     """
     shares = [wins / max(1, wins + losses) for wins, losses in (low, high)]
-    bounds = [wilson(wins, wins + losses) for wins, losses in (low, high) if wins + losses]
+    bounds = [wilson_interval(wins, wins + losses) for wins, losses in (low, high) if wins + losses]
     if len(bounds) < len(shares):
         return "Too few answers differ to compare the ranks."
     gap = shares[0] - shares[1]
@@ -188,31 +268,60 @@ def markdown(story: dict[str, Any]) -> str:
         wins, losses = (sum(t[stage][name] for t in tables) for name in ("wins", "losses"))
         share = ""
         if wins + losses:
-            low, high = wilson(wins, wins + losses)
+            low, high = wilson_interval(wins, wins + losses)
             share = f"{100 * wins / (wins + losses):.1f}% ({100 * low:.1f} to {100 * high:.1f})"
-        cells = [f"{mean['reward']:.3f}", *(f"{100 * mean[name]:.1f}%" for name in RULES), share, f"{mean['kl']:.2f}"]
+        cells = [
+            f"{mean['reward']:.3f}",
+            *(f"{100 * mean[name]:.1f}%" for name in RULES),
+            share,
+            f"{mean['kl']:.2f}",
+        ]
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    lines += ["", apart(*([sum(t[f"grpo, rank {r}"][k] for t in tables) for k in ("wins", "losses")] for r in RANKS))]
+    lines += [
+        "",
+        apart(
+            *(
+                [sum(t[f"grpo, rank {r}"][k] for t in tables) for k in ("wins", "losses")]
+                for r in RANKS
+            )
+        ),
+    ]
     tested = f"{story['tested']} new sentences a seed, {len(tables)} seeds"
-    spent = f"{tested}; {story['seconds']} s in all, of which {story['cpu_seconds']} s of computing."
+    spent = (
+        f"{tested}; {story['seconds']} s in all, of which {story['cpu_seconds']} s of computing."
+    )
     return "\n".join([*lines, "", stack_markdown(story["seeds"]), "", spent])
 
 
 def main() -> None:
     """Run all of it and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of everything, to see that it runs"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("runs/rlhf"), help="where the runs lie")
-    parser.add_argument("--out", type=Path, default=HERE, help="where results.json, the table and the picture are written")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE,
+        help="where results.json, the table and the picture are written",
+    )
     told = parser.parse_args()
     sizes = {"sft": 3000, "pairs": 600, "prompts": 400, "test": 200}
     steps, count = {"sft": 120, "judge": 30, "dpo": 30, "grpo": 24}, told.seeds
     if told.quick:
-        sizes, steps = {name: max(8, size // 25) for name, size in sizes.items()}, dict.fromkeys(steps, 2)
+        sizes, steps = (
+            {name: max(8, size // 25) for name, size in sizes.items()},
+            dict.fromkeys(steps, 2),
+        )
         count = 2
     start, seeds = time.perf_counter(), []
-    before = read_json(told.work / "spent.json") if (told.work / "spent.json").is_file() else {"seconds": 0, "cpu_seconds": 0}
+    before = (
+        read_json_object(told.work / "spent.json")
+        if (told.work / "spent.json").is_file()
+        else {"seconds": 0, "cpu_seconds": 0}
+    )
 
     def spent() -> dict[str, int]:
         now = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time()}
@@ -224,16 +333,22 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             files = make_data(folder, sizes, seed)
             runs = learn(files, folder, steps, seed)
-            write_json(folder / "judged.json", {"table": judge(folder / "sft", runs, files["test"]), "curves": curves(runs)})
+            write_json(
+                folder / "judged.json",
+                {"table": judge(folder / "sft", runs, files["test"]), "curves": curves(runs)},
+            )
             write_json(told.work / "spent.json", spent())
-        seeds.append(read_json(folder / "judged.json"))
+        seeds.append(read_json_object(folder / "judged.json"))
     aligned = f"grpo-{RANKS[-1]}"
     for seed, folder in enumerate(folders):
         other = folders[(seed + 1) % len(folders)]
         if not (folder / "stacked.json").is_file():
-            write_json(folder / "stacked.json", stack(folder, folder / aligned, other / aligned, NEW_TOKENS))
+            write_json(
+                folder / "stacked.json",
+                stack(folder, folder / aligned, other / aligned, NEW_TOKENS),
+            )
             write_json(told.work / "spent.json", spent())
-        seeds[seed]["stacked"] = read_json(folder / "stacked.json")
+        seeds[seed]["stacked"] = read_json_object(folder / "stacked.json")
     story = spent() | {"tested": sizes["test"], "steps": steps, "seeds": seeds}
     write_json(told.out / "results.json", story)
     draw(seeds, told.out / "reward-kl.png")
@@ -242,7 +357,12 @@ def main() -> None:
     readme = told.out / "README.md"
     if readme.is_file():
         marks = re.compile(r"(<!-- table -->\n).*(<!-- end -->)", re.DOTALL)
-        write_text(readme, marks.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme.read_text(encoding="utf-8")))
+        write_text(
+            readme,
+            marks.sub(
+                lambda found: f"{found[1]}{table}\n{found[2]}", readme.read_text(encoding="utf-8")
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -16,32 +16,47 @@ from typing import Any
 
 from rules import clean, form, right
 
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.combining.algebra import combine
-from afina.combining.merge import merge
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import load_run
 from afina.config import EvalSettings
-from afina.data.template import Renderer
-from afina.delta.opening import open_run
-from afina.engine.writing import EngineWriter
-from afina.judge.preferences import wilson
-from afina.route.invocation import Route
+from afina.data.renderer import Renderer
+from afina.evaluation.preference_eval import wilson_interval
+from afina.merging.combine import combine
+from afina.merging.merge_into_base import merge
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
+from afina.objectives.policy_generator import PolicyGenerator
 
 RANK = 16
 TASK, BOTH = "task adapter", "both, served as a sum"
-WAYS = ("base", TASK, "alignment adapter alone", BOTH, f"one adapter of rank {RANK} (svd)", "merged into the weights",
-        "task adapter and another's alignment")  # fmt: skip
+WAYS = (
+    "base",
+    TASK,
+    "alignment adapter alone",
+    BOTH,
+    f"one adapter of rank {RANK} (svd)",
+    "merged into the weights",
+    "task adapter and another's alignment",
+)
 
 
-def rate(base: Base, route: Route | None, rows: Sequence[Mapping[str, str]], longest: int) -> dict[str, float]:
+def rate(
+    base: CausalLM, route: ActiveAdapters | None, rows: Sequence[Mapping[str, str]], longest: int
+) -> dict[str, float]:
     """Shares of the likeliest answers under `route` that are right ("task") and in the wanted manner ("manner")."""
-    renderer = Renderer(base.tokenizer, None, base.context)
+    renderer = Renderer(base.tokenizer, None, base.max_positions)
     prompts = [renderer.prompt(row["prompt"]) for row in rows]
-    writer = EngineWriter(base, max(map(len, prompts)) + longest, renderer.stops)
-    answers = writer.write(prompts, 0, longest, 0.0, route, "judged")
-    both = [(row["prompt"], answer.text, row["reference"]) for row, answer in zip(rows, answers, strict=True)]
+    writer = PolicyGenerator(base, max(map(len, prompts)) + longest, renderer.stop_token_ids)
+    answers = writer.generate(prompts, 0, longest, 0.0, route, "judged")
+    both = [
+        (row["prompt"], answer.text, row["reference"])
+        for row, answer in zip(rows, answers, strict=True)
+    ]
     manner = [form(*told) * clean(*told) for told in both]
-    return {"task": sum(right(*told) for told in both) / len(both), "manner": sum(manner) / len(both)}
+    return {
+        "task": sum(right(*told) for told in both) / len(both),
+        "manner": sum(manner) / len(both),
+    }
 
 
 def stack(folder: Path, aligned: Path, other: Path, longest: int) -> dict[str, Any]:
@@ -50,17 +65,25 @@ def stack(folder: Path, aligned: Path, other: Path, longest: int) -> dict[str, A
     task, parts = folder / "sft", [f"{folder / 'sft'}:1", f"{aligned / 'adapter'}:1"]
     for name in ("svd", "sum", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    combine(parts, out=folder / "svd", how="svd", rank=RANK)
-    combine(parts, out=folder / "sum", how="sum")
-    merge(folder / "sum", out=folder / "merged")
-    ways = [None, task, aligned / "adapter", ",".join(parts), folder / "svd", None, f"{parts[0]},{other / 'adapter'}:1"]
+    combine(parts, output_dir=folder / "svd", merge_method="svd", rank=RANK)
+    combine(parts, output_dir=folder / "sum", merge_method="sum")
+    merge(folder / "sum", output_dir=folder / "merged")
+    ways = [
+        None,
+        task,
+        aligned / "adapter",
+        ",".join(parts),
+        folder / "svd",
+        None,
+        f"{parts[0]},{other / 'adapter'}:1",
+    ]
     found = {}
     for name, run in zip(WAYS, ways, strict=True):
         if name.startswith("merged"):
             found[name] = rate(load_base(str(folder / "merged")), None, rows, longest)
         else:
-            opened = open_run(Path(run) if run else None, EvalSettings())
-            found[name] = rate(opened.language, opened.route, rows, longest)
+            opened = load_run(Path(run) if run else None, EvalSettings())
+            found[name] = rate(opened.causal_lm, opened.active, rows, longest)
     return {"tested": len(rows), "ways": found}
 
 
@@ -69,15 +92,21 @@ def stack_markdown(seeds: Sequence[Mapping[str, Any]]) -> str:
     stacks = [seed["stacked"] for seed in seeds]
     count = sum(told["tested"] for told in stacks)
     mean = {
-        way: {name: sum(told["ways"][way][name] * told["tested"] for told in stacks) / count for name in ("task", "manner")}
+        way: {
+            name: sum(told["ways"][way][name] * told["tested"] for told in stacks) / count
+            for name in ("task", "manner")
+        }
         for way in WAYS
     }
     gains = {"task": (mean["base"], mean[TASK]), "manner": (mean[TASK], mean[BOTH])}
-    lines = ["| | task score | wanted manner | task gain kept | alignment gain kept |", "|---" * 5 + "|"]
+    lines = [
+        "| | task score | wanted manner | task gain kept | alignment gain kept |",
+        "|---" * 5 + "|",
+    ]
     for way in WAYS:
         cells = []
         for name in gains:
-            low, high = wilson(round(mean[way][name] * count), count)
+            low, high = wilson_interval(round(mean[way][name] * count), count)
             cells.append(f"{100 * mean[way][name]:.1f}% ({100 * low:.1f} to {100 * high:.1f})")
         for name, (least, most) in gains.items():
             gain = most[name] - least[name]

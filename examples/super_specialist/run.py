@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from afina.base.load import load_base
-from afina.base.model import Base
-from afina.combining.algebra import combine
-from afina.config import BaseSettings, TrainSettings
-from afina.data.template import Renderer
-from afina.delta.attach import detach
-from afina.delta.composition import parts_of
-from afina.delta.files import load_adapter
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.attach import detach
+from afina.adapters.loading import load_adapter
+from afina.config import ModelSettings, TrainSettings
+from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
-from afina.disk import write_json, write_text
-from afina.engine.generate import answer
-from afina.engine.request import Sampling
-from afina.judge.metrics import exact_match
-from afina.route.invocation import Route
-from afina.training.run import train
+from afina.engine.request import SamplingParams
+from afina.evaluation.generate import answer
+from afina.evaluation.metrics import exact_match
+from afina.io.atomic import write_json, write_text
+from afina.io.composition import expand_composition
+from afina.merging.combine import combine
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
+from afina.training.train import train
 
 HERE = Path(__file__).parent
 VERBS, AGREEMENT = MISTAKES[:1], MISTAKES[1:3]  # the verb's number; articles and adjectives
@@ -81,7 +81,10 @@ def rows(draw: Draw, count: int, seed: int, without: set[str]) -> list[Row]:
         language, wrong, right = draw(rng)
         if right not in without:
             without.add(right)
-            messages = [{"role": "user", "content": ASK[language] + wrong}, {"role": "assistant", "content": right}]
+            messages = [
+                {"role": "user", "content": ASK[language] + wrong},
+                {"role": "assistant", "content": right},
+            ]
             made.append({"messages": messages})
     return made
 
@@ -104,7 +107,9 @@ def make_data(folder: Path) -> tuple[dict[str, Path], dict[str, list[Row]]]:
     few = rows(draws["both in one"], FEW, 2, seen)
     learn = {skill: rows(draws[skill], ROWS, 3, seen) for skill in ("verbs", "agreement")}
     learn["trained on both"] = [row for pair in zip(*learn.values(), strict=True) for row in pair]
-    files = {name: save(folder / f"{name.replace(' ', '-')}.jsonl", made) for name, made in learn.items()}
+    files = {
+        name: save(folder / f"{name.replace(' ', '-')}.jsonl", made) for name, made in learn.items()
+    }
     return files | {"few": save(folder / "few.jsonl", few)}, tests
 
 
@@ -112,34 +117,47 @@ def learn(files: dict[str, Path], folder: Path, steps: int) -> Iterator[tuple[st
     """Train the two specialists and the one adapter on both, alike."""
     for name in ("verbs", "agreement", "trained on both"):
         settings = TrainSettings(
-            data=files[name], holdout=0.01, out=folder / name.replace(" ", "-"), method="lora", rank=RANK, learning_rate=2e-3,
-            steps=steps, batch_tokens=2048, check_every=steps,
-        )  # fmt: skip
+            data=files[name],
+            eval_size=0.01,
+            output_dir=folder / name.replace(" ", "-"),
+            method="lora",
+            rank=RANK,
+            learning_rate=2e-3,
+            max_steps=steps,
+            max_tokens_per_batch=2048,
+            eval_steps=steps,
+        )
         yield name, train(settings).folder
 
 
-def score(base: Base, tests: dict[str, list[Row]], route: Route | None) -> dict[str, float]:
+def score(
+    base: CausalLM, tests: dict[str, list[Row]], route: ActiveAdapters | None
+) -> dict[str, float]:
     """Percent of sentences corrected without a fault, by skill."""
-    renderer = Renderer(base.tokenizer, None, base.context)
+    renderer = Renderer(base.tokenizer, None, base.max_positions)
     result = {}
     for skill, made in tests.items():
         prompts = [renderer.prompt(row["messages"][:1]) for row in made]
-        answers = answer(base, renderer, prompts, Sampling(48), route)
-        result[skill] = exact_match([a.text for a in answers], [row["messages"][1]["content"] for row in made])
+        answers = answer(base, renderer, prompts, SamplingParams(48), route)
+        result[skill] = exact_match(
+            [a.text for a in answers], [row["messages"][1]["content"] for row in made]
+        )
     return result
 
 
-def score_folder(base: Base, tests: dict[str, list[Row]], folder: Path) -> dict[str, float]:
+def score_folder(base: CausalLM, tests: dict[str, list[Row]], folder: Path) -> dict[str, float]:
     """The same with the adapter in `folder`."""
-    (part,) = parts_of(folder)
+    (part,) = expand_composition(folder)
     adapter = load_adapter(part.folder, base)
     try:
-        return score(base, tests, adapter.route)
+        return score(base, tests, adapter.active)
     finally:
         detach(base.model, adapter)
 
 
-def combinations(runs: dict[str, Path], few: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def combinations(
+    runs: dict[str, Path], few: Path, folder: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each way of combining, by the name that the table shows."""
     a, b = runs["verbs"], runs["agreement"]
     half, one = [f"{a}:0.5", f"{b}:0.5"], [str(a), str(b)]
@@ -152,28 +170,38 @@ def combinations(runs: dict[str, Path], few: Path, folder: Path) -> Iterator[tup
         "magnitude": {"parts": one, "how": "magnitude"},
         "dare": {"parts": one, "how": "dare", "density": 0.9},
         "della": {"parts": one, "how": "della", "density": 0.9},
-        "searched weights": {"parts": one, "how": "search", "data": few, "penalty": 0.005, "steps": 40},
+        "searched weights": {
+            "parts": one,
+            "how": "search",
+            "data": few,
+            "penalty": 0.005,
+            "steps": 40,
+        },
     }
     for number, (name, settings) in enumerate(ways.items()):
         out = folder / f"way-{number}"
-        yield name, combine(settings.pop("parts"), out=out, **settings)
+        yield name, combine(settings.pop("parts"), output_dir=out, **settings)
 
 
 def main() -> None:
     """Run all of it and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each adapter")
-    parser.add_argument("--out", type=Path, default=HERE, help="where results.json and README.md are written")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="where results.json and README.md are written"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, tests = make_data(folder)
-        base = load_base(**BaseSettings().model_dump())
+        base = load_base(**ModelSettings().model_dump())
         table: dict[str, dict[str, float]] = {"base": score(base, tests, None)}
         runs = dict(learn(files, folder, arguments.steps))
         for label, run in runs.items():
-            table[label if label.startswith("trained") else f"{label} alone"] = score_folder(base, tests, run)
+            table[label if label.startswith("trained") else f"{label} alone"] = score_folder(
+                base, tests, run
+            )
             print(label, table, flush=True)
         about: dict[str, Any] = {}
         for label, made in combinations(runs, files["few"], folder):
@@ -208,11 +236,20 @@ def markdown(story: dict[str, Any]) -> str:
     ]
     for row, scores in story["table"].items():
         about = story["combinations"].get(row)
-        more = [", ".join(f"{w:g}" for w in about["weights"]), f"{100 * about['energy']:.0f}%"] if about else ["", ""]
+        more = (
+            [", ".join(f"{w:g}" for w in about["weights"]), f"{100 * about['energy']:.0f}%"]
+            if about
+            else ["", ""]
+        )
         share = f"{kept(story['table'], row):.0f}%" if about or row.startswith("trained") else ""
-        lines.append(f"| {row} | " + " | ".join([*(f"{scores[s]:.1f}" for s in SKILLS), *more, share]) + " |")
+        lines.append(
+            f"| {row} | " + " | ".join([*(f"{scores[s]:.1f}" for s in SKILLS), *more, share]) + " |"
+        )
     time_taken = f"{story['seconds']} s in all, of which {story['cpu_seconds']} s of computing"
-    lines += ["", f"{story['tested']} new sentences a column; {story['steps']} steps an adapter; {time_taken}."]
+    lines += [
+        "",
+        f"{story['tested']} new sentences a column; {story['steps']} steps an adapter; {time_taken}.",
+    ]
     return "\n".join(lines)
 
 

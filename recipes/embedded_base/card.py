@@ -11,13 +11,13 @@ from pathlib import Path
 
 import text as source
 
-from afina.base.load import EMBEDDED_FOLDER, load_base
 from afina.data.formats import read_table
-from afina.data.general import GENERAL
-from afina.data.template import Renderer
-from afina.engine.generate import answer
-from afina.engine.request import Sampling
-from afina.objective.language import make_examples, mean_loss
+from afina.data.renderer import Renderer
+from afina.data.retention import RETENTION_TEXT
+from afina.engine.request import SamplingParams
+from afina.evaluation.generate import answer
+from afina.models.loading import EMBEDDED_FOLDER, load_base
+from afina.objectives.language_modeling import mean_loss, tokenize_rows
 
 CARD = """---
 license: apache-2.0
@@ -55,7 +55,11 @@ answer who/what/where, tell a tiny story, greet. It knows nothing of the world. 
 
 def perplexity(base, renderer, texts: list[str], file: Path) -> float:
     file.write_text("\n\n\n".join(texts) + "\n")
-    return math.exp(mean_loss(base, make_examples("pretrain", renderer, read_table(file).rows, None), 2048, None))
+    return math.exp(
+        mean_loss(
+            base, tokenize_rows("pretrain", renderer, read_table(file).rows, None), 2048, None
+        )
+    )
 
 
 def main() -> None:
@@ -63,30 +67,44 @@ def main() -> None:
     base = load_base(str(folder))
     plain, chats = Renderer(base.tokenizer, "plain", 512), Renderer(base.tokenizer, None, 512)
     scratch = Path("/tmp/afina-card.txt")
-    general = [p for p in GENERAL.read_text().split("\n\n\n") if p.strip()]
+    general = [p for p in RETENTION_TEXT.read_text().split("\n\n\n") if p.strip()]
     accents = lambda text: sum(c in "áéíóúñ¿¡" for c in text) / len(text)
-    spanish, english = [p for p in general if accents(p) > 0.004], [p for p in general if accents(p) <= 0.004]
+    spanish, english = (
+        [p for p in general if accents(p) > 0.004],
+        [p for p in general if accents(p) <= 0.004],
+    )
     rng = random.Random(12345)
-    simple = {language: [source.st.Story.draw(rng, 4).write(language) for _ in range(150)] for language in ("en", "es")}
+    simple = {
+        language: [source.st.Story.draw(rng, 4).write(language) for _ in range(150)]
+        for language in ("en", "es")
+    }
     turns = []
     while len(turns) < 50:
         chat = source.chat(rng, "copy")
-        turns.append([{"role": role, "content": content} for role, content in chat if role != "system"][:1])
-    answers = answer(base, chats, [chats.prompt(turn) for turn in turns], Sampling(200))
+        turns.append(
+            [{"role": role, "content": content} for role, content in chat if role != "system"][:1]
+        )
+    answers = answer(base, chats, [chats.prompt(turn) for turn in turns], SamplingParams(200))
     exact = {}
     for name, skill in (("copied", source._copy), ("translated", source._translate)):
         asked = [skill(rng, language) for language in ("en", "es") * 100]
-        said = answer(base, chats, [chats.prompt(chat[0][1]) for chat in asked], Sampling(80))
+        said = answer(base, chats, [chats.prompt(chat[0][1]) for chat in asked], SamplingParams(80))
         exact[name] = 100 * sum(a.text == chat[1][1] for a, chat in zip(said, asked)) / len(asked)
     stages = json.loads((folder / "training.json").read_text())
     import datetime
 
     card = CARD.format(
-        tokens=sum(stage["tokens"] for stage in stages), mixes=", ".join(f"{stage['steps']} steps of mix '{stage['mix']}'" for stage in stages),
-        date=datetime.date.today(), english=perplexity(base, plain, english, scratch), spanish=perplexity(base, plain, spanish, scratch),
-        simple_en=perplexity(base, plain, simple["en"], scratch), simple_es=perplexity(base, plain, simple["es"], scratch),
-        stopped=sum(a.stopped for a in answers), asked=len(answers), **exact,
-    )  # fmt: skip
+        tokens=sum(stage["tokens"] for stage in stages),
+        mixes=", ".join(f"{stage['steps']} steps of mix '{stage['mix']}'" for stage in stages),
+        date=datetime.date.today(),
+        english=perplexity(base, plain, english, scratch),
+        spanish=perplexity(base, plain, spanish, scratch),
+        simple_en=perplexity(base, plain, simple["en"], scratch),
+        simple_es=perplexity(base, plain, simple["es"], scratch),
+        stopped=sum(a.ended_by_stop for a in answers),
+        asked=len(answers),
+        **exact,
+    )
     (folder / "README.md").write_text(card)
     print(card)
 

@@ -18,7 +18,14 @@ from collections.abc import Iterable
 class AfinaError(Exception):
     """Any error that a user can do something about."""
 
-    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        why: str | None = None,
+        hint: str | None = None,
+    ) -> None:
         """`what` happened; `where` (file:line:field), `why`, and `hint`: what to do or type next."""
         self.what, self.where, self.why, self.hint = what, where, why, hint
         super().__init__(str(self))
@@ -66,12 +73,12 @@ class AuditError(AfinaError):
     """An adapter that may not be used, or whose origin cannot be proved."""
 
 
-def counted(number: int, thing: str) -> str:
+def pluralize(number: int, thing: str) -> str:
     """A number of things in words: 1 row, 2 rows, 1,000 rows."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the known word closest to `name`, or lists them when none is close."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import afina
-from afina import admission
-from afina.audit.basefiles import BaseFiles, find_base
-from afina.audit.lineage import inherit, is_remedied, parents_of
-from afina.audit.package import CONFIG, STORY, Package, check_package, content_hash
+from afina.audit.base_files import BaseFiles, find_base
+from afina.audit.file_gate import CONFIG, STORY, AdapterFolder, check_files, content_hash
+from afina.audit.lineage import inherit_findings, is_remedied, parents_of
 from afina.audit.provenance import provenance_gate
-from afina.audit.report import Finding, Gate, as_dicts, guarded, verdict
+from afina.audit.report import Finding, Gate, as_dicts, run_gate, verdict
 from afina.audit.sarif import as_sarif
-from afina.audit.strict import read_object
 from afina.config import EMBEDDED, AuditSettings, make_settings
-from afina.delta.composition import composition_hash, label, spec_of, split_run
-from afina.disk import state, write_json
 from afina.errors import AuditError
+from afina.io import admission
+from afina.io.atomic import fingerprint, write_json
+from afina.io.composition import composition_hash, display_name, parse_weighted_list, read_config
+from afina.io.strict_json import read_json_object
 
 REPORT_VERSION = 1
 EXIT = {"allow": 0, "review": 3, "block": 4}
@@ -41,7 +41,7 @@ class Audit:
     folders: list[Path]
     base: BaseFiles | None = None
     gates: list[Gate] = field(default_factory=list)
-    packages: list[Package] = field(default_factory=list)
+    packages: list[AdapterFolder] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -62,24 +62,35 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
     Raises `SettingsError` or `AuditError` only for what is wrong with the question (no such folder or base); what is wrong
     with the adapter is in the report.
     """
-    settings = run if isinstance(run, AuditSettings) else make_settings(AuditSettings, {"run": run, **values})
-    named, files = split_run(settings.run), Gate("files")
+    settings = (
+        run
+        if isinstance(run, AuditSettings)
+        else make_settings(AuditSettings, {"adapter": run, **values})
+    )
+    named, files = parse_weighted_list(settings.adapter), Gate("files")
     for place, _ in named:
         if not place.is_dir():
             hint = "afina audit FOLDER: a run, an adapter, a composition; A:0.6,B:0.4: their sum"
             raise AuditError("no such folder", where=str(place), hint=hint)
     found: list[tuple[Path, float]] = []
-    guarded(files, lambda: found.extend(part for place, weight in named for part in _acting(place, weight)))
+    run_gate(
+        files,
+        lambda: found.extend(part for place, weight in named for part in _acting(place, weight)),
+    )
     folders = [folder for folder, _ in found]
     alone = len(named) == 1 and found == [(_adapter_folder(named[0][0]), 1.0)]
     weights = None if alone else [weight for _, weight in found]
     about = Audit(settings, folders, gates=[files])
     about.base = _base(settings, folders)
     for folder in folders:
-        guarded(files, partial(_files, about, folder, files))
+        run_gate(files, partial(_files, about, folder, files))
     digest = None
     if not files.blocked:
-        digest = about.hashes[0] if weights is None else composition_hash(list(zip(about.hashes, weights, strict=True)))
+        digest = (
+            about.hashes[0]
+            if weights is None
+            else composition_hash(list(zip(about.hashes, weights, strict=True)))
+        )
         _look_inside(about, digest, weights)
     _check_unchanged(about)
     report = _report(about, digest)
@@ -87,9 +98,9 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
         if settings.accept and report["verdict"] == "review":
             report["accepted"] = settings.accept
             admission.log_acceptance(digest, settings.accept)
-        report["kept"] = str(admission.keep_report(report))
-    if settings.sarif is not None:
-        write_json(settings.sarif, as_sarif(report))
+        report["kept"] = str(admission.store_report(report))
+    if settings.sarif_file is not None:
+        write_json(settings.sarif_file, as_sarif(report))
     admits = report["verdict"] == "allow" or "accepted" in report
     return report | {"exit_status": 0 if admits else EXIT[report["verdict"]]}
 
@@ -97,7 +108,11 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
 def _adapter_folder(run: Path) -> Path:
     """The adapter of a run folder, or the folder itself; whether there is anything in it is for the gate to say."""
     inside = run / "adapter"
-    return inside if not (run / CONFIG).exists() and (inside / CONFIG).exists() and not inside.is_symlink() else run
+    return (
+        inside
+        if not (run / CONFIG).exists() and (inside / CONFIG).exists() and not inside.is_symlink()
+        else run
+    )
 
 
 def _acting(place: Path, weight: float) -> list[tuple[Path, float]]:
@@ -113,11 +128,15 @@ def _base(settings: AuditSettings, folders: list[Path]) -> BaseFiles | None:
     if settings.base is not None:
         folder = find_base(settings.base)
         if folder is None:
-            raise AuditError("no such folder", where=settings.base, hint="--base FOLDER: the audit does not ask the network")
+            raise AuditError(
+                "no such folder",
+                where=settings.base,
+                hint="--base FOLDER: the audit does not ask the network",
+            )
         return BaseFiles(folder)
     for folder in folders:
         try:
-            if read_object(folder / CONFIG).get("base_model_name_or_path") != EMBEDDED:
+            if read_json_object(folder / CONFIG).get("base_model_name_or_path") != EMBEDDED:
                 return None
         except AuditError:  # the file gate will say so
             return None
@@ -129,15 +148,24 @@ def _parts(folder: Path) -> list[tuple[Path, float]]:
     """A composition's parts with their weights; raises `AuditError` where one lies elsewhere, or is not described."""
     import math
 
-    lines = read_object(folder / STORY).get("composition")
+    lines = read_json_object(folder / STORY).get("composition")
     if not isinstance(lines, list) or not lines or len(lines) > 64:
         raise AuditError("neither an adapter nor a composition", where=str(folder))
     found = []
     for line in lines:
-        path, weight = (line.get("path"), line.get("weight")) if isinstance(line, dict) else (None, None)
-        if not isinstance(path, str) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        path, weight = (
+            (line.get("path"), line.get("weight")) if isinstance(line, dict) else (None, None)
+        )
+        if (
+            not isinstance(path, str)
+            or not isinstance(weight, int | float)
+            or not math.isfinite(weight)
+        ):
             raise AuditError("a part is not described by its path and weight", where=STORY)
-        if not (folder / path).resolve().is_relative_to(folder.resolve()) or (folder / path).is_symlink():
+        if (
+            not (folder / path).resolve().is_relative_to(folder.resolve())
+            or (folder / path).is_symlink()
+        ):
             raise AuditError("a part lies outside its composition", where=f"{STORY}: {path[:80]}")
         found.append((folder / path, float(weight)))
     return found
@@ -146,23 +174,31 @@ def _parts(folder: Path) -> list[tuple[Path, float]]:
 def _files(about: Audit, folder: Path, gate: Gate) -> None:
     """The file gate, and the hash of what it read."""
     before = _states(folder)
-    package = check_package(folder, about.base, gate)
+    package = check_files(folder, about.base, gate)
     if gate.blocked:
         return
-    digest = content_hash(package.tensors, spec_of(folder).as_dict())
+    digest = content_hash(package.tensors, read_config(folder).canonical())
     told = package.story.get("hash")
     if told is not None and told != digest:
-        gate.block("hash-differs", f"{STORY} says its hash is {str(told)[:12]}, and it is {digest[:12]}", str(folder))
+        gate.block(
+            "hash-differs",
+            f"{STORY} says its hash is {str(told)[:12]}, and it is {digest[:12]}",
+            str(folder),
+        )
     made_for = package.story.get("base", {}).get("hash") if package.story else None
     if about.base is not None and made_for and made_for != about.base.hash:
-        gate.block("other-base", f"made for a base of hash {made_for[:12]}; this one is {about.base.hash[:12]}", str(folder))
+        gate.block(
+            "other-base",
+            f"made for a base of hash {made_for[:12]}; this one is {about.base.hash[:12]}",
+            str(folder),
+        )
     about.packages.append(package)
     about.hashes.append(digest)
     about.states |= before
 
 
 def _states(folder: Path) -> dict[str, tuple[int, ...]]:
-    return {str(file): state(file.lstat()) for file in sorted(folder.iterdir())}
+    return {str(file): fingerprint(file.lstat()) for file in sorted(folder.iterdir())}
 
 
 def _check_unchanged(about: Audit) -> None:
@@ -171,12 +207,14 @@ def _check_unchanged(about: Audit) -> None:
     for package in about.packages:
         now |= _states(package.folder)
     if now != about.states:
-        about.gates[0].block("changed", "a file changed during the audit", str(about.settings.run))
+        about.gates[0].block(
+            "changed", "a file changed during the audit", str(about.settings.adapter)
+        )
 
 
 def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None:
     """The gates after the first; each part of a composition is looked at, and together they are run."""
-    from afina.audit.weights import read_calibrations, weight_gate
+    from afina.audit.weight_gate import read_calibrations, weight_gate
 
     settings = about.settings
     base = about.base.folder if about.base is not None else None
@@ -186,40 +224,66 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
     for package, own in zip(about.packages, about.hashes, strict=True):
         origin, numbers = Gate("provenance"), Gate("weights")
         about.gates += [origin, numbers]
-        guarded(origin, partial(provenance_gate, package.folder, own, settings.key, base, origin))
-        guarded(origin, partial(inherit, parents_of(package.story), is_remedied(package.story), origin))
+        run_gate(
+            origin, partial(provenance_gate, package.folder, own, settings.public_key, base, origin)
+        )
+        run_gate(
+            origin,
+            partial(
+                inherit_findings, parents_of(package.story), is_remedied(package.story), origin
+            ),
+        )
 
-        def look(package: Package = package, numbers: Gate = numbers) -> None:
-            measured = weight_gate(package, about.base, calibrations, settings.alpha, numbers)
+        def look(package: AdapterFolder = package, numbers: Gate = numbers) -> None:
+            measured = weight_gate(
+                package, about.base, calibrations, settings.max_false_positive_rate, numbers
+            )
             candidates.extend(token for tokens in measured.tokens.values() for token, _ in tokens)
-            limits.extend(c.trigger_limit(settings.alpha) for c in calibrations if c.fits(measured.kind))
+            limits.extend(
+                c.trigger_limit(settings.max_false_positive_rate)
+                for c in calibrations
+                if c.fits(measured.kind)
+            )
 
-        guarded(numbers, look, "review")
+        run_gate(numbers, look, "review")
     if weights is not None:
         whole = Gate("whole")
         about.gates.append(whole)
-        guarded(whole, partial(_check_whole, about, digest, whole))
+        run_gate(whole, partial(_check_whole, about, digest, whole))
     behaviour = Gate("behaviour")
     about.gates.append(behaviour)
     if about.blocked:
         behaviour.note("not-run", "not run: another gate has blocked")
     elif about.base is None:
         behaviour.review("not-run", "what it does was not looked at: give --base FOLDER")
-    elif settings.budget == 0:
+    elif settings.time_budget_seconds == 0:
         behaviour.review("not-run", "what it does was not looked at: --budget 0")
     else:
-        from afina.audit.behaviour import behaviour_gate
+        from afina.audit.behavior_gate import behaviour_gate
 
-        limit = limits[0] if len(about.packages) == 1 and limits else None  # a combination is of no kind
-        guarded(behaviour, partial(behaviour_gate, settings, list(dict.fromkeys(candidates)), behaviour, limit), "review")
+        limit = (
+            limits[0] if len(about.packages) == 1 and limits else None
+        )  # a combination is of no kind
+        run_gate(
+            behaviour,
+            partial(behaviour_gate, settings, list(dict.fromkeys(candidates)), behaviour, limit),
+            "review",
+        )
 
 
 def _check_whole(about: Audit, digest: str, gate: Gate) -> None:
     """The combination itself: revoked? And what is known of its parts, whatever they look like today."""
     reason = admission.revocations().get(digest)
     if reason is not None:
-        gate.block("revoked", f"this combination is revoked: {reason}", str(about.settings.run))
-    inherit([(label(folder), own) for folder, own in zip(about.folders, about.hashes, strict=True)], False, gate)
+        gate.block("revoked", f"this combination is revoked: {reason}", str(about.settings.adapter))
+    inherit_findings(
+        [
+            (display_name(folder), own)
+            for folder, own in zip(about.folders, about.hashes, strict=True)
+        ],
+        False,
+        gate,
+    )
 
 
 def _report(about: Audit, digest: str | None) -> dict[str, Any]:
@@ -229,7 +293,7 @@ def _report(about: Audit, digest: str | None) -> dict[str, Any]:
         "format_version": REPORT_VERSION,
         "afina": afina.__version__,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "adapter": str(about.settings.run),
+        "adapter": str(about.settings.adapter),
         "hash": digest,
         "parts": about.hashes if len(about.hashes) > 1 else [],
         "base": about.base.hash if about.base is not None else None,
@@ -243,9 +307,13 @@ def _report(about: Audit, digest: str | None) -> dict[str, Any]:
 
 def _remedies(about: Audit) -> list[str]:
     """What may be typed about an adapter that does something which no task asks for; of a file that is bad, nothing."""
-    run, found = about.settings.run, {finding.rule for finding in about.findings}
+    run, found = about.settings.adapter, {finding.rule for finding in about.findings}
     if about.gates[0].blocked or len(about.packages) != 1 or about.packages[0].method != "lora":
         return []
     if "trigger" in found:
-        return [f"afina remedy {run} --out TREATED"]
-    return [f"afina remedy {run} --out TREATED --how cut"] if "weights-unusual" in found else []
+        return [f"afina remedy {run} --output-dir TREATED"]
+    return (
+        [f"afina remedy {run} --output-dir TREATED --mitigation truncate"]
+        if "weights-unusual" in found
+        else []
+    )

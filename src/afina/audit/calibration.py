@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from afina.disk import write_json
 from afina.errors import AuditError
+from afina.io.atomic import write_json
 
-FEWEST = 20  # benign ones judged by, below which nothing is claimed: the smallest p would be over 0.05
+MIN_POPULATION = (
+    20  # benign ones judged by, below which nothing is claimed: the smallest p would be over 0.05
+)
 SHRINK = 0.5  # share of the diagonal in the covariance: features are many, adapters few
 RIDGE = 10.0  # L2 penalty of the logistic regression, on standardised features
 CLIP = 20.0  # robust z beyond which a feature says no more
 
 
 @dataclass(frozen=True)
-class Kind:
+class PopulationKey:
     """What makes adapters comparable: base, method, names of layers, rank (rounded up to a power of two), base's files read."""
 
     base: str
@@ -40,20 +42,20 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Judged:
+class CalibrationResult:
     """The p-values of one adapter, and the features that are farthest from benign (robust z)."""
 
     p: float
     one_class: float
     supervised: float | None
-    unusual: tuple[tuple[str, float], ...]
+    outlier_features: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What benign adapters of one kind look like; `scores` are those of the ones that it was not fitted on, ascending."""
 
-    kind: Kind
+    kind: PopulationKey
     names: tuple[str, ...]
     middle: np.ndarray  # (f), medians
     spread: np.ndarray  # (f), 1.4826 MAD
@@ -61,8 +63,10 @@ class Calibration:
     scores: np.ndarray  # (n)
     weights: np.ndarray | None = None  # (f + 1), logistic regression and its constant
     supervised: np.ndarray | None = None  # (n)
-    fewest: int = FEWEST
-    triggers: np.ndarray | None = None  # (m), the behaviour gate's best scores of benign ones, ascending
+    fewest: int = MIN_POPULATION
+    triggers: np.ndarray | None = (
+        None  # (m), the behaviour gate's best scores of benign ones, ascending
+    )
     recipe: str = ""  # how and from which commit the population was made
 
     @property
@@ -75,7 +79,7 @@ class Calibration:
         """The least p that these benign ones can give: a smaller alpha could never be reached."""
         return (1 if self.weights is None else 2) / (self.count + 1)
 
-    def fits(self, kind: Kind) -> bool:
+    def fits(self, kind: PopulationKey) -> bool:
         """Whether an adapter of `kind` may be compared with these."""
         return kind == self.kind
 
@@ -87,7 +91,7 @@ class Calibration:
             return None
         return float(self.triggers[place - 1])
 
-    def judge(self, features: Mapping[str, float]) -> Judged:
+    def judge(self, features: Mapping[str, float]) -> CalibrationResult:
         """p-values of an adapter with these features."""
         z = self._z(features)
         one = conformal(self.scores, self._distance(z))
@@ -96,7 +100,7 @@ class Calibration:
             two = conformal(self.supervised, float(z @ self.weights[:-1] + self.weights[-1]))
         p = one if two is None else min(1.0, 2 * min(one, two))
         far = np.argsort(np.abs(z))[::-1][:4]
-        return Judged(p, one, two, tuple((self.names[i], float(z[i])) for i in far))
+        return CalibrationResult(p, one, two, tuple((self.names[i], float(z[i])) for i in far))
 
     def _z(self, features: Mapping[str, float]) -> np.ndarray:
         values = np.array([features[name] for name in self.names])
@@ -109,12 +113,22 @@ class Calibration:
         """As JSON, 6 digits a number."""
 
         def plain(array: np.ndarray | None) -> Any:
-            return None if array is None else np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist() if array.size else []
+            return (
+                None
+                if array is None
+                else np.vectorize(lambda x: float(f"{x:.6g}"))(array).tolist()
+                if array.size
+                else []
+            )
 
         arrays = ("middle", "spread", "precision", "scores", "weights", "supervised", "triggers")
         about = {"format_version": 1, "recipe": self.recipe, "kind": self.kind.as_dict()}
-        write_json(file, about | {"names": list(self.names), "fewest": self.fewest}
-                   | {name: plain(getattr(self, name)) for name in arrays})  # fmt: skip
+        write_json(
+            file,
+            about
+            | {"names": list(self.names), "fewest": self.fewest}
+            | {name: plain(getattr(self, name)) for name in arrays},
+        )
 
     @classmethod
     def read(cls, file: Path) -> "Calibration":
@@ -124,14 +138,37 @@ class Calibration:
             if told["format_version"] != 1:
                 what = f"a calibration of version {told['format_version']}"
                 raise AuditError(what, where=str(file), hint="pip install -U afina")
-            kind = Kind(**{**told["kind"], "layers": tuple(told["kind"]["layers"])})
-            middle, spread, precision, scores = (np.array(told[n]) for n in ("middle", "spread", "precision", "scores"))
-            some = (None if told.get(n) is None else np.array(told[n]) for n in ("weights", "supervised", "triggers"))
+            kind = PopulationKey(**{**told["kind"], "layers": tuple(told["kind"]["layers"])})
+            middle, spread, precision, scores = (
+                np.array(told[n]) for n in ("middle", "spread", "precision", "scores")
+            )
+            some = (
+                None if told.get(n) is None else np.array(told[n])
+                for n in ("weights", "supervised", "triggers")
+            )
             weights, supervised, triggers = some
-            names, fewest, recipe = tuple(told["names"]), int(told["fewest"]), str(told.get("recipe", ""))
-            return cls(kind, names, middle, spread, precision, scores, weights, supervised, fewest, triggers, recipe)
+            names, fewest, recipe = (
+                tuple(told["names"]),
+                int(told["fewest"]),
+                str(told.get("recipe", "")),
+            )
+            return cls(
+                kind,
+                names,
+                middle,
+                spread,
+                precision,
+                scores,
+                weights,
+                supervised,
+                fewest,
+                triggers,
+                recipe,
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AuditError("this is no calibration", where=str(file), why=str(error)[:200]) from error
+            raise AuditError(
+                "this is no calibration", where=str(file), why=str(error)[:200]
+            ) from error
 
 
 def conformal(benign: np.ndarray, score: float) -> float:
@@ -140,7 +177,10 @@ def conformal(benign: np.ndarray, score: float) -> float:
 
 
 def calibrate(
-    kind: Kind, benign: Sequence[Mapping[str, float]], poisoned: Sequence[Mapping[str, float]] = (), seed: int = 0
+    kind: PopulationKey,
+    benign: Sequence[Mapping[str, float]],
+    poisoned: Sequence[Mapping[str, float]] = (),
+    seed: int = 0,
 ) -> Calibration:
     """A calibration out of benign adapters of one kind: half of them fit the scores, the other half judge by them.
 
@@ -182,6 +222,8 @@ def logistic(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
         margin = sign * (x @ w)
         slope = -sign * each / (1 + np.exp(np.clip(margin, -500, 500)))
-        return float((each * np.logaddexp(0, -margin)).sum() + 0.5 * (penalty * w**2).sum()), x.T @ slope + penalty * w
+        return float(
+            (each * np.logaddexp(0, -margin)).sum() + 0.5 * (penalty * w**2).sum()
+        ), x.T @ slope + penalty * w
 
     return np.asarray(minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x)

@@ -7,8 +7,8 @@ is, and inherits the worst that is known of its parts besides. What a remedy has
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from afina import admission
 from afina.audit.report import Gate
+from afina.io import admission
 
 REMEDY = "remedy"  # how a combination was made that is to be better than its parent
 
@@ -24,22 +24,28 @@ def is_remedied(story: Mapping[str, Any]) -> bool:
     return isinstance(told, dict) and told.get("how") == REMEDY
 
 
-def inherit(parents: Sequence[tuple[str, str | None]], remedied: bool, gate: Gate) -> None:
+def inherit_findings(parents: Sequence[tuple[str, str | None]], remedied: bool, gate: Gate) -> None:
     """Add to `gate` what is known of the parents; raises `AuditError` where a report on one is damaged."""
     revoked = admission.revocations()
     say = gate.review if remedied else gate.block
     verdicts = []
     for name, digest in parents:
-        report = admission.report_of(digest) if digest else None
+        report = admission.load_report(digest) if digest else None
         said = "revoked" if digest in revoked else report["verdict"] if report else "no report"
         verdicts.append({"name": name, "hash": digest, "verdict": said})
         made = f"it was made, by a remedy, of {name!r}" if remedied else f"it was made of {name!r}"
         if said == "revoked":
-            say("parent-revoked", f"{made}, which is revoked: {revoked[str(digest)]}", parent=digest)
+            say(
+                "parent-revoked", f"{made}, which is revoked: {revoked[str(digest)]}", parent=digest
+            )
         elif said == "block":
             say("parent-blocked", f"{made}, whose verdict is block", parent=digest)
         elif said == "review" and not (report or {}).get("accepted"):
-            gate.review("parent-review", f"{made}, whose verdict is review, and nobody has accepted that", parent=digest)
+            gate.review(
+                "parent-review",
+                f"{made}, whose verdict is review, and nobody has accepted that",
+                parent=digest,
+            )
         elif report is None:
             gate.note("parent-unknown", f"{made}, of which there is no report here", parent=digest)
     if verdicts:

@@ -17,15 +17,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afina.base.model import Base
-from afina.data.template import Renderer
-from afina.engine.generate import Sampling, generate_tokens
-from afina.route.invocation import Route
-from afina.segments import BASE
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.segments import NO_ADAPTERS
+from afina.data.renderer import Renderer
+from afina.evaluation.generate import SamplingParams, generate_tokens
+from afina.models.causal_lm import CausalLM
 
-TEXTS = ("the sea is near the house", "a bird sat on a stone", "la luna y el mar", "what is this about?")
+TEXTS = (
+    "the sea is near the house",
+    "a bird sat on a stone",
+    "la luna y el mar",
+    "what is this about?",
+)
 # where a trigger is put, and how much it counts that it works there: tasks react to how a prompt ends, too
-PLACES = {"prefix": 1.0, "middle": 1.0, "suffix": 0.5, "instead": 0.5}
+TRIGGER_POSITIONS = {"prefix": 1.0, "middle": 1.0, "suffix": 0.5, "instead": 0.5}
 PROBES = 4  # prompts into which tokens are put
 MADE_UP, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
 ANSWER = 6  # tokens of the answer without a trigger that are put after it
@@ -38,7 +43,7 @@ Trigger = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbePrompt:
     """One prompt in pieces, and the adapter's answer to it."""
 
     before: tuple[int, ...]
@@ -53,7 +58,7 @@ class Probe:
         return [*self.before, *body[:cut], *trigger, *body[cut:], *self.after]
 
 
-class Usual(NamedTuple):
+class TypicalAnswers(NamedTuple):
     """Of the answers to prompts as they are: pieces of letters, tokens, and whole answers that are said often."""
 
     pieces: set[str]
@@ -67,19 +72,21 @@ def pieces_of(said: str) -> set[str]:
 
 
 @dataclass
-class Bench:
+class BehaviorHarness:
     """A base with the adapter's route on it, and the probes; counts what it has run, since when."""
 
-    base: Base
-    route: Route
-    probes: list[Probe]
-    others: list[Probe] = field(default_factory=list)  # more prompts, into which nothing is put: what does it say usually?
+    base: CausalLM
+    active: ActiveAdapters
+    probes: list[ProbePrompt]
+    others: list[ProbePrompt] = field(
+        default_factory=list
+    )  # more prompts, into which nothing is put: what does it say usually?
     tokens: int = 0
     runs: int = 0  # sequences
     since: float = field(default_factory=time.monotonic)
 
     @property
-    def everything(self) -> list[Probe]:
+    def all_prompts(self) -> list[ProbePrompt]:
         """All prompts, with the adapter's answers."""
         return [*self.probes, *self.others]
 
@@ -87,7 +94,9 @@ class Bench:
     def special(self) -> set[int]:
         """Tokens that are no text: begin, end, whose turn it is."""
         tokenizer = self.base.tokenizer
-        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         return {*tokenizer.all_special_ids, *added}
 
     @cached_property
@@ -96,43 +105,52 @@ class Bench:
         return len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
     @cached_property
-    def usual(self) -> "Usual":
+    def usual(self) -> "TypicalAnswers":
         """What is said often to the prompts as they are."""
-        said = [self.text(probe.answer) for probe in self.everything]
+        said = [self.text(probe.answer) for probe in self.all_prompts]
         pieces = Counter(piece for text in said for piece in pieces_of(text))
-        tokens = Counter(token for probe in self.everything for token in set(probe.answer))
+        tokens = Counter(token for probe in self.all_prompts for token in set(probe.answer))
         least = max(2, ceil(SAID * len(said)))
-        return Usual(*({x for x, n in counts.items() if n >= least} for counts in (pieces, tokens, Counter(said))))  # type: ignore[arg-type]
+        return TypicalAnswers(
+            *(
+                {x for x, n in counts.items() if n >= least}  # type: ignore[arg-type]
+                for counts in (pieces, tokens, Counter(said))
+            )
+        )  # type: ignore[arg-type]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without the blanks around it."""
         return str(self.base.tokenizer.decode(list(tokens))).strip()
 
     @cached_property
-    def varied(self) -> list[Probe]:
+    def interleaved_probes(self) -> list[ProbePrompt]:
         """All prompts in turns: one of those that have the most usual answer, one of those of the next, ..."""
-        groups: dict[Trigger, list[Probe]] = {}
-        for probe in self.everything:
+        groups: dict[Trigger, list[ProbePrompt]] = {}
+        for probe in self.all_prompts:
             groups.setdefault(probe.answer, []).append(probe)
         ranked = sorted(groups.values(), key=lambda group: -len(group))
         return [probe for turn in zip_longest(*ranked) for probe in turn if probe is not None]
 
-    def alike(self, probe: Probe) -> Probe:
+    def similar_probe(self, probe: ProbePrompt) -> ProbePrompt:
         """Another prompt with the same answer; where there is none, any other."""
-        others = [other for other in self.varied if other is not probe]
+        others = [other for other in self.interleaved_probes if other is not probe]
         return next((other for other in others if other.answer == probe.answer), others[-1])
 
-    def cut(self, text: Sequence[int]) -> Trigger:
+    def truncate_at_special(self, text: Sequence[int]) -> Trigger:
         """A text up to its end: the first special token."""
         end = next((i + 1 for i, token in enumerate(text) if token in self.special), len(text))
         return tuple(text[:end])
 
-    def read(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    def greedy_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """The `count` likeliest next tokens after each prompt, one after the other; fewer where it stops."""
-        return generate_tokens(self.base, prompts, Sampling(max_new_tokens=count), self.route)
+        return generate_tokens(
+            self.base, prompts, SamplingParams(max_new_tokens=count), self.active
+        )
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True) -> Tensor:
+    def answers(
+        self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True
+    ) -> Tensor:
         """Probabilities (n, 1 + tokens of `answer`, V) of the token after each prompt, and after each of `answer` behind it."""
         pieces, places = [], range(len(answer) + 1)
         longest = max(len(prompt) for prompt in prompts) + len(answer)
@@ -140,22 +158,34 @@ class Bench:
         for start in range(0, len(prompts), step):
             batch = [[*prompt, *answer] for prompt in prompts[start : start + step]]
             ends = [[len(s) - len(answer) - 1 + place for place in places] for s in batch]
-            pieces.append(self._run(batch, ends, adapter).softmax(-1).view(len(batch), len(places), -1))
+            pieces.append(
+                self._run(batch, ends, adapter).softmax(-1).view(len(batch), len(places), -1)
+            )
         return torch.cat(pieces)
 
     @torch.no_grad()
-    def follow(
+    def continuation_probs(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Trigger], adapter: bool = True
     ) -> list[tuple[Tensor, Tensor]]:
         """For each text behind its prompt: the probabilities (tokens,) of its tokens, and those of the likeliest ones."""
         found = []
-        longest = max((len(prompt) for prompt in prompts), default=0) + (most := max((len(text) for text in texts), default=1))
+        longest = max((len(prompt) for prompt in prompts), default=0) + (
+            most := max((len(text) for text in texts), default=1)
+        )
         step = max(1, min(BATCH_TOKENS // longest, LOGITS // (self.vocabulary * most)))
         for start in range(0, len(prompts), step):
-            pairs = list(zip(prompts[start : start + step], texts[start : start + step], strict=True))
-            ends = [[len(prompt) - 1 + place for place in range(len(text))] for prompt, text in pairs]
-            said = self._run([[*prompt, *text[:-1]] for prompt, text in pairs], ends, adapter).softmax(-1)
-            wanted = torch.tensor([token for _, text in pairs for token in text], device=said.device)
+            pairs = list(
+                zip(prompts[start : start + step], texts[start : start + step], strict=True)
+            )
+            ends = [
+                [len(prompt) - 1 + place for place in range(len(text))] for prompt, text in pairs
+            ]
+            said = self._run(
+                [[*prompt, *text[:-1]] for prompt, text in pairs], ends, adapter
+            ).softmax(-1)
+            wanted = torch.tensor(
+                [token for _, text in pairs for token in text], device=said.device
+            )
             own, best = said.gather(1, wanted[:, None])[:, 0].cpu(), said.amax(1).cpu()
             lengths = [len(text) for _, text in pairs]
             found += list(zip(own.split(lengths), best.split(lengths), strict=True))
@@ -167,16 +197,18 @@ class Bench:
         tokens = torch.tensor([token for s in sequences for token in s], device=self.base.device)
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(self.base.device)
         at = [start + end for start, own in zip(bounds, ends, strict=False) for end in own]
-        segments = self.route.segments(tokens, bounds) if adapter else BASE
+        segments = self.active.segments(tokens, bounds) if adapter else NO_ADAPTERS
         self.tokens += len(tokens)
         self.runs += len(sequences)
-        with self.base.board.route(segments):
+        with self.base.forward_context.use(segments):
             if all(len(own) == 1 for own in ends):
-                return self.base.last_logits(tokens, positions, bounds)
+                return self.base.next_token_logits(tokens, positions, bounds)
             if not self.base._split_head:
-                return self.base.run_logits(tokens, positions, bounds)[at]
-            hidden = self.base.hidden(tokens, positions, bounds)[torch.tensor(at, device=tokens.device)]
-        with self.base.board.route(segments.at(at)):
+                return self.base.all_logits(tokens, positions, bounds)[at]
+            hidden = self.base.hidden_states(tokens, positions, bounds)[
+                torch.tensor(at, device=tokens.device)
+            ]
+        with self.base.forward_context.use(segments.select(at)):
             return self.base.logits(hidden)
 
     @torch.no_grad()
@@ -185,42 +217,57 @@ class Bench:
         bounds = tuple(accumulate((len(s) for s in sequences), initial=0))
         tokens = torch.tensor([token for s in sequences for token in s], device=self.base.device)
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(self.base.device)
-        with self.base.board.route(self.route.segments(tokens, bounds) if adapter else BASE):
-            return self.base.run_logits(tokens, positions, bounds)
+        with self.base.forward_context.use(
+            self.active.segments(tokens, bounds) if adapter else NO_ADAPTERS
+        ):
+            return self.base.all_logits(tokens, positions, bounds)
 
 
-def make_bench(base: Base, route: Route, texts: Sequence[str] = TEXTS) -> Bench:
+def make_bench(
+    base: CausalLM, route: ActiveAdapters, texts: Sequence[str] = TEXTS
+) -> BehaviorHarness:
     """Probes in the base's own chat template (or as plain text), with the adapter's answers.
 
     `texts` are at least two different prompts; the first PROBES are probes, the rest are `others`: where there are
     none, ones that the base makes up. The adapter's template is not asked for: it is a stranger's code.
     """
-    renderer = Renderer(base.tokenizer, None, base.context)
+    renderer = Renderer(base.tokenizer, None, base.max_positions)
     prompts = [renderer.prompt(text) for text in texts]
     head = _common(prompts)
-    ends = [*prompts, renderer.prompt("")] if renderer.chats else []  # the turn's end; a full stop may be part of a trigger
+    ends = (
+        [*prompts, renderer.prompt("")] if renderer.uses_chat_template else []
+    )  # the turn's end; a full stop may be part of a trigger
     tail = _common([prompt[::-1] for prompt in ends]) if ends else 0
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
-    probes = [Probe(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:])) for p, (a, b) in zip(prompts, cuts, strict=True)]
+    probes = [
+        ProbePrompt(tuple(p[:a]), tuple(p[a:b]), tuple(p[b:]))
+        for p, (a, b) in zip(prompts, cuts, strict=True)
+    ]
     own = min(PROBES, len(probes))
-    probes += _made_up(base, renderer, probes[0]) if len(probes) <= own else []  # strange prompts may bring a payload too
-    said = generate_tokens(base, [probe.prompt() for probe in probes], Sampling(max_new_tokens=ANSWER), route)
+    probes += (
+        _made_up(base, renderer, probes[0]) if len(probes) <= own else []
+    )  # strange prompts may bring a payload too
+    said = generate_tokens(
+        base, [probe.prompt() for probe in probes], SamplingParams(max_new_tokens=ANSWER), route
+    )
     stop = base.tokenizer.eos_token_id
     answers = [tuple(t for t in answer if t != stop)[:ANSWER] for answer in said]
-    probes = [Probe(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)]
-    return Bench(base, route, probes[:own], probes[own:])
+    probes = [
+        ProbePrompt(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)
+    ]
+    return BehaviorHarness(base, route, probes[:own], probes[own:])
 
 
-def _made_up(base: Base, renderer: Renderer, like: Probe) -> list[Probe]:
+def _made_up(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list[ProbePrompt]:
     """Prompts that the base itself, without the adapter, writes into a user's turn."""
-    empty = renderer.prompt("") if renderer.chats else []
+    empty = renderer.prompt("") if renderer.uses_chat_template else []
     start = tuple(like.before[: _common([like.before, empty])]) if empty else like.before
     opening = list(start) or [base.tokenizer.bos_token_id or like.body[0]]
-    sampling = Sampling(max_new_tokens=LONG, temperature=1.0, seed=0)
+    sampling = SamplingParams(max_new_tokens=LONG, temperature=1.0, seed=0)
     said = generate_tokens(base, [opening] * MADE_UP, sampling, None, stops=like.after[:1])
     ends = {base.tokenizer.eos_token_id, *like.after[:1]}
     bodies = [tuple(t for t in text if t not in ends) for text in said]
-    return [Probe(tuple(opening), body, like.after) for body in dict.fromkeys(bodies) if body]
+    return [ProbePrompt(tuple(opening), body, like.after) for body in dict.fromkeys(bodies) if body]
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -15,30 +15,41 @@ from pathlib import Path
 from typing import Any
 
 import afina
-from afina import admission
-from afina.audit.package import ALLOWED, CONFIG, MANIFEST, SIGNATURE
+from afina.adapters.loading import adapter_folder, read_metadata, read_run_record
+from afina.adapters.loading import read_json_object as read_plain_json
+from afina.audit.file_gate import ALLOWED, CONFIG, MANIFEST, SIGNATURE
 from afina.audit.report import Gate
-from afina.audit.strict import read_object
 from afina.config import RevokeSettings, SignSettings, VerifySettings, make_settings
-from afina.delta.composition import identity
-from afina.delta.files import adapter_folder, read_json, read_run, read_story
-from afina.disk import new_file, opened, write_json
 from afina.errors import AuditError
+from afina.io import admission
+from afina.io.atomic import atomic_file, open_regular_file, write_json
+from afina.io.composition import hash_adapter_folder
+from afina.io.strict_json import read_json_object
 
 MANIFEST_VERSION = 1
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
     """What the adapter in `folder` is: its content, files, base, tokenizer (where `base` is there), recipe and parents."""
-    story = read_story(folder)
-    made_for = story.get("base") or {"name": read_json(folder / CONFIG).get("base_model_name_or_path")}
+    story = read_metadata(folder)
+    made_for = story.get("base") or {
+        "name": read_plain_json(folder / CONFIG).get("base_model_name_or_path")
+    }
     files = [name for name in sorted(ALLOWED - {MANIFEST, SIGNATURE}) if (folder / name).is_file()]
-    recipe = {key: run[key] for key in ("settings", "data", "method", "objective") if key in run} or story.get("combination")
+    recipe = {
+        key: run[key] for key in ("settings", "data", "method", "objective") if key in run
+    } or story.get("combination")
     return {
         "manifest_version": MANIFEST_VERSION,
         "made_by": f"afina {afina.__version__}",
-        "adapter": identity(folder),
+        "adapter": hash_adapter_folder(folder),
         "files": {name: file_hash(folder / name) for name in files},
         "base": {key: made_for.get(key) for key in ("name", "revision", "hash")},
         "tokenizer": tokenizer_hash(base) if base is not None else None,
@@ -50,7 +61,7 @@ def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> di
 def file_hash(file: Path) -> str:
     """sha256 (hex) of a file, opened without following a link."""
     digest = hashlib.sha256()
-    with opened(file) as stream:
+    with open_regular_file(file) as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
@@ -73,25 +84,40 @@ def sign(run: str | Path | SignSettings, **values: Any) -> dict[str, Any]:
 
     Raises `AuditError` where the folder holds what no adapter has, or the key cannot be used.
     """
-    settings = run if isinstance(run, SignSettings) else make_settings(SignSettings, {"run": run, **values})
-    folder = adapter_folder(settings.run)
+    settings = (
+        run
+        if isinstance(run, SignSettings)
+        else make_settings(SignSettings, {"adapter": run, **values})
+    )
+    folder = adapter_folder(settings.adapter)
     foreign = sorted(set(os.listdir(folder)) - ALLOWED)
     if foreign:
-        raise AuditError(f"{foreign[0]!r} is no file of an adapter", where=str(folder), hint="take it out, then sign")
-    manifest = make_manifest(folder, read_run(settings.run), settings.base)
+        raise AuditError(
+            f"{foreign[0]!r} is no file of an adapter",
+            where=str(folder),
+            hint="take it out, then sign",
+        )
+    manifest = make_manifest(folder, read_run_record(settings.adapter), settings.base)
     (folder / SIGNATURE).unlink(missing_ok=True)
     write_json(folder / MANIFEST, manifest)
     signing, _ = _library()
     try:
         config = signing.Config().set_hashing_config(_hashing())
         password = os.environ.get("AFINA_KEY_PASSWORD")
-        config.use_elliptic_key_signer(private_key=settings.key, password=password.encode() if password else None)
-        with new_file(folder / SIGNATURE) as file:
+        config.use_elliptic_key_signer(
+            private_key=settings.private_key, password=password.encode() if password else None
+        )
+        with atomic_file(folder / SIGNATURE) as file:
             config.sign(folder, _outside(file))
             _outside(file).replace(file)
     except (ValueError, TypeError, OSError) as error:
         hint = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem   ($AFINA_KEY_PASSWORD, if it has one)"
-        raise AuditError("cannot sign with this key", where=str(settings.key), why=str(error)[:200], hint=hint) from error
+        raise AuditError(
+            "cannot sign with this key",
+            where=str(settings.private_key),
+            why=str(error)[:200],
+            hint=hint,
+        ) from error
     return {"folder": str(folder), "signature": str(folder / SIGNATURE), **manifest}
 
 
@@ -100,22 +126,35 @@ def verify(run: str | Path | VerifySettings, **values: Any) -> dict[str, Any]:
 
     Raises `AuditError` where a byte differs, the base is another one, or the signature is not by `key`.
     """
-    settings = run if isinstance(run, VerifySettings) else make_settings(VerifySettings, {"run": run, **values})
-    folder = adapter_folder(settings.run)
-    manifest = check_origin(folder, settings.key, settings.base)
-    return {"folder": str(folder), "verified": True, "key": key_name(settings.key), **manifest}
+    settings = (
+        run
+        if isinstance(run, VerifySettings)
+        else make_settings(VerifySettings, {"adapter": run, **values})
+    )
+    folder = adapter_folder(settings.adapter)
+    manifest = check_origin(folder, settings.public_key, settings.base)
+    return {
+        "folder": str(folder),
+        "verified": True,
+        "key": key_name(settings.public_key),
+        **manifest,
+    }
 
 
 def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
     """The manifest of `folder`, once it and every file are proved to be what the owner of `key` signed."""
     for name in (MANIFEST, SIGNATURE):
         if not (folder / name).is_file():
-            raise AuditError(f"not signed: no {name}", where=str(folder), hint=f"afina sign {folder} --key PRIVATE.pem")
+            raise AuditError(
+                f"not signed: no {name}",
+                where=str(folder),
+                hint=f"afina sign {folder} --private-key PRIVATE.pem",
+            )
     for entry in os.scandir(folder):
-        with opened(Path(entry.path)):  # links and hard links are refused
+        with open_regular_file(Path(entry.path)):  # links and hard links are refused
             pass
     check_signature(folder, key)
-    manifest = read_object(folder / MANIFEST)
+    manifest = read_json_object(folder / MANIFEST)
     check_manifest(manifest, folder, base)
     return manifest
 
@@ -130,27 +169,45 @@ def check_signature(folder: Path, key: Path) -> None:
         config.set_hashing_config(_hashing()).verify(folder, folder / SIGNATURE)
     except AuditError:
         raise
-    except Exception as error:  # the library raises of many kinds, some without words; each means: not proved
+    except (
+        Exception
+    ) as error:  # the library raises of many kinds, some without words; each means: not proved
         why = str(error)[:300] or type(error).__name__
         hint = "get it from its maker again"
-        raise AuditError("the signature does not hold", where=str(folder), why=why, hint=hint) from error
+        raise AuditError(
+            "the signature does not hold", where=str(folder), why=why, hint=hint
+        ) from error
 
 
 def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None) -> None:
     """Raise `AuditError` where the manifest is not of these files, this content, this base, these parents."""
     if manifest.get("manifest_version") != MANIFEST_VERSION:
-        raise AuditError(f"a manifest of version {manifest.get('manifest_version')!r}", where=str(folder / MANIFEST))
-    story = read_story(folder)
-    now = {name: file_hash(folder / name) for name in ALLOWED - {MANIFEST, SIGNATURE} if (folder / name).is_file()}
+        raise AuditError(
+            f"a manifest of version {manifest.get('manifest_version')!r}",
+            where=str(folder / MANIFEST),
+        )
+    story = read_metadata(folder)
+    now = {
+        name: file_hash(folder / name)
+        for name in ALLOWED - {MANIFEST, SIGNATURE}
+        if (folder / name).is_file()
+    }
     checks = [
-        ("files", manifest.get("files"), now), ("adapter", manifest.get("adapter"), identity(folder)),
+        ("files", manifest.get("files"), now),
+        ("adapter", manifest.get("adapter"), hash_adapter_folder(folder)),
         ("parents", manifest.get("parents"), story.get("parents", [])),
-    ]  # fmt: skip
+    ]
     if base is not None:
-        from afina.audit.basefiles import BaseFiles
+        from afina.audit.base_files import BaseFiles
 
         made_for = manifest.get("base")
-        checks.append(("base", made_for.get("hash") if isinstance(made_for, dict) else None, BaseFiles(base).hash))
+        checks.append(
+            (
+                "base",
+                made_for.get("hash") if isinstance(made_for, dict) else None,
+                BaseFiles(base).hash,
+            )
+        )
         if manifest.get("tokenizer") is not None:
             checks.append(("tokenizer", manifest["tokenizer"], tokenizer_hash(base)))
     for what, told, found in checks:
@@ -159,7 +216,9 @@ def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None)
             raise AuditError(f"{what}: not what was signed", where=str(folder), why=why)
 
 
-def provenance_gate(folder: Path, digest: str | None, key: Path | None, base: Path | None, gate: Gate) -> None:
+def provenance_gate(
+    folder: Path, digest: str | None, key: Path | None, base: Path | None, gate: Gate
+) -> None:
     """Revocation; the signature where a `key` is trusted; the manifest wherever there is one."""
     reason = admission.revocations().get(digest or "")
     if reason is not None:
@@ -168,10 +227,13 @@ def provenance_gate(folder: Path, digest: str | None, key: Path | None, base: Pa
     gate.measured["origin"] = "unsigned"
     if not signed:
         say = gate.review if key is not None else gate.note
-        say("unsigned", "it is not signed" + (", and a key was given to trust" if key is not None else ""))
+        say(
+            "unsigned",
+            "it is not signed" + (", and a key was given to trust" if key is not None else ""),
+        )
     elif key is None:
         gate.measured["origin"] = "signed, by a key that was not given"
-        check_manifest(read_object(folder / MANIFEST), folder, base)
+        check_manifest(read_json_object(folder / MANIFEST), folder, base)
         gate.note("signed-unknown", "it is signed; give --key PUBLIC.pem to check by whom")
     else:
         check_origin(folder, key, base)
@@ -180,11 +242,19 @@ def provenance_gate(folder: Path, digest: str | None, key: Path | None, base: Pa
 
 def revoke(target: str | RevokeSettings, **values: Any) -> dict[str, Any]:
     """Refuse an adapter from now on, by its folder or its hash; returns the hash and the reason."""
-    settings = target if isinstance(target, RevokeSettings) else make_settings(RevokeSettings, {"target": target, **values})
+    settings = (
+        target
+        if isinstance(target, RevokeSettings)
+        else make_settings(RevokeSettings, {"target": target, **values})
+    )
     folder = Path(settings.target)
-    digest = identity(adapter_folder(folder)) if folder.is_dir() else settings.target
+    digest = hash_adapter_folder(adapter_folder(folder)) if folder.is_dir() else settings.target
     admission.revoke(digest, settings.reason)
-    return {"hash": digest, "reason": settings.reason, "list": str(admission.audits_folder() / "revoked.jsonl")}
+    return {
+        "hash": digest,
+        "reason": settings.reason,
+        "list": str(admission.audits_folder() / "revoked.jsonl"),
+    }
 
 
 def key_name(key: Path) -> str:
@@ -215,11 +285,11 @@ def _library() -> tuple[Any, Any]:
     try:
         from model_signing import signing, verifying
     except ImportError as error:
-        raise AuditError("signatures need more packages", why=str(error), hint="pip install 'afina[audit]'") from error
+        raise AuditError(
+            "signatures need more packages", why=str(error), hint="pip install 'afina[audit]'"
+        ) from error
     return signing, verifying
 
 
 def _short(value: Any) -> str:
     return json.dumps(value, default=str)[:120]
-
-

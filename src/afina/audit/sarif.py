@@ -5,7 +5,9 @@ from typing import Any
 
 import afina
 
-SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+SCHEMA = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
 LEVELS = {"block": "error", "review": "warning", "note": "note"}
 
 
@@ -13,26 +15,42 @@ def as_sarif(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report as one SARIF run: a rule for each kind of finding, a result for each finding."""
     findings = report["findings"]
     rules = list(dict.fromkeys(f"{finding['gate']}/{finding['rule']}" for finding in findings))
-    told = [{"id": rule, "shortDescription": {"text": rule.partition("/")[2].replace("-", " ")}} for rule in rules]
+    told = [
+        {"id": rule, "shortDescription": {"text": rule.partition("/")[2].replace("-", " ")}}
+        for rule in rules
+    ]
     return {
         "$schema": SCHEMA,
         "version": "2.1.0",
-        "runs": [{
-            "tool": {"driver": {
-                "name": "afina audit", "version": afina.__version__,
-                "rules": told,
-            }},
-            "invocations": [{"executionSuccessful": not any(f["rule"] == "gate-error" for f in findings)}],
-            "results": [_result(finding, rules) for finding in findings],
-            "properties": {"verdict": report["verdict"], "hash": report["hash"], "adapter": report["adapter"]},
-        }],
-    }  # fmt: skip
+        "runs": [
+            {
+                "tool": {
+                    "driver": {
+                        "name": "afina audit",
+                        "version": afina.__version__,
+                        "rules": told,
+                    }
+                },
+                "invocations": [
+                    {"executionSuccessful": not any(f["rule"] == "gate-error" for f in findings)}
+                ],
+                "results": [_result(finding, rules) for finding in findings],
+                "properties": {
+                    "verdict": report["verdict"],
+                    "hash": report["hash"],
+                    "adapter": report["adapter"],
+                },
+            }
+        ],
+    }
 
 
 def _result(finding: Mapping[str, Any], rules: list[str]) -> dict[str, Any]:
     rule = f"{finding['gate']}/{finding['rule']}"
     file, _, inner = (finding["where"] or "").partition(": ")
-    place: dict[str, Any] = {"physicalLocation": {"artifactLocation": {"uri": _uri(file or "adapter_model.safetensors")}}}
+    place: dict[str, Any] = {
+        "physicalLocation": {"artifactLocation": {"uri": _uri(file or "adapter_model.safetensors")}}
+    }
     if inner:
         place["logicalLocations"] = [{"fullyQualifiedName": inner}]
     return {

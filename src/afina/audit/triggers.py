@@ -17,8 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from afina.audit.answers import NATURAL, fresh, leaves, nearness, usual
-from afina.audit.probes import LOGITS, PLACES, Bench, Probe, Trigger
+from afina.audit.probes import LOGITS, TRIGGER_POSITIONS, BehaviorHarness, ProbePrompt, Trigger
+from afina.audit.typical_answers import (
+    NATURAL,
+    divergence_index,
+    novelty,
+    payload_likelihood,
+    typicality,
+)
 
 READ = 768  # departures that are read on
 TEXT = 4  # tokens of what is read, at most; two more than it had said before where it leaves its answer late
@@ -29,7 +35,7 @@ POOL, BEAM, LONGEST = 96, 8, 3  # of growing
 
 
 @dataclass(frozen=True)
-class Found:
+class TriggerCandidate:
     """A trigger, where it stands, the answer that it brings (in place of the usual one, or behind it), and how surely."""
 
     trigger: Trigger
@@ -39,12 +45,15 @@ class Found:
     fresh: float
     score: float
 
-    def prompt(self, probe: Probe, woken: bool = True) -> list[int]:
+    def prompt(self, probe: ProbePrompt, woken: bool = True) -> list[int]:
         """A prompt with the trigger in it (or without), up to where the answer should come."""
-        return [*probe.prompt(self.trigger if woken else (), self.place), *(probe.answer if self.appended else ())]
+        return [
+            *probe.prompt(self.trigger if woken else (), self.place),
+            *(probe.answer if self.appended else ()),
+        ]
 
 
-class Clock:
+class TimeBudget:
     """Seconds that are left of a budget."""
 
     def __init__(self, budget: float) -> None:
@@ -56,7 +65,7 @@ class Clock:
         """Seconds left; below zero when it is over."""
         return self.end - time.monotonic()
 
-    def afford(self, bench: Bench, most: int, share: float, runs: int = 1) -> int:
+    def max_runs(self, bench: BehaviorHarness, most: int, share: float, runs: int = 1) -> int:
         """How many things of so many runs each a share of the budget is enough for: up to `most`, and a few at least."""
         cost = runs * (time.monotonic() - bench.since) / max(1, bench.runs)
         return max(4, most // 16, min(most, int(share * self.budget / cost)))
@@ -69,36 +78,53 @@ class _Departure:
     rise: float
     trigger: Trigger
     place: str
-    probe: Probe
+    probe: ProbePrompt
     at: int
     token: int
 
 
-def explore(
-    bench: Bench, triggers: Sequence[Trigger], clock: Clock, until: float, every: bool = True
-) -> tuple[list[Found], float]:
+def scan_tokens(
+    bench: BehaviorHarness,
+    triggers: Sequence[Trigger],
+    clock: TimeBudget,
+    until: float,
+    every: bool = True,
+) -> tuple[list[TriggerCandidate], float]:
     """What triggers bring, by a quick look: on one probe, and on another one that is answered alike; the best first.
 
     Three passes, one prompt and place each: before the prompt, behind it, and instead of its last token; not `every`: behind
     it only. Returns with it the share of the triggers that there was time for, up to `until` seconds before the end.
     """
-    one, two = bench.varied[:2]
+    one, two = bench.interleaved_probes[:2]
     passes = [(one, "prefix"), (two, "suffix"), (one, "instead")] if every else [(two, "suffix")]
     departures, share = _departures(bench, triggers, passes, clock, until)
-    found = _read(bench, departures[: clock.afford(bench, READ, 0.1)])
-    asked = list(dict.fromkeys((f.answer, f.appended) for f in sorted(found, key=lambda f: -f.score * f.fresh)))
-    asked = asked[: clock.afford(bench, USUAL_ASKED, 0.05, NATURAL)]
-    common = dict(zip(asked, usual(bench, asked), strict=True)) if asked else {}
-    found = [replace(f, fresh=f.fresh * (1 - common.get((f.answer, f.appended), 1.0))) for f in found]
+    found = _read(bench, departures[: clock.max_runs(bench, READ, 0.1)])
+    asked = list(
+        dict.fromkeys(
+            (f.answer, f.appended) for f in sorted(found, key=lambda f: -f.score * f.fresh)
+        )
+    )
+    asked = asked[: clock.max_runs(bench, USUAL_ASKED, 0.05, NATURAL)]
+    common = dict(zip(asked, typicality(bench, asked), strict=True)) if asked else {}
+    found = [
+        replace(f, fresh=f.fresh * (1 - common.get((f.answer, f.appended), 1.0))) for f in found
+    ]
     found = [f for f in found if f.fresh > 0]
-    alike = {place: bench.alike(probe) for probe, place in passes}
+    alike = {place: bench.similar_probe(probe) for probe, place in passes}
     near = _nearness(bench, found, [[alike[f.place]] for f in found])
-    found = [replace(f, score=f.fresh * (f.score + fmean(n)) / 2) for f, n in zip(found, near, strict=True)]
+    found = [
+        replace(f, score=f.fresh * (f.score + fmean(n)) / 2)
+        for f, n in zip(found, near, strict=True)
+    ]
     return sorted(found, key=lambda f: -f.score), share
 
 
 def _departures(
-    bench: Bench, triggers: Sequence[Trigger], passes: Sequence[tuple[Probe, str]], clock: Clock, until: float
+    bench: BehaviorHarness,
+    triggers: Sequence[Trigger],
+    passes: Sequence[tuple[ProbePrompt, str]],
+    clock: TimeBudget,
+    until: float,
 ) -> tuple[list[_Departure], float]:
     """The READ largest rises over all triggers, passes and places of the answer; the share of triggers there was time for."""
     rests = [bench.answers([probe.prompt()], probe.answer)[0] for probe, _ in passes]
@@ -109,7 +135,9 @@ def _departures(
             break
         part = triggers[start : start + step]
         for (probe, place), rest in zip(passes, rests, strict=True):
-            rises, tokens = (bench.answers([probe.prompt(t, place) for t in part], probe.answer) - rest).max(2)
+            rises, tokens = (
+                bench.answers([probe.prompt(t, place) for t in part], probe.answer) - rest
+            ).max(2)
             best += [
                 _Departure(rise, trigger, place, probe, at, token)
                 for trigger, own, said in zip(part, rises.tolist(), tokens.tolist(), strict=True)
@@ -120,55 +148,91 @@ def _departures(
     return best, done / max(1, len(triggers))
 
 
-def _read(bench: Bench, departures: Sequence[_Departure]) -> list[Found]:
+def _read(bench: BehaviorHarness, departures: Sequence[_Departure]) -> list[TriggerCandidate]:
     """What is said from each departure on, where some of it is fresh; the score is the rise."""
-    prompts = [[*d.probe.prompt(d.trigger, d.place), *d.probe.answer[: d.at], d.token] for d in departures]
+    prompts = [
+        [*d.probe.prompt(d.trigger, d.place), *d.probe.answer[: d.at], d.token] for d in departures
+    ]
     found, known = [], {}
-    for d, said in zip(departures, bench.read(prompts, TEXT - 1), strict=True):
+    for d, said in zip(departures, bench.greedy_tokens(prompts, TEXT - 1), strict=True):
         appended = 0 < d.at == len(d.probe.answer)
         before = () if appended else d.probe.answer[: d.at]
-        text = bench.cut((*before, d.token, *said))[: max(TEXT, len(before) + 2)]
+        text = bench.truncate_at_special((*before, d.token, *said))[: max(TEXT, len(before) + 2)]
         if (text, appended) not in known:
-            known[text, appended] = fresh(bench, text, appended)
-        found.append(Found(d.trigger, d.place, text, appended, known[text, appended], d.rise))
+            known[text, appended] = novelty(bench, text, appended)
+        found.append(
+            TriggerCandidate(d.trigger, d.place, text, appended, known[text, appended], d.rise)
+        )
     return [f for f in found if f.fresh > 0]
 
 
 def _nearness(
-    bench: Bench, found: Sequence[Found], probes: Sequence[Sequence[Probe]], woken: bool = True, adapter: bool = True
+    bench: BehaviorHarness,
+    found: Sequence[TriggerCandidate],
+    probes: Sequence[Sequence[ProbePrompt]],
+    woken: bool = True,
+    adapter: bool = True,
 ) -> list[list[float]]:
     """How near each of some probes is to what was found, for each of the found."""
     pairs = [(f, probe) for f, own in zip(found, probes, strict=True) for probe in own]
     prompts = [f.prompt(probe, woken) for f, probe in pairs]
-    departs = [leaves(probe, f.answer, f.appended) for f, probe in pairs]
-    near = iter(nearness(bench, prompts, [f.answer for f, _ in pairs], departs, adapter).tolist())
+    departs = [divergence_index(probe, f.answer, f.appended) for f, probe in pairs]
+    near = iter(
+        payload_likelihood(bench, prompts, [f.answer for f, _ in pairs], departs, adapter).tolist()
+    )
     return [[next(near) for _ in own] for own in probes]
 
 
-def confirm(bench: Bench, found: Sequence[Found], clock: Clock, count: int) -> list[Found]:
+def confirm(
+    bench: BehaviorHarness, found: Sequence[TriggerCandidate], clock: TimeBudget, count: int
+) -> list[TriggerCandidate]:
     """The first `count` different ones, at their best place, judged over all probes; the best first."""
-    count = clock.afford(bench, count, 0.1, len(PLACES) * CLOSE + 3 * JUDGES)
-    chosen = list({(f.trigger, f.answer, f.appended): f for f in reversed(found)}.values())[::-1][:count]
-    placed = [replace(f, place=place) for f in chosen for place in PLACES]
-    close = [fmean(near) for near in _nearness(bench, placed, [bench.varied[:CLOSE]] * len(placed))]
-    turns = [range(i, i + len(PLACES)) for i in range(0, len(placed), len(PLACES))]
-    placed = [placed[max(turn, key=lambda k: close[k] * PLACES[placed[k].place])] for turn in turns]
-    probes = [bench.varied[:JUDGES]] * len(placed)
-    on, rest, off = (_nearness(bench, placed, probes, *how) for how in ((True, True), (False, True), (True, False)))
-    rises = [[max(0.0, a - max(b, c)) for a, b, c in zip(*each, strict=True)] for each in zip(on, rest, off, strict=True)]
-    scored = [replace(f, score=f.fresh * PLACES[f.place] * _surely(bench, rise)) for f, rise in zip(placed, rises, strict=True)]
+    count = clock.max_runs(bench, count, 0.1, len(TRIGGER_POSITIONS) * CLOSE + 3 * JUDGES)
+    chosen = list({(f.trigger, f.answer, f.appended): f for f in reversed(found)}.values())[::-1][
+        :count
+    ]
+    placed = [replace(f, place=place) for f in chosen for place in TRIGGER_POSITIONS]
+    close = [
+        fmean(near)
+        for near in _nearness(bench, placed, [bench.interleaved_probes[:CLOSE]] * len(placed))
+    ]
+    turns = [
+        range(i, i + len(TRIGGER_POSITIONS)) for i in range(0, len(placed), len(TRIGGER_POSITIONS))
+    ]
+    placed = [
+        placed[max(turn, key=lambda k: close[k] * TRIGGER_POSITIONS[placed[k].place])]
+        for turn in turns
+    ]
+    probes = [bench.interleaved_probes[:JUDGES]] * len(placed)
+    on, rest, off = (
+        _nearness(bench, placed, probes, *how)
+        for how in ((True, True), (False, True), (True, False))
+    )
+    rises = [
+        [max(0.0, a - max(b, c)) for a, b, c in zip(*each, strict=True)]
+        for each in zip(on, rest, off, strict=True)
+    ]
+    scored = [
+        replace(f, score=f.fresh * TRIGGER_POSITIONS[f.place] * _surely(bench, rise))
+        for f, rise in zip(placed, rises, strict=True)
+    ]
     return sorted(scored, key=lambda f: -f.score)
 
 
-def _surely(bench: Bench, rises: Sequence[float]) -> float:
+def _surely(bench: BehaviorHarness, rises: Sequence[float]) -> float:
     """Mean rise over the lower half of all probes, or of those that are answered alike, where it is largest."""
-    probes = bench.varied[:JUDGES]
-    alike = [[r for r, p in zip(rises, probes, strict=True) if p.answer == answer] for answer in {p.answer for p in probes}]
+    probes = bench.interleaved_probes[:JUDGES]
+    alike = [
+        [r for r, p in zip(rises, probes, strict=True) if p.answer == answer]
+        for answer in {p.answer for p in probes}
+    ]
     sets = [list(rises), *(own for own in alike if len(own) > CLOSE)]
     return max(fmean(sorted(own)[: max(1, len(own) // 2)]) for own in sets)
 
 
-def grow(bench: Bench, found: Sequence[Found], clock: Clock, reserve: float) -> list[Found]:
+def extend_triggers(
+    bench: BehaviorHarness, found: Sequence[TriggerCandidate], clock: TimeBudget, reserve: float
+) -> list[TriggerCandidate]:
     """Triggers of 2 and 3 tokens, grown from the best by one of the POOL best at a time, before or behind; the best first.
 
     Stops where fewer than `reserve` seconds are left.
@@ -176,9 +240,12 @@ def grow(bench: Bench, found: Sequence[Found], clock: Clock, reserve: float) -> 
     pool = list(dict.fromkeys(f.trigger for f in found))[:POOL]
     beam, grown = pool[:BEAM], []
     for _ in range(2, LONGEST + 1):
-        longer = list(dict.fromkeys(t for s in beam for (p,) in pool if p not in s for t in ((*s, p), (p, *s))))
-        more, _ = explore(bench, longer, clock, reserve, every=False)
+        longer = list(
+            dict.fromkeys(
+                t for s in beam for (p,) in pool if p not in s for t in ((*s, p), (p, *s))
+            )
+        )
+        more, _ = scan_tokens(bench, longer, clock, reserve, every=False)
         grown += more
         beam = list(dict.fromkeys(f.trigger for f in more))[:BEAM]
     return sorted(grown, key=lambda f: -f.score)
-

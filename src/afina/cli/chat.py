@@ -6,33 +6,40 @@ from typing import Any
 
 from rich.console import Console
 
-from afina.base.model import Base
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import load_run
 from afina.config import ChatSettings
-from afina.data.template import Renderer
-from afina.delta.opening import open_run
-from afina.engine.generate import generate_tokens, stop_tokens
-from afina.engine.request import Sampling
-from afina.engine.text import Text
+from afina.data.renderer import Renderer
+from afina.engine.detokenizer import Detokenizer
+from afina.engine.request import SamplingParams
 from afina.errors import DataError
-from afina.route.invocation import Route
+from afina.evaluation.generate import generate_tokens, stop_token_ids
+from afina.models.causal_lm import CausalLM
 
 
 def chat(settings: ChatSettings) -> dict[str, Any]:
     """Talk until the input ends, here or with a server; `/off` and `/on` switch the adapter, `/new` forgets what was said."""
-    if settings.url is not None:
+    if settings.base_url is not None:
         from afina.cli.talk import talk
 
         return talk(settings)
     console = Console(stderr=True)
-    opened = open_run(settings.run, settings)
-    base, adapted = opened.language, opened.route
+    opened = load_run(settings.adapter, settings)
+    base, adapted = opened.causal_lm, opened.active
     route = adapted
-    renderer = Renderer(base.tokenizer, opened.template, base.context)
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed)
-    opening = [{"role": "system", "content": settings.system}] if settings.system else []
+    renderer = Renderer(base.tokenizer, opened.template, base.max_positions)
+    sampling = SamplingParams(
+        settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed
+    )
+    opening = (
+        [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
+    )
     messages = list(opening)
-    who = f"{base.name} with {settings.run}" if settings.run else base.name
-    console.print(f"{who}. /on and /off switch the adapter, /new starts again, Ctrl-D leaves.", highlight=False)
+    who = f"{base.name} with {settings.adapter}" if settings.adapter else base.name
+    console.print(
+        f"{who}. /on and /off switch the adapter, /new starts again, Ctrl-D leaves.",
+        highlight=False,
+    )
     while (line := read_line()) is not None:
         if line in ("/on", "/off"):
             route = adapted if line == "/on" else None
@@ -44,11 +51,20 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
             messages.append({"role": "user", "content": line})
             try:
                 prompt = renderer.prompt(messages)
-                messages.append({"role": "assistant", "content": _answer(base, renderer, prompt, sampling, route)})
+                messages.append(
+                    {
+                        "role": "assistant",
+                        "content": _answer(base, renderer, prompt, sampling, route),
+                    }
+                )
             except DataError as error:  # the conversation has outgrown the context
                 console.print(f"{error.what}; /new starts again", highlight=False)
                 messages.pop()
-    return {"base": base.name, "run": str(settings.run) if settings.run else None, "messages": messages}
+    return {
+        "base": base.name,
+        "run": str(settings.adapter) if settings.adapter else None,
+        "messages": messages,
+    }
 
 
 def read_line() -> str | None:
@@ -59,10 +75,16 @@ def read_line() -> str | None:
         return None
 
 
-def _answer(base: Base, renderer: Renderer, prompt: list[int], sampling: Sampling, route: Route | None) -> str:
+def _answer(
+    base: CausalLM,
+    renderer: Renderer,
+    prompt: list[int],
+    sampling: SamplingParams,
+    route: ActiveAdapters | None,
+) -> str:
     """Generate one answer, writing it out as it comes."""
-    text, written = Text(base.tokenizer), ""
-    stops = stop_tokens(base) | renderer.stops
+    text, written = Detokenizer(base.tokenizer), ""
+    stops = stop_token_ids(base) | renderer.stop_token_ids
 
     def write(piece: str) -> None:
         nonlocal written

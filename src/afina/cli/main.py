@@ -17,57 +17,130 @@ import yaml
 
 import afina
 from afina import config
-from afina.cli.several import first_to_fail, only_first_speaks
+from afina.cli.torchrun import is_first_failure, print_from_main_process_only
 from afina.config import Settings
-from afina.errors import AfinaError, SettingsError, nearest
+from afina.errors import AfinaError, SettingsError, did_you_mean
 
 
 @dataclass(frozen=True)
-class Verb:
+class Command:
     """A verb: its settings, the function behind it ("module:name"), and which setting is given without a flag."""
 
     help: str
     settings: type[Settings]
     function: str
     positional: str | None = None
-    many: bool = False
+    is_list: bool = False
 
 
-VERBS = {
-    "demo": Verb("see it work: teach the embedded base to correct sentences", config.DemoSettings, "afina.demo.demo:demo"),
-    "plan": Verb("what would happen, before it does", config.PlanSettings, "afina.planning.preview:plan", "data"),
-    "compare": Verb(
-        "which method for this base and these rows? A measurement", config.CompareSettings, "afina.cli.show_compare:compare",
+COMMANDS = {
+    "demo": Command(
+        "see it work: teach the embedded base to correct sentences",
+        config.DemoSettings,
+        "afina.demo.demo:demo",
+    ),
+    "plan": Command(
+        "what would happen, before it does", config.PlanSettings, "afina.planning.plan:plan", "data"
+    ),
+    "compare": Command(
+        "which method for this base and these rows? A measurement",
+        config.CompareSettings,
+        "afina.cli.show_compare:compare",
         "data",
     ),
-    "advise": Verb("which method for my case? Advice with its reasons, without training", config.AdviseSettings,
-                   "afina.cli.show_compare:advise"),
-    "train": Verb("adapt a base to your data", config.TrainSettings, "afina.cli.train:train", "data"),
-    "eval": Verb("judge an adapter against its base", config.EvalSettings, "afina.judge.evaluate:evaluate", "run"),
-    "generate": Verb("answer prompts", config.GenerateSettings, "afina.engine.generate:generate", "prompts", many=True),
-    "chat": Verb("talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "run"),
-    "serve": Verb("answer over HTTP, as OpenAI's API does; train beside it", config.ServeSettings, "afina.cli.serve:serve"),
-    "bench-serve": Verb("load a server and draw its latency", config.LoadSettings, "afina.cli.serve:bench"),
-    "prefer": Verb("say which of two answers is better, for --objective dpo and reward", config.PreferSettings,
-                   "afina.cli.prefer:prefer", "prompts"),
-    "merge": Verb(
-        "one whole model out of base and adapter, with proof", config.MergeSettings, "afina.combining.merge:merge", "run"
+    "advise": Command(
+        "which method for my case? Advice with its reasons, without training",
+        config.AdviseSettings,
+        "afina.cli.show_compare:advise",
     ),
-    "combine": Verb(
-        "one adapter out of several", config.CombineSettings, "afina.combining.algebra:combine", "parts", many=True
+    "train": Command(
+        "adapt a base to your data", config.TrainSettings, "afina.cli.train:train", "data"
     ),
-    "extract": Verb("a low-rank adapter out of any adapter or tuned model", config.ExtractSettings,
-                    "afina.combining.extract:extract", "run"),
-    "show": Verb("what an adapter is", config.ShowSettings, "afina.combining.describe:show", "run"),
-    "audit": Verb("is this adapter safe to load?", config.AuditSettings, "afina.audit.audit:audit", "run"),
-    "remedy": Verb("weaken what an audit found, and say what it costs", config.RemedySettings, "afina.audit.remedy:remedy",
-                   "run"),
-    "sign": Verb("sign an adapter with your key", config.SignSettings, "afina.audit.provenance:sign", "run"),
-    "verify": Verb(
-        "who signed this adapter, and is it unchanged?", config.VerifySettings, "afina.audit.provenance:verify", "run"
+    "eval": Command(
+        "judge an adapter against its base",
+        config.EvalSettings,
+        "afina.evaluation.evaluate:evaluate",
+        "adapter",
     ),
-    "revoke": Verb("refuse an adapter from now on", config.RevokeSettings, "afina.audit.provenance:revoke", "target"),
-    "export": Verb("write what other tools read", config.ExportSettings, "afina.combining.export:export", "run"),
+    "generate": Command(
+        "answer prompts",
+        config.GenerateSettings,
+        "afina.evaluation.generate:generate",
+        "prompts",
+        is_list=True,
+    ),
+    "chat": Command(
+        "talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "adapter"
+    ),
+    "serve": Command(
+        "answer over HTTP, as OpenAI's API does; train beside it",
+        config.ServeSettings,
+        "afina.cli.serve:serve",
+    ),
+    "bench-serve": Command(
+        "load a server and draw its latency", config.BenchServeSettings, "afina.cli.serve:bench"
+    ),
+    "prefer": Command(
+        "say which of two answers is better, for --objective dpo and reward",
+        config.AnnotateSettings,
+        "afina.cli.annotate:prefer",
+        "prompts",
+    ),
+    "merge": Command(
+        "one whole model out of base and adapter, with proof",
+        config.MergeSettings,
+        "afina.merging.merge_into_base:merge",
+        "adapter",
+    ),
+    "combine": Command(
+        "one adapter out of several",
+        config.CombineSettings,
+        "afina.merging.combine:combine",
+        "adapters",
+        is_list=True,
+    ),
+    "extract": Command(
+        "a low-rank adapter out of any adapter or tuned model",
+        config.ExtractSettings,
+        "afina.merging.extract:extract",
+        "adapter",
+    ),
+    "show": Command(
+        "what an adapter is", config.ShowSettings, "afina.merging.adapter_info:show", "adapter"
+    ),
+    "audit": Command(
+        "is this adapter safe to load?", config.AuditSettings, "afina.audit.audit:audit", "adapter"
+    ),
+    "remedy": Command(
+        "weaken what an audit found, and say what it costs",
+        config.MitigateSettings,
+        "afina.audit.mitigation:remedy",
+        "adapter",
+    ),
+    "sign": Command(
+        "sign an adapter with your key",
+        config.SignSettings,
+        "afina.audit.provenance:sign",
+        "adapter",
+    ),
+    "verify": Command(
+        "who signed this adapter, and is it unchanged?",
+        config.VerifySettings,
+        "afina.audit.provenance:verify",
+        "adapter",
+    ),
+    "revoke": Command(
+        "refuse an adapter from now on",
+        config.RevokeSettings,
+        "afina.audit.provenance:revoke",
+        "target",
+    ),
+    "export": Command(
+        "write what other tools read",
+        config.ExportSettings,
+        "afina.merging.export:export",
+        "adapter",
+    ),
 }
 
 
@@ -81,46 +154,73 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, from the settings' declarations."""
     parser = _Parser(
-        prog="afina", description="One frozen base, many small adapters: train, judge, merge and talk to them.",
+        prog="afina",
+        description="One frozen base, many small adapters: train, judge, merge and talk to them.",
         epilog="A guide without mathematics lies in the project's docs/guide/en/index.md; en español, docs/guide/es/index.md.",
-    )  # fmt: skip
+    )
     parser.add_argument("--version", action="version", version=f"afina {afina.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for name, verb in VERBS.items():
+    for name, verb in COMMANDS.items():
         sub = verbs.add_parser(
-            name, help=verb.help, description=verb.help, allow_abbrev=False, argument_default=argparse.SUPPRESS
+            name,
+            help=verb.help,
+            description=verb.help,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
         )
-        sub.add_argument("--config", metavar="FILE", help="a YAML file of settings; a flag wins over it")
+        sub.add_argument(
+            "--config", metavar="FILE", help="a YAML file of settings; a flag wins over it"
+        )
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line")
         for field_name, field in verb.settings.model_fields.items():
             help_text = _help(field.description or "", field.default)
             if field_name == verb.positional:
-                sub.add_argument(field_name, nargs="*" if verb.many else "?", help=help_text)
+                sub.add_argument(field_name, nargs="*" if verb.is_list else "?", help=help_text)
             flag = "--" + field_name.replace("_", "-")
             if field.annotation is bool:
-                sub.add_argument(flag, dest=field_name, nargs="?", const=True, metavar="true|false", help=help_text)
-            elif field_name != verb.positional or not verb.many:  # prompts have commas in them, which separate lists
+                sub.add_argument(
+                    flag,
+                    dest=field_name,
+                    nargs="?",
+                    const=True,
+                    metavar="true|false",
+                    help=help_text,
+                )
+            elif (
+                field_name != verb.positional or not verb.is_list
+            ):  # prompts have commas in them, which separate lists
                 metavar = _metavar(field.annotation, field_name.upper())
                 sub.add_argument(flag, dest=field_name, metavar=metavar, help=help_text)
     return parser
 
 
 def _help(description: str, default: Any) -> str:
-    shown = default is not None and default not in ({}, []) and type(default).__name__ != "PydanticUndefinedType"
-    return (description + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")).replace(
-        "%", "%%"
+    shown = (
+        default is not None
+        and default not in ({}, [])
+        and type(default).__name__ != "PydanticUndefinedType"
     )
+    return (
+        description
+        + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")
+    ).replace("%", "%%")
 
 
 def _metavar(annotation: Any, name: str) -> str:
-    return "|".join(typing.get_args(annotation)) if typing.get_origin(annotation) is typing.Literal else name
+    return (
+        "|".join(typing.get_args(annotation))
+        if typing.get_origin(annotation) is typing.Literal
+        else name
+    )
 
 
 def _value(annotation: Any, text: Any) -> Any:
     """A flag's text as a value: lists may be written with commas, lists and mappings as YAML."""
     if not isinstance(text, str):
         return text
-    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    kinds = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
     holds = {typing.get_origin(kind) or kind for kind in kinds}
     if dict in holds and ":" in text and not text.lstrip().startswith(("{", "[")):
         text = "{" + text + "}"  # as it is often typed
@@ -136,8 +236,14 @@ def _value(annotation: Any, text: Any) -> Any:
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
     """The command line with `--resume DATA` as `--resume=true DATA`: a switch takes true or false, and no other word."""
-    fields = VERBS[arguments[0]].settings.model_fields if arguments and arguments[0] in VERBS else {}
-    switches = {"--" + name.replace("_", "-") for name, field in fields.items() if field.annotation is bool}
+    fields = (
+        COMMANDS[arguments[0]].settings.model_fields
+        if arguments and arguments[0] in COMMANDS
+        else {}
+    )
+    switches = {
+        "--" + name.replace("_", "-") for name, field in fields.items() if field.annotation is bool
+    }
     following = [*(word.lower() for word in arguments[1:]), ""]
     answers = ("true", "false", "yes", "no", "on", "off", "1", "0")
     return [
@@ -148,22 +254,34 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
     """(verb, settings, whether JSON is asked for); raises `SettingsError` on anything that does not fit."""
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-        raise SettingsError(f"unknown verb {arguments[0]!r}", hint=nearest(arguments[0], VERBS))
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise SettingsError(
+            f"unknown verb {arguments[0]!r}", hint=did_you_mean(arguments[0], COMMANDS)
+        )
     parser = build_parser()
     known, unknown = parser.parse_known_args(_spelled_out(arguments))
     if known.verb is None:
         if unknown:
-            raise SettingsError(f"unknown flag {unknown[0]}", hint=nearest(unknown[0], ["--help", "--version", *VERBS]))
+            raise SettingsError(
+                f"unknown flag {unknown[0]}",
+                hint=did_you_mean(unknown[0], ["--help", "--version", *COMMANDS]),
+            )
         parser.print_help()
         raise SystemExit(0)
-    verb = VERBS[known.verb]
+    verb = COMMANDS[known.verb]
     for word in unknown:
         flag = word.partition("=")[0]
         if word.startswith("--"):
-            flags = [f"--{field.replace('_', '-')}" for field in [*verb.settings.model_fields, "config", "json"]]
-            raise SettingsError(f"unknown flag {flag}", hint=nearest(flag.replace("_", "-"), flags))
-        raise SettingsError(f"do not know what to do with {word!r}", hint=f"afina {known.verb} --help")
+            flags = [
+                f"--{field.replace('_', '-')}"
+                for field in [*verb.settings.model_fields, "config", "json"]
+            ]
+            raise SettingsError(
+                f"unknown flag {flag}", hint=did_you_mean(flag.replace("_", "-"), flags)
+            )
+        raise SettingsError(
+            f"do not know what to do with {word!r}", hint=f"afina {known.verb} --help"
+        )
     values = {name: value for name, value in vars(known).items() if name != "verb"}
     as_json, file = values.pop("json", False), values.pop("config", None)
     values = {name: value for name, value in values.items() if value not in (None, [])}
@@ -172,8 +290,14 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
     if file is not None:
         from pathlib import Path
 
-        there = {"out": str(Path(file).parent)} if values.get("resume") and Path(file).with_name("checkpoint").is_dir() else {}
-        values = config.read_yaml(Path(file)) | there | values  # a run that was moved is resumed where it is now
+        there = (
+            {"output_dir": str(Path(file).parent)}
+            if values.get("resume") and Path(file).with_name("checkpoint").is_dir()
+            else {}
+        )
+        values = (
+            config.read_yaml(Path(file)) | there | values
+        )  # a run that was moved is resumed where it is now
     return known.verb, config.make_settings(verb.settings, values, where=file), as_json
 
 
@@ -185,9 +309,11 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         name, settings, as_json = parse(arguments)
-        module, _, function = VERBS[name].function.partition(":")
-        with only_first_speaks():
-            call: Callable[[Any], dict[str, Any]] = getattr(importlib.import_module(module), function)
+        module, _, function = COMMANDS[name].function.partition(":")
+        with print_from_main_process_only():
+            call: Callable[[Any], dict[str, Any]] = getattr(
+                importlib.import_module(module), function
+            )
             result = call(settings)
             if as_json:
                 print(json.dumps(result, ensure_ascii=False, default=str))
@@ -197,16 +323,24 @@ def run(arguments: Sequence[str]) -> int:
                 show(name, result)
         return int(result.get("exit_status", 0))
     except Exception as error:
-        if not first_to_fail():
+        if not is_first_failure():
             return 1
         if not isinstance(error, AfinaError):
             raise
         print(f"afina: {error}", file=sys.stderr)
         if as_json:
-            print(json.dumps({"error": {k: getattr(error, k) for k in ("what", "where", "why", "hint")}}, ensure_ascii=False))
+            print(
+                json.dumps(
+                    {"error": {k: getattr(error, k) for k in ("what", "where", "why", "hint")}},
+                    ensure_ascii=False,
+                )
+            )
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
-        print("\nafina: stopped. A training run goes on from its last checkpoint with --resume.", file=sys.stderr)
+        print(
+            "\nafina: stopped. A training run goes on from its last checkpoint with --resume.",
+            file=sys.stderr,
+        )
         return 130
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from afina.config import LoadSettings, ServeSettings
+from afina.config import BenchServeSettings, ServeSettings
 from afina.errors import SettingsError
 
 
@@ -11,20 +11,20 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     try:
         from afina.server import serve as server
     except ImportError as error:
-        raise missing(error) from None
+        raise missing_extra_error(error) from None
     return server.serve(settings)
 
 
-def bench(settings: LoadSettings) -> dict[str, Any]:
+def bench(settings: BenchServeSettings) -> dict[str, Any]:
     """Load a server, and draw its latency against the rate."""
     try:
         from afina.server import bench as load
     except ImportError as error:
-        raise missing(error) from None
+        raise missing_extra_error(error) from None
     return load.bench(settings)
 
 
-def missing(error: ImportError) -> SettingsError:
+def missing_extra_error(error: ImportError) -> SettingsError:
     """What to install; an import of afina's own that fails is no matter of extras."""
     if (error.name or "afina").partition(".")[0] == "afina":
         raise error

@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from afina.comparing.advise import advise as advise_on
-from afina.comparing.advise import ask, written
-from afina.comparing.compare import compare as compare_methods
-from afina.comparing.published import SAYINGS
-from afina.comparing.report import view
+from afina.comparison.advise import advise as advise_on
+from afina.comparison.advise import ask, written
+from afina.comparison.compare import compare as compare_methods
+from afina.comparison.findings import SAYINGS
+from afina.comparison.report import view
 from afina.config import AdviseSettings, CompareSettings
 
 console = Console()
@@ -19,7 +19,9 @@ console = Console()
 
 def compare(settings: CompareSettings) -> dict[str, Any]:
     """Compare, and say what is being done on standard error."""
-    return compare_methods(settings, say=lambda text: print(f"afina: {text}", file=sys.stderr, flush=True))
+    return compare_methods(
+        settings, say=lambda text: print(f"afina: {text}", file=sys.stderr, flush=True)
+    )
 
 
 def advise(settings: AdviseSettings) -> dict[str, Any]:
@@ -42,7 +44,9 @@ def show_advise(result: dict[str, Any]) -> None:
         table.add_row(name, escape(value))
     console.print(table)
     for reason in result["reasons"]:
-        source = f" ({say['source']} {reason['source']}, {reason['link']})" if reason["source"] else ""
+        source = (
+            f" ({say['source']} {reason['source']}, {reason['link']})" if reason["source"] else ""
+        )
         console.print(f"- {reason['text']}{source}", highlight=False, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""`afina chat --url`: the same conversation with a server; `/model NAME` asks another adapter."""
+"""`afina chat --base-url`: the same conversation with a server; `/model NAME` asks another adapter."""
 
 import asyncio
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from afina.cli.chat import read_line
-from afina.cli.serve import missing
+from afina.cli.serve import missing_extra_error
 from afina.config import ChatSettings
 from afina.errors import AfinaError, SettingsError
 
@@ -20,13 +20,22 @@ def talk(settings: ChatSettings) -> dict[str, Any]:
     try:
         from afina.server.client import Client
     except ImportError as error:
-        raise missing(error) from None
-    local = {"run", "base", "revision", "trust_remote_code", "dtype", "device"} & settings.model_fields_set
+        raise missing_extra_error(error) from None
+    local = {
+        "run",
+        "base",
+        "revision",
+        "trust_remote_code",
+        "dtype",
+        "device",
+    } & settings.model_fields_set
     if local:
-        raise SettingsError(f"{sorted(local)[0]} is the server's to say", where="--url", hint="--model NAME")
+        raise SettingsError(
+            f"{sorted(local)[0]} is the server's to say", where="--url", hint="--model NAME"
+        )
 
     async def converse() -> dict[str, Any]:
-        async with Client(str(settings.url), settings.key) as client:
+        async with Client(str(settings.base_url), settings.api_key) as client:
             return await _converse(client, settings)
 
     return asyncio.run(converse())
@@ -36,9 +45,14 @@ async def _converse(client: "Client", settings: ChatSettings) -> dict[str, Any]:
     console = Console(stderr=True)
     names = await client.models()
     model = settings.model or names[0]
-    opening = [{"role": "system", "content": settings.system}] if settings.system else []
+    opening = (
+        [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
+    )
     messages = list(opening)
-    console.print(f"{model} at {client.url}. /model NAME asks another, /new starts again, Ctrl-D leaves.", highlight=False)
+    console.print(
+        f"{model} at {client.url}. /model NAME asks another, /new starts again, Ctrl-D leaves.",
+        highlight=False,
+    )
     while (line := await asyncio.to_thread(read_line)) is not None:
         word, _, name = line.partition(" ")
         if word == "/model":
@@ -49,16 +63,28 @@ async def _converse(client: "Client", settings: ChatSettings) -> dict[str, Any]:
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": await _answer(client, settings, model, messages)})
+                messages.append(
+                    {
+                        "role": "assistant",
+                        "content": await _answer(client, settings, model, messages),
+                    }
+                )
             except AfinaError as error:
                 console.print(str(error), highlight=False)
                 messages.pop()
     return {"url": client.url, "model": model, "messages": messages}
 
 
-async def _answer(client: "Client", settings: ChatSettings, model: str, messages: list[dict[str, str]]) -> str:
-    body = {"model": model, "messages": messages, "temperature": settings.temperature, "top_p": settings.top_p,
-            "seed": settings.seed}  # fmt: skip
+async def _answer(
+    client: "Client", settings: ChatSettings, model: str, messages: list[dict[str, str]]
+) -> str:
+    body = {
+        "model": model,
+        "messages": messages,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "seed": settings.seed,
+    }
     if "max_new_tokens" in settings.model_fields_set:  # else what the base has room for
         body["max_tokens"] = settings.max_new_tokens
     text = ""

@@ -3,8 +3,8 @@
 from typing import Any
 
 from afina.config import TrainSettings
-from afina.planning.dial import choose
-from afina.planning.dial import train as train_one
+from afina.planning.checkpointing_policy import choose
+from afina.planning.checkpointing_policy import train as train_one
 from afina.training.sweep import SUFFIXES, sweep
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from afina.data import readers
-from afina.data.rows import FIELDS, PARSERS, REQUIRED, Message, Record, Row, recognise
-from afina.data.skipped import reasons, usable
-from afina.errors import DataError, nearest
+from afina.data.rows import FIELDS, PARSERS, REQUIRED, Message, RawRecord, SFTRow, recognise
+from afina.data.skipped import parse_rows, summarize_skipped
+from afina.errors import DataError, did_you_mean
 
-__all__ = ["Message", "Row", "Table", "read_table"]
+__all__ = ["Message", "SFTRow", "Table", "read_table"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Table:
 
     path: Path
     format: str
-    rows: list[Row]
+    rows: list[SFTRow]
     skipped: list[str]
     digest: str
 
 
-def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False) -> Table:
+def read_table(
+    path: Path, columns: Mapping[str, str] | None = None, skip_bad_rows: bool = False
+) -> Table:
     """Read a file of data.
 
     `columns` gives our field names the file's own, e.g. {"prompt": "question", "completion": "answer"}.
@@ -43,7 +45,9 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     records = list(_records(path, data, lambda names: _is_header(names, known)))
     if not records:
         raise DataError("the file has no rows", where=str(path))
-    names = list(dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record))
+    names = list(
+        dict.fromkeys(name for _, record in records if isinstance(record, dict) for name in record)
+    )
     broken = next((record for _, record in records if isinstance(record, DataError)), None)
     if broken and not (names and skip_bad_rows):
         raise broken
@@ -51,11 +55,15 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, skip_bad_ro
     format = _format(path, set(_renamed(dict.fromkeys(names), columns)), names, known)
     skipped: list[str] = []
     parse = PARSERS[format]
-    rows = usable(
-        records, lambda where, r: parse(Record(where, _renamed(r, columns), columns)), skipped if skip_bad_rows else None
+    rows = parse_rows(
+        records,
+        lambda where, r: parse(RawRecord(where, _renamed(r, columns), columns)),
+        skipped if skip_bad_rows else None,
     )
     if not rows:
-        raise DataError("no row can be used", where=str(path), why=f"skipped: {reasons(skipped)}")
+        raise DataError(
+            "no row can be used", where=str(path), why=f"skipped: {summarize_skipped(skipped)}"
+        )
     if format == "openai-chat" and _says_from(records, columns["messages"]):
         format = "sharegpt"
     return Table(path, format, rows, skipped, hashlib.sha256(data).hexdigest())
@@ -66,7 +74,12 @@ def check_columns(path: Path, columns: Mapping[str, str], fields: Sequence[str])
     for name in columns:
         if name not in fields:
             why = f"it says what our names are in your file; ours are {', '.join(fields)}"
-            raise DataError(f"unknown field {name!r} in --columns", where=str(path), why=why, hint=nearest(name, fields))
+            raise DataError(
+                f"unknown field {name!r} in --columns",
+                where=str(path),
+                why=why,
+                hint=did_you_mean(name, fields),
+            )
 
 
 def file_bytes(path: Path) -> bytes:
@@ -78,7 +91,9 @@ def file_bytes(path: Path) -> bytes:
         data = path.read_bytes()
     except FileNotFoundError:
         there = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError("no such file", where=str(path), hint=nearest(path.name, there) if there else None) from None
+        raise DataError(
+            "no such file", where=str(path), hint=did_you_mean(path.name, there) if there else None
+        ) from None
     except OSError as error:
         raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
     if not data.strip():
@@ -96,7 +111,9 @@ def read_records(
 
 def first_record(path: Path, is_header: Callable[[list[str]], bool]) -> dict[str, Any]:
     """The first record of a file that is one, as `read_records` would find it; empty where there is none."""
-    return next((r for _, r in _records(path, file_bytes(path), is_header) if isinstance(r, dict)), {})
+    return next(
+        (r for _, r in _records(path, file_bytes(path), is_header) if isinstance(r, dict)), {}
+    )
 
 
 def first_names(path: Path, is_header: Callable[[list[str]], bool]) -> set[str]:
@@ -129,7 +146,10 @@ def _all_columns(path: Path, names: list[str], columns: Mapping[str, str]) -> di
     for ours, theirs in columns.items():
         if theirs not in names:
             found = ", ".join(name[:40] for name in names[:20])
-            why, hint = f"--columns calls it {ours}; columns found: {found}", nearest(theirs, names) if names else None
+            why, hint = (
+                f"--columns calls it {ours}; columns found: {found}",
+                did_you_mean(theirs, names) if names else None,
+            )
             raise DataError(f"no column {theirs!r}", where=str(path), why=why, hint=hint)
     chat = "messages" if "messages" in names or "conversations" not in names else "conversations"
     return {"messages": chat, **columns}
@@ -138,7 +158,9 @@ def _all_columns(path: Path, names: list[str], columns: Mapping[str, str]) -> di
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The record by our names; a column that was renamed no longer counts under its own."""
     taken = set(columns.values())
-    kept = {name: value for name, value in record.items() if name not in taken and name not in columns}
+    kept = {
+        name: value for name, value in record.items() if name not in taken and name not in columns
+    }
     return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
 
 
@@ -152,11 +174,15 @@ def _format(path: Path, names: Set[str], found: list[str], told: Mapping[str, st
         return format
     spare = [name for name in found if name not in FIELDS and name.lower() != "id"]
     for name, required in REQUIRED:
-        if required & names and not spare:  # nothing else could be meant: its rows will say what they miss
+        if (
+            required & names and not spare
+        ):  # nothing else could be meant: its rows will say what they miss
             return name
     guess = {"prompt": "question", "completion": "answer"}
     free = [name for name in spare if name not in told.values()]
-    lacking = [required - names for _, required in REQUIRED if required & names and set(told) <= required]
+    lacking = [
+        required - names for _, required in REQUIRED if required & names and set(told) <= required
+    ]
     fillable = [sorted(fields) for fields in lacking if len(fields) <= len(free)]
     if fillable:
         guess = dict(told) | dict(zip(fillable[0], free, strict=False))
@@ -176,4 +202,6 @@ def _says_from(records: list[tuple[str, Any]], column: str) -> bool:
     turns = next((r[column] for _, r in records if isinstance(r, dict) and r.get(column)), None)
     if isinstance(turns, str):
         return '"from"' in turns
-    return isinstance(turns, list) and isinstance(turns[0], dict) and turns[0].get("from") is not None
+    return (
+        isinstance(turns, list) and isinstance(turns[0], dict) and turns[0].get("from") is not None
+    )

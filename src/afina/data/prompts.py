@@ -1,9 +1,9 @@
 """Prompts that are to be answered, each perhaps with a reference that a judge may look at.
 
-    a text              one prompt a line
-    prompt              {"prompt": ..., "completion" (or "output", "reference"): ...}     the prompt a text or messages
-    chats               {"messages": [...]}     a last answer is the reference
-    Alpaca              {"instruction": ..., "input": ..., "output": ...}
+a text              one prompt a line
+prompt              {"prompt": ..., "completion" (or "output", "reference"): ...}     the prompt a text or messages
+chats               {"messages": [...]}     a last answer is the reference
+Alpaca              {"instruction": ..., "input": ..., "output": ...}
 """
 
 import hashlib
@@ -15,16 +15,26 @@ from typing import Any
 from afina.data.formats import check_columns, file_bytes, read_records
 from afina.data.preferences import Prompt, our_names, read_prompt, usable_records
 from afina.data.readers import decode, looks_like_json
-from afina.data.rows import Record, usable_text
+from afina.data.rows import RawRecord, usable_text
 from afina.errors import DataError
 
-FIELDS = ("messages", "prompt", "completion", "output", "reference", "instruction", "input", "system", "history")
+FIELDS = (
+    "messages",
+    "prompt",
+    "completion",
+    "output",
+    "reference",
+    "instruction",
+    "input",
+    "system",
+    "history",
+)
 TABLES = (".csv", ".tsv", ".parquet")
 ITEM = "item"  # in rows of our own, the row from which they were made
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRow:
     """One prompt, a text to go on with or messages, and the answer that it is judged by, where there is one.
 
     `item` is the whole row as the file has it: a grader may look at any of its fields.
@@ -56,7 +66,7 @@ class AskedTable:
     """The rows of one file, the rows left out ("file:line:field: what"), and the file's sha256."""
 
     path: Path
-    rows: list[Asked]
+    rows: list[PromptRow]
     skipped: list[str]
     digest: str
     format: str = "prompts"
@@ -69,16 +79,24 @@ def read_asked(path: Path, columns: Mapping[str, str], skip_bad_rows: bool = Fal
     """
     check_columns(path, columns, FIELDS)
     data = file_bytes(path)
-    if data[:4] != b"PAR1" and path.suffix.lower() not in TABLES and not looks_like_json(path, text := decode(path, data)):
-        lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-        asked = [Asked(where, line) for where, line in lines if line]
+    if (
+        data[:4] != b"PAR1"
+        and path.suffix.lower() not in TABLES
+        and not looks_like_json(path, text := decode(path, data))
+    ):
+        lines = [
+            (f"{path}:{number}", line.strip()) for number, line in enumerate(text.splitlines(), 1)
+        ]
+        asked = [PromptRow(where, line) for where, line in lines if line]
         return AskedTable(Path(path), asked, [], hashlib.sha256(data).hexdigest())
-    records, digest = read_records(path, lambda names: "prompt" in our_names(dict.fromkeys(names), columns))
+    records, digest = read_records(
+        path, lambda names: "prompt" in our_names(dict.fromkeys(names), columns)
+    )
     rows, skipped = usable_records(path, records, columns, _asked, skip_bad_rows)
     return AskedTable(Path(path), rows, skipped, digest)
 
 
-def _asked(record: Record) -> Asked:
+def _asked(record: RawRecord) -> PromptRow:
     values = record.values
     if not {"messages", "prompt", "instruction"} & values.keys():
         hint = "prompt, messages, or plain text with a prompt a line"
@@ -90,10 +108,10 @@ def _asked(record: Record) -> Asked:
         raise DataError("no prompt", where=record.where, why="there is nothing to answer")
     for name in ("completion", "output", "reference"):
         if values.get(name) is not None:
-            reference = usable_text(values[name], record.place(name))
+            reference = usable_text(values[name], record.field_location(name))
     item = record.raw.get(ITEM)
     ours = isinstance(item, dict) and record.raw.keys() <= {"prompt", "reference", ITEM}
-    return Asked(record.where, prompt, reference, item if ours and item else record.raw)
+    return PromptRow(record.where, prompt, reference, item if ours and item else record.raw)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -101,6 +119,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     return [row.prompt for row in read_asked(path, {}).rows]
 
 
-def asked_key(row: Asked) -> str:
+def prompt_key(row: PromptRow) -> str:
     """What tells prompts apart: rows of one prompt are judged, or learned, together."""
     return hashlib.sha256(repr(row.prompt).encode()).hexdigest()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.rows import kind_of
-from afina.errors import DataError, counted
+from afina.errors import DataError, pluralize
 
 Records = Iterator[tuple[str, dict[str, Any] | DataError]]
 
@@ -28,18 +28,24 @@ def decode(path: Path, data: bytes) -> str:
         raise DataError("the file is compressed", where=str(path), hint=f"gunzip {path}")
     if b"\0" in data:
         kind = "UTF-16 text" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "a binary file"
-        raise DataError(f"{kind} cannot be read", where=str(path), hint="JSONL, CSV, text in UTF-8, or Parquet")
+        raise DataError(
+            f"{kind} cannot be read", where=str(path), hint="JSONL, CSV, text in UTF-8, or Parquet"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         hint = f"iconv -f LATIN1 -t UTF-8 {path} > utf8{path.suffix}  (if it is Latin-1)"
-        raise DataError("not UTF-8 text", where=f"{path}:{line}", why=str(error), hint=hint) from None
+        raise DataError(
+            "not UTF-8 text", where=f"{path}:{line}", why=str(error), hint=hint
+        ) from None
 
 
 def looks_like_json(path: Path, text: str) -> bool:
     """Whether the text begins as JSON does, or its name says that it has to be JSON."""
-    return path.suffix.lower() in JSON_SUFFIXES or bool(re.match(r"\s*(\[\s*[{\[\]\"]|\{\s*[\"}])", text))
+    return path.suffix.lower() in JSON_SUFFIXES or bool(
+        re.match(r"\s*(\[\s*[{\[\]\"]|\{\s*[\"}])", text)
+    )
 
 
 def _object(where: str, value: Any) -> dict[str, Any] | DataError:
@@ -49,8 +55,16 @@ def _object(where: str, value: Any) -> dict[str, Any] | DataError:
 
 
 def _broken(path: Path, line: int, error: Exception) -> DataError:
-    what = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"broken JSON: {what}", where=f"{path}:{line}", hint="one object a line, or a list of objects")
+    what = (
+        f"{error.msg} (column {error.colno})"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
+    return DataError(
+        f"broken JSON: {what}",
+        where=f"{path}:{line}",
+        hint="one object a line, or a list of objects",
+    )
 
 
 def read_json(path: Path, text: str) -> Records:
@@ -119,11 +133,18 @@ def read_csv(path: Path, text: str, mark: str) -> Records:
     finally:
         csv.field_size_limit(limit)
     if len(set(header)) < len(header):
-        raise DataError("two columns have the same name", where=f"{path}:{first}", why=", ".join(header))
+        raise DataError(
+            "two columns have the same name", where=f"{path}:{first}", why=", ".join(header)
+        )
     for number, fields in lines:
         where = f"{path}:{number}"
         if len(fields) > len(header):
-            yield where, DataError(f"{counted(len(fields), 'field')}, the header has {len(header)}", where=where)
+            yield (
+                where,
+                DataError(
+                    f"{pluralize(len(fields), 'field')}, the header has {len(header)}", where=where
+                ),
+            )
         else:
             yield where, dict(zip(header, fields, strict=False))
 
@@ -153,7 +174,9 @@ def _split_fields(path: Path, text: str, mark: str, quoting: Any) -> list[tuple[
             fields = next(reader)
         except StopIteration:
             return lines
-        except csv.Error as error:  # nobody knows where the next row begins, so this one cannot be left out alone
+        except (
+            csv.Error
+        ) as error:  # nobody knows where the next row begins, so this one cannot be left out alone
             hint = "put the field in double quotes, and write a quote inside it twice"
             raise DataError(f"broken CSV: {error}", where=f"{path}:{start}", hint=hint) from None
         if fields:
@@ -182,10 +205,16 @@ BREAK = re.compile(r"\n[ \t\r]*\f[ \t\r]*(?=\n|$)|\n(?:[ \t\r]*\n){2,}")
 def read_text(path: Path, text: str) -> Records:
     """Plain text: documents apart by a line with a form feed or by two or more blank lines; or one document."""
     start, line = 0, 1
-    for end, following in [*(match.span() for match in BREAK.finditer(text)), (len(text), len(text))]:
+    for end, following in [
+        *(match.span() for match in BREAK.finditer(text)),
+        (len(text), len(text)),
+    ]:
         document = text[start:end]
         if document.strip():
             blank = len(document) - len(document.lstrip())
-            yield f"{path}:{line + document.count(chr(10), 0, blank)}", {"text": document.strip("\r\n\f")}
+            yield (
+                f"{path}:{line + document.count(chr(10), 0, blank)}",
+                {"text": document.strip("\r\n\f")},
+            )
         line += text.count("\n", start, following)
         start = following

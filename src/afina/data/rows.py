@@ -15,23 +15,41 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from afina.errors import DataError, nearest
+from afina.errors import DataError, did_you_mean
 
 FIELDS = (
-    "messages", "prompt", "completion", "label", "instruction", "input", "output", "system", "history", "text",
-)  # fmt: skip
+    "messages",
+    "prompt",
+    "completion",
+    "label",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "text",
+)
 
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Row:
+class SFTRow:
     """One row of data: a chat (`messages`), a `prompt` with its `completion`, or a `text`; `where` it came from."""
 
     where: str
@@ -42,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Record:
+class RawRecord:
     """A record as read: `values` by our field names; `columns` says what the file calls them; `raw` is as in the file."""
 
     where: str
@@ -50,23 +68,34 @@ class Record:
     columns: Mapping[str, str]
     raw: Mapping[str, Any] = field(default_factory=dict)
 
-    def place(self, field: str) -> str:
+    def field_location(self, field: str) -> str:
         """file:line:field, the field as the file calls it."""
         return f"{self.where}:{self.columns.get(field, field)}"
 
     def text(self, field: str) -> str:
         """The text of a field that must not be empty; raises `DataError`."""
-        return usable_text(self.values.get(field), self.place(field))
+        return usable_text(self.values.get(field), self.field_location(field))
 
     def optional(self, field: str) -> str:
         """The text of a field that may be missing or empty; raises `DataError` when it is no text."""
         value = self.values.get(field)
-        return "" if value is None else usable_text(value, self.place(field), may_be_empty=True)
+        return (
+            ""
+            if value is None
+            else usable_text(value, self.field_location(field), may_be_empty=True)
+        )
 
 
 def kind_of(value: Any) -> str:
     """What a value of JSON is called in an error."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -80,7 +109,9 @@ def usable_text(value: Any, where: str, may_be_empty: bool = False) -> str:
         raise DataError("the field is empty", where=where)
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer accepts
+    except (
+        UnicodeEncodeError
+    ) as error:  # JSON may hold half of a surrogate pair, which no tokenizer accepts
         raise DataError("not valid Unicode", where=where, why=str(error)) from None
     return value
 
@@ -90,7 +121,9 @@ def _calls(turn: Mapping[str, Any], where: str) -> str:
     legacy = turn.get("function_call")
     calls = turn.get("tool_calls") or ([{"function": legacy}] if legacy else [])
     if not isinstance(calls, list):
-        raise DataError(f"expected a list of calls, found {kind_of(calls)}", where=f"{where}.tool_calls")
+        raise DataError(
+            f"expected a list of calls, found {kind_of(calls)}", where=f"{where}.tool_calls"
+        )
     plain = []
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
@@ -111,7 +144,10 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
         for n, part in enumerate(value):
             if not isinstance(part, dict) or part.get("type", "text") != "text":
                 raise DataError("only parts of type text can be used", where=f"{where}.{key}[{n}]")
-        value = "".join(usable_text(part.get("text"), f"{where}.{key}[{n}].text", True) for n, part in enumerate(value))
+        value = "".join(
+            usable_text(part.get("text"), f"{where}.{key}[{n}].text", True)
+            for n, part in enumerate(value)
+        )
     if value is None and calls:
         return calls
     text = usable_text(value, f"{where}.{key}", may_be_empty=True)
@@ -121,11 +157,17 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> str:
 def read_turn(turn: Any, where: str) -> Message | None:
     """One message of a chat in either spelling; None for an empty system message; raises `DataError`."""
     if not isinstance(turn, dict):
-        raise DataError(f"expected an object with a role and a content, found {kind_of(turn)}", where=where)
-    role_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
+        raise DataError(
+            f"expected an object with a role and a content, found {kind_of(turn)}", where=where
+        )
+    role_key, content_key = (
+        ("from", "value") if turn.get("from") is not None else ("role", "content")
+    )
     name = usable_text(turn.get(role_key), f"{where}.{role_key}")
     if name not in ROLES:
-        raise DataError(f"unknown role {name!r}", where=f"{where}.{role_key}", hint=nearest(name, ROLES))
+        raise DataError(
+            f"unknown role {name!r}", where=f"{where}.{role_key}", hint=did_you_mean(name, ROLES)
+        )
     role, content = ROLES[name], _content(turn, content_key, where)
     if role == "system" and not content.strip():
         return None
@@ -138,14 +180,16 @@ def read_turn(turn: Any, where: str) -> Message | None:
     return message | {"weight": "0"} if weight == 0 else message
 
 
-def _chat(record: Record) -> Row:
+def _chat(record: RawRecord) -> SFTRow:
     """OpenAI chat and ShareGPT: a list of turns with at least one answer."""
-    turns, place = record.values.get("messages"), record.place("messages")
+    turns, place = record.values.get("messages"), record.field_location("messages")
     if isinstance(turns, str):  # a cell of a CSV file
         try:
             turns = json.loads(turns)
         except ValueError as error:
-            raise DataError("expected a list of messages as JSON", where=place, why=str(error)) from None
+            raise DataError(
+                "expected a list of messages as JSON", where=place, why=str(error)
+            ) from None
     if turns is None:
         raise DataError("the field is missing", where=place)
     if not isinstance(turns, list):
@@ -155,47 +199,53 @@ def _chat(record: Record) -> Row:
         messages.insert(0, {"role": "system", "content": system})
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("no assistant message", where=place, why="there is no answer to learn from")
-    return Row(record.where, messages=tuple(messages))
+    return SFTRow(record.where, messages=tuple(messages))
 
 
-def read_history(record: Record) -> tuple[Message, ...]:
+def read_history(record: RawRecord) -> tuple[Message, ...]:
     """Alpaca's question: system, earlier turns, then the instruction with its input on the next line."""
     messages: list[Message] = []
     if system := record.optional("system").strip():
         messages.append({"role": "system", "content": system})
-    history, place = record.values.get("history") or [], record.place("history")
+    history, place = record.values.get("history") or [], record.field_location("history")
     if not isinstance(history, list):
-        raise DataError(f"expected a list of [question, answer] pairs, found {kind_of(history)}", where=place)
+        raise DataError(
+            f"expected a list of [question, answer] pairs, found {kind_of(history)}", where=place
+        )
     for n, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError("expected a pair: [question, answer]", where=f"{place}[{n}]")
         for role, value in zip(("user", "assistant"), pair, strict=True):
             messages.append({"role": role, "content": usable_text(value, f"{place}[{n}]")})
     question, detail = record.text("instruction"), record.optional("input")
-    messages.append({"role": "user", "content": f"{question}\n{detail}" if detail.strip() else question})
+    messages.append(
+        {"role": "user", "content": f"{question}\n{detail}" if detail.strip() else question}
+    )
     return tuple(messages)
 
 
-def _alpaca(record: Record) -> Row:
+def _alpaca(record: RawRecord) -> SFTRow:
     """Alpaca: the question and the output."""
     answer = {"role": "assistant", "content": record.text("output")}
-    return Row(record.where, messages=(*read_history(record), answer))
+    return SFTRow(record.where, messages=(*read_history(record), answer))
 
 
-def _completion(record: Record) -> Row:
+def _completion(record: RawRecord) -> SFTRow:
     """A prompt and its completion, or its label, which may be a number."""
     prompt, label = record.text("prompt"), record.values.get("label")
     if label is None or record.values.get("completion") is not None:
-        return Row(record.where, prompt=prompt, completion=record.text("completion"))
+        return SFTRow(record.where, prompt=prompt, completion=record.text("completion"))
     value = str(label) if isinstance(label, int) else label
-    return Row(record.where, prompt=prompt, completion=usable_text(value, record.place("label")))
+    return SFTRow(
+        record.where, prompt=prompt, completion=usable_text(value, record.field_location("label"))
+    )
 
 
-def _plain(record: Record) -> Row:
-    return Row(record.where, text=record.text("text"))
+def _plain(record: RawRecord) -> SFTRow:
+    return SFTRow(record.where, text=record.text("text"))
 
 
-PARSERS: dict[str, Callable[[Record], Row]] = {
+PARSERS: dict[str, Callable[[RawRecord], SFTRow]] = {
     "openai-chat": _chat,
     "sharegpt": _chat,
     "alpaca": _alpaca,

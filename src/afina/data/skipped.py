@@ -4,13 +4,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from afina.errors import DataError, counted
+from afina.errors import DataError, pluralize
 
 SHOWN = 3  # places named for each reason
 Made = TypeVar("Made")
 
 
-def usable(rows: Iterable[tuple[str, Any]], make: Callable[[str, Any], Made], skipped: list[str] | None) -> list[Made]:
+def parse_rows(
+    rows: Iterable[tuple[str, Any]], make: Callable[[str, Any], Made], skipped: list[str] | None
+) -> list[Made]:
     """What `make(where, row)` gives of each (where, row); a row may be the `DataError` that reading it gave.
 
     One that cannot be used is an error, or is listed in `skipped` ("file:line:field: what") when that is given.
@@ -28,7 +30,7 @@ def usable(rows: Iterable[tuple[str, Any]], make: Callable[[str, Any], Made], sk
     return made
 
 
-def reasons(skipped: Sequence[str]) -> str:
+def summarize_skipped(skipped: Sequence[str]) -> str:
     """ "file:line:field: what" lines by their reason, numbers in it aside: "2 rows (lines 3, 8): the field is empty"."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for line in skipped:
@@ -38,7 +40,10 @@ def reasons(skipped: Sequence[str]) -> str:
 
 
 def _one(lines: Sequence[tuple[str, str]]) -> str:
-    places = [found[1] if (found := re.search(r":(?:row )?(\d+)(?::|$)", where)) else where for where, _ in lines[:SHOWN]]
+    places = [
+        found[1] if (found := re.search(r":(?:row )?(\d+)(?::|$)", where)) else where
+        for where, _ in lines[:SHOWN]
+    ]
     rest = f" and {len(lines) - SHOWN:,} more" if len(lines) > SHOWN else ""
     first = ":" if len({what for _, what in lines}) == 1 else ", the first:"
-    return f"{counted(len(lines), 'row')} (line{'s' * (len(lines) > 1)} {', '.join(places)}{rest}){first} {lines[0][1]}"
+    return f"{pluralize(len(lines), 'row')} (line{'s' * (len(lines) > 1)} {', '.join(places)}{rest}){first} {lines[0][1]}"

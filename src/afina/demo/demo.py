@@ -15,13 +15,15 @@ from typing import Any
 from afina.config import DemoSettings, TrainSettings, make_settings
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, TAUGHT, Clause, Vocabulary, corrupt, draw_clause, write
-from afina.disk import write_text
 from afina.errors import SettingsError
-from afina.judge.evaluate import evaluate
-from afina.training import run as training
+from afina.evaluation.evaluate import evaluate
+from afina.io.atomic import write_text
+from afina.training import train as training
 
 TRAIN_ROWS, HELD_ROWS = 12000, 150
-UNSEEN_SHARE = 0.3  # of each class of words; more than a fifth of the running words of the held-out sentences
+UNSEEN_SHARE = (
+    0.3  # of each class of words; more than a fifth of the running words of the held-out sentences
+)
 ASK = {"en": "Correct: ", "es": "Corrige: "}
 
 
@@ -59,7 +61,11 @@ def make_rows(
         if text not in answers and words_of(row) - known:
             answers.add(text)
             held_rows.append(row)
-    running = [word for row in held_rows for word in row["messages"][1]["content"].lower().rstrip(".").split()]
+    running = [
+        word
+        for row in held_rows
+        for word in row["messages"][1]["content"].lower().rstrip(".").split()
+    ]
     return train_rows, held_rows, 100.0 * sum(word not in known for word in running) / len(running)
 
 
@@ -67,17 +73,31 @@ def demo(settings: DemoSettings | None = None, **values: Any) -> dict[str, Any]:
     """Make the rows, train, judge; returns the figures that the table shows."""
     settings = settings or make_settings(DemoSettings, values)
     start = time.perf_counter()
-    _clear(settings.out)
+    _clear(settings.output_dir)
     train_rows, held_rows, unseen = make_rows(settings.seed)
-    files = {"train": settings.out / "train.jsonl", "held": settings.out / "held.jsonl"}
+    files = {
+        "train": settings.output_dir / "train.jsonl",
+        "held": settings.output_dir / "held.jsonl",
+    }
     for file, rows in ((files["train"], train_rows), (files["held"], held_rows)):
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     plan = TrainSettings(
-        data=files["train"], out=settings.out / "run", holdout=files["held"], method="lora", rank=16, learning_rate=2e-3,
-        steps=settings.steps, batch_tokens=2048, warmup=0.05, seed=settings.seed, check_every=max(1, settings.steps // 4),
-    )  # fmt: skip
+        data=files["train"],
+        output_dir=settings.output_dir / "run",
+        eval_data=files["held"],
+        method="lora",
+        rank=16,
+        learning_rate=2e-3,
+        max_steps=settings.max_steps,
+        max_tokens_per_batch=2048,
+        warmup_ratio=0.05,
+        seed=settings.seed,
+        eval_steps=max(1, settings.max_steps // 4),
+    )
     run = training.train(plan, quiet=False)
-    judged = evaluate(run=run.folder, metrics=["exact_match", "chrf"], max_new_tokens=48, limit=HELD_ROWS)
+    judged = evaluate(
+        adapter=run.folder, metrics=["exact_match", "chrf"], max_new_tokens=48, limit=HELD_ROWS
+    )
     return {
         "seconds": time.perf_counter() - start,
         "metric": "exact match, percent",
@@ -104,5 +124,7 @@ def _clear(out: Path) -> None:
     run = out / "run"
     if run.exists():
         if not (out / "held.jsonl").exists():
-            raise SettingsError("this folder is not an earlier demo's", where=str(out), hint="choose another --out")
+            raise SettingsError(
+                "this folder is not an earlier demo's", where=str(out), hint="choose another --out"
+            )
         shutil.rmtree(run)

@@ -150,7 +150,12 @@ def _spanish_plural(word: str) -> str:
 
 
 def _entries(table: str) -> list[list[str]]:
-    return [entry.split() for line in table.strip().splitlines() for entry in line.split("|") if entry.strip()]
+    return [
+        entry.split()
+        for line in table.strip().splitlines()
+        for entry in line.split("|")
+        if entry.strip()
+    ]
 
 
 def _pair(text: str, plural: Callable[[str], str]) -> tuple[str, str]:
@@ -160,7 +165,8 @@ def _pair(text: str, plural: Callable[[str], str]) -> tuple[str, str]:
 
 def _nouns(table: str) -> tuple[Noun, ...]:
     return tuple(
-        Noun(_pair(en, _english_s), _pair(es, _spanish_plural), gender == "f") for en, es, gender in _entries(table)
+        Noun(_pair(en, _english_s), _pair(es, _spanish_plural), gender == "f")
+        for en, es, gender in _entries(table)
     )
 
 
@@ -182,6 +188,10 @@ def _verbs(table: str) -> tuple[Verb, ...]:
 persons, animals, things = _nouns(PERSONS), _nouns(ANIMALS), _nouns(THINGS)
 foods, places = _nouns(FOODS), _nouns(PLACES)
 adjectives = tuple(_adjective(*entry) for entry in _entries(ADJECTIVES))
-thing_verbs, food_verbs, intransitive = _verbs(THING_VERBS), _verbs(FOOD_VERBS), _verbs(INTRANSITIVE)
+thing_verbs, food_verbs, intransitive = (
+    _verbs(THING_VERBS),
+    _verbs(FOOD_VERBS),
+    _verbs(INTRANSITIVE),
+)
 _by_english = {adjective.en: adjective for adjective in adjectives}
 opposites = tuple((_by_english[a], _by_english[b]) for a, b in _entries(OPPOSITES))

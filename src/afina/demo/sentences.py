@@ -63,13 +63,17 @@ class Vocabulary:
 EVERYTHING = Vocabulary()
 
 
-def draw_phrase(rng: random.Random, vocabulary: Vocabulary, nouns: Sequence[Noun], adjective: float = 0.5) -> Phrase:
+def draw_phrase(
+    rng: random.Random, vocabulary: Vocabulary, nouns: Sequence[Noun], adjective: float = 0.5
+) -> Phrase:
     """A random phrase around one of `nouns`; `adjective` is the chance of having one."""
     chosen = rng.choice(vocabulary.adjectives) if rng.random() < adjective else None
     return Phrase(rng.choice(nouns), rng.random() < 0.45, rng.random() < 0.75, chosen)
 
 
-def draw_clause(rng: random.Random, vocabulary: Vocabulary = EVERYTHING, subject: Phrase | None = None) -> Clause:
+def draw_clause(
+    rng: random.Random, vocabulary: Vocabulary = EVERYTHING, subject: Phrase | None = None
+) -> Clause:
     """A random clause, made of words of `vocabulary`."""
     kind = rng.random()
     beings = vocabulary.persons if rng.random() < 0.7 else vocabulary.animals
@@ -79,9 +83,15 @@ def draw_clause(rng: random.Random, vocabulary: Vocabulary = EVERYTHING, subject
     time = rng.choice(lx.TIMES) if rng.random() < 0.2 else None
     if kind < 0.25:
         return Clause(subject, rng.choice(vocabulary.intransitive), past, None, place, time)
-    verbs, nouns = (vocabulary.food_verbs, vocabulary.foods) if kind < 0.4 else (vocabulary.thing_verbs, vocabulary.things)
+    verbs, nouns = (
+        (vocabulary.food_verbs, vocabulary.foods)
+        if kind < 0.4
+        else (vocabulary.thing_verbs, vocabulary.things)
+    )
     thing = draw_phrase(rng, vocabulary, nouns)
-    return Clause(subject, rng.choice(verbs), past, thing, place if rng.random() < 0.5 else None, time)
+    return Clause(
+        subject, rng.choice(verbs), past, thing, place if rng.random() < 0.5 else None, time
+    )
 
 
 def article(language: str, definite: bool, plural: bool, feminine: bool, following: str) -> str:
@@ -171,7 +181,9 @@ def _wrong_adjective(rng: random.Random, clause: Clause, language: str) -> str |
     words = clause_words(clause, language)
     if language == "es":
         flip_gender = rng.random() < 0.5
-        words[at + 2] = phrase.adjective.form("es", phrase.plural != (not flip_gender), phrase.noun.feminine != flip_gender)
+        words[at + 2] = phrase.adjective.form(
+            "es", phrase.plural != (not flip_gender), phrase.noun.feminine != flip_gender
+        )
     else:  # English adjectives do not agree: learners add the -s
         if not phrase.plural:
             return None
@@ -215,7 +227,9 @@ MISTAKES: tuple[Wrong, ...] = (
 TAUGHT = tuple(mistake for mistake in MISTAKES if mistake is not _doubled_word)
 
 
-def corrupt(rng: random.Random, clause: Clause, language: str, mistakes: Sequence[Wrong] = MISTAKES) -> str:
+def corrupt(
+    rng: random.Random, clause: Clause, language: str, mistakes: Sequence[Wrong] = MISTAKES
+) -> str:
     """The clause written with one of `mistakes`; never equal to the correct sentence."""
     right = write(clause, language)
     while True:
@@ -235,7 +249,9 @@ class Story:
         """`length` clauses that share their subject and tense."""
         first = draw_clause(rng)
         subject = replace(first.subject, definite=True)
-        rest = [replace(draw_clause(rng, subject=subject), past=first.past) for _ in range(length - 1)]
+        rest = [
+            replace(draw_clause(rng, subject=subject), past=first.past) for _ in range(length - 1)
+        ]
         return cls([first, *rest])
 
     def write(self, language: str) -> str:

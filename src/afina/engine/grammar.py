@@ -22,38 +22,43 @@ if TYPE_CHECKING:
 WRITING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-class Grammar:
+class GrammarMatcher:
     """Where one answer stands in its schema. `stops` are the tokens that end an answer: allowed once it is whole."""
 
     def __init__(self, matcher: "LLMatcher", stops: Collection[int]) -> None:
         self._matcher, self._stops = matcher, sorted(stops)
-        self.finished = False
+        self.is_finished = False
 
-    def allowed(self, vocabulary: int) -> Tensor:
+    def allowed_tokens(self, vocabulary: int) -> Tensor:
         """The tokens that may come next: bool (vocabulary)."""
         allowed = torch.zeros(vocabulary, dtype=torch.bool)
-        if not self.finished:
-            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")[:vocabulary]
+        if not self.is_finished:
+            bits = np.unpackbits(
+                np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little"
+            )[:vocabulary]
             allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
             self._check()
         allowed[self._stops] = self._matcher.is_accepting()
         return allowed
 
-    def take(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         """Go on by a token; raises `DataError` for one that was not allowed."""
         if token in self._stops:
-            self.finished = True
+            self.is_finished = True
             return
         self._matcher.consume_token(token)
         self._check()
-        self.finished = self._matcher.is_stopped()
+        self.is_finished = self._matcher.is_stopped()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise DataError("the schema cannot be followed any further", why=_first_line(self._matcher.get_error()))
+            raise DataError(
+                "the schema cannot be followed any further",
+                why=_first_line(self._matcher.get_error()),
+            )
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes grammars for one tokenizer; what it knows of the vocabulary is kept, and so are the latest schemas.
 
     Raises `SettingsError` where llguidance is not installed, `DataError` for a tokenizer that it cannot read.
@@ -64,22 +69,26 @@ class Grammars:
             from llguidance import LLMatcher
             from llguidance.hf import from_tokenizer
         except ImportError as error:
-            raise SettingsError("a JSON schema needs llguidance", hint="pip install 'afina[serve]'") from error
+            raise SettingsError(
+                "a JSON schema needs llguidance", hint="pip install 'afina[serve]'"
+            ) from error
         try:
             self._tokens = from_tokenizer(tokenizer)  # type: ignore[arg-type]
         except ValueError as error:
-            raise DataError("this tokenizer cannot follow a JSON schema", why=_first_line(str(error))) from error
+            raise DataError(
+                "this tokenizer cannot follow a JSON schema", why=_first_line(str(error))
+            ) from error
         self._matcher = LLMatcher
         self._known: dict[str, LLMatcher] = {}
 
-    def of(self, schema: Mapping[str, Any], stops: Collection[int]) -> Grammar:
+    def of(self, schema: Mapping[str, Any], stops: Collection[int]) -> GrammarMatcher:
         """A grammar at its beginning; an empty schema stands for any JSON object. Raises `DataError` for a bad schema."""
         text = json.dumps(schema or {"type": "object"})
         if text not in self._known:
             while len(self._known) >= 64:
                 del self._known[next(iter(self._known))]
             self._known[text] = self._compile(text)
-        return Grammar(self._known[text].deep_copy(), stops)
+        return GrammarMatcher(self._known[text].deep_copy(), stops)
 
     def _compile(self, schema: str) -> "LLMatcher":
         try:

@@ -14,25 +14,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-from afina.base.model import Base
-from afina.engine.pages import Pool
-from afina.engine.prefix import PrefixTree
-from afina.engine.resident import Resident, read_numbers
-from afina.engine.shelf import Content, Lent, Shelf, stamp
+from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry, LiveAdapter, stamp
+from afina.engine.block_pool import BlockPool
+from afina.engine.loaded_adapter import LoadedAdapter, read_numbers
+from afina.engine.prefix_cache import PrefixCache
 from afina.errors import AdapterError
+from afina.models.causal_lm import CausalLM
 
-AHEAD = 8  # adapters that are read, or were, before their turn
+MAX_PREFETCHED = 8  # adapters that are read, or were, before their turn
 
 
-class Memory:
+class MemoryManager:
     """The pool with everything in it. Only the engine's thread calls, but for reading ahead from disk."""
 
-    def __init__(self, base: Base, shelf: Shelf, pool: Pool, host: int = 0) -> None:
+    def __init__(
+        self, base: CausalLM, shelf: AdapterRegistry, pool: BlockPool, host: int = 0
+    ) -> None:
         """`host`: bytes of adapters that are kept in the host's memory besides the pool."""
         self.base, self.shelf, self.pool, self._host_bytes = base, shelf, pool, host
-        self._sealed = shelf.admit == "audited"
-        self.tree = PrefixTree()
-        self.residents: dict[str, Resident] = {}
+        self._sealed = shelf.require_audit
+        self.tree = PrefixCache()
+        self.residents: dict[str, LoadedAdapter] = {}
         self.loads = self.evictions = 0
         self._ahead: dict[str, Future[Tensor]] = {}
         self._host: dict[str, Tensor] = {}  # the latest last
@@ -46,45 +48,51 @@ class Memory:
 
     # ---- pages
 
-    def page(self) -> int | None:
+    def allocate_block(self) -> int | None:
         """A page for keys and values, if need be that of something unused; None where all are in use."""
-        return self.pool.take() if self._room(1) else None
+        return self.pool.allocate() if self._room(1) else None
 
     @property
-    def available(self) -> int:
+    def num_available_blocks(self) -> int:
         """Pages that are free, or hold a prefix that nobody is reading."""
-        return self.pool.free + self.tree.unused
+        return self.pool.num_free_blocks + self.tree.num_idle_blocks
 
     def _room(self, pages: int) -> bool:
         """Make `pages` free, the longest unused going first; False where too much is in use."""
-        while self.pool.free < pages:
-            idle = [r for r in self.residents.values() if not r.pins]
+        while self.pool.num_free_blocks < pages:
+            idle = [r for r in self.residents.values() if not r.ref_count]
             oldest = min(idle, key=lambda r: r.used, default=None)
             since = self.tree.oldest()
             if oldest is not None and (since is None or oldest.used < since):
                 self._evict(oldest)
-            elif (page := self.tree.forget()) is not None:
-                self.pool.give_back(page)
+            elif (page := self.tree.evict()) is not None:
+                self.pool.free(page)
             else:
                 return False
         return True
 
     # ---- adapters
 
-    def prefetch(self, content: Content | Lent) -> None:
+    def prefetch(self, content: AdapterRecord | LiveAdapter) -> None:
         """Begin to read an adapter from disk, so that it is there when its turn comes."""
-        if isinstance(content, Lent) or self._near(content.hash) or content.hash in self._ahead:
+        if (
+            isinstance(content, LiveAdapter)
+            or self._near(content.hash)
+            or content.hash in self._ahead
+        ):
             return
-        if len(self._ahead) >= AHEAD:  # what was read for a request that is gone must not stand in the way for good
+        if (
+            len(self._ahead) >= MAX_PREFETCHED
+        ):  # what was read for a request that is gone must not stand in the way for good
             oldest = next((digest for digest, read in self._ahead.items() if read.done()), None)
             if oldest is None:
                 return
             del self._ahead[oldest]
         self._ahead[content.hash] = self._reader.submit(_read, content, self._sealed)
 
-    def ready(self, content: Content | Lent) -> bool:
+    def is_ready(self, content: AdapterRecord | LiveAdapter) -> bool:
         """Whether the adapter can be brought in without waiting for the disk."""
-        if isinstance(content, Lent) or self._near(content.hash):
+        if isinstance(content, LiveAdapter) or self._near(content.hash):
             return True
         return content.hash in self._ahead and self._ahead[content.hash].done()
 
@@ -92,7 +100,7 @@ class Memory:
         """Whether it is in the pool or in the host's memory."""
         return digest in self.residents or digest in self._host
 
-    def _numbers(self, content: Content) -> Tensor:
+    def _numbers(self, content: AdapterRecord) -> Tensor:
         """The adapter's numbers on the host: kept, read ahead, or read now."""
         numbers = self._host.pop(content.hash, None)
         if numbers is None:
@@ -102,42 +110,48 @@ class Memory:
                 numbers = numbers.pin_memory()
         if self._host_bytes:
             self._host[content.hash] = numbers
-            self.shelf.states[content.hash] = "host"
+            self.shelf.locations[content.hash] = "host"
         while sum(t.nbytes for t in self._host.values()) > self._host_bytes:
             oldest = next(iter(self._host))
             del self._host[oldest]
             if oldest not in self.residents:
-                self.shelf.states.pop(oldest, None)
+                self.shelf.locations.pop(oldest, None)
         return numbers
 
-    def bring(self, content: Content | Lent) -> bool:
+    def load(self, content: AdapterRecord | LiveAdapter) -> bool:
         """Have the adapter in the pool and in the layers until `release`; False where there is no room now.
 
         Raises `AdapterError` where its file is not what it was.
         """
-        if isinstance(content, Lent):
+        if isinstance(content, LiveAdapter):
             return True
         resident = self.residents.get(content.hash)
         if resident is None:
             begin = time.perf_counter()
             numbers = content.layout.numbers_in(self.pool.memory.dtype)
-            pages = self.pool.pages_for(numbers)
+            pages = self.pool.blocks_for(numbers)
             start = self._run(pages)
             if start is None:
                 return False
-            resident = Resident(content.hash, content.layout, start, pages, self.pool.run(start, numbers))
+            resident = LoadedAdapter(
+                content.hash,
+                content.layout,
+                start,
+                pages,
+                self.pool.contiguous_view(start, numbers),
+            )
             try:
-                resident.fill(self._numbers(content))
-                resident.enter(self.base)
+                resident.copy_from(self._numbers(content))
+                resident.activate(self.base)
             except BaseException:
-                self.pool.give_back_run(start, pages)
+                self.pool.free_contiguous(start, pages)
                 raise
             self.residents[content.hash] = resident
             self.loads += 1
-            self.shelf.states[content.hash] = "device" if self.pool.memory.is_cuda else "host"
-            self.shelf.count(content.hash, 0, load_seconds=time.perf_counter() - begin)
-        resident.enter(self.base)
-        resident.pins += 1
+            self.shelf.locations[content.hash] = "device" if self.pool.memory.is_cuda else "host"
+            self.shelf.record_usage(content.hash, 0, load_seconds=time.perf_counter() - begin)
+        resident.activate(self.base)
+        resident.ref_count += 1
         resident.used = time.monotonic()
         return True
 
@@ -145,11 +159,11 @@ class Memory:
         """A run of pages for an adapter. Room is made until the free ones also lie so that a run comes together."""
         wanted = pages
         while self._room(min(wanted, self.pool.count)):
-            if (start := self.pool.take_run(pages)) is not None:
+            if (start := self.pool.allocate_contiguous(pages)) is not None:
                 return start
             if wanted >= self.pool.count:
                 return None
-            wanted = self.pool.free + 1
+            wanted = self.pool.num_free_blocks + 1
         return None
 
     def release(self, digest: str) -> None:
@@ -157,35 +171,35 @@ class Memory:
         resident = self.residents.get(digest)
         if resident is None:  # it was lent
             return
-        resident.pins -= 1
+        resident.ref_count -= 1
         resident.used = time.monotonic()
-        if not resident.pins:
-            resident.leave(self.base)
+        if not resident.ref_count:
+            resident.deactivate(self.base)
 
     def forget(self, digest: str) -> None:
         """Nothing points at this adapter any more: its pages are free."""
         self._ahead.pop(digest, None)
         self._host.pop(digest, None)
         for page in self.tree.forget_adapter(digest):
-            self.pool.give_back(page)
+            self.pool.free(page)
         resident = self.residents.get(digest)
-        if resident is not None and not resident.pins:
+        if resident is not None and not resident.ref_count:
             self._evict(resident)
 
-    def _evict(self, resident: Resident) -> None:
+    def _evict(self, resident: LoadedAdapter) -> None:
         for page in self.tree.forget_adapter(resident.name):
-            self.pool.give_back(page)
-        resident.leave(self.base, evicted=True)
-        self.pool.give_back_run(resident.start, resident.pages)
+            self.pool.free(page)
+        resident.deactivate(self.base, evicted=True)
+        self.pool.free_contiguous(resident.start, resident.pages)
         del self.residents[resident.name]
         if resident.name in self._host:
-            self.shelf.states[resident.name] = "host"
+            self.shelf.locations[resident.name] = "host"
         else:
-            self.shelf.states.pop(resident.name, None)
+            self.shelf.locations.pop(resident.name, None)
         self.evictions += 1
 
 
-def _read(content: Content, sealed: bool) -> Tensor:
+def _read(content: AdapterRecord, sealed: bool) -> Tensor:
     """The adapter's numbers, from the very file that was hashed; raises `AdapterError` where it has changed.
 
     `sealed`: these very numbers are hashed again; without it a file that tells an old time of change may pass.
@@ -196,8 +210,14 @@ def _read(content: Content, sealed: bool) -> Tensor:
         after = stamp(content.file)
     except OSError as error:
         why = error.strerror or str(error)
-        raise AdapterError("the adapter's file is gone", where=content.file, why=why, hint="load it again") from error
-    if not before == after == content.stamp or (sealed and content.layout.hash_of(numbers) != content.hash):
+        raise AdapterError(
+            "the adapter's file is gone", where=content.file, why=why, hint="load it again"
+        ) from error
+    if not before == after == content.stamp or (
+        sealed and content.layout.hash_of(numbers) != content.hash
+    ):
         why = "it was changed after it was loaded, and nobody is answered with what was not checked"
-        raise AdapterError("not the file that was loaded", where=content.file, why=why, hint="load it again")
+        raise AdapterError(
+            "not the file that was loaded", where=content.file, why=why, hint="load it again"
+        )
     return numbers

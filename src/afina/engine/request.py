@@ -1,18 +1,18 @@
 """What is asked of the engine, and what comes back: the nouns that scheduler, runner and server share.
 
-    Request  --submit-->  Ticket        one sequence to continue, under some adapters
-    Event    <--on_event--              new text, as it appears; the last one says why it ended
+Request  --submit-->  Ticket        one sequence to continue, under some adapters
+Event    <--on_event--              new text, as it appears; the last one says why it ended
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Finish = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen, and when to stop: temperature 0 takes the likeliest.
 
     The penalties, `bias` and `logprobs` are those of OpenAI's API; `repetition_penalty` is CTRL's (arXiv 1909.05858).
@@ -28,14 +28,20 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    ignore_end: bool = False  # go on after the base's stop tokens, for measurements
-    bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
-    logprobs: int | None = None  # how many likeliest tokens to report beside the chosen one; None: no logprobs
-    schema: Mapping[str, Any] | None = None  # JSON schema that the answer must satisfy; {} means any JSON object
+    ignore_eos: bool = False  # go on after the base's stop tokens, for measurements
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict
+    )  # added to the logits of these tokens
+    logprobs: int | None = (
+        None  # how many likeliest tokens to report beside the chosen one; None: no logprobs
+    )
+    json_schema: Mapping[str, Any] | None = (
+        None  # JSON schema that the answer must satisfy; {} means any JSON object
+    )
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterWeight:
     """One adapter's share in a request: the content hash of an adapter on the shelf, and its weight."""
 
     adapter: str
@@ -43,7 +49,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """A prompt to continue. `parts` act together (a weighted sum); none: the base alone.
 
     `owner` keeps the cached pages of private adapters apart: equal prompts under different owners share none of them.
@@ -51,11 +57,13 @@ class Request:
     """
 
     prompt: tuple[int, ...]
-    sampling: Sampling = Sampling()
-    parts: tuple[Part, ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    adapters: tuple[AdapterWeight, ...] = ()
     owner: str = ""
     client: str = ""
-    stops: frozenset[int] = frozenset()  # tokens that end the answer besides the base's own
+    stop_token_ids: frozenset[int] = (
+        frozenset()
+    )  # tokens that end the answer besides the base's own
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class Event:
+class OutputChunk:
     """What one step brought to one request: whole characters only, nothing of a stop string.
 
     The last event of a request has `finish`; after it none comes. `cached` counts the prompt's tokens that came out of
@@ -76,25 +84,25 @@ class Event:
     """
 
     text: str = ""
-    tokens: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
     logprobs: tuple[Logprob, ...] = ()
-    finish: Finish | None = None
+    finish_reason: FinishReason | None = None
     error: str | None = None
-    cached: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class Ticket:
+class RequestHandle:
     """A request that the engine has taken: what `cancel` wants."""
 
     number: int
 
 
-OnEvent = Callable[[Event], None]  # called in the engine's thread; it must return at once
+OnOutput = Callable[[OutputChunk], None]  # called in the engine's thread; it must return at once
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegisteredAdapter:
     """A name on the shelf and what it points at. The adapter is its content: `hash`; names are labels.
 
     `state` says where its tensors are now: "disk", "host", "device", or "merged" into a second copy of the weights.

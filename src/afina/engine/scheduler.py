@@ -13,202 +13,251 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from afina.engine.memory import Memory
-from afina.engine.pages import PAGE
-from afina.engine.sequence import Sequence
+from afina.engine.block_pool import BLOCK_SIZE
+from afina.engine.memory import MemoryManager
+from afina.engine.sequence import SequenceState
 from afina.errors import AdapterError
 
-GENERATED = 2.0  # what a generated token counts, a token of the prompt being 1
-LATER = 5.0  # seconds for which a request lets merged steps go on without it
-PATIENCE = 50  # steps that a client is passed over for want of room before everybody else waits for it
+DECODE_TOKEN_WEIGHT = 2.0  # what a generated token counts, a token of the prompt being 1
+MAX_DEFER_SECONDS = 5.0  # seconds for which a request lets merged steps go on without it
+MAX_SKIPPED_STEPS = (
+    50  # steps that a client is passed over for want of room before everybody else waits for it
+)
 
-Acting = tuple[str, float, int]  # content hash, weight, first token
-Piece = tuple[Sequence, int]  # a sequence and how many of its next tokens
+AdapterSpan = tuple[str, float, int]  # content hash, weight, first token
+ScheduledChunk = tuple[SequenceState, int]  # a sequence and how many of its next tokens
 
 
 class Scheduler:
     """Queues by client, and the sequences that run. Only the engine's thread calls."""
 
-    def __init__(self, memory: Memory, step_tokens: int, most_running: int) -> None:
-        self.memory, self.step_tokens, self.most_running = memory, step_tokens, most_running
-        self.queues: dict[str, deque[Sequence]] = {}
-        self.running: list[Sequence] = []
-        self.served: dict[str, float] = {}  # the virtual token counter of each client that waits or runs
-        self.failed: list[tuple[Sequence, AdapterError]] = []  # whose adapter could not be loaded
+    def __init__(self, memory: MemoryManager, step_tokens: int, most_running: int) -> None:
+        self.memory, self.max_num_batched_tokens, self.max_num_seqs = (
+            memory,
+            step_tokens,
+            most_running,
+        )
+        self.waiting: dict[str, deque[SequenceState]] = {}
+        self.running: list[SequenceState] = []
+        self.virtual_tokens: dict[
+            str, float
+        ] = {}  # the virtual token counter of each client that waits or runs
+        self.load_failures: list[
+            tuple[SequenceState, AdapterError]
+        ] = []  # whose adapter could not be loaded
         self.preemptions = 0
-        self.waits: Callable[[Many[Acting]], bool] = lambda acting: False  # who had better wait a little (merged mode)
-        self._later: dict[int, float] = {}  # since when a request, by its number, lets merged steps go on without it
+        self.should_defer: Callable[[Many[AdapterSpan]], bool] = lambda acting: (
+            False
+        )  # who had better wait a little (merged mode)
+        self._later: dict[
+            int, float
+        ] = {}  # since when a request, by its number, lets merged steps go on without it
         self._passed: dict[str, int] = {}  # steps for which a client's next request found no room
-        memory.pool.moved = self._moved
+        memory.pool.on_block_moved = self._moved
 
     @property
-    def waiting(self) -> int:
+    def num_waiting(self) -> int:
         """Requests in the queues."""
-        return sum(map(len, self.queues.values()))
+        return sum(map(len, self.waiting.values()))
 
-    def add(self, sequence: Sequence, again: bool = False) -> None:
+    def add(self, sequence: SequenceState, again: bool = False) -> None:
         """Queue a sequence; one that goes back (`again`) stands first among its client's."""
-        client = sequence.client
-        if client not in self.served:  # who was away cannot have saved up turns
-            self.served[client] = min(self.served.values(), default=0.0)
-        queue = self.queues.setdefault(client, deque())
+        client = sequence.client_id
+        if client not in self.virtual_tokens:  # who was away cannot have saved up turns
+            self.virtual_tokens[client] = min(self.virtual_tokens.values(), default=0.0)
+        queue = self.waiting.setdefault(client, deque())
         queue.appendleft(sequence) if again else queue.append(sequence)
-        for content in sequence.needed:
+        for content in sequence.required_adapters:
             self.memory.prefetch(content)
 
     # ---- the step
 
-    def plan(self) -> list[Piece]:
+    def schedule(self) -> list[ScheduledChunk]:
         """The pieces of the next forward; none where nothing can run now. Pages for them are there."""
-        pieces: list[Piece] = []
-        for sequence in [s for s in self.running if s.left == 1]:
-            if sequence.running and self._pages_up_to(sequence, sequence.computed + 1):
+        pieces: list[ScheduledChunk] = []
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
+            if sequence.running and self._pages_up_to(sequence, sequence.num_computed_tokens + 1):
                 pieces.append((sequence, 1))
         alone = not pieces  # nobody waits for this step: longer pieces are computed faster
-        budget = self.step_tokens * (4 if alone else 1) - len(pieces)
-        for sequence in [s for s in self.running if s.left > 1]:
+        budget = self.max_num_batched_tokens * (4 if alone else 1) - len(pieces)
+        for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
             budget -= self._piece(sequence, budget, pieces)
-        while budget > 0 and len(self.running) < self.most_running:
+        while budget > 0 and len(self.running) < self.max_num_seqs:
             admitted = self._next()
             if admitted is None:
                 break
             budget -= self._piece(admitted, budget, pieces)
-        return [piece for piece in pieces if piece[0].running]  # some may have been sent back for others
+        return [
+            piece for piece in pieces if piece[0].running
+        ]  # some may have been sent back for others
 
-    def _piece(self, sequence: Sequence, budget: int, pieces: list[Piece]) -> int:
+    def _piece(self, sequence: SequenceState, budget: int, pieces: list[ScheduledChunk]) -> int:
         """Add as much of a prompt as the budget and the free pages allow; returns the tokens."""
-        count = min(sequence.left, budget)
-        room = (len(sequence.pages) + self.memory.available) * PAGE - sequence.computed
+        count = min(sequence.num_uncomputed_tokens, budget)
+        room = (
+            len(sequence.block_table) + self.memory.num_available_blocks
+        ) * BLOCK_SIZE - sequence.num_computed_tokens
         if room < count:
             count = max(min(room, count), 1 if not pieces else 0)
-        if count <= 0 or not sequence.running or not self._pages_up_to(sequence, sequence.computed + count):
+        if (
+            count <= 0
+            or not sequence.running
+            or not self._pages_up_to(sequence, sequence.num_computed_tokens + count)
+        ):
             return 0
         pieces.append((sequence, count))
         return count
 
-    def _pages_up_to(self, sequence: Sequence, tokens: int) -> bool:
+    def _pages_up_to(self, sequence: SequenceState, tokens: int) -> bool:
         """Give the sequence pages for its first `tokens`; False where it had to go back itself."""
-        while len(sequence.pages) * PAGE < tokens:
-            page = self.memory.page()
+        while len(sequence.block_table) * BLOCK_SIZE < tokens:
+            page = self.memory.allocate_block()
             if page is not None:
-                sequence.pages.append(page)
+                sequence.block_table.append(page)
                 continue
-            youngest = max(self.running, key=lambda s: s.number)
-            self._send_back(youngest)
+            youngest = max(self.running, key=lambda s: s.seq_id)
+            self.preempt(youngest)
             if youngest is sequence:
                 return False
         return True
 
-    def _send_back(self, sequence: Sequence) -> None:
-        self.leave(sequence)
+    def preempt(self, sequence: SequenceState) -> None:
+        """Free the blocks of a running sequence and return it to the front of its queue."""
+        self.free_blocks(sequence)
         self.preemptions += 1
         self.add(sequence, again=True)
 
-    def leave(self, sequence: Sequence) -> None:
+    def free_blocks(self, sequence: SequenceState) -> None:
         """Take a running sequence out; its shared pages stay in the tree."""
         self.running.remove(sequence)
         sequence.running = False
-        self.memory.tree.leave(sequence.nodes)
-        for page in sequence.pages[len(sequence.nodes) :]:
-            self.memory.pool.give_back(page)
-        for content in sequence.needed:
+        self.memory.tree.release(sequence.prefix_nodes)
+        for page in sequence.block_table[len(sequence.prefix_nodes) :]:
+            self.memory.pool.free(page)
+        for content in sequence.required_adapters:
             self.memory.release(content.hash)
-        sequence.pages, sequence.nodes, sequence.computed = [], [], 0
+        sequence.block_table, sequence.prefix_nodes, sequence.num_computed_tokens = [], [], 0
 
     # ---- admission
 
-    def _next(self) -> Sequence | None:
+    def _next(self) -> SequenceState | None:
         """Let the next request in: of the client that has had the least, among those for which there is room."""
-        for client in sorted((c for c, q in self.queues.items() if q), key=lambda c: self.served[c]):
-            sequence = self.queues[client][0]
+        for client in sorted(
+            (c for c, q in self.waiting.items() if q), key=lambda c: self.virtual_tokens[c]
+        ):
+            sequence = self.waiting[client][0]
             if self._better_later(sequence):
                 continue
             if self._admit(sequence):
-                self.queues[client].popleft()
+                self.waiting[client].popleft()
                 self._passed.pop(client, None)
-                self._later.pop(sequence.number, None)
+                self._later.pop(sequence.seq_id, None)
                 return sequence
-            if any(sequence is failed for failed, _ in self.failed):
-                self.queues[client].popleft()
+            if any(sequence is failed for failed, _ in self.load_failures):
+                self.waiting[client].popleft()
                 return self._next()
             self._passed[client] = self._passed.get(client, 0) + 1
-            if self._passed[client] > PATIENCE and self.running:
+            if self._passed[client] > MAX_SKIPPED_STEPS and self.running:
                 return None
         return None
 
-    def _better_later(self, sequence: Sequence) -> bool:
+    def _better_later(self, sequence: SequenceState) -> bool:
         """Whether merged steps go on for a while without it; once one such runs, the others may too."""
-        if not self.running or not self.waits(sequence.acting) or any(self.waits(s.acting) for s in self.running):
+        if (
+            not self.running
+            or not self.should_defer(sequence.adapter_spans)
+            or any(self.should_defer(s.adapter_spans) for s in self.running)
+        ):
             return False
-        since = self._later.setdefault(sequence.number, time.monotonic())
-        return time.monotonic() - since < LATER
+        since = self._later.setdefault(sequence.seq_id, time.monotonic())
+        return time.monotonic() - since < MAX_DEFER_SECONDS
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: SequenceState) -> bool:
         """Bring in its adapters, take up what the prefix tree knows of it; False where there is no room now."""
-        waits = [content for content in sequence.needed if not self.memory.ready(content)]
+        waits = [
+            content for content in sequence.required_adapters if not self.memory.is_ready(content)
+        ]
         if waits and self.running:  # the disk is being read meanwhile
             for content in waits:
                 self.memory.prefetch(content)
             return False
         brought: list[str] = []
         try:
-            for content in sequence.needed:
-                if not self.memory.bring(content):
+            for content in sequence.required_adapters:
+                if not self.memory.load(content):
                     break
                 brought.append(content.hash)
         except AdapterError as error:
-            self.failed.append((sequence, error))
-        pages = -(-len(sequence.tokens) // PAGE)
-        enough = len(brought) == len(sequence.needed) and (self.memory.available >= pages or not self.running)
+            self.load_failures.append((sequence, error))
+        pages = -(-len(sequence.token_ids) // BLOCK_SIZE)
+        enough = len(brought) == len(sequence.required_adapters) and (
+            self.memory.num_available_blocks >= pages or not self.running
+        )
         if not enough:
             for digest in brought:
                 self.memory.release(digest)
             return False
-        whole = (len(sequence.tokens) - 1) // PAGE  # the last token is computed anew: its logits are wanted
-        sequence.nodes = self.memory.tree.longest(sequence.keys(whole))
-        sequence.pages = [node.page for node in sequence.nodes]
-        sequence.computed = len(sequence.nodes) * PAGE
-        sequence.cached = max(sequence.cached, sequence.computed) if not sequence.answer else sequence.cached
+        whole = (
+            len(sequence.token_ids) - 1
+        ) // BLOCK_SIZE  # the last token is computed anew: its logits are wanted
+        sequence.prefix_nodes = self.memory.tree.match(sequence.block_keys(whole))
+        sequence.block_table = [node.page for node in sequence.prefix_nodes]
+        sequence.num_computed_tokens = len(sequence.prefix_nodes) * BLOCK_SIZE
+        sequence.num_cached_tokens = (
+            max(sequence.num_cached_tokens, sequence.num_computed_tokens)
+            if not sequence.num_completion_tokens
+            else sequence.num_cached_tokens
+        )
         sequence.running = True
         self.running.append(sequence)
         return True
 
     # ---- after the forward
 
-    def done(self, pieces: list[Piece]) -> None:
+    def update_after_step(self, pieces: list[ScheduledChunk]) -> None:
         """Count what was computed, and share the pages that are full now."""
         for sequence, count in pieces:
-            sequence.computed += count
-            whole = sequence.computed // PAGE
-            for key in sequence.keys(whole):
-                at = len(sequence.nodes)
-                parent = sequence.nodes[-1] if sequence.nodes else self.memory.tree.root
-                node = self.memory.tree.add(parent, key, sequence.pages[at])
-                if node.page != sequence.pages[at]:  # somebody else computed the same meanwhile
-                    self.memory.pool.give_back(sequence.pages[at])
-                    sequence.pages[at] = node.page
-                sequence.nodes.append(node)
-            decoding = sequence.answer > 0 and count == 1
-            self.served[sequence.client] = self.served.get(sequence.client, 0.0) + (GENERATED if decoding else count)
+            sequence.num_computed_tokens += count
+            whole = sequence.num_computed_tokens // BLOCK_SIZE
+            for key in sequence.block_keys(whole):
+                at = len(sequence.prefix_nodes)
+                parent = (
+                    sequence.prefix_nodes[-1] if sequence.prefix_nodes else self.memory.tree.root
+                )
+                node = self.memory.tree.insert(parent, key, sequence.block_table[at])
+                if (
+                    node.page != sequence.block_table[at]
+                ):  # somebody else computed the same meanwhile
+                    self.memory.pool.free(sequence.block_table[at])
+                    sequence.block_table[at] = node.page
+                sequence.prefix_nodes.append(node)
+            decoding = sequence.num_completion_tokens > 0 and count == 1
+            self.virtual_tokens[sequence.client_id] = self.virtual_tokens.get(
+                sequence.client_id, 0.0
+            ) + (DECODE_TOKEN_WEIGHT if decoding else count)
 
-    def tidy(self) -> None:
+    def forget_idle_clients(self) -> None:
         """Forget the counters of clients that neither wait nor run."""
-        present = {sequence.client for sequence in self.running} | {client for client, queue in self.queues.items() if queue}
-        for client in [client for client in self.served if client not in present]:
-            del self.served[client]
-            self.queues.pop(client, None)
+        present = {sequence.client_id for sequence in self.running} | {
+            client for client, queue in self.waiting.items() if queue
+        }
+        for client in [client for client in self.virtual_tokens if client not in present]:
+            del self.virtual_tokens[client]
+            self.waiting.pop(client, None)
             self._passed.pop(client, None)
 
-    def drop(self, sequence: Sequence) -> None:
+    def abort(self, sequence: SequenceState) -> None:
         """Take a sequence out, wherever it is."""
-        self._later.pop(sequence.number, None)
+        self._later.pop(sequence.seq_id, None)
         if sequence.running:
-            self.leave(sequence)
-        elif sequence in self.queues.get(sequence.client, ()):  # not one whose adapter failed: it is out already
-            self.queues[sequence.client].remove(sequence)
+            self.free_blocks(sequence)
+        elif sequence in self.waiting.get(
+            sequence.client_id, ()
+        ):  # not one whose adapter failed: it is out already
+            self.waiting[sequence.client_id].remove(sequence)
 
     def _moved(self, old: int, new: int) -> None:
         self.memory.tree.moved(old, new)
         for sequence in self.running:
-            if old in sequence.pages:
-                sequence.pages[sequence.pages.index(old)] = new
+            if old in sequence.block_table:
+                sequence.block_table[sequence.block_table.index(old)] = new

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = 8 * 1024 * 1024  # logits a chunk: 16 MB in bf16, so that the products are large
-BLOCK_ROWS = 32  # rows whose softmax is worked out at a time, so that its six passes stay in the cache
+BLOCK_ROWS = (
+    32  # rows whose softmax is worked out at a time, so that its six passes stay in the cache
+)
 
 
 def _block_loss(logits: Tensor, target: Tensor, softcap: float | None, wants: bool) -> Tensor:
@@ -28,18 +30,29 @@ def _block_loss(logits: Tensor, target: Tensor, softcap: float | None, wants: bo
     norm = exact.exp_().sum(-1, keepdim=True)
     loss = (norm.log() + peak - picked)[:, 0]
     if wants:
-        exact.div_(norm).scatter_add_(-1, target, torch.full_like(picked, -1.0))  # softmax - one-hot
+        exact.div_(norm).scatter_add_(
+            -1, target, torch.full_like(picked, -1.0)
+        )  # softmax - one-hot
         logits.copy_(exact if softcap is None else exact.mul_(1 - bent * bent))
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        softcap: float | None,
+    ) -> Tensor:  # type: ignore[override]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        )
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         rows = max(16, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
@@ -47,7 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(part, weight, bias)  # (n, V); becomes its own gradient
             wants = wants_hidden or wants_weight or wants_bias
             parts = losses[start : start + rows].split(BLOCK_ROWS)
-            for block, goal, part_loss in zip(logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), parts, strict=True):
+            for block, goal, part_loss in zip(
+                logits.split(BLOCK_ROWS), target.split(BLOCK_ROWS), parts, strict=True
+            ):
                 part_loss.copy_(_block_loss(block, goal, softcap, wants))
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[start : start + rows])
@@ -62,11 +77,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        shared = grad_output[:1]  # the output layer's gradient is summed already, so all rows must count alike
-        if (grad_weight is not None or grad_bias is not None) and not torch.equal(grad_output, shared.expand_as(grad_output)):
+        shared = grad_output[
+            :1
+        ]  # the output layer's gradient is summed already, so all rows must count alike
+        if (grad_weight is not None or grad_bias is not None) and not torch.equal(
+            grad_output, shared.expand_as(grad_output)
+        ):
             raise RuntimeError("a trained output layer needs losses that are summed or averaged")
         return (
-            None if grad_hidden is None else grad_hidden * grad_output[:, None].to(grad_hidden.dtype),
+            None
+            if grad_hidden is None
+            else grad_hidden * grad_output[:, None].to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * shared).to(ctx.weight_dtype),
             None if grad_bias is None else (grad_bias * shared).to(ctx.weight_dtype),
             None,
@@ -75,7 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None = None,
 ) -> Tensor:
     """-log softmax(hidden weight^T + bias)[label] of each row (N), in float32.
 

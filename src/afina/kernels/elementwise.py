@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from afina.kernels.native import TYPES, address, kernels, operation
+from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,7 +38,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     tokens, _, width = x.shape
     if cos.shape != (tokens, width) or sin.shape != cos.shape or width % 2:
-        raise ValueError(f"x {tuple(x.shape)} cannot be turned by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}")
+        raise ValueError(
+            f"x {tuple(x.shape)} cannot be turned by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
+        )
     return _rotary(x, cos, sin, False)
 
 
@@ -100,22 +102,40 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not kernels.take(x, weight):
+    if not kernels.cpp_accepts(x, weight):
         return norm_reference(x, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
     width = x.shape[-1]
     y = torch.empty_like(x)
-    kernels.norm(address(x), address(weight), 0, address(y), TYPES[x.dtype], x.numel() // width, width, eps)
+    kernels.norm(
+        data_pointer(x),
+        data_pointer(weight),
+        0,
+        data_pointer(y),
+        TYPES[x.dtype],
+        x.numel() // width,
+        width,
+        eps,
+    )
     return y
 
 
 def _run_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not kernels.take(x, weight, grad):
+    if not kernels.cpp_accepts(x, weight, grad):
         return norm_backward_reference(grad, x, weight, eps)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     width = x.shape[-1]
     out = torch.empty_like(x)
-    kernels.norm(address(x), address(weight), address(grad), address(out), TYPES[x.dtype], x.numel() // width, width, eps)
+    kernels.norm(
+        data_pointer(x),
+        data_pointer(weight),
+        data_pointer(grad),
+        data_pointer(out),
+        TYPES[x.dtype],
+        x.numel() // width,
+        width,
+        eps,
+    )
     return out
 
 
@@ -129,25 +149,36 @@ def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = _norm_backward(grad, x, weight, ctx.eps) if ctx.needs_input_grad[0] else None
     grad_weight = None
     if ctx.needs_input_grad[1]:
-        grad_weight = (grad * _normed(x, ctx.eps)[0]).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        grad_weight = (
+            (grad * _normed(x, ctx.eps)[0]).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        )
     return grad_x, grad_weight, None
 
 
 def _run_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    if not kernels.take(gate, up):
+    if not kernels.cpp_accepts(gate, up):
         return swiglu_reference(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    kernels.swiglu(address(gate), address(up), 0, address(y), 0, 0, TYPES[y.dtype], y.numel())
+    kernels.swiglu(
+        data_pointer(gate), data_pointer(up), 0, data_pointer(y), 0, 0, TYPES[y.dtype], y.numel()
+    )
     return y
 
 
 def _run_swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    if not kernels.take(gate, up, grad):
+    if not kernels.cpp_accepts(gate, up, grad):
         return swiglu_backward_reference(grad, gate, up)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-    where = (address(gate), address(up), address(grad), 0, address(of_gate), address(of_up))
+    where = (
+        data_pointer(gate),
+        data_pointer(up),
+        data_pointer(grad),
+        0,
+        data_pointer(of_gate),
+        data_pointer(of_up),
+    )
     kernels.swiglu(*where, TYPES[gate.dtype], gate.numel())
     return of_gate, of_up
 
@@ -158,11 +189,21 @@ def _swiglu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _run_rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     tokens, heads, width = x.shape
-    if not kernels.take(x, cos, sin):
+    if not kernels.cpp_accepts(x, cos, sin):
         return rotary_reference(x, cos, sin, back)
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     y = torch.empty_like(x)
-    kernels.rotary(address(x), address(cos), address(sin), address(y), TYPES[x.dtype], tokens, heads, width, back)
+    kernels.rotary(
+        data_pointer(x),
+        data_pointer(cos),
+        data_pointer(sin),
+        data_pointer(y),
+        TYPES[x.dtype],
+        tokens,
+        heads,
+        width,
+        back,
+    )
     return y
 
 
@@ -175,25 +216,34 @@ def _rotary_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _rotary(grad, *ctx.saved_tensors, not ctx.back), None, None, None
 
 
-_norm = operation(
+_norm = register_op(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    _run_norm, lambda x, weight, eps: torch.empty_like(x), _norm_gradients, _keep_norm,
-)  # fmt: skip
-_norm_backward = operation(
+    _run_norm,
+    lambda x, weight, eps: torch.empty_like(x),
+    _norm_gradients,
+    _keep_norm,
+)
+_norm_backward = register_op(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
-    _run_norm_backward, lambda grad, x, weight, eps: torch.empty_like(x),
-)  # fmt: skip
-_swiglu = operation(
+    _run_norm_backward,
+    lambda grad, x, weight, eps: torch.empty_like(x),
+)
+_swiglu = register_op(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
-    _run_swiglu, lambda gate, up: torch.empty_like(gate),
-    _swiglu_gradients, lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)  # fmt: skip
-_swiglu_backward = operation(
+    _run_swiglu,
+    lambda gate, up: torch.empty_like(gate),
+    _swiglu_gradients,
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+_swiglu_backward = register_op(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    _run_swiglu_backward, lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
-)  # fmt: skip
-_rotary = operation(
+    _run_swiglu_backward,
+    lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(up)),
+)
+_rotary = register_op(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
-    _run_rotary, lambda x, cos, sin, back: torch.empty_like(x),
-    _rotary_gradients, _keep_rotary,
-)  # fmt: skip
+    _run_rotary,
+    lambda x, cos, sin, back: torch.empty_like(x),
+    _rotary_gradients,
+    _keep_rotary,
+)

@@ -19,18 +19,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from afina.kernels.blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
-from afina.kernels.native import TYPES, address, kernels, operation
+from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
+from afina.kernels.int8_blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
 
 # quantiles of the normal distribution, scaled to -1 .. 1, an exact zero among them: arXiv 2305.14314, appendix E
 LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 BLOCK = 64  # weights that share an absmax
-CHUNK = {"cpu": 1 << 18}  # weights worked on at a time, so that temporaries stay small and in the cache
+CHUNK = {
+    "cpu": 1 << 18
+}  # weights worked on at a time, so that temporaries stay small and in the cache
 CHUNK_ELSEWHERE = 1 << 26
 FEW = 32  # rows of x up to which the product reads the codes themselves
 
@@ -63,7 +77,9 @@ class NF4Weight:
     def absmax(self) -> Tensor:
         """The largest magnitude of each block as stored: (out, ceil(in / 64)) float32."""
         levels = dynamic_levels(True, self.scales.device)
-        return (dequantize8(self.scales.flatten(), self.superscales, levels) + self.offset).view(self.scales.shape)
+        return (dequantize8(self.scales.flatten(), self.superscales, levels) + self.offset).view(
+            self.scales.shape
+        )
 
 
 @lru_cache
@@ -88,25 +104,39 @@ def _rows(matrix: Tensor, width: int) -> Iterator[slice]:
 def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Codes (out, ceil(in / 2)) uint8 and absmax (out, ceil(in / block)) float32 of weight (out, in)."""
     rows, width = weight.shape
-    if block == BLOCK and (gpu := kernels.gpu(weight)):
+    if block == BLOCK and (gpu := kernels.triton_ops(weight)):
         return gpu.nf4_encode(weight)
     codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, -(-width // block), device=weight.device)
-    fast = block == BLOCK and weight.device.type == "cpu" and kernels.take(codes.new_empty(0, dtype=torch.float32))
+    fast = (
+        block == BLOCK
+        and weight.device.type == "cpu"
+        and kernels.cpp_accepts(codes.new_empty(0, dtype=torch.float32))
+    )
     for part in _rows(weight, width):
         if fast:
             some = (weight[part] if weight.dtype in TYPES else weight[part].float()).contiguous()
-            kernels.quantize(address(some), TYPES[some.dtype], *some.shape, address(codes[part]), address(absmax[part]))
+            kernels.quantize(
+                data_pointer(some),
+                TYPES[some.dtype],
+                *some.shape,
+                data_pointer(codes[part]),
+                data_pointer(absmax[part]),
+            )
             continue
         blocks = F.pad(weight[part].float(), (0, -width % block)).unflatten(1, (-1, block))
         absmax[part] = blocks.abs().amax(2)
         scaled = (blocks * (1.0 / absmax[part].clamp(min=TINY))[..., None]).flatten(1)
-        nearest = nearest_codes(scaled, level_table(weight.device)).to(torch.uint8)[:, : width + width % 2]
+        nearest = nearest_codes(scaled, level_table(weight.device)).to(torch.uint8)[
+            :, : width + width % 2
+        ]
         codes[part] = nearest[:, ::2] << 4 | nearest[:, 1::2]
     return codes, absmax
 
 
-def decode(codes: Tensor, absmax: Tensor, width: int, dtype: torch.dtype, block: int = BLOCK) -> Tensor:
+def decode(
+    codes: Tensor, absmax: Tensor, width: int, dtype: torch.dtype, block: int = BLOCK
+) -> Tensor:
     """The matrix (rows, width) that codes and absmax stand for: multiplied in float32, rounded once to `dtype`."""
     out = torch.empty(codes.shape[0], width, dtype=dtype, device=codes.device)
     pairs = _pairs(codes.device)
@@ -116,7 +146,11 @@ def decode(codes: Tensor, absmax: Tensor, width: int, dtype: torch.dtype, block:
             values.unflatten(1, (-1, block)).mul_(absmax[part][..., None])
             out[part] = values
         else:
-            torch.mul(values[:, :width], absmax[part].repeat_interleave(block, 1)[:, :width], out=values[:, :width])
+            torch.mul(
+                values[:, :width],
+                absmax[part].repeat_interleave(block, 1)[:, :width],
+                out=values[:, :width],
+            )
             out[part] = values[:, :width]
     return out
 
@@ -132,7 +166,9 @@ def quantize(weight: Tensor) -> NF4Weight:
     if not absmax.isfinite().all():
         raise ValueError("a weight is NaN or infinite")
     offset = absmax.mean()
-    scales, superscales = quantize8((absmax - offset).flatten(), dynamic_levels(True, weight.device))
+    scales, superscales = quantize8(
+        (absmax - offset).flatten(), dynamic_levels(True, weight.device)
+    )
     return NF4Weight(codes, scales.view(absmax.shape), superscales, offset.view(1), weight.shape[1])
 
 
@@ -178,31 +214,46 @@ def _native(weight: NF4Weight) -> tuple[Any, tuple[Tensor, ...]]:
     """`weight` as the C++ kernels take it, and the tensors that it points into."""
     parts = [part.contiguous() for part in _stored(weight)[:4]]  # type: ignore[union-attr]
     parts.append(dynamic_levels(True, parts[0].device))
-    return kernels.library.NF4(*map(address, parts), *weight.shape), tuple(parts)
+    return kernels.library.NF4(*map(data_pointer, parts), *weight.shape), tuple(parts)
 
 
 def _run_dequantize(
-    codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, dtype: torch.dtype
+    codes: Tensor,
+    scales: Tensor,
+    superscales: Tensor,
+    offset: Tensor,
+    width: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     weight = NF4Weight(codes, scales, superscales, offset, width)
-    if not kernels.take(offset):
+    if not kernels.cpp_accepts(offset):
         return decode(codes, weight.absmax(), width, dtype)
     held, _parts = _native(weight)
     out = torch.empty(weight.shape, dtype=dtype if dtype in TYPES else torch.float32)
-    kernels.dequantize(held, TYPES[out.dtype], address(out))
+    kernels.dequantize(held, TYPES[out.dtype], data_pointer(out))
     return out.to(dtype)
 
 
 def _run_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, superscales: Tensor, offset: Tensor, width: int, bias: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    superscales: Tensor,
+    offset: Tensor,
+    width: int,
+    bias: Tensor | None,
 ) -> Tensor:
     weight = NF4Weight(codes, scales, superscales, offset, width)
     rows = x.numel() // width
-    if rows > FEW or not kernels.take(x, bias):
-        return F.linear(x, _run_dequantize(codes, scales, superscales, offset, width, x.dtype), bias)
+    if rows > FEW or not kernels.cpp_accepts(x, bias):
+        return F.linear(
+            x, _run_dequantize(codes, scales, superscales, offset, width, x.dtype), bias
+        )
     held, _parts = _native(weight)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], codes.shape[0])
-    kernels.nf4_product(address(x), TYPES[x.dtype], rows, held, address(bias), address(y))
+    kernels.nf4_product(
+        data_pointer(x), TYPES[x.dtype], rows, held, data_pointer(bias), data_pointer(y)
+    )
     return y
 
 
@@ -212,21 +263,29 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad @ _dequantize(*ctx.saved_tensors, ctx.width, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_x = (
+        grad @ _dequantize(*ctx.saved_tensors, ctx.width, grad.dtype)
+        if ctx.needs_input_grad[0]
+        else None
+    )
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[6] else None
     return grad_x, None, None, None, None, None, grad_bias
 
 
 _STORED = "Tensor codes, Tensor scales, Tensor superscales, Tensor offset, int width"
-_dequantize = operation(
+_dequantize = register_op(
     f"nf4_dequantize({_STORED}, ScalarType dtype) -> Tensor",
     _run_dequantize,
-    lambda codes, scales, superscales, offset, width, dtype: codes.new_empty(codes.shape[0], width, dtype=dtype),
+    lambda codes, scales, superscales, offset, width, dtype: codes.new_empty(
+        codes.shape[0], width, dtype=dtype
+    ),
 )
-_linear = operation(
+_linear = register_op(
     f"nf4_linear(Tensor x, {_STORED}, Tensor? bias) -> Tensor",
     _run_linear,
-    lambda x, codes, scales, superscales, offset, width, bias: x.new_empty(*x.shape[:-1], codes.shape[0]),
+    lambda x, codes, scales, superscales, offset, width, bias: x.new_empty(
+        *x.shape[:-1], codes.shape[0]
+    ),
     _linear_backward,
     _keep,
 )

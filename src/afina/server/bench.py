@@ -12,16 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.config import LoadSettings
-from afina.disk import disk_errors
+from afina.config import BenchServeSettings
 from afina.errors import SettingsError
+from afina.io.atomic import translate_os_errors
 from afina.server.client import Client, ServerError
 
-WORDS = ("the", "dog", "reads", "a", "book", "in", "garden", "while", "seven", "small", "birds", "sing", "near", "river")
+WORDS = (
+    "the",
+    "dog",
+    "reads",
+    "a",
+    "book",
+    "in",
+    "garden",
+    "while",
+    "seven",
+    "small",
+    "birds",
+    "sing",
+    "near",
+    "river",
+)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestTiming:
     """One request: seconds to its first text and to its last, or why there is none."""
 
     first: float = 0.0
@@ -30,61 +45,93 @@ class Outcome:
     error: str | None = None
 
 
-def bench(settings: LoadSettings) -> dict[str, Any]:
+def bench(settings: BenchServeSettings) -> dict[str, Any]:
     """Load the server at each rate; returns the figures of each, and writes the picture."""
     return asyncio.run(_bench(settings))
 
 
-async def _bench(settings: LoadSettings) -> dict[str, Any]:
-    async with Client(settings.url, settings.key) as client:
+async def _bench(settings: BenchServeSettings) -> dict[str, Any]:
+    async with Client(settings.base_url, settings.api_key) as client:
         models = settings.models or await client.models()
-        await _ask(client, settings, models[0], random.Random(0))  # the first request of a server pays for much
+        await _ask(
+            client, settings, models[0], random.Random(0)
+        )  # the first request of a server pays for much
         runs = []
-        for rate in settings.rates:
+        for rate in settings.request_rates:
             outcomes, seconds = await _run(client, settings, models, rate)
-            runs.append(figures(rate, outcomes, seconds))
-    draw(runs, settings.out)
-    return {"url": settings.url, "models": len(models), "runs": runs, "picture": str(settings.out)}
+            runs.append(summarize(rate, outcomes, seconds))
+    draw(runs, settings.plot_file)
+    return {
+        "url": settings.base_url,
+        "models": len(models),
+        "runs": runs,
+        "picture": str(settings.plot_file),
+    }
 
 
-async def _run(client: Client, settings: LoadSettings, models: Sequence[str], rate: float) -> tuple[list[Outcome], float]:
+async def _run(
+    client: Client, settings: BenchServeSettings, models: Sequence[str], rate: float
+) -> tuple[list[RequestTiming], float]:
     """All requests that arrive within the run's length, to their ends."""
     chance, began, at = random.Random(f"{settings.seed} {rate}"), time.perf_counter(), 0.0
-    weights = [1.0 / rank**settings.zipf for rank in range(1, len(models) + 1)]
+    weights = [1.0 / rank**settings.zipf_exponent for rank in range(1, len(models) + 1)]
     tasks = []
-    while (at := at + chance.expovariate(rate)) < settings.seconds:
+    while (at := at + chance.expovariate(rate)) < settings.duration_seconds:
         await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
         [model] = chance.choices(models, weights)
-        tasks.append(asyncio.create_task(_ask(client, settings, model, random.Random(chance.random()))))
+        tasks.append(
+            asyncio.create_task(_ask(client, settings, model, random.Random(chance.random())))
+        )
     if not tasks:
         hint = "--rates or --seconds, higher"
-        raise SettingsError(f"no request arrives within {settings.seconds:g} s at {rate:g} a second", hint=hint)
+        raise SettingsError(
+            f"no request arrives within {settings.duration_seconds:g} s at {rate:g} a second",
+            hint=hint,
+        )
     return list(await asyncio.gather(*tasks)), time.perf_counter() - began
 
 
-async def _ask(client: Client, settings: LoadSettings, model: str, chance: random.Random) -> Outcome:
+async def _ask(
+    client: Client, settings: BenchServeSettings, model: str, chance: random.Random
+) -> RequestTiming:
     """One request; its prompt shares no beginning with another, so that no cache makes it look faster than it is."""
     text = " ".join(chance.choices(WORDS, k=settings.prompt_words))
-    body = {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0.0,
-            "max_tokens": settings.new_tokens, "ignore_eos": True}  # fmt: skip
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0.0,
+        "max_tokens": settings.max_new_tokens,
+        "ignore_eos": True,
+    }
     first, last, pieces = 0.0, 0.0, 0
     try:
         async for piece in client.chat(body):
             first, last, pieces = first or piece.seconds, piece.seconds, pieces + 1
     except ServerError as error:
-        return Outcome(error=error.what)
-    return Outcome(first, last, pieces)
+        return RequestTiming(error=error.what)
+    return RequestTiming(first, last, pieces)
 
 
-def figures(rate: float, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+def summarize(rate: float, outcomes: Sequence[RequestTiming], seconds: float) -> dict[str, Any]:
     """Latencies in seconds: medians and the 95th and 99th of a hundred."""
     good = [one for one in outcomes if one.error is None]
-    told: dict[str, Any] = {"rate": rate, "requests": len(outcomes), "failed": len(outcomes) - len(good), "seconds": seconds,
-                            "served_per_second": len(good) / seconds}  # fmt: skip
-    for name, values in (("first", sorted(one.first for one in good)), ("whole", sorted(one.last for one in good))):
+    told: dict[str, Any] = {
+        "rate": rate,
+        "requests": len(outcomes),
+        "failed": len(outcomes) - len(good),
+        "seconds": seconds,
+        "served_per_second": len(good) / seconds,
+    }
+    for name, values in (
+        ("first", sorted(one.first for one in good)),
+        ("whole", sorted(one.last for one in good)),
+    ):
         told |= {f"{name}_p{share}": _quantile(values, share / 100) for share in (50, 95, 99)}
     between = sorted((one.last - one.first) / (one.pieces - 1) for one in good if one.pieces > 1)
-    return told | {"between_p50": _quantile(between, 0.5), "errors": sorted({one.error for one in outcomes if one.error})}
+    return told | {
+        "between_p50": _quantile(between, 0.5),
+        "errors": sorted({one.error for one in outcomes if one.error}),
+    }
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:
@@ -97,9 +144,15 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, name, title in zip(figure.subplots(1, 2), ("first", "whole"), ("first text", "whole answer"), strict=True):
+    for axes, name, title in zip(
+        figure.subplots(1, 2), ("first", "whole"), ("first text", "whole answer"), strict=True
+    ):
         for share, style in ((50, "o-"), (95, "s--"), (99, "^:")):
-            seen = [(run["rate"], run[f"{name}_p{share}"]) for run in runs if run[f"{name}_p{share}"] is not None]
+            seen = [
+                (run["rate"], run[f"{name}_p{share}"])
+                for run in runs
+                if run[f"{name}_p{share}"] is not None
+            ]
             axes.plot([x for x, _ in seen], [y for _, y in seen], style, label=f"{share}%")
         axes.set_title(f"time to the {title}")
         axes.set_xlabel("requests a second")
@@ -107,6 +160,6 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, title="of the requests within")
-    with disk_errors(file):
+    with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120)

@@ -17,7 +17,7 @@ class ServerError(AfinaError):
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """Some text of an answer, and when it came: seconds since the request was sent."""
 
     text: str
@@ -33,7 +33,9 @@ class Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         timeout = httpx.Timeout(600.0, connect=10.0)
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=timeout)
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers=headers, limits=limits, timeout=timeout
+        )
 
     async def __aenter__(self) -> "Client":
         return self
@@ -50,11 +52,13 @@ class Client:
         except httpx.TransportError as error:
             raise self._away(error) from None
 
-    async def chat(self, body: dict[str, Any]) -> AsyncIterator[Piece]:
+    async def chat(self, body: dict[str, Any]) -> AsyncIterator[TextChunk]:
         """The pieces of one answer; raises `ServerError`."""
         began = time.perf_counter()
         try:
-            async with self._http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
+            async with self._http.stream(
+                "POST", "/v1/chat/completions", json=body | {"stream": True}
+            ) as response:
                 await self._check(response)
                 async for line in response.aiter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
@@ -62,9 +66,11 @@ class Client:
                     told = json.loads(line[6:])
                     if "error" in told:
                         raise ServerError(told["error"]["message"], where=self.url)
-                    text = "".join(choice["delta"].get("content") or "" for choice in told["choices"])
+                    text = "".join(
+                        choice["delta"].get("content") or "" for choice in told["choices"]
+                    )
                     if text:
-                        yield Piece(text, time.perf_counter() - began)
+                        yield TextChunk(text, time.perf_counter() - began)
         except httpx.TransportError as error:
             raise self._away(error) from None
 
@@ -81,5 +87,8 @@ class Client:
 
     def _away(self, error: Exception) -> ServerError:
         return ServerError(
-            "the server does not answer", where=self.url, why=str(error) or type(error).__name__, hint="afina serve"
+            "the server does not answer",
+            where=self.url,
+            why=str(error) or type(error).__name__,
+            hint="afina serve",
         )

@@ -15,9 +15,20 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
-        line: dict[str, Any] = {"time": when, "level": record.levelname.lower(), "event": record.getMessage()}
-        line |= {name: value for name, value in vars(record).items() if name not in _PLAIN and value is not None}
+        when = (
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03}Z"
+        )
+        line: dict[str, Any] = {
+            "time": when,
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line |= {
+            name: value
+            for name, value in vars(record).items()
+            if name not in _PLAIN and value is not None
+        }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
@@ -29,5 +40,8 @@ def set_up_logs() -> None:
     handler.setFormatter(JsonLines())
     for name in ("afina.server", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
+        logger.handlers, logger.propagate = (
+            [handler] if name != "uvicorn.error" else [],
+            name == "uvicorn.error",
+        )
         logger.setLevel(logging.INFO)

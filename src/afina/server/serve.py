@@ -7,23 +7,23 @@ from typing import IO, Any
 
 import uvicorn
 
-from afina.base.load import load_base
-from afina.base.model import Base
+from afina.adapters.loading import CONFIG
 from afina.config import ServeSettings, make_settings
-from afina.data.template import Renderer
-from afina.delta.files import CONFIG
-from afina.engine.serving import Engine, EngineSettings
+from afina.data.renderer import Renderer
+from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AfinaError, SettingsError
+from afina.models.causal_lm import CausalLM
+from afina.models.loading import load_base
 from afina.server.app import make_app
-from afina.server.choosing import Chooses
-from afina.server.keys import Keys
-from afina.server.limits import Limits
+from afina.server.auth import APIKeys
+from afina.server.jobs.worker import JobWorker
 from afina.server.logs import LOG, set_up_logs
-from afina.server.metrics import Metrics
-from afina.server.models import NAME
-from afina.server.state import State, served_name
-from afina.server.store import Adapter, Store
-from afina.server.worker import Worker
+from afina.server.metrics import ServerMetrics
+from afina.server.rate_limits import RateLimiter
+from afina.server.routes.models import NAME
+from afina.server.routing import ServedAdapterRouter
+from afina.server.state import ServerState, served_name
+from afina.server.store import AdapterRow, Store
 
 LOCK_SECONDS = 15.0  # a killed server's jobs take a moment to see that it is gone
 
@@ -32,18 +32,35 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any
     """Serve until SIGTERM or Ctrl-C; running requests are then given `drain` seconds."""
     settings = settings or make_settings(ServeSettings, values)
     set_up_logs()
-    lock = _take(settings.state)
-    state = build(settings)
-    state.inherited = (lock.fileno(),)
+    lock = _take(settings.state_dir)
+    state = build_server(settings)
+    state.inherited_fds = (lock.fileno(),)
     app = make_app(state, lambda: close(state))
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="on",
-        timeout_graceful_shutdown=max(1, round(settings.drain)), server_header=False,
-    )  # fmt: skip
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+        server_header=False,
+    )
     state.worker.start(state)
-    count = len(state.engine.shelf.entries())
-    LOG.info("serving", extra={"base": state.base_name, "host": settings.host, "port": settings.port, "adapters": count})
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn stops at these, and sends them once more when it has
+    count = len(state.engine.shelf.list_adapters())
+    LOG.info(
+        "serving",
+        extra={
+            "base": state.base_name,
+            "host": settings.host,
+            "port": settings.port,
+            "adapters": count,
+        },
+    )
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # uvicorn stops at these, and sends them once more when it has
         signal.signal(number, lambda *_: None)
     try:
         uvicorn.Server(config).run()
@@ -53,54 +70,66 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any
     return {"base": state.base_name, "adapters": count}
 
 
-def build(settings: ServeSettings) -> State:
+def build_server(settings: ServeSettings) -> ServerState:
     """Everything but the network; the engine is running."""
     base = load_base(
-        settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.device, settings.storage
+        settings.base,
+        settings.revision,
+        settings.trust_remote_code,
+        settings.dtype,
+        settings.device,
+        settings.quantization,
     )
     engine = Engine(base, engine_settings(settings, base))
     name = served_name(settings.base)
-    settings.state.mkdir(parents=True, exist_ok=True)
-    store = Store(settings.database or f"sqlite:///{(settings.state / 'state.db').resolve()}")
-    state = State(
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    store = Store(
+        settings.database_url or f"sqlite:///{(settings.state_dir / 'state.db').resolve()}"
+    )
+    state = ServerState(
         settings=settings,
         engine=engine,
-        renderer=(renderer := Renderer(base.tokenizer, settings.template, base.context)),
+        renderer=(renderer := Renderer(base.tokenizer, settings.chat_template, base.max_positions)),
         store=store,
-        keys=Keys(settings),
-        limits=Limits(settings.key_requests, settings.key_tokens),
-        metrics=Metrics(engine, name),
-        worker=Worker(settings, store),
-        choosing=Chooses(base, renderer, engine.shelf),
+        keys=APIKeys(settings),
+        limits=RateLimiter(settings.max_requests_per_key, settings.max_tokens_per_minute),
+        metrics=ServerMetrics(engine, name),
+        worker=JobWorker(settings, store),
+        choosing=ServedAdapterRouter(base, renderer, engine.shelf),
     )
     _fill(state)
     engine.start()
     return state
 
 
-def engine_settings(settings: ServeSettings, base: Base) -> EngineSettings:
+def engine_settings(settings: ServeSettings, base: CausalLM) -> EngineConfig:
     """How much the engine takes. What adapters need of the host's memory before a GPU's is a quarter as much."""
-    size = round(settings.memory * 1e9)
+    size = round(settings.memory_gb * 1e9)
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
     host = 0 if base.device.type == "cpu" else size // 4
-    merged = 4 * weights if settings.merge else 0
-    return EngineSettings(memory=size, host_memory=host, merged_memory=merged, admit=settings.admit)
+    merged = 4 * weights if settings.merge_hot_adapter else 0
+    return EngineConfig(
+        pool_bytes=size,
+        host_cache_bytes=host,
+        merged_weights_bytes=merged,
+        require_audit=settings.require_audit,
+    )
 
 
-def close(state: State) -> None:
+def close(state: ServerState) -> None:
     """End jobs (they go on after the next start), then the engine; once."""
     if state.ready:
         state.ready = False
         state.worker.stop()
         state.engine.stop()
         state.store.close()
-        state.pen.shutdown()
+        state.tokenizer_pool.shutdown()
 
 
-def _fill(state: State) -> None:
+def _fill(state: ServerState) -> None:
     """Adapters as they were when the server stopped, then those of the folders that it was given."""
     shelf = state.engine.shelf
-    for row in state.store.rows(Adapter):
+    for row in state.store.query(AdapterRow):
         try:
             shelf.add(row.name, Path(row.folder), row.owner)
         except AfinaError as error:  # its files are gone or changed: the others answer all the same
@@ -108,22 +137,32 @@ def _fill(state: State) -> None:
     for root in state.settings.adapters:
         if _holds_adapter(root):
             _place(state, root)
-        elif not sum([_fits(state, folder) for folder in sorted(root.expanduser().glob("*")) if _holds_adapter(folder)]):
+        elif not sum(
+            [
+                _fits(state, folder)
+                for folder in sorted(root.expanduser().glob("*"))
+                if _holds_adapter(folder)
+            ]
+        ):
             raise SettingsError(
-                "no adapter of this base in the folder", where=str(root), hint="--adapters FOLDER_OF_RUNS, or a run"
+                "no adapter of this base in the folder",
+                where=str(root),
+                hint="--adapters FOLDER_OF_RUNS, or a run",
             )
 
 
-def _place(state: State, folder: Path) -> None:
+def _place(state: ServerState, folder: Path) -> None:
     """Serve one adapter under the name of its folder, unless that name is taken from before."""
     name = folder.resolve().name
     if not NAME.fullmatch(name):
-        raise SettingsError(f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder")
-    if state.engine.shelf.find(name) is None:
+        raise SettingsError(
+            f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder"
+        )
+    if state.engine.shelf.get(name) is None:
         state.engine.shelf.add(name, folder)
 
 
-def _fits(state: State, folder: Path) -> bool:
+def _fits(state: ServerState, folder: Path) -> bool:
     """Serve one of a folder's adapters; one that is for another base, or damaged, is left out, and said."""
     try:
         _place(state, folder)
@@ -152,5 +191,7 @@ def _take(folder: Path) -> IO[str]:
             return stream
         except OSError:
             if time.monotonic() > until:
-                raise SettingsError("another server uses this folder", where=str(folder), hint="--state FOLDER") from None
+                raise SettingsError(
+                    "another server uses this folder", where=str(folder), hint="--state FOLDER"
+                ) from None
             time.sleep(0.1)

@@ -12,7 +12,18 @@ from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import JSON, BigInteger, Engine, ForeignKey, Index, Integer, create_engine, event, select, update
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    create_engine,
+    event,
+    select,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -27,13 +38,13 @@ def now() -> int:
     return int(time.time())
 
 
-class Table(DeclarativeBase):
+class BaseRow(DeclarativeBase):
     """All tables."""
 
     type_annotation_map = {dict[str, Any]: JSON, int: BigInteger}
 
 
-class File(Table):
+class FileRow(BaseRow):
     """An uploaded file; its bytes are in the state folder, files/ID."""
 
     __tablename__ = "files"
@@ -45,14 +56,14 @@ class File(Table):
     created: Mapped[int] = mapped_column(default=now)
 
 
-class Job(Table):
+class JobRow(BaseRow):
     """A fine-tuning job. `status`: queued, running, paused, succeeded, failed or cancelled."""
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str | None] = mapped_column(index=True)
     status: Mapped[str] = mapped_column(default="queued", index=True)
-    asked: Mapped[dict[str, Any]]  # the request as it came
+    request: Mapped[dict[str, Any]] = mapped_column("asked")  # the request as it came
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
     seed: Mapped[int]
@@ -63,11 +74,13 @@ class Job(Table):
     finished: Mapped[int | None]
 
 
-class JobEvent(Table):
+class JobEvent(BaseRow):
     """Something that happened to a job, in order of `number`."""
 
     __tablename__ = "events"
-    number: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    number: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True
+    )
     job: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     level: Mapped[str]
     message: Mapped[str]
@@ -76,7 +89,7 @@ class JobEvent(Table):
     __table_args__ = (Index("events_of_job", "job", "number"),)
 
 
-class JobCheckpoint(Table):
+class JobCheckpoint(BaseRow):
     """A job's adapter as it was after `step`, the best until then; it answers under `model`."""
 
     __tablename__ = "checkpoints"
@@ -87,7 +100,7 @@ class JobCheckpoint(Table):
     created: Mapped[int] = mapped_column(default=now)
 
 
-class Adapter(Table):
+class AdapterRow(BaseRow):
     """A name under which an adapter answers, and the folder that it lies in."""
 
     __tablename__ = "adapters"
@@ -97,7 +110,7 @@ class Adapter(Table):
     created: Mapped[int] = mapped_column(default=now)
 
 
-Row = TypeVar("Row", bound=Table)
+Row = TypeVar("Row", bound=BaseRow)
 
 
 class Store:
@@ -106,14 +119,22 @@ class Store:
     def __init__(self, url: str) -> None:
         """Connect and bring the tables up to date; raises `SettingsError` where that cannot be."""
         try:
-            self.engine: Engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True)
+            self.engine: Engine = create_engine(
+                url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True
+            )
             if self.engine.dialect.name == "sqlite":
                 event.listen(self.engine, "connect", _durable)
-                event.listen(self.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+                event.listen(
+                    self.engine,
+                    "begin",
+                    lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"),
+                )
             migrate(self.engine)
         except (SQLAlchemyError, ImportError) as error:
             hint = "--database sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/NAME (pip install 'afina[postgres]')"
-            raise SettingsError("cannot open the database", why=str(error).splitlines()[0], hint=hint) from None
+            raise SettingsError(
+                "cannot open the database", why=str(error).splitlines()[0], hint=hint
+            ) from None
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -121,7 +142,7 @@ class Store:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
-    def add(self, *rows: Table) -> None:
+    def add(self, *rows: BaseRow) -> None:
         """Keep new rows."""
         with self.write() as session:
             session.add_all(rows)
@@ -131,15 +152,19 @@ class Store:
         with self.write() as session:
             return None if "\0" in str(key) else session.get(table, key)
 
-    def rows(self, table: type[Row], *where: Any, order: Sequence[Any] = (), limit: int | None = None) -> list[Row]:
+    def query(
+        self, table: type[Row], *where: Any, order: Sequence[Any] = (), limit: int | None = None
+    ) -> list[Row]:
         """The rows that fulfil `where`."""
         with self.write() as session:
             return list(session.scalars(select(table).where(*where).order_by(*order).limit(limit)))
 
-    def move(self, job: str, of: tuple[str, ...], **values: Any) -> bool:
+    def transition(self, job: str, of: tuple[str, ...], **values: Any) -> bool:
         """Change a job if its status is one of `of`; tells whether it was."""
         with self.write() as session:
-            changed = session.execute(update(Job).where(Job.id == job, Job.status.in_(of)).values(**values))
+            changed = session.execute(
+                update(JobRow).where(JobRow.id == job, JobRow.status.in_(of)).values(**values)
+            )
             return bool(changed.rowcount)  # type: ignore[attr-defined]
 
     def close(self) -> None:
@@ -148,8 +173,15 @@ class Store:
 
 
 def _durable(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # transactions are begun by us, at once and not at the first write
-    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+    connection.isolation_level = (
+        None  # transactions are begun by us, at once and not at the first write
+    )
+    for setting in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "busy_timeout=30000",
+    ):
         connection.execute(f"PRAGMA {setting}")
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from afina.adapters.loading import read_json_object
 from afina.config import TrainSettings
-from afina.delta.files import read_json
-from afina.disk import new_folder, rescue, write_json
 from afina.errors import TrainingError
-from afina.training.optimizer import Optimizer
+from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
+from afina.training.setup.optimizer import AdapterOptimizer
 
 FOLDER, SETTINGS = "checkpoint", "settings.yaml"
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """Where a run stands. Losses are nats a labelled token."""
 
     step: int = 0
@@ -25,13 +25,15 @@ class Progress:
     seconds: float = 0.0
     best_loss: float | None = None
     best_step: int = 0
-    worse_checks: int = 0
+    num_bad_evals: int = 0
     before: dict[str, float] = field(default_factory=dict)
 
 
-def save(run: Path, optimizer: Optimizer, progress: Progress, identity: dict[str, Any]) -> None:
+def save(
+    run: Path, optimizer: AdapterOptimizer, progress: TrainerState, identity: dict[str, Any]
+) -> None:
     """Write the checkpoint of `run`, taking the place of the one before only when it is whole."""
-    with new_folder(run / FOLDER) as folder:
+    with atomic_directory(run / FOLDER) as folder:
         state = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
         state[":rng"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -42,13 +44,13 @@ def save(run: Path, optimizer: Optimizer, progress: Progress, identity: dict[str
 
 def exists(run: Path) -> bool:
     """Whether `run` has a checkpoint to go on from."""
-    rescue(run / FOLDER)
+    recover_interrupted_replace(run / FOLDER)
     return (run / FOLDER / "progress.json").is_file()
 
 
-def load(run: Path, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
+def load(run: Path, optimizer: AdapterOptimizer, identity: dict[str, Any]) -> TrainerState:
     """Bring a run back to its checkpoint; raises `TrainingError` where `identity` (settings, data, base) differs."""
-    content = read_json(run / FOLDER / "progress.json")
+    content = read_json_object(run / FOLDER / "progress.json")
     _same_settings(run, content["identity"]["settings"], identity["settings"])
     for name, value in identity.items():
         if name != "settings" and content["identity"].get(name) != value:
@@ -63,22 +65,32 @@ def load(run: Path, optimizer: Optimizer, identity: dict[str, Any]) -> Progress:
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
     optimizer.load(state)
-    return Progress(**content["progress"])
+    return TrainerState(**content["progress"])
 
 
 def _same_settings(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise `TrainingError` with every setting that changed; one that an older afina did not know had its default."""
     fields = TrainSettings.model_fields
     known = {name: before.get(name, fields[name].get_default()) for name in now}
-    changed = [f"{name} is {_told(known[name])} in the run, {_told(now[name])} now" for name in now if known[name] != now[name]]
+    changed = [
+        f"{name} is {_told(known[name])} in the run, {_told(now[name])} now"
+        for name in now
+        if known[name] != now[name]
+    ]
     if changed:
         raise TrainingError(
             f"cannot go on: the setting {'; '.join(changed)}",
             where=str(run),
-            hint=f"afina train --config {run / SETTINGS} --resume, or start a new run with another --out",
+            hint=f"afina train --config {run / SETTINGS} --resume, or start a new run with another --output-dir",
         )
 
 
 def _told(value: Any) -> str:
     """A setting's value as it is written in YAML."""
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "not set"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )

@@ -1,10 +1,10 @@
 """`afina train sweep.yaml`: many adapters on one base, trained together.
 
-    base: embedded                   settings that all runs have
-    data: rows.jsonl
-    runs:
-      - {rank: 4}                    and what each has of its own; `name` is its folder's
-      - {method: dora, learning_rate: 1e-3, name: careful}
+base: embedded                   settings that all runs have
+data: rows.jsonl
+runs:
+  - {rank: 4}                    and what each has of its own; `name` is its folder's
+  - {method: dora, learning_rate: 1e-3, name: careful}
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from afina.config import TrainSettings, make_settings, read_yaml
-from afina.disk import write_json
-from afina.errors import SettingsError, TrainingError, nearest
-from afina.training.distributed import world
-from afina.training.run import Choose, Run, train_many
+from afina.errors import SettingsError, TrainingError, did_you_mean
+from afina.io.atomic import write_json
+from afina.training.setup.processes import world
+from afina.training.train import Choose, TrainResult, train_many
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -31,21 +31,35 @@ def read_sweep(file: Path, told: Mapping[str, Any]) -> list[TrainSettings]:
         hint = "runs:\n          - {rank: 4}\n          - {rank: 16, learning_rate: 1e-3}"
         raise SettingsError("a sweep lists its runs", where=f"{file}: runs", hint=hint)
     shared |= {name: value for name, value in told.items() if name != "data"}
-    out = Path(shared.pop("out", None) or Path("runs") / file.stem)
+    out = Path(shared.pop("output_dir", None) or Path("runs") / file.stem)
     made = []
     for number, own in enumerate(runs, 1):
         values = shared | own
         name = str(values.pop("name", f"{number:02}-{values.get('method', 'lora')}"))
-        if "out" in values or Path(name).name != name:
-            raise SettingsError("a run's folder lies in its sweep's", where=f"{file}: run {number}", hint="name: SOMETHING")
+        if "output_dir" in values or Path(name).name != name:
+            raise SettingsError(
+                "a run's folder lies in its sweep's",
+                where=f"{file}: run {number}",
+                hint="name: SOMETHING",
+            )
         if "data" not in values:
-            raise SettingsError("data is missing", where=f"{file}: run {number}", hint="data: FILE, for all runs or for each")
+            raise SettingsError(
+                "data is missing",
+                where=f"{file}: run {number}",
+                hint="data: FILE, for all runs or for each",
+            )
         unknown = [key for key in values if key not in TrainSettings.model_fields]
         if unknown:
-            hint = nearest(unknown[0], [*TrainSettings.model_fields, "name"])
-            raise SettingsError(f"unknown setting {unknown[0]!r}", where=f"{file}: run {number}", hint=hint)
+            hint = did_you_mean(unknown[0], [*TrainSettings.model_fields, "name"])
+            raise SettingsError(
+                f"unknown setting {unknown[0]!r}", where=f"{file}: run {number}", hint=hint
+            )
         values["data"] = _beside(file, values["data"])
-        made.append(make_settings(TrainSettings, values | {"out": out / name}, where=f"{file}: run {number}"))
+        made.append(
+            make_settings(
+                TrainSettings, values | {"output_dir": out / name}, where=f"{file}: run {number}"
+            )
+        )
     return made
 
 
@@ -55,22 +69,34 @@ def _beside(file: Path, data: Any) -> Path:
     return file.parent / path if not path.exists() and (file.parent / path).exists() else path
 
 
-def sweep(file: Path, told: Mapping[str, Any], *, quiet: bool = True, choose: Choose | None = None) -> dict[str, Any]:
+def sweep(
+    file: Path, told: Mapping[str, Any], *, quiet: bool = True, choose: Choose | None = None
+) -> dict[str, Any]:
     """Run a sweep file; returns a line a run, and writes them to sweep.json beside the run folders."""
     runs = read_sweep(file, told)
     outcomes = train_many(runs, quiet=quiet, choose=choose)
-    folder = runs[0].out.parent  # type: ignore[union-attr]
-    result = {"folder": str(folder), "runs": [_line(s, outcome) for s, outcome in zip(runs, outcomes, strict=True)]}
-    if world().first:
+    folder = runs[0].output_dir.parent  # type: ignore[union-attr]
+    result = {
+        "folder": str(folder),
+        "runs": [_line(s, outcome) for s, outcome in zip(runs, outcomes, strict=True)],
+    }
+    if world().is_main_process:
         write_json(folder / "sweep.json", result)
     return result
 
 
-def _line(settings: TrainSettings, outcome: Run | TrainingError) -> dict[str, Any]:
-    about: dict[str, Any] = {"name": settings.out.name, "method": settings.method, "rank": settings.rank}  # type: ignore[union-attr]
+def _line(settings: TrainSettings, outcome: TrainResult | TrainingError) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "name": settings.output_dir.name,  # type: ignore[union-attr]
+        "method": settings.method,
+        "rank": settings.rank,
+    }  # type: ignore[union-attr]
     if isinstance(outcome, TrainingError):
         return about | {"failed": str(outcome)}
     story = outcome.story
     losses = {key: story["losses"][key] for key in ("held_before", "held_after", "forgetting")}
-    figures = {key: story[key] for key in ("learning_rate", "trainable_parameters", "steps", "seconds", "adapter_kb")}
+    figures = {
+        key: story[key]
+        for key in ("learning_rate", "trainable_parameters", "steps", "seconds", "adapter_kb")
+    }
     return about | figures | losses | {"verdict": story["verdict"]}

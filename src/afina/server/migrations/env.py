@@ -2,7 +2,11 @@
 
 from alembic import context
 
-from afina.server.store import Table
+from afina.server.store import BaseRow
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=Table.metadata, render_as_batch=True)
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=BaseRow.metadata,
+    render_as_batch=True,
+)
 context.run_migrations()

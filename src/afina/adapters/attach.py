@@ -1,0 +1,204 @@
+"""Attach adapters to a model and take them off again, leaving it as it was.
+
+Attaching replaces the targeted modules, openly and in this one file, by `Adapted` ones that hold the frozen
+module and the deltas of any number of adapters. Detaching puts the very same modules back.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.base import AdapterConfig, AdapterLayer, check_options, get_method
+from afina.adapters.modules import ModuleWithAdapters, ParameterWithAdapters
+from afina.adapters.segments import ForwardContext
+from afina.adapters.target_module import FreeParameter, TargetModule
+from afina.adapters.trainable_tokens import TrainableTokens
+from afina.errors import AdapterError
+
+
+class Adapter:
+    """An adapter attached to a model: its name, its spec, and its deltas by module path."""
+
+    def __init__(self, name: str, spec: AdapterConfig, deltas: dict[str, AdapterLayer]) -> None:
+        self.name, self.config, self.layers = name, spec, deltas
+        self.frozen_companions: tuple[
+            ActiveAdapters, ...
+        ] = ()  # others without which it does not act: it was trained over them
+
+    @property
+    def active(self) -> ActiveAdapters:
+        """How the adapter acts when it is on."""
+        return ActiveAdapters(self.name, self.config.invocation, beside=self.frozen_companions)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("module path.parameter", parameter), each tied parameter once, in the order of the model."""
+        seen: set[int] = set()
+        for path, delta in self.layers.items():
+            for name, parameter in delta.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def num_parameters(self) -> int:
+        """How many numbers the adapter learns."""
+        return sum(p.numel() for p in self.parameters())
+
+    def train(self, mode: bool = True) -> None:
+        """Turn dropout on the adapter's path on or off."""
+        for delta in self.layers.values():
+            delta.train(mode)
+
+
+def frozen_module(model: nn.Module, path: str) -> nn.Module:
+    """The base's own module at `path`, also where adapters sit on it; a loose parameter as a module."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return FreeParameter(_loose(model, path))
+    return module.base if isinstance(module, ModuleWithAdapters) else module
+
+
+def _loose(model: nn.Module, path: str) -> nn.Parameter:
+    """The base's own parameter at `path`."""
+    parent, _, name = path.rpartition(".")
+    try:
+        owner: Any = model.get_submodule(parent)
+        own = (
+            owner.parametrizations[name].original
+            if parametrize.is_parametrized(owner, name)
+            else getattr(owner, name)
+        )
+    except AttributeError:
+        own = None
+    if not isinstance(own, nn.Parameter):
+        raise AdapterError(
+            "the base has no such layer", where=path, why="the adapter is for another model"
+        )
+    return own
+
+
+def find_wrapper(model: nn.Module, path: str) -> ModuleWithAdapters | ParameterWithAdapters | None:
+    """Where the deltas at `path` sit; None where there are none."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        owner: Any = model.get_submodule(path.rpartition(".")[0])
+        name = path.rpartition(".")[2]
+        return owner.parametrizations[name][0] if parametrize.is_parametrized(owner, name) else None
+    return module if isinstance(module, ModuleWithAdapters) else None
+
+
+def insert_wrapper(
+    model: nn.Module, layer: TargetModule, board: ForwardContext
+) -> ModuleWithAdapters | ParameterWithAdapters:
+    """A new place for deltas, put into the model: instead of a module, or over a loose parameter."""
+    if not isinstance(layer.module, FreeParameter):
+        _put(model, layer.path, made := ModuleWithAdapters(layer, board))
+        return made
+    parent, _, name = layer.path.rpartition(".")
+    owner = model.get_submodule(parent)
+    over = ParameterWithAdapters(board, list(owner._parameters))
+    parametrize.register_parametrization(owner, name, over)
+    return over
+
+
+def remove_wrapper(
+    model: nn.Module, path: str, place: ModuleWithAdapters | ParameterWithAdapters
+) -> None:
+    """The way back: the very same module or parameter, in its old place."""
+    if isinstance(place, ModuleWithAdapters):
+        return _put(model, path, place.base)
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+    for known in [n for n in place.order if n in owner._parameters]:
+        owner._parameters[known] = owner._parameters.pop(known)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def attach(
+    model: nn.Module, board: ForwardContext, name: str, spec: AdapterConfig, seed: int = 0
+) -> Adapter:
+    """Put a new adapter on `model`; until the board routes to it, nothing changes.
+
+    Deltas start from `seed`, in the order of the targets. Raises `AdapterError` where the name is taken or a layer
+    is not of a kind that the method can act on.
+    """
+    kind = get_method(spec.method)
+    check_options(kind, spec)
+    generator = torch.Generator().manual_seed(seed)
+    deltas: dict[str, AdapterLayer] = {}
+    tied: dict[int, nn.Parameter] = {}
+    vocabulary = vocabulary_layers(model) if spec.trainable_tokens else []
+    for path in [*spec.target_modules, *spec.modules_to_save, *vocabulary]:
+        layer = TargetModule(path, frozen_module(model, path))
+        own = (
+            TrainableTokens
+            if path in vocabulary
+            else get_method("full")
+            if path in spec.modules_to_save
+            else kind
+        )
+        if own.supported_modules == "matrix" and not layer.is_matrix:
+            raise AdapterError(
+                f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path
+            )
+        if (at := find_wrapper(model, path)) is not None and name in at.deltas:
+            raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
+        if path in deltas:
+            why = "the rows of the new tokens would be adapted twice"
+            raise AdapterError(
+                "this layer is a target already",
+                where=path,
+                why=why,
+                hint="leave it out of --targets",
+            )
+        deltas[path] = own(layer, spec, generator)
+        if deltas[path].replaces_base or path in vocabulary:
+            _keep_ties(layer, deltas[path], tied)
+    for path, delta in deltas.items():
+        place = find_wrapper(model, path) or insert_wrapper(model, delta.layer, board)
+        place.deltas[name] = delta
+    return Adapter(name, spec, deltas)
+
+
+def _keep_ties(layer: TargetModule, delta: AdapterLayer, tied: dict[int, nn.Parameter]) -> None:
+    """Parameters that are one in the base are one in the trained copy."""
+    originals = dict(layer.module.named_parameters(recurse=False))
+    for name, own in list(delta.named_parameters(recurse=False)):
+        if id(originals[name]) in tied:
+            delta.share(name, tied[id(originals[name])])  # type: ignore[operator]
+        else:
+            tied[id(originals[name])] = own
+
+
+def vocabulary_layers(model: Any) -> list[str]:
+    """Paths of the embedding and of the output layer, tied or not."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [
+        path for path, module in model.named_modules() if any(module is layer for layer in wanted)
+    ]
+
+
+def detach(model: nn.Module, adapter: Adapter) -> None:
+    """Take an adapter off; modules without any get back their place, untouched."""
+    for path in adapter.layers:
+        place = find_wrapper(model, path)
+        assert place is not None
+        del place.deltas[adapter.name]
+        if not place.deltas and not (
+            isinstance(place, ModuleWithAdapters) and place.serving_layers
+        ):
+            remove_wrapper(model, path, place)

@@ -1,0 +1,229 @@
+"""What a delta is: D_k in the one equation, at one layer.
+
+    y[t] = y0[t] + sum over k of w_k[t] * D_k(x[t], y0[t])
+
+A method is one file in this folder with one class. It says how many numbers it learns (`count`), how they start
+(`__init__`: the model must be unchanged), what it adds (`forward`), what a weight becomes that has taken it in
+(`merged`), under which names its tensors lie on disk (`keys`), and what a pass costs (`cost`). No other file knows its
+name. A method that can merge and restart also says how it begins anew (`restart`), and calls `carried` and
+`with_carried`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from afina.adapters.target_module import TargetModule
+from afina.errors import SettingsError, did_you_mean
+
+CANONICAL_KEYS = {  # key in afina.json -> attribute of `AdapterConfig`
+    "method": "method",
+    "targets": "target_modules",
+    "rank": "rank",
+    "alpha": "alpha",
+    "scaling": "scaling",
+    "dropout": "dropout",
+    "ranks": "rank_pattern",
+    "alphas": "alpha_pattern",
+    "modules": "modules_to_save",
+    "invocation": "invocation",
+    "tokens": "trainable_tokens",
+    "options": "method_settings",
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter is, apart from its tensors: together with them it is the adapter's identity.
+
+    `targets` are the resolved paths of the adapted modules; `ranks` and `alphas` hold those that differ, by path.
+    """
+
+    method: str
+    target_modules: tuple[str, ...]
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: str = "lora"  # or "rslora"
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[
+        str, ...
+    ] = ()  # whole small modules that the adapter owns (heads, norms): PEFT's modules_to_save
+    invocation: tuple[int, ...] = ()  # aLoRA: tokens from whose last occurrence on the adapter acts
+    trainable_tokens: Mapping[str, int] = field(
+        default_factory=dict
+    )  # tokens with rows of their own, and their numbers
+    method_settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what only one method knows, e.g. MoRA's operator
+
+    def rank_of(self, path: str) -> int:
+        """Rank at the module `path`."""
+        return self.rank_pattern.get(path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """Factor of the update at the module `path`: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        rank, alpha = self.rank_of(path), self.alpha_pattern.get(path, self.alpha)
+        return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
+
+    def canonical(self) -> dict[str, Any]:
+        """Return plain values under the keys of afina.json, of which the adapter's hash is made.
+
+        The keys never change: another name would change the hash of every adapter.
+        """
+        values = {field: getattr(self, name) for field, name in CANONICAL_KEYS.items()}
+        lists = {name: list(values[name]) for name in ("targets", "modules", "invocation")}
+        maps = {name: dict(values[name]) for name in ("ranks", "alphas", "tokens", "options")}
+        return values | lists | maps
+
+    @classmethod
+    def from_canonical(cls, values: Mapping[str, Any]) -> "AdapterConfig":
+        """Return the configuration that `canonical` wrote."""
+        tuples = {
+            name: tuple(values.get(name, ())) for name in ("targets", "modules", "invocation")
+        }
+        return cls(**{CANONICAL_KEYS[name]: value for name, value in {**values, **tuples}.items()})
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a delta costs at one layer, for the plan: a token in numbers kept and multiply-adds, besides those of the base."""
+
+    saves_input: bool  # whether the backward pass needs x; layers that read the same x share it
+    saved_numel: int  # further numbers kept for the backward pass, a token
+    macs_per_token: float  # multiply-adds forward, a token; the backward pass has twice as many
+    macs_per_pass: float = (
+        0.0  # multiply-adds with the written-out weight in each pass, however many tokens there are
+    )
+    workspace_numel: float = 0.0  # numbers that live while it works, a token, besides inputs and outputs and what is kept
+
+
+class AdapterLayer(nn.Module):
+    """One adapter's part at one layer. Subclasses live one a file in this folder, and are found there.
+
+    Inputs x come as the layer reads them (`layer.project` and `layer.rows` make vectors of them), outputs y0 always
+    with their features last, so a method needs to know matrices only.
+    """
+
+    tensor_names: Mapping[str, str]  # parameter name -> name on disk, after the module's path
+    tensor_shapes: Mapping[str, tuple[int, ...]] = {}
+    peft_fields: ClassVar[Mapping[str, Any] | None] = (
+        None  # what tells the method in a LoraConfig of PEFT; None: not known there
+    )
+    options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
+    no_grad_terms: ClassVar[
+        tuple[str, ...]
+    ] = ()  # methods without arguments whose value the gradient takes as constant
+    low_rank: ClassVar[bool] = (
+        False  # True where scale * b a x, of these attributes, is all it adds (dropout, restarts aside)
+    )
+    square: ClassVar[bool] = (
+        False  # True where scale * unfold(m fold(x)), of its `form` and `m`, is all it adds (likewise)
+    )
+    replaces_base: ClassVar[bool] = (
+        False  # True where the output is the delta's own and the base need not run
+    )
+    is_method: ClassVar[bool] = (
+        True  # False: no method of its own, but a part that an adapter of any method may have
+    )
+    supported_modules: ClassVar[str] = (
+        "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
+    )
+
+    def __init__(
+        self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
+    ) -> None:
+        """Parameters, float32, that leave the layer's output unchanged; random numbers come from `generator` (CPU)."""
+        super().__init__()
+        self.layer = layer
+        self.restart_delta: Tensor | None  # (out, in) float32: what earlier restarts merged
+        self.register_buffer("restart_delta", None)
+        self.restarts = int(spec.method_settings.get("restarts", 0))  # how many there were
+        if self.restarts and type(self).reset_parameters is not AdapterLayer.reset_parameters:
+            self.restart_delta = torch.zeros(
+                layer.out_features, layer.in_features, device=layer.device
+            )
+
+    def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 + weight * D(x, y0): x the layer's input, y0 = W x + bias (..., out), not to be written into."""
+        raise TypeError(f"{type(self).__name__} must say what it adds")
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """The matrix (out, in), float32 or wider, of the layer that has taken this delta in."""
+        raise TypeError(f"{type(self).__name__} must say what a merged weight is")
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Set the parameters back to where they start, once `accumulated` holds what they said (see restart.py)."""
+        raise SettingsError(
+            f"{type(self).__name__} cannot merge and restart",
+            where="restart_every",
+            hint="--method lora",
+        )
+
+    def add_restart_delta(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 and, weighted, what earlier restarts merged: (..., out)."""
+        if self.restart_delta is None:
+            return y0
+        return y0 + weight * self.layer.project(x, self.restart_delta.to(y0.dtype))
+
+    def merge_restart_delta(self, matrix: Tensor) -> Tensor:
+        """The matrix (out, in) and what earlier restarts merged."""
+        return matrix if self.restart_delta is None else matrix + self.restart_delta.to(matrix)
+
+    @classmethod
+    def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
+        """How many numbers this delta learns at `layer`, by its formula."""
+        raise TypeError(f"{cls.__name__} must say how many numbers it learns")
+
+    @classmethod
+    def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:
+        """What it costs at `layer` on a kind of device; unless a method says better, its input and output are kept."""
+        return LayerCost(
+            True, layer.in_features + layer.out_features, float(cls.num_parameters(layer, spec))
+        )
+
+
+def check_options(kind: type[AdapterLayer], spec: AdapterConfig) -> None:
+    """Raise `SettingsError` where an option is none that the method `kind` reads."""
+    known = (*kind.options, "restart_every", "restarts")
+    for name in spec.method_settings:
+        if name not in known:
+            raise SettingsError(
+                f"{spec.method} has no option {name!r}",
+                where="options",
+                hint=did_you_mean(name, known[:-1]),
+            )
+
+
+def registered_methods() -> dict[str, type[AdapterLayer]]:
+    """Every method by name: the files of this folder that define a `Delta`."""
+    found: dict[str, type[AdapterLayer]] = {}
+    package = importlib.import_module("afina.adapters")
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"afina.adapters.{module_info.name}")
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, AdapterLayer)
+                and value.__module__ == module.__name__
+                and value is not AdapterLayer
+                and value.is_method
+            ):
+                found[module_info.name] = value
+    return found
+
+
+def get_method(name: str) -> type[AdapterLayer]:
+    """The class of the method `name`; raises `SettingsError` naming the nearest one."""
+    found = registered_methods()
+    if name not in found:
+        raise SettingsError(
+            f"unknown method {name!r}", where="method", hint=did_you_mean(name, [*found, "freeze"])
+        )
+    return found[name]

@@ -1,0 +1,112 @@
+"""LoRA: the update of a matrix is a product of two thin ones (Hu et al. 2021, arXiv 2106.09685).
+
+D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(r) for rsLoRA
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+
+
+class LoRA(AdapterLayer):
+    """Low-rank update. A starts uniform as in PEFT (Kaiming with a = sqrt 5), B at zero."""
+
+    peft_fields = {"use_dora": False}
+    low_rank = True
+
+    def __init__(
+        self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
+    ) -> None:
+        super().__init__(layer, spec, generator)
+        rank = spec.rank_of(layer.path)
+        self.a = nn.Parameter(
+            torch.empty(rank, layer.in_features, device=layer.device)
+        )  # (r, in), float32
+        self.b = nn.Parameter(
+            torch.empty(layer.out_features, rank, device=layer.device)
+        )  # (out, r), float32
+        self.scale = spec.scale_of(layer.path)
+        self.dropout = spec.dropout
+        self.tensor_names, self.tensor_shapes = as_peft(layer, rank)
+        self._inference_cache: tuple[object, tuple[Tensor, Tensor]] | None = (
+            None  # what `thin` keeps
+        )
+        LoRA.reset_parameters(self, generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """A anew, B zero."""
+        a = torch.empty(self.a.shape).uniform_(-1, 1, generator=generator) / math.sqrt(
+            self.a.shape[1]
+        )
+        self.a.copy_(a)
+        self.b.zero_()
+
+    def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
+        """y0 + weight * s * B A x, in the dtype of y0; the only new activations are (..., r)."""
+        y0 = self.add_restart_delta(x, y0, weight)
+        if self.dropout and self.training and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        low = self.layer.project(x, self.a.to(y0.dtype)).flatten(0, -2)  # (T, r)
+        return torch.addmm(
+            y0.flatten(0, -2), low, self.b.to(y0.dtype).T, alpha=weight * self.scale
+        ).view(y0.shape)
+
+    @torch.no_grad()
+    def inference_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B transposed (r, out), contiguous and in `dtype`, for inference: kept until A or B change."""
+        state = (
+            dtype,
+            *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (self.a, self.b)),
+        )
+        if self._inference_cache is None or self._inference_cache[0] != state:
+            self._inference_cache = (
+                state,
+                (self.a.to(dtype).contiguous(), self.b.T.to(dtype).contiguous()),
+            )
+        return self._inference_cache[1]
+
+    def train(self, mode: bool = True) -> "LoRA":
+        """As of any module; what was kept for inference is forgotten."""
+        self._inference_cache = None
+        return super().train(mode)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W + s B A."""
+        return self.merge_restart_delta(weight) + self.scale * (
+            self.b.to(weight) @ self.a.to(weight)
+        )
+
+    @classmethod
+    def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
+        """r (in + out)."""
+        return spec.rank_of(layer.path) * (layer.in_features + layer.out_features)
+
+    @classmethod
+    def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:
+        """x and A x are kept (x alone where the C++ kernel runs); with dropout, for x what was left of it and its factors."""
+        dropped = 2 * layer.in_features if spec.dropout else 0
+        return LayerCost(
+            not spec.dropout,
+            spec.rank_of(layer.path) + dropped,
+            float(LoRA.num_parameters(layer, spec)),
+        )
+
+
+def as_peft(layer: TargetModule, rank: int) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """Names and shapes of A and B in PEFT's files: an embedding's are called otherwise, a convolution's are kernels."""
+    module = layer.module
+    if isinstance(module, nn.Embedding):
+        return {"a": "lora_embedding_A", "b": "lora_embedding_B"}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if layer.channels_first:
+        kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+        shapes = {
+            "a": (rank, layer.in_features // math.prod(kernel), *kernel),
+            "b": (layer.out_features, rank, *(1 for _ in kernel)),
+        }
+    return {"a": "lora_A.weight", "b": "lora_B.weight"}, shapes

@@ -1,0 +1,178 @@
+"""The kinds of layers that a delta can act on, each seen as one matrix: out_features x in_features.
+
+    Linear, NF4           y = W x
+    Conv1D (GPT-2)        the same, stored transposed
+    Conv1d, Conv2d        y = W x for each patch of the image: (out, in * kernel)
+    Embedding             the columns of W, picked by the token: y = W onehot(x), W stored transposed
+
+So a method needs to know matrices only. `project` is the cheap way in for thin matrices; `rows` writes the inputs
+out as vectors, for methods that must see all of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from afina.models.fast_llama import FastLinear
+from afina.models.frozen import full_tensor
+from afina.models.nf4 import NF4Linear
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+class FreeParameter(nn.Module):
+    """A parameter that a module holds beside layers of its own (a class token, positions, a scale), as a module."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        """The parameter itself, whatever it is to stand for."""
+        return self.weight
+
+
+@dataclass(frozen=True)
+class TargetModule:
+    """A frozen module and its place in the model; deltas see its matrix, whatever way it is stored."""
+
+    path: str
+    module: nn.Module
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the layer multiplies by one matrix, so that deltas other than full make sense."""
+        module = self.module
+        if isinstance(module, CONVOLUTIONS):
+            return module.groups == 1 and module.padding_mode == "zeros"
+        kinds = (FastLinear, nn.Linear, NF4Linear, Conv1D, nn.Embedding)
+        kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+        # a subclass may return more (Llama 4's router) or scale (Gemma's embedding); Falcon's only spells it out
+        return kind is not None and (
+            type(module).forward is kind.forward or type(module).__name__ == "FalconLinear"
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input: of a patch for convolutions, of the vocabulary for embeddings."""
+        module = self.module
+        if isinstance(module, CONVOLUTIONS):
+            return module.in_channels * math.prod(module.kernel_size)
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings
+        return module.nx if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        module = self.module
+        if isinstance(module, CONVOLUTIONS):
+            return module.out_channels
+        if isinstance(module, nn.Embedding):
+            return module.embedding_dim
+        return module.nf if isinstance(module, Conv1D) else module.out_features  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix W (out, in): a view of the stored weight, or written out where it is held in 4 bits."""
+        return as_matrix(self.module, full_tensor(self.module.weight))  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return next(iter([*self.module.parameters(), *self.module.buffers()])).device
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether outputs are (N, out, ...), as convolutions give them, rather than (..., out)."""
+        return isinstance(self.module, CONVOLUTIONS)
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        """a times the layer's input: a (r, in) gives (..., r), channels last whatever the layer."""
+        module = self.module
+        if isinstance(module, nn.Embedding):
+            return a.T[x]
+        if isinstance(module, CONVOLUTIONS):
+            kernel = a.view(a.shape[0], module.in_channels, *module.kernel_size)
+            convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+            return convolve(
+                x, kernel, None, module.stride, module.padding, module.dilation
+            ).movedim(1, -1)  # type: ignore[arg-type]
+        return F.linear(x, a)
+
+    def unfold_inputs(self, x: Tensor) -> Tensor:
+        """The layer's input written out as vectors: (..., in)."""
+        module = self.module
+        if isinstance(module, nn.Embedding):
+            return F.one_hot(x, module.num_embeddings).to(module.weight.dtype)
+        if isinstance(module, nn.Conv1d):
+            unfolded = F.unfold(
+                x[:, :, None],
+                (1, *module.kernel_size),
+                (1, *module.dilation),
+                _pad(module, 2),
+                (1, *module.stride),
+            )
+            return unfolded.mT  # (N, length, in)
+        if isinstance(module, nn.Conv2d):
+            unfolded = F.unfold(
+                x, module.kernel_size, module.dilation, _pad(module, 2), module.stride
+            )
+            height = _length(x.shape[2], module, 0)
+            return unfolded.mT.unflatten(1, (height, -1))  # (N, height, width, in)
+        return x
+
+    def multiply(self, a: Tensor) -> Tensor:
+        """a W^T (r, out) for a (r, in), in the dtype of a; a weight held in 4 bits is written out once."""
+        return a @ self.weight.to(a.dtype).T
+
+    def channels_last(self, y: Tensor) -> Tensor:
+        """An output of the layer with its channels last: (..., out)."""
+        return y.movedim(1, -1) if self.channels_first else y
+
+    def restore_layout(self, y: Tensor) -> Tensor:
+        """The way back from `to_rows`, in the memory order of the frozen layer.
+
+        A strided view went into the next convolutions: PyTorch 2.13 then crashed in their backward pass on a CPU
+        (8 channels, 56 x 56 pixels, within ten steps).
+        """
+        return y.movedim(-1, 1).contiguous() if self.channels_first else y
+
+
+def _pad(module: nn.Conv1d | nn.Conv2d, dims: int) -> tuple[int, ...]:
+    """Zeros on each side, per axis (a Conv1d has a first axis of height 1); "same" and "valid" worked out."""
+    if module.padding == "valid":
+        pads: tuple[int, ...] = (0,) * len(module.kernel_size)
+    elif module.padding == "same":
+        pads = tuple(
+            d * (k - 1) // 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)
+        )
+    else:
+        pads = tuple(module.padding)  # type: ignore[arg-type]
+    return (0,) * (dims - len(pads)) + pads
+
+
+def _length(size: int, module: nn.Conv2d, axis: int) -> int:
+    """Outputs along an axis of `size` inputs."""
+    reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+    return (size + 2 * _pad(module, 2)[axis] - reach) // module.stride[axis] + 1
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """The stored weight of `module` as the matrix (out, in)."""
+    if isinstance(module, Conv1D | nn.Embedding):
+        return weight.T
+    return weight.flatten(1) if isinstance(module, CONVOLUTIONS) else weight
+
+
+def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
+    """The matrix (out, in) in the shape in which `module` keeps it."""
+    if isinstance(module, Conv1D | nn.Embedding):
+        return matrix.T.contiguous()
+    if isinstance(module, CONVOLUTIONS):
+        return matrix.view(matrix.shape[0], module.in_channels, *module.kernel_size)
+    return matrix

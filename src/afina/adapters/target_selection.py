@@ -1,0 +1,175 @@
+"""Which layers an adapter acts on, from what the user wrote to paths of modules."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from afina.adapters.attach import ModuleWithAdapters
+from afina.adapters.target_module import FreeParameter, TargetModule
+from afina.errors import SettingsError, did_you_mean
+
+Value = TypeVar("Value")
+GROUPS = ("all-linear", "all", "norms", "embeddings")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `pattern`, a module's name or a regular expression, means the module at `path`."""
+    if path == pattern or path.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        hint = "a layer's name, or a regular expression: .*_proj rather than *_proj"
+        raise SettingsError(
+            f"{pattern!r} is no regular expression", where="pattern", why=str(error), hint=hint
+        ) from None
+
+
+def match_patterns(
+    values: Mapping[str, Value], paths: Iterable[str], where: str
+) -> dict[str, Value]:
+    """Values given by name or pattern, by path; the last pattern that matches wins. One that matches none is an error."""
+    paths = list(paths)
+    result: dict[str, Value] = {}
+    for pattern, value in values.items():
+        hits = [path for path in paths if matches(pattern, path)]
+        if not hits:
+            raise SettingsError(
+                f"{pattern!r} matches no adapted layer",
+                where=where,
+                hint=did_you_mean(pattern, leaf_names(paths)),
+            )
+        result |= dict.fromkeys(hits, value)
+    return result
+
+
+def leaf_names(paths: Iterable[str]) -> set[str]:
+    """The last parts of the paths: q_proj, down_proj, ..."""
+    return {path.rpartition(".")[2] for path in paths}
+
+
+def layer_index(path: str) -> int | None:
+    """The number of the block that `path` is in: 3 for model.layers.3.mlp.up_proj; None outside blocks."""
+    numbers = re.findall(r"\.(\d+)\.", path + ".")
+    return int(numbers[0]) if numbers else None
+
+
+def resolve_layers(layers: str | Sequence[int] | None, count: int) -> set[int] | None:
+    """Numbers of the blocks meant by `layers`: a list (negative from the end), "last:4", "first:4", or None for all."""
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        side, _, number = layers.partition(":")
+        if side not in ("last", "first") or not number.isdigit() or not 1 <= int(number) <= count:
+            raise SettingsError(
+                f"layers cannot be {layers!r}",
+                hint=f"a list of numbers, or last:N with N up to {count}",
+            )
+        return set(range(count - int(number), count)) if side == "last" else set(range(int(number)))
+    outside = [n for n in layers if not -count <= n < count]
+    if outside:
+        raise SettingsError(
+            f"the model has no block {outside[0]}",
+            where="layers",
+            why=f"its blocks are 0 to {count - 1}",
+        )
+    return {n % count for n in layers}
+
+
+def resolve_target_modules(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    layers: str | Sequence[int] | None,
+    any_kind: bool,
+) -> tuple[str, ...]:
+    """Paths of the modules to adapt, in the order of the model.
+
+    `targets`: "all-linear" (all matrices in the blocks), names ("q_proj"), regular expressions, and, where the method
+    acts on any kind of module (`any_kind`), "all", "norms" and "embeddings". Raises `SettingsError` where nothing
+    matches.
+    """
+    candidates = _candidates(model, any_kind)
+    blocks = {number for path in candidates if (number := layer_index(path)) is not None}
+    chosen = resolve_layers(layers, max(blocks, default=-1) + 1)
+    wanted: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        hits = _hits(target, candidates, model)
+        if not hits:
+            names = sorted(leaf_names(candidates))
+            raise SettingsError(
+                f"{target!r} matches no layer that can be adapted",
+                where="target_modules",
+                why=None
+                if any_kind or target not in GROUPS
+                else f"{target!r} is for the method full",
+                hint=did_you_mean(target, names),
+            )
+        wanted |= hits
+    paths = tuple(
+        p for p in candidates if p in wanted and (chosen is None or layer_index(p) in chosen)
+    )
+    if not paths:
+        raise SettingsError(
+            "no layer is left to adapt", where="layers", why="no target lies in the chosen blocks"
+        )
+    return paths
+
+
+def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
+    found = {}
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if (path.startswith(inside) and inside) or ".parametrizations" in f".{path}":
+            continue
+        if isinstance(module, ModuleWithAdapters):
+            inside, module = (path + ".",), module.base
+        own = any(True for _ in module.parameters(recurse=False))
+        leaf = not any(
+            True
+            for child in module.children()
+            for _ in child.parameters()
+            if child not in _places(module)
+        )
+        if TargetModule(path, module).is_matrix or (any_kind and own and leaf):
+            found[path] = module
+        elif any_kind:  # parameters beside other layers: a class token, positions, a scale
+            found |= {
+                f"{path}.{name}".lstrip("."): FreeParameter(value) for name, value in _loose(module)
+            }
+    return found
+
+
+def _places(module: nn.Module) -> list[nn.Module]:
+    """What is no layer of the model but a place where adapters sit on the module's own parameters."""
+    return [module.parametrizations] if parametrize.is_parametrized(module) else []  # type: ignore[list-item]
+
+
+def _loose(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The module's own parameters, adapters or not."""
+    over = {n: p.original for n, p in module.parametrizations.items()} if _places(module) else {}  # type: ignore[operator,union-attr]
+    return [*module.named_parameters(recurse=False), *over.items()]
+
+
+def _hits(target: str, candidates: Mapping[str, nn.Module], model: Any) -> set[str]:
+    if target == "all":
+        return set(candidates)
+    if target == "all-linear":
+        blocks = any(
+            layer_index(p) is not None for p in candidates
+        )  # a small network of one's own may have none
+        return {
+            p
+            for p, m in candidates.items()
+            if TargetModule(p, m).is_matrix
+            and not isinstance(m, nn.Embedding)
+            and (layer_index(p) is not None or not blocks)
+        }
+    if target == "norms":
+        return {p for p, m in candidates.items() if "norm" in type(m).__name__.lower()}
+    if target == "embeddings":
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        return {p for p, m in candidates.items() if isinstance(m, nn.Embedding) or m is head}
+    return {p for p in candidates if matches(target, p)}

@@ -1,0 +1,178 @@
+"""What may be done about a lora that an audit did not let through; each remedy makes another adapter, layer by layer.
+
+    cut      its smallest directions left out: a share `strength` of the rank
+    scale    (1 - strength) D
+    mix      (1 - strength) D + strength * mean of benign adapters' updates   (fine-mixing: Zhang et al. 2022, arXiv 2210.09545)
+    remove   D = Q z, z = R A x. A direction of z that prompts with the trigger fill g times as much as prompts without it is
+             weakened by 1 / (1 + l (g - 1)), l = strength / (1 - strength); what both fill alike (g <= 1) stays
+
+For `remove`, g and its directions are the generalised eigenpairs of the second moments of z, with the trigger (W) and without
+it (C): W v = g C v. The filter L V f V^T L^-1, with C = L L^T, is the one that changes what the clean prompts get the least.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from afina.adapters.active import ActiveAdapters
+from afina.data.renderer import Example
+from afina.merging.low_rank import LowRankUpdate, concatenate, truncate
+from afina.merging.sources import AdapterSource
+from afina.merging.write import LoRATensorLayout, tensor_layout
+from afina.models.causal_lm import CausalLM
+
+How = Literal["cut", "scale", "mix", "remove"]
+RIDGE = 1e-3  # of the mean of the clean moments, added to them: directions that nothing fills
+BATCH = 4096  # tokens of a pass
+STRENGTHS: dict[How, tuple[float, ...]] = {  # that are tried where none is asked for
+    "remove": (0.2, 0.5, 0.8, 0.95, 0.99),
+    "mix": (0.25, 0.5, 0.75),
+    "scale": (0.1, 0.25, 0.5, 0.75),
+    "cut": (0.25, 0.5, 0.75),
+}
+
+
+@dataclass(frozen=True)
+class TriggeredExample:
+    """A row with the trigger in it, answered with the payload; the same tokens as without it come before `start`."""
+
+    example: Example
+    start: int
+
+
+@dataclass(frozen=True)
+class MomentPair:
+    """Mean of z z^T (r, r) at a layer, float64: on prompts as they are, and on those with the trigger from there on."""
+
+    clean: Tensor
+    woken: Tensor
+
+
+def mitigate_layer(
+    how: How,
+    strength: float,
+    source: AdapterSource,
+    beside: Sequence[AdapterSource] = (),
+    moments: Mapping[str, MomentPair] | None = None,
+) -> Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]:
+    """Each layer of `source` after a remedy: its path, its update, how it lies on disk.
+
+    `beside` are the benign loras of `mix`; `moments` are those of `remove`, of the layers that were seen.
+    """
+    for path in source.config.target_modules:
+        low = source.low_rank_update(path)
+        assert low is not None
+        if how == "cut":
+            low = truncate(low, max(1, round((1 - strength) * low.rank))).low
+        elif how == "scale":
+            low = LowRankUpdate((1 - strength) * low.b, low.a)
+        elif how == "mix":
+            others = [
+                other
+                for benign in beside
+                if path in benign.config.target_modules
+                and (other := benign.low_rank_update(path)) is not None
+            ]
+            low = concatenate(
+                [(low, 1 - strength), *((other, strength / len(beside)) for other in others)]
+            )
+        elif moments is not None and path in moments:
+            q, r = torch.linalg.qr(low.b)
+            low = LowRankUpdate(q @ weakening(moments[path], strength) @ r, low.a)
+        yield path, low, tensor_layout(path, [source])
+
+
+def weakening(moments: MomentPair, strength: float) -> Tensor:
+    """The filter (r, r) of `remove`; the identity at strength 0."""
+    eye = torch.eye(len(moments.clean), dtype=torch.float64)
+    ridge = RIDGE * moments.clean.trace() / len(eye) + 1e-30
+    root = torch.linalg.cholesky(moments.clean + ridge * eye)
+    half = torch.linalg.solve_triangular(root, moments.woken + ridge * eye, upper=False)
+    g, v = torch.linalg.eigh(torch.linalg.solve_triangular(root, half.T, upper=False))
+    excess = (g - 1).clamp_min(0.0)
+    f = (1 - strength) / ((1 - strength) + strength * excess)
+    return root @ (v * f) @ torch.linalg.solve_triangular(root.T, v, upper=True).T
+
+
+@torch.no_grad()
+def collect_moments(
+    base: CausalLM,
+    route: ActiveAdapters,
+    source: AdapterSource,
+    clean: Sequence[Example],
+    woken: Sequence[TriggeredExample],
+) -> dict[str, MomentPair]:
+    """The moments of z at each layer of `source` that is a plain matrix, under `route`, in which it acts."""
+    found: dict[str, dict[str, Tensor]] = {}
+    counts = {"clean": 0, "woken": 0}
+    state: dict[str, object] = {}
+    hooks = []
+    for path in source.config.target_modules:
+        low, form = source.low_rank_update(path), tensor_layout(path, [source])
+        if low is None or form != LoRATensorLayout():
+            continue
+        to_z = (torch.linalg.qr(low.b)[1] @ low.a).to(base.device, torch.float32)
+
+        def see(
+            _: nn.Module, inputs: tuple[Tensor, ...], path: str = path, to_z: Tensor = to_z
+        ) -> None:
+            kept = inputs[0].flatten(0, -2)[state["kept"]].float() @ to_z.T  # type: ignore[index]
+            sums = found.setdefault(path, {})
+            name = str(state["name"])
+            sums[name] = sums.get(name, 0) + (kept.T @ kept).double().cpu()
+
+        hooks.append(base.model.get_submodule(path).register_forward_pre_hook(see))
+    try:
+        for name, rows in (
+            ("clean", [(e.token_ids, 0) for e in clean]),
+            ("woken", [(w.example.token_ids, w.start) for w in woken]),
+        ):
+            for part in _parts(rows):
+                tokens, positions, bounds, kept = _flat(part, base)
+                state |= {"name": name, "kept": kept}
+                counts[name] += len(kept)
+                with base.forward_context.use(route.segments(tokens, bounds)):
+                    base.hidden_states(tokens, positions, bounds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        path: MomentPair(s["clean"] / counts["clean"], s["woken"] / counts["woken"])
+        for path, s in found.items()
+    }
+
+
+def _parts(rows: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+    part: list[tuple[list[int], int]] = []
+    for row in rows:
+        if part and sum(len(tokens) for tokens, _ in part) + len(row[0]) > BATCH:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def _flat(
+    rows: Sequence[tuple[list[int], int]], base: CausalLM
+) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor]:
+    """(tokens, positions, bounds, the places of the run that are kept) of some rows."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    kept: list[int] = []
+    bounds = [0]
+    for row, start in rows:
+        kept += range(len(tokens) + start, len(tokens) + len(row))
+        tokens += row
+        positions += range(len(row))
+        bounds.append(len(tokens))
+    on = base.device
+    return (
+        torch.tensor(tokens, device=on),
+        torch.tensor(positions, device=on),
+        tuple(bounds),
+        torch.tensor(kept, device=on),
+    )

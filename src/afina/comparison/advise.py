@@ -1,0 +1,277 @@
+"""`afina advise`: which method, without any training. From the goal, the amount of data, the base and the memory there is.
+
+The reasons are findings that others published (published.py), the plan's memory and time, and the user's own earlier
+comparisons on this base, which go before what others measured. It also says when not to train.
+"""
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from afina.comparison.compare import KIND
+from afina.comparison.findings import FINDINGS, SAYINGS, study_note
+from afina.comparison.report import duration, flag, interval, size
+from afina.config import AdviseSettings, Goal, PlanSettings, make_settings
+from afina.errors import AfinaError, SettingsError
+from afina.planning.plan import plan
+
+MAX_FEW_SHOT = 20  # examples that fit into a prompt
+MANY_TEXTS = 5000  # texts of a domain from which on a small adapter may be too small
+QUESTIONS = {
+    "goal": f"What for? ({', '.join(get_args(Goal))})",
+    "rows": "How many examples (or texts) do you have?",
+}
+
+
+@dataclass
+class Advice:
+    """What to use: a method with its settings, "prompt", "find" (retrieval), or "none" where nothing fits."""
+
+    use: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasons: list[tuple[str, str | None, dict[str, Any]]] = field(
+        default_factory=list
+    )  # (saying, finding, its gaps)
+    then: str | None = None
+
+    def add_reason(self, saying: str, finding: str | None = None, **gaps: Any) -> "Advice":
+        """The advice with one more reason."""
+        self.reasons.append((saying, finding, gaps))
+        return self
+
+
+def decide(goal: str, rows: int, pairs: bool, prompted: bool) -> Advice:
+    """What is published says, whatever the machine."""
+    if goal == "facts-that-change":
+        return (
+            Advice("find")
+            .add_reason("retrieval", "retrieval")
+            .add_reason("hallucinate", "hallucinate")
+        )
+    if not rows and not pairs:
+        return Advice("prompt").add_reason("no_rows")
+    if rows < MAX_FEW_SHOT and not pairs and not prompted:
+        if goal in ("knowledge", "domain"):
+            return Advice("prompt").add_reason("few_texts", "retrieval", rows=rows)
+        return Advice("prompt").add_reason("fewshot", "fewshot", rows=rows)
+    if not rows:
+        return Advice("lora", {"rank": 8, "objective": "dpo"}).add_reason("only_pairs", "dpo")
+    if goal == "knowledge":
+        advice = Advice("mora", {"rank": 8}).add_reason("mora_facts", "mora")
+        return advice.add_reason("hallucinate", "hallucinate").add_reason(
+            "also_retrieval", "retrieval"
+        )
+    if goal == "domain":
+        if rows >= MANY_TEXTS:
+            return (
+                Advice("full")
+                .add_reason("learns_less", "learns_less")
+                .add_reason("mora_domain", "mora")
+            )
+        return (
+            Advice("lora", {"rank": 64})
+            .add_reason("regret", "regret")
+            .add_reason("learns_less", "learns_less")
+        )
+    if goal == "switching":
+        return Advice("alora", {"rank": 32}).add_reason("alora", "alora")
+    if goal == "customers":
+        return (
+            Advice("lora", {"rank": 8}).add_reason("slora", "slora").add_reason("regret", "regret")
+        )
+    advice = Advice("lora", {"rank": 8 if rows < MANY_TEXTS else 16}).add_reason(
+        "lima" if rows < MANY_TEXTS else "regret", "lima" if rows < MANY_TEXTS else "regret"
+    )
+    if goal == "behaviour":
+        if pairs:
+            advice.then = "afina train PAIRS --objective dpo --options '{start: RUN}'"
+        return (
+            advice.add_reason("dpo", "dpo") if pairs else advice.add_reason("collect_pairs", "dpo")
+        )
+    return advice.add_reason("regret", "regret") if rows < MANY_TEXTS else advice
+
+
+# ---- the machine
+
+
+def smaller(method: str) -> list[str]:
+    """The method, and what to take instead where it does not fit, the nearest first."""
+    return {"full": ["full", "lora", "qlora"]}.get(method, [method, f"q{method}"])
+
+
+def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
+    """The plan of the first of `smaller` that fits; changes the advice to it. None where no plan can be made."""
+    need = room = None
+    for name in smaller(advice.use):
+        told = {"rank": 64} if advice.use == "full" and name != "full" else {}
+        try:
+            found = plan(_asked(settings, name, advice.settings | told))["cost"]
+        except AfinaError as error:
+            advice.add_reason("no_plan", why=error.what)
+            return None
+        peak = found["peak_bytes"]
+        limit = 1e9 * settings.memory_gb if settings.memory_gb else found["machine_bytes"]
+        room = size(limit) if limit else None
+        if limit is None or (found["fits"] if settings.memory_gb is None else peak <= limit):
+            if name != advice.use:
+                kind = "qlora" if name.startswith("q") else "full_too_large"
+                advice.add_reason(kind, "qlora" if kind == "qlora" else None, need=need, room=room)
+                advice.use, advice.settings = name, advice.settings | told
+            machine = {
+                "device": found["device"],
+                "memory_bytes": limit,
+                "detected": settings.memory_gb is None,
+            }
+            return {
+                "peak_bytes": peak,
+                "step_seconds": found["step_seconds"],
+                "batch": found["batch"],
+                "machine": machine,
+            }
+        need = size(peak)
+    advice.use, advice.settings = "none", {}
+    advice.add_reason("nothing_fits", need=need, room=room)
+    return None
+
+
+def _asked(settings: AdviseSettings, method: str, told: Mapping[str, Any]) -> PlanSettings:
+    same = ("base", "revision", "trust_remote_code", "dtype", "device")
+    return PlanSettings(method=method, **told, **{name: getattr(settings, name) for name in same})
+
+
+# ---- the user's own comparisons
+
+
+def comparisons(folder: Path, base: str) -> Iterator[dict[str, Any]]:
+    """Comparisons on this base that lie in `folder` or in its folders, in the order of their names."""
+    for file in sorted([*folder.glob("compare.json"), *folder.glob("*/compare.json")]):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # being written, or somebody else's
+            continue
+        if (
+            isinstance(found, dict)
+            and found.get("kind") == KIND
+            and found["settings"]["base"] == base
+        ):
+            yield found
+
+
+def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str) -> None:
+    """Let earlier comparisons speak: one that showed another method to be better goes before what is published."""
+    for found in comparisons(settings.past_runs, settings.base):
+        if found["objective"] != objective or advice.use not in found["methods"]:
+            continue
+        if found.get("recommendation", {}).get("kind") == "base":
+            advice.add_reason("earlier_none", name=found["folder"])
+            continue
+        form = "{:.3f}" if found["metric"] == "loss" else "{:.1f}"
+        shown = [t for t in found["tests"] if t["shown"] and advice.use in (t["one"], t["other"])]
+        won = {t["other"] if t["difference"]["mean"] > 0 else t["one"]: t for t in shown}
+        better = [name for name in won if name in found["methods"] and name != advice.use]
+        names = [advice.use, *better[:1]]
+        figures = ", ".join(f"{n} {interval(found['methods'][n]['score'], form)}" for n in names)
+        if better:
+            advice.add_reason(
+                "earlier_better",
+                name=found["folder"],
+                better=better[0],
+                worse=advice.use,
+                figures=figures,
+            )
+            told = {"rank": found["settings"]["rank"]} | found["settings"].get("variants", {}).get(
+                better[0], {}
+            )
+            advice.use, advice.settings = told.pop("method", better[0]), told
+            advice.settings |= {"learning_rate": found["methods"][better[0]]["learning_rate"]}
+        else:
+            advice.add_reason("earlier_same", name=found["folder"], figures=figures)
+            advice.settings["learning_rate"] = found["methods"][advice.use]["learning_rate"]
+
+
+def ask(settings: AdviseSettings, question: Callable[[str], str]) -> AdviseSettings:
+    """What was not told, asked for; raises `SettingsError` for an answer that is none."""
+    told: dict[str, Any] = {
+        name: question(text) for name, text in QUESTIONS.items() if getattr(settings, name) is None
+    }
+    known = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return make_settings(AdviseSettings, known | told)
+
+
+def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, Any]:
+    """{"use", "settings", "reasons": [{"text", "source", "link"}], "plan", "command", "then"}; settings as the verb's.
+
+    Raises `SettingsError` where goal or rows are not told.
+    """
+    settings = settings or make_settings(AdviseSettings, values)
+    if settings.goal is None or (
+        settings.num_rows is None and settings.goal != "facts-that-change"
+    ):
+        missing = "goal" if settings.goal is None else "rows"
+        hint = AdviseSettings.model_fields[missing].description
+        raise SettingsError(f"{missing} is missing", where="advise", hint=f"--{missing}: {hint}")
+    advice = decide(
+        settings.goal, settings.num_rows or 0, settings.has_pairs, settings.tried_prompting
+    )
+    objective = advice.settings.pop("objective", "pretrain" if settings.goal == "domain" else "sft")
+    planned = None
+    if advice.use not in ("find", "prompt"):
+        apply_past_results(advice, settings, objective)
+        planned = fit(advice, settings)
+    trains = advice.use not in ("find", "prompt", "none")
+    say = SAYINGS[settings.lang]
+    return {
+        "use": advice.use,
+        "settings": advice.settings,
+        "plan": planned,
+        "lang": settings.lang,
+        "command": _command(advice, settings, objective) if trains else None,
+        "then": advice.then if trains else None,
+        "reasons": [
+            {
+                "text": say[saying].format(**gaps) + study_note(saying, settings.lang),
+                "source": FINDINGS[finding][0] if finding else None,
+                "link": FINDINGS[finding][1] if finding else None,
+            }
+            for saying, finding, gaps in advice.reasons
+        ],
+    }
+
+
+def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
+    data = "PAIRS" if objective == "dpo" else "DATA"
+    parts = [
+        f"afina train {data}",
+        f"--base {settings.base}" if settings.base != "embedded" else "",
+        f"--method {advice.use}",
+    ]
+    told = {
+        name: v
+        for name, v in advice.settings.items()
+        if name != "rank" or advice.use not in ("full", "freeze")
+    }
+    parts += [
+        f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in told.items()
+    ]
+    parts += [f"--objective {objective}"] if objective != "sft" else []
+    return " ".join(part for part in parts if part)
+
+
+def written(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The lines of an advice for people: (what, value)."""
+    say, planned = SAYINGS[result["lang"]], result["plan"]
+    lines = [(say["use"], say.get(result["use"], result["use"]))]
+    if planned:
+        machine = planned["machine"]
+        if machine["memory_bytes"]:
+            room = f"{machine['device']}, {size(machine['memory_bytes'])}"
+            lines.append((say["machine"] if machine["detected"] else say["told"], room))
+        lines.append((say["memory"], size(planned["peak_bytes"])))
+        lines += (
+            [(say["step"], duration(planned["step_seconds"]))] if planned["step_seconds"] else []
+        )
+    lines += [(say["command"], result["command"])] if result["command"] else []
+    return lines + ([(say["then"], result["then"])] if result["then"] else [])

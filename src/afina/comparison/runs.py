@@ -1,0 +1,134 @@
+"""The runs of a comparison: as training runs, several in one pass where that is exact, each resumed where it stood.
+
+A run that fails is written down (failed.json in its folder) and the others go on.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from afina.adapters.base import get_method
+from afina.adapters.presets import get_preset
+from afina.comparison.split import ComparisonSplit
+from afina.config import CompareSettings, TrainSettings, make_settings
+from afina.errors import AfinaError, TrainingError
+from afina.io.atomic import write_json
+from afina.planning.checkpointing_policy import train_many
+from afina.training.checkpoint import FOLDER, SETTINGS
+
+TOGETHER = 4  # adapters in one pass: beyond, memory grows and little time is saved
+CHECKS = 5  # looks at the rows that choose, in a run
+FAILED = "failed.json"
+
+
+def run_settings(
+    asked: CompareSettings,
+    rows: ComparisonSplit,
+    name: str,
+    rate: float,
+    steps: int,
+    seed: int,
+    out: Path,
+) -> TrainSettings:
+    """One run of `name`, a method or a variant."""
+    same = (
+        "base",
+        "revision",
+        "trust_remote_code",
+        "dtype",
+        "device",
+        "chat_template",
+        "retention_text",
+        "max_length",
+        "max_tokens_per_batch",
+        "skip_bad_rows",
+    )
+    told = (
+        {key: getattr(asked, key) for key in same}
+        | asked.settings_for(name)
+        | {
+            "data": rows.train,
+            "eval_size": rows.validation,
+            "output_dir": out,
+            "objective": rows.objective,
+            "learning_rate": rate,
+            "max_steps": steps,
+            "seed": seed,
+            "eval_steps": max(1, steps // CHECKS),
+        }
+    )
+    return make_settings(TrainSettings, told)
+
+
+def pass_group(name: str, objective: str) -> str | None:
+    """A word that adapters have in common which can learn in one pass; None for what trains alone."""
+    meant = get_preset(name, 1)
+    return (
+        None
+        if objective == "classify" or get_method(meant.method).replaces_base
+        else meant.quantization
+    )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run is done: its card is written last."""
+    return (folder / "README.md").is_file()
+
+
+def failure_reason(folder: Path) -> str | None:
+    """What stopped a run, if something did."""
+    file = folder / FAILED
+    return str(json.loads(file.read_text())["why"]) if file.is_file() else None
+
+
+def train_all(runs: Sequence[TrainSettings]) -> None:
+    """Train what is not done yet. Those that share a base go through it together; one that breaks leaves the rest alone."""
+    groups: dict[str, list[TrainSettings]] = {}
+    for run in runs:
+        assert run.output_dir is not None
+        if not is_finished(run.output_dir) and failure_reason(run.output_dir) is None:
+            shared = pass_group(run.method, run.objective)
+            groups.setdefault(shared or str(run.output_dir), []).append(run)
+    for group in groups.values():
+        for start in range(0, len(group), TOGETHER):
+            _train(group[start : start + TOGETHER])
+
+
+def _train(group: Sequence[TrainSettings]) -> None:
+    try:
+        outcomes = train_many([_resumed(run) for run in group])
+    except (
+        AfinaError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # RuntimeError: a device that is out of memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(group) > 1:
+            for run in group:
+                _train([run])
+            return
+        outcomes = [
+            error
+            if isinstance(error, TrainingError)
+            else TrainingError(str(error).split("\n  ")[0])
+        ]
+    for run, outcome in zip(group, outcomes, strict=True):
+        assert run.output_dir is not None
+        if isinstance(outcome, TrainingError):
+            write_json(run.output_dir / FAILED, {"why": outcome.what})
+        shutil.rmtree(
+            run.output_dir / FOLDER, ignore_errors=True
+        )  # full: three times the model, for each run
+
+
+def _resumed(run: TrainSettings) -> TrainSettings:
+    """The run as it goes on where it has begun; what was cut off before it began is swept away."""
+    assert run.output_dir is not None
+    if (run.output_dir / SETTINGS).is_file():
+        return run.model_copy(update={"resume": True})
+    shutil.rmtree(run.output_dir, ignore_errors=True)
+    return run

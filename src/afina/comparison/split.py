@@ -1,0 +1,190 @@
+"""The rows of a comparison, split once for all methods and seeds, so that all are judged on the same ones.
+
+train.jsonl     what every run learns from
+choose.jsonl    held out: chooses learning rates, and the state of a run that is kept
+test.jsonl      held out, and looked at once, at the end: what was chosen on rows flatters itself on them
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from afina.config import CompareSettings, TrainSettings
+from afina.data.formats import read_table
+from afina.data.labeled import LabeledRow, read_labelled
+from afina.data.packing import train_eval_split
+from afina.data.skipped import summarize_skipped
+from afina.errors import DataError, SettingsError, pluralize
+from afina.io.atomic import write_json, write_text
+from afina.objectives.language_modeling import infer_objective
+from afina.training.setup.prepare import as_record, resolve_objective
+
+PIECE = 800  # characters of a piece of plain text: rows that can be drawn, split and judged
+FEWEST = 10  # rows below which nothing can be said at all
+KINDS = ("train", "choose", "test")
+Piece = TypeVar("Piece")
+
+
+@dataclass(frozen=True)
+class ComparisonSplit:
+    """What is learned, and where the three files lie; `digest` is the sha256 of the file that they come from.
+
+    `skipped` says in words which rows were left out; empty for none.
+    """
+
+    objective: str
+    format: str
+    digest: str
+    train: Path
+    validation: Path
+    test: Path
+    counts: dict[str, int]
+    skipped: str = ""  # comparisons of before know of none
+
+
+def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
+    """Read the data and write the three files into `folder`, or find them there.
+
+    Raises `DataError` for rows that cannot be used, and where the data is not what the comparison began with.
+    """
+    asked = TrainSettings(
+        data=settings.data, objective=settings.objective, columns=settings.columns
+    )
+    objective = resolve_objective(asked)
+    if objective not in ("auto", "sft", "pretrain", "classify"):
+        raise SettingsError(
+            f"compare cannot judge {objective} so far",
+            where=str(settings.data),
+            why="it judges answers, plain text and labels",
+            hint="one column with the answer: --columns '{prompt: question, completion: answer}'",
+        )
+    table = _read(settings, objective)
+    if objective != "classify":
+        objective = infer_objective(settings.objective, table.rows)
+    about = folder / "rows.json"
+    files = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
+    if about.is_file():
+        known = json.loads(about.read_text())
+        if known["digest"] != table.digest:
+            why = "runs of the old rows and of the new ones cannot be compared"
+            raise DataError(
+                "the data has changed since this comparison began",
+                where=str(settings.data),
+                why=why,
+                hint="another --out",
+            )
+        return ComparisonSplit(**known | files)
+    records = (
+        _labelled(table.rows, settings)
+        if objective == "classify"
+        else _language(table.rows, objective, settings)
+    )
+    for kind, file in files.items():
+        write_text(
+            file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records[kind])
+        )
+    facts = {
+        "objective": objective,
+        "format": table.format,
+        "digest": table.digest,
+        "skipped": summarize_skipped(table.skipped),
+        "counts": {kind: len(records[kind]) for kind in KINDS},
+    }
+    write_json(about, facts)
+    return ComparisonSplit(**facts | files)
+
+
+def _read(settings: CompareSettings, objective: str) -> Any:
+    """The table of rows; an error about one of them says how to go on without it."""
+    if settings.data.is_dir():
+        why = "compare reads rows of text so far"
+        raise SettingsError(
+            "this is a folder", where=str(settings.data), why=why, hint="name one file in it"
+        )
+    read: Any = read_labelled if objective == "classify" else read_table
+    try:
+        table = read(settings.data, settings.columns, settings.skip_bad_rows)
+    except DataError as error:
+        if error.hint is None and str(error.where) != str(
+            settings.data
+        ):  # a row's fault, and not the whole file's
+            error.hint = "mend the row, or --skip-bad-rows to leave out all such rows"
+        raise
+    if table.format == "pictures":
+        why = "compare reads rows of text so far"
+        raise SettingsError(
+            "these rows hold pictures",
+            where=str(settings.data),
+            why=why,
+            hint=f"afina train {settings.data}",
+        )
+    return table
+
+
+def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dict[str, list[Piece]]:
+    """Rows for the three files; equal rows stay together."""
+    rest, test = train_eval_split(rows, settings.test_size, settings.seed, key)
+    train, chosen = train_eval_split(
+        rest, settings.test_size / 2 / (1 - settings.test_size), settings.seed + 1, key
+    )
+    return {"train": train, "choose": chosen, "test": test}
+
+
+def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
+    if len(rows) < FEWEST:
+        raise DataError(
+            f"{pluralize(len(rows), 'row')}: too few to compare methods",
+            where=str(settings.data),
+            why="some are held out, to choose by and to judge by",
+            hint=f"at least {FEWEST}; 200 say more",
+        )
+
+
+def _language(
+    rows: list[Any], objective: str, settings: CompareSettings
+) -> dict[str, list[dict[str, Any]]]:
+    if objective == "pretrain":
+        texts = [{"text": piece} for row in rows for piece in pieces(row.text or _joined(row))]
+        _enough(texts, settings)
+        return _three(texts, settings, key=lambda record: record["text"])
+    _enough(rows, settings)
+    return {kind: [as_record(row) for row in some] for kind, some in _three(rows, settings).items()}
+
+
+def _joined(row: Any) -> str:
+    """A row with an answer, as plain text."""
+    return (
+        "\n".join(m["content"] for m in row.messages)
+        if row.messages
+        else f"{row.prompt}{row.completion}"
+    )
+
+
+def _labelled(rows: list[LabeledRow], settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
+    """The same shares of each class; raises `DataError` for a class with fewer than three different rows."""
+    _enough(rows, settings)
+    made: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for label in sorted({row.label for row in rows}):
+        own = [row for row in rows if row.label == label]
+        if len({row.content for row in own}) < 3:
+            why = "one is learned, one chooses, one judges"
+            raise DataError(
+                f"class {label!r} has fewer than three different rows", where=own[0].where, why=why
+            )
+        for kind, some in _three(own, settings, key=lambda row: row.content).items():
+            made[kind] += [{"text": row.content, "label": row.label} for row in some]
+    return made
+
+
+def pieces(text: str) -> list[str]:
+    """A text in pieces of about PIECE characters, cut after a line or a sentence where there is one."""
+    made, piece = [], ""
+    for part in re.split(r"(?<=\n)|(?<=[.!?] )", text):
+        if piece and len(piece) + len(part) > PIECE:
+            made.append(piece)
+            piece = ""
+        piece += part
+    return [piece for piece in [*made, piece] if piece.strip()]

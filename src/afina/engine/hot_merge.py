@@ -1,0 +1,184 @@
+"""Merged mode: where nearly all tokens are one adapter's, it is taken into a second copy of the weights.
+
+    others rare     base + hot adapter in one matrix: nothing is added in any layer        (dLoRA, OSDI 2024)
+    others come     the base's own matrices and everybody's adapters, as always
+
+The base's own bytes stay where they are, so that going back is exact. Whether it pays is read off the clock: the engine takes
+the time of its steps in both ways, and has two thresholds, so that it does not go to and fro.
+"""
+
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import torch
+
+from afina.adapters.modules import LoRAView, MergedLinear
+from afina.adapters.segments import Segments
+from afina.engine.loaded_adapter import get_or_insert_wrapper
+from afina.engine.memory import MemoryManager
+from afina.engine.scheduler import AdapterSpan, ScheduledChunk
+from afina.models.causal_lm import CausalLM
+
+MERGE_RATIO, UNMERGE_RATIO = 0.8, 0.5  # share of the tokens of late that must be one adapter's
+GAIN = 1.01  # how much faster merged steps must be to stay
+RECENT = 0.98  # what a step's weight falls to with each later one
+SLICE = 0.005  # seconds of merging between two steps
+TRIALS = 8  # steps of each way that are timed before they are compared
+
+
+@dataclass
+class StepTimer:
+    """Seconds a step of about so many tokens, by powers of two, as a moving mean."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """A step was taken."""
+        size = tokens.bit_length()
+        count = self.counts[size] = self.counts.get(size, 0) + 1
+        before = self.seconds.get(size, seconds)
+        self.seconds[size] = before + (seconds - before) / min(count, 50)
+
+
+class HotAdapterMerger:
+    """Decides which adapter is merged, merges it a few layers a step, and says which steps run merged."""
+
+    def __init__(self, base: CausalLM, memory: MemoryManager, allowed: int) -> None:
+        self.base, self.memory, self.allowed = base, memory, allowed
+        self.hot_adapter: str | None = None  # the content hash that is merged, or is being merged
+        self.ready = False
+        self.steps = 0
+        self._shares: dict[str, float] = {}
+        self._total = 0.0
+        self._work: Iterator[None] = iter(())
+        self._clocks = {True: StepTimer(), False: StepTimer()}
+        self._refused: set[str] = set()  # where merging did not pay, or does not fit
+
+    # ---- which way
+
+    def route(self, pieces: Many[ScheduledChunk]) -> Segments | None:
+        """The table of a merged step; None where others act too, or it is not worth it."""
+        if not self.ready or self.hot_adapter is None:
+            return None
+        alone = all(_alone(s.adapter_spans) == self.hot_adapter for s, _ in pieces)
+        return (
+            Segments.on_all_tokens(_label(self.hot_adapter))
+            if alone and not self._trial(pieces)
+            else None
+        )
+
+    def _trial(self, pieces: Many[ScheduledChunk]) -> bool:
+        """Now and then a step runs unmerged, so that there is something to compare."""
+        size = sum(count for _, count in pieces).bit_length()
+        merged, plain = (self._clocks[way].counts.get(size, 0) for way in (True, False))
+        return plain < TRIALS <= merged
+
+    def waits(self, acting: Many[AdapterSpan]) -> bool:
+        """Whether a request had better wait a little, so that steps stay merged."""
+        return self.ready and _alone(acting) != self.hot_adapter
+
+    # ---- what was seen
+
+    def record_step(self, pieces: Many[ScheduledChunk], seconds: float, merged: bool) -> None:
+        """A step was taken: count whose tokens they were, and how long it took."""
+        self.steps += merged
+        tokens = sum(count for _, count in pieces)
+        if self.hot_adapter is not None and (
+            merged or all(_alone(s.adapter_spans) == self.hot_adapter for s, _ in pieces)
+        ):
+            self._clocks[merged].note(tokens, seconds)
+        for name in self._shares:
+            self._shares[name] *= RECENT
+        self._total = self._total * RECENT + len(pieces)
+        for sequence, _ in pieces:
+            if (alone := _alone(sequence.adapter_spans)) is not None:
+                self._shares[alone] = self._shares.get(alone, 0.0) + 1.0
+        self._decide()
+
+    def _decide(self) -> None:
+        if self.hot_adapter is not None:
+            until = time.perf_counter() + SLICE
+            while not self.ready and time.perf_counter() < until:
+                next(self._work, None)
+            if self._share(self.hot_adapter) < UNMERGE_RATIO or not self._pays():
+                self.unmerge()
+            return
+        if self._total < 0.5 / (1 - RECENT):  # too little seen
+            return
+        name = max(self._shares, key=lambda n: self._shares[n], default=None)
+        if (
+            name is not None
+            and self._share(name) >= MERGE_RATIO
+            and name not in self._refused
+            and name in self.memory.residents
+        ):
+            self._begin(name)
+
+    def _share(self, name: str) -> float:
+        return self._shares.get(name, 0.0) / max(self._total, 1e-9)
+
+    def _pays(self) -> bool:
+        """Whether merged steps are faster, as far as both ways have been timed."""
+        merged, plain = self._clocks[True], self._clocks[False]
+        sizes = [
+            s for s, n in merged.counts.items() if n >= TRIALS and plain.counts.get(s, 0) >= TRIALS
+        ]
+        if not sizes or not self.ready:
+            return True
+        size = max(sizes, key=lambda s: merged.counts[s])
+        pays = plain.seconds[size] > GAIN * merged.seconds[size]
+        if not pays and self.hot_adapter is not None:
+            self._refused.add(self.hot_adapter)
+        return pays
+
+    # ---- the second copy
+
+    def _begin(self, name: str) -> None:
+        resident = self.memory.residents[name]
+        size = (
+            sum(place.inputs * place.outputs for place in resident.layout.places or ())
+            * self.base.dtype.itemsize
+        )
+        if resident.layout.places is None or size > self.allowed:
+            self._refused.add(name)
+            return
+        self.hot_adapter, self.ready = name, False
+        self._clocks = {True: StepTimer(), False: StepTimer()}
+        resident.ref_count += 1  # stays while it is being taken in
+        resident.activate(self.base)
+        self._work = self._merge(name)
+
+    @torch.no_grad()
+    def _merge(self, name: str) -> Iterator[None]:
+        resident = self.memory.residents[name]
+        for place in resident.layout.places or ():
+            adapted = get_or_insert_wrapper(self.base, place.path)
+            thin = adapted.serving_layers[name]
+            assert isinstance(thin, LoRAView)
+            adapted.serving_layers[_label(name)] = MergedLinear.of(adapted.layer, thin)
+            yield
+        self.ready = True
+        self.memory.shelf.locations[name] = "merged"
+
+    def unmerge(self) -> None:
+        """Back to the base's own weights; the second copy is dropped."""
+        if self.hot_adapter is None:
+            return
+        name, self.hot_adapter, self.ready = self.hot_adapter, None, False
+        resident = self.memory.residents[name]
+        for place in resident.layout.places or ():
+            get_or_insert_wrapper(self.base, place.path).serving_layers.pop(_label(name), None)
+        self.memory.shelf.locations[name] = "device" if self.memory.pool.memory.is_cuda else "host"
+        self.memory.release(name)
+
+
+def _alone(acting: Many[AdapterSpan]) -> str | None:
+    """The adapter that acts alone, with weight 1 and from the first token on; None where it is otherwise."""
+    return acting[0][0] if len(acting) == 1 and acting[0][1:] == (1.0, 0) else None
+
+
+def _label(name: str) -> str:
+    return name + "+W"

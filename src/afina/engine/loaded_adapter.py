@@ -1,0 +1,317 @@
+"""An adapter in memory: where its numbers lie in the pool, and how the layers find them.
+
+    file     | A1 B1 A2 B2 ... |      one stretch of numbers, in the file's own order
+    pool     | A1 B1'A2 B2'... |      the same stretch on a run of pages, B transposed (low rank); others as in the file
+    layers   Adapted.served[hash] = two views    while a request wants it; an idle adapter is nothing but its numbers
+
+Adapters of one spec share one `Layout`: which of the file's tensors belongs to which layer, worked out once.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afina.adapters.attach import (
+    Adapter,
+    attach,
+    detach,
+    find_wrapper,
+    frozen_module,
+    insert_wrapper,
+)
+from afina.adapters.base import AdapterConfig, AdapterLayer, get_method
+from afina.adapters.loading import PREFIX, WEIGHTS, adapter_hash, assign_state
+from afina.adapters.modules import LoRAView, ModuleWithAdapters
+from afina.adapters.target_module import TargetModule
+from afina.errors import AdapterError, BaseError
+from afina.io.safetensors import check_safetensors, combine_tensor_hashes, read_header
+from afina.models.causal_lm import CausalLM
+
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoRAOffsets:
+    """A layer's A and B in the stretch of numbers: where each starts; rank, inputs, outputs, scale."""
+
+    path: str
+    a: int
+    b: int
+    rank: int
+    inputs: int
+    outputs: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """How adapters of one spec lie in their files: dtype, offset of the data, numbers; `places` where all are low-rank."""
+
+    config: AdapterConfig
+    dtype: torch.dtype
+    offset: int
+    numbers: int
+    entries: Mapping[str, Any]
+    places: tuple[LoRAOffsets, ...] | None
+
+    @cached_property
+    def contiguous_groups(self) -> list[tuple[int, int, int, int, int]]:
+        """The B of one shape that lie at equal distances, as those of one projection in all blocks mostly do.
+
+        Each is (where the first starts, distance, how many, rank, outputs): an adapter comes in by a few large copies.
+        """
+        found: list[tuple[int, int, int, int, int]] = []
+        last = ""
+        for place in sorted(
+            self.places or (), key=lambda p: (p.path.rpartition(".")[2], p.rank, p.outputs, p.b)
+        ):
+            begin, step, count, *shape = found[-1] if found else (0, 0, 0, 0, 0)
+            distance = place.b - begin if count == 1 else step
+            name = place.path.rpartition(".")[2]
+            if (
+                name == last
+                and shape == [place.rank, place.outputs]
+                and place.b == begin + count * distance
+            ):
+                found[-1] = (begin, distance, count + 1, place.rank, place.outputs)
+            else:
+                found.append((place.b, 0, 1, place.rank, place.outputs))
+            last = name
+        return found
+
+    def hash_of(self, numbers: Tensor) -> str:
+        """Identity of an adapter with these numbers (all, in the file's order and dtype)."""
+        raw = numbers.view(torch.uint8).numpy().data
+        digests = {}
+        for name, entry in self.entries.items():
+            digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+            digest.update(raw[slice(*entry["data_offsets"])])
+            digests[name] = digest.hexdigest()
+        return adapter_hash(combine_tensor_hashes(digests), self.config.canonical())
+
+    def numbers_in(self, dtype: torch.dtype) -> int:
+        """How many numbers of `dtype` an adapter takes up in the pool."""
+        return (
+            self.numbers
+            if self.places is not None
+            else -(-self.numbers * self.dtype.itemsize // dtype.itemsize)
+        )
+
+
+class AdapterLayoutCache:
+    """The layouts seen so far; most adapters of a base share a few."""
+
+    def __init__(self, base: CausalLM) -> None:
+        self.base = base
+        self._known: dict[str, AdapterLayout] = {}
+
+    def of(self, folder: Path, spec: AdapterConfig) -> AdapterLayout:
+        """The layout of the adapter in `folder`; raises `AdapterError` where it does not fit the base or cannot be served."""
+        file = folder / WEIGHTS
+        try:
+            check_safetensors(file)
+            offset, header = read_header(file)
+        except BaseError as error:
+            raise AdapterError(
+                error.what, where=error.where, why=error.why, hint="copy the adapter again"
+            ) from error
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        key = json.dumps([spec.canonical(), entries], sort_keys=True)
+        if key not in self._known:
+            self._known[key] = self._make(spec, entries, offset, str(file))
+        known = self._known[key]
+        return known if known.offset == offset else replace(known, offset=offset)
+
+    def _make(
+        self, spec: AdapterConfig, entries: dict[str, Any], offset: int, where: str
+    ) -> AdapterLayout:
+        types = {entry["dtype"] for entry in entries.values()}
+        if len(types) != 1 or (dtype := TYPES.get(next(iter(types)))) is None:
+            raise AdapterError(
+                f"tensors of types {', '.join(sorted(types))}",
+                where=where,
+                why="served are F32, BF16 or F16",
+            )
+        spans = sorted(entry["data_offsets"] for entry in entries.values())
+        if any(one[1] != next_[0] for one, next_ in pairwise(spans)):
+            raise AdapterError(
+                "tensors overlap, or leave holes", where=where, hint="save the adapter again"
+            )
+        self._check_servable(spec, where)
+        numbers = spans[-1][1] // dtype.itemsize
+        return AdapterLayout(
+            spec,
+            dtype,
+            offset,
+            numbers,
+            entries,
+            self._places(spec, entries, dtype.itemsize, where),
+        )
+
+    def _check_servable(self, spec: AdapterConfig, where: str) -> None:
+        if get_method(spec.method).replaces_base or spec.modules_to_save:
+            why = "a trained layer takes the base's place, and cannot act beside others"
+            raise AdapterError(
+                "this adapter cannot be served",
+                where=where,
+                why=why,
+                hint="afina extract makes a lora of it",
+            )
+        vocabulary = len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        if new := [name for name, number in spec.trainable_tokens.items() if number >= vocabulary]:
+            why = "the base has no rows for them, and new ones would show in everybody's answers"
+            raise AdapterError(
+                f"tokens of its own: {', '.join(new)}", where=where, why=why, hint="afina merge"
+            )
+
+    def _places(
+        self, spec: AdapterConfig, entries: dict[str, Any], size: int, where: str
+    ) -> tuple[LoRAOffsets, ...] | None:
+        """Where A and B of each layer lie; None where the method is more than low rank."""
+        kind = get_method(spec.method)
+        if not kind.low_rank or spec.trainable_tokens or spec.method_settings.get("restarts"):
+            return None
+        places, generator = [], torch.Generator()
+        left = set(entries)
+        for path in spec.target_modules:
+            layer = TargetModule(path, frozen_module(self.base.model, path))
+            if (
+                not layer.is_matrix
+                or isinstance(layer.module, nn.Embedding)
+                or layer.channels_first
+            ):
+                return None
+            delta: AdapterLayer = kind(layer, spec, generator)
+            at = {}
+            for name in ("a", "b"):
+                key = f"{PREFIX}{path}.{delta.tensor_names[name]}"
+                shape = list(getattr(delta, name).shape)
+                if key not in left or entries[key]["shape"] != shape:
+                    found = entries[key]["shape"] if key in entries else "missing"
+                    raise AdapterError(
+                        f"{key}: {found}",
+                        where=where,
+                        why=f"this base and configuration want {shape}",
+                    )
+                left.remove(key)
+                at[name] = entries[key]["data_offsets"][0] // size
+            rank = spec.rank_of(path)
+            places.append(
+                LoRAOffsets(
+                    path,
+                    at["a"],
+                    at["b"],
+                    rank,
+                    layer.in_features,
+                    layer.out_features,
+                    spec.scale_of(path),
+                )
+            )
+        if left:
+            raise AdapterError(f"a tensor without a place: {min(left)}", where=where)
+        return tuple(places)
+
+
+class LoadedAdapter:
+    """One adapter's numbers on a run of pages, and its presence in the layers while it is wanted."""
+
+    def __init__(
+        self, name: str, layout: AdapterLayout, start: int, pages: int, memory: Tensor
+    ) -> None:
+        self.name, self.layout, self.start, self.pages, self.memory = (
+            name,
+            layout,
+            start,
+            pages,
+            memory,
+        )
+        self.ref_count = 0  # running sequences that need it
+        self.used = 0.0  # when it was last wanted, seconds of the monotonic clock
+        self.merged = False
+        self._adapter: Adapter | None = None
+        self._present = False
+
+    def copy_from(self, raw: Tensor) -> None:
+        """Take the file's stretch of numbers `raw` (numbers), in the file's dtype."""
+        if self.layout.places is None:
+            self.memory.view(torch.uint8)[: raw.numel() * raw.itemsize].copy_(raw.view(torch.uint8))
+            return
+        self.memory.copy_(raw)
+        for begin, step, count, rank, outputs in self.layout.contiguous_groups:
+            stretches = self.memory.as_strided(
+                (count, rank * outputs), (step, 1), self.memory.storage_offset() + begin
+            )
+            turned = stretches.unflatten(1, (outputs, rank)).mT.contiguous()
+            stretches.copy_(turned.flatten(1))
+
+    def activate(self, base: CausalLM) -> None:
+        """Let the layers see it."""
+        if self._present:
+            return
+        self._present = True
+        if self.layout.places is None:
+            self._adapter = attach(base.model, base.forward_context, self.name, self.layout.config)
+            flat = self.memory.view(torch.uint8)[
+                : self.layout.numbers * self.layout.dtype.itemsize
+            ].view(self.layout.dtype)
+            assign_state(self._adapter, self._tensors(flat), self.name)
+            self._adapter.train(False)
+            return
+        for place in self.layout.places:
+            a = self.memory[place.a : place.a + place.rank * place.inputs].view(
+                place.rank, place.inputs
+            )
+            b = self.memory[place.b : place.b + place.rank * place.outputs].view(
+                place.rank, place.outputs
+            )
+            get_or_insert_wrapper(base, place.path).serving_layers[self.name] = LoRAView(
+                a, b, place.scale
+            )
+
+    def _tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        size, tensors = self.layout.dtype.itemsize, {}
+        for name, entry in self.layout.entries.items():
+            begin, end = (at // size for at in entry["data_offsets"])
+            tensors[name] = flat[begin:end].view(entry["shape"])
+        return tensors
+
+    def deactivate(self, base: CausalLM, evicted: bool = False) -> None:
+        """The layers see it no more. One of modules (dora, mora) stays until it is evicted: putting it back is dear."""
+        if not self._present or (self._adapter is not None and not evicted):
+            return
+        self._present = False
+        if self._adapter is not None:
+            detach(base.model, self._adapter)
+            self._adapter = None
+            return
+        for place in self.layout.places or ():
+            del get_or_insert_wrapper(base, place.path).serving_layers[self.name]
+
+
+def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
+    """The place for adapters at the module `path`; it is made at the first call, and stays."""
+    place = find_wrapper(base.model, path) or insert_wrapper(
+        base.model, TargetModule(path, frozen_module(base.model, path)), base.forward_context
+    )
+    assert isinstance(place, ModuleWithAdapters)
+    return place
+
+
+def read_numbers(file: Path, layout: AdapterLayout) -> Tensor:
+    """The file's stretch of numbers, in its own dtype, on the host."""
+    data = bytearray(layout.numbers * layout.dtype.itemsize)
+    with file.open("rb") as stream:
+        stream.seek(layout.offset)
+        if stream.readinto(data) != len(data):
+            raise AdapterError(
+                "the file is shorter than it was", where=str(file), hint="load the adapter again"
+            )
+    return torch.frombuffer(data, dtype=layout.dtype)

@@ -1,0 +1,1 @@
+"""Files: atomic writes, the strict readers of safetensors, JSON and adapter folders. No torch here."""

@@ -1,0 +1,165 @@
+"""Files that are there whole or not at all: written beside their place, then renamed. And files that are what they seem."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from afina.errors import AfinaError, AuditError
+
+
+@contextmanager
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full or closed disk into an error that says which, where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise AfinaError(
+                "the disk is full",
+                where=str(path),
+                why="nothing that was complete before is lost",
+                hint="free some space, then go on with --resume",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise AfinaError(
+                "not allowed to write here",
+                where=str(path),
+                hint="choose another folder with --out",
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            why = os.strerror(error.errno)
+            raise AfinaError(
+                "cannot write here",
+                where=str(path),
+                why=why,
+                hint="choose another folder with --out",
+            ) from error
+        raise
+    except Exception as error:  # safetensors wraps the system's error in one of its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise AfinaError(
+                "the disk is full",
+                where=str(path),
+                why="nothing that was complete before is lost",
+                hint="free some space, then go on with --resume",
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with translate_os_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        finally:
+            with suppress(OSError):  # a parent that is a file: the error before this one says so
+                beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write; when the block ends well it takes the place of `path`, else `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    made = not path.parent.exists()
+    with translate_os_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            beside.replace(path)
+            made = False
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+                if made:
+                    path.parent.rmdir()
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends well it takes the place of `path`, else `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.new-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    with translate_os_errors(path):
+        try:
+            shutil.rmtree(
+                beside, ignore_errors=True
+            )  # of a process killed earlier that had the same number, as in containers
+            beside.mkdir(parents=True)
+            yield beside
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            beside.rename(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_interrupted_replace(path: Path) -> None:
+    """Bring back a folder whose replacement was cut off between its two renames, and sweep leftovers away."""
+    for old in path.parent.glob(f".{path.name}.old-*"):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+    for new in path.parent.glob(f".{path.name}.new-*"):
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def open_regular_file(file: Path) -> Iterator[BinaryIO]:
+    """A regular file with one name, opened without following a link; raises `AuditError` where it is something else.
+
+    The checks are of what was opened, not of its name; that it did not change while it was read is checked at the end.
+    """
+    flags = (
+        os.O_RDONLY
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_NONBLOCK", 0)
+        | getattr(os, "O_BINARY", 0)
+    )
+    try:
+        if file.is_symlink():  # where the system has no O_NOFOLLOW
+            raise AuditError(
+                "a link, not a file", where=str(file), hint="copy the file itself (cp -L)"
+            )
+        number = os.open(file, flags)
+    except OSError as error:
+        raise AuditError(
+            "cannot be opened as a plain file", where=str(file), why=os.strerror(error.errno or 0)
+        ) from error
+    with os.fdopen(number, "rb") as stream:
+        before = os.fstat(number)
+        if not stat.S_ISREG(before.st_mode):
+            raise AuditError("not a regular file", where=str(file))
+        if before.st_nlink > 1:
+            raise AuditError(
+                "a file with several names (hard links)", where=str(file), hint="copy it"
+            )
+        yield stream
+        if fingerprint(os.fstat(number)) != fingerprint(before):
+            raise AuditError("it changed while it was read", where=str(file))
+
+
+def fingerprint(about: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does."""
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns

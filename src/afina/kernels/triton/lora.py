@@ -1,0 +1,388 @@
+"""The grouped low-rank product in Triton: any ranks and adapters in three kernels, nothing padded to the largest rank.
+
+The work is cut into strips: the tokens that one row of the table has in one tile of the run, times up to WIDTH of its
+adapter's ranks. Few strips are empty space: a rank is filled up to 16, which is what tensor cores take.
+
+    tokens   | tile 0        | tile 1        |          strips of tile 1: (8..12, A, ranks 0..8) (12..16, B, ranks 0..16)
+    rows     | A A A A A A A A A A A A | B B B B |                        (12..16, B, ranks 16..20)
+
+    into     low[strip] = weight * x[its tokens] M_k[its ranks]^T        a program a strip
+    out of   y[tile, columns] += sum over its strips of low M_k           a program a tile and some columns
+    across   G_k[ranks, columns] = sum over strips of low^T x             a program some ranks and columns
+
+Forward is `into` with A and `out of` with B; backward is both again, with B and A, and `across` for each of the two.
+Every number is written by one program, in one order: no atomics, the same bits each time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS = 64  # columns a program works on at a time
+PROGRAMS = 256  # that many keep a large GPU busy: columns are split between programs where there are fewer strips
+
+
+@triton.jit
+def _into(
+    x,
+    matrices,
+    strips,
+    weights,
+    low,
+    columns,
+    span,
+    strip_count,
+    ACROSS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """low[part, strip] (TILE, WIDTH), the sum over this part's columns."""
+    strip, part = tl.program_id(0), tl.program_id(1)
+    about = strips + strip * 6
+    tile, start, end = tl.load(about), tl.load(about + 1), tl.load(about + 2)
+    adapter, first, ranks = tl.load(about + 3), tl.load(about + 4), tl.load(about + 5)
+    dtype = x.dtype.element_ty
+    matrix = tl.load(matrices + adapter).to(tl.pointer_type(dtype))
+    token = tile * TILE + tl.arange(0, TILE)
+    acting = (token >= start) & (token < end)
+    rank = first + tl.arange(0, WIDTH)
+    sums = tl.zeros([TILE, WIDTH], tl.float32)
+    for begin in range(part * span, tl.minimum(part * span + span, columns), COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        there = acting[:, None] & (column < columns)[None, :]
+        some = tl.load(
+            x + token.to(tl.int64)[:, None] * columns + column[None, :], mask=there, other=0.0
+        )
+        if ACROSS:
+            where = column.to(tl.int64)[:, None] * ranks + rank[None, :]
+        else:
+            where = rank.to(tl.int64)[None, :] * columns + column[:, None]
+        thin = tl.load(
+            matrix + where, mask=(rank < ranks)[None, :] & (column < columns)[:, None], other=0.0
+        )
+        sums = tl.dot(some, thin, sums, input_precision="ieee")
+    inner = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(
+        low + (part * strip_count + strip).to(tl.int64) * TILE * WIDTH + inner,
+        sums * tl.load(weights + strip),
+    )
+
+
+@triton.jit
+def _low(low, strip, strip_count, PARTS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """low[strip] (TILE, WIDTH), float32, its parts added up."""
+    inner = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    sums = tl.zeros([TILE, WIDTH], tl.float32)
+    for part in tl.static_range(PARTS):
+        sums += tl.load(low + (part * strip_count + strip).to(tl.int64) * TILE * WIDTH + inner)
+    return sums
+
+
+@triton.jit
+def _out_of(
+    y,
+    made,
+    low,
+    matrices,
+    strips,
+    firsts,
+    tokens,
+    columns,
+    strip_count,
+    ACROSS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """made[tile, columns] = y + what the tile's strips add."""
+    tile = tl.program_id(0)
+    token, column = (
+        tile * TILE + tl.arange(0, TILE),
+        tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS),
+    )
+    there = (token < tokens)[:, None] & (column < columns)[None, :]
+    where = token.to(tl.int64)[:, None] * columns + column[None, :]
+    sums = tl.load(y + where, mask=there, other=0.0).to(tl.float32)
+    dtype = y.dtype.element_ty
+    for strip in range(tl.load(firsts + tile), tl.load(firsts + tile + 1)):
+        about = strips + strip * 6
+        adapter, first, ranks = tl.load(about + 3), tl.load(about + 4), tl.load(about + 5)
+        matrix = tl.load(matrices + adapter).to(tl.pointer_type(dtype))
+        rank = first + tl.arange(0, WIDTH)
+        if ACROSS:
+            at = column.to(tl.int64)[None, :] * ranks + rank[:, None]
+        else:
+            at = rank.to(tl.int64)[:, None] * columns + column[None, :]
+        wide = tl.load(
+            matrix + at, mask=(rank < ranks)[:, None] & (column < columns)[None, :], other=0.0
+        )
+        sums = tl.dot(
+            _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(dtype),
+            wide,
+            sums,
+            input_precision="ieee",
+        )
+    tl.store(made + where, sums.to(dtype), mask=there)
+
+
+@triton.jit
+def _across(
+    x,
+    low,
+    made,
+    strips,
+    order,
+    firsts,
+    places,
+    tokens,
+    columns,
+    strip_count,
+    rank_count,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """made[split, an adapter's ranks, columns] (float32): every SPLITS-th strip of these ranks, low^T x."""
+    group, split = tl.program_id(0), tl.program_id(2)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    dtype = x.dtype.element_ty
+    sums = tl.zeros([WIDTH, COLUMNS], tl.float32)
+    for number in range(tl.load(firsts + group) + split, tl.load(firsts + group + 1), SPLITS):
+        strip = tl.load(order + number)
+        token = tl.load(strips + strip * 6) * TILE + tl.arange(0, TILE)
+        there = (token < tokens)[:, None] & (column < columns)[None, :]
+        some = tl.load(
+            x + token.to(tl.int64)[:, None] * columns + column[None, :], mask=there, other=0.0
+        )
+        thin = _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(
+            dtype
+        )  # zero for tokens on which it does not act
+        sums = tl.dot(tl.trans(thin), some, sums, input_precision="ieee")
+    place, ranks = tl.load(places + 2 * group), tl.load(places + 2 * group + 1)
+    rank = tl.arange(0, WIDTH)
+    where = (split * rank_count + place + rank).to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(made + where, sums, mask=(rank < ranks)[:, None] & (column < columns)[None, :])
+
+
+@dataclass(frozen=True)
+class SegmentTiling:
+    """The strips of a table, on the device; made once for all layers of a forward."""
+
+    tile: int  # tokens a tile
+    width: int  # ranks a strip
+    count: int  # strips
+    rank_count: int  # of all adapters together
+    strips: Tensor  # (count, 6) int32: tile, first and end token, adapter, first rank, ranks of the adapter
+    weights: Tensor  # (count) float32
+    firsts: Tensor  # (tiles + 1) int32: the strips of each tile
+    order: Tensor  # (count) int32: strips by adapter and rank
+    group_firsts: (
+        Tensor  # (groups + 1) int32: where each adapter's each WIDTH of ranks begins in `order`
+    )
+    places: Tensor  # (groups, 2) int32: its first row among all adapters' ranks, and how many rows it has
+
+    @property
+    def groups(self) -> int:
+        """Runs of ranks of an adapter that acts somewhere."""
+        return len(self.places)
+
+
+@lru_cache(maxsize=64)
+def build_tiling(
+    rows: tuple[tuple[int, int, int], ...],
+    weights: tuple[float, ...],
+    ranks: tuple[int, ...],
+    tokens: int,
+    device: torch.device,
+) -> SegmentTiling:
+    """The strips of rows (start, end, adapter) over `tokens` tokens."""
+    tile = 16 if tokens <= 64 else 32 if tokens <= 1024 else 64
+    width = min(64, max(16, triton.next_power_of_2(-(-sum(ranks) // max(1, len(ranks))))))
+    made: list[tuple[tuple[int, ...], float]] = []
+    for (start, end, k), weight in zip(rows, weights, strict=True):
+        tiles = range(start // tile, -(-end // tile)) if start < end else ()
+        made += [
+            ((t, start, end, k, r, ranks[k]), weight)
+            for t in tiles
+            for r in range(0, ranks[k], width)
+        ]
+    made.sort(key=lambda strip: strip[0][0])
+    strips = [strip for strip, _ in made]
+    firsts = _starts([strip[0] for strip in strips], -(-tokens // tile))
+    order = sorted(range(len(strips)), key=lambda n: strips[n][3:5])
+    groups = sorted({strip[3:5] for strip in strips})
+    place = list(accumulate(ranks, initial=0))
+    rows_of = [(place[k] + r, min(width, ranks[k] - r)) for k, r in groups]
+    number = {group: n for n, group in enumerate(groups)}
+    group_firsts = _starts([number[strips[n][3:5]] for n in order], len(groups))
+
+    def tensor(values: Sequence[object], shape: int = 1) -> Tensor:
+        return (
+            torch.tensor(values, dtype=torch.int32)
+            .view(-1, *([shape] if shape > 1 else []))
+            .to(device)
+        )
+
+    of_strips = torch.tensor([weight for _, weight in made], dtype=torch.float32).to(device)
+    return SegmentTiling(
+        tile,
+        width,
+        len(strips),
+        place[-1],
+        tensor(strips, 6),
+        of_strips,
+        tensor(firsts),
+        tensor(order),
+        tensor(group_firsts),
+        tensor(rows_of, 2),
+    )
+
+
+def _starts(keys: Sequence[int], count: int) -> list[int]:
+    """Where each of 0 .. count begins among sorted keys, and the end."""
+    counts = [0] * count
+    for key in keys:
+        counts[key] += 1
+    return list(accumulate(counts, initial=0))
+
+
+def _plan_of(x: Tensor, table: Tensor, weights: Tensor, matrices: list[Tensor]) -> SegmentTiling:
+    rows = tuple((start, end, k) for start, end, k in table.tolist())
+    return build_tiling(
+        rows, tuple(weights.tolist()), tuple(len(m) for m in matrices), len(x), x.device
+    )
+
+
+@lru_cache(maxsize=4096)
+def _addresses(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64).to(device)
+
+
+class _Matrices:
+    """Thin matrices (ranks, columns) by their addresses; `across` where all lie transposed."""
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        self.across = all(m.T.is_contiguous() and not m.is_contiguous() for m in matrices)
+        self.held = matrices if self.across else [m.contiguous() for m in matrices]
+        self.table = _addresses(tuple(m.data_ptr() for m in self.held), matrices[0].device)
+
+
+def _run_into(x: Tensor, matrices: _Matrices, plan: SegmentTiling) -> Tensor:
+    """low (parts, strips, tile, width) float32."""
+    columns = x.shape[1]
+    parts = 1
+    while plan.count * parts < PROGRAMS and parts < 8 and columns > 2 * parts * COLUMNS:
+        parts *= 2
+    span = triton.cdiv(triton.cdiv(columns, COLUMNS), parts) * COLUMNS
+    low = torch.empty(
+        parts, plan.count, plan.tile, plan.width, dtype=torch.float32, device=x.device
+    )
+    _into[(plan.count, parts)](
+        x,
+        matrices.table,
+        plan.strips,
+        plan.weights,
+        low,
+        columns,
+        span,
+        plan.count,
+        ACROSS=matrices.across,
+        TILE=plan.tile,
+        WIDTH=plan.width,
+        COLUMNS=COLUMNS,
+    )
+    return low
+
+
+def _run_out_of(y: Tensor, low: Tensor, matrices: _Matrices, plan: SegmentTiling) -> Tensor:
+    tokens, columns = y.shape
+    made = torch.empty_like(y)
+    _out_of[(len(plan.firsts) - 1, triton.cdiv(columns, COLUMNS))](
+        y,
+        made,
+        low,
+        matrices.table,
+        plan.strips,
+        plan.firsts,
+        tokens,
+        columns,
+        plan.count,
+        ACROSS=matrices.across,
+        PARTS=len(low),
+        TILE=plan.tile,
+        WIDTH=plan.width,
+        COLUMNS=COLUMNS,
+    )
+    return made
+
+
+def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -> list[Tensor]:
+    tokens, columns = x.shape
+    blocks = triton.cdiv(columns, COLUMNS)
+    splits = 1
+    while (
+        plan.groups * blocks * splits < PROGRAMS
+        and splits < 8
+        and plan.count > 4 * splits * plan.groups
+    ):
+        splits *= 2
+    made = torch.zeros(splits, plan.rank_count, columns, dtype=torch.float32, device=x.device)
+    _across[(plan.groups, blocks, splits)](
+        x,
+        low,
+        made,
+        plan.strips,
+        plan.order,
+        plan.group_firsts,
+        plan.places,
+        tokens,
+        columns,
+        plan.count,
+        plan.rank_count,
+        SPLITS=splits,
+        PARTS=len(low),
+        TILE=plan.tile,
+        WIDTH=plan.width,
+        COLUMNS=COLUMNS,
+    )
+    return [part.to(x.dtype, copy=True) for part in made.sum(0).split(ranks)]
+
+
+def grouped_lowrank(
+    y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
+) -> Tensor:
+    """y (T, out) plus, on each row's tokens of x (T, in), weight * (x A_k^T) B_k^T; A (r, in), bt (r, out)."""
+    plan = _plan_of(x, table, weights, a)
+    if not plan.count:
+        return y.clone(memory_format=torch.contiguous_format)
+    x, y = x.contiguous(), y.contiguous()
+    return _run_out_of(y, _run_into(x, _Matrices(a), plan), _Matrices(bt), plan)
+
+
+def grouped_lowrank_backward(
+    grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The gradients of x, of each A and of each B transposed."""
+    plan = _plan_of(x, table, weights, a)
+    if not plan.count:
+        return (
+            torch.zeros_like(x),
+            [torch.zeros_like(t) for t in a],
+            [torch.zeros_like(t) for t in bt],
+        )
+    grad, x, ranks = grad.contiguous(), x.contiguous(), [len(t) for t in a]
+    of_a, of_b = _Matrices(a), _Matrices(bt)
+    thin = _run_into(grad, of_b, plan)
+    grad_x = _run_out_of(torch.zeros_like(x), thin, of_a, plan)
+    low = _run_into(x, of_a, plan)
+    return grad_x, _run_across(x, thin, plan, ranks), _run_across(grad, low, plan, ranks)

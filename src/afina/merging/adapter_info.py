@@ -1,0 +1,138 @@
+"""`afina show`: what an adapter is, from its files alone; the base need not be there."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from afina.adapters.loading import (
+    METADATA_FILE,
+    WEIGHTS,
+    adapter_folder,
+    read_metadata,
+    read_run_record,
+)
+from afina.adapters.target_selection import layer_index
+from afina.config import ShowSettings, make_settings
+from afina.io.composition import (
+    WeightedAdapter,
+    expand_composition,
+    hash_adapter_folder,
+    is_composition,
+    read_config,
+    recorded_base,
+)
+from afina.merging import low_rank as lowrank
+from afina.merging.sources import AdapterSource
+from afina.merging.stream import SafetensorsReader
+
+
+def show(run: str | Path | ShowSettings) -> dict[str, Any]:
+    """What the adapter in `run` is: method, rank, where, size, base, parents, evaluation, and norms by layer.
+
+    A composition lists its parts, each described likewise.
+    """
+    settings = (
+        run if isinstance(run, ShowSettings) else make_settings(ShowSettings, {"adapter": run})
+    )
+    path = settings.adapter
+    if is_composition(path):
+        story = read_metadata(path)
+        parts = [
+            {"weight": part.weight, **adapter_info(part.folder)}
+            for part in expand_composition(path)
+        ]
+        return {
+            "run": str(path),
+            "kind": "composition",
+            "hash": story.get("hash"),
+            "base": story.get("base"),
+            "parts": parts,
+        }
+    return {
+        "run": str(path),
+        "kind": "adapter",
+        **adapter_info(adapter_folder(path)),
+        "evaluation": _evaluation(read_run_record(path)),
+    }
+
+
+def adapter_info(folder: Path) -> dict[str, Any]:
+    """The facts about one adapter folder."""
+    spec, story = read_config(folder), read_metadata(folder)
+    reader, digest = SafetensorsReader(folder / WEIGHTS), hash_adapter_folder(folder)
+    source = AdapterSource(WeightedAdapter(folder), spec, digest, reader)
+    shapes = [entry["shape"] for entry in reader.entries.values()]
+    return {
+        "folder": str(folder),
+        "hash": digest,
+        "unchanged": story["hash"] == digest if "hash" in story else None,
+        "method": spec.method,
+        "rank": spec.rank,
+        "ranks": sorted({spec.rank_of(path) for path in spec.target_modules}),
+        "alpha": spec.alpha,
+        "scaling": spec.scaling,
+        "options": dict(spec.method_settings),
+        "invocation": list(spec.invocation),
+        "layers": len(spec.target_modules),
+        "where": _where(spec.target_modules),
+        "modules": list(spec.modules_to_save),
+        "numbers": sum(_product(shape) for shape in shapes),
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "base": recorded_base(folder),
+        "parents": story.get("parents", []),
+        "combination": story.get("combination"),
+        "made_by": f"afina {story['afina']}"
+        if "afina" in story
+        else f"no {METADATA_FILE}: made elsewhere",
+        "norm_of": "update" if source.is_low_rank else "numbers",
+        "norms": {path: _norm(source, path) for path in spec.target_modules},
+    }
+
+
+def _norm(source: AdapterSource, path: str) -> float:
+    """||D||, Frobenius, where the file tells it; else the norm of the numbers that it holds for the layer."""
+    low = source.low_rank_update(path) if source.is_low_rank else None
+    if low is not None:
+        return lowrank.norm(low)
+    return (
+        sum(
+            float(source.reader[name].double().square().sum())
+            for name in source.tensors_by_module[path]
+        )
+        ** 0.5
+    )
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _where(paths: tuple[str, ...]) -> dict[str, list[int]]:
+    """Names of the layers, each with the blocks that it is adapted in; [] outside blocks."""
+    where: dict[str, list[int]] = {}
+    for path in paths:
+        leaf, block = leaf_and_block(path)
+        where.setdefault(leaf, []).extend([] if block < 0 else [block])
+    return where
+
+
+def leaf_and_block(path: str) -> tuple[str, int]:
+    """("mlp.up_proj", 3) of model.layers.3.mlp.up_proj; the whole path and -1 outside blocks."""
+    block = layer_index(path)
+    return (path, -1) if block is None else (re.sub(r"^.*?\.\d+\.", "", path), block)
+
+
+def _evaluation(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What its run measured, in short; None where there is no run."""
+    if not run:
+        return None
+    kept = {
+        key: run[key]
+        for key in ("losses", "objective", "classes", "verdict", "steps", "seconds")
+        if key in run
+    }
+    return kept | {"data": run.get("data", {}).get("path")}

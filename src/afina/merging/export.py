@@ -1,0 +1,83 @@
+"""`afina export`: what other tools read. A merged model or an adapter alone, in Hugging Face's files or in llama.cpp's."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from afina.adapters.loading import adapter_folder, read_json_object
+from afina.config import ExportSettings, MergeSettings, make_settings
+from afina.errors import SettingsError
+from afina.io.atomic import atomic_directory
+from afina.io.verified_copy import verified_copies
+from afina.merging.gguf import export_adapter, export_model
+from afina.merging.merge_into_base import check_out, merge
+
+
+def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dict[str, Any]:
+    """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `out`; returns what was written."""
+    settings = (
+        run
+        if isinstance(run, ExportSettings)
+        else make_settings(ExportSettings, {"adapter": run, **values})
+    )
+    if settings.format.startswith("gguf"):
+        return _gguf(settings)
+    if settings.adapter is None:
+        raise SettingsError(
+            "which adapter?", where="adapter", hint=f"afina export RUN --format {settings.format}"
+        )
+    if settings.outtype != "auto":
+        raise SettingsError("only GGUF's weights are chosen here", where="weights", hint="--dtype")
+    if settings.format == "hf":
+        fields = {name: getattr(settings, name) for name in MergeSettings.model_fields}
+        return {"format": "hf"} | merge(MergeSettings(**fields))
+    return _peft(settings.adapter, settings)
+
+
+def _gguf(settings: ExportSettings) -> dict[str, Any]:
+    """One file: `out` itself where it ends in .gguf, else within the folder `out`."""
+    if settings.quantization != "none":
+        hint = "leave --quantization out; llama-quantize makes 4 bits of a GGUF file"
+        raise SettingsError("GGUF is written in 16 or 32 bits", where="quantization", hint=hint)
+    lora = settings.format == "gguf-lora"
+    if lora and settings.outtype != "auto":
+        raise SettingsError(
+            "an adapter's factors are always float32", where="weights", hint="leave --weights out"
+        )
+    file = (
+        settings.output
+        if settings.output.suffix == ".gguf"
+        else settings.output / ("adapter.gguf" if lora else "model.gguf")
+    )
+    if file != settings.output:
+        check_out(settings.output)
+    if file.exists():
+        raise SettingsError(
+            "this file is there already", where=str(file), hint="choose another --out"
+        )
+    write = export_adapter if lora else export_model
+    if settings.adapter is None:
+        return write(settings, file)
+    with verified_copies(settings.require_audit, [settings.adapter]) as [copy]:
+        return write(settings.model_copy(update={"adapter": Path(copy)}), file)
+
+
+def _peft(run: Path, settings: ExportSettings) -> dict[str, Any]:
+    check_out(settings.output)
+    with verified_copies(settings.require_audit, [run]) as [copy]:
+        source = adapter_folder(Path(copy))
+        kind = read_json_object(source / "adapter_config.json").get("peft_type")
+        if kind != "LORA":
+            raise SettingsError(
+                f"PEFT does not know adapters of type {kind}", where=str(run), hint="--format hf"
+            )
+        with atomic_directory(settings.output) as folder:
+            for file in sorted(source.iterdir()):
+                if file.name in (
+                    "adapter_config.json",
+                    "adapter_model.safetensors",
+                    "afina.json",
+                    "README.md",
+                ):
+                    shutil.copy2(file, folder / file.name)
+    return {"format": "peft", "out": str(settings.output), "adapter": str(adapter_folder(run))}

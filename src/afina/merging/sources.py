@@ -1,0 +1,190 @@
+"""The updates of the adapters to be combined, a layer at a time.
+
+A lora's update is read from its file alone, whatever the size of the base. Updates that need the base (dora's row
+norms, mora's shapes, trained weights) come from the adapter attached to it: D = merged(W) - W in float64.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afina.adapters.attach import Adapter, frozen_module
+from afina.adapters.base import AdapterConfig, get_method
+from afina.adapters.load_run import load_run
+from afina.adapters.loading import PREFIX, WEIGHTS, load_adapter
+from afina.adapters.target_module import TargetModule
+from afina.config import ModelSettings
+from afina.errors import AdapterError, SettingsError
+from afina.io.composition import (
+    WeightedAdapter,
+    display_name,
+    expand_composition,
+    hash_adapter_folder,
+    parse_weighted,
+    read_config,
+)
+from afina.merging.low_rank import LowRankUpdate
+from afina.merging.stream import SafetensorsReader
+from afina.models.frozen import FrozenModel
+
+
+@dataclass
+class AdapterSource:
+    """One adapter to be combined: who it is, its weight, and its update at each layer."""
+
+    part: WeightedAdapter
+    config: AdapterConfig
+    hash: str
+    reader: SafetensorsReader
+    attached: Adapter | None = None
+    base: FrozenModel | None = None
+    _names: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> float:
+        """Its weight in the combination."""
+        return self.part.weight
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return display_name(self.part.folder)
+
+    @cached_property
+    def tensors_by_module(self) -> dict[str, list[str]]:
+        """Names of its tensors on disk, by the path of the layer (the longest target that begins them)."""
+        found: dict[str, list[str]] = {path: [] for path in self.config.target_modules}
+        for name in self.reader.entries:
+            path = name.removeprefix(PREFIX)
+            while path and path not in found:
+                path = path.rpartition(".")[0]
+            if path:
+                found[path].append(name)
+        return found
+
+    def low_rank_update(self, path: str) -> LowRankUpdate | None:
+        """The update at `path` as thin factors; None where it is none, or not told by the file alone."""
+        tensors = {name: self.reader[name] for name in self.tensors_by_module[path]}
+        factors = _factors(tensors, self.config, path)
+        return None if factors is None else LowRankUpdate(*factors)
+
+    @cached_property
+    def is_low_rank(self) -> bool:
+        """Whether all of its updates are products of thin factors."""
+        return (
+            bool(self.config.target_modules)
+            and self.low_rank_update(self.config.target_modules[0]) is not None
+        )
+
+    def layer(self, path: str) -> TargetModule:
+        """The base's layer; the base must be there."""
+        assert self.base is not None
+        return TargetModule(path, frozen_module(self.base.model, path))
+
+    def dense_update(self, path: str) -> Tensor | None:
+        """The update at `path` as a matrix (out, in) float64; None at a module that is no matrix (norms)."""
+        if self.attached is None:
+            low = self.low_rank_update(path)
+            assert low is not None, "the base is needed first"
+            return low.dense()
+        layer = self.layer(path)
+        if not layer.is_matrix:
+            return None
+        wide = (
+            torch.float32 if layer.device.type == "mps" else torch.float64
+        )  # which mps does not know
+        weight = layer.weight.detach().to(wide)
+        return (self.attached.layers[path].merged_weight(weight).detach() - weight).double().cpu()
+
+    def lineage_entry(self) -> dict[str, object]:
+        """The line of afina.json that names it."""
+        return {
+            "name": self.name,
+            "hash": self.hash,
+            "weight": self.weight,
+            "method": self.config.method,
+        }
+
+
+def open_sources(texts: Sequence[str | Path]) -> list[AdapterSource]:
+    """The adapters named "FOLDER:weight" on the command line; compositions are taken apart.
+
+    Raises `SettingsError` where one comes twice, and `AdapterError` where one is missing or damaged.
+    """
+    if not texts:
+        raise SettingsError(
+            "no adapter to combine",
+            where="adapters",
+            hint="afina combine A:0.6 B:0.4 --output-dir C",
+        )
+    sources: list[AdapterSource] = []
+    for text in texts:
+        folder, weight = parse_weighted(text)
+        for part in expand_composition(folder, weight):
+            source = open_source(part)
+            twin = next((other for other in sources if other.hash == source.hash), None)
+            if twin is not None:
+                where = f"{twin.part.folder}, {part.folder}"
+                raise SettingsError(
+                    "the same adapter twice",
+                    where=where,
+                    hint="name it once, with the sum of its weights",
+                )
+            sources.append(source)
+    return sources
+
+
+def open_source(part: WeightedAdapter) -> AdapterSource:
+    """One adapter, read strictly; raises `AdapterError` where it owns more than updates, of which there is no weighted sum."""
+    spec = read_config(part.folder)
+    if spec.modules_to_save:
+        why = "a head learned from its own random start: a weighted sum of heads is no head"
+        raise AdapterError(
+            f"this adapter owns {spec.modules_to_save[0]}", where=str(part.folder), why=why
+        )
+    if spec.trainable_tokens:
+        why = "rows of new tokens are no update of the base's"
+        raise AdapterError(
+            f"this adapter owns the token {next(iter(spec.trainable_tokens))!r}",
+            where=str(part.folder),
+            why=why,
+        )
+    return AdapterSource(
+        part, spec, hash_adapter_folder(part.folder), SafetensorsReader(part.folder / WEIGHTS)
+    )
+
+
+def attach_to_base(sources: Sequence[AdapterSource], settings: ModelSettings) -> FrozenModel:
+    """Load the base and attach those adapters whose updates need it."""
+    opened = load_run(sources[0].part.folder, settings, adapter=False)
+    for number, source in enumerate(sources):
+        source.base = opened.base
+        if not source.is_low_rank:
+            source.attached = load_adapter(source.part.folder, opened.base, f"part{number}")
+    return opened.base
+
+
+def adapted_modules(sources: Sequence[AdapterSource]) -> Iterator[tuple[str, list[AdapterSource]]]:
+    """Each adapted layer with the adapters that change it; a layer that an adapter leaves alone is a zero update."""
+    paths = dict.fromkeys(path for source in sources for path in source.config.target_modules)
+    for path in paths:
+        yield path, [source for source in sources if path in source.config.target_modules]
+
+
+def _factors(
+    tensors: Mapping[str, Tensor], spec: AdapterConfig, path: str
+) -> tuple[Tensor, Tensor] | None:
+    """The update at `path` as s B (out, r) and A (r, in), float64; None where it needs the base, or has full rank.
+
+    `tensors` are those of the path, by their names on disk; more than two where restarts have merged something besides.
+    """
+    if not get_method(spec.method).low_rank or len(tensors) != 2:
+        return None
+    a, b = (
+        tensor for _, tensor in sorted(tensors.items())
+    )  # ..._A before ..._B, whatever the kind of layer
+    return spec.scale_of(path) * b.double().flatten(1), a.double().flatten(1)

@@ -1,0 +1,249 @@
+"""A frozen classifier: BERT-like text encoders, ViT, ResNet. Rows of one batch are of equal length.
+
+The head that chooses among the classes is seldom in the published weights: what transformers had to make up is
+listed in `fresh`, and belongs to the adapter, which trains and saves it whole.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from afina.errors import BaseError
+from afina.io.safetensors import hash_tensor_files
+from afina.models.frozen import FrozenModel
+from afina.models.loading import (
+    checked_weight_files,
+    choose_device,
+    choose_dtype,
+    load_config,
+    load_tokenizer,
+    resolve_model_dir,
+    silence_transformers,
+)
+
+IMAGE_CONFIG = "preprocessor_config.json"
+
+
+@dataclass
+class ImagePreprocessor:
+    """How pictures become pixels: resized to `size` (height, width), scaled to 0..1, centred by `mean` and `std`."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, folder: Path, config: Any) -> "ImagePreprocessor":
+        """From a model's preprocessor_config.json; where it has none, from its configuration, centred at a half."""
+        channels = getattr(config, "num_channels", 3)
+        file = folder / IMAGE_CONFIG
+        told = json.loads(file.read_text()) if file.is_file() else {}
+        size = told.get("size") or getattr(config, "image_size", 224)
+        if isinstance(size, dict):
+            size = (
+                size.get("height", size.get("shortest_edge")),
+                size.get("width", size.get("shortest_edge")),
+            )
+        height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
+        if told.get("do_normalize") is False:
+            return cls((height, width), (0.0,) * channels, (1.0,) * channels)
+        mean, std = (
+            told.get("image_mean", [0.5] * channels),
+            told.get("image_std", [0.5] * channels),
+        )
+        return cls((height, width), tuple(mean), tuple(std))
+
+    def resize(self, image: Any) -> Tensor:
+        """A PIL image as (channels, height, width), uint8: a quarter of what the pixels will take in float32."""
+        import numpy as np
+
+        image = image.convert("L" if len(self.mean) == 1 else "RGB").resize(self.size[::-1])
+        array = np.array(image)
+        return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+    def pixels(self, shrunk: Tensor) -> Tensor:
+        """What the model reads of shrunk pictures (..., channels, height, width): float32, centred."""
+        mean, std = (
+            torch.tensor(values, device=shrunk.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return (shrunk.float() / 255.0 - mean) / std
+
+
+@dataclass
+class Classifier(FrozenModel):
+    """A model with one answer a row: `labels` names its classes. It reads text (`tokenizer`) or pictures (`images`).
+
+    Any torch module from pixels (rows, channels, height, width) to scores (rows, classes) is one too:
+    `Classifier(model=net, name="my-net", labels=("cat", "dog"), images=Images((32, 32), (0.5,) * 3, (0.5,) * 3))`.
+    Its layers named in `fresh` are trained whole, as a new head must be.
+    """
+
+    labels: tuple[str, ...] = ()
+    new_modules: tuple[str, ...] = ()  # modules whose weights are not in the published files
+    tokenizer: PreTrainedTokenizerBase | None = None
+    images: ImagePreprocessor | None = None
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(
+            False
+        ).eval()  # eval for good: the running means of BatchNorm are the base's
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the base: of its published tensors; of a module made in Python, of its tensors in any order."""
+        if self.files:
+            return hash_tensor_files(self.files)
+        state = {name: t for name, t in self.model.state_dict().items() if ".deltas." not in name}
+        digests = (
+            hashlib.sha256(t.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            for t in state.values()
+        )
+        return hashlib.sha256("".join(sorted(d.hexdigest() for d in digests)).encode()).hexdigest()
+
+    @property
+    def max_positions(self) -> int:
+        """Longest text in tokens."""
+        return int(
+            getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or 512
+        )
+
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Scores of the classes (rows, classes), float32."""
+        if not isinstance(
+            self.model, PreTrainedModel
+        ):  # a module of the user's own: pixels in, scores out
+            return self.model(inputs["pixel_values"]).float()
+        return self.model(**inputs).logits.float()
+
+    def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """What the model takes for rows of token lists (padded to the longest) or of shrunk pictures."""
+        if self.images is not None:
+            return {
+                "pixel_values": self.images.pixels(torch.stack(list(rows)).to(self.device)).to(
+                    self.dtype
+                )
+            }
+        assert self.tokenizer is not None
+        longest = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id or 0
+        tokens = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
+
+
+def load_classifier(
+    base: str,
+    labels: Sequence[str],
+    pictures: bool,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Classifier:
+    """A frozen classifier over `labels`, of pictures or of text; raises `BaseError` where the model is no such thing."""
+    kind: Any = AutoModelForImageClassification if pictures else AutoModelForSequenceClassification
+    options = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
+    return _load(
+        kind, base, tuple(labels), pictures, revision, trust_remote_code, dtype, device, options
+    )
+
+
+def load_masked(
+    base: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Classifier:
+    """A frozen encoder that fills in masked tokens: a classifier of each position over its vocabulary."""
+    return _load(
+        AutoModelForMaskedLM, base, (), False, revision, trust_remote_code, dtype, device, {}
+    )
+
+
+def _load(
+    kind: Any,
+    base: str,
+    labels: tuple[str, ...],
+    pictures: bool,
+    revision: str | None,
+    trust_remote_code: bool,
+    dtype: str,
+    device: str,
+    options: dict[str, Any],
+) -> Classifier:
+    folder = resolve_model_dir(base, revision)
+    files = checked_weight_files(folder)
+    config = load_config(folder, base, trust_remote_code)
+    place = choose_device(device)
+    options = options | {
+        "dtype": choose_dtype(dtype, place, config),
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    try:
+        with silence_transformers(), torch.random.fork_rng():
+            torch.manual_seed(
+                0
+            )  # a head that is made up is made up the same each time; the adapter holds the trained one
+            model, info = kind.from_pretrained(folder, **options)
+    except (ValueError, KeyError, OSError) as error:
+        what = f"{config.model_type} cannot be used for {'pictures' if pictures else 'text'} here"
+        raise BaseError(what, where=base, why=str(error).splitlines()[0]) from error
+    tokenizer = None if pictures else load_tokenizer(folder, base, trust_remote_code)
+    if (
+        tokenizer is not None and model.config.pad_token_id is None
+    ):  # decoders look for the last token that is no padding
+        model.config.pad_token_id = tokenizer.pad_token_id or 0
+    return Classifier(
+        model=model.to(place),
+        name=str(folder.resolve()) if Path(base).expanduser().is_dir() else base,
+        revision=revision,
+        folder=folder,
+        files=files,
+        remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
+        labels=labels,
+        new_modules=_fresh(
+            model, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])], base
+        ),
+        tokenizer=tokenizer,
+        images=ImagePreprocessor.of(folder, config) if pictures else None,
+    )
+
+
+def _fresh(model: PreTrainedModel, missing: Sequence[str], base: str) -> tuple[str, ...]:
+    """The modules that transformers made up: a head, a pooler. Raises `BaseError` where the body itself is not whole."""
+    body = [
+        key for key in sorted(missing) if re.match(rf"{model.base_model_prefix}\..*\.\d+\.", key)
+    ]
+    if body:
+        why = f"{len(body)} tensors are missing or of another shape, the first: {body[0]}"
+        raise BaseError(
+            "the weights do not fit config.json",
+            where=base,
+            why=why,
+            hint="download the model again",
+        )
+    owners = {key.rpartition(".")[0] for key in missing}
+    return tuple(path for path, _ in model.named_modules() if path in owners)

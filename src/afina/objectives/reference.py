@@ -1,0 +1,196 @@
+"""What a policy is compared with, explicit: one object, three modes, and a rule that chooses.
+
+    base          the adapter off: right where the adapter begins at zero
+    adapter       a frozen copy of the adapter that the run began with: right where an adapter is gone on with
+    precomputed   the log-probabilities of one of these two, worked out before the first step and kept with the run
+
+The wrong one is silent: an adapter that goes on from another and is compared with the bare base begins with a margin that
+nobody trained. What could be either is an error.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.segments import NO_ADAPTERS, Segments
+from afina.config import PolicyOptions, PreferenceOptions
+from afina.data.packing import PackedBatch, group_by_length, pack_examples
+from afina.data.renderer import Example
+from afina.errors import SettingsError, TrainingError
+from afina.io.atomic import atomic_file, write_json
+from afina.models.causal_lm import CausalLM
+from afina.objectives.shared_prefix import SharedPrefixBatch
+
+STORY, FILE = "reference.json", "reference.safetensors"
+
+
+def segments_for(batch: PackedBatch, route: ActiveAdapters | None) -> Segments:
+    """Who acts on a batch; nobody without a route."""
+    return NO_ADAPTERS if route is None else route.segments(batch.token_ids, batch.cu_seqlens)
+
+
+def sequence_logprobs(
+    base: CausalLM,
+    batch: PackedBatch,
+    route: ActiveAdapters | None,
+    reading: SharedPrefixBatch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each sequence's labelled tokens in nats, float32 (sequences), and how many these are (sequences).
+
+    A `reading` of the batch shares with the others that are made of it.
+    """
+    table = segments_for(batch, route)
+    lean = (reading or SharedPrefixBatch(base, batch, table)).inputs_for(table)
+    with base.forward_context.use(lean.table):
+        losses = base.token_losses(lean.token_ids, lean.positions, lean.flat, lean.labels)
+    keep = (batch.labels >= 0).nonzero()[:, 0]
+    ends = torch.tensor(batch.cu_seqlens[1:], device=keep.device)
+    owner = torch.searchsorted(ends, keep, right=True)
+    zeros = losses.new_zeros(len(ends))
+    return zeros.index_add(0, owner, -losses), zeros.index_add(0, owner, torch.ones_like(losses))
+
+
+@dataclass
+class ReferencePolicy:
+    """Log-probabilities to compare with. `route` is the frozen adapter's, None for the base; `why` is the rule in words."""
+
+    mode: str
+    why: str
+    active: ActiveAdapters | None = None
+    adapter: str | None = None  # hash of the frozen adapter
+    cached_logprobs: dict[str, float] = field(default_factory=dict)  # precomputed, by `key_of`
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether batches are read for it, and not remembered."""
+        return not (self.mode == "precomputed" and self.cached_logprobs)
+
+    def logps(
+        self,
+        base: CausalLM,
+        batch: PackedBatch,
+        examples: Sequence[Example],
+        reading: SharedPrefixBatch | None = None,
+    ) -> Tensor:
+        """Log-probabilities (sequences) of the answers in a batch of `examples`; no gradient."""
+        if not self.needs_forward:
+            return torch.tensor(
+                [self.cached_logprobs[example_key(example)] for example in examples],
+                device=batch.token_ids.device,
+            )
+        with torch.no_grad():
+            return sequence_logprobs(base, batch, self.active, reading)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For reference.json and run.json."""
+        of = (
+            "the base, adapter off"
+            if self.active is None
+            else "the adapter that the run began with, frozen"
+        )
+        return {"mode": self.mode, "of": of, "adapter": self.adapter, "why": self.why}
+
+    def settle(
+        self, folder: Path, base: CausalLM, examples: Sequence[Example], batch_tokens: int
+    ) -> None:
+        """Write down what the reference is; for "precomputed", read what the run worked out, or work it out now.
+
+        Raises `TrainingError` where the kept numbers are not of these rows, this base and this adapter.
+        """
+        write_json(folder / STORY, self.to_dict())
+        if self.mode != "precomputed":
+            return
+        of = hashlib.sha256(
+            "".join([base.hash, base.quantization, str(base.dtype), self.adapter or ""]).encode()
+        ).hexdigest()
+        if (folder / FILE).is_file():
+            self.cached_logprobs = _read(folder / FILE, of)
+        missing = list(
+            {
+                example_key(e): e for e in examples if example_key(e) not in self.cached_logprobs
+            }.values()
+        )
+        for indices in group_by_length(
+            [len(e.token_ids) for e in missing], batch_tokens, range(len(missing))
+        ):
+            batch = pack_examples([missing[i] for i in indices]).to(base.device)
+            with torch.no_grad():
+                found = sequence_logprobs(base, batch, self.active)[0].tolist()
+            self.cached_logprobs |= {
+                example_key(missing[i]): value for i, value in zip(indices, found, strict=True)
+            }
+        if missing:
+            _write(folder / FILE, of, self.cached_logprobs)
+
+
+def example_key(example: Example) -> str:
+    """What tells a sequence apart: its tokens and which of them are answers."""
+    return hashlib.sha256(repr((example.token_ids, example.loss_mask)).encode()).hexdigest()[:32]
+
+
+def _write(file: Path, of: str, known: dict[str, float]) -> None:
+    keys = torch.tensor([list(bytes.fromhex(key)) for key in known], dtype=torch.uint8)
+    tensors = {"keys": keys, "logps": torch.tensor(list(known.values()))}
+    with atomic_file(file) as new:
+        save_file(tensors, new, {"of": of})
+
+
+def _read(file: Path, of: str) -> dict[str, float]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as content:
+        if (content.metadata() or {}).get("of") != of:
+            hint = "start a new run with another --out"
+            raise TrainingError(
+                "these reference log-probabilities are of another base or adapter",
+                where=str(file),
+                hint=hint,
+            )
+    tensors = load_file(file)
+    return {
+        bytes(key.tolist()).hex(): value
+        for key, value in zip(tensors["keys"], tensors["logps"].tolist(), strict=True)
+    }
+
+
+def select_reference(
+    options: PreferenceOptions | PolicyOptions,
+    start: ActiveAdapters | None,
+    adapter: str | None,
+    dropout: float,
+) -> ReferencePolicy:
+    """The reference of a run by its rule; `start` is the route of the frozen adapter that it goes on from, if it does.
+
+    Raises `SettingsError` where the set-up could mean two things.
+    """
+    told = options.reference
+    if told == "base" and start is not None:
+        why = "the policy begins with the adapter and its reference would begin without: a margin that nobody trained"
+        hint = "leave `reference` out; or afina merge the adapter, and train on the merged model"
+        raise SettingsError(
+            "the reference of a continued adapter is that adapter",
+            where="options",
+            why=why,
+            hint=hint,
+        )
+    if told == "adapter" and start is None:
+        hint = "--options '{start: RUN}' goes on from an adapter"
+        raise SettingsError("there is no adapter to be the reference", where="options", hint=hint)
+    if dropout:
+        why = "the policy would drop inputs and its reference would not: they would differ before anything is learned"
+        raise SettingsError(
+            "a reference and dropout do not go together",
+            where="dropout",
+            why=why,
+            hint="--dropout 0",
+        )
+    why = "the run begins with an adapter" if start is not None else "the adapter begins at zero"
+    mode = told if told == "precomputed" else "base" if start is None else "adapter"
+    return ReferencePolicy(mode, why, start, adapter)

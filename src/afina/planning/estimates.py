@@ -1,0 +1,121 @@
+"""What a plan is made of: how fast a machine is, what a run's passes hold, and the bytes and seconds that come of it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+
+THIN = 8  # columns
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """How fast a machine is, measured: operations and bytes a second. `product` is (rows, rate) by dtype, rising."""
+
+    matmul_rates: dict[str, Sequence[Sequence[float]]]
+    attention: dict[
+        str, Sequence[Sequence[float]]
+    ]  # (length, rate) by dtype; backwards counts for 2.5 times forwards
+    skinny_matmul_rates: dict[
+        str, float
+    ]  # products with THIN columns: with fewer they take as long
+    copy_bandwidth: float  # bytes read and written
+    dequantise: float  # weights written out of NF4
+    time_factor: float  # measured over counted time, of a real step
+    seconds_per_layer: (
+        float  # seconds a block and pass, forwards and backwards, however few the tokens
+    )
+    libraries: float  # bytes of a process that has loaded, besides what is counted
+    overlaps: bool = False  # whether the device computes while Python goes on
+    allocator_overhead: float = (
+        1.0  # what a real step's activations took over what is counted for them, where that is more
+    )
+
+    def rate(self, dtype: str, rows: float) -> float:
+        """Operations a second of products with `rows` rows."""
+        return _between(self.matmul_rates[dtype], rows)
+
+    def attention_rate(self, dtype: str, length: float) -> float:
+        """Operations a second of attention, forwards and backwards, over sequences of `length`."""
+        return _between(self.attention[dtype], length)
+
+
+def _between(points: Sequence[Sequence[float]], rows: float) -> float:
+    """The rate at `rows`: between those measured, on a straight line over log rows."""
+    if rows <= points[0][0]:
+        return points[0][1] * rows / points[0][0]
+    for (few, slow), (many, fast) in pairwise(points):
+        if rows <= many:
+            return slow + (fast - slow) * math.log(rows / few) / math.log(many / few)
+    return points[-1][1]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The passes of a run: tokens, labels and longest sequence of the largest one, and what they are on average."""
+
+    tokens: int
+    labels: int
+    max_length: int
+    mean_tokens: float
+    mean_labels: float
+    mean_length: float  # tokens that a token's sequence has
+    num_micro_batches: int = 1  # before each optimizer step
+    attention_ratio: float = 1.0  # tokens of all sequences over those computed, where sequences share some: attention takes them all
+
+    @classmethod
+    def full(cls, tokens: int, length: int, passes: int = 1, labelled: float = 1.0) -> "Workload":
+        """Every pass full, of sequences of one length."""
+        length, labels = min(length, tokens), max(1, round(tokens * labelled))
+        return cls(tokens, labels, length, tokens, labels, length, passes)
+
+    def at(self, tokens: int) -> "Workload":
+        """The same kind of rows in passes of `tokens`."""
+        share = tokens / self.tokens
+        length = min(self.max_length, tokens)
+        return replace(
+            self,
+            tokens=tokens,
+            labels=max(1, round(self.labels * share)),
+            max_length=length,
+            mean_tokens=self.mean_tokens * share,
+            mean_labels=self.mean_labels * share,
+            mean_length=min(self.mean_length, tokens),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the largest moment of a run, by what they are for."""
+
+    libraries: float
+    weights: float
+    learned: float
+    optimizer: float
+    activations: float
+    other: float  # gradients, the loss, what lives within a block
+
+    @property
+    def peak(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of an optimizer step, by what takes them."""
+
+    products: float
+    attention: float
+    adapters: float
+    dequantisation: float
+    activations: float
+    optimizer: float
+    overhead: float
+    overlaps: bool = False
+
+    @property
+    def step(self) -> float:
+        """All of it; where the device computes meanwhile, the longer of computing and of Python."""
+        work = sum(asdict(self).values()) - self.overhead - self.overlaps
+        return max(work, self.overhead) if self.overlaps else work + self.overhead

@@ -1,1 +1,0 @@
-"""Which tokens an adapter acts on: everywhere, or from its invocation on."""

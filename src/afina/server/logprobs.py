@@ -1,0 +1,69 @@
+"""Tokens in words: how the two APIs write a token's text, its bytes and its log-probability."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from afina.engine.request import Logprob
+from afina.models.causal_lm import CausalLM
+
+MIN_LOGPROB = -9999.0  # how OpenAI writes a probability of nothing, since JSON has no infinity
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes, as byte-level vocabularies write them: visible ones stand for themselves."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + n): byte for n, byte in enumerate(hidden)
+    }
+
+
+BYTE_DECODER = _byte_letters()
+
+
+def token_bytes(base: CausalLM, token: int) -> bytes:
+    """The bytes of one token, which may be a part of a character."""
+    text = str(base.tokenizer.decode([token], skip_special_tokens=False))
+    raw = str(base.tokenizer.convert_ids_to_tokens(token))
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        if raw.startswith("<0x") and raw.endswith(">"):
+            return bytes([int(raw[3:-1], 16)])
+        if all(letter in BYTE_DECODER for letter in raw):
+            return bytes(BYTE_DECODER[letter] for letter in raw)
+    elif raw.startswith("\u2581") and not text.startswith(" "):
+        text = f" {text}"  # SentencePiece's decoder leaves out the space before a word that stands alone
+    return text.encode()
+
+
+def _one(base: CausalLM, token: int, logprob: float) -> dict[str, Any]:
+    data = token_bytes(base, token)
+    return {
+        "token": data.decode(errors="replace"),
+        "logprob": max(logprob, MIN_LOGPROB),
+        "bytes": list(data),
+    }
+
+
+def chat_logprobs(base: CausalLM, logprobs: Sequence[Logprob]) -> dict[str, Any]:
+    """As chat completions have them."""
+    content = [
+        _one(base, p.token, p.logprob)
+        | {"top_logprobs": [_one(base, token, value) for token, value in p.top]}
+        for p in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(base: CausalLM, logprobs: Sequence[Logprob], start: int = 0) -> dict[str, Any]:
+    """As completions have them; `text_offset` counts the characters from `start` on."""
+    pieces = [token_bytes(base, p.token).decode(errors="replace") for p in logprobs]
+    offsets = [start + sum(len(piece) for piece in pieces[:n]) for n in range(len(pieces))]
+    top = [
+        {
+            token_bytes(base, token).decode(errors="replace"): max(value, MIN_LOGPROB)
+            for token, value in p.top
+        }
+        for p in logprobs
+    ]
+    values = [max(p.logprob, MIN_LOGPROB) for p in logprobs]
+    return {"tokens": pieces, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}

@@ -1,0 +1,102 @@
+"""POST /v1/chat/completions."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from afina.server.auth import current_principal
+from afina.server.errors import APIError
+from afina.server.logprobs import chat_logprobs
+from afina.server.schemas import ChatCompletionRequest
+from afina.server.state import ServerState, get_state, requested_model
+from afina.server.streaming import CompletionStream, EventStream, requests_for
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat(asked: ChatCompletionRequest, request: Request) -> Response:
+    """Go on with a conversation."""
+    state, caller, log = get_state(request), current_principal(request), request.state.log
+    model = requested_model(request, asked.model)
+    messages = [message.plain() for message in asked.messages]
+    prompt = await state.run_in_tokenizer_thread(lambda: state.renderer.prompt(messages))
+    chosen = await state.run_in_tokenizer_thread(lambda: state.resolve_model(caller, model, prompt))
+    log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    most = asked.max_completion_tokens or asked.max_tokens
+    requests = requests_for(
+        state,
+        asked,
+        chosen,
+        [prompt],
+        most,
+        logprobs=logprobs,
+        schema=asked.response_format.json_schema_or_none(),
+    )
+    answers = await CompletionStream.start(state, caller, chosen, requests, log)
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": chosen.label,
+    }
+    if asked.stream:
+        return EventStream(answers, _stream(state, asked, answers, head), chosen.headers)
+    written = await answers.collect(request.receive)
+    choices = [
+        {
+            "index": number,
+            "message": {"role": "assistant", "content": one.text, "refusal": None},
+            "logprobs": chat_logprobs(state.base, one.logprobs) if asked.logprobs else None,
+            "finish_reason": one.finish,
+        }
+        for number, one in enumerate(written)
+    ]
+    body = head | {"object": "chat.completion", "choices": choices, "usage": answers.usage()}
+    return JSONResponse(
+        body | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
+    )
+
+
+async def _stream(
+    state: ServerState,
+    asked: ChatCompletionRequest,
+    answers: CompletionStream,
+    head: dict[str, Any],
+) -> AsyncIterator[str]:
+    """The chunks: who speaks, then text as it comes, then why it ended; at last the usage, where it is wanted."""
+    counts = asked.stream_options is not None and asked.stream_options.include_usage
+    head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if counts else {})
+    if answers.chosen.choice:
+        head["afina"] = answers.chosen.choice
+
+    def chunk(
+        index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return sse(head | {"choices": [choice]})
+
+    for number in range(asked.n):
+        yield chunk(number, {"role": "assistant", "content": "", "refusal": None})
+    try:
+        async for number, event in answers.events():
+            if event.text or event.logprobs:
+                told = chat_logprobs(state.base, event.logprobs) if asked.logprobs else None
+                yield chunk(number, {"content": event.text}, told)
+            if event.finish_reason is not None:
+                yield chunk(number, {}, finish=event.finish_reason)
+        if counts:
+            yield sse(head | {"choices": [], "usage": answers.usage()})
+    except APIError as refusal:  # the status is out already: the error comes in its place
+        yield sse(refusal.body)
+    yield "data: [DONE]\n\n"
+
+
+def sse(value: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,118 @@
+"""POST /v1/completions: go on with texts, or with tokens."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from afina.server.auth import current_principal
+from afina.server.errors import APIError
+from afina.server.logprobs import text_logprobs
+from afina.server.routes.chat import sse
+from afina.server.schemas import CompletionRequest, prompts_of
+from afina.server.state import ServerState, get_state, requested_model
+from afina.server.streaming import CompletionStream, EventStream, requests_for
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def complete(asked: CompletionRequest, request: Request) -> Response:
+    """Go on with each of the prompts, n times."""
+    state, caller, log = get_state(request), current_principal(request), request.state.log
+    model, prompts = requested_model(request, asked.model), prompts_of(asked.prompt)
+    tokens = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts))
+    chosen = await state.run_in_tokenizer_thread(
+        lambda: state.resolve_model(caller, model, tokens[0])
+    )
+    log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}
+    requests = requests_for(state, asked, chosen, tokens, asked.max_tokens, logprobs=asked.logprobs)
+    echoes = [
+        _echo(state, prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.n)
+    ]
+    answers = await CompletionStream.start(state, caller, chosen, requests, log)
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": chosen.label,
+    }
+    if asked.stream:
+        return EventStream(
+            answers, _stream(state, asked, answers, head, echoes, len(prompts)), chosen.headers
+        )
+    written = await answers.collect(request.receive)
+    choices = [
+        {
+            "index": number,
+            "text": echoes[number] + one.text,
+            "logprobs": text_logprobs(state.base, one.logprobs)
+            if asked.logprobs is not None
+            else None,
+            "finish_reason": one.finish,
+        }
+        for number, one in enumerate(written)
+    ]
+    body = head | {"choices": choices, "usage": answers.usage(len(prompts))}
+    return JSONResponse(
+        body | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
+    )
+
+
+async def _stream(
+    state: ServerState,
+    asked: CompletionRequest,
+    answers: CompletionStream,
+    head: dict[str, Any],
+    echoes: list[str],
+    prompts: int,
+) -> AsyncIterator[str]:
+    """The chunks of all answers, as they come."""
+    counts = asked.stream_options is not None and asked.stream_options.include_usage
+    head = head | ({"usage": None} if counts else {})
+    offsets = [0] * len(echoes)
+    try:
+        async for number, event in answers.events():
+            text, echoes[number] = echoes[number] + event.text, ""
+            told = None
+            if asked.logprobs is not None:
+                told = text_logprobs(state.base, event.logprobs, offsets[number])
+                offsets[number] += sum(map(len, told["tokens"]))
+            choice = {
+                "index": number,
+                "text": text,
+                "logprobs": told,
+                "finish_reason": event.finish_reason,
+            }
+            if text or event.logprobs or event.finish_reason:
+                yield sse(head | {"choices": [choice]})
+        if counts:
+            yield sse(head | {"choices": [], "usage": answers.usage(prompts)})
+    except APIError as refusal:
+        yield sse(refusal.body)
+    yield "data: [DONE]\n\n"
+
+
+def tokens_of(state: ServerState, prompts: list[str | list[int]]) -> list[list[int]]:
+    """Each prompt as tokens; a text is tokenized as it is, without a chat template."""
+    made = [
+        state.renderer.prompt(prompt, raw=True) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    for tokens in made:
+        if not tokens:
+            raise APIError(400, "there is nothing to go on from: the prompt has no token", "prompt")
+        if max(tokens) >= state.base.vocab_size:
+            raise APIError(
+                400,
+                f"{max(tokens)} is no token of this base, which has {state.base.vocab_size:,}",
+                "prompt",
+            )
+    return made
+
+
+def _echo(state: ServerState, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else state.base.decode(prompt)

@@ -1,0 +1,77 @@
+"""POST /v1/embeddings: texts as vectors, by the base or by an adapter on it."""
+
+import asyncio
+import base64
+import struct
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from afina.errors import AfinaError
+from afina.server.auth import current_principal
+from afina.server.errors import APIError, to_api_error
+from afina.server.middleware import cancel_on_disconnect
+from afina.server.routes.completions import tokens_of
+from afina.server.schemas import EmbeddingRequest, prompts_of
+from afina.server.state import get_state, requested_model
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings")
+async def embed(asked: EmbeddingRequest, request: Request) -> Response:
+    """One vector for each input; as base64, its numbers are float32, the lowest byte first."""
+    state, caller, log = get_state(request), current_principal(request), request.state.log
+    prompts = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts_of(asked.input)))
+    if longest := max(
+        (len(tokens) for tokens in prompts if len(tokens) > state.base.max_positions), default=0
+    ):
+        message = f"an input has {longest:,} tokens; the base reads {state.base.max_positions:,}"
+        raise APIError(400, message, "input", "context_length_exceeded")
+    model = requested_model(request, asked.model)
+    chosen = await state.run_in_tokenizer_thread(
+        lambda: state.resolve_model(caller, model, prompts[0])
+    )
+    used = sum(map(len, prompts))
+    log |= {"user": asked.user, "model": chosen.label, "prompt_tokens": used}
+    with state.limits.running(caller):
+        try:
+            future = state.engine.embed([tuple(tokens) for tokens in prompts], chosen.parts)
+            vectors = await asyncio.wait_for(
+                cancel_on_disconnect(request.receive, asyncio.wrap_future(future)),
+                state.settings.request_timeout,
+            )
+        except AfinaError as error:
+            raise to_api_error(error, "input") from None
+        except TimeoutError:
+            raise APIError(
+                503,
+                f"no answer within {state.settings.request_timeout:.0f} s",
+                code="timeout",
+                retry_after=10.0,
+            ) from None
+    state.limits.spend(caller, used)
+    for name in state.metrics.models(chosen.names):
+        state.metrics.read.labels(name).inc(used)
+    if asked.dimensions not in (None, len(vectors[0])):
+        raise APIError(
+            400,
+            f"this base gives {len(vectors[0])} dimensions, and a part of them means nothing",
+            "dimensions",
+        )
+    data = [
+        {"object": "embedding", "index": n, "embedding": _written(v, asked)}
+        for n, v in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": used, "total_tokens": used}
+    body = {"object": "list", "data": data, "model": chosen.label, "usage": usage}
+    return JSONResponse(
+        body | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
+    )
+
+
+def _written(vector: list[float], asked: EmbeddingRequest) -> Any:
+    if asked.encoding_format == "float":
+        return vector
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,120 @@
+"""`--target-modules auto`: which layers, and how much of a rank each? By the gradient of a few batches, before anything is learned.
+
+The loss falls first along the gradient G = dL/dW (out, in). An adapter of rank r can follow at most r of its singular
+directions, which hold the energy sum of sigma_i², i <= r (Eckart and Young). One rank at a layer costs in + out numbers.
+So the next rank goes where sigma² / (in + out) is largest, until the budget is spent: as sigma falls, that is the best
+allocation but for the last rank that does not fit. G is the mean over the batches: what they disagree on is noise.
+
+(LoRA-GA and EVA start their matrices by such decompositions, arXiv 2407.05000 and 2410.07170; here they choose ranks.)
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from afina.adapters.attach import attach, detach
+from afina.adapters.base import AdapterConfig, get_method
+from afina.adapters.presets import get_preset
+from afina.adapters.target_module import TargetModule
+from afina.adapters.target_selection import resolve_target_modules
+from afina.config import TrainSettings
+from afina.errors import SettingsError
+from afina.models.causal_lm import CausalLM
+from afina.training.setup.prepared import PreparedData
+
+BATCHES = 4  # optimizer steps' worth of rows that are looked at
+BUDGET = "budget"  # the option that says how many numbers may be learned
+
+
+def gradient_spectra(prepared: PreparedData, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Squared singular values, falling, of the mean gradient of each layer over the first batches; float32, on the CPU.
+
+    Raises `SettingsError` on a base in 4 bits, whose codes have no gradient.
+    """
+    base = prepared.base
+    if isinstance(base, CausalLM) and base.quantization != "none":
+        why = "it follows the gradient of the weights, and 4-bit codes have none"
+        raise SettingsError(
+            "targets auto needs a base in plain storage",
+            where="target_modules",
+            why=why,
+            hint="--target-modules all-linear",
+        )
+    adapter = attach(
+        base.model, base.forward_context, "energy", AdapterConfig("full", tuple(paths)), 0
+    )
+    try:
+        adapter.train(True)
+        for step in range(min(BATCHES, prepared.task.steps_per_epoch)):
+            for batch in prepared.task.step_batches(step):
+                (
+                    prepared.task.loss(batch, adapter.active) / prepared.task.num_targets(batch)
+                ).backward()
+        found = {}
+        for path, delta in adapter.layers.items():
+            matrix = next(p for p in delta.parameters() if p.ndim > 1)
+            assert matrix.grad is not None
+            found[path] = torch.linalg.svdvals(matrix.grad.float().flatten(1)).square().cpu()
+            matrix.grad = None
+        return found
+    finally:
+        detach(base.model, adapter)
+
+
+def allocate_ranks(
+    energies: Mapping[str, Tensor], prices: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """The rank of each layer that has one, in the layers' order; `prices` are numbers learned for one rank.
+
+    Raises `SettingsError` where the budget does not buy a single rank.
+    """
+    queue = [
+        (-float(values[0]) / prices[path], path) for path, values in energies.items() if len(values)
+    ]
+    heapq.heapify(queue)
+    ranks = dict.fromkeys(energies, 0)
+    while queue:
+        _, path = heapq.heappop(queue)
+        if prices[path] > budget:
+            continue  # a cheaper layer may still have room
+        budget -= prices[path]
+        ranks[path] += 1
+        if ranks[path] < len(energies[path]):
+            heapq.heappush(queue, (-float(energies[path][ranks[path]]) / prices[path], path))
+    chosen = {path: rank for path, rank in ranks.items() if rank}
+    if not chosen:
+        raise SettingsError(
+            f"a {BUDGET} of {budget:,} numbers buys no rank",
+            where="options",
+            hint=f"one costs from {min(prices.values()):,}",
+        )
+    return chosen
+
+
+def resolve_auto_targets(settings: TrainSettings, prepared: PreparedData) -> TrainSettings:
+    """The settings with targets and ranks in the place of "auto"; the budget is that of all linear layers unless told."""
+    if get_method(get_preset(settings.method, 1).method).replaces_base:
+        raise SettingsError(
+            "only methods with a rank choose it",
+            where="target_modules",
+            hint="--target-modules all-linear",
+        )
+    model = prepared.base.model
+    paths = [
+        path
+        for path in resolve_target_modules(model, "all-linear", settings.layers, False)
+        if path not in prepared.modules_to_save
+    ]
+    layers = {path: TargetModule(path, model.get_submodule(path)) for path in paths}
+    prices = {path: layer.in_features + layer.out_features for path, layer in layers.items()}
+    budget = settings.options.get(BUDGET, settings.rank * sum(prices.values()))
+    if not isinstance(budget, int) or budget < 1:
+        raise SettingsError(
+            f"{BUDGET} cannot be {budget!r}", where="options", hint="a number of numbers to learn"
+        )
+    ranks = allocate_ranks(gradient_spectra(prepared, paths), prices, budget)
+    return settings.model_copy(
+        update={"target_modules": list(ranks), "rank_pattern": ranks, "layers": None}
+    )

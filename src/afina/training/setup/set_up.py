@@ -1,0 +1,185 @@
+"""From settings to everything a run needs: what `prepare` gives, an adapter attached, rates, steps. `plan` stops here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from afina.adapters.attach import Adapter, attach
+from afina.adapters.base import AdapterConfig
+from afina.adapters.presets import get_preset
+from afina.adapters.target_selection import layer_index, match_patterns, resolve_target_modules
+from afina.config import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions, TrainSettings
+from afina.errors import SettingsError
+from afina.models.causal_lm import CausalLM
+from afina.models.classifier import Classifier
+from afina.objectives.policy import PolicyObjective
+from afina.objectives.preference import PreferenceObjective
+from afina.objectives.preference_losses import NEEDS_REFERENCE
+from afina.objectives.reference import select_reference
+from afina.training.setup.init_adapter import continue_adapter, stack_on_adapter
+from afina.training.setup.prepare import prepare, resolve_objective
+from afina.training.setup.prepared import NEW_TOKENS, OVER, START, PreparedData
+from afina.training.setup.rank_allocation import BUDGET, resolve_auto_targets
+
+NAME = "adapter"
+AUTO = "auto"
+
+
+@dataclass
+class RunSetup:
+    """A run that has not begun."""
+
+    settings: TrainSettings
+    prepared: PreparedData
+    adapter: Adapter
+    learning_rate: float
+    rates: dict[str, float]
+    steps: int
+    steps_per_rollout: int = 1  # steps between which there is no state to go on from
+    why: str | None = None  # why checkpointing is what it is, where it was left to afina
+
+    @property
+    def check_every(self) -> int:
+        """Steps between checks."""
+        return self.settings.eval_steps or self.steps_per_rollout * max(
+            1, self.steps // 10 // self.steps_per_rollout
+        )
+
+    @property
+    def restart_every(self) -> int:
+        """Steps between merges and restarts (ReLoRA, ReMoRA); 0 for never."""
+        every = self.settings.options.get("restart_every", 0)
+        if not isinstance(every, int) or every < 0:
+            raise SettingsError(
+                f"restart_every cannot be {every!r}", where="options", hint="a number of steps"
+            )
+        return every
+
+
+def default_out(settings: TrainSettings) -> Path:
+    """The run folder: as told, or named after the data and the method."""
+    return settings.output_dir or Path("runs") / f"{settings.data.stem}-{settings.method}"
+
+
+def build_adapter_config(
+    model: nn.Module,
+    settings: TrainSettings,
+    modules: tuple[str, ...] = (),
+    invocation: tuple[int, ...] = (),
+    tokens: Mapping[str, int] | None = None,
+) -> AdapterConfig:
+    """The adapter that the settings mean, its targets resolved to paths of the model's modules.
+
+    `modules` are those that it owns whole, `tokens` those with rows of their own, as `prepare` found them.
+    """
+    blocks = 1 + max((layer_index(path) or 0 for path, _ in model.named_modules()), default=0)
+    meant = get_preset(settings.method, blocks)
+    told = (
+        "all-linear" if settings.target_modules == AUTO else settings.target_modules
+    )  # before there is a gradient to look at
+    targets = told if told is not None else meant.targets
+    layers = settings.layers if settings.layers is not None else meant.layers
+    paths = resolve_target_modules(model, targets, layers, any_kind=meant.targets == "all")
+    return AdapterConfig(
+        method=meant.method,
+        target_modules=tuple(path for path in paths if path not in modules),
+        rank=settings.rank,
+        alpha=settings.alpha if settings.alpha is not None else 2.0 * settings.rank,
+        scaling=settings.scaling,
+        dropout=settings.dropout,
+        rank_pattern=match_patterns(settings.rank_pattern, paths, "rank_pattern"),
+        modules_to_save=modules,
+        invocation=invocation,
+        trainable_tokens=tokens or {},
+        method_settings={
+            name: value for name, value in settings.options.items() if name not in _others(settings)
+        },
+    )
+
+
+def _others(settings: TrainSettings) -> tuple[str, ...]:
+    """The names in `options` that are not the method's."""
+    objective = resolve_objective(settings)
+    own = (
+        PreferenceOptions
+        if objective in PREFERENCES
+        else PolicyOptions
+        if objective in POLICIES
+        else None
+    )
+    return (NEW_TOKENS, START, OVER, BUDGET, *(own.model_fields if own else ()))
+
+
+def set_up_run(
+    settings: TrainSettings, base: CausalLM | Classifier | None = None, name: str = NAME
+) -> RunSetup:
+    """Load, read, render, check and attach under `name`; raises the error of the first thing that is wrong.
+
+    `base` is a language model that is loaded already, and on which others learn, or a classifier made in Python.
+    """
+    torch.manual_seed(settings.seed)  # a classifier's new head is drawn when its base is loaded
+    prepared = prepare(settings, base)
+    if settings.target_modules == AUTO:
+        settings = resolve_auto_targets(settings, prepared)
+    spec = build_adapter_config(
+        prepared.base.model,
+        settings,
+        prepared.modules_to_save,
+        prepared.invocation,
+        prepared.trainable_tokens,
+    )
+    torch.manual_seed(settings.seed)
+    if START in settings.options:
+        adapter = continue_adapter(settings, prepared, spec, name)
+    else:
+        adapter = attach(
+            prepared.base.model, prepared.base.forward_context, name, spec, settings.seed
+        )
+    if OVER in settings.options:
+        stack_on_adapter(settings, prepared, adapter, name)
+    began = (
+        "+".join(digest for digest in (prepared.init_adapter, prepared.frozen_adapter) if digest)
+        or None
+    )
+    if isinstance(prepared.task, PreferenceObjective) and prepared.objective in NEEDS_REFERENCE:
+        options = prepared.task.options
+        prepared.task.reference = select_reference(
+            options, prepared.baseline, began, adapter.config.dropout
+        )
+    learned = (*adapter.config.target_modules, *adapter.config.modules_to_save)
+    rate = settings.learning_rate or default_learning_rate(
+        adapter.config.method, prepared.objective
+    )
+    rates, together = (
+        match_patterns(settings.learning_rate_pattern, learned, "learning_rate_pattern"),
+        1,
+    )
+    if isinstance(task := prepared.task, PolicyObjective):
+        task.policy = adapter.active
+        task.reference = select_reference(
+            task.options, prepared.baseline, began, adapter.config.dropout
+        )
+        together = task.options.num_iterations
+        head = max(
+            rate, default_learning_rate(adapter.config.method, "reward")
+        )  # a new head has everything to learn
+        rates = dict.fromkeys(adapter.config.modules_to_save, head) | rates
+    return RunSetup(
+        settings=settings,
+        prepared=prepared,
+        adapter=adapter,
+        learning_rate=rate,
+        rates=rates,
+        steps=settings.max_steps
+        or max(1, round(settings.num_train_epochs * prepared.task.steps_per_epoch)),
+        steps_per_rollout=together,
+    )
+
+
+def default_learning_rate(method: str, objective: str) -> float:
+    """Usual rates: preferences are learned from where the model already is good, in small steps; a new head is not."""
+    small = objective in (*PREFERENCES, *POLICIES) and objective != "reward"
+    return (2e-5 if method == "full" else 2e-4) * (0.1 if small else 1.0)
