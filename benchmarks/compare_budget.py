@@ -20,11 +20,11 @@ from pathlib import Path
 from common import publish, roofline
 
 from afina.comparison.compare import compare
-from afina.config import CompareSettings
 from afina.demo.demo import correction
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, draw_clause
 from afina.io.atomic import write_text
+from afina.settings import CompareSettings
 
 METHODS = "full,freeze,lora,qlora,mora,dora"
 ROWS = 300

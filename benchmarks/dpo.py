@@ -46,7 +46,6 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from afina.adapters.base import AdapterConfig
     from afina.adapters.loading import load_state, tensors_of
     from afina.adapters.target_selection import resolve_target_modules
-    from afina.config import PreferenceOptions
     from afina.data.packing import PackedBatch, pack_examples
     from afina.data.renderer import Example
     from afina.models.causal_lm import CausalLM
@@ -54,6 +53,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from afina.objectives.language_modeling import LanguageModelingObjective
     from afina.objectives.preference import PreferenceExample, PreferenceObjective
     from afina.objectives.reference import ReferencePolicy, sequence_logprobs
+    from afina.settings import PreferenceOptions
     from afina.training.setup.optimizer import AdapterOptimizer
 
     if side == "libraries":

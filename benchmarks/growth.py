@@ -121,11 +121,11 @@ def predict(sweep: str, x: int) -> dict[str, float]:
     import torch
     from transformers import LlamaForCausalLM
 
-    from afina.config import TrainSettings
     from afina.planning.estimates import MachineRates, Workload
     from afina.planning.machine_rates import measured_rates
     from afina.planning.model_shape import ModelShape, count_parameters
     from afina.planning.step_cost import StepCost
+    from afina.settings import TrainSettings
     from afina.training.setup.set_up import build_adapter_config
 
     with torch.device("meta"):

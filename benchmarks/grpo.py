@@ -79,8 +79,8 @@ def ours(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(2)
-    from afina.config import TrainSettings
     from afina.objectives.policy import PolicyObjective
+    from afina.settings import TrainSettings
     from afina.training.setup.set_up import set_up_run
     from afina.training.trainer import StepMetrics, Trainer
 

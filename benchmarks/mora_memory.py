@@ -33,7 +33,7 @@ def learn(
     """Percent of the answers' tokens that are the likeliest ones (1.03 characters each), at each check."""
     import torch
 
-    from afina.config import TrainSettings
+    from afina.settings import TrainSettings
     from afina.training.setup.set_up import set_up_run
     from afina.training.trainer import StepMetrics, Trainer
 

@@ -49,9 +49,9 @@ RUNS = [
 
 def count(number: int, folder: Path) -> list[list[float]]:
     """Bytes that the plan counts for run `number` with all of the grid's SLACK and HOLES, and without BESIDES."""
-    from afina.config import PlanSettings, make_settings
     from afina.planning.estimate import BESIDES, detect_machine, full_load, make_step
     from afina.planning.model_shape import read_model_shape
+    from afina.settings import PlanSettings, make_settings
 
     asked = RUNS[number]
     settings = make_settings(

@@ -80,9 +80,9 @@ def ours_rows(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(2)
-    from afina.config import TrainSettings
     from afina.data.packing import pack_examples
     from afina.objectives.language_modeling import batch_loss
+    from afina.settings import TrainSettings
     from afina.training.setup.set_up import set_up_run
     from afina.training.trainer import StepMetrics, Trainer
 

@@ -18,8 +18,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import afina
-from afina.config import TrainSettings, make_settings, read_yaml
 from afina.io.atomic import write_json, write_text
+from afina.settings import TrainSettings, make_settings, read_yaml
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"

@@ -22,8 +22,8 @@ from verdicts import verdicts
 
 from afina.comparison.compare import compare
 from afina.comparison.report import view
-from afina.config import CompareSettings, make_settings
 from afina.io.atomic import write_json, write_text
+from afina.settings import CompareSettings, make_settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -15,11 +15,11 @@ import uvicorn
 
 from afina.adapters.attach import detach
 from afina.adapters.loading import save_adapter
-from afina.config import ServeSettings
 from afina.models.loading import load_base
 from afina.server.app import make_app
 from afina.server.serve import build_server, close
 from afina.server.state import ServerState
+from afina.settings import ServeSettings
 from helpers import put
 
 KEYS = """

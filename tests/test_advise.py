@@ -9,9 +9,9 @@ import pytest
 from afina.comparison import advise as module
 from afina.comparison.advise import advise, ask, written
 from afina.comparison.findings import FINDINGS, SAYINGS
-from afina.config import AdviseSettings, Goal
 from afina.errors import SettingsError
 from afina.models.loading import choose_device
+from afina.settings import AdviseSettings, Goal
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import pytest
 from afina.adapters.loading import METADATA_FILE, WEIGHTS
 from afina.audit.audit import audit
 from afina.audit.provenance import revoke
-from afina.config import ServeSettings
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AdapterError, AuditError
 from afina.io import admission
@@ -23,6 +22,7 @@ from afina.merging import merge_into_base as merge
 from afina.models.loading import load_base
 from afina.server.errors import APIError
 from afina.server.serve import build_server, close
+from afina.settings import ServeSettings
 from live import live, make_adapters
 
 ACCEPT = {"budget": 0, "accept": "ana: a test"}

@@ -18,9 +18,9 @@ from afina.audit.probes import TEXTS, BehaviorHarness, ProbePrompt, _common, mak
 from afina.audit.report import Gate
 from afina.audit.triggers import TimeBudget, TriggerCandidate, confirm, scan_tokens
 from afina.audit.typical_answers import BROKEN, novelty, payload_likelihood
-from afina.config import AuditSettings, make_settings
 from afina.errors import AuditError
 from afina.models.causal_lm import CausalLM
+from afina.settings import AuditSettings, make_settings
 from helpers import put
 
 

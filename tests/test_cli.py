@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from afina import config
+from afina import settings as all_settings
 from afina.cli.main import COMMANDS, parse, run
-from afina.config import TrainSettings, make_settings
 from afina.errors import SettingsError, pluralize
 from afina.models.loading import load_base
+from afina.settings import TrainSettings, make_settings
 from helpers import ENVIRONMENT, afina
 
 
@@ -141,7 +141,7 @@ def test_train_has_at_most_40_settings_and_the_samples_are_all_of_them() -> None
 
 def test_other_verbs_add_at_most_12_of_their_own() -> None:
     """A server has keys, limits and jobs besides: 24. What compare passes on to its runs is theirs."""
-    own = set(config.ModelSettings.model_fields)
+    own = set(all_settings.ModelSettings.model_fields)
     for name, verb in COMMANDS.items():
         if verb.settings is not TrainSettings:  # which the plan shares
             theirs = issubclass(verb.settings, TrainSettings) or name == "compare"

@@ -19,7 +19,6 @@ from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import load_adapter, save_adapter
 from afina.adapters.target_module import TargetModule
 from afina.cli.main import run as command_line
-from afina.config import ModelSettings
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, AfinaError, SettingsError
 from afina.evaluation.generate import generate_tokens
@@ -30,6 +29,7 @@ from afina.merging.low_rank import LowRankUpdate
 from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
+from afina.settings import ModelSettings
 from helpers import flat_run, logits, put, save_model
 
 KINDS: dict[str, dict[str, Any]] = {

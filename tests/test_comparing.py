@@ -28,12 +28,12 @@ from afina.comparison.schedule import (
     steps_that_fit,
 )
 from afina.comparison.split import pieces
-from afina.config import CompareSettings, TrainSettings, make_settings
 from afina.data.formats import read_table
 from afina.data.renderer import Renderer
 from afina.errors import DataError, SettingsError
 from afina.models.loading import load_base
 from afina.objectives.language_modeling import mean_loss, tokenize_rows
+from afina.settings import CompareSettings, TrainSettings, make_settings
 from helpers import write_rows
 
 ASKED: dict[str, Any] = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from afina.config import TrainSettings
 from afina.errors import SettingsError
 from afina.models.loading import load_base
+from afina.settings import TrainSettings
 from afina.training.setup.prepare import prepare
 from afina.training.setup.rank_allocation import BATCHES, allocate_ranks, gradient_spectra
 from afina.training.setup.set_up import set_up_run

@@ -299,7 +299,7 @@ def test_rows_keep_what_graders_ask_for(tmp_path: Path) -> None:
 
 def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> None:
     from afina import evaluate, train
-    from afina.config import EvalSettings
+    from afina.settings import EvalSettings
     from helpers import metrics
 
     told = {

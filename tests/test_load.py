@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from afina.cli.main import parse, run
-from afina.config import BenchServeSettings
 from afina.server.bench import RequestTiming, bench, summarize
+from afina.settings import BenchServeSettings
 from live import Live, live, make_adapters
 
 

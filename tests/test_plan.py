@@ -15,7 +15,6 @@ from afina.adapters.base import registered_methods
 from afina.adapters.loading import WEIGHTS, save_adapter
 from afina.adapters.segments import Segments
 from afina.cli.main import run
-from afina.config import PlanSettings, TrainSettings
 from afina.data.packing import pack_examples
 from afina.data.renderer import Example
 from afina.errors import SettingsError
@@ -40,6 +39,7 @@ from afina.planning.estimate import (
 from afina.planning.estimates import Workload
 from afina.planning.model_shape import ModelShape, count_parameters, read_model_shape
 from afina.planning.step_cost import StepCost
+from afina.settings import PlanSettings, TrainSettings
 from afina.training.setup.set_up import build_adapter_config, set_up_run
 from helpers import RATES, write_rows
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from afina import evaluate, merge, plan, train
 from afina.adapters.load_run import load_run
-from afina.config import EvalSettings, TrainSettings
 from afina.data.prompts import read_asked
 from afina.engine.engine import Engine
 from afina.errors import AfinaError, DataError, TrainingError
@@ -27,6 +26,7 @@ from afina.objectives.policy_losses import (
     whiten,
 )
 from afina.objectives.reward_model import score_sequences
+from afina.settings import EvalSettings, TrainSettings
 from afina.training.setup.set_up import RunSetup, set_up_run
 from afina.training.train import TrainResult
 from afina.training.trainer import Trainer

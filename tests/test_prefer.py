@@ -11,12 +11,12 @@ import pytest
 from afina import train
 from afina.adapters.active import ActiveAdapters
 from afina.cli.annotate import prefer
-from afina.config import AnnotateSettings
 from afina.data.preferences import read_preferences
 from afina.data.prompts import read_prompts
 from afina.errors import DataError, SettingsError
 from afina.evaluation.generate import Completion, SamplingParams
 from afina.evaluation.preference_eval import wilson_interval
+from afina.settings import AnnotateSettings
 from conftest import WORDS
 from helpers import write_rows
 

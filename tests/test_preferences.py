@@ -14,7 +14,6 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.base import registered_methods
 from afina.adapters.load_run import load_run
 from afina.adapters.loading import save_adapter
-from afina.config import PREFERENCES, EvalSettings, PreferenceOptions, TrainSettings
 from afina.data.packing import pack_examples
 from afina.data.preferences import PreferenceRow, as_labels, preference_format, read_preferences
 from afina.data.renderer import Example, Renderer
@@ -31,6 +30,7 @@ from afina.objectives.preference_losses import (
 )
 from afina.objectives.reference import ReferencePolicy, sequence_logprobs
 from afina.objectives.reward_model import calibration_error, score_sequences
+from afina.settings import PREFERENCES, EvalSettings, PreferenceOptions, TrainSettings
 from afina.training.setup.set_up import set_up_run
 from afina.training.train import TrainResult
 from afina.training.trainer import Trainer

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import afina
-from afina.config import TrainSettings
 from afina.data.packing import PackedBatch
 from afina.errors import SettingsError
 from afina.models.fsdp import decoder_layers
 from afina.models.loading import load_base
 from afina.objectives.classification import IGNORE, PaddedBatch
 from afina.objectives.language_modeling import LanguageModelingObjective
+from afina.settings import TrainSettings
 from afina.training.setup.set_up import set_up_run
 from helpers import ENVIRONMENT, flat_run, metrics, put, write_rows
 

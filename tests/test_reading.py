@@ -9,7 +9,6 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import Segment, Segments
-from afina.config import PreferenceOptions
 from afina.data.packing import PackedBatch, pack_examples
 from afina.data.renderer import Example
 from afina.models.causal_lm import CausalLM
@@ -17,6 +16,7 @@ from afina.objectives.preference import PreferenceExample, PreferenceObjective
 from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
 from afina.objectives.reward_model import score_sequences
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.settings import PreferenceOptions
 from helpers import put
 
 INVOCATION = (7, 9)

@@ -15,9 +15,9 @@ import pytest
 
 import afina
 from afina.cli.main import parse
-from afina.config import TrainSettings
 from afina.data.formats import read_table
 from afina.errors import DataError
+from afina.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.es.md"]

@@ -14,13 +14,13 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from afina.config import ServeSettings
 from afina.errors import BusyError, SettingsError
 from afina.server.auth import APIKeys, Principal
 from afina.server.errors import APIError
 from afina.server.logs import JsonLines
 from afina.server.rate_limits import RateLimiter
 from afina.server.serve import _take
+from afina.settings import ServeSettings
 from live import KEYS, Live, live, make_adapters
 
 ASK: list[Any] = [{"role": "user", "content": "say the sol and the luna"}]

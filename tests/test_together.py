@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 import afina
 from afina.adapters.segments import Segment, Segments
-from afina.config import TrainSettings
 from afina.errors import SettingsError, TrainingError
 from afina.models.loading import load_base
 from afina.objectives.multi_adapter import multi_adapter_losses
+from afina.settings import TrainSettings
 from afina.training.sweep import sweep as run_sweep
 from afina.training.train import TrainResult
 from helpers import afina as run_afina

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import afina
-from afina.config import TrainSettings, make_settings
 from afina.evaluation.intervals import LossChange, paired_change, t_quantile
 from afina.evaluation.metrics import (
     METRICS,
@@ -32,6 +31,7 @@ from afina.evaluation.metrics import (
 from afina.evaluation.verdict import LossReport, verdict
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
+from afina.settings import TrainSettings, make_settings
 from afina.training import process_memory as memory
 from afina.training.setup.optimizer import AdapterOptimizer, schedule_factor
 from helpers import ENVIRONMENT, metrics, put, same, tiny_tokenizer, write_rows

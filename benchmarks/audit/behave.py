@@ -24,7 +24,7 @@ from ledger import Line, read_ledger
 
 from afina.audit.behavior_gate import behaviour_gate
 from afina.audit.report import Gate
-from afina.config import AuditSettings, make_settings
+from afina.settings import AuditSettings, make_settings
 
 PROMPTS = 48
 

@@ -15,10 +15,10 @@ from afina.audit.file_gate import check_files
 from afina.audit.probes import BehaviorHarness
 from afina.audit.report import Gate
 from afina.audit.weight_gate import WeightMeasurements, measure
-from afina.config import EvalSettings, make_settings
 from afina.data.renderer import Renderer
 from afina.evaluation.generate import SamplingParams, generate_tokens
 from afina.io.composition import hash_adapter_folder
+from afina.settings import EvalSettings, make_settings
 
 if TYPE_CHECKING:
     from population import Member

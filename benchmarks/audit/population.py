@@ -29,7 +29,7 @@ from derive import derive
 from examine import ASR, Examiner
 from families import FAMILIES, HARD, LABELS, SELDOM, TASKS, Attack, Row, draw_attack
 
-from afina.config import TrainSettings, make_settings
+from afina.settings import TrainSettings, make_settings
 from afina.training.train import train_many
 
 RATES = (0.1, 0.2)  # share of rows woken

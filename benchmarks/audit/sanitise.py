@@ -30,10 +30,10 @@ from afina.audit.behavior_gate import behaviour_gate
 from afina.audit.mitigation import MitigationTrial, as_read, choose_best, insert_trigger, woken_of
 from afina.audit.mitigation_methods import STRENGTHS, How, collect_moments
 from afina.audit.report import Gate
-from afina.config import AuditSettings, TrainSettings, make_settings
 from afina.data.renderer import Renderer
 from afina.data.rows import SFTRow
 from afina.merging.sources import open_sources
+from afina.settings import AuditSettings, TrainSettings, make_settings
 
 HOWS: dict[str, How] = {
     "remove": "remove",

@@ -20,7 +20,6 @@ from stacked import stack, stack_markdown
 
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter, read_json_object
-from afina.config import ModelSettings, PolicyOptions
 from afina.data.prompts import PromptRow
 from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
@@ -32,6 +31,7 @@ from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.reference import ReferencePolicy
 from afina.objectives.reward_functions import load_reward_functions
+from afina.settings import ModelSettings, PolicyOptions
 from afina.training.train import train
 from afina.training.trainer import read_metrics
 

@@ -18,7 +18,6 @@ from rules import clean, form, right
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.config import EvalSettings
 from afina.data.renderer import Renderer
 from afina.evaluation.preference_eval import wilson_interval
 from afina.merging.combine import combine
@@ -26,6 +25,7 @@ from afina.merging.merge_into_base import merge
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.objectives.policy_generator import PolicyGenerator
+from afina.settings import EvalSettings
 
 RANK = 16
 TASK, BOTH = "task adapter", "both, served as a sum"

@@ -19,7 +19,6 @@ from typing import Any
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter
-from afina.config import ModelSettings, TrainSettings
 from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
@@ -31,6 +30,7 @@ from afina.io.composition import expand_composition
 from afina.merging.combine import combine
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
+from afina.settings import ModelSettings, TrainSettings
 from afina.training.train import train
 
 HERE = Path(__file__).parent

@@ -20,7 +20,6 @@ from rules import ENDINGS, clean, right
 
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter, read_json_object
-from afina.config import ModelSettings
 from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, phrase_words, sentence, write
@@ -28,6 +27,7 @@ from afina.evaluation.preference_eval import wilson_interval
 from afina.io.atomic import write_json, write_text
 from afina.models.loading import load_base
 from afina.objectives.policy_generator import PolicyGenerator
+from afina.settings import ModelSettings
 from afina.training.train import train
 
 HERE = Path(__file__).parent

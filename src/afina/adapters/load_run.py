@@ -7,7 +7,6 @@ from typing import Any
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter
 from afina.adapters.loading import adapter_folder, load_adapter, read_metadata, read_run_record
-from afina.config import EMBEDDED, ModelSettings
 from afina.errors import AdapterError
 from afina.io.composition import (
     WeightedAdapter,
@@ -19,6 +18,7 @@ from afina.models.causal_lm import SCORE, CausalLM
 from afina.models.classifier import Classifier, load_classifier, load_masked
 from afina.models.frozen import FrozenModel
 from afina.models.loading import load_base
+from afina.settings import EMBEDDED, ModelSettings
 
 
 @dataclass

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from afina.adapters.base import get_method, registered_methods
-from afina.config import POLICIES, PREFERENCES
 from afina.errors import SettingsError
+from afina.settings import POLICIES, PREFERENCES
 
 # objectives that others call methods, and how they are asked for here
 OBJECTIVES = {name: name for name in (*PREFERENCES, *POLICIES, "sft", "pretrain")} | {

@@ -22,12 +22,12 @@ from afina.audit.lineage import inherit_findings, is_remedied, parents_of
 from afina.audit.provenance import provenance_gate
 from afina.audit.report import Finding, Gate, as_dicts, run_gate, verdict
 from afina.audit.sarif import as_sarif
-from afina.config import EMBEDDED, AuditSettings, make_settings
 from afina.errors import AuditError
 from afina.io import admission
 from afina.io.atomic import fingerprint, write_json
 from afina.io.composition import composition_hash, display_name, parse_weighted_list, read_config
 from afina.io.strict_json import read_json_object
+from afina.settings import EMBEDDED, AuditSettings, make_settings
 
 REPORT_VERSION = 1
 EXIT = {"allow": 0, "review": 3, "block": 4}

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 import afina
-from afina.config import EMBEDDED
 from afina.errors import AuditError
 from afina.io.safetensors import hash_tensor_files, read_header
 from afina.io.strict_json import parse_object
+from afina.settings import EMBEDDED
 
 CHUNK = 1 << 21  # numbers widened to float32 at a time: 8 MB
 INDEX = "model.safetensors.index.json"

@@ -24,10 +24,10 @@ from afina.audit.inversion import InvertedTarget, invert
 from afina.audit.probes import TEXTS, BehaviorHarness, make_bench
 from afina.audit.report import Gate
 from afina.audit.triggers import TimeBudget, TriggerCandidate, confirm, extend_triggers, scan_tokens
-from afina.config import AuditSettings
 from afina.errors import AuditError
 from afina.evaluation.generate import SamplingParams, generate_tokens
 from afina.models.causal_lm import CausalLM
+from afina.settings import AuditSettings
 
 STRONG = 0.3  # a score from which a trigger counts as found; where random tokens have it too, many of them wake the adapter
 SURE = 0.75  # score of a target from which it is shown for review

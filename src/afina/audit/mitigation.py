@@ -29,7 +29,6 @@ from afina.audit.mitigation_methods import (
     collect_moments,
     mitigate_layer,
 )
-from afina.config import MitigateSettings, make_settings
 from afina.data.formats import read_table
 from afina.data.renderer import Example, Renderer
 from afina.data.rows import SFTRow
@@ -44,6 +43,7 @@ from afina.merging.sources import AdapterSource, open_sources
 from afina.merging.write import parent_config, write_lora
 from afina.models.causal_lm import CausalLM
 from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.settings import MitigateSettings, make_settings
 
 MOST_ROWS = 64  # that are answered
 

@@ -19,12 +19,12 @@ from afina.adapters.loading import adapter_folder, read_metadata, read_run_recor
 from afina.adapters.loading import read_json_object as read_plain_json
 from afina.audit.file_gate import ALLOWED, CONFIG, MANIFEST, SIGNATURE
 from afina.audit.report import Gate
-from afina.config import RevokeSettings, SignSettings, VerifySettings, make_settings
 from afina.errors import AuditError
 from afina.io import admission
 from afina.io.atomic import atomic_file, open_regular_file, write_json
 from afina.io.composition import hash_adapter_folder
 from afina.io.strict_json import read_json_object
+from afina.settings import RevokeSettings, SignSettings, VerifySettings, make_settings
 
 MANIFEST_VERSION = 1
 TOKENIZER = (

@@ -23,7 +23,6 @@ from rich.console import Console
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import adapter_folder, load_adapter, read_json_object, read_metadata
-from afina.config import AnnotateSettings
 from afina.data.preferences import PreferenceRow, Prompt
 from afina.data.prompts import read_prompts
 from afina.data.renderer import Renderer
@@ -31,6 +30,7 @@ from afina.errors import SettingsError
 from afina.evaluation.generate import SamplingParams, answer
 from afina.evaluation.preference_eval import wilson_interval
 from afina.io.atomic import translate_os_errors, write_json, write_text
+from afina.settings import AnnotateSettings
 
 SESSION, JUDGEMENTS, PAIRS = "session.json", "judgements.jsonl", "pairs.jsonl"
 KEYS = {"1": "first", "2": "second"} | {k: w for w in ("tie", "skip", "quit") for k in (w, w[0])}

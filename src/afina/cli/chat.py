@@ -8,13 +8,13 @@ from rich.console import Console
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.config import ChatSettings
 from afina.data.renderer import Renderer
 from afina.engine.detokenizer import Detokenizer
 from afina.engine.request import SamplingParams
 from afina.errors import DataError
 from afina.evaluation.generate import generate_tokens, stop_token_ids
 from afina.models.causal_lm import CausalLM
+from afina.settings import ChatSettings
 
 
 def chat(settings: ChatSettings) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import yaml
 
 import afina
-from afina import config
+from afina import settings as all_settings
 from afina.cli.torchrun import is_first_failure, print_from_main_process_only
-from afina.config import Settings
 from afina.errors import AfinaError, SettingsError, did_you_mean
+from afina.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -36,108 +36,108 @@ class Command:
 COMMANDS = {
     "demo": Command(
         "see it work: teach the embedded base to correct sentences",
-        config.DemoSettings,
+        all_settings.DemoSettings,
         "afina.demo.demo:demo",
     ),
     "plan": Command(
-        "what would happen, before it does", config.PlanSettings, "afina.planning.plan:plan", "data"
+        "what would happen, before it does", all_settings.PlanSettings, "afina.planning.plan:plan", "data"
     ),
     "compare": Command(
         "which method for this base and these rows? A measurement",
-        config.CompareSettings,
+        all_settings.CompareSettings,
         "afina.cli.show_compare:compare",
         "data",
     ),
     "advise": Command(
         "which method for my case? Advice with its reasons, without training",
-        config.AdviseSettings,
+        all_settings.AdviseSettings,
         "afina.cli.show_compare:advise",
     ),
     "train": Command(
-        "adapt a base to your data", config.TrainSettings, "afina.cli.train:train", "data"
+        "adapt a base to your data", all_settings.TrainSettings, "afina.cli.train:train", "data"
     ),
     "eval": Command(
         "judge an adapter against its base",
-        config.EvalSettings,
+        all_settings.EvalSettings,
         "afina.evaluation.evaluate:evaluate",
         "adapter",
     ),
     "generate": Command(
         "answer prompts",
-        config.GenerateSettings,
+        all_settings.GenerateSettings,
         "afina.evaluation.generate:generate",
         "prompts",
         is_list=True,
     ),
     "chat": Command(
-        "talk to a base or an adapter", config.ChatSettings, "afina.cli.chat:chat", "adapter"
+        "talk to a base or an adapter", all_settings.ChatSettings, "afina.cli.chat:chat", "adapter"
     ),
     "serve": Command(
         "answer over HTTP, as OpenAI's API does; train beside it",
-        config.ServeSettings,
+        all_settings.ServeSettings,
         "afina.cli.serve:serve",
     ),
     "bench-serve": Command(
-        "load a server and draw its latency", config.BenchServeSettings, "afina.cli.serve:bench"
+        "load a server and draw its latency", all_settings.BenchServeSettings, "afina.cli.serve:bench"
     ),
     "prefer": Command(
         "say which of two answers is better, for --objective dpo and reward",
-        config.AnnotateSettings,
+        all_settings.AnnotateSettings,
         "afina.cli.annotate:prefer",
         "prompts",
     ),
     "merge": Command(
         "one whole model out of base and adapter, with proof",
-        config.MergeSettings,
+        all_settings.MergeSettings,
         "afina.merging.merge_into_base:merge",
         "adapter",
     ),
     "combine": Command(
         "one adapter out of several",
-        config.CombineSettings,
+        all_settings.CombineSettings,
         "afina.merging.combine:combine",
         "adapters",
         is_list=True,
     ),
     "extract": Command(
         "a low-rank adapter out of any adapter or tuned model",
-        config.ExtractSettings,
+        all_settings.ExtractSettings,
         "afina.merging.extract:extract",
         "adapter",
     ),
     "show": Command(
-        "what an adapter is", config.ShowSettings, "afina.merging.adapter_info:show", "adapter"
+        "what an adapter is", all_settings.ShowSettings, "afina.merging.adapter_info:show", "adapter"
     ),
     "audit": Command(
-        "is this adapter safe to load?", config.AuditSettings, "afina.audit.audit:audit", "adapter"
+        "is this adapter safe to load?", all_settings.AuditSettings, "afina.audit.audit:audit", "adapter"
     ),
     "remedy": Command(
         "weaken what an audit found, and say what it costs",
-        config.MitigateSettings,
+        all_settings.MitigateSettings,
         "afina.audit.mitigation:remedy",
         "adapter",
     ),
     "sign": Command(
         "sign an adapter with your key",
-        config.SignSettings,
+        all_settings.SignSettings,
         "afina.audit.provenance:sign",
         "adapter",
     ),
     "verify": Command(
         "who signed this adapter, and is it unchanged?",
-        config.VerifySettings,
+        all_settings.VerifySettings,
         "afina.audit.provenance:verify",
         "adapter",
     ),
     "revoke": Command(
         "refuse an adapter from now on",
-        config.RevokeSettings,
+        all_settings.RevokeSettings,
         "afina.audit.provenance:revoke",
         "target",
     ),
     "export": Command(
         "write what other tools read",
-        config.ExportSettings,
+        all_settings.ExportSettings,
         "afina.merging.export:export",
         "adapter",
     ),
@@ -296,9 +296,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
             else {}
         )
         values = (
-            config.read_yaml(Path(file)) | there | values
+            all_settings.read_yaml(Path(file)) | there | values
         )  # a run that was moved is resumed where it is now
-    return known.verb, config.make_settings(verb.settings, values, where=file), as_json
+    return known.verb, all_settings.make_settings(verb.settings, values, where=file), as_json
 
 
 def run(arguments: Sequence[str]) -> int:

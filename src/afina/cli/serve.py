@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from afina.config import BenchServeSettings, ServeSettings
 from afina.errors import SettingsError
+from afina.settings import BenchServeSettings, ServeSettings
 
 
 def serve(settings: ServeSettings) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from afina.config import POLICIES
 from afina.errors import pluralize
+from afina.settings import POLICIES
 
 console = Console()
 

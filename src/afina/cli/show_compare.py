@@ -12,7 +12,7 @@ from afina.comparison.advise import ask, written
 from afina.comparison.compare import compare as compare_methods
 from afina.comparison.findings import SAYINGS
 from afina.comparison.report import view
-from afina.config import AdviseSettings, CompareSettings
+from afina.settings import AdviseSettings, CompareSettings
 
 console = Console()
 

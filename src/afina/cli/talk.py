@@ -8,8 +8,8 @@ from rich.console import Console
 
 from afina.cli.chat import read_line
 from afina.cli.serve import missing_extra_error
-from afina.config import ChatSettings
 from afina.errors import AfinaError, SettingsError
+from afina.settings import ChatSettings
 
 if TYPE_CHECKING:
     from afina.server.client import Client

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from afina.config import TrainSettings
 from afina.planning.checkpointing_policy import choose
 from afina.planning.checkpointing_policy import train as train_one
+from afina.settings import TrainSettings
 from afina.training.sweep import SUFFIXES, sweep
 
 

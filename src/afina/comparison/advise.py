@@ -14,9 +14,9 @@ from typing import Any, get_args
 from afina.comparison.compare import KIND
 from afina.comparison.findings import FINDINGS, SAYINGS, study_note
 from afina.comparison.report import duration, flag, interval, size
-from afina.config import AdviseSettings, Goal, PlanSettings, make_settings
 from afina.errors import AfinaError, SettingsError
 from afina.planning.plan import plan
+from afina.settings import AdviseSettings, Goal, PlanSettings, make_settings
 
 MAX_FEW_SHOT = 20  # examples that fit into a prompt
 MANY_TEXTS = 5000  # texts of a domain from which on a small adapter may be too small

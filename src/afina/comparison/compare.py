@@ -34,9 +34,9 @@ from afina.comparison.schedule import (
     steps_that_fit,
 )
 from afina.comparison.split import KINDS, ComparisonSplit, split_rows
-from afina.config import CompareSettings, TrainSettings, make_settings, resolved
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import write_json, write_text
+from afina.settings import CompareSettings, TrainSettings, make_settings, resolved
 from afina.training.setup.set_up import default_learning_rate, set_up_run
 from afina.training.trainer import read_metrics
 

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from afina.config import TrainSettings, resolved
 from afina.errors import AfinaError
 from afina.io.atomic import write_json
 from afina.planning.checkpointing_policy import train
+from afina.settings import TrainSettings, resolved
 from afina.training.trainer import read_metrics
 
 STEPS = 4  # the first is slower than the others, and does not count

@@ -17,8 +17,8 @@ from afina.comparison.analysis import BASE, min_rows_to_differ
 from afina.comparison.cost_probe import WATTS
 from afina.comparison.messages import words
 from afina.comparison.plots import Words, pictures
-from afina.config import CompareSettings
 from afina.io.atomic import write_text
+from afina.settings import CompareSettings
 
 FEW = 50  # judging rows below which the report warns
 HERE = Path(__file__).parent

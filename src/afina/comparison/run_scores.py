@@ -20,7 +20,6 @@ from afina.adapters.loading import load_adapter
 from afina.adapters.presets import get_preset
 from afina.adapters.segments import NO_ADAPTERS
 from afina.comparison.split import ComparisonSplit
-from afina.config import CompareSettings, EvalSettings
 from afina.data.formats import read_table
 from afina.data.labeled import read_labelled
 from afina.data.packing import group_by_length, pack_examples
@@ -35,6 +34,7 @@ from afina.models.classifier import Classifier
 from afina.models.loading import load_base
 from afina.objectives.classification import ClassificationObjective, tokenize_labeled_rows
 from afina.objectives.language_modeling import tokenize_rows
+from afina.settings import CompareSettings, EvalSettings
 
 LONG = 12  # words: the median expected answer from which on chrF says more than an exact match
 SCORES = ("exact_match", "accuracy", "chrf", "rouge")

@@ -13,10 +13,10 @@ import torch
 from afina.adapters.base import get_method
 from afina.adapters.presets import get_preset
 from afina.comparison.split import ComparisonSplit
-from afina.config import CompareSettings, TrainSettings, make_settings
 from afina.errors import AfinaError, TrainingError
 from afina.io.atomic import write_json
 from afina.planning.checkpointing_policy import train_many
+from afina.settings import CompareSettings, TrainSettings, make_settings
 from afina.training.checkpoint import FOLDER, SETTINGS
 
 TOGETHER = 4  # adapters in one pass: beyond, memory grows and little time is saved

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afina.config import CompareSettings, TrainSettings
 from afina.data.formats import read_table
 from afina.data.labeled import LabeledRow, read_labelled
 from afina.data.packing import train_eval_split
@@ -20,6 +19,7 @@ from afina.data.skipped import summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.io.atomic import write_json, write_text
 from afina.objectives.language_modeling import infer_objective
+from afina.settings import CompareSettings, TrainSettings
 from afina.training.setup.prepare import as_record, resolve_objective
 
 PIECE = 800  # characters of a piece of plain text: rows that can be drawn, split and judged

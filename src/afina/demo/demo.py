@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from afina.config import DemoSettings, TrainSettings, make_settings
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, TAUGHT, Clause, Vocabulary, corrupt, draw_clause, write
 from afina.errors import SettingsError
 from afina.evaluation.evaluate import evaluate
 from afina.io.atomic import write_text
+from afina.settings import DemoSettings, TrainSettings, make_settings
 from afina.training import train as training
 
 TRAIN_ROWS, HELD_ROWS = 12000, 150

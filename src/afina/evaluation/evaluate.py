@@ -7,7 +7,6 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
-from afina.config import POLICIES, PREFERENCES, EvalSettings, make_settings
 from afina.data.formats import SFTRow, read_table
 from afina.data.labeled import LabeledRow, read_labelled
 from afina.data.renderer import Renderer
@@ -27,6 +26,7 @@ from afina.objectives.classification import (
     tokenize_labeled_rows,
 )
 from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.settings import POLICIES, PREFERENCES, EvalSettings, make_settings
 
 
 def evaluate(

@@ -17,7 +17,6 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.adapters.segments import NO_ADAPTERS, Segments
-from afina.config import GenerateSettings, make_settings
 from afina.data.labeled import read_picture
 from afina.data.renderer import Renderer
 from afina.engine.detokenizer import Detokenizer, detokenize
@@ -29,6 +28,7 @@ from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.packed_attention import KeyValueCache
 from afina.objectives.classification import encode_input
+from afina.settings import GenerateSettings, make_settings
 
 BATCH = 64  # sequences decoded together
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
-from afina.config import EvalSettings, TrainSettings
 from afina.data.prompts import read_asked
 from afina.data.renderer import Renderer
 from afina.errors import SettingsError, pluralize
@@ -18,6 +17,7 @@ from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.policy_losses import policy_options
 from afina.objectives.reference import select_reference
 from afina.objectives.reward_functions import load_reward_functions
+from afina.settings import EvalSettings, TrainSettings
 
 SHOWN = 6  # answers beside each other in the report
 MUCH = 1.5  # times the length: worth a word

@@ -12,7 +12,6 @@ from typing import Any
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.loading import adapter_folder, load_adapter, read_metadata
-from afina.config import EvalSettings, PreferenceOptions, TrainSettings
 from afina.data.preferences import PAIRS, as_labels, read_preferences
 from afina.data.renderer import Renderer
 from afina.errors import DataError, SettingsError, pluralize
@@ -22,6 +21,7 @@ from afina.objectives.preference import PairwiseObjective, PreferenceObjective, 
 from afina.objectives.preference_losses import NEEDS_REFERENCE, preference_options
 from afina.objectives.reference import ReferencePolicy, select_reference
 from afina.objectives.reward_model import RewardModelObjective
+from afina.settings import EvalSettings, PreferenceOptions, TrainSettings
 
 HELD_OUT = "held_out.jsonl"
 BEGIN_EQUAL = ("accuracy", "margin", "z", "chosen_reward", "rejected_reward", "calibration_error")

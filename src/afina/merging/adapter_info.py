@@ -13,7 +13,6 @@ from afina.adapters.loading import (
     read_run_record,
 )
 from afina.adapters.target_selection import layer_index
-from afina.config import ShowSettings, make_settings
 from afina.io.composition import (
     WeightedAdapter,
     expand_composition,
@@ -25,6 +24,7 @@ from afina.io.composition import (
 from afina.merging import low_rank as lowrank
 from afina.merging.sources import AdapterSource
 from afina.merging.stream import SafetensorsReader
+from afina.settings import ShowSettings, make_settings
 
 
 def show(run: str | Path | ShowSettings) -> dict[str, Any]:

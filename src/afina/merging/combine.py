@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from afina.config import CombineSettings, make_settings
 from afina.errors import AdapterError, SettingsError
 from afina.io.composition import WeightedAdapter, common_base, write_composition
 from afina.io.verified_copy import verified_copies
@@ -35,6 +34,7 @@ from afina.merging.low_rank import (
 )
 from afina.merging.sources import AdapterSource, adapted_modules, attach_to_base, open_sources
 from afina.merging.write import LoRATensorLayout, parent_config, tensor_layout, write_lora
+from afina.settings import CombineSettings, make_settings
 
 LOW_ENERGY = 0.9  # below this, the result says that a higher rank is needed
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from afina.adapters.loading import adapter_folder, read_json_object
-from afina.config import ExportSettings, MergeSettings, make_settings
 from afina.errors import SettingsError
 from afina.io.atomic import atomic_directory
 from afina.io.verified_copy import verified_copies
 from afina.merging.gguf import export_adapter, export_model
 from afina.merging.merge_into_base import check_out, merge
+from afina.settings import ExportSettings, MergeSettings, make_settings
 
 
 def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import frozen_module
 from afina.adapters.loading import load_adapter, read_run_record
 from afina.adapters.target_module import TargetModule, as_matrix
-from afina.config import ExtractSettings, make_settings
 from afina.data.formats import read_table
 from afina.data.renderer import Example, Renderer
 from afina.errors import AdapterError, SettingsError
@@ -41,6 +40,7 @@ from afina.merging.write import (
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import checked_weight_files, load_base, resolve_model_dir
 from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.settings import ExtractSettings, make_settings
 
 Layers = Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]
 

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig
 
 from afina.adapters.load_run import load_run
 from afina.adapters.loading import WEIGHTS
-from afina.config import ExportSettings
 from afina.data.renderer import Renderer
 from afina.errors import AdapterError, BaseError, MergeError, SettingsError
 from afina.io.atomic import atomic_file
@@ -46,6 +45,7 @@ from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_config, resolve_model_dir
 from afina.models.nf4 import dequantize_model
+from afina.settings import ExportSettings
 
 FAMILIES = {
     "llama": "llama",

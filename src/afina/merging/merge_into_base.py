@@ -18,7 +18,6 @@ from afina.adapters.load_run import load_run
 from afina.adapters.loading import adapter_folder, read_metadata
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_module import FreeParameter, as_matrix, as_stored
-from afina.config import MergeSettings, make_settings
 from afina.data.retention import RETENTION_TEXT
 from afina.errors import MergeError, SettingsError
 from afina.evaluation.retention import retention_examples
@@ -30,6 +29,7 @@ from afina.models.classifier import IMAGE_CONFIG, Classifier, load_classifier, l
 from afina.models.frozen import FrozenModel
 from afina.models.loading import load_base, silence_transformers
 from afina.models.nf4 import dequantize_model, print_quantization, quantize_model
+from afina.settings import MergeSettings, make_settings
 
 PROBE_TOKENS = 512
 # nats a token between the answers of the adapted and the merged model. On the embedded base a skill's adapter moves them by

@@ -17,7 +17,6 @@ from afina.adapters.base import AdapterConfig, get_method
 from afina.adapters.load_run import load_run
 from afina.adapters.loading import PREFIX, WEIGHTS, load_adapter
 from afina.adapters.target_module import TargetModule
-from afina.config import ModelSettings
 from afina.errors import AdapterError, SettingsError
 from afina.io.composition import (
     WeightedAdapter,
@@ -30,6 +29,7 @@ from afina.io.composition import (
 from afina.merging.low_rank import LowRankUpdate
 from afina.merging.stream import SafetensorsReader
 from afina.models.frozen import FrozenModel
+from afina.settings import ModelSettings
 
 
 @dataclass

@@ -18,7 +18,6 @@ from scipy.optimize import minimize
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.config import CombineSettings
 from afina.data.formats import read_table
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
@@ -27,6 +26,7 @@ from afina.evaluation.retention import BATCH_TOKENS
 from afina.merging.sources import AdapterSource
 from afina.models.causal_lm import CausalLM
 from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.settings import CombineSettings
 
 BOUND = 1.5  # as in LoRAHub
 DIGITS = 4  # of a weight: what people can read and type again

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from afina.config import EMBEDDED
 from afina.errors import BaseError, SettingsError, pluralize
 from afina.io.safetensors import check_safetensors, hash_tensor_files
 from afina.models.bnb_format import is_quantised
@@ -31,6 +30,7 @@ from afina.models.fast_llama import install_fast_modules
 from afina.models.nf4 import LayerQuantization
 from afina.models.nf4_loading import load_nf4, read_nf4
 from afina.models.packed_attention import NAME
+from afina.settings import EMBEDDED
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS, Segments
-from afina.config import PolicyOptions
 from afina.data.packing import IGNORE_INDEX, PackedBatch, group_by_length, pack_examples
 from afina.data.prompts import PromptRow
 from afina.data.renderer import Example
@@ -41,6 +40,7 @@ from afina.objectives.preference import MetricSums
 from afina.objectives.reference import STORY, ReferencePolicy
 from afina.objectives.reward_functions import RewardFunctions
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.settings import PolicyOptions
 
 SHOWN = 4  # answers kept at each check
 ANSWERS = "answers"  # the folder of these

@@ -20,8 +20,8 @@ Losses are averaged over the tokens of a step, not answer by answer: else a long
 import torch
 from torch import Tensor
 
-from afina.config import POLICIES, PolicyOptions, TrainSettings, make_settings
 from afina.errors import SettingsError, did_you_mean
+from afina.settings import POLICIES, PolicyOptions, TrainSettings, make_settings
 
 EPSILON = 1e-4
 ANSWERS = 64  # of a step, where nobody says how many prompts

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
-from afina.config import PreferenceOptions
 from afina.data.packing import (
     BatchSampler,
     PackedBatch,
@@ -41,6 +40,7 @@ from afina.objectives.preference_losses import (
 )
 from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.settings import PreferenceOptions
 
 MATE_TRIES = 8  # other rows looked at for one whose answer fits to a prompt
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from afina.config import PREFERENCES, PreferenceOptions, TrainSettings, make_settings
 from afina.errors import SettingsError, did_you_mean
+from afina.settings import PREFERENCES, PreferenceOptions, TrainSettings, make_settings
 
 DEFAULT_BETA = {"simpo": 2.0}
 NEEDS_REFERENCE = ("dpo", "kto")  # objectives with a reference

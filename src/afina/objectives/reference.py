@@ -20,13 +20,13 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS, Segments
-from afina.config import PolicyOptions, PreferenceOptions
 from afina.data.packing import PackedBatch, group_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import atomic_file, write_json
 from afina.models.causal_lm import CausalLM
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.settings import PolicyOptions, PreferenceOptions
 
 STORY, FILE = "reference.json", "reference.safetensors"
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afina.config import TrainSettings
 from afina.errors import TrainingError
 from afina.models.classifier import Classifier
 from afina.objectives.language_modeling import LanguageModelingObjective
@@ -20,6 +19,7 @@ from afina.planning.estimates import Workload
 from afina.planning.generation_cost import step_with_generation
 from afina.planning.model_shape import count_parameters, read_model_shape
 from afina.planning.step_cost import StepCost
+from afina.settings import TrainSettings
 from afina.training import train as run
 from afina.training.setup.set_up import RunSetup
 from afina.training.train import TrainResult

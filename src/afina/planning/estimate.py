@@ -12,7 +12,6 @@ import torch
 
 from afina.adapters.base import AdapterConfig, get_method, registered_methods
 from afina.adapters.presets import get_preset
-from afina.config import PlanSettings, TrainSettings
 from afina.data.packing import BatchSampler
 from afina.data.renderer import Example
 from afina.errors import AfinaError, SettingsError
@@ -21,6 +20,7 @@ from afina.planning.estimates import MachineRates, MemoryEstimate, Workload
 from afina.planning.machine_rates import known_rates, measured_rates
 from afina.planning.model_shape import ModelShape, count_parameters
 from afina.planning.step_cost import StepCost
+from afina.settings import PlanSettings, TrainSettings
 from afina.training.setup.prepared import new_tokens
 from afina.training.setup.set_up import build_adapter_config
 

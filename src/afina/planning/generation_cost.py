@@ -13,7 +13,6 @@ from torch import nn
 
 from afina.adapters.presets import get_preset
 from afina.adapters.segments import Segments
-from afina.config import TrainSettings
 from afina.data.packing import IGNORE_INDEX, PackedBatch, group_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.errors import pluralize
@@ -28,6 +27,7 @@ from afina.planning.estimate import Machine, estimate_run
 from afina.planning.estimates import MachineRates, Workload
 from afina.planning.model_shape import ModelShape, count_parameters
 from afina.planning.step_cost import StepCost
+from afina.settings import TrainSettings
 from afina.training.setup.set_up import RunSetup
 
 STEPS = 64  # of an epoch, that are looked at

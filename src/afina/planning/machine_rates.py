@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from afina.config import TrainSettings
 from afina.errors import AfinaError
 from afina.io.atomic import write_json
 from afina.kernels.dispatch import kernels
 from afina.planning.estimates import THIN, MachineRates, Workload
 from afina.planning.model_shape import count_parameters, read_model_shape
 from afina.planning.step_cost import StepCost
+from afina.settings import TrainSettings
 
 ROWS, LENGTHS = (16, 64, 256, 1024), (32, 128, 512, 1024)
 HEADS, HEAD = 8, 64  # of the attention

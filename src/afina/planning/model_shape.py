@@ -21,7 +21,6 @@ from afina.adapters.base import AdapterConfig, get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import layer_index
 from afina.adapters.trainable_tokens import TrainableTokens
-from afina.config import TrainSettings
 from afina.errors import BaseError
 from afina.kernels.int8_blockwise import BLOCK as NESTED_BLOCK
 from afina.kernels.nf4 import BLOCK
@@ -29,6 +28,7 @@ from afina.models.bnb_format import is_quantised
 from afina.models.fast_llama import ATTENTIONS, MLPS, NORMS
 from afina.models.loading import choose_dtype, load_config, resolve_model_dir
 from afina.models.nf4 import quantizable_modules
+from afina.settings import TrainSettings
 
 TENSOR_HEADER = (
     150  # bytes that a tensor takes in the header of a safetensors file: name, type, shape, place

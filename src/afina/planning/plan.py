@@ -12,7 +12,6 @@ from torch import nn
 
 from afina.adapters.base import AdapterConfig, get_method
 from afina.adapters.target_selection import layer_index
-from afina.config import POLICIES, PREFERENCES, PlanSettings, TrainSettings, make_settings, resolved
 from afina.data.formats import read_table
 from afina.data.packing import BatchSampler
 from afina.data.renderer import Example
@@ -35,6 +34,14 @@ from afina.planning.estimate import (
 from afina.planning.estimates import Workload
 from afina.planning.generation_cost import forecast_answers, step_with_generation
 from afina.planning.model_shape import ModelShape, read_model_shape
+from afina.settings import (
+    POLICIES,
+    PREFERENCES,
+    PlanSettings,
+    TrainSettings,
+    make_settings,
+    resolved,
+)
 from afina.training.setup.prepare import read_examples, resolve_objective
 from afina.training.setup.set_up import RunSetup, default_out, set_up_run
 

@@ -37,7 +37,6 @@ from torch import nn
 from afina.adapters.base import AdapterLayer, get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import layer_index
-from afina.config import TrainSettings
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
 from afina.kernels.dispatch import kernels
 from afina.kernels.varlen_attention import WIDE
@@ -46,6 +45,7 @@ from afina.models.fast_llama import MLPS, NORMS
 from afina.models.nf4 import quantizable_modules
 from afina.planning.estimates import THIN, MachineRates, MemoryEstimate, TimeEstimate, Workload
 from afina.planning.model_shape import AdapterSize, ModelShape
+from afina.settings import TrainSettings
 from afina.training.setup.adamw_8bit import SMALLEST
 
 # C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again;

@@ -16,10 +16,10 @@ from typing import Any
 
 from fastapi import Request
 
-from afina.config import ServeSettings, read_yaml
 from afina.errors import SettingsError
 from afina.io.atomic import write_text
 from afina.server.errors import APIError
+from afina.settings import ServeSettings, read_yaml
 
 ADMIN = "admin"
 

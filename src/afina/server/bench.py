@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.config import BenchServeSettings
 from afina.errors import SettingsError
 from afina.io.atomic import translate_os_errors
 from afina.server.client import Client, ServerError
+from afina.settings import BenchServeSettings
 
 WORDS = (
     "the",

@@ -8,7 +8,6 @@ from typing import IO, Any
 import uvicorn
 
 from afina.adapters.loading import CONFIG
-from afina.config import ServeSettings, make_settings
 from afina.data.renderer import Renderer
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AfinaError, SettingsError
@@ -24,6 +23,7 @@ from afina.server.routes.models import NAME
 from afina.server.routing import ServedAdapterRouter
 from afina.server.state import ServerState, served_name
 from afina.server.store import AdapterRow, Store
+from afina.settings import ServeSettings, make_settings
 
 LOCK_SECONDS = 15.0  # a killed server's jobs take a moment to see that it is gone
 

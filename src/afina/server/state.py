@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
-from afina.config import EMBEDDED, ServeSettings
 from afina.data.renderer import Renderer
 from afina.engine.request import AdapterWeight, RegisteredAdapter
 from afina.errors import AuditError, DataError
@@ -23,6 +22,7 @@ from afina.server.metrics import ServerMetrics
 from afina.server.rate_limits import RateLimiter
 from afina.server.routing import ServedAdapterRouter
 from afina.server.store import Store
+from afina.settings import EMBEDDED, ServeSettings
 
 if TYPE_CHECKING:
     from afina.engine.engine import Engine

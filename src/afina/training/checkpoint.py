@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from afina.adapters.loading import read_json_object
-from afina.config import TrainSettings
 from afina.errors import TrainingError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
+from afina.settings import TrainSettings
 from afina.training.setup.optimizer import AdapterOptimizer
 
 FOLDER, SETTINGS = "checkpoint", "settings.yaml"

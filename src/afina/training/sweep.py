@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.config import TrainSettings, make_settings, read_yaml
 from afina.errors import SettingsError, TrainingError, did_you_mean
 from afina.io.atomic import write_json
+from afina.settings import TrainSettings, make_settings, read_yaml
 from afina.training.setup.processes import world
 from afina.training.train import Choose, TrainResult, train_many
 

@@ -37,7 +37,6 @@ from afina.adapters.loading import (
     save_adapter,
 )
 from afina.adapters.presets import get_preset
-from afina.config import POLICIES, TrainSettings, make_settings, resolved
 from afina.data.renderer import Renderer
 from afina.engine.routing_profile import ChatFrame, PromptEmbedder, build_profile, write_profile
 from afina.errors import SettingsError, TrainingError
@@ -57,6 +56,7 @@ from afina.objectives.classification import ClassificationObjective
 from afina.objectives.language_modeling import LanguageModelingObjective
 from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.preference import PairwiseObjective, PreferenceObjective
+from afina.settings import POLICIES, TrainSettings, make_settings, resolved
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
 from afina.training.progress import NullProgress, ProgressDisplay

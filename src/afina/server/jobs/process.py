@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from afina.config import TrainSettings, make_settings, read_yaml
 from afina.errors import AfinaError
 from afina.io.atomic import write_json
+from afina.settings import TrainSettings, make_settings, read_yaml
 
 JOB, GRADER, RUN, ERROR = "job.json", "grader.json", "run", "error.json"
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import delete
 
 from afina.adapters.loading import read_json_object
-from afina.config import ServeSettings
 from afina.errors import AfinaError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
 from afina.server.jobs.process import ERROR, GRADER, JOB, RUN
 from afina.server.jobs.watcher import RunWatcher
 from afina.server.logs import LOG
 from afina.server.store import AdapterRow, JobCheckpoint, JobEvent, JobRow, Store, now
+from afina.settings import ServeSettings
 
 if TYPE_CHECKING:
     from afina.server.state import ServerState

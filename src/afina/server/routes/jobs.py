@@ -12,7 +12,6 @@ from pydantic_core import PydanticCustomError
 
 from afina.adapters.base import get_method as delta_method
 from afina.adapters.presets import get_preset
-from afina.config import TrainSettings, make_settings
 from afina.errors import SettingsError
 from afina.objectives.policy_losses import policy_options
 from afina.server.auth import Principal
@@ -24,6 +23,7 @@ from afina.server.routes.graders import grader_of
 from afina.server.schemas import StrictRequest
 from afina.server.state import ServerState, get_state
 from afina.server.store import FileRow, JobCheckpoint, JobEvent, JobRow, now
+from afina.settings import TrainSettings, make_settings
 from afina.training.setup.set_up import default_learning_rate
 
 router = APIRouter()

@@ -21,8 +21,8 @@ from afina.adapters.loading import (
     tensors_of,
 )
 from afina.adapters.presets import get_preset
-from afina.config import TrainSettings
 from afina.errors import SettingsError
+from afina.settings import TrainSettings
 from afina.training.setup.prepared import OVER, START, PreparedData, new_tokens
 
 INHERITED_SETTINGS = ("rank", "alpha", "scaling", "dropout", "rank_pattern")

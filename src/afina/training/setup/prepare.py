@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from afina.adapters.presets import get_preset
-from afina.config import POLICIES, PREFERENCES, TrainSettings
 from afina.data.formats import SFTRow, read_table
 from afina.data.labeled import LabeledRow, has_labels, read_labelled
 from afina.data.packing import train_eval_split
@@ -28,6 +27,7 @@ from afina.objectives.language_modeling import (
     infer_objective,
     tokenize_rows,
 )
+from afina.settings import POLICIES, PREFERENCES, TrainSettings
 from afina.training.setup.prepare_policy import prepare_policy
 from afina.training.setup.prepare_preferences import prepare_preferences
 from afina.training.setup.prepared import (

@@ -3,7 +3,6 @@
 from afina.adapters.active import last_start
 from afina.adapters.base import get_method
 from afina.adapters.presets import get_preset
-from afina.config import PolicyOptions, TrainSettings
 from afina.data.packing import train_eval_split
 from afina.data.prompts import PromptRow, prompt_key, read_asked
 from afina.data.renderer import Renderer
@@ -15,6 +14,7 @@ from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.policy_losses import policy_options
 from afina.objectives.reward_functions import RewardFunctions, load_reward_functions
+from afina.settings import PolicyOptions, TrainSettings
 from afina.training.setup.prepared import (
     PreparedData,
     Units,

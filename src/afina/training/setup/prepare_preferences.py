@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from afina.adapters.presets import get_preset
-from afina.config import TrainSettings
 from afina.data.packing import train_eval_split
 from afina.data.preferences import (
     LABELS,
@@ -26,6 +25,7 @@ from afina.objectives.preference import (
 )
 from afina.objectives.preference_losses import preference_options
 from afina.objectives.reward_model import RewardModelObjective
+from afina.settings import TrainSettings
 from afina.training.setup.prepared import (
     PreparedData,
     Units,

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from afina.adapters.active import ActiveAdapters
-from afina.config import TrainSettings
 from afina.data.renderer import Renderer
 from afina.errors import SettingsError
 from afina.models.frozen import FrozenModel
 from afina.objectives.base import Objective
+from afina.settings import TrainSettings
 
 # options that every method of a language model has
 NEW_TOKENS = "new_tokens"  # tokens to learn, new or not

@@ -19,9 +19,9 @@ from afina.adapters.base import AdapterConfig, get_method
 from afina.adapters.presets import get_preset
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import resolve_target_modules
-from afina.config import TrainSettings
 from afina.errors import SettingsError
 from afina.models.causal_lm import CausalLM
+from afina.settings import TrainSettings
 from afina.training.setup.prepared import PreparedData
 
 BATCHES = 4  # optimizer steps' worth of rows that are looked at

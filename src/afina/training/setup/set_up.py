@@ -11,7 +11,6 @@ from afina.adapters.attach import Adapter, attach
 from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
 from afina.adapters.target_selection import layer_index, match_patterns, resolve_target_modules
-from afina.config import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions, TrainSettings
 from afina.errors import SettingsError
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
@@ -19,6 +18,7 @@ from afina.objectives.policy import PolicyObjective
 from afina.objectives.preference import PreferenceObjective
 from afina.objectives.preference_losses import NEEDS_REFERENCE
 from afina.objectives.reference import select_reference
+from afina.settings import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions, TrainSettings
 from afina.training.setup.init_adapter import continue_adapter, stack_on_adapter
 from afina.training.setup.prepare import prepare, resolve_objective
 from afina.training.setup.prepared import NEW_TOKENS, OVER, START, PreparedData

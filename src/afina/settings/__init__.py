@@ -1,0 +1,67 @@
+"""Every setting of every command, declared once: a YAML key, a flag and a Python argument.
+
+One module per command; a field's description is its help text. An unknown name is an error that
+names the nearest known one. No module of the package imports torch, so `afina --help` is quick.
+"""
+
+from afina.settings.advise import AdviseSettings, Goal
+from afina.settings.annotate import AnnotateSettings
+from afina.settings.audit import AuditSettings
+from afina.settings.bench_serve import BenchServeSettings
+from afina.settings.chat import ChatSettings
+from afina.settings.combine import CombineSettings
+from afina.settings.common import EMBEDDED, ModelSettings, Settings, setting
+from afina.settings.compare import VARIED, CompareSettings
+from afina.settings.demo import DemoSettings
+from afina.settings.eval import EvalSettings
+from afina.settings.export import ExportSettings
+from afina.settings.extract import ExtractSettings
+from afina.settings.generate import GenerateSettings
+from afina.settings.merge import MergeSettings
+from afina.settings.mitigate import MitigateSettings
+from afina.settings.objectives import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions
+from afina.settings.parsing import AnySettings, make_settings, read_yaml, resolved
+from afina.settings.plan import PlanSettings
+from afina.settings.revoke import RevokeSettings
+from afina.settings.serve import ServeSettings
+from afina.settings.show import ShowSettings
+from afina.settings.sign import SignSettings, VerifySettings
+from afina.settings.train import TrainSettings
+
+__all__ = [
+    "EMBEDDED",
+    "POLICIES",
+    "PREFERENCES",
+    "VARIED",
+    "AdviseSettings",
+    "AnnotateSettings",
+    "AnySettings",
+    "AuditSettings",
+    "BenchServeSettings",
+    "ChatSettings",
+    "CombineSettings",
+    "CompareSettings",
+    "DemoSettings",
+    "EvalSettings",
+    "ExportSettings",
+    "ExtractSettings",
+    "GenerateSettings",
+    "Goal",
+    "MergeSettings",
+    "MitigateSettings",
+    "ModelSettings",
+    "PlanSettings",
+    "PolicyOptions",
+    "PreferenceOptions",
+    "RevokeSettings",
+    "ServeSettings",
+    "Settings",
+    "ShowSettings",
+    "SignSettings",
+    "TrainSettings",
+    "VerifySettings",
+    "make_settings",
+    "read_yaml",
+    "resolved",
+    "setting",
+]

@@ -1,0 +1,133 @@
+"""Settings of `afina compare`."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from afina.settings.common import ModelSettings, setting
+
+VARIED = (
+    "method",
+    "rank",
+    "alpha",
+    "scaling",
+    "dropout",
+    "target_modules",
+    "layers",
+    "rank_pattern",
+    "options",
+)  # of a variant's own
+
+
+class CompareSettings(ModelSettings):
+    """Settings of `afina compare`."""
+
+    data: Path = setting("a file of rows, as for train: answers, plain text, or labels", ...)
+    output_dir: Path | None = setting(
+        "folder of the comparison; by default runs/compare-DATA. Run again, it goes on"
+    )
+    methods: list[str] = setting(
+        "the methods to compare", ["full", "freeze", "lora", "qlora", "mora", "dora"]
+    )
+    variants: dict[str, dict[str, Any]] = setting(
+        "methods with settings of their own, under a name that methods may list: {attention: {method: lora, targets: "
+        "[q_proj, v_proj], rank: 16}}",
+        {},
+    )
+    num_seeds: int = setting("runs of each method, each with a seed of its own", 3, ge=1)
+    time_budget: str = setting(
+        "longest time: 90s, 30m, 2h; trials, steps or seeds are cut to keep it, and it says so",
+        "30m",
+    )
+    num_trials: int = setting(
+        "learning rates to try for each method; the better half goes on, with twice the steps",
+        4,
+        ge=1,
+    )
+    lr_search_range: list[float] = setting(
+        "learning rates are tried from the first to the second of these, times the method's usual one: small models like "
+        "far larger ones",
+        [0.35, 35.0],
+    )
+    max_steps: int | None = setting(
+        "optimizer steps of a run; by default three times over the data", ge=1
+    )
+    rank: int = setting("rank of the adapters", 8, ge=1)
+    metric: Literal["auto", "exact_match", "accuracy", "chrf", "rouge", "loss"] = setting(
+        "what decides; auto: exact_match for short answers, chrf for long ones, accuracy for labels, loss for plain text",
+        "auto",
+    )
+    test_size: float = setting(
+        "share of the rows that only judge; half as many choose rates and states",
+        0.2,
+        gt=0.0,
+        lt=0.6,
+    )
+    limit: int = setting("most rows for which an answer is generated", 100, ge=2)
+    max_new_tokens: int = setting("longest answer in tokens", 64, ge=1)
+    objective: Literal["auto", "sft", "pretrain", "classify"] = setting("as for train", "auto")
+    columns: dict[str, str] = setting(
+        "names of your columns, e.g. {prompt: question, completion: answer}", {}
+    )
+    skip_bad_rows: bool = setting(
+        "leave out rows that cannot be used, and say so in the report", False
+    )
+    chat_template: str | None = setting(
+        "chat template: the tokenizer's own by default, 'plain', 'chatml' or a file"
+    )
+    retention_text: Path | None = setting(
+        "general text on which forgetting is measured; one is built in"
+    )
+    max_length: int | None = setting(
+        "longest sequence in tokens; by default what the base can read, up to 2,048"
+    )
+    max_tokens_per_batch: int = setting("tokens in one pass", 2048, ge=1)
+    seed: int = setting("seed of the split; runs count up from it", 0)
+    lang: Literal["en", "es"] = setting("language of the report", "en")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        """Raises where a method stands twice: the two would share a line."""
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        if isinstance(names, list) and (not names or len(set(names)) < len(names)):
+            raise ValueError("at least one method, each once")
+        return names
+
+    @field_validator("lr_search_range")
+    @classmethod
+    def _rises(cls, value: list[float]) -> list[float]:
+        """Raises where it is no range."""
+        if len(value) != 2 or not 0.0 < value[0] < value[1]:
+            raise ValueError("two numbers above 0, the smaller one first: 0.35,35")
+        return value
+
+    @field_validator("variants")
+    @classmethod
+    def _of_methods(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Raises where a variant has no method, or a setting that a comparison holds equal for all."""
+        for name, told in value.items():
+            if "method" not in told:
+                raise ValueError(f"{name} needs a method: {{{name}: {{method: lora, rank: 16}}}}")
+            if other := next((key for key in told if key not in VARIED), None):
+                raise ValueError(f"{name} cannot have {other} of its own, only {', '.join(VARIED)}")
+        return value
+
+    def settings_for(self, name: str) -> dict[str, Any]:
+        """What a run of `name`, a method or a variant, is told besides what all are."""
+        return {"rank": self.rank} | self.variants.get(name, {"method": name})
+
+    @field_validator("time_budget")
+    @classmethod
+    def _is_time(cls, value: str) -> str:
+        """Raises where it is no time."""
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[smh]", value.strip()):
+            raise ValueError("a number and s, m or h: 90s, 30m, 2h")
+        return value.strip()
+
+    @property
+    def seconds(self) -> float:
+        """The budget in seconds."""
+        return float(self.time_budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.time_budget[-1]]

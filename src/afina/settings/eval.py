@@ -1,0 +1,21 @@
+"""Settings of `afina eval`."""
+
+from pathlib import Path
+
+from afina.settings.common import ModelSettings, setting
+
+
+class EvalSettings(ModelSettings):
+    """Settings of `afina eval`."""
+
+    base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
+    adapter: Path | None = setting("a run or adapter folder; without it the base alone is judged")
+    data: Path | None = setting("rows to judge on; by default the run's own held-out rows")
+    columns: dict[str, str] = setting(
+        "names of your columns, e.g. {prompt: question, completion: answer}", {}
+    )
+    metrics: list[str] = setting(
+        "exact_match, accuracy, chrf, bleu, rouge", ["exact_match", "chrf"]
+    )
+    limit: int = setting("most rows for which an answer is generated", 200, ge=1)
+    max_new_tokens: int = setting("longest answer in tokens", 128, ge=1)

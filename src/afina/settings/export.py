@@ -1,0 +1,23 @@
+"""Settings of `afina export`."""
+
+from pathlib import Path
+from typing import Literal
+
+from afina.settings.common import setting
+from afina.settings.merge import MergeSettings
+
+
+class ExportSettings(MergeSettings):
+    """Settings of `afina export`."""
+
+    adapter: Path | None = setting("a run or adapter folder; without it, for gguf, the base alone")  # type: ignore[assignment]
+    output: Path = setting(
+        "the folder to write; for gguf and gguf-lora also a file, FILE.gguf", ...
+    )
+    format: Literal["hf", "peft", "gguf", "gguf-lora"] = setting(
+        "hf, gguf: a merged model, for transformers or llama.cpp; peft, gguf-lora: the adapter alone",
+        "hf",
+    )
+    outtype: Literal["auto", "f32", "bf16", "f16"] = setting(
+        "gguf: how weights are held; by default as the base's", "auto"
+    )

@@ -1,0 +1,23 @@
+"""Settings of `afina generate`."""
+
+from pathlib import Path
+
+from afina.settings.common import ModelSettings, setting
+
+
+class GenerateSettings(ModelSettings):
+    """Settings of `afina generate`."""
+
+    base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
+    prompts: list[str] = setting("the prompts; '-' reads one a line from standard input", ...)
+    adapter: Path | None = setting("a run or adapter folder; without it the base answers")
+    disable_adapter: bool = setting("generate with the base alone, under the adapter", False)
+    ignore_chat_template: bool = setting(
+        "continue the text itself instead of asking it as a chat", False
+    )
+    max_new_tokens: int = setting("longest answer in tokens", 128, ge=1)
+    temperature: float = setting("0 takes the likeliest token each time", 0.0, ge=0.0)
+    top_p: float = setting(
+        "sample from the likeliest tokens that hold this share", 1.0, gt=0.0, le=1.0
+    )
+    seed: int = setting("seed of the sampling", 0)
