@@ -283,9 +283,9 @@ def test_linear_in_the_weights(tiny: Path, tmp_path: Path, how: str) -> None:
     """2 A - 0.6 B is twice A - 0.3 B; and, where nothing is cut, the sum of its parts."""
     folders = make(tiny, "lora", "rslora")
     rank = None if how == "sum" else 100
-    make_one = lambda name, *parts: combine(
-        parts, merge_method=how, output_dir=tmp_path / name, rank=rank
-    )  # noqa: E731
+    def make_one(name, *parts):
+        return combine(parts, merge_method=how, output_dir=tmp_path / name, rank=rank)
+
     make_one("once", folders["lora"], f"{folders['rslora']}:-0.3")
     make_one("twice", f"{folders['lora']}:2", f"{folders['rslora']}:-0.6")
     make_one("first", folders["lora"])

@@ -320,8 +320,8 @@ def test_graders_are_checked_and_asked(server: Live, alice: openai.OpenAI) -> No
         ({"type": "score_model", "name": "x"}, "score_model"),
     ):
         for ask in (
-            lambda: graders.validate(grader=wrong),
-            lambda: graders.run(grader=wrong, model_sample="x"),
+            lambda wrong=wrong: graders.validate(grader=wrong),
+            lambda wrong=wrong: graders.run(grader=wrong, model_sample="x"),
         ):
             with pytest.raises(openai.BadRequestError, match=word):
                 ask()
