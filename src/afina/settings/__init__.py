@@ -22,6 +22,7 @@ from afina.settings.mitigate import MitigateSettings
 from afina.settings.objectives import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions
 from afina.settings.parsing import AnySettings, make_settings, read_yaml, resolved
 from afina.settings.plan import PlanSettings
+from afina.settings.registry import Registry
 from afina.settings.revoke import RevokeSettings
 from afina.settings.serve import ServeSettings
 from afina.settings.show import ShowSettings
@@ -53,6 +54,7 @@ __all__ = [
     "PlanSettings",
     "PolicyOptions",
     "PreferenceOptions",
+    "Registry",
     "RevokeSettings",
     "ServeSettings",
     "Settings",
