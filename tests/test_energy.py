@@ -78,11 +78,11 @@ def test_a_run_learns_within_its_budget(
         settings(
             tiny,
             chats,
-            steps=2,
+            max_steps=2,
             rank=2,
             options={"budget": 2000},
-            general=general,
-            out=tmp_path / "run",
+            retention_text=general,
+            output_dir=tmp_path / "run",
         )
     )
     told = run.story["settings"]

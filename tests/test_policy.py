@@ -53,7 +53,7 @@ def word(prompt, answer, reference):
 def meant(prompt, answer, reference):
     return float(prompt.startswith("say ") and reference == prompt[4:7])
 """
-TOLD = {"max_new_tokens": 6, "group": 4, "prompts": 4}
+TOLD = {"max_new_tokens": 6, "num_generations": 4, "prompts_per_step": 4}
 SHORT = {
     "target_modules": ["down_proj", "lm_head"],
     "rank": 4,
@@ -82,7 +82,7 @@ def learn(tiny: Path, general: Path) -> Learn:
     """A short run on the tiny base."""
 
     def run(data: Path, out: Path, **values: Any) -> TrainResult:
-        options = TOLD | {"reward": "rules.py:vowels"} | values.pop("options", {})
+        options = TOLD | {"reward_funcs": "rules.py:vowels"} | values.pop("options", {})
         return train(
             data,
             output_dir=out,
@@ -94,7 +94,7 @@ def learn(tiny: Path, general: Path) -> Learn:
 
 def ready(tiny: Path, data: Path, **values: Any) -> RunSetup:
     """A run that has not begun, its adapter moved away from zero."""
-    options = TOLD | {"reward": "rules.py:vowels"} | values.pop("options", {})
+    options = TOLD | {"reward_funcs": "rules.py:vowels"} | values.pop("options", {})
     setup = set_up_run(
         TrainSettings(
             data=data,
@@ -208,7 +208,7 @@ def test_packed_is_unpacked(tiny: Path, asked: Path) -> None:
                 asked,
                 objective=objective,
                 max_tokens_per_batch=batch_tokens,
-                options={"updates": 2, "beta": 0.1},
+                options={"num_iterations": 2, "beta": 0.1},
             )
             task, route = setup.prepared.task, setup.adapter.active
             batches = task.step_batches(0)
@@ -226,7 +226,7 @@ def test_packed_is_unpacked(tiny: Path, asked: Path) -> None:
 
 def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None:
     """rloo subtracts beta (log p - log q) of the whole answer before it compares; ppo gives it token by token."""
-    setup = ready(tiny, asked, objective="rloo", options={"beta": 0.5, "updates": 2})
+    setup = ready(tiny, asked, objective="rloo", options={"beta": 0.5, "num_iterations": 2})
     task = setup.prepared.task
     assert isinstance(task, PolicyObjective)
     batch = task.collate(task.train[:2], 3)
@@ -248,7 +248,7 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None
         tiny,
         asked,
         objective="ppo",
-        options={"beta": 0.5, "updates": 2, "scale": False, "group": 1},
+        options={"beta": 0.5, "num_iterations": 2, "scale_rewards": False, "num_generations": 1},
     )
     task = setup.prepared.task
     assert isinstance(task, PolicyObjective)
@@ -306,7 +306,7 @@ def _vowels(answer: str) -> float:
 def test_what_was_written_is_what_is_read(method: str, tiny: Path, asked: Path) -> None:
     """The likeliest answers are the likeliest tokens of the reading forward too, whoever wrote them."""
     more: dict[str, Any] = {"invocation": ":"} if method in ("alora", "qadora") else {}
-    more |= {"targets": "norms"} if method == "full" else {}
+    more |= {"target_modules": "norms"} if method == "full" else {}
     setup = ready(tiny, asked, method=method, **more)
     task, base = setup.prepared.task, setup.prepared.base
     assert isinstance(task, PolicyObjective)
@@ -379,8 +379,8 @@ def test_a_reward_model_judges_on_the_same_base(
         max_steps=6,
         **values,
     )
-    told = {"reward": {"judge": 0.5, "rules.py:short": 2.0}}
-    run = learn(asked, tmp_path / "run", objective="grpo", options=told, steps=2)
+    told = {"reward_funcs": {"judge": 0.5, "rules.py:short": 2.0}}
+    run = learn(asked, tmp_path / "run", objective="grpo", options=told, max_steps=2)
     tick = metrics(run.folder)[0]
     assert tick["reward"] == pytest.approx(
         0.5 * tick["reward_judge"] + 2 * tick["reward_rules.py:short"], abs=1e-6
@@ -398,7 +398,7 @@ def test_a_reward_model_judges_on_the_same_base(
 
 
 def test_a_rule_sees_prompt_answer_and_reference(tiny: Path, asked: Path) -> None:
-    task = ready(tiny, asked, options={"reward": "rules.py:meant"}).prepared.task
+    task = ready(tiny, asked, options={"reward_funcs": "rules.py:meant"}).prepared.task
     assert isinstance(task, PolicyObjective)
     assert task.eval_completions(task.eval_rows, None)[2]["reward"].tolist() == [1.0] * len(
         task.eval_rows
@@ -414,7 +414,7 @@ def test_a_rule_sees_prompt_answer_and_reference(tiny: Path, asked: Path) -> Non
     ],
 )
 def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked: Path) -> None:
-    task = ready(tiny, asked, options={"reward": f"rules.py:{rule}"}).prepared.task
+    task = ready(tiny, asked, options={"reward_funcs": f"rules.py:{rule}"}).prepared.task
     with pytest.raises(TrainingError, match=what) as caught:
         task.step_batches(0)
     assert "asked.jsonl:" in str(caught.value.why)
@@ -425,38 +425,38 @@ def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked:
     ("values", "what"),
     [
         ({"options": {}}, "needs a reward"),
-        ({"options": {"reward": "gone.py:vowels"}}, "no such file"),
-        ({"options": {"reward": "rules.py:vowel"}}, "no function 'vowel'"),
-        ({"options": {"reward": "nobody"}}, "nobody judges here"),
-        ({"options": {"reward": "folder"}}, "no reward model"),
-        ({"options": {"reward": {"rules.py:vowels": 0.0}}}, "a weight of 0"),
-        ({"options": {"reward": {}}}, "nobody judges"),
-        ({"options": {"reward": "rules.py:vowels", "lam": 0.9}}, "grpo has no option 'lam'"),
-        ({"options": {"reward": "rules.py:vowels", "group": 1}}, "a group of 1"),
-        ({"options": {"reward": "rules.py:vowels", "loss": "ipo"}}, "no option 'loss'"),
+        ({"options": {"reward_funcs": "gone.py:vowels"}}, "no such file"),
+        ({"options": {"reward_funcs": "rules.py:vowel"}}, "no function 'vowel'"),
+        ({"options": {"reward_funcs": "nobody"}}, "nobody judges here"),
+        ({"options": {"reward_funcs": "folder"}}, "no reward model"),
+        ({"options": {"reward_funcs": {"rules.py:vowels": 0.0}}}, "a weight of 0"),
+        ({"options": {"reward_funcs": {}}}, "nobody judges"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "lam": 0.9}}, "grpo has no option 'lam'"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "num_generations": 1}}, "a group of 1"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "loss_type": "ipo"}}, "no option 'loss'"),
         (
-            {"options": {"reward": "rules.py:vowels", "reference": "adapter"}},
+            {"options": {"reward_funcs": "rules.py:vowels", "reference": "adapter"}},
             "there is no adapter to be the reference",
         ),
         (
-            {"options": {"reward": "rules.py:vowels", "updates": 2}, "eval_steps": 3},
+            {"options": {"reward_funcs": "rules.py:vowels", "num_iterations": 2}, "eval_steps": 3},
             "check_every is 3",
         ),
-        ({"options": {"reward": "rules.py:vowels", "max_new_tokens": 500}}, "500 for the answer"),
-        ({"options": {"reward": "rules.py:vowels"}, "dropout": 0.1}, "a reference and dropout"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "max_new_tokens": 500}}, "500 for the answer"),
+        ({"options": {"reward_funcs": "rules.py:vowels"}, "dropout": 0.1}, "a reference and dropout"),
         (
-            {"options": {"reward": "rules.py:vowels"}, "gradient_accumulation_steps": 2},
+            {"options": {"reward_funcs": "rules.py:vowels"}, "gradient_accumulation_steps": 2},
             "accumulate means nothing",
         ),
         (
-            {"options": {"reward": "rules.py:vowels"}, "method": "alora", "invocation": "zebra"},
+            {"options": {"reward_funcs": "rules.py:vowels"}, "method": "alora", "invocation": "zebra"},
             "invocation does not occur",
         ),
         (
-            {"options": {"reward": "rules.py:vowels"}, "method": "grpo"},
+            {"options": {"reward_funcs": "rules.py:vowels"}, "method": "grpo"},
             "an objective, not a method",
         ),
-        ({"options": {"reward": "rules.py:vowels"}, "device": "sharded"}, "one process"),
+        ({"options": {"reward_funcs": "rules.py:vowels"}, "fsdp": True}, "one process"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -542,7 +542,7 @@ def test_a_run_tells_its_story(
         base=str(tiny),
         objective=objective,
         chat_template="plain",
-        options={"reward": "rules.py:vowels"},
+        options={"reward_funcs": "rules.py:vowels"},
     )
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 
@@ -550,10 +550,10 @@ def test_a_run_tells_its_story(
 @pytest.mark.parametrize(
     ("objective", "told"),
     [
-        ("grpo", {"updates": 2}),
+        ("grpo", {"num_iterations": 2}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("rloo", {}), ("ppo", {"updates": 2}), ("grpo", {"start": "sft"}))
+            for case in (("rloo", {}), ("ppo", {"num_iterations": 2}), ("grpo", {"start": "sft"}))
         ),
     ],
 )
@@ -603,7 +603,7 @@ def test_the_reward_rises_on_prompts_that_it_has_not_seen(
     learn: Learn, objective: str, seed: int, asked: Path, tmp_path: Path
 ) -> None:
     told = {"max_new_tokens": 8} | (
-        {"group": 1, "prompts": 32} if objective == "ppo" else {"group": 6, "prompts": 6}
+        {"num_generations": 1, "prompts_per_step": 32} if objective == "ppo" else {"num_generations": 6, "prompts_per_step": 6}
     )
     steps = 24 if objective == "ppo" else 12
     run = learn(
@@ -611,10 +611,10 @@ def test_the_reward_rises_on_prompts_that_it_has_not_seen(
         tmp_path / "run",
         objective=objective,
         seed=seed,
-        steps=steps,
-        check_every=6,
+        max_steps=steps,
+        eval_steps=6,
         options=told,
-        batch_tokens=2000,
+        max_tokens_per_batch=2000,
     )
     before, after = run.story["policy"]["before"], run.story["policy"]["after"]
     assert after["reward"] > before["reward"] + 0.05
@@ -629,11 +629,11 @@ def test_an_adapter_that_learns_over_another(
     objective: str, tiny: Path, general: Path, asked: Path, tmp_path: Path
 ) -> None:
     """The one below stays and acts beside: in training, as the reference, when the run is opened, in a sum."""
-    values = {**SHORT, "base": str(tiny), "general": general}
+    values = {**SHORT, "base": str(tiny), "retention_text": general}
     task = train(asked, output_dir=tmp_path / "task", **values | {"max_steps": 6})
     below = load_file(tmp_path / "task" / "adapter" / "adapter_model.safetensors")
     told = {"over": str(tmp_path / "task")} | (
-        TOLD | {"reward": "rules.py:vowels"} if objective == "grpo" else {}
+        TOLD | {"reward_funcs": "rules.py:vowels"} if objective == "grpo" else {}
     )
     data = asked
     if objective == "dpo":
@@ -697,6 +697,6 @@ def test_a_trained_layer_stands_on_nothing(
             tmp_path / "run",
             objective="grpo",
             method="full",
-            targets="norms",
+            target_modules="norms",
             options={"over": str(tmp_path / "task")},
         )

@@ -77,7 +77,7 @@ def sit(
         told = {
             "prompts": tmp_path / "prompts.txt",
             "adapter": run,
-            "out": tmp_path / "out",
+            "output_dir": tmp_path / "out",
             "max_new_tokens": 6,
             "temperature": 2.0,
         }
@@ -118,7 +118,7 @@ def test_keys_become_the_pairs_that_dpo_reads(
 
 
 def test_a_sitting_goes_on_where_it_was(sit: Callable[..., Any], tmp_path: Path) -> None:
-    sit("1 2 t 1 1 2 1 2 1 2 1 2", out=tmp_path / "whole")
+    sit("1 2 t 1 1 2 1 2 1 2 1 2", output_dir=tmp_path / "whole")
     sit("1 2 t q")
     with (tmp_path / "out" / "judgements.jsonl").open("a") as stream:
         stream.write('{"key": "cut o')  # the machine stopped here
@@ -137,7 +137,7 @@ def test_the_order_is_random_and_seeded(sit: Callable[..., Any], run: Path, tmp_
     keys = " ".join("1" for _ in PROMPTS)
     orders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        sit(keys, out=tmp_path / name, seed=seed)
+        sit(keys, output_dir=tmp_path / name, seed=seed)
         orders.append([line["answers"][0]["by"] for line in judgements(tmp_path / name)])
     assert orders[0] == orders[1] != orders[2]
     assert 2 <= orders[0].count("base") <= len(PROMPTS) - 2

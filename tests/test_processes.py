@@ -122,7 +122,7 @@ def test_parts_of_a_flat_batch_add_up_to_it(tiny: Path, of: int) -> None:
 
 def test_a_part_without_labels_reaches_an_adapted_output_layer(tiny: Path) -> None:
     base = load_base(str(tiny))
-    adapter = put(base, targets=["lm_head", "q_proj"])
+    adapter = put(base, target_modules=["lm_head", "q_proj"])
     tokens, positions, bounds = flat_run((4,))
     part = PackedBatch(tokens, positions, tokens.roll(-1), bounds).shard(1, 2)
     with base.forward_context.use(adapter.active.segments(part.token_ids, part.cu_seqlens)):
@@ -186,7 +186,7 @@ def test_blocks_are_the_outermost_members_of_lists(tiny: Path) -> None:
 def test_full_fine_tuning_is_not_sharded(tiny: Path, chats: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="full cannot be sharded"):
         afina.train(
-            chats, base=str(tiny), method="full", device="sharded", output_dir=tmp_path / "run"
+            chats, base=str(tiny), method="full", fsdp=True, output_dir=tmp_path / "run"
         )
 
 
@@ -199,10 +199,10 @@ def test_sharded_in_one_process_is_the_whole_base(
             base=str(tiny),
             retention_text=general,
             max_steps=2,
-            device=device,
-            output_dir=tmp_path / device,
+            fsdp=fsdp,
+            output_dir=tmp_path / f"fsdp-{fsdp}",
         )
-        for device in ("auto", "sharded")
+        for fsdp in (False, True)
     ]
     assert metrics(runs[0].folder) == metrics(runs[1].folder)
 
@@ -215,17 +215,17 @@ def test_sharded_in_one_process_is_the_whole_base(
     "settings",
     [
         dict(method="lora", gradient_accumulation_steps=2),
-        dict(method="alora", device="sharded", gradient_checkpointing=True),
-        dict(method="dora", device="sharded", rank=4),
-        dict(method="qmora", device="sharded", rank=2),
-        dict(method="full", targets=["q_proj"], learning_rate=2e-4),
+        dict(method="alora", fsdp=True, gradient_checkpointing=True),
+        dict(method="dora", fsdp=True, rank=4),
+        dict(method="qmora", fsdp=True, rank=2),
+        dict(method="full", target_modules=["q_proj"], learning_rate=2e-4),
         dict(
-            method="lora", objective="kto", template="plain", device="sharded", learning_rate=1e-3
+            method="lora", objective="kto", chat_template="plain", fsdp=True, learning_rate=1e-3
         ),
         dict(
             method="lora",
             target_modules=["lm_head", "v_proj"],
-            device="sharded",
+            fsdp=True,
             max_tokens_per_batch=24,
         ),  # batches of one row
     ],
@@ -278,7 +278,7 @@ def test_a_sweep_of_two_bases_and_classifiers_too(
     assert done.returncode == 0, done.stderr
     from afina.training.sweep import sweep as run_sweep
 
-    run_sweep(sweep, {"out": tmp_path / "one"})
+    run_sweep(sweep, {"output_dir": tmp_path / "one"})
     for name in "abc":
         same_losses(tmp_path / "two" / name, tmp_path / "one" / name)
     assert (tmp_path / "two" / "c" / "confusion.png").is_file()
@@ -288,22 +288,22 @@ def test_a_sweep_of_two_bases_and_classifiers_too(
 SHARDING = """
 import sys
 from afina.models.loading import load_base
-from afina.models.fsdp import blocks, shard
+from afina.models.fsdp import decoder_layers, shard_model
 from afina.training.setup.processes import world
 world()
-base = load_base(sys.argv[1], storage=sys.argv[2])
-held = lambda: sum(getattr(p, "_local_tensor", p).nbytes for b in blocks(base.model).values() for p in b.parameters())
+base = load_base(sys.argv[1], quantization=sys.argv[2])
+held = lambda: sum(getattr(p, "_local_tensor", p).nbytes for b in decoder_layers(base.model).values() for p in b.parameters())
 before = held()
-shard(base, [], base.device, 2)
+shard_model(base, [], base.device, 2)
 print(before, held(), flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["plain", "nf4"])
-def test_a_sharded_base_is_held_in_parts(tiny: Path, tmp_path: Path, storage: str) -> None:
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_sharded_base_is_held_in_parts(tiny: Path, tmp_path: Path, quantization: str) -> None:
     (tmp_path / "sharding.py").write_text(SHARDING)
-    done = torchrun(tmp_path / "sharding.py", tiny, storage)
+    done = torchrun(tmp_path / "sharding.py", tiny, quantization)
     assert done.returncode == 0, done.stderr
     pairs = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
     (whole, first), (same, second) = pairs
@@ -351,7 +351,7 @@ def broken(tmp_path: Path, breaks: str, *command: object) -> subprocess.Complete
 def test_a_run_goes_on_with_more_or_fewer_processes(
     tiny: Path, chats: Path, general: Path, tmp_path: Path, processes: int
 ) -> None:
-    settings = TOGETHER | dict(method="lora", device="sharded")
+    settings = TOGETHER | dict(method="lora", fsdp=True)
     whole = afina.train(
         chats, base=str(tiny), retention_text=general, output_dir=tmp_path / "whole", **settings
     )  # type: ignore[arg-type]
@@ -396,8 +396,8 @@ folder, us = Path(sys.argv[1]), world()
 with us.main_process_first():
     seen = (folder / "in").exists(), (folder / "after").exists()
     (folder / "in").touch()
-    time.sleep(0 if us.first else 1)
-    assert seen == (not us.first, False), seen
+    time.sleep(0 if us.is_main_process else 1)
+    assert seen == (not us.is_main_process, False), seen
     assert not (folder / "after").exists()
 (folder / "after").touch()
 """
@@ -439,7 +439,7 @@ def test_an_error_in_one_process_ends_all(
 
 
 def test_settings_know_where_each_process_computes() -> None:
-    told = TrainSettings(data=Path("x"), device="sharded")
-    assert (told.sharded, told.place) == (True, "cpu")
-    told = TrainSettings(data=Path("x"), device="cpu")
-    assert (told.sharded, told.place) == (False, "cpu")
+    settings = TrainSettings(data=Path("x"), fsdp=True)
+    assert (settings.fsdp, settings.place) == (True, "cpu")
+    settings = TrainSettings(data=Path("x"), device="cpu")
+    assert (settings.fsdp, settings.place) == (False, "cpu")

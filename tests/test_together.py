@@ -24,7 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-8": dict(
         rank=8, learning_rate=1e-3, seed=3, max_tokens_per_batch=200, lr_scheduler_type="linear"
     ),
-    "rslora": dict(rank=4, scaling="rslora", learning_rate=2e-3, targets=["q_proj", "down_proj"]),
+    "rslora": dict(rank=4, scaling="rslora", learning_rate=2e-3, target_modules=["q_proj", "down_proj"]),
     "dora": dict(method="dora", rank=4, learning_rate=3e-3, gradient_accumulation_steps=2),
     "mora": dict(method="mora", rank=2, learning_rate=1e-3, weight_decay=0.1, layers="last:2"),
     "alora": dict(method="alora", rank=4, learning_rate=2e-3, max_grad_norm=0.05),
@@ -159,7 +159,7 @@ def test_wrong_sweeps_are_refused_before_anything_begins(
     ):
         sweep.write_text(text)
         with pytest.raises(SettingsError) as caught:
-            run_sweep(sweep, {"base": str(tiny), "out": tmp_path / "out"})
+            run_sweep(sweep, {"base": str(tiny), "output_dir": tmp_path / "out"})
         assert told in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -46,9 +46,9 @@ def train(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> Train:
     def call(data: Path = chats, **settings: Any) -> Any:
         given = {
             "base": str(tiny),
-            "out": tmp_path / "run",
-            "steps": 12,
-            "general": general,
+            "output_dir": tmp_path / "run",
+            "max_steps": 12,
+            "retention_text": general,
             "learning_rate": 3e-3,
             **settings,
         }
@@ -156,12 +156,12 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     again = {
         **make_settings(TrainSettings, {**settings, "data": data}).model_dump(),
         "data": None,
-        "out": None,
+        "output_dir": None,
     }
     assert again == {
         **make_settings(TrainSettings, run.story["settings"]).model_dump(),
         "data": None,
-        "out": None,
+        "output_dir": None,
     }
 
 
@@ -339,11 +339,11 @@ def test_full_on_a_chosen_part(train: Train, tiny: Path, targets: Any) -> None:
     "settings",
     [
         {},
-        {"rank": 3, "ranks": {"q_proj": 5}, "layers": "last:2"},
-        {"targets": ["lm_head"]},
+        {"rank": 3, "rank_pattern": {"q_proj": 5}, "layers": "last:2"},
+        {"target_modules": ["lm_head"]},
         {"method": "full"},
         {"method": "freeze"},
-        {"method": "full", "targets": "embeddings"},
+        {"method": "full", "target_modules": "embeddings"},
     ],
 )
 def test_the_plan_counts_what_is_trained(
@@ -481,7 +481,7 @@ def test_a_run_follows_its_schedule(train: Train, schedule: str) -> None:
 def optimizer_of(
     base: CausalLM, method: str = "lora", **settings: Any
 ) -> tuple[Any, AdapterOptimizer]:
-    adapter = put(base, targets="all-linear" if method == "lora" else "all", method=method)
+    adapter = put(base, target_modules="all-linear" if method == "lora" else "all", method=method)
     return adapter, AdapterOptimizer(
         adapter, **{"rate": 1e-2, "rates": {}, "weight_decay": 0.0, **settings}
     )

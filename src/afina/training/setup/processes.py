@@ -59,12 +59,17 @@ class ProcessContext:
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The first process does the block before the others do: they find the caches and folders that it made."""
+        """Run the block on the main process, then on the others; return when all have run it.
+
+        The others find the caches and folders that the main process wrote. The barrier at the end
+        keeps the main process from replacing a checkpoint that another one still reads.
+        """
         if not self.is_main_process:
             self.barrier()
         yield
         if self.is_main_process:
             self.barrier()
+        self.barrier()
 
     def first_to_fail(self) -> bool:
         """Whether this process's error is the cause; others fail alike, or because of it."""
