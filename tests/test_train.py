@@ -858,7 +858,7 @@ def test_nothing_imports_resource_but_the_one_place() -> None:
         for folder in ("src", "benchmarks", "recipes")
         for file in (root / folder).rglob("*.py")
     ]
-    assert [file.name for file in files if "import resource" in file.read_text()] == ["memory.py"]
+    assert [file.name for file in files if "import resource" in file.read_text()] == ["process_memory.py"]
 
 
 def test_telemetry_is_off_unless_it_is_asked_for() -> None:
