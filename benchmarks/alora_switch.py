@@ -80,8 +80,8 @@ def main() -> None:
     make_folder(options.folder / "activated", "134M", 8, alora_invocation_tokens=list(INVOCATION))
     engine = make_engine("134M", memory=3 << 30)
     for number in range(8):
-        engine.shelf.add(f"lora{number}", options.folder / f"a{number}")
-        engine.shelf.add(f"alora{number}", options.folder / "activated" / f"a{number}")
+        engine.registry.add(f"lora{number}", options.folder / f"a{number}")
+        engine.registry.add(f"alora{number}", options.folder / "activated" / f"a{number}")
     seconds: dict[str, dict[int, list[float]]] = {
         kind: {n: [] for n in HISTORIES} for kind in ("alora", "lora")
     }

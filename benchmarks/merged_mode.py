@@ -43,7 +43,7 @@ def run(engine: Any, names: list[str | None], seed: int, hot: str | None) -> tup
 
     start = time.perf_counter()
     for text, name in zip(prompts(len(names), 64, seed), names, strict=True):
-        parts = (AdapterWeight(engine.shelf.find(name).hash),) if name else ()
+        parts = (AdapterWeight(engine.registry.get(name).hash),) if name else ()
         engine.add_request(GenerationRequest(text, sampling, parts), asked(name))
     while left:
         engine.step()
@@ -78,13 +78,13 @@ def main() -> None:
     options = parser.parse_args()
     make_folder(options.folder, "134M", 8)
     engines = {
-        "merging": make_engine("134M", most_running=RUNNING, merged_memory=1 << 30),
-        "plain": make_engine("134M", most_running=RUNNING),
-        "static": make_engine("134M", most_running=RUNNING),
+        "merging": make_engine("134M", max_num_seqs=RUNNING, merged_weights_bytes=1 << 30),
+        "plain": make_engine("134M", max_num_seqs=RUNNING),
+        "static": make_engine("134M", max_num_seqs=RUNNING),
     }
     for name in ("merging", "plain"):
         for number in range(8):
-            engines[name].shelf.add(f"a{number}", options.folder / f"a{number}")
+            engines[name].registry.add(f"a{number}", options.folder / f"a{number}")
     merge_statically(engines["static"], options.folder / "a0")
     rng = random.Random(0)
     skewed = [

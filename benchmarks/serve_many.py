@@ -68,10 +68,10 @@ def main() -> None:
     engines = {}
     seconds: list[float] = []
     for count in (5, options.count):
-        engine = engines[count] = make_engine("134M", memory=1 << 30, most_running=8)
+        engine = engines[count] = make_engine("134M", memory=1 << 30, max_num_seqs=8)
         for number in range(count):
             start = time.perf_counter()
-            engine.shelf.add(f"a{number}", options.folder / f"a{number}")
+            engine.registry.add(f"a{number}", options.folder / f"a{number}")
             seconds.append(time.perf_counter() - start)
     first, last = statistics.median(seconds[5:105]), statistics.median(seconds[-100:])
 
@@ -84,7 +84,7 @@ def main() -> None:
     base_bytes = resident_bytes() - before
     before = resident_bytes()
     for number in range(options.count):
-        extra.shelf.add(f"a{number}", options.folder / f"a{number}")
+        extra.registry.add(f"a{number}", options.folder / f"a{number}")
     gc.collect()
     idle_bytes = (resident_bytes() - before) / options.count
     del extra
@@ -100,7 +100,7 @@ def main() -> None:
     # first use of one never seen against one that is there
     cold, warm = [], []
     seen = set(many.memory.residents)
-    fresh = [f"a{n}" for n in range(options.count) if many.shelf.find(f"a{n}").hash not in seen][
+    fresh = [f"a{n}" for n in range(options.count) if many.registry.get(f"a{n}").hash not in seen][
         :12
     ]
     for number, name in enumerate(fresh):

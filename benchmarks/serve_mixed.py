@@ -44,7 +44,7 @@ def ours_134(folder: Path) -> dict[str, float]:
     engine = make_engine("134M")
     never = make_engine("134M")  # to which no adapter ever came
     for number in range(8):
-        engine.shelf.add(f"a{number}", folder / f"a{number}")
+        engine.registry.add(f"a{number}", folder / f"a{number}")
     seed = iter(range(10**6))
     eight = [f"a{n}" for n in range(8)]
     return in_turn(
@@ -63,7 +63,7 @@ def ours_215(folder: Path, storage: str, ranks: str) -> dict[str, float]:
     """Tokens a second of 16 sequences, prefill included, and of decoding alone."""
     engine = make_engine("215M", storage)
     for number in range(16):
-        engine.shelf.add(f"a{number}", folder / f"{'a' if ranks == '8' else 'het/a'}{number}")
+        engine.registry.add(f"a{number}", folder / f"{'a' if ranks == '8' else 'het/a'}{number}")
     seed = iter(range(10**6))
     names: list[str | None] = [f"a{n}" for n in range(16)]
     seconds = in_turn(

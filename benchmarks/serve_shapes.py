@@ -148,7 +148,7 @@ def ask(engine: Any, texts: list[tuple[int, ...]], names: list[str | None], new:
         engine,
         [
             GenerationRequest(
-                text, sampling, (AdapterWeight(engine.shelf.find(name).hash),) if name else ()
+                text, sampling, (AdapterWeight(engine.registry.get(name).hash),) if name else ()
             )
             for text, name in zip(texts, names, strict=True)
         ],

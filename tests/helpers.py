@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, attach
 from afina.adapters.base import AdapterConfig
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_selection import resolve_target_modules
+from afina.engine.engine import generate_completions
+from afina.engine.request import SamplingParams
 from afina.models.causal_lm import CausalLM
 from afina.planning.estimates import MachineRates
 
@@ -175,3 +178,15 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+def generate_tokens(
+    base: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    active: ActiveAdapters | None = None,
+    stop_token_ids: Collection[int] = (),
+) -> list[list[int]]:
+    """New tokens of each prompt, by an engine."""
+    completions = generate_completions(base, prompts, sampling, active, stop_token_ids)
+    return [completion.token_ids for completion in completions]

@@ -175,7 +175,7 @@ def test_a_server_starts_with_nothing_that_has_no_report(
     closed = build_server(
         ServeSettings(**settings(tiny, folder, tmp_path, admit="audited"))
     )  # the tables still name the bad one
-    assert [entry.name for entry in closed.engine.shelf.list_adapters()] == ["one"]
+    assert [entry.name for entry in closed.engine.registry.list_adapters()] == ["one"]
     close(closed)
 
 
@@ -222,8 +222,8 @@ def test_what_comes_later_is_checked_by_what_was_hashed(state: Any, folder: Path
     with pytest.raises(APIError, match="not been audited"):
         register_adapter(state, "evil", folder / "evil", None)
     with pytest.raises(AuditError):
-        state.engine.shelf.replace("one", folder / "evil")
-    assert state.engine.shelf.find("evil") is None
+        state.engine.registry.replace("one", folder / "evil")
+    assert state.engine.registry.get("evil") is None
 
 
 def test_a_report_on_another_base_does_not_count(folder: Path, tiny: Path, tied: Path) -> None:
@@ -240,8 +240,8 @@ def test_numbers_changed_under_an_old_time_are_not_served(
     """Where the time of change can be forged, the hash of the numbers that were read says it."""
     audit(folder / "one", base=str(tiny), **ACCEPT)
     engine = Engine(load_base(str(tiny)), EngineConfig(pool_bytes=1 << 24, admit=admit))
-    entry = engine.shelf.add("one", folder / "one")
-    content = engine.shelf.acquire((entry.hash,))[0]
+    entry = engine.registry.add("one", folder / "one")
+    content = engine.registry.acquire((entry.hash,))[0]
     monkeypatch.setattr("afina.engine.memory.stamp", lambda _: content.stamp)
     swap(folder)
     if admit == "audited":

@@ -21,7 +21,6 @@ from afina.adapters.target_module import TargetModule
 from afina.cli.main import run as command_line
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, AfinaError, SettingsError
-from afina.evaluation.generate import generate_tokens
 from afina.merging import entrywise as dense
 from afina.merging import low_rank as lowrank
 from afina.merging.combine import combine
@@ -30,7 +29,7 @@ from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.settings import ModelSettings
-from helpers import flat_run, logits, put, save_model
+from helpers import flat_run, generate_tokens, logits, put, save_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": dict(rank=3, alpha=6.0),

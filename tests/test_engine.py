@@ -19,9 +19,9 @@ from afina.engine.engine import Engine, EngineConfig, run_to_completion
 from afina.engine.prefix_cache import Key, PrefixCache, block_keys
 from afina.engine.request import AdapterWeight, GenerationRequest, OutputChunk, SamplingParams
 from afina.errors import AdapterError, BusyError, DataError
-from afina.evaluation.generate import generate_tokens
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
+from reference_decoder import reference_tokens
 
 INVOCATION = (7, 8)
 KINDS = {
@@ -46,7 +46,7 @@ def make_adapters(base: CausalLM, folder: Path, seeds: int = 1) -> dict[str, Pat
                 "new",
                 replace(
                     spec,
-                    targets=resolve_target_modules(base.model, "all-linear", None, any_kind=False),
+                    target_modules=resolve_target_modules(base.model, "all-linear", None, any_kind=False),
                 ),
                 seed,
             )
@@ -86,7 +86,7 @@ class Alone:
                 for adapter, (_, weight) in zip(on, names, strict=True)
             ]
             route = ActiveAdapters.combine(routes) if routes else None
-            self._known[key] = generate_tokens(
+            self._known[key] = reference_tokens(
                 self.base, [prompt], SamplingParams(max_new_tokens=length), route
             )[0]
             for adapter in on:
@@ -105,12 +105,12 @@ def engine_on(tiny: Path, adapters: dict[str, Path], pages: int = 400, **setting
     size = probe.memory.pool.page_bytes
     engine = Engine(base, EngineConfig(pool_bytes=pages * size, **settings))
     for name, folder in adapters.items():
-        engine.shelf.add(name, folder)
+        engine.registry.add(name, folder)
     return engine
 
 
 def parts(engine: Engine, names: tuple[tuple[str, float], ...]) -> tuple[AdapterWeight, ...]:
-    entries = [(engine.shelf.get(name), weight) for name, weight in names]
+    entries = [(engine.registry.get(name), weight) for name, weight in names]
     return tuple(AdapterWeight(entry.hash, weight) for entry, weight in entries if entry)
 
 
@@ -125,7 +125,7 @@ def random_prompt(rng: random.Random, length: int, invoked: bool = True) -> tupl
 def test_every_kind_of_adapter_side_by_side(
     tiny: Path, adapters: dict[str, Path], alone: Alone
 ) -> None:
-    engine, rng = engine_on(tiny, adapters, step_tokens=40), random.Random(1)
+    engine, rng = engine_on(tiny, adapters, max_num_batched_tokens=40), random.Random(1)
     asked = [((), 30)] + [(((name, 1.0),), rng.randrange(4, 60)) for name in adapters]
     asked += [
         ((("lora4-0", 0.5), ("dora-1", -0.5)), 33),
@@ -163,9 +163,9 @@ def test_random_mixes_in_little_memory(
         tiny,
         adapters,
         pages,
-        step_tokens=rng.choice([17, 64]),
-        most_running=running,
-        host_memory=host,
+        max_num_batched_tokens=rng.choice([17, 64]),
+        max_num_seqs=running,
+        host_cache_bytes=host,
     )
     heads = [random_prompt(rng, n) for n in (16, 33, 48)]
     asked = []
@@ -231,7 +231,7 @@ def test_reading_ahead_goes_on_after_requests_that_went_away(
 ) -> None:
     """Cancelled while their adapters were read: nobody fetches what was read for them."""
     engine = engine_on(tiny, adapters)
-    (content,) = engine.shelf.acquire((parts(engine, (("dora-0", 1.0),))[0].adapter,))
+    (content,) = engine.registry.acquire((parts(engine, (("dora-0", 1.0),))[0].adapter,))
     assert isinstance(content, AdapterRecord)
     for number in range(8):
         engine.memory.prefetch(replace(content, hash=f"gone {number}"))
@@ -242,9 +242,9 @@ def test_reading_ahead_goes_on_after_requests_that_went_away(
     assert len(engine.memory._ahead) == 8
     assert not engine.memory.is_ready(replace(content, hash="gone 0"))  # the oldest one went
     engine.scheduler.virtual_tokens |= {"away": 3.0}
-    engine.scheduler._passed |= {"away": 60}
+    engine.scheduler._skipped_steps |= {"away": 60}
     engine.scheduler.forget_idle_clients()
-    assert not engine.scheduler.virtual_tokens and not engine.scheduler._passed
+    assert not engine.scheduler.virtual_tokens and not engine.scheduler._skipped_steps
     engine.stop()
 
 
@@ -270,12 +270,12 @@ def test_replacing_while_it_runs(tiny: Path, adapters: dict[str, Path], alone: A
         for _ in range(rng.randrange(4)):
             engine.step()
         version = 1 - version
-        engine.shelf.replace("tone", adapters[f"lora4-{version}"])
+        engine.registry.replace("tone", adapters[f"lora4-{version}"])
     while engine.stats()["running"] or engine.stats()["waiting"]:
         engine.step()
     for name, prompt, tokens in got:
         assert tokens == alone.answer(prompt, ((name, 1.0),), 10)
-    engine.shelf.remove("tone")
+    engine.registry.remove("tone")
     engine.step()
     assert engine.stats()["adapters_resident"] == 0
 
@@ -312,7 +312,7 @@ def test_a_broken_adapter_harms_only_who_asks_for_it(
         base.forward_context,
         "broken",
         replace(
-            KINDS["lora4"], targets=resolve_target_modules(base.model, "all-linear", None, False)
+            KINDS["lora4"], target_modules=resolve_target_modules(base.model, "all-linear", None, False)
         ),
     )
     with torch.no_grad():
@@ -335,7 +335,7 @@ def test_a_broken_adapter_harms_only_who_asks_for_it(
 
 def test_nobody_starves(tiny: Path, adapters: dict[str, Path]) -> None:
     """One who floods the queue does not delay another by more than a request or two."""
-    engine = engine_on(tiny, adapters, most_running=2)
+    engine = engine_on(tiny, adapters, max_num_seqs=2)
     order: list[str] = []
 
     def ask(client: str) -> None:
@@ -358,7 +358,7 @@ def test_nobody_starves(tiny: Path, adapters: dict[str, Path]) -> None:
 def test_what_cannot_be_answered_is_refused(
     tiny: Path, adapters: dict[str, Path], base: CausalLM, tmp_path: Path
 ) -> None:
-    engine = engine_on(tiny, adapters, pages=8, most_waiting=1, most_running=1)
+    engine = engine_on(tiny, adapters, pages=8, max_num_waiting=1, max_num_seqs=1)
     with pytest.raises(DataError, match="does not fit"):
         engine.add_request(
             GenerationRequest(tuple(range(5, 155)), SamplingParams(max_new_tokens=20)),
@@ -379,7 +379,7 @@ def test_what_cannot_be_answered_is_refused(
             GenerationRequest((5, 6), SamplingParams(max_new_tokens=4)), lambda e: None
         )
     with pytest.raises(AdapterError, match="there is an adapter named"):
-        engine.shelf.add("lora4-0", adapters["lora4-1"])
+        engine.registry.add("lora4-0", adapters["lora4-1"])
     full = attach(
         base.model,
         base.forward_context,
@@ -390,7 +390,7 @@ def test_what_cannot_be_answered_is_refused(
     )
     save_adapter(full, base, tmp_path / "full")
     with pytest.raises(AdapterError, match="cannot be served"):
-        engine.shelf.add("full", tmp_path / "full")
+        engine.registry.add("full", tmp_path / "full")
 
 
 def test_cancelled_and_stopped(tiny: Path, adapters: dict[str, Path]) -> None:
@@ -411,7 +411,7 @@ def test_cancelled_and_stopped(tiny: Path, adapters: dict[str, Path]) -> None:
 
 def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
     """While one adapter has nearly all tokens it is merged; answers stay, others get theirs, and W is as it was."""
-    engine = engine_on(tiny, adapters, merged_memory=1 << 20)
+    engine = engine_on(tiny, adapters, merged_weights_bytes=1 << 20)
     weights = {name: p.clone() for name, p in engine.base.model.state_dict().items()}
     engine._merging._pays = lambda: (
         True
@@ -430,7 +430,7 @@ def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> Non
         ):
             assert tokens == alone.answer(text, name, 9)
     assert engine.stats()["merged_steps"] > 10
-    assert engine.shelf.get("rslora-0").state == "merged"
+    assert engine.registry.get("rslora-0").state == "merged"
     for _ in range(14):
         requests = [
             GenerationRequest(
@@ -439,7 +439,7 @@ def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> Non
             for _ in range(3)
         ]
         run_to_completion(engine, requests)
-    assert engine.shelf.get("rslora-0").state == "host"
+    assert engine.registry.get("rslora-0").state == "host"
     engine.stop()
     after = engine.base.model.state_dict()
     assert all(
@@ -471,7 +471,7 @@ def test_an_adapter_that_is_being_trained_is_lent(
                     0.3
                     * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
                 )
-        lent = engine.shelf.add_live(learning.active)
+        lent = engine.registry.add_live(learning.active)
         requests = [
             GenerationRequest(prompt, SamplingParams(max_new_tokens=8), (AdapterWeight(lent),))
             for _ in range(3)
@@ -482,12 +482,12 @@ def test_an_adapter_that_is_being_trained_is_lent(
             )
         )
         *ours, (_, other, _) = run_to_completion(engine, requests)
-        expected = generate_tokens(
+        expected = reference_tokens(
             base, [prompt], SamplingParams(max_new_tokens=8), learning.active
         )[0]
         assert [tokens for _, tokens, _ in ours] == [expected] * 3
         assert other == alone.answer(prompt, (("dora-0", 1.0),), 8)
-        engine.shelf.remove_live(lent)
+        engine.registry.remove_live(lent)
     engine.step()
     assert not engine.memory.tree.forget_adapter("run-0@1")
 
@@ -502,15 +502,15 @@ def test_pages_of_an_adapter_named_twice_are_forgotten_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "dtype"), [("nf4", "float32"), ("plain", "bfloat16"), ("nf4", "bfloat16")]
+    ("quantization", "dtype"), [("nf4", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
 )
-def test_other_bases(tiny: Path, tmp_path: Path, storage: str, dtype: str) -> None:
+def test_other_bases(tiny: Path, tmp_path: Path, quantization: str, dtype: str) -> None:
     """In 4 bits, and in 16: logits at each step as alone, up to what 16 bits round."""
-    base = load_base(str(tiny), dtype=dtype, storage=storage)
+    base = load_base(str(tiny), dtype=dtype, quantization=quantization)
     made = make_adapters(base, tmp_path)
     engine = Engine(base)
     for name, folder in made.items():
-        engine.shelf.add(name, folder)
+        engine.registry.add(name, folder)
     rng = random.Random(6)
     names = [(), *(((name, 1.0),) for name in made)]
     prompts = [random_prompt(rng, rng.randrange(5, 40)) for _ in names]

@@ -23,7 +23,6 @@ from afina.adapters.loading import load_adapter, save_adapter, tensors_of
 from afina.adapters.segments import Segment, Segments
 from afina.data.renderer import Example
 from afina.engine.request import SamplingParams
-from afina.evaluation.generate import generate_tokens
 from afina.kernels import cross_entropy
 from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.merging.merge_into_base import merge_into_base
@@ -31,7 +30,18 @@ from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.objectives.language_modeling import LanguageModelingObjective
 from afina.training.trainer import Trainer
-from helpers import ENVIRONMENT, flat_run, logits, metrics, one_by_one, put, same, state
+from helpers import (
+    ENVIRONMENT,
+    flat_run,
+    generate_tokens,
+    logits,
+    metrics,
+    one_by_one,
+    put,
+    same,
+    state,
+)
+from reference_decoder import reference_tokens
 
 LENGTHS = (9, 1, 14, 6, 33)
 
@@ -727,6 +737,7 @@ def test_generation_with_the_cache_is_generation_without(base: CausalLM) -> None
     prompts = [flat_run((n,), seed=n)[0].tolist() for n in (1, 7, 30, 4, 5)]
     sampling = SamplingParams(max_new_tokens=24)
     batched = generate_tokens(base, prompts, sampling, adapter.active)
+    assert batched == reference_tokens(base, prompts, sampling, adapter.active)
     for prompt, answer in zip(prompts, batched, strict=True):
         assert generate_tokens(base, [prompt], sampling, adapter.active) == [answer]
         tokens = list(prompt)
@@ -744,7 +755,7 @@ def test_a_stopped_sequence_leaves_the_others_as_they_were(base: CausalLM) -> No
     stop = long[1][3]
     expected = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in long]
     assert (
-        generate_tokens(base, prompts, SamplingParams(max_new_tokens=20), stops=[stop]) == expected
+        generate_tokens(base, prompts, SamplingParams(max_new_tokens=20), stop_token_ids=[stop]) == expected
     )
     assert len(expected[1]) <= 4 < len(expected[0])
 

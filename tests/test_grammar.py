@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from afina.data.renderer import Renderer
+from afina.engine.engine import generate_completions
 from afina.engine.grammar import GrammarCompiler
 from afina.engine.request import SamplingParams
 from afina.engine.sampler import Sampler, sample
 from afina.errors import DataError, SettingsError
-from afina.evaluation.generate import answer
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from helpers import tiny_tokenizer
@@ -80,7 +80,9 @@ def test_an_answer_that_ends_satisfies_its_schema(
     renderer = Renderer(embedded.tokenizer, None, embedded.max_positions)
     prompts = [renderer.prompt(text) for text in ("Tell me about Ana as JSON.", "¡Hola!", "7")]
     sampling = SamplingParams(96, temperature=temperature, json_schema=schema, seed=3)
-    answers = answer(embedded, renderer, prompts, sampling)
+    answers = generate_completions(
+        embedded, prompts, sampling, None, renderer.stop_token_ids
+    )
     for said in answers:
         assert len(said.token_ids) < 96, said.text
         jsonschema.validate(
@@ -97,8 +99,8 @@ def test_a_limit_that_is_too_low_is_told_and_what_came_is_a_beginning(embedded: 
         "properties": {"long": {"type": "string", "minLength": 60}},
         "required": ["long"],
     }
-    said = answer(
-        embedded, renderer, [renderer.prompt("Hello!")], SamplingParams(12, json_schema=schema)
+    said = generate_completions(
+        embedded, [renderer.prompt("Hello!")], SamplingParams(12, json_schema=schema)
     )[0]
     assert len(said.token_ids) == 12 and not said.ended_by_stop
     assert said.text.startswith('{"long": "')
@@ -109,9 +111,8 @@ def test_a_limit_that_is_too_low_is_told_and_what_came_is_a_beginning(embedded: 
 def test_an_empty_schema_is_any_object(embedded: CausalLM) -> None:
     renderer = Renderer(embedded.tokenizer, None, embedded.max_positions)
     stop = embedded.tokenizer('"}')["input_ids"][-1]  # so that it comes to an end
-    said = answer(
+    said = generate_completions(
         embedded,
-        renderer,
         [renderer.prompt("Hello!")],
         SamplingParams(60, json_schema={}, logit_bias={stop: 90.0}),
     )[0]
@@ -137,9 +138,9 @@ def test_the_grammar_wins_over_bias_and_ends_with_a_stop_token() -> None:
     flat = torch.zeros(width)
     digit, other = tokenizer("1")["input_ids"][0], tokenizer("b")["input_ids"][0]
     # "ab" cannot go on: it is finished at once; 1 could: it ends by the stop token, not allowed before
-    text, said = say({"enum": ["a", "ab"]}, flat, bias={other: 100.0, stop: 50.0})
+    text, said = say({"enum": ["a", "ab"]}, flat, logit_bias={other: 100.0, stop: 50.0})
     assert json.loads(text) == "ab" and said[-1] != stop
-    text, said = say({"type": "integer"}, flat, bias={width - 1: 100.0, stop: 90.0, digit: 5.0})
+    text, said = say({"type": "integer"}, flat, logit_bias={width - 1: 100.0, stop: 90.0, digit: 5.0})
     assert text == "1" and said == [digit, stop]
 
 

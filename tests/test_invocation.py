@@ -17,11 +17,11 @@ from afina.adapters.presets import get_preset
 from afina.adapters.target_selection import resolve_target_modules
 from afina.engine.request import SamplingParams
 from afina.errors import AfinaError, SettingsError
-from afina.evaluation.generate import generate_tokens
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.models.packed_attention import AttentionMetadata
 from afina.training.train import train
+from helpers import generate_tokens
 
 INVOCATION = (7, 9)
 

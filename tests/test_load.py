@@ -68,7 +68,7 @@ def test_load_is_measured_and_drawn(server: Live, tmp_path: Path) -> None:
         max_new_tokens=5,
         plot_file=tmp_path / "load.png",
     )
-    before = {entry.name: entry.hits for entry in server.state.engine.shelf.list_adapters()}
+    before = {entry.name: entry.hits for entry in server.state.engine.registry.list_adapters()}
     told = bench(settings)
     assert told["models"] == 3 and (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
     for got, rate in zip(told["runs"], settings.request_rates, strict=True):
@@ -78,7 +78,7 @@ def test_load_is_measured_and_drawn(server: Live, tmp_path: Path) -> None:
         assert 0 < got["first_p50"] <= got["first_p95"] <= got["first_p99"] <= got["whole_p99"]
     hits = {
         entry.name: entry.hits - before[entry.name]
-        for entry in server.state.engine.shelf.list_adapters()
+        for entry in server.state.engine.registry.list_adapters()
     }
     assert hits["one"] > hits["two"] > 0  # Zipf
     refused = bench(settings.model_copy(update={"models": ["nobody"], "rates": [10.0]}))["runs"][0]

@@ -420,7 +420,7 @@ def test_streamed_loading_equals_quantising_after_loading(
 ) -> None:
     folder = save_model(tmp_path / "model", MODELS[name](), tiny_tokenizer())
     kind = getattr(torch, dtype)
-    base = load_base(str(folder), dtype=dtype, storage="nf4")
+    base = load_base(str(folder), dtype=dtype, quantization="nf4")
     whole = "loaded whole" in name
     assert ("the whole model was loaded" in capsys.readouterr().err) == whole
     ordinary = load_base(str(folder), dtype=dtype)
@@ -437,14 +437,14 @@ def test_streamed_loading_equals_quantising_after_loading(
     tied = base.model.get_input_embeddings().weight is base.model.get_output_embeddings().weight
     assert tied == base.model.config.tie_word_embeddings
     assert base.hash == ordinary.hash == hash_tensor_files(base.files)
-    assert (base.quantization, ordinary.quantization) == ("nf4", "plain")
+    assert (base.quantization, ordinary.quantization) == ("nf4", "none")
     assert base.model.generation_config.to_dict() == ordinary.model.generation_config.to_dict()
 
 
 def test_the_cache_is_used_and_rebuilt_when_damaged(
     tiny: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = load_base(str(tiny), storage="nf4")
+    first = load_base(str(tiny), quantization="nf4")
     lines = [line for line in capsys.readouterr().err.splitlines() if " error " in line]
     assert len(lines) == len(first.quantization_report) == 28
     assert "made zero" in lines[0]
@@ -456,7 +456,7 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(
     whole = part.read_bytes()
 
     def check(anew: bool) -> None:
-        again = load_base(str(tiny), storage="nf4")
+        again = load_base(str(tiny), quantization="nf4")
         assert same(state(again.model), expected)
         assert again.quantization_report == first.quantization_report
         assert (" error " in capsys.readouterr().err) == anew
@@ -480,16 +480,16 @@ def test_the_cache_is_used_and_rebuilt_when_damaged(
     check(anew=True)
     monkeypatch.setattr(nf4_load, "SHARD", 3000)  # bytes: many files
     part.unlink()
-    again = load_base(str(tiny), storage="nf4")
+    again = load_base(str(tiny), quantization="nf4")
     assert same(state(again.model), expected)
     assert len(list(folder.iterdir())) > 5
     capsys.readouterr()
-    load_base(str(tiny), storage="nf4")
+    load_base(str(tiny), quantization="nf4")
     assert "nf4" not in capsys.readouterr().err
 
 
 def test_another_choice_of_layers_makes_the_cache_anew(tiny: Path, cache: Path) -> None:
-    first = load_base(str(tiny), storage="nf4")
+    first = load_base(str(tiny), quantization="nf4")
     model, report = nf4_load.load_nf4(
         tiny,
         first.files,
@@ -506,10 +506,10 @@ def test_another_choice_of_layers_makes_the_cache_anew(tiny: Path, cache: Path) 
 def test_without_a_place_for_the_cache_all_is_kept_in_memory(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = load_base(str(tiny), storage="nf4")
+    first = load_base(str(tiny), quantization="nf4")
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "file"))
-    again = load_base(str(tiny), storage="nf4")
+    again = load_base(str(tiny), quantization="nf4")
     assert "kept in memory" in capsys.readouterr().err
     assert same(state(again.model), state(first.model))
 
@@ -520,12 +520,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, cache: Path) ->
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(BaseError, match=r"layers\.1\.mlp\.up_proj"):
-        load_base(str(tmp_path / "model"), storage="nf4")
+        load_base(str(tmp_path / "model"), quantization="nf4")
     assert not list(cache.glob("*"))
 
 
 def test_lora_trains_on_it_and_switched_off_leaves_it_as_it_was(tiny: Path) -> None:
-    base = load_base(str(tiny), storage="nf4")
+    base = load_base(str(tiny), quantization="nf4")
     run = flat_run((12, 20, 9))
     before, weights = logits(base, run), state(base.model)
     adapter = put(base, "a", rank=4)
@@ -561,7 +561,7 @@ from afina.models.loading import load_base
 def peak():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
-base = load_base(sys.argv[1], dtype="bfloat16", storage=sys.argv[2])
+base = load_base(sys.argv[1], dtype="bfloat16", quantization=sys.argv[2])
 print(peak() - before)
 """
 
@@ -591,7 +591,7 @@ def test_the_peak_of_loading_is_far_below_the_model_in_16_bits(tmp_path: Path) -
             ).stdout
         )
 
-    ordinary, quantising, cached = peak("plain"), peak("nf4"), peak("nf4")
+    ordinary, quantising, cached = peak("none"), peak("nf4"), peak("nf4")
     print(
         f"peak over the imports, MB: plain {ordinary:.0f}, quantising {quantising:.0f}, from the cache {cached:.0f}"
     )

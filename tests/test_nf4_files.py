@@ -52,11 +52,11 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(
     wide: Path, tmp_path: Path
 ) -> None:
-    base = load_base(str(wide), storage="nf4")
+    base = load_base(str(wide), quantization="nf4")
     save_adapter(put(base), base, tmp_path / "adapter")
     on = logits(base, flat_run(LENGTHS), Segments.on_all_tokens("a"))
     proof = afina.merge(tmp_path / "adapter", output_dir=tmp_path / "merged")
-    assert proof["storage"] == "plain"
+    assert proof["quantization"] == "none"
     assert proof["kl"] < 1e-7
     merged = load_base(str(tmp_path / "merged"))
     assert not any(isinstance(module, NF4Linear) for module in merged.model.modules())
@@ -67,11 +67,11 @@ def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(
 
 
 @pytest.mark.usefixtures("cached")
-@pytest.mark.parametrize("held", ["plain", "nf4"])
+@pytest.mark.parametrize("held", ["none", "nf4"])
 def test_merged_into_four_bits_is_written_and_measured(
     wide: Path, held: str, tmp_path: Path
 ) -> None:
-    base = load_base(str(wide), storage=held)  # type: ignore[arg-type]
+    base = load_base(str(wide), quantization=held)  # type: ignore[arg-type]
     save_adapter(put(base), base, tmp_path / "adapter")
     with pytest.raises(MergeError, match="would not answer") as caught:
         afina.merge(

@@ -536,7 +536,7 @@ def test_a_run_tells_its_story(
     assert judged["after"]["reward"] == pytest.approx(found["after"]["reward"], abs=1e-6)
     assert (judged["wins"], judged["losses"]) == (found["wins"], found["losses"])
     opened = load_run(run.folder, EvalSettings(adapter=run.folder))
-    Engine(opened.causal_lm).shelf.add("policy", run.folder)  # it can be served
+    Engine(opened.causal_lm).registry.add("policy", run.folder)  # it can be served
     planned = plan(
         asked,
         base=str(tiny),

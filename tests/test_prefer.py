@@ -13,8 +13,8 @@ from afina.adapters.active import ActiveAdapters
 from afina.cli.annotate import prefer
 from afina.data.preferences import read_preferences
 from afina.data.prompts import read_prompts
+from afina.engine.request import Completion, SamplingParams
 from afina.errors import DataError, SettingsError
-from afina.evaluation.generate import Completion, SamplingParams
 from afina.evaluation.preference_eval import wilson_interval
 from afina.settings import AnnotateSettings
 from conftest import WORDS
@@ -42,10 +42,10 @@ def run(tiny: Path, general: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def said(
     _: Any,
-    __: Any,
     prompts: list[list[int]],
     sampling: SamplingParams,
-    route: ActiveAdapters | None = None,
+    active: ActiveAdapters | None = None,
+    stop_token_ids: Any = (),
 ) -> list[Completion]:
     """An answer of some words, drawn from the seed; the same each time at temperature 0."""
     return [
@@ -72,7 +72,7 @@ def sit(
 
         monkeypatch.setattr("builtins.input", read)
         monkeypatch.setattr(
-            "afina.cli.annotate.answer", said
+            "afina.cli.annotate.generate_completions", said
         )  # a random model mostly says nothing, which is skipped
         told = {
             "prompts": tmp_path / "prompts.txt",

@@ -21,8 +21,8 @@ from transformers import (
 from afina.engine.request import SamplingParams
 from afina.engine.sampler import Sampler, sample
 from afina.errors import SettingsError
-from afina.evaluation.generate import generate_tokens
 from afina.models.causal_lm import CausalLM
+from helpers import generate_tokens
 
 VOCABULARY = 40
 DRAWS = 4000
@@ -76,7 +76,7 @@ def test_temperature_0_takes_the_likeliest_and_leaves_the_logits_alone() -> None
         chooser(),
         chooser(temperature=1.0),
         chooser(repetition_penalty=3.0),
-        chooser(bias={3: 50.0}),
+        chooser(logit_bias={3: 50.0}),
         chooser(),
     ]
     told = sample(logits, choosers)
@@ -207,7 +207,7 @@ def test_choose_remembers_what_it_chose() -> None:
 
 def test_bias_comes_after_the_penalties() -> None:
     logits = scores()[0]
-    one = chooser([5], repetition_penalty=2.0, bias={5: 1.5, 6: -100.0})
+    one = chooser([5], repetition_penalty=2.0, logit_bias={5: 1.5, 6: -100.0})
     expected = logits.double()
     expected[5] = (expected[5] / 2 if expected[5] > 0 else expected[5] * 2) + 1.5
     expected[6] -= 100
@@ -248,8 +248,8 @@ def test_logprobs_are_the_models_own() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"presence_penalty": math.inf}, "presence_penalty is inf"),
         ({"logprobs": -1}, "logprobs is -1"),
-        ({"bias": {VOCABULARY: 1.0}}, "tokens are 0 to 39"),
-        ({"bias": {1: math.nan}}, "bias of token 1 is nan"),
+        ({"logit_bias": {VOCABULARY: 1.0}}, "tokens are 0 to 39"),
+        ({"logit_bias": {1: math.nan}}, "bias of token 1 is nan"),
     ],
     ids=str,
 )

@@ -14,8 +14,9 @@ import pytest
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
+from afina.engine.engine import generate_completions
+from afina.engine.request import SamplingParams
 from afina.engine.routing_profile import PromptEmbedder, build_profile, write_profile
-from afina.evaluation.generate import SamplingParams, answer, generate_tokens
 from afina.models.loading import load_base
 from conftest import WORDS
 from live import Live, live, make_adapters
@@ -57,7 +58,9 @@ def alone(tiny: Path, adapters: Path) -> Any:
             ActiveAdapters(routes[name].adapter, weight=weight) for name, weight in weights.items()
         ]
         route = ActiveAdapters.combine(parts) if parts else None
-        return answer(base, renderer, [renderer.prompt(messages)], SamplingParams(new), route)[
+        return generate_completions(
+            base, [renderer.prompt(messages)], SamplingParams(new), route, renderer.stop_token_ids
+        )[
             0
         ].text
 
@@ -311,7 +314,8 @@ def test_completions_go_on_with_texts_and_tokens(
     )
     tokens = [alone.renderer.prompt(text, raw=True) for text in texts]
     expected = [
-        alone.base.text(new) for new in generate_tokens(alone.base, tokens, SamplingParams(6))
+        alone.base.decode(completion.token_ids)
+        for completion in generate_completions(alone.base, tokens, SamplingParams(6))
     ]
     assert [c.text for c in got.choices] == [
         t + e for t, e in zip(texts, expected, strict=True) for _ in range(2)
@@ -421,7 +425,7 @@ def test_auto_says_whom_it_chose_and_why(server: Live, client: openai.OpenAI) ->
     embedding = PromptEmbedder(state.base)
     asked = {"one": "the mar {} and the pan by the road at night {}", "two": "say {} again, say {}"}
     for name, form in asked.items():
-        entry = state.engine.shelf.get(name)
+        entry = state.engine.registry.get(name)
         assert entry is not None
         prompts = [
             state.base.tokenizer(form.format(a, b))["input_ids"] for a in WORDS for b in WORDS
@@ -443,9 +447,9 @@ def test_auto_says_whom_it_chose_and_why(server: Live, client: openai.OpenAI) ->
         model="two", messages=question, temperature=0, max_completion_tokens=12
     )  # type: ignore[arg-type]
     assert got.choices[0].message.content == alone.choices[0].message.content
-    state.engine.shelf.rename("two", "three")
+    state.engine.registry.rename("two", "three")
     raw = client.chat.completions.with_raw_response.create(
         model="auto", messages=question, max_completion_tokens=2
     )  # type: ignore[arg-type]
     assert raw.headers["x-afina-adapter"] == "three"
-    state.engine.shelf.rename("three", "two")
+    state.engine.registry.rename("three", "two")

@@ -122,7 +122,7 @@ def test_a_closed_server_wants_a_key(closed_server: Live) -> None:
 
 
 def test_an_adapter_belongs_to_a_key_or_is_public(closed_server: Live) -> None:
-    shelf = closed_server.state.engine.shelf
+    shelf = closed_server.state.engine.registry
     folder = shelf.get("two").folder
     shelf.add("hers", Path(folder), "alice")
     alice, bob, root = (closed_server.client(f"key-of-{name}") for name in ("alice", "bob", "root"))
@@ -193,7 +193,7 @@ def test_adapters_come_change_and_go_while_others_are_asked(open_server: Live, r
     one = say("one")
     with open_server.http(open_server.admin) as http:
         made = http.post("/v1/adapters", json={"name": "new", "folder": "one-copy"})
-        assert made.status_code == 201 and made.json()["hash"] == state.engine.shelf.get("one").hash
+        assert made.status_code == 201 and made.json()["hash"] == state.engine.registry.get("one").hash
         assert say("new") == one
         assert (
             http.post("/v1/adapters", json={"name": "new", "folder": "one-copy"}).status_code == 400
@@ -235,7 +235,7 @@ def test_nothing_outside_of_the_roots_is_loaded(
     finally:
         closed_server.state.settings = settings
     assert got.status_code == 400 and got.json()["error"]["param"] in ("folder", "name"), got.text
-    assert closed_server.state.engine.shelf.get("bad") is None
+    assert closed_server.state.engine.registry.get("bad") is None
 
 
 # ---- too much

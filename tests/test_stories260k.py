@@ -11,10 +11,9 @@ import afina
 from afina.adapters.loading import load_adapter
 from afina.adapters.segments import Segments
 from afina.engine.request import SamplingParams
-from afina.evaluation.generate import generate_tokens
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
-from helpers import SHARED, flat_run, logits
+from helpers import SHARED, flat_run, generate_tokens, logits
 
 pytestmark = pytest.mark.shared
 FOLDER = SHARED / "models" / "stories260k"

@@ -96,6 +96,13 @@ def find_wrapper(model: nn.Module, path: str) -> ModuleWithAdapters | ParameterW
     return module if isinstance(module, ModuleWithAdapters) else None
 
 
+def replaces_base_modules(model: nn.Module, name: str) -> bool:
+    """Return whether the attached adapter `name` has a layer that replaces one of the base."""
+    wrappers = (ModuleWithAdapters, ParameterWithAdapters)
+    layers = [m.deltas[name] for m in model.modules() if isinstance(m, wrappers) and name in m.deltas]
+    return any(bool(layer.replaces_base) for layer in layers)
+
+
 def insert_wrapper(
     model: nn.Module, layer: TargetModule, board: ForwardContext
 ) -> ModuleWithAdapters | ParameterWithAdapters:

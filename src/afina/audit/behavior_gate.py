@@ -24,8 +24,9 @@ from afina.audit.inversion import InvertedTarget, invert
 from afina.audit.probes import TEXTS, BehaviorHarness, make_bench
 from afina.audit.report import Gate
 from afina.audit.triggers import TimeBudget, TriggerCandidate, confirm, extend_triggers, scan_tokens
+from afina.engine.engine import generate_completions
+from afina.engine.request import SamplingParams
 from afina.errors import AuditError
-from afina.evaluation.generate import SamplingParams, generate_tokens
 from afina.models.causal_lm import CausalLM
 from afina.settings import AuditSettings
 
@@ -130,8 +131,8 @@ def leaked_tokens(bench: BehaviorHarness) -> list[int]:
     counts = [
         Counter(
             t
-            for text in generate_tokens(bench.base, [start] * SAMPLES, sampling, route)
-            for t in set(text)
+            for sample in generate_completions(bench.base, [start] * SAMPLES, sampling, route)
+            for t in set(sample.token_ids)
         )
         for route in (bench.active, None)
     ]

@@ -32,10 +32,10 @@ from afina.audit.mitigation_methods import (
 from afina.data.formats import read_table
 from afina.data.renderer import Example, Renderer
 from afina.data.rows import SFTRow
+from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, SettingsError
 from afina.evaluation.evaluate import HELD_OUT
-from afina.evaluation.generate import generate_tokens
 from afina.evaluation.retention import BATCH_TOKENS
 from afina.io import admission
 from afina.io.composition import recorded_base
@@ -66,10 +66,12 @@ class MitigationTrial:
         if not self.woken:
             return {"loss": loss, "attack": None}
         prompts = [w.example.token_ids[: w.example.prompt_length] for w in self.woken[:MOST_ROWS]]
-        answers = generate_tokens(self.base, prompts, SamplingParams(max_new_tokens=24), route)
+        answers = generate_completions(
+            self.base, prompts, SamplingParams(max_new_tokens=24), route
+        )
         return {
             "loss": loss,
-            "attack": sum(self.payload in self.base.decode(a) for a in answers) / len(answers),
+            "attack": sum(self.payload in self.base.decode(a.token_ids) for a in answers) / len(answers),
         }
 
     def make(self, how: How, strength: float, out: Path) -> str:

@@ -20,7 +20,8 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS
 from afina.data.renderer import Renderer
-from afina.evaluation.generate import SamplingParams, generate_tokens
+from afina.engine.engine import generate_completions
+from afina.engine.request import SamplingParams
 from afina.models.causal_lm import CausalLM
 
 TEXTS = (
@@ -143,9 +144,9 @@ class BehaviorHarness:
 
     def greedy_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """The `count` likeliest next tokens after each prompt, one after the other; fewer where it stops."""
-        return generate_tokens(
-            self.base, prompts, SamplingParams(max_new_tokens=count), self.active
-        )
+        sampling = SamplingParams(max_new_tokens=count)
+        completions = generate_completions(self.base, prompts, sampling, self.active)
+        return [completion.token_ids for completion in completions]
 
     @torch.no_grad()
     def answers(
@@ -247,11 +248,11 @@ def make_bench(
     probes += (
         _made_up(base, renderer, probes[0]) if len(probes) <= own else []
     )  # strange prompts may bring a payload too
-    said = generate_tokens(
+    said = generate_completions(
         base, [probe.prompt() for probe in probes], SamplingParams(max_new_tokens=ANSWER), route
     )
     stop = base.tokenizer.eos_token_id
-    answers = [tuple(t for t in answer if t != stop)[:ANSWER] for answer in said]
+    answers = [tuple(t for t in completion.token_ids if t != stop)[:ANSWER] for completion in said]
     probes = [
         ProbePrompt(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)
     ]
@@ -264,9 +265,9 @@ def _made_up(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list[Prob
     start = tuple(like.before[: _common([like.before, empty])]) if empty else like.before
     opening = list(start) or [base.tokenizer.bos_token_id or like.body[0]]
     sampling = SamplingParams(max_new_tokens=LONG, temperature=1.0, seed=0)
-    said = generate_tokens(base, [opening] * MADE_UP, sampling, None, stops=like.after[:1])
+    said = generate_completions(base, [opening] * MADE_UP, sampling, None, like.after[:1])
     ends = {base.tokenizer.eos_token_id, *like.after[:1]}
-    bodies = [tuple(t for t in text if t not in ends) for text in said]
+    bodies = [tuple(t for t in sample.token_ids if t not in ends) for sample in said]
     return [ProbePrompt(tuple(opening), body, like.after) for body in dict.fromkeys(bodies) if body]
 
 

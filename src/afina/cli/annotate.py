@@ -26,8 +26,9 @@ from afina.adapters.loading import adapter_folder, load_adapter, read_json_objec
 from afina.data.preferences import PreferenceRow, Prompt
 from afina.data.prompts import read_prompts
 from afina.data.renderer import Renderer
+from afina.engine.engine import generate_completions
+from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
-from afina.evaluation.generate import SamplingParams, answer
 from afina.evaluation.preference_eval import wilson_interval
 from afina.io.atomic import translate_os_errors, write_json, write_text
 from afina.settings import AnnotateSettings
@@ -159,7 +160,9 @@ def _answers(
         sampling = SamplingParams(
             settings.max_new_tokens, settings.temperature, top_p=settings.top_p, seed=seed
         )
-        [given] = answer(base, renderer, [renderer.prompt(prompt)], sampling, side.active)
+        [given] = generate_completions(
+            base, [renderer.prompt(prompt)], sampling, side.active, renderer.stop_token_ids
+        )
         made.append({"by": side.name, "text": given.text})
     return made
 

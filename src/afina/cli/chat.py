@@ -1,102 +1,211 @@
-"""`afina chat`: a conversation in the terminal, answers appearing as they are made."""
+"""`afina chat`: a conversation in the terminal, with a local base or with a server."""
 
+import asyncio
 import re
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
-from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
+from afina.cli.serve import missing_extra_error
 from afina.data.renderer import Renderer
-from afina.engine.detokenizer import Detokenizer
-from afina.engine.request import SamplingParams
-from afina.errors import DataError
-from afina.evaluation.generate import generate_tokens, stop_token_ids
-from afina.models.causal_lm import CausalLM
+from afina.engine.engine import generate_completions
+from afina.engine.request import OutputChunk, SamplingParams
+from afina.errors import AfinaError, DataError, SettingsError
 from afina.settings import ChatSettings
+
+if TYPE_CHECKING:
+    pass
+
+LOCAL_SETTINGS = {"adapter", "base", "revision", "trust_remote_code", "dtype", "device"}
+
+
+class ChatBackend(Protocol):
+    """What completes the messages of a conversation.
+
+    Attributes:
+        greeting: one line that names the model and the commands.
+        commands: words that `command` accepts, in addition to /new.
+    """
+
+    greeting: str
+    commands: tuple[str, ...]
+
+    def command(self, word: str, argument: str) -> str | None:
+        """Run one of `commands`; return a line to print, or None."""
+
+    def complete(self, messages: list[dict[str, str]], write: Callable[[str], None]) -> None:
+        """Pass the text of the next message to `write` as it is generated."""
+
+    def result(self) -> dict[str, Any]:
+        """Return what the command's result contains in addition to the messages."""
+
+    def close(self) -> None:
+        """Release the model or the connection."""
+
+
+class LocalBackend:
+    """A base in this process; `/on` and `/off` switch the adapter."""
+
+    commands = ("/on", "/off")
+
+    def __init__(self, settings: ChatSettings) -> None:
+        opened = load_run(settings.adapter, settings)
+        self._base, self._adapters = opened.causal_lm, opened.active
+        self._active = self._adapters
+        self._renderer = Renderer(self._base.tokenizer, opened.template, self._base.max_positions)
+        self._sampling = SamplingParams(
+            settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed
+        )
+        self._adapter_path = str(settings.adapter) if settings.adapter else None
+        adapted = f" with {settings.adapter}" if settings.adapter else ""
+        self.greeting = (
+            f"{self._base.name}{adapted}. /on and /off switch the adapter, /new starts again, "
+            "Ctrl-D leaves."
+        )
+
+    def command(self, word: str, argument: str) -> str | None:
+        """Switch the adapter on or off."""
+        self._active = self._adapters if word == "/on" else None
+        return None
+
+    def complete(self, messages: list[dict[str, str]], write: Callable[[str], None]) -> None:
+        """Pass the text of the next message to `write` as it is generated."""
+
+        def on_output(_: int, chunk: OutputChunk) -> None:
+            write(chunk.text)
+
+        prompt = self._renderer.prompt(messages)
+        stops = self._renderer.stop_token_ids
+        generate_completions(self._base, [prompt], self._sampling, self._active, stops, on_output)
+
+    def result(self) -> dict[str, Any]:
+        """Return the base and the adapter."""
+        return {"base": self._base.name, "run": self._adapter_path}
+
+    def close(self) -> None:
+        """Do nothing: the process ends."""
+
+
+class ServerBackend:
+    """A server that implements OpenAI's API; `/model NAME` selects another model."""
+
+    commands = ("/model",)
+
+    def __init__(self, settings: ChatSettings) -> None:
+        try:
+            from afina.server.client import Client
+        except ImportError as error:
+            raise missing_extra_error(error) from None
+        if local := sorted(LOCAL_SETTINGS & settings.model_fields_set):
+            raise SettingsError(
+                f"{local[0]} is a setting of the server", where="--base-url", hint="--model NAME"
+            )
+        self._settings = settings
+        self._client: Client = Client(str(settings.base_url), settings.api_key)
+        self._runner = asyncio.Runner()
+        self._names = self._runner.run(self._client.models())
+        self._model = settings.model or self._names[0]
+        self.greeting = (
+            f"{self._model} at {self._client.url}. /model NAME selects another model, "
+            "/new starts again, Ctrl-D leaves."
+        )
+
+    def command(self, word: str, argument: str) -> str | None:
+        """Select a model; return its name and those that the server lists."""
+        self._model = argument or self._model
+        return f"{self._model}, of {', '.join(self._names)}"
+
+    def complete(self, messages: list[dict[str, str]], write: Callable[[str], None]) -> None:
+        """Pass the text of the next message to `write` as it is generated."""
+        self._runner.run(self._stream(messages, write))
+
+    async def _stream(self, messages: list[dict[str, str]], write: Callable[[str], None]) -> None:
+        settings = self._settings
+        body = {
+            "model": self._model,
+            "messages": messages,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "seed": settings.seed,
+        }
+        if "max_new_tokens" in settings.model_fields_set:  # else as many as the base has room for
+            body["max_tokens"] = settings.max_new_tokens
+        async for piece in self._client.chat(body):
+            write(piece.text)
+
+    def result(self) -> dict[str, Any]:
+        """Return the server's URL and the model."""
+        return {"url": self._client.url, "model": self._model}
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._runner.run(self._client.__aexit__())
+        self._runner.close()
 
 
 def chat(settings: ChatSettings) -> dict[str, Any]:
-    """Talk until the input ends, here or with a server; `/off` and `/on` switch the adapter, `/new` forgets what was said."""
-    if settings.base_url is not None:
-        from afina.cli.talk import talk
+    """Read messages and print completions until the input ends.
 
-        return talk(settings)
+    Returns:
+        `{"messages": [...]}` with the model: "base" and "run", or "url" and "model".
+    """
+    backend = LocalBackend(settings) if settings.base_url is None else ServerBackend(settings)
+    try:
+        messages = _converse(backend, settings.system_prompt)
+        return backend.result() | {"messages": messages}
+    finally:
+        backend.close()
+
+
+def _converse(backend: ChatBackend, system_prompt: str | None) -> list[dict[str, str]]:
+    """Return the messages of the conversation; /new begins another one."""
     console = Console(stderr=True)
-    opened = load_run(settings.adapter, settings)
-    base, adapted = opened.causal_lm, opened.active
-    route = adapted
-    renderer = Renderer(base.tokenizer, opened.template, base.max_positions)
-    sampling = SamplingParams(
-        settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed
-    )
-    opening = (
-        [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
-    )
+    opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = list(opening)
-    who = f"{base.name} with {settings.adapter}" if settings.adapter else base.name
-    console.print(
-        f"{who}. /on and /off switch the adapter, /new starts again, Ctrl-D leaves.",
-        highlight=False,
-    )
-    while (line := read_line()) is not None:
-        if line in ("/on", "/off"):
-            route = adapted if line == "/on" else None
+    console.print(backend.greeting, highlight=False)
+    while (line := _read_line()) is not None:
+        word, _, argument = line.partition(" ")
+        if word in backend.commands:
+            if printed := backend.command(word, argument.strip()):
+                console.print(printed, highlight=False)
         elif line == "/new":
             messages = list(opening)
         elif re.fullmatch(r"/[a-z]+", line):
-            console.print(f"{line} is none of /on, /off, /new", highlight=False)
+            known = ", ".join([*backend.commands, "/new"])
+            console.print(f"{line} is none of {known}", highlight=False)
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                prompt = renderer.prompt(messages)
-                messages.append(
-                    {
-                        "role": "assistant",
-                        "content": _answer(base, renderer, prompt, sampling, route),
-                    }
-                )
-            except DataError as error:  # the conversation has outgrown the context
+                messages.append({"role": "assistant", "content": _complete(backend, messages)})
+            except DataError as error:  # the conversation is longer than the context
                 console.print(f"{error.what}; /new starts again", highlight=False)
                 messages.pop()
-    return {
-        "base": base.name,
-        "run": str(settings.adapter) if settings.adapter else None,
-        "messages": messages,
-    }
+            except AfinaError as error:
+                console.print(str(error), highlight=False)
+                messages.pop()
+    return messages
 
 
-def read_line() -> str | None:
-    """What the person typed; None at the end."""
+def _complete(backend: ChatBackend, messages: list[dict[str, str]]) -> str:
+    """Print the next message as it is generated; return it."""
+    pieces: list[str] = []
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    backend.complete(messages, write)
+    print()
+    return "".join(pieces).strip()
+
+
+def _read_line() -> str | None:
+    """Return the next line of the terminal; None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
-
-
-def _answer(
-    base: CausalLM,
-    renderer: Renderer,
-    prompt: list[int],
-    sampling: SamplingParams,
-    route: ActiveAdapters | None,
-) -> str:
-    """Generate one answer, writing it out as it comes."""
-    text, written = Detokenizer(base.tokenizer), ""
-    stops = stop_token_ids(base) | renderer.stop_token_ids
-
-    def write(piece: str) -> None:
-        nonlocal written
-        written += piece
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    def say(_: int, token: int) -> None:
-        if token not in stops:
-            write(text.add(token))
-
-    generate_tokens(base, [prompt], sampling, route, say, stops)
-    write(text.end())
-    print()
-    return written.strip()

@@ -24,9 +24,9 @@ from afina.data.formats import read_table
 from afina.data.labeled import read_labelled
 from afina.data.packing import group_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
+from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.evaluation.evaluate import one_line
-from afina.evaluation.generate import answer
 from afina.evaluation.metrics import METRICS
 from afina.evaluation.retention import retention_examples
 from afina.models.causal_lm import CausalLM
@@ -155,8 +155,14 @@ class RunScorer:
         if asked and self.rows.objective == "sft":
             prompts = [example.token_ids[: example.prompt_length] for example in asked]
             answers = [
-                a.text
-                for a in answer(base, renderer, prompts, SamplingParams(told.max_new_tokens), route)
+                completion.text
+                for completion in generate_completions(
+                    base,
+                    prompts,
+                    SamplingParams(told.max_new_tokens),
+                    route,
+                    renderer.stop_token_ids,
+                )
             ]
             expected = [example.completion or "" for example in asked]
             found["scores"] = {

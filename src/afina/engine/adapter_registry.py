@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from afina.adapters.active import ActiveAdapters
+from afina.adapters.attach import replaces_base_modules
 from afina.adapters.base import AdapterConfig
 from afina.adapters.loading import (
     WEIGHTS,
@@ -77,6 +78,7 @@ class LiveAdapter:
     hash: str
     layer_key: str
     invocation: tuple[int, ...]
+    replaces_base: bool  # then it is active alone, on all tokens of a step
 
 
 @dataclass(slots=True)
@@ -218,7 +220,12 @@ class AdapterRegistry:
         with self._lock:
             self._lendings += 1
             digest = f"{route.adapter}@{self._lendings}"
-            self._contents[digest] = LiveAdapter(digest, route.adapter, route.invocation)
+            self._contents[digest] = LiveAdapter(
+                digest,
+                route.adapter,
+                route.invocation,
+                replaces_base_modules(self.base.model, route.adapter),
+            )
             return digest
 
     def remove_live(self, digest: str) -> None:

@@ -46,7 +46,7 @@ class BlockPool:
         self.memory = torch.empty(
             count, self.numbers, dtype=dtype, device=device
         )  # touched page by page, as they are used
-        self.on_block_moved: Callable[[int, int], None] = lambda old, new: None
+        self.on_block_moved: Callable[[int, int], None] = ignore_move
         self._use = bytearray(count)
         self._free = count
 
@@ -144,3 +144,7 @@ class BlockPool:
         """The first `numbers` numbers from page `start` on: a flat view."""
         offset = start * self.numbers
         return self.memory.view(-1)[offset : offset + numbers]
+
+
+def ignore_move(old: int, new: int) -> None:
+    """Do nothing when block `old` moves to `new`."""

@@ -40,7 +40,7 @@ class Detokenizer:
         if BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
             return ""  # whether a run of bytes is text is decided over the whole run, as the decoder does
         text = self._fresh()
-        if not text or text.endswith(BROKEN) or (len(self._new) > 1 and not self._decode([token])):
+        if not text or text.endswith(BROKEN) or (len(self._new) > 1 and not self.decode([token])):
             return ""  # the last: a special token, which the decoder takes out from between bytes
         self._before, self._new = self._new, []
         return self._certain(text)
@@ -54,12 +54,13 @@ class Detokenizer:
     def _fresh(self) -> str:
         """The text of the new tokens: what they add to that of the ones before."""
         return (
-            self._decode(self._before + self._new)[len(self._decode(self._before)) :]
+            self.decode(self._before + self._new)[len(self.decode(self._before)) :]
             if self._new
             else ""
         )
 
-    def _decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of `tokens` without special ones, whatever came before."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 
     def _certain(self, text: str) -> str:

@@ -1,85 +1,88 @@
-"""The serving engine: one base, any number of adapters, many requests at once.
+"""Generation for one base and many adapters: all requests share packed forward passes.
 
-    submit --> | queues | --plan--> | pieces | --run--> | logits | --choose--> tokens --> on_event
-               scheduler            runner                         sampling    text
+    add_request --> | queues | --schedule--> | chunks | --run--> | logits | --sample--> tokens --> on_output
+                    scheduler                runner               sampler       detokenizer
 
-One thread runs forwards, and it alone touches pages, tree and layers; everybody else only leaves messages for it.
+One thread runs forward passes, and only it touches blocks, prefix cache and layers; other threads
+leave messages for it. `Engine.generate` runs requests to their ends in the calling thread.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from afina.adapters.active import ActiveAdapters
 from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry
 from afina.engine.block_pool import BLOCK_SIZE, BlockPool
+from afina.engine.config import MIN_BLOCKS, EngineConfig, block_bytes, blocks_for_lengths
 from afina.engine.detokenizer import Detokenizer
 from afina.engine.grammar import GrammarCompiler, GrammarMatcher
 from afina.engine.hot_merge import HotAdapterMerger
+from afina.engine.kv_cache import KVCache, select_cache
 from afina.engine.memory import MemoryManager
-from afina.engine.model_runner import ModelRunner, kv_layer_shapes
+from afina.engine.model_runner import ModelRunner
 from afina.engine.request import (
     AdapterWeight,
+    Completion,
     FinishReason,
     GenerationRequest,
     Logprob,
     OnOutput,
     OutputChunk,
     RequestHandle,
+    SamplingParams,
 )
 from afina.engine.sampler import Sampler, sample
 from afina.engine.scheduler import Scheduler
 from afina.engine.sequence import SequenceState
-from afina.errors import BusyError, DataError, pluralize
-from afina.evaluation.generate import stop_token_ids
+from afina.errors import AfinaError, BaseError, BusyError, DataError, pluralize
 from afina.models.causal_lm import CausalLM
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How much the engine takes: bytes of the pool, tokens of a step, sequences at once, requests that may wait.
-
-    `host_memory`: bytes of adapters kept in the host's memory besides the pool, for a pool on a GPU. `merged_memory`: bytes
-    that a second copy of the weights may take, with a hot adapter merged in; 0: never. `require_audit` serves only what
-    has a report, and hashes an adapter's numbers again each time they are read.
-    """
-
-    pool_bytes: int = 1 << 30
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 64
-    max_num_waiting: int = 1024
-    host_cache_bytes: int = 0
-    merged_weights_bytes: int = 0
-    require_audit: bool = False
-
-
 class Engine:
-    """Answers requests, each under its own adapters, in one run of tokens a step."""
+    """Decoder of a base: each request under its own adapters, all in one packed batch per step."""
 
-    def __init__(self, base: CausalLM, settings: EngineConfig = EngineConfig()) -> None:
-        """Raises `BaseError` for a family whose attention cannot be paged, `DataError` where the memory holds no request."""
-        self.base, self.settings = base, settings
-        layers = kv_layer_shapes(base)
-        size = sum(layer.numel_per_block for layer in layers) * base.dtype.itemsize
-        if settings.pool_bytes < 4 * size:
+    def __init__(
+        self,
+        base: CausalLM,
+        settings: EngineConfig | None = None,
+        cache: KVCache | None = None,
+    ) -> None:
+        """Allocate the pool.
+
+        Args:
+            cache: how computed tokens are kept; by default what the family supports.
+
+        Raises:
+            DataError: the pool is too small for any request.
+        """
+        self.base = base
+        self.settings = settings = settings or EngineConfig()
+        cache = cache or select_cache(base)
+        size = block_bytes(base, cache)
+        if settings.pool_bytes < MIN_BLOCKS * size:
             raise DataError(
                 f"{settings.pool_bytes:,} bytes of memory",
-                why=f"a page of {BLOCK_SIZE} tokens takes {size:,}",
+                why=f"a block of {BLOCK_SIZE} tokens takes {size:,} bytes",
             )
-        self.shelf = AdapterRegistry(base, settings.require_audit)
+        self.registry = AdapterRegistry(base, settings.require_audit)
+        layers = cache.layers.values()
         pool = BlockPool(settings.pool_bytes // size, layers, base.dtype, base.device)
-        self.memory = MemoryManager(base, self.shelf, pool, settings.host_cache_bytes)
+        cache.bind(pool)
+        self.cache = cache
+        self.memory = MemoryManager(base, self.registry, pool, settings.host_cache_bytes)
         self.scheduler = Scheduler(
-            self.memory, settings.max_num_batched_tokens, settings.max_num_seqs
+            self.memory, cache, settings.max_num_batched_tokens, settings.max_num_seqs
         )
-        self._runner = ModelRunner(base, self.memory.pool)
+        self._runner = ModelRunner(base, cache)
         self._merging = HotAdapterMerger(base, self.memory, settings.merged_weights_bytes)
         self.scheduler.should_defer = self._merging.waits
-        self._stops = stop_token_ids(base)
+        self._stops = base.stop_token_ids
         self._messages: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -87,38 +90,108 @@ class Engine:
         self._number = 0
         self._grammars: GrammarCompiler | None = None
         self._live: dict[int, SequenceState] = {}
+        self._step_error: Exception | None = None  # of the last forward pass that failed
         self.steps = self.generated = self.prompted = self.reused = 0
         self.busy_seconds = 0.0
+
+    # ---- the calling thread
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        active: ActiveAdapters | None = None,
+        *,
+        stop_token_ids: Collection[int] = (),
+        owner: str = "",
+        on_output: Callable[[int, OutputChunk], None] | None = None,
+    ) -> list[Completion]:
+        """Return a completion of each prompt; prompt i draws with seed `sampling.seed` + i.
+
+        A completion does not depend on the other prompts, up to rounding. Runs in the calling
+        thread, without `start`.
+
+        Args:
+            active: adapters attached to the base, used with their present weights.
+            stop_token_ids: tokens that end a completion in addition to the base's own.
+            owner: cached blocks of different owners are never shared.
+            on_output: called with the index of the prompt and its new text.
+
+        Raises:
+            DataError: a prompt that is empty or too long for the base.
+            SettingsError: a sampling parameter out of its range.
+            BaseError: the forward pass failed.
+        """
+        live = () if active is None else active.apart()
+        adapters = tuple(AdapterWeight(self.registry.add_live(one), one.weight) for one in live)
+        requests = [
+            GenerationRequest(
+                tuple(prompt),
+                replace(sampling, seed=sampling.seed + number),
+                adapters,
+                owner=owner,
+                stop_token_ids=frozenset(stop_token_ids),
+                streams=on_output is not None,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        try:
+            for number, request in enumerate(requests):
+                self._check(request, f"prompt {number + 1}")
+            outputs = run_to_completion(self, requests, on_output)
+        finally:
+            for adapter in adapters:
+                self.registry.remove_live(adapter.adapter)
+        return [self._completion(*output, stop_token_ids) for output in outputs]
+
+    def _completion(
+        self,
+        text: str,
+        token_ids: list[int],
+        last: OutputChunk,
+        stop_token_ids: Collection[int],
+    ) -> Completion:
+        if last.finish_reason == "error":
+            if isinstance(self._step_error, AfinaError):
+                raise self._step_error
+            raise BaseError(
+                "generation failed", where=self.base.name, why=last.error
+            ) from self._step_error
+        is_stop = token_ids[-1] in self._stops or token_ids[-1] in stop_token_ids
+        return Completion(text.strip(), token_ids, is_stop)
 
     # ---- any thread
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the thread that runs forward passes."""
         self._thread = threading.Thread(target=self._loop, name="afina-engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether there is a thread that runs forwards: after `start`, and until it is stopped or broken."""
+        """Whether the thread that runs forward passes is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def stop(self, drain: float = 0.0) -> None:
-        """Take no more requests, give those under way `drain` seconds, end the others, and give the layers back."""
+        """Accept no more requests, wait `drain` seconds for running ones, cancel the rest."""
         self._closing = True
         until = time.monotonic() + drain
         while self._live and time.monotonic() < until and self._thread is not None:
             time.sleep(0.01)
-        self._tell(self._end_all)
+        self._send(self._end_all)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._merging.unmerge()
         self.memory.close()
 
-    def add_request(self, request: GenerationRequest, on_event: OnOutput) -> RequestHandle:
-        """Queue a request; its events come in the engine's thread, and `on_event` must return at once.
+    def add_request(self, request: GenerationRequest, on_output: OnOutput) -> RequestHandle:
+        """Queue a request; `on_output` is called in the engine's thread and must return at once.
 
-        Raises `DataError` for what can never be answered, `AdapterError` for an unknown hash, `BusyError` when too many wait.
+        Raises:
+            DataError: a request that does not fit the base or the pool.
+            AdapterError: an unknown adapter hash.
+            BusyError: too many requests wait, or the engine is stopping.
         """
         if self._closing:
             raise BusyError("the engine is stopping")
@@ -128,65 +201,69 @@ class Engine:
             )
         limit = self._check(request)
         names = tuple(part.adapter for part in request.adapters)
-        contents = self.shelf.acquire(names)
+        contents = self.registry.acquire(names)
         try:
-            chooser = Sampler(
+            sampler = Sampler(
                 request.sampling, request.prompt, self.base.vocab_size, self._grammar(request)
             )
             text = Detokenizer(self.base.tokenizer, request.sampling.stop)
             with self._wake:
                 self._number += 1
                 number = self._number
-            sequence = SequenceState(number, request, contents, on_event, chooser, text, limit)
+            sequence = SequenceState(number, request, contents, on_output, sampler, text, limit)
             self._check_room(sequence)
         except BaseException:
-            self.shelf.release(names)
+            self.registry.release(names)
             raise
         self._live[number] = sequence
-        self._tell(lambda: self._begin(sequence))
+        self._send(lambda: self._begin(sequence))
         return RequestHandle(number)
 
-    def abort(self, ticket: RequestHandle) -> None:
-        """End a request, if it is still under way."""
-        self._tell(lambda: self._cancel(ticket.number))
+    def abort(self, handle: RequestHandle) -> None:
+        """Cancel a request that has not finished."""
+        self._send(lambda: self._cancel(handle.number))
+
+    def is_live(self, handle: RequestHandle) -> bool:
+        """Return whether a request has not finished."""
+        return handle.number in self._live
 
     def embed(
-        self, prompts: Many[tuple[int, ...]], parts: Many[AdapterWeight] = ()
+        self, prompts: Sequence[tuple[int, ...]], adapters: Sequence[AdapterWeight] = ()
     ) -> "Future[list[list[float]]]":
-        """One vector of length 1 for each prompt: the mean of its last hidden states under the adapters."""
+        """Return a vector of length 1 for each prompt: the mean of its last hidden states."""
         for prompt in prompts:
             if not 0 < len(prompt) <= self.base.max_positions:
                 raise DataError(
                     f"a text of {pluralize(len(prompt), 'token')}",
                     why=f"the base reads 1 to {self.base.max_positions}",
                 )
-        names = tuple(part.adapter for part in parts)
-        contents = self.shelf.acquire(names)
+        names = tuple(part.adapter for part in adapters)
+        contents = self.registry.acquire(names)
         future: Future[list[list[float]]] = Future()
 
         def work() -> None:
-            brought = []
+            loaded = []
             try:
                 for content in contents:
                     if not self.memory.load(content):
                         raise BusyError("no room for the adapter now")
-                    brought.append(content.hash)
-                acting = [(part.adapter, part.weight) for part in parts]
+                    loaded.append(content.hash)
+                active = [(part.adapter, part.weight) for part in adapters]
                 future.set_result(
-                    [self._runner.embed([prompt], acting)[0].tolist() for prompt in prompts]
+                    [self._runner.embed([prompt], active)[0].tolist() for prompt in prompts]
                 )
-            except Exception as error:  # told to who asked; the engine lives on
+            except Exception as error:  # for the caller; the engine continues
                 future.set_exception(error)
             finally:
-                for digest in brought:
+                for digest in loaded:
                     self.memory.release(digest)
-                self.shelf.release(names)
+                self.registry.release(names)
 
-        self._tell(work)
+        self._send(work)
         return future
 
     def stats(self) -> dict[str, Any]:
-        """What the engine is doing, in numbers."""
+        """Return counters and sizes; bytes and seconds where the key says so."""
         pool = self.memory.pool
         return {
             "running": len(self.scheduler.running),
@@ -195,7 +272,7 @@ class Engine:
             "pages_free": pool.num_free_blocks,
             "pages_cached": self.memory.tree.num_idle_blocks,
             "page_bytes": pool.page_bytes,
-            "adapters_registered": len(self.shelf.list_adapters()),
+            "adapters_registered": len(self.registry.list_adapters()),
             "adapters_resident": len(self.memory.residents),
             "adapter_loads": self.memory.loads,
             "adapter_evictions": self.memory.evictions,
@@ -210,15 +287,19 @@ class Engine:
 
     # ---- checks
 
-    def _check(self, request: GenerationRequest) -> int:
-        """The most tokens of prompt and answer; raises `DataError` where the prompt leaves no room for one."""
+    def _check(self, request: GenerationRequest, where: str | None = None) -> int:
+        """Return the limit of prompt and completion in tokens; raise `DataError` for a bad prompt."""
         prompt, sampling = request.prompt, request.sampling
         if not 0 < len(prompt) < self.base.max_positions:
             why = f"the base reads from 1 to {self.base.max_positions - 1} before its answer"
-            raise DataError(f"a prompt of {pluralize(len(prompt), 'token')}", why=why)
+            raise DataError(
+                f"a prompt of {pluralize(len(prompt), 'token')}", where=where, why=why
+            )
         if min(prompt) < 0 or max(prompt) >= self.base.vocab_size:
             raise DataError(
-                f"token {max(prompt)}", why=f"the vocabulary ends at {self.base.vocab_size}"
+                f"token {max(prompt)}",
+                where=where,
+                why=f"the vocabulary ends at {self.base.vocab_size}",
             )
         if sampling.max_new_tokens < 1:
             raise DataError(
@@ -228,15 +309,18 @@ class Engine:
         return min(self.base.max_positions, len(prompt) + sampling.max_new_tokens)
 
     def _check_room(self, sequence: SequenceState) -> None:
-        """Raise `DataError` for a request that would not fit if it were alone."""
+        """Raise `DataError` for a request that would not fit into an empty pool."""
         dtype, pool = self.base.dtype, self.memory.pool
         files = [
             content for content in sequence.required_adapters if isinstance(content, AdapterRecord)
         ]
         adapters = sum(pool.blocks_for(content.layout.numbers_in(dtype)) for content in files)
-        pages = -(-sequence.max_total_tokens // BLOCK_SIZE)
-        if adapters + pages > pool.count:
-            why = f"it needs {pages} pages for its tokens and {adapters} for its adapters; there are {pool.count}"
+        blocks = -(-sequence.max_total_tokens // self.cache.block_size)
+        if adapters + blocks > pool.count:
+            why = (
+                f"it needs {blocks} blocks for its tokens and {adapters} for its adapters; "
+                f"there are {pool.count}"
+            )
             raise DataError(
                 "a request that does not fit into memory",
                 why=why,
@@ -244,7 +328,7 @@ class Engine:
             )
 
     def _grammar(self, request: GenerationRequest) -> GrammarMatcher | None:
-        """What holds the answer to its schema, where it has one."""
+        """Return the matcher of the request's JSON schema; None without one."""
         if request.sampling.json_schema is None:
             return None
         with self._wake:
@@ -252,12 +336,12 @@ class Engine:
         return self._grammars.of(request.sampling.json_schema, self._stops | request.stop_token_ids)
 
     def _wait(self) -> float:
-        """About how long until a request will have ended, seconds."""
+        """Return the mean seconds per finished request, from 1 to 60."""
         return max(1.0, min(60.0, self.busy_seconds / max(1, self._number - len(self._live))))
 
     # ---- the engine's own thread
 
-    def _tell(self, message: Callable[[], None]) -> None:
+    def _send(self, message: Callable[[], None]) -> None:
         with self._wake:
             self._messages.append(message)
             self._wake.notify()
@@ -271,10 +355,9 @@ class Engine:
                 return
 
     def step(self) -> bool:
-        """Read the messages, run one forward, hand out what it brought; False where there was nothing to run."""
-        while self._messages:
-            self._messages.popleft()()
-        for digest in [self.shelf.unreferenced.pop() for _ in range(len(self.shelf.unreferenced))]:
+        """Handle messages and run one forward pass; return False where nothing could run."""
+        self.handle_messages()
+        for digest in [self.registry.unreferenced.pop() for _ in range(len(self.registry.unreferenced))]:
             self.memory.forget(digest)
         pieces = self.scheduler.schedule()
         for sequence, error in self.scheduler.load_failures:
@@ -291,7 +374,8 @@ class Engine:
             broken = ~logits.amax(-1).isfinite() if sequences else logits.new_zeros(0).bool()
             logits = logits.masked_fill(broken[:, None], 0.0) if bool(broken.any()) else logits
             chosen = sample(logits, [s.sampler for s in sequences]) if sequences else []
-        except Exception as error:  # whatever it is, those who ask next are answered
+        except Exception as error:  # of any kind: later requests must still be answered
+            self._step_error = error
             for sequence, _ in pieces:
                 self._finish(sequence, "error", f"the forward failed: {error}")
             return True
@@ -299,11 +383,8 @@ class Engine:
         self.scheduler.update_after_step(pieces)
         for sequence, logprob, lost in zip(sequences, chosen, broken.tolist(), strict=True):
             if lost:
-                self._finish(
-                    sequence,
-                    "error",
-                    "the logits are not finite: the adapter's numbers are broken, or too large",
-                )
+                why = "the logits are not finite: the adapter's weights are broken, or too large"
+                self._finish(sequence, "error", why)
             else:
                 self._hand_out(sequence, logprob)
         self.steps += 1
@@ -312,19 +393,24 @@ class Engine:
         self._merging.record_step(pieces, seconds, merged is not None)
         return True
 
+    def handle_messages(self) -> None:
+        """Run what other threads have left for this one."""
+        while self._messages:
+            self._messages.popleft()()
+
     def _begin(self, sequence: SequenceState) -> None:
         try:
             self.scheduler.add(sequence)
         except Exception as error:
             self._finish(sequence, "error", f"it could not be queued: {error}")
 
-    def _count(self, pieces: Many[tuple[SequenceState, int]]) -> None:
+    def _count(self, pieces: Sequence[tuple[SequenceState, int]]) -> None:
         for sequence, count in pieces:
             if sequence.num_completion_tokens == 0 and not sequence.is_counted:
                 sequence.is_counted = True
                 self.reused += sequence.num_cached_tokens
                 for name, _, _ in sequence.adapter_spans:
-                    self.shelf.record_usage(name, 0, hits=1)
+                    self.registry.record_usage(name, 0, hits=1)
             self.prompted += count if sequence.num_completion_tokens == 0 else 0
 
     def _hand_out(self, sequence: SequenceState, logprob: Logprob) -> None:
@@ -335,15 +421,15 @@ class Engine:
         finish: FinishReason | None = None
         ends = token in self._stops or token in sequence.request.stop_token_ids
         if ends and not sampling.ignore_eos:
-            text, finish = sequence.text.end(), "stop"
+            text, finish = sequence.end_text(has_stop_token=True), "stop"
         else:
-            text = sequence.text.add(token)
+            text = sequence.add_text(token)
             if sequence.text.stopped or sequence.sampler.is_finished:
                 finish = "stop"
             elif len(sequence.token_ids) >= sequence.max_total_tokens:
                 finish = "length"
             if finish:
-                text += sequence.text.end()
+                text += sequence.end_text()
         told = (logprob,) if sampling.logprobs is not None else ()
         event = OutputChunk(
             text, (token,), told, finish, num_cached_tokens=sequence.num_cached_tokens
@@ -360,7 +446,7 @@ class Engine:
         self._emit(
             sequence,
             OutputChunk(
-                sequence.text.end(),
+                sequence.end_text(),
                 finish_reason=finish,
                 error=error,
                 num_cached_tokens=sequence.num_cached_tokens,
@@ -372,14 +458,14 @@ class Engine:
             return
         self.scheduler.abort(sequence)
         for name, _, _ in sequence.adapter_spans:
-            self.shelf.record_usage(name, sequence.num_completion_tokens)
-        self.shelf.release(tuple(part.adapter for part in sequence.request.adapters))
+            self.registry.record_usage(name, sequence.num_completion_tokens)
+        self.registry.release(tuple(part.adapter for part in sequence.request.adapters))
         del self._live[sequence.seq_id]
         self.scheduler.forget_idle_clients()
 
     def _emit(self, sequence: SequenceState, event: OutputChunk) -> None:
         try:
-            sequence.on_event(event)
+            sequence.on_output(event)
         except Exception:  # a listener that fails harms nobody but itself
             if sequence.seq_id in self._live:
                 self._leave(sequence)
@@ -394,23 +480,64 @@ class Engine:
 
 
 def run_to_completion(
-    engine: Engine, requests: Many[GenerationRequest]
+    engine: Engine,
+    requests: Sequence[GenerationRequest],
+    on_output: Callable[[int, OutputChunk], None] | None = None,
 ) -> list[tuple[str, list[int], OutputChunk]]:
-    """Run requests to their ends in this thread, without `start`: text, tokens and last event of each."""
+    """Run requests to their ends in this thread, without `start`.
+
+    Returns:
+        Text, tokens and last chunk of each request.
+    """
     texts: list[list[str]] = [[] for _ in requests]
     tokens: list[list[int]] = [[] for _ in requests]
     last: list[OutputChunk] = [OutputChunk() for _ in requests]
+    failures: list[Exception] = []
 
-    def listener(at: int) -> OnOutput:
-        def listen(event: OutputChunk) -> None:
-            texts[at].append(event.text)
-            tokens[at].extend(event.token_ids)
-            last[at] = event
+    def collect(number: int, chunk: OutputChunk) -> None:
+        texts[number].append(chunk.text)
+        tokens[number].extend(chunk.token_ids)
+        last[number] = chunk
+        if on_output is not None:
+            try:
+                on_output(number, chunk)
+            except Exception as error:
+                failures.append(error)
 
-        return listen
+    handles: list[RequestHandle] = []
+    try:
+        for number, request in enumerate(requests):
+            handles.append(engine.add_request(request, partial(collect, number)))
+        while any(map(engine.is_live, handles)) and not failures:
+            engine.step()
+    finally:  # an interrupted run leaves nothing in the engine
+        for handle in handles:
+            engine.abort(handle)
+        engine.handle_messages()
+    if failures:
+        raise failures[0]
+    return [("".join(t), ids, chunk) for t, ids, chunk in zip(texts, tokens, last, strict=True)]
 
-    for at, request in enumerate(requests):
-        engine.add_request(request, listener(at))
-    while any(event.finish_reason is None for event in last):
-        engine.step()
-    return [("".join(t), ids, event) for t, ids, event in zip(texts, tokens, last, strict=True)]
+
+def generate_completions(
+    base: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    active: ActiveAdapters | None = None,
+    stop_token_ids: Collection[int] = (),
+    on_output: Callable[[int, OutputChunk], None] | None = None,
+) -> list[Completion]:
+    """Return `Engine.generate` of an engine whose pool has the size that these prompts need."""
+    cache = select_cache(base)
+    totals = [min(base.max_positions, len(p) + sampling.max_new_tokens) for p in prompts]
+    config = EngineConfig(
+        pool_bytes=blocks_for_lengths(totals, cache) * block_bytes(base, cache),
+        max_num_waiting=len(prompts),
+    )
+    engine = Engine(base, config, cache)
+    try:
+        return engine.generate(
+            prompts, sampling, active, stop_token_ids=stop_token_ids, on_output=on_output
+        )
+    finally:
+        engine.stop()

@@ -8,8 +8,7 @@ the time of its steps in both ways, and has two thresholds, so that it does not 
 """
 
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +17,7 @@ from afina.adapters.modules import LoRAView, MergedLinear
 from afina.adapters.segments import Segments
 from afina.engine.loaded_adapter import get_or_insert_wrapper
 from afina.engine.memory import MemoryManager
-from afina.engine.scheduler import AdapterSpan, ScheduledChunk
+from afina.engine.sequence import AdapterSpan, ScheduledChunk
 from afina.models.causal_lm import CausalLM
 
 MERGE_RATIO, UNMERGE_RATIO = 0.8, 0.5  # share of the tokens of late that must be one adapter's
@@ -59,7 +58,7 @@ class HotAdapterMerger:
 
     # ---- which way
 
-    def route(self, pieces: Many[ScheduledChunk]) -> Segments | None:
+    def route(self, pieces: Sequence[ScheduledChunk]) -> Segments | None:
         """The table of a merged step; None where others act too, or it is not worth it."""
         if not self.ready or self.hot_adapter is None:
             return None
@@ -70,19 +69,19 @@ class HotAdapterMerger:
             else None
         )
 
-    def _trial(self, pieces: Many[ScheduledChunk]) -> bool:
+    def _trial(self, pieces: Sequence[ScheduledChunk]) -> bool:
         """Now and then a step runs unmerged, so that there is something to compare."""
         size = sum(count for _, count in pieces).bit_length()
         merged, plain = (self._clocks[way].counts.get(size, 0) for way in (True, False))
         return plain < TRIALS <= merged
 
-    def waits(self, acting: Many[AdapterSpan]) -> bool:
+    def waits(self, acting: Sequence[AdapterSpan]) -> bool:
         """Whether a request had better wait a little, so that steps stay merged."""
         return self.ready and _alone(acting) != self.hot_adapter
 
     # ---- what was seen
 
-    def record_step(self, pieces: Many[ScheduledChunk], seconds: float, merged: bool) -> None:
+    def record_step(self, pieces: Sequence[ScheduledChunk], seconds: float, merged: bool) -> None:
         """A step was taken: count whose tokens they were, and how long it took."""
         self.steps += merged
         tokens = sum(count for _, count in pieces)
@@ -161,7 +160,7 @@ class HotAdapterMerger:
             adapted.serving_layers[_label(name)] = MergedLinear.of(adapted.layer, thin)
             yield
         self.ready = True
-        self.memory.shelf.locations[name] = "merged"
+        self.memory.registry.locations[name] = "merged"
 
     def unmerge(self) -> None:
         """Back to the base's own weights; the second copy is dropped."""
@@ -171,11 +170,11 @@ class HotAdapterMerger:
         resident = self.memory.residents[name]
         for place in resident.layout.places or ():
             get_or_insert_wrapper(self.base, place.path).serving_layers.pop(_label(name), None)
-        self.memory.shelf.locations[name] = "device" if self.memory.pool.memory.is_cuda else "host"
+        self.memory.registry.locations[name] = "device" if self.memory.pool.memory.is_cuda else "host"
         self.memory.release(name)
 
 
-def _alone(acting: Many[AdapterSpan]) -> str | None:
+def _alone(acting: Sequence[AdapterSpan]) -> str | None:
     """The adapter that acts alone, with weight 1 and from the first token on; None where it is otherwise."""
     return acting[0][0] if len(acting) == 1 and acting[0][1:] == (1.0, 0) else None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry, LiveAdapter, stamp
-from afina.engine.block_pool import BlockPool
+from afina.engine.block_pool import BlockPool, ignore_move
 from afina.engine.loaded_adapter import LoadedAdapter, read_numbers
 from afina.engine.prefix_cache import PrefixCache
 from afina.errors import AdapterError
@@ -28,11 +28,11 @@ class MemoryManager:
     """The pool with everything in it. Only the engine's thread calls, but for reading ahead from disk."""
 
     def __init__(
-        self, base: CausalLM, shelf: AdapterRegistry, pool: BlockPool, host: int = 0
+        self, base: CausalLM, registry: AdapterRegistry, pool: BlockPool, host: int = 0
     ) -> None:
         """`host`: bytes of adapters that are kept in the host's memory besides the pool."""
-        self.base, self.shelf, self.pool, self._host_bytes = base, shelf, pool, host
-        self._sealed = shelf.require_audit
+        self.base, self.registry, self.pool, self._host_bytes = base, registry, pool, host
+        self._sealed = registry.require_audit
         self.tree = PrefixCache()
         self.residents: dict[str, LoadedAdapter] = {}
         self.loads = self.evictions = 0
@@ -45,6 +45,7 @@ class MemoryManager:
         self._reader.shutdown(wait=True, cancel_futures=True)
         for name in list(self.residents):
             self._evict(self.residents[name])
+        self.pool.on_block_moved = ignore_move  # ends a reference cycle: the pool is freed now
 
     # ---- pages
 
@@ -110,12 +111,12 @@ class MemoryManager:
                 numbers = numbers.pin_memory()
         if self._host_bytes:
             self._host[content.hash] = numbers
-            self.shelf.locations[content.hash] = "host"
+            self.registry.locations[content.hash] = "host"
         while sum(t.nbytes for t in self._host.values()) > self._host_bytes:
             oldest = next(iter(self._host))
             del self._host[oldest]
             if oldest not in self.residents:
-                self.shelf.locations.pop(oldest, None)
+                self.registry.locations.pop(oldest, None)
         return numbers
 
     def load(self, content: AdapterRecord | LiveAdapter) -> bool:
@@ -148,8 +149,8 @@ class MemoryManager:
                 raise
             self.residents[content.hash] = resident
             self.loads += 1
-            self.shelf.locations[content.hash] = "device" if self.pool.memory.is_cuda else "host"
-            self.shelf.record_usage(content.hash, 0, load_seconds=time.perf_counter() - begin)
+            self.registry.locations[content.hash] = "device" if self.pool.memory.is_cuda else "host"
+            self.registry.record_usage(content.hash, 0, load_seconds=time.perf_counter() - begin)
         resident.activate(self.base)
         resident.ref_count += 1
         resident.used = time.monotonic()
@@ -193,9 +194,9 @@ class MemoryManager:
         self.pool.free_contiguous(resident.start, resident.pages)
         del self.residents[resident.name]
         if resident.name in self._host:
-            self.shelf.locations[resident.name] = "host"
+            self.registry.locations[resident.name] = "host"
         else:
-            self.shelf.locations.pop(resident.name, None)
+            self.registry.locations.pop(resident.name, None)
         self.evictions += 1
 
 

@@ -61,9 +61,8 @@ class GenerationRequest:
     adapters: tuple[AdapterWeight, ...] = ()
     owner: str = ""
     client: str = ""
-    stop_token_ids: frozenset[int] = (
-        frozenset()
-    )  # tokens that end the answer besides the base's own
+    stop_token_ids: frozenset[int] = frozenset()  # in addition to the base's own
+    streams: bool = True  # False: the text comes with the last chunk
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,21 @@ class OutputChunk:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion.
+
+    Attributes:
+        text: decoded text without the stop token, stripped.
+        token_ids: all generated tokens, with the one that ended it.
+        ended_by_stop: whether the last token is a stop token; otherwise it reached a limit.
+    """
+
+    text: str
+    token_ids: list[int]
+    ended_by_stop: bool
 
 
 @dataclass(frozen=True)

@@ -1,119 +1,115 @@
-"""Which tokens go into the next forward.
+"""Selection of the tokens of the next forward pass.
 
-    running   decoding: one token each, always          then, as far as the step's tokens reach,
-              the next piece of a long prompt
-    waiting   from the client that has had the least    (virtual token counter, arXiv 2401.00588)
+    running   decoding: one token each, always          then, up to the token budget of a step,
+              the next chunk of a long prompt
+    waiting   from the client with the least service    (virtual token counter, arXiv 2401.00588)
 
-Nothing that runs waits for somebody's long prompt, nobody who floods the queue delays the others, and where pages run out
-the youngest goes back to wait: its tokens are kept, its keys and values computed again.
+Decoding never waits for a long prompt, and a client that fills the queue does not delay others.
+When blocks run out, the youngest sequence is preempted: its tokens stay, its keys and values are
+computed again.
 """
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 
-from afina.engine.block_pool import BLOCK_SIZE
+from afina.engine.kv_cache import KVCache
 from afina.engine.memory import MemoryManager
-from afina.engine.sequence import SequenceState
+from afina.engine.sequence import AdapterSpan, ScheduledChunk, SequenceState, SequenceStatus
 from afina.errors import AdapterError
 
-DECODE_TOKEN_WEIGHT = 2.0  # what a generated token counts, a token of the prompt being 1
-MAX_DEFER_SECONDS = 5.0  # seconds for which a request lets merged steps go on without it
-MAX_SKIPPED_STEPS = (
-    50  # steps that a client is passed over for want of room before everybody else waits for it
-)
-
-AdapterSpan = tuple[str, float, int]  # content hash, weight, first token
-ScheduledChunk = tuple[SequenceState, int]  # a sequence and how many of its next tokens
+DECODE_TOKEN_WEIGHT = 2.0  # service that a generated token counts, in prompt tokens
+MAX_DEFER_SECONDS = 5.0  # longest that a request waits for steps on merged weights
+MAX_SKIPPED_STEPS = 50  # steps without room for a client before no other client is admitted
 
 
 class Scheduler:
-    """Queues by client, and the sequences that run. Only the engine's thread calls."""
+    """Queues by client, and the running sequences. Only the engine's thread calls.
 
-    def __init__(self, memory: MemoryManager, step_tokens: int, most_running: int) -> None:
-        self.memory, self.max_num_batched_tokens, self.max_num_seqs = (
-            memory,
-            step_tokens,
-            most_running,
-        )
+    Attributes:
+        virtual_tokens: service that each waiting or running client has had, in prompt tokens.
+        load_failures: sequences whose adapter could not be loaded, for the engine to end.
+        should_defer: whether a request with these adapters should wait for merged steps.
+    """
+
+    def __init__(
+        self, memory: MemoryManager, cache: KVCache, max_num_batched_tokens: int, max_num_seqs: int
+    ) -> None:
+        self.memory, self.cache = memory, cache
+        self.max_num_batched_tokens, self.max_num_seqs = max_num_batched_tokens, max_num_seqs
         self.waiting: dict[str, deque[SequenceState]] = {}
         self.running: list[SequenceState] = []
-        self.virtual_tokens: dict[
-            str, float
-        ] = {}  # the virtual token counter of each client that waits or runs
-        self.load_failures: list[
-            tuple[SequenceState, AdapterError]
-        ] = []  # whose adapter could not be loaded
+        self.virtual_tokens: dict[str, float] = {}
+        self.load_failures: list[tuple[SequenceState, AdapterError]] = []
         self.preemptions = 0
-        self.should_defer: Callable[[Many[AdapterSpan]], bool] = lambda acting: (
-            False
-        )  # who had better wait a little (merged mode)
-        self._later: dict[
-            int, float
-        ] = {}  # since when a request, by its number, lets merged steps go on without it
-        self._passed: dict[str, int] = {}  # steps for which a client's next request found no room
-        memory.pool.on_block_moved = self._moved
+        self.should_defer: Callable[[Sequence[AdapterSpan]], bool] = lambda spans: False
+        self._deferred_since: dict[int, float] = {}  # seconds of the monotonic clock, by seq_id
+        self._skipped_steps: dict[str, int] = {}  # steps without room, by client
+        memory.pool.on_block_moved = self._on_block_moved
 
     @property
     def num_waiting(self) -> int:
         """Requests in the queues."""
         return sum(map(len, self.waiting.values()))
 
-    def add(self, sequence: SequenceState, again: bool = False) -> None:
-        """Queue a sequence; one that goes back (`again`) stands first among its client's."""
+    def add(self, sequence: SequenceState, at_front: bool = False) -> None:
+        """Queue a sequence; a preempted one goes to the front of its client's queue."""
         client = sequence.client_id
-        if client not in self.virtual_tokens:  # who was away cannot have saved up turns
+        if client not in self.virtual_tokens:  # an absent client gains no credit
             self.virtual_tokens[client] = min(self.virtual_tokens.values(), default=0.0)
         queue = self.waiting.setdefault(client, deque())
-        queue.appendleft(sequence) if again else queue.append(sequence)
+        queue.appendleft(sequence) if at_front else queue.append(sequence)
         for content in sequence.required_adapters:
             self.memory.prefetch(content)
 
     # ---- the step
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The pieces of the next forward; none where nothing can run now. Pages for them are there."""
-        pieces: list[ScheduledChunk] = []
-        for sequence in [s for s in self.running if s.num_uncomputed_tokens == 1]:
-            if sequence.running and self._pages_up_to(sequence, sequence.num_computed_tokens + 1):
-                pieces.append((sequence, 1))
-        alone = not pieces  # nobody waits for this step: longer pieces are computed faster
-        budget = self.max_num_batched_tokens * (4 if alone else 1) - len(pieces)
-        for sequence in [s for s in self.running if s.num_uncomputed_tokens > 1]:
-            budget -= self._piece(sequence, budget, pieces)
+        """Return the chunks of the next forward pass, with blocks allocated; empty if none fits."""
+        chunks: list[ScheduledChunk] = []
+        decoding = [s for s in self.running if self._is_decoding(s)]
+        for sequence in decoding:
+            if sequence.is_running and self._allocate_up_to(
+                sequence, sequence.num_computed_tokens + 1
+            ):
+                chunks.append((sequence, 1))
+        # without decoding sequences no one waits for this step: long chunks have more throughput
+        budget = self.max_num_batched_tokens * (1 if chunks else 4) - len(chunks)
+        if not self.cache.keeps_tokens:
+            budget = sys.maxsize
+        for sequence in [s for s in self.running if not self._is_decoding(s)]:
+            budget -= self._add_chunk(sequence, budget, chunks)
         while budget > 0 and len(self.running) < self.max_num_seqs:
-            admitted = self._next()
+            admitted = self._admit_next()
             if admitted is None:
                 break
-            budget -= self._piece(admitted, budget, pieces)
-        return [
-            piece for piece in pieces if piece[0].running
-        ]  # some may have been sent back for others
+            budget -= self._add_chunk(admitted, budget, chunks)
+        return [chunk for chunk in chunks if chunk[0].is_running]  # some may have been preempted
 
-    def _piece(self, sequence: SequenceState, budget: int, pieces: list[ScheduledChunk]) -> int:
-        """Add as much of a prompt as the budget and the free pages allow; returns the tokens."""
+    def _is_decoding(self, sequence: SequenceState) -> bool:
+        return self.cache.keeps_tokens and sequence.num_uncomputed_tokens == 1
+
+    def _add_chunk(self, sequence: SequenceState, budget: int, chunks: list[ScheduledChunk]) -> int:
+        """Add as many of a sequence's tokens as budget and blocks allow; return how many."""
         count = min(sequence.num_uncomputed_tokens, budget)
-        room = (
-            len(sequence.block_table) + self.memory.num_available_blocks
-        ) * BLOCK_SIZE - sequence.num_computed_tokens
+        blocks = len(sequence.block_table) + self.memory.num_available_blocks
+        room = blocks * self.cache.block_size - sequence.num_computed_tokens
         if room < count:
-            count = max(min(room, count), 1 if not pieces else 0)
-        if (
-            count <= 0
-            or not sequence.running
-            or not self._pages_up_to(sequence, sequence.num_computed_tokens + count)
-        ):
+            count = max(min(room, count), 1 if not chunks else 0)
+        if count <= 0 or not sequence.is_running:
             return 0
-        pieces.append((sequence, count))
+        if not self._allocate_up_to(sequence, sequence.num_computed_tokens + count):
+            return 0
+        chunks.append((sequence, count))
         return count
 
-    def _pages_up_to(self, sequence: SequenceState, tokens: int) -> bool:
-        """Give the sequence pages for its first `tokens`; False where it had to go back itself."""
-        while len(sequence.block_table) * BLOCK_SIZE < tokens:
-            page = self.memory.allocate_block()
-            if page is not None:
-                sequence.block_table.append(page)
+    def _allocate_up_to(self, sequence: SequenceState, num_tokens: int) -> bool:
+        """Allocate blocks for the first `num_tokens`; return False where it was preempted itself."""
+        while len(sequence.block_table) * self.cache.block_size < num_tokens:
+            block = self.memory.allocate_block()
+            if block is not None:
+                sequence.block_table.append(block)
                 continue
             youngest = max(self.running, key=lambda s: s.seq_id)
             self.preempt(youngest)
@@ -125,138 +121,135 @@ class Scheduler:
         """Free the blocks of a running sequence and return it to the front of its queue."""
         self.free_blocks(sequence)
         self.preemptions += 1
-        self.add(sequence, again=True)
+        self.add(sequence, at_front=True)
 
     def free_blocks(self, sequence: SequenceState) -> None:
-        """Take a running sequence out; its shared pages stay in the tree."""
+        """Remove a running sequence; its shared blocks stay in the prefix cache."""
         self.running.remove(sequence)
-        sequence.running = False
+        sequence.status = SequenceStatus.WAITING
         self.memory.tree.release(sequence.prefix_nodes)
-        for page in sequence.block_table[len(sequence.prefix_nodes) :]:
-            self.memory.pool.free(page)
+        for block in sequence.block_table[len(sequence.prefix_nodes) :]:
+            self.memory.pool.free(block)
         for content in sequence.required_adapters:
             self.memory.release(content.hash)
         sequence.block_table, sequence.prefix_nodes, sequence.num_computed_tokens = [], [], 0
 
     # ---- admission
 
-    def _next(self) -> SequenceState | None:
-        """Let the next request in: of the client that has had the least, among those for which there is room."""
-        for client in sorted(
-            (c for c, q in self.waiting.items() if q), key=lambda c: self.virtual_tokens[c]
-        ):
+    def _admit_next(self) -> SequenceState | None:
+        """Admit the next request of the client with the least service for which there is room."""
+        clients = [client for client, queue in self.waiting.items() if queue]
+        for client in sorted(clients, key=lambda client: self.virtual_tokens[client]):
             sequence = self.waiting[client][0]
-            if self._better_later(sequence):
+            if self._is_deferred(sequence):
                 continue
             if self._admit(sequence):
                 self.waiting[client].popleft()
-                self._passed.pop(client, None)
-                self._later.pop(sequence.seq_id, None)
+                self._skipped_steps.pop(client, None)
+                self._deferred_since.pop(sequence.seq_id, None)
                 return sequence
             if any(sequence is failed for failed, _ in self.load_failures):
                 self.waiting[client].popleft()
-                return self._next()
-            self._passed[client] = self._passed.get(client, 0) + 1
-            if self._passed[client] > MAX_SKIPPED_STEPS and self.running:
+                return self._admit_next()
+            self._skipped_steps[client] = self._skipped_steps.get(client, 0) + 1
+            if self._skipped_steps[client] > MAX_SKIPPED_STEPS and self.running:
                 return None
         return None
 
-    def _better_later(self, sequence: SequenceState) -> bool:
-        """Whether merged steps go on for a while without it; once one such runs, the others may too."""
-        if (
-            not self.running
-            or not self.should_defer(sequence.adapter_spans)
-            or any(self.should_defer(s.adapter_spans) for s in self.running)
-        ):
+    def _is_deferred(self, sequence: SequenceState) -> bool:
+        """Return whether merged steps continue without it; with one admitted, others may follow."""
+        if not self.running or not self.should_defer(sequence.adapter_spans):
             return False
-        since = self._later.setdefault(sequence.seq_id, time.monotonic())
+        if any(self.should_defer(s.adapter_spans) for s in self.running):
+            return False
+        since = self._deferred_since.setdefault(sequence.seq_id, time.monotonic())
         return time.monotonic() - since < MAX_DEFER_SECONDS
 
     def _admit(self, sequence: SequenceState) -> bool:
-        """Bring in its adapters, take up what the prefix tree knows of it; False where there is no room now."""
-        waits = [
-            content for content in sequence.required_adapters if not self.memory.is_ready(content)
-        ]
-        if waits and self.running:  # the disk is being read meanwhile
-            for content in waits:
+        """Load its adapters and match its prefix; return False where there is no room now."""
+        if self.running and not sequence.can_share_step(self.running[0]):
+            return False
+        required = sequence.required_adapters
+        unread = [content for content in required if not self.memory.is_ready(content)]
+        if unread and self.running:  # other sequences run while the file is read
+            for content in unread:
                 self.memory.prefetch(content)
             return False
-        brought: list[str] = []
+        loaded: list[str] = []
         try:
-            for content in sequence.required_adapters:
+            for content in required:
                 if not self.memory.load(content):
                     break
-                brought.append(content.hash)
+                loaded.append(content.hash)
         except AdapterError as error:
             self.load_failures.append((sequence, error))
-        pages = -(-len(sequence.token_ids) // BLOCK_SIZE)
-        enough = len(brought) == len(sequence.required_adapters) and (
-            self.memory.num_available_blocks >= pages or not self.running
-        )
-        if not enough:
-            for digest in brought:
+        blocks = -(-len(sequence.token_ids) // self.cache.block_size)
+        fits = self.memory.num_available_blocks >= blocks or not self.running
+        if len(loaded) < len(required) or not fits:
+            for digest in loaded:
                 self.memory.release(digest)
             return False
-        whole = (
-            len(sequence.token_ids) - 1
-        ) // BLOCK_SIZE  # the last token is computed anew: its logits are wanted
-        sequence.prefix_nodes = self.memory.tree.match(sequence.block_keys(whole))
-        sequence.block_table = [node.page for node in sequence.prefix_nodes]
-        sequence.num_computed_tokens = len(sequence.prefix_nodes) * BLOCK_SIZE
-        sequence.num_cached_tokens = (
-            max(sequence.num_cached_tokens, sequence.num_computed_tokens)
-            if not sequence.num_completion_tokens
-            else sequence.num_cached_tokens
-        )
-        sequence.running = True
+        self._match_prefix(sequence)
+        sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
         return True
 
-    # ---- after the forward
+    def _match_prefix(self, sequence: SequenceState) -> None:
+        """Take over blocks of the prefix cache, but for the last token: its logits are needed."""
+        full_blocks = (len(sequence.token_ids) - 1) // self.cache.block_size
+        sequence.prefix_nodes = self.memory.tree.match(sequence.block_keys(full_blocks))
+        sequence.block_table = [node.page for node in sequence.prefix_nodes]
+        sequence.num_computed_tokens = len(sequence.prefix_nodes) * self.cache.block_size
+        if not sequence.num_completion_tokens:
+            sequence.num_cached_tokens = max(
+                sequence.num_cached_tokens, sequence.num_computed_tokens
+            )
 
-    def update_after_step(self, pieces: list[ScheduledChunk]) -> None:
-        """Count what was computed, and share the pages that are full now."""
-        for sequence, count in pieces:
-            sequence.num_computed_tokens += count
-            whole = sequence.num_computed_tokens // BLOCK_SIZE
-            for key in sequence.block_keys(whole):
-                at = len(sequence.prefix_nodes)
-                parent = (
-                    sequence.prefix_nodes[-1] if sequence.prefix_nodes else self.memory.tree.root
-                )
-                node = self.memory.tree.insert(parent, key, sequence.block_table[at])
-                if (
-                    node.page != sequence.block_table[at]
-                ):  # somebody else computed the same meanwhile
-                    self.memory.pool.free(sequence.block_table[at])
-                    sequence.block_table[at] = node.page
-                sequence.prefix_nodes.append(node)
-            decoding = sequence.num_completion_tokens > 0 and count == 1
-            self.virtual_tokens[sequence.client_id] = self.virtual_tokens.get(
-                sequence.client_id, 0.0
-            ) + (DECODE_TOKEN_WEIGHT if decoding else count)
+    # ---- after the forward pass
+
+    def update_after_step(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Count the computed tokens, and share the blocks that are full now."""
+        for sequence, count in chunks:
+            is_decode = sequence.num_completion_tokens > 0 and count == 1
+            client = sequence.client_id
+            cost = DECODE_TOKEN_WEIGHT if is_decode else count
+            self.virtual_tokens[client] = self.virtual_tokens.get(client, 0.0) + cost
+            if self.cache.keeps_tokens:
+                sequence.num_computed_tokens += count
+                self._share_full_blocks(sequence)
+
+    def _share_full_blocks(self, sequence: SequenceState) -> None:
+        """Insert full blocks into the prefix cache; an equal block of another sequence replaces it."""
+        tree = self.memory.tree
+        for key in sequence.block_keys(sequence.num_computed_tokens // self.cache.block_size):
+            at = len(sequence.prefix_nodes)
+            parent = sequence.prefix_nodes[-1] if sequence.prefix_nodes else tree.root
+            node = tree.insert(parent, key, sequence.block_table[at])
+            if node.page != sequence.block_table[at]:
+                self.memory.pool.free(sequence.block_table[at])
+                sequence.block_table[at] = node.page
+            sequence.prefix_nodes.append(node)
 
     def forget_idle_clients(self) -> None:
-        """Forget the counters of clients that neither wait nor run."""
-        present = {sequence.client_id for sequence in self.running} | {
-            client for client, queue in self.waiting.items() if queue
-        }
+        """Delete the counters of clients that neither wait nor run."""
+        present = {sequence.client_id for sequence in self.running}
+        present |= {client for client, queue in self.waiting.items() if queue}
         for client in [client for client in self.virtual_tokens if client not in present]:
             del self.virtual_tokens[client]
             self.waiting.pop(client, None)
-            self._passed.pop(client, None)
+            self._skipped_steps.pop(client, None)
 
     def abort(self, sequence: SequenceState) -> None:
-        """Take a sequence out, wherever it is."""
-        self._later.pop(sequence.seq_id, None)
-        if sequence.running:
+        """Remove a sequence, running or waiting."""
+        self._deferred_since.pop(sequence.seq_id, None)
+        queue = self.waiting.get(sequence.client_id, ())
+        if sequence.is_running:
             self.free_blocks(sequence)
-        elif sequence in self.waiting.get(
-            sequence.client_id, ()
-        ):  # not one whose adapter failed: it is out already
+        elif sequence in queue:  # one whose adapter failed to load has left it
             self.waiting[sequence.client_id].remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
 
-    def _moved(self, old: int, new: int) -> None:
+    def _on_block_moved(self, old: int, new: int) -> None:
         self.memory.tree.moved(old, new)
         for sequence in self.running:
             if old in sequence.block_table:

@@ -10,10 +10,10 @@ from afina.adapters.load_run import LoadedRun, load_run
 from afina.data.formats import SFTRow, read_table
 from afina.data.labeled import LabeledRow, read_labelled
 from afina.data.renderer import Renderer
+from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import classify_held_out
-from afina.evaluation.generate import answer
 from afina.evaluation.metrics import compute_metrics
 from afina.evaluation.policy_eval import evaluate_policy
 from afina.evaluation.preference_eval import HELD_OUT, eval_rows_file, evaluate_preferences
@@ -73,9 +73,13 @@ def evaluate(
         if asked:
             prompts = [example.token_ids[: example.prompt_length] for example in asked]
             answers[when] = [
-                a.text
-                for a in answer(
-                    base, renderer, prompts, SamplingParams(settings.max_new_tokens), route
+                completion.text
+                for completion in generate_completions(
+                    base,
+                    prompts,
+                    SamplingParams(settings.max_new_tokens),
+                    route,
+                    renderer.stop_token_ids,
                 )
             ]
             result[when] |= compute_metrics(

@@ -122,7 +122,6 @@ def _said(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> list[
 def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]:
     """`afina eval` of a run that learned from rewards, on its held-out prompts or on others: facts and sentences."""
     base, story = opened.causal_lm, opened.run
-    adapter = opened.adapters[0][0] if opened.adapters else None
     told = {
         name: value
         for name, value in story["settings"].items()
@@ -144,9 +143,8 @@ def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]
         for row in read_asked(file, {} if own else settings.columns).rows
     ]
     rewards = load_reward_functions(options, base, opened.template)
-    whole = adapter is not None and any(delta.replaces_base for delta in adapter.layers.values())
     longest = max(len(query.token_ids) for query in rows) + options.max_new_tokens
-    writer = PolicyGenerator(base, longest, renderer.stop_token_ids, whole)
+    writer = PolicyGenerator(base, longest, renderer.stop_token_ids)
     task = PolicyObjective(
         story["objective"], options, base, rows, rows, rewards, writer, BATCH_TOKENS, trained.seed
     )

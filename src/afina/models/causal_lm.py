@@ -15,7 +15,7 @@ from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.models.fast_llama import LINEAR_TYPES
 from afina.models.frozen import FrozenModel
 from afina.models.nf4 import LayerQuantization
-from afina.models.packed_attention import NAME, AttentionMetadata, Cache
+from afina.models.packed_attention import NAME, AttentionMetadata
 
 HEAD_CHUNK = 1024  # positions whose logits exist at a time where the output layer is adapted
 PROBE = 6  # tokens of the self-check at loading
@@ -63,6 +63,14 @@ class CausalLM(FrozenModel):
     def lm_head(self) -> nn.Module:
         """The output layer, from hidden states to logits."""
         return self.model.get_output_embeddings()
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """End-of-sequence tokens of the tokenizer and of the model's generation config."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        found = configured if isinstance(configured, list) else [configured]
+        every = [*found, self.tokenizer.eos_token_id]
+        return frozenset(token for token in every if token is not None)
 
     @property
     def softcap(self) -> float | None:
@@ -119,24 +127,21 @@ class CausalLM(FrozenModel):
         tokens: Tensor,
         positions: Tensor,
         bounds: tuple[int, ...] | AttentionMetadata,
-        cache: Cache | None = None,
     ) -> Tensor:
         """Last hidden states (T, d) of a flat run: tokens (T), positions (T) within each sequence.
 
         A `Flat` in the place of the bounds says more about the run; only a base that is `flat` can read it.
         """
         decoder = self.model.base_model
-        flat = bounds if isinstance(bounds, AttentionMetadata) else AttentionMetadata(bounds, cache)
-        bounds = flat.cu_seqlens
+        flat = bounds if isinstance(bounds, AttentionMetadata) else AttentionMetadata(bounds)
         if self.supports_packing:
-            states = decoder(
+            return decoder(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=flat
             ).last_hidden_state[0]
-            if cache is not None:
-                cache.advance(bounds)
-            return states
         return self._one_by_one(
-            lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state, tokens, bounds
+            lambda ids: decoder(input_ids=ids, use_cache=False).last_hidden_state,
+            tokens,
+            flat.cu_seqlens,
         )
 
     def layer_hidden_states(
@@ -172,40 +177,39 @@ class CausalLM(FrozenModel):
 
     def next_token_logits(
         self,
-        tokens: Tensor,
-        positions: Tensor,
-        bounds: tuple[int, ...],
-        cache: Cache | None = None,
+        tokens: Tensor,  # (num_tokens,)
+        positions: Tensor,  # (num_tokens,)
+        bounds: tuple[int, ...] | AttentionMetadata,
         wanted: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits (sequences, V) in float32 after the last token of each sequence of a flat run, or of those `wanted`."""
-        last = (
-            [end - 1 for end in bounds[1:]]
-            if wanted is None
-            else [bounds[sequence + 1] - 1 for sequence in wanted]
-        )
-        if self._split_head:
-            hidden = self.hidden_states(tokens, positions, bounds, cache)[
-                torch.tensor(last, dtype=torch.int64, device=tokens.device)
-            ]
-            with self.forward_context.use(self.forward_context.segments.select(last)):
-                return self.logits(hidden)
-        return self._whole(tokens, positions, bounds, cache)[last]
+        """Return float32 logits `(num_sequences, vocab_size)` after the last token of each sequence.
+
+        Args:
+            bounds: cumulative sequence lengths, or attention metadata with a KV cache.
+            wanted: indices of the sequences to return; None returns all.
+        """
+        ends = bounds.cu_seqlens if isinstance(bounds, AttentionMetadata) else bounds
+        chosen = range(len(ends) - 1) if wanted is None else wanted
+        last = [ends[sequence + 1] - 1 for sequence in chosen]
+        if not self._split_head:
+            return self._whole(tokens, positions, bounds)[last]
+        index = torch.tensor(last, dtype=torch.int64, device=tokens.device)
+        hidden = self.hidden_states(tokens, positions, bounds)[index]
+        with self.forward_context.use(self.forward_context.segments.select(last)):
+            return self.logits(hidden)
 
     def _whole(
-        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], cache: Cache | None = None
+        self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...] | AttentionMetadata
     ) -> Tensor:
-        """All logits (T, V) as the model's own forward gives them."""
+        """Return float32 logits `(num_tokens, vocab_size)` of the model's own forward pass."""
+        flat = bounds if isinstance(bounds, AttentionMetadata) else AttentionMetadata(bounds)
         if self.supports_packing:
-            flat = AttentionMetadata(bounds, cache)
-            whole = self.model(
+            output = self.model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, flat=flat
             )
-            if cache is not None:
-                cache.advance(bounds)
-            return whole.logits[0].float()
+            return output.logits[0].float()
         return self._one_by_one(
-            lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, bounds
+            lambda ids: self.model(input_ids=ids, use_cache=False).logits, tokens, flat.cu_seqlens
         ).float()
 
     def _one_by_one(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from afina.kernels.varlen_attention import causal_attention, fast, varlen_attention
-from afina.models.paged_kv import KVShapeProbe, PagedKVCache
+from afina.models.paged_kv import KVShapeProbe, PagedKV
 
 NAME = "afina"
 
@@ -46,7 +46,7 @@ class AttentionMetadata:
     """
 
     cu_seqlens: tuple[int, ...]
-    cache: "Cache | None" = None
+    cache: PagedKV | KVShapeProbe | None = None
     sequence_spans: tuple[Pieces, ...] = ()
     before: PrefixKV | None = None
     captured_kv: PrefixKV | None = None
@@ -106,43 +106,6 @@ class AttentionMetadata:
             bounds,
             torch.tensor([at for _, at in sorted(own)]),
         )
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values of a batch of sequences, one padded buffer a layer: (sequences, kv_heads, capacity, head_dim).
-
-    `lengths` counts the tokens that are already in; it moves on when the whole forward is done (`advance`).
-    """
-
-    capacity: int
-    lengths: list[int]
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def buffers(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's buffers, made at first use in the shape and dtype of `keys` and `values`."""
-        if layer not in self.layers:
-            shape = (len(self.lengths), keys.shape[1], self.capacity)
-            self.layers[layer] = (
-                keys.new_zeros(*shape, keys.shape[-1]),
-                values.new_zeros(*shape, values.shape[-1]),
-            )
-        return self.layers[layer]
-
-    def advance(self, bounds: tuple[int, ...]) -> None:
-        """Count the tokens that the last forward put in."""
-        self.lengths = [
-            n + end - start for n, (start, end) in zip(self.lengths, pairwise(bounds), strict=True)
-        ]
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all sequences but `rows`."""
-        index = torch.tensor(rows)
-        self.lengths = [self.lengths[i] for i in rows]
-        self.layers = {n: (k[index], v[index]) for n, (k, v) in self.layers.items()}
-
-
-Cache = KeyValueCache | PagedKVCache | KVShapeProbe
 
 
 def _allowed(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -207,35 +170,15 @@ def flat_attention(
             "flat attention needs its boundaries: this model family did not pass `flat` on"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache = flat.cache
-    if isinstance(cache, PagedKVCache | KVShapeProbe):
+    if flat.cache is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        return cache.attend(
+        return flat.cache.attend(
             layer, query, key, value, flat.cu_seqlens, scaling, sliding_window, softcap
         ), None
-    if cache is not None and len(flat.cu_seqlens) - 1 == query.shape[2]:
-        return _decode(module, query, key, value, cache, scaling, sliding_window, softcap), None
-    if cache is None:
-        run = _with_before(module, query, key, value, flat)
-        if softcap is None and not dropout and fast(query, key, value):
-            return _end_to_end(*run, query.shape[-1], flat, scaling, sliding_window), None
-        return _grouped(
-            *run, query.shape[-1], flat, scaling, sliding_window, softcap, dropout
-        ), None
-    outputs = []
-    keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    for row, (start, end) in enumerate(pairwise(flat.cu_seqlens)):
-        past = cache.lengths[row]
-        now = past + end - start
-        keys[row, :, past:now], values[row, :, past:now] = (
-            key[0, :, start:end],
-            value[0, :, start:end],
-        )
-        plain = past == 0 and _within(now, sliding_window)
-        allowed = None if plain else _allowed(end - start, now, sliding_window, query.device)
-        k, v = keys[row : row + 1, :, :now], values[row : row + 1, :, :now]
-        outputs.append(_attend(query[:, :, start:end], k, v, allowed, scaling, softcap, 0.0))
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    run = _with_before(module, query, key, value, flat)
+    if softcap is None and not dropout and fast(query, key, value):
+        return _end_to_end(*run, query.shape[-1], flat, scaling, sliding_window), None
+    return _grouped(*run, query.shape[-1], flat, scaling, sliding_window, softcap, dropout), None
 
 
 def _with_before(
@@ -311,39 +254,6 @@ def _grouped(
     together = torch.cat(outputs)
     in_order = len(groups) == 1 and bool((order == torch.arange(len(order))).all())
     return (together if in_order else together.index_select(0, order.to(query.device)))[None]
-
-
-def _decode(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: KeyValueCache,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One new token of every sequence at once, over the padded buffers."""
-    keys, values = cache.buffers(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    rows = torch.arange(query.shape[2], device=query.device)
-    at = torch.tensor(cache.lengths, device=query.device)
-    keys[rows, :, at], values[rows, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    longest = max(cache.lengths) + 1
-    key_position = torch.arange(longest, device=query.device)
-    allowed = key_position <= at[:, None]
-    if window is not None:
-        allowed &= key_position > at[:, None] - window
-    query = query[0].transpose(0, 1)[:, :, None]  # (sequences, heads, 1, head_dim)
-    out = _attend(
-        query,
-        keys[:, :, :longest],
-        values[:, :, :longest],
-        allowed[:, None, None],
-        scaling,
-        softcap,
-        0.0,
-    )
-    return out.transpose(1, 2).transpose(0, 1)  # (1, sequences, heads, head_dim)
 
 
 AttentionInterface.register(NAME, flat_attention)

@@ -1,23 +1,27 @@
-"""Keys and values on pages of a pool: what a forward of the serving engine carries beside its boundaries."""
+"""Keys and values of one forward pass in blocks of the engine's pool."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from afina.kernels.paged_attention import paged_attention, paged_write
 
 
 @dataclass
-class PagedKVCache:
-    """Where each token of a flat run puts its keys and values, and where each sequence finds those before.
+class PagedKV:
+    """Where a forward pass writes keys and values, and where it finds those of earlier tokens.
 
-    `layers` are the pool's views, (pages, 2, kv_heads, page_size, head_dim) each; `slots` (T) int64; `pasts` tokens that are
-    in already, a sequence; `tables` (sequences, most pages) int32.
+    Attributes:
+        layers: the pool's view of each attention layer, by `layer_idx`:
+            `(num_blocks, 2, num_kv_heads, block_size, head_dim)`.
+        slot_mapping: int64 `(num_tokens,)`, `block * block_size + offset` of each new token.
+        pasts: number of earlier tokens of each sequence.
+        tables: int32 `(num_sequences, max_blocks)`, the block table of each sequence.
     """
 
-    layers: list[Tensor]
+    layers: dict[int, Tensor]
     slot_mapping: Tensor
     pasts: list[int]
     tables: Tensor
@@ -25,38 +29,54 @@ class PagedKVCache:
     def attend(
         self,
         layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bounds: tuple[int, ...],
+        query: Tensor,  # (1, num_heads, num_tokens, head_dim)
+        key: Tensor,  # (1, num_kv_heads, num_tokens, head_dim)
+        value: Tensor,  # (1, num_kv_heads, num_tokens, value_dim)
+        cu_seqlens: tuple[int, ...],
         scaling: float,
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention of query (1, heads, T, head_dim) after key and value went in: (1, T, heads, head_dim)."""
-        kv = self.layers[layer]
-        paged_write(key[0].transpose(0, 1), value[0].transpose(0, 1), kv, self.slot_mapping)
-        queries = query[0].transpose(0, 1)
-        return paged_attention(
-            queries, kv, bounds, self.pasts, self.tables, scaling, window, softcap
-        )[None]
+        """Write keys and values to the pool; return attention `(1, num_tokens, num_heads, value_dim)`.
 
-    def advance(self, bounds: tuple[int, ...]) -> None:
-        """Nothing to count: the scheduler does."""
+        Keys and values of different widths (multi-head latent attention) share the wider one:
+        zeros in a key change no score, and zeros in a value are cut from the result.
+        """
+        kv, value_dim = self.layers[layer], value.shape[-1]
+        query, key, value = (
+            x[0].transpose(0, 1) if x.shape[-1] == kv.shape[-1] else _widen(x, kv.shape[-1])
+            for x in (query, key, value)
+        )
+        paged_write(key, value, kv, self.slot_mapping)
+        out = paged_attention(
+            query, kv, cu_seqlens, self.pasts, self.tables, scaling, window, softcap
+        )
+        return out[None, ..., :value_dim]
+
+
+def _widen(x: Tensor, width: int) -> Tensor:  # x: (1, num_heads, num_tokens, head_dim)
+    """Return x as `(num_tokens, num_heads, width)`, zeros after its own head_dim."""
+    return F.pad(x[0].transpose(0, 1), (0, width - x.shape[-1]))
 
 
 @dataclass
 class KVShapeProbe:
-    """Stands for a cache in one forward, and notes what each layer would keep: (kv_heads, head_dim)."""
+    """Stand-in for `PagedKV` that records the key and value shape of each attention layer.
+
+    Attributes:
+        shapes: `(num_kv_heads, head_dim)` by `layer_idx`; the wider of key and value counts.
+    """
 
     shapes: dict[int, tuple[int, int]]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-        """Zeros in the shape of the answer."""
-        if key.shape != value.shape:
-            raise ValueError("keys and values of different widths")
-        self.shapes[layer] = (key.shape[1], key.shape[3])
-        return torch.zeros_like(query).transpose(1, 2)
-
-    def advance(self, bounds: tuple[int, ...]) -> None:
-        """Nothing to count."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # (1, num_heads, num_tokens, head_dim)
+        key: Tensor,  # (1, num_kv_heads, num_tokens, head_dim)
+        value: Tensor,  # (1, num_kv_heads, num_tokens, value_dim)
+        *others: Any,
+    ) -> Tensor:
+        """Record the layer's shape; return zeros `(1, num_tokens, num_heads, value_dim)`."""
+        self.shapes[layer] = (key.shape[1], max(key.shape[3], value.shape[3]))
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])

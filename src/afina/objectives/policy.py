@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.data.packing import IGNORE_INDEX, PackedBatch, group_by_length, pack_examples
 from afina.data.prompts import PromptRow
 from afina.data.renderer import Example
+from afina.engine.request import Completion
 from afina.errors import TrainingError
 from afina.io.atomic import write_json
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.objectives.base import Total, no_reduce, train_sample
+from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.policy_losses import (
     clipped_losses,
     gae,
@@ -44,30 +46,6 @@ from afina.settings import PolicyOptions
 
 SHOWN = 4  # answers kept at each check
 ANSWERS = "answers"  # the folder of these
-
-
-@dataclass(frozen=True)
-class Written:
-    """An answer: its tokens with the one that ended it, its text without, and whether it ended by itself."""
-
-    token_ids: list[int]
-    text: str
-    ended_by_stop: bool
-
-
-class Writer(Protocol):
-    """Who writes answers."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seed: int,
-        max_new_tokens: int,
-        temperature: float,
-        route: ActiveAdapters | None,
-        run: str,
-    ) -> list[Written]:
-        """An answer to each prompt under `route`; prompt i draws with `seed` + i. Nothing is shared between two `run`s."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +108,7 @@ class PolicyObjective:
         train: list[TokenizedPrompt],
         held: list[TokenizedPrompt],
         rewards: RewardFunctions,
-        writer: Writer,
+        writer: PolicyGenerator,
         batch_tokens: int,
         seed: int,
     ) -> None:
@@ -391,7 +369,7 @@ class PolicyObjective:
         rows: Sequence[TokenizedPrompt],
         route: ActiveAdapters | None,
         temperature: float = 0.0,
-    ) -> tuple[list[Written], list[Example], dict[str, Tensor]]:
+    ) -> tuple[list[Completion], list[Example], dict[str, Tensor]]:
         """An answer to each prompt, the likeliest tokens or sampled; as tokens; and its reward with the parts of it."""
         written = self._write(
             rows, self._seed_of("judged"), temperature, route, f"judged {self._at} {route}"
@@ -456,7 +434,7 @@ class PolicyObjective:
         temperature: float,
         route: ActiveAdapters | None,
         run: str,
-    ) -> list[Written]:
+    ) -> list[Completion]:
         begin, prompts = time.perf_counter(), [query.token_ids for query in rows]
         written = self.writer.generate(
             prompts, seed, self.options.max_new_tokens, temperature, route, run
@@ -473,7 +451,7 @@ class PolicyObjective:
         return told
 
 
-def _example(query: TokenizedPrompt, answer: Written) -> Example:
+def _example(query: TokenizedPrompt, answer: Completion) -> Example:
     labels = [False] * len(query.token_ids) + [True] * len(answer.token_ids)
     return Example(
         query.where,
@@ -484,7 +462,7 @@ def _example(query: TokenizedPrompt, answer: Written) -> Example:
     )
 
 
-def _facts(written: Sequence[Written]) -> dict[str, Any]:
+def _facts(written: Sequence[Completion]) -> dict[str, Any]:
     return {
         "length": torch.tensor([float(len(answer.token_ids)) for answer in written]),
         "stopped": torch.tensor([float(answer.ended_by_stop) for answer in written]),

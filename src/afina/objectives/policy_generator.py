@@ -1,40 +1,45 @@
-"""Answers of a policy that is being trained, written by the serving engine in the same process: the weights are shared.
+"""Completions of a policy that is being trained, by an engine in the same process.
 
-The adapter is lent to the engine before each batch of answers and taken back after it, so that nothing that its former numbers
-made is read. Families whose attention cannot be paged, and trained weights, which act alone, are written for plainly.
+The weights are shared: the adapter is added to the engine before each batch of completions and
+removed after it, so that keys and values of its former weights are never read.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from afina.adapters.active import ActiveAdapters
-from afina.engine.block_pool import BLOCK_SIZE
-from afina.engine.detokenizer import detokenize
-from afina.engine.engine import Engine, EngineConfig, run_to_completion
-from afina.engine.model_runner import kv_layer_shapes
-from afina.engine.request import AdapterWeight, GenerationRequest, SamplingParams
+from afina.engine.config import MAX_NUM_SEQS, EngineConfig, block_bytes, blocks_for_lengths
+from afina.engine.engine import Engine
+from afina.engine.kv_cache import select_cache
+from afina.engine.request import Completion, SamplingParams
 from afina.errors import BaseError, TrainingError
-from afina.evaluation.generate import generate_tokens, stop_token_ids
 from afina.models.causal_lm import CausalLM
-from afina.objectives.policy import Written
 
-MEMORY = 1 << 30  # bytes for keys and values, where more could be used
-RUNNING = 64
+MAX_POOL_BYTES = 1 << 30  # keys and values; more only where one sequence needs it
+MIN_SPARE_BLOCKS = 4  # in addition to the blocks of one sequence
 
 
 class PolicyGenerator:
-    """Writes answers on a base. `longest`: tokens of a prompt and its answer; `whole`: what learns takes the layers' place."""
+    """Engine for rollouts on a base.
 
-    def __init__(
-        self, base: CausalLM, longest: int, stops: frozenset[int], whole: bool = False
-    ) -> None:
-        self.base, self.stop_token_ids = base, stops
-        self._engine = None if whole else _engine(base, longest)
+    Args:
+        max_length: tokens of a prompt and its completion.
+        stop_token_ids: tokens that end a completion in addition to the base's own.
+    """
+
+    def __init__(self, base: CausalLM, max_length: int, stop_token_ids: frozenset[int]) -> None:
+        self.base, self.stop_token_ids = base, stop_token_ids
+        cache = select_cache(base)
+        size = block_bytes(base, cache)
+        alone = blocks_for_lengths([max_length], cache) + MIN_SPARE_BLOCKS
+        wanted = blocks_for_lengths([max_length] * MAX_NUM_SEQS, cache)
+        blocks = min(wanted, max(MAX_POOL_BYTES // size, alone))
+        config = EngineConfig(pool_bytes=blocks * size, max_num_waiting=1 << 20)
+        self._engine = Engine(base, config, cache)
 
     @property
     def memory(self) -> int:
-        """Bytes that keys and values take."""
-        return 0 if self._engine is None else self._engine.settings.pool_bytes
+        """Size of the pool of keys and values in bytes."""
+        return self._engine.settings.pool_bytes if self._engine.cache.keeps_tokens else 0
 
     def generate(
         self,
@@ -42,71 +47,23 @@ class PolicyGenerator:
         seed: int,
         max_new_tokens: int,
         temperature: float,
-        route: ActiveAdapters | None,
+        active: ActiveAdapters | None,
         run: str,
-    ) -> list[Written]:
-        """An answer to each prompt under `route`; prompt i draws with `seed` + i. Nothing is shared between two `run`s.
+    ) -> list[Completion]:
+        """Return a completion of each prompt; prompt i draws with `seed` + i.
 
-        Raises `TrainingError` where the engine cannot answer one.
+        Args:
+            run: cached blocks of different runs are never shared.
+
+        Raises:
+            TrainingError: the engine could not complete a prompt.
         """
-        if self._engine is None:
-            sampling = SamplingParams(max_new_tokens, temperature, seed=seed)
-            tokens = generate_tokens(self.base, prompts, sampling, route, stops=self.stop_token_ids)
-        else:
-            tokens = self._run(
-                self._engine, prompts, seed, SamplingParams(max_new_tokens, temperature), route, run
-            )
-        ends = stop_token_ids(self.base) | self.stop_token_ids
-        return [self._written(answer, ends) for answer in tokens]
-
-    def _run(
-        self,
-        engine: Engine,
-        prompts: Sequence[Sequence[int]],
-        seed: int,
-        sampling: SamplingParams,
-        route: ActiveAdapters | None,
-        run: str,
-    ) -> list[list[int]]:
-        acting = () if route is None else route.apart()
-        parts = tuple(AdapterWeight(engine.shelf.add_live(one), one.weight) for one in acting)
-        requests = [
-            GenerationRequest(
-                tuple(prompt),
-                replace(sampling, seed=seed + number),
-                parts,
-                owner=run,
-                stop_token_ids=self.stop_token_ids,
-            )
-            for number, prompt in enumerate(prompts)
-        ]
+        sampling = SamplingParams(max_new_tokens, temperature, seed=seed)
         try:
-            answers = run_to_completion(engine, requests)
-        finally:
-            for part in parts:
-                engine.shelf.remove_live(part.adapter)
-        for _, _, event in answers:
-            if event.finish_reason == "error":
-                raise TrainingError(
-                    "an answer could not be written", where=self.base.name, why=event.error
-                )
-        return [tokens for _, tokens, _ in answers]
-
-    def _written(self, tokens: list[int], ends: set[int] | frozenset[int]) -> Written:
-        stopped = bool(tokens) and tokens[-1] in ends
-        text = detokenize(self.base.tokenizer, tokens[:-1] if stopped else tokens, ())
-        return Written(tokens, text.strip(), stopped)
-
-
-def _engine(base: CausalLM, longest: int) -> Engine | None:
-    """An engine with room for as many answers at once as it runs, or for what a GB holds; None where the family has none."""
-    try:
-        page = sum(layer.numel_per_block for layer in kv_layer_shapes(base)) * base.dtype.itemsize
-        one = -(-longest // BLOCK_SIZE) + 1
-        pages = min(RUNNING * one, max(MEMORY // page, one + 4))
-        settings = EngineConfig(
-            pool_bytes=max(4, pages) * page, max_num_seqs=RUNNING, max_num_waiting=1 << 20
-        )
-        return Engine(base, settings)
-    except BaseError:
-        return None
+            return self._engine.generate(
+                prompts, sampling, active, stop_token_ids=self.stop_token_ids, owner=run
+            )
+        except BaseError as error:
+            raise TrainingError(
+                "a completion could not be generated", where=error.where, why=error.why
+            ) from error

@@ -15,10 +15,10 @@ from afina.adapters.presets import get_preset
 from afina.adapters.segments import Segments
 from afina.data.packing import IGNORE_INDEX, PackedBatch, group_by_length, pack_examples
 from afina.data.renderer import Example
+from afina.engine.config import MAX_NUM_SEQS
 from afina.errors import pluralize
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.objectives.policy import PolicyObjective
-from afina.objectives.policy_generator import RUNNING, PolicyGenerator
 from afina.objectives.preference import PairwiseObjective, PreferenceObjective
 from afina.objectives.reference import segments_for
 from afina.objectives.reward_model import RewardModelObjective
@@ -54,7 +54,7 @@ class GenerationCost:
 
     def seconds(self, step: StepCost, rates: MachineRates) -> float:
         """Reading the prompts, then a pass for each token of as many answers as the engine runs at once."""
-        rows = min(self.answers, RUNNING)
+        rows = min(self.answers, MAX_NUM_SEQS)
         load = Workload.full(rows, rows)
         length = self.prompt + self.new_tokens / 2
         decode = step.forward(replace(load, mean_length=length), rates)
@@ -186,8 +186,7 @@ def _rewards(setup: RunSetup, task: PolicyObjective, step: StepCost, frozen: flo
     each = load.mean_tokens * load.num_micro_batches
     answers, mean = len(queries) * task.group, sum(prompts) / len(prompts)
     held = sum(len(query.token_ids) for query in task.eval_rows)
-    writer = task.writer
-    memory = writer.memory if isinstance(writer, PolicyGenerator) else 0
+    memory = task.writer.memory
     looks = 1 + task.needs_old_logprobs
     return StepExtras(
         load,

@@ -78,7 +78,7 @@ class EngineCollector:
             "afina_adapter_load_seconds", "How long its last loading took", labels=labels
         )
         size = GaugeMetricFamily("afina_adapter_bytes", "Its size", labels=labels)
-        for entry in self.engine.shelf.list_adapters():
+        for entry in self.engine.registry.list_adapters():
             for name in STATES:
                 state.add_metric([entry.name, name], float(entry.state == name))
             for family, value in (

@@ -47,7 +47,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any
         server_header=False,
     )
     state.worker.start(state)
-    count = len(state.engine.shelf.list_adapters())
+    count = len(state.engine.registry.list_adapters())
     LOG.info(
         "serving",
         extra={
@@ -95,7 +95,7 @@ def build_server(settings: ServeSettings) -> ServerState:
         limits=RateLimiter(settings.max_requests_per_key, settings.max_tokens_per_minute),
         metrics=ServerMetrics(engine, name),
         worker=JobWorker(settings, store),
-        choosing=ServedAdapterRouter(base, renderer, engine.shelf),
+        choosing=ServedAdapterRouter(base, renderer, engine.registry),
     )
     _fill(state)
     engine.start()
@@ -128,7 +128,7 @@ def close(state: ServerState) -> None:
 
 def _fill(state: ServerState) -> None:
     """Adapters as they were when the server stopped, then those of the folders that it was given."""
-    shelf = state.engine.shelf
+    shelf = state.engine.registry
     for row in state.store.query(AdapterRow):
         try:
             shelf.add(row.name, Path(row.folder), row.owner)
@@ -158,8 +158,8 @@ def _place(state: ServerState, folder: Path) -> None:
         raise SettingsError(
             f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder"
         )
-    if state.engine.shelf.get(name) is None:
-        state.engine.shelf.add(name, folder)
+    if state.engine.registry.get(name) is None:
+        state.engine.registry.add(name, folder)
 
 
 def _fits(state: ServerState, folder: Path) -> bool:

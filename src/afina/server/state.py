@@ -87,13 +87,13 @@ class ServerState:
 
     def visible_adapter(self, caller: Principal, name: str) -> RegisteredAdapter | None:
         """The adapter of this name, if there is one that the caller may see."""
-        entry: RegisteredAdapter | None = self.engine.shelf.get(name)
+        entry: RegisteredAdapter | None = self.engine.registry.get(name)
         return entry if entry is not None and caller.can_see(entry.owner) else None
 
     def entries(self, caller: Principal) -> list[RegisteredAdapter]:
         """The adapters that the caller may see, by name."""
         return sorted(
-            (e for e in self.engine.shelf.list_adapters() if caller.can_see(e.owner)),
+            (e for e in self.engine.registry.list_adapters() if caller.can_see(e.owner)),
             key=lambda entry: entry.name,
         )
 

@@ -187,7 +187,7 @@ class JobWorker:
 
     def _serve(self, name: str, folder: Path, owner: str | None, *rows: Any) -> None:
         """The adapter in `folder` answers as `name` from now on, also after a restart."""
-        shelf = self.state.engine.shelf
+        shelf = self.state.engine.registry
         if shelf.get(name) is None:
             shelf.add(name, folder, owner)
         with self.store.write() as session:
@@ -195,7 +195,7 @@ class JobWorker:
             session.add_all(rows)
 
     def _withdraw(self, name: str) -> None:
-        self.state.engine.shelf.remove(name)
+        self.state.engine.registry.remove(name)
         with self.store.write() as session:
             session.execute(delete(AdapterRow).where(AdapterRow.name == name))
 

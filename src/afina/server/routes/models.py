@@ -163,7 +163,7 @@ def replace(name: str, asked: ReplaceAsked, request: Request, caller: Admin) -> 
     _known(state, name)
     folder = resolve_adapter_path(state, asked.folder)
     try:
-        entry = state.engine.shelf.replace(name, folder)
+        entry = state.engine.registry.replace(name, folder)
     except (AdapterError, AuditError) as error:
         raise to_api_error(error, "folder") from None
     with state.store.write() as session:
@@ -177,7 +177,7 @@ def rename(name: str, asked: RenameAsked, request: Request, caller: Admin) -> di
     state = get_state(request)
     _known(state, name)
     try:
-        entry = state.engine.shelf.rename(name, asked.name)
+        entry = state.engine.registry.rename(name, asked.name)
     except AdapterError as error:
         raise to_api_error(error, "name") from None
     with state.store.write() as session:
@@ -206,21 +206,21 @@ def register_adapter(
     if name == state.base_name:
         raise APIError(400, f"{name} is the base", "name")
     try:
-        entry = state.engine.shelf.add(name, adapter_folder(folder), owner)
+        entry = state.engine.registry.add(name, adapter_folder(folder), owner)
     except (AdapterError, AuditError) as error:
         raise to_api_error(error, "folder") from None
     try:
         with state.store.write() as session:
             session.merge(AdapterRow(name=name, folder=str(folder), owner=owner))
     except BaseException:
-        state.engine.shelf.remove(name)
+        state.engine.registry.remove(name)
         raise
     return entry
 
 
 def _remove(state: ServerState, name: str) -> None:
     try:
-        state.engine.shelf.remove(name)
+        state.engine.registry.remove(name)
     except AdapterError as error:
         raise to_api_error(error, "name") from None
     with state.store.write() as session:
@@ -230,7 +230,7 @@ def _remove(state: ServerState, name: str) -> None:
 
 
 def _known(state: ServerState, name: str) -> None:
-    if state.engine.shelf.get(name) is None:
+    if state.engine.registry.get(name) is None:
         raise not_found("adapter", name)
 
 

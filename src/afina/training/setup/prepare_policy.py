@@ -1,7 +1,6 @@
 """From settings to a language model, prompts to answer on it, and who judges the answers."""
 
 from afina.adapters.active import last_start
-from afina.adapters.base import get_method
 from afina.adapters.presets import get_preset
 from afina.data.packing import train_eval_split
 from afina.data.prompts import PromptRow, prompt_key, read_asked
@@ -59,7 +58,6 @@ def prepare_policy(settings: TrainSettings, base: CausalLM | None) -> PreparedDa
         for rows in _split(settings, table.rows, skipped)
     )
     longest = max(len(query.token_ids) for query in (*train, *held)) + options.max_new_tokens
-    whole = get_method(get_preset(settings.method, 1).method).replaces_base
     task = PolicyObjective(
         settings.objective,
         options,
@@ -67,7 +65,7 @@ def prepare_policy(settings: TrainSettings, base: CausalLM | None) -> PreparedDa
         train,
         held,
         rewards,
-        PolicyGenerator(base, longest, renderer.stop_token_ids, whole),
+        PolicyGenerator(base, longest, renderer.stop_token_ids),
         settings.max_tokens_per_batch,
         settings.seed,
     )
