@@ -234,7 +234,7 @@ class EventStream(StreamingResponse):
 
 def requests_for(
     state: ServerState,
-    asked: SamplingRequest,
+    body: SamplingRequest,
     chosen: ResolvedModel,
     prompts: Sequence[Sequence[int]],
     most: int | None,
@@ -253,8 +253,8 @@ def requests_for(
             )
         limit = most or context - len(prompt)
         sampling: list[SamplingParams] = [
-            asked.to_sampling_params(limit, state.base.vocab_size, choice, **more)
-            for choice in range(asked.n)
+            body.to_sampling_params(limit, state.base.vocab_size, choice, **more)
+            for choice in range(body.n)
         ]
         request = GenerationRequest(
             tuple(prompt),

@@ -85,7 +85,7 @@ def _tokens_of(settings: TrainSettings, rows: int) -> int:
         Renderer(tokenizer, settings.chat_template, 1 << 30),
         read_table(settings.data),
     )
-    lengths = [len(example.tokens) for row in table.rows for example in _examples(renderer, row)]
+    lengths = [len(example.token_ids) for row in table.rows for example in _examples(renderer, row)]
     return max(1, round(rows * sum(lengths) / max(1, len(lengths))))
 
 

@@ -20,24 +20,24 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
-async def chat(asked: ChatCompletionRequest, request: Request) -> Response:
+async def chat(body: ChatCompletionRequest, request: Request) -> Response:
     """Go on with a conversation."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
-    model = requested_model(request, asked.model)
-    messages = [message.plain() for message in asked.messages]
+    model = requested_model(request, body.model)
+    messages = [message.plain() for message in body.messages]
     prompt = await state.run_in_tokenizer_thread(lambda: state.renderer.prompt(messages))
     chosen = await state.run_in_tokenizer_thread(lambda: state.resolve_model(caller, model, prompt))
-    log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}
-    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    most = asked.max_completion_tokens or asked.max_tokens
+    log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    most = body.max_completion_tokens or body.max_tokens
     requests = requests_for(
         state,
-        asked,
+        body,
         chosen,
         [prompt],
         most,
         logprobs=logprobs,
-        schema=asked.response_format.json_schema_or_none(),
+        json_schema=body.response_format.json_schema_or_none(),
     )
     answers = await CompletionStream.start(state, caller, chosen, requests, log)
     head = {
@@ -45,32 +45,32 @@ async def chat(asked: ChatCompletionRequest, request: Request) -> Response:
         "created": int(time.time()),
         "model": chosen.label,
     }
-    if asked.stream:
-        return EventStream(answers, _stream(state, asked, answers, head), chosen.headers)
+    if body.stream:
+        return EventStream(answers, _stream(state, body, answers, head), chosen.headers)
     written = await answers.collect(request.receive)
     choices = [
         {
             "index": number,
             "message": {"role": "assistant", "content": one.text, "refusal": None},
-            "logprobs": chat_logprobs(state.base, one.logprobs) if asked.logprobs else None,
+            "logprobs": chat_logprobs(state.base, one.logprobs) if body.logprobs else None,
             "finish_reason": one.finish,
         }
         for number, one in enumerate(written)
     ]
-    body = head | {"object": "chat.completion", "choices": choices, "usage": answers.usage()}
+    payload = head | {"object": "chat.completion", "choices": choices, "usage": answers.usage()}
     return JSONResponse(
-        body | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
+        payload | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
     )
 
 
 async def _stream(
     state: ServerState,
-    asked: ChatCompletionRequest,
+    body: ChatCompletionRequest,
     answers: CompletionStream,
     head: dict[str, Any],
 ) -> AsyncIterator[str]:
     """The chunks: who speaks, then text as it comes, then why it ended; at last the usage, where it is wanted."""
-    counts = asked.stream_options is not None and asked.stream_options.include_usage
+    counts = body.stream_options is not None and body.stream_options.include_usage
     head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if counts else {})
     if answers.chosen.choice:
         head["afina"] = answers.chosen.choice
@@ -81,12 +81,12 @@ async def _stream(
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return sse(head | {"choices": [choice]})
 
-    for number in range(asked.n):
+    for number in range(body.n):
         yield chunk(number, {"role": "assistant", "content": "", "refusal": None})
     try:
         async for number, event in answers.events():
             if event.text or event.logprobs:
-                told = chat_logprobs(state.base, event.logprobs) if asked.logprobs else None
+                told = chat_logprobs(state.base, event.logprobs) if body.logprobs else None
                 yield chunk(number, {"content": event.text}, told)
             if event.finish_reason is not None:
                 yield chunk(number, {}, finish=event.finish_reason)

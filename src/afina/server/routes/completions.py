@@ -20,18 +20,18 @@ router = APIRouter()
 
 
 @router.post("/v1/completions")
-async def complete(asked: CompletionRequest, request: Request) -> Response:
+async def complete(body: CompletionRequest, request: Request) -> Response:
     """Go on with each of the prompts, n times."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
-    model, prompts = requested_model(request, asked.model), prompts_of(asked.prompt)
+    model, prompts = requested_model(request, body.model), prompts_of(body.prompt)
     tokens = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts))
     chosen = await state.run_in_tokenizer_thread(
         lambda: state.resolve_model(caller, model, tokens[0])
     )
-    log |= {"user": asked.safety_identifier or asked.user, "stream": asked.stream or None}
-    requests = requests_for(state, asked, chosen, tokens, asked.max_tokens, logprobs=asked.logprobs)
+    log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
+    requests = requests_for(state, body, chosen, tokens, body.max_tokens, logprobs=body.logprobs)
     echoes = [
-        _echo(state, prompt) if asked.echo else "" for prompt in prompts for _ in range(asked.n)
+        _echo(state, prompt) if body.echo else "" for prompt in prompts for _ in range(body.n)
     ]
     answers = await CompletionStream.start(state, caller, chosen, requests, log)
     head = {
@@ -40,9 +40,9 @@ async def complete(asked: CompletionRequest, request: Request) -> Response:
         "created": int(time.time()),
         "model": chosen.label,
     }
-    if asked.stream:
+    if body.stream:
         return EventStream(
-            answers, _stream(state, asked, answers, head, echoes, len(prompts)), chosen.headers
+            answers, _stream(state, body, answers, head, echoes, len(prompts)), chosen.headers
         )
     written = await answers.collect(request.receive)
     choices = [
@@ -50,35 +50,35 @@ async def complete(asked: CompletionRequest, request: Request) -> Response:
             "index": number,
             "text": echoes[number] + one.text,
             "logprobs": text_logprobs(state.base, one.logprobs)
-            if asked.logprobs is not None
+            if body.logprobs is not None
             else None,
             "finish_reason": one.finish,
         }
         for number, one in enumerate(written)
     ]
-    body = head | {"choices": choices, "usage": answers.usage(len(prompts))}
+    payload = head | {"choices": choices, "usage": answers.usage(len(prompts))}
     return JSONResponse(
-        body | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
+        payload | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
     )
 
 
 async def _stream(
     state: ServerState,
-    asked: CompletionRequest,
+    body: CompletionRequest,
     answers: CompletionStream,
     head: dict[str, Any],
     echoes: list[str],
     prompts: int,
 ) -> AsyncIterator[str]:
     """The chunks of all answers, as they come."""
-    counts = asked.stream_options is not None and asked.stream_options.include_usage
+    counts = body.stream_options is not None and body.stream_options.include_usage
     head = head | ({"usage": None} if counts else {})
     offsets = [0] * len(echoes)
     try:
         async for number, event in answers.events():
             text, echoes[number] = echoes[number] + event.text, ""
             told = None
-            if asked.logprobs is not None:
+            if body.logprobs is not None:
                 told = text_logprobs(state.base, event.logprobs, offsets[number])
                 offsets[number] += sum(map(len, told["tokens"]))
             choice = {

@@ -20,21 +20,21 @@ router = APIRouter()
 
 
 @router.post("/v1/embeddings")
-async def embed(asked: EmbeddingRequest, request: Request) -> Response:
+async def embed(body: EmbeddingRequest, request: Request) -> Response:
     """One vector for each input; as base64, its numbers are float32, the lowest byte first."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
-    prompts = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts_of(asked.input)))
+    prompts = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts_of(body.input)))
     if longest := max(
         (len(tokens) for tokens in prompts if len(tokens) > state.base.max_positions), default=0
     ):
         message = f"an input has {longest:,} tokens; the base reads {state.base.max_positions:,}"
         raise APIError(400, message, "input", "context_length_exceeded")
-    model = requested_model(request, asked.model)
+    model = requested_model(request, body.model)
     chosen = await state.run_in_tokenizer_thread(
         lambda: state.resolve_model(caller, model, prompts[0])
     )
     used = sum(map(len, prompts))
-    log |= {"user": asked.user, "model": chosen.label, "prompt_tokens": used}
+    log |= {"user": body.user, "model": chosen.label, "prompt_tokens": used}
     with state.limits.running(caller):
         try:
             future = state.engine.embed([tuple(tokens) for tokens in prompts], chosen.parts)
@@ -54,24 +54,24 @@ async def embed(asked: EmbeddingRequest, request: Request) -> Response:
     state.limits.spend(caller, used)
     for name in state.metrics.models(chosen.names):
         state.metrics.read.labels(name).inc(used)
-    if asked.dimensions not in (None, len(vectors[0])):
+    if body.dimensions not in (None, len(vectors[0])):
         raise APIError(
             400,
             f"this base gives {len(vectors[0])} dimensions, and a part of them means nothing",
             "dimensions",
         )
     data = [
-        {"object": "embedding", "index": n, "embedding": _written(v, asked)}
+        {"object": "embedding", "index": n, "embedding": _written(v, body)}
         for n, v in enumerate(vectors)
     ]
     usage = {"prompt_tokens": used, "total_tokens": used}
-    body = {"object": "list", "data": data, "model": chosen.label, "usage": usage}
+    payload = {"object": "list", "data": data, "model": chosen.label, "usage": usage}
     return JSONResponse(
-        body | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
+        payload | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
     )
 
 
-def _written(vector: list[float], asked: EmbeddingRequest) -> Any:
-    if asked.encoding_format == "float":
+def _written(vector: list[float], body: EmbeddingRequest) -> Any:
+    if body.encoding_format == "float":
         return vector
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -64,29 +64,29 @@ def grader_of(state: ServerState, told: Any, param: str) -> Grader:
 
 
 @router.post("/v1/fine_tuning/alpha/graders/validate")
-def validate(asked: ValidateGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
+def validate(body: ValidateGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
     """The grader again, if it is one."""
-    grader_of(get_state(request), asked.grader, "grader")
-    return {"grader": asked.grader}
+    grader_of(get_state(request), body.grader, "grader")
+    return {"grader": body.grader}
 
 
 @router.post("/v1/fine_tuning/alpha/graders/run")
-def run(asked: RunGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
+def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
     """The number that the grader gives an answer, and those of its parts."""
-    grader = grader_of(get_state(request), asked.grader, "grader")
-    if len(json.dumps(asked.item)) > LONGEST:
+    grader = grader_of(get_state(request), body.grader, "grader")
+    if len(json.dumps(body.item)) > LONGEST:
         raise APIError(400, f"item: longer than {LONGEST:,} characters", "item")
     start, wrong, details = time.perf_counter(), dict.fromkeys(WRONG, False), None
     reward, parts = 0.0, dict[str, float]()
     try:
-        grader.check(asked.item, "item")
-        reward, parts = (_apart if grader.is_code else _here)(grader, asked)
+        grader.check(body.item, "item")
+        reward, parts = (_apart if grader.is_code else _here)(grader, body)
     except AfinaError as error:
         details = "; ".join(part for part in (error.where, error.what, error.why) if part)
         wrong["python_grader_runtime_error" if grader.is_code else "other_error"] = True
     metadata = {
         "name": grader.name,
-        "type": asked.grader["type"],
+        "type": body.grader["type"],
         "execution_time": time.perf_counter() - start,
         "scores": parts,
         "token_usage": None,
@@ -106,14 +106,14 @@ def run(asked: RunGraderRequest, request: Request, caller: Owner) -> dict[str, A
     }
 
 
-def _here(grader: Grader, asked: RunGraderRequest) -> tuple[float, dict[str, float]]:
-    return grader.grade(asked.model_sample, asked.item)
+def _here(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
+    return grader.grade(body.model_sample, body.item)
 
 
-def _apart(grader: Grader, asked: RunGraderRequest) -> tuple[float, dict[str, float]]:
+def _apart(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
     """The same by another process."""
     given = json.dumps(
-        {"grader": grader.definition, "answer": asked.model_sample, "item": asked.item}
+        {"grader": grader.definition, "answer": body.model_sample, "item": body.item}
     )
     command = [sys.executable, "-m", "afina.objectives.graders"]
     try:

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: adapters made from uploaded rows, while others are asked."""
+"""/v1/fine_tuning/jobs: adapters made from uploaded rows, while the server answers other requests."""
 
 import re
 import secrets
@@ -205,33 +205,33 @@ class CreateJobRequest(StrictRequest):
 
 
 @router.post("/v1/fine_tuning/jobs")
-def create(asked: CreateJobRequest, request: Request, caller: Owner) -> dict[str, Any]:
-    """Queue a job; its adapter will belong to who asked."""
+def create(body: CreateJobRequest, request: Request, caller: Owner) -> dict[str, Any]:
+    """Queue a job; its adapter belongs to the caller."""
     state = get_state(request)
-    if asked.model != state.base_name:
+    if body.model != state.base_name:
         raise APIError(
             400,
             f"adapters are made for the base, which is {state.base_name!r} here",
             "model",
             "model_not_found",
         )
-    training = find(state, caller, asked.training_file)
-    validation = find(state, caller, asked.validation_file) if asked.validation_file else None
+    training = find(state, caller, body.training_file)
+    validation = find(state, caller, body.validation_file) if body.validation_file else None
     name, seed = (
         f"ftjob-{uuid.uuid4().hex}",
-        secrets.randbits(31) if asked.seed is None else asked.seed,
+        secrets.randbits(31) if body.seed is None else body.seed,
     )
-    told = asked.method.to_response if asked.hyperparameters is None else asked.hyperparameters
-    how = asked.method.type
+    told = body.method.to_response if body.hyperparameters is None else body.hyperparameters
+    how = body.method.type
     if how == "dpo" and isinstance(told.batch_size, int):
         raise APIError(
             400,
             "batch_size: pairs are batched by tokens here; leave it auto, or set batch_tokens in afina",
             "method",
         )
-    settings = _settings(state, asked, told, training, validation, seed)
-    if asked.method.reinforcement is not None:
-        grader = grader_of(state, asked.method.reinforcement.grader, "method.reinforcement.grader")
+    settings = _settings(state, body, told, training, validation, seed)
+    if body.method.reinforcement is not None:
+        grader = grader_of(state, body.method.reinforcement.grader, "method.reinforcement.grader")
         settings["options"] |= {
             "reward_funcs": str(state.settings.state_dir.resolve() / "jobs" / name / GRADER)
         }
@@ -247,11 +247,11 @@ def create(asked: CreateJobRequest, request: Request, caller: Owner) -> dict[str
     job = JobRow(
         id=name,
         owner=caller.name,
-        asked=asked.model_dump(mode="json") | own,
+        request=body.model_dump(mode="json") | own,
         training_file=training.id,
         validation_file=validation.id if validation else None,
         seed=seed,
-        model=f"ft:{state.base_name.rpartition('/')[2]}:afina:{asked.suffix or ''}:{name[6:14]}",
+        model=f"ft:{state.base_name.rpartition('/')[2]}:afina:{body.suffix or ''}:{name[6:14]}",
     )
     state.store.add(job)
     state.worker.add_event(job.id, f"Created fine-tuning job: {job.id}")
@@ -261,14 +261,14 @@ def create(asked: CreateJobRequest, request: Request, caller: Owner) -> dict[str
 
 def _settings(
     state: ServerState,
-    asked: CreateJobRequest,
+    body: CreateJobRequest,
     told: Hyperparameters,
     training: FileRow,
     validation: FileRow | None,
     seed: int,
 ) -> dict[str, Any]:
     """The settings of `afina train` that a job means; raises `Refusal` where they are none."""
-    if unknown := set(asked.afina) - set(JOB_SETTINGS):
+    if unknown := set(body.afina) - set(JOB_SETTINGS):
         raise APIError(
             400,
             f"afina: {sorted(unknown)[0]!r} cannot be set for a job; what can: {', '.join(JOB_SETTINGS)}",
@@ -289,19 +289,19 @@ def _settings(
         values["eval_data"] = str(path_of(state, validation).resolve())
     if told.n_epochs != "auto":
         values["num_train_epochs"] = told.n_epochs
-    if asked.method.type != "supervised":
-        values["objective"] = {"dpo": "dpo", "reinforcement": "grpo"}[asked.method.type]
+    if body.method.type != "supervised":
+        values["objective"] = {"dpo": "dpo", "reinforcement": "grpo"}[body.method.type]
     if told.learning_rate_multiplier != "auto":  # a multiplier of 1 is what afina takes by itself
         values["learning_rate"] = default_learning_rate(
             "lora", values.get("objective", "sft")
         ) * float(told.learning_rate_multiplier)
     if isinstance(told, ReinforcementParameters) and told.eval_interval != "auto":
         values["eval_steps"] = told.eval_interval
-    values |= asked.afina
-    options = asked.afina.get("options", {})
+    values |= body.afina
+    options = body.afina.get("options", {})
     if not isinstance(options, dict):
         raise APIError(400, "options: expected names with values", "afina")
-    if unknown := set(options) - set(known := OPTIONS[asked.method.type]):
+    if unknown := set(options) - set(known := OPTIONS[body.method.type]):
         what = f"options: {sorted(unknown)[0]!r} cannot be set for a job like this; what can: {', '.join(known)}"
         raise APIError(400, what, "afina")
     if isinstance(told, PreferenceParameters) and told.beta != "auto":

@@ -1,4 +1,4 @@
-"""Who can be asked: GET /v1/models; and for administration, adapters coming, changing and going while others are asked."""
+"""Who can be body: GET /v1/models; and for administration, adapters coming, changing and going while others are body."""
 
 import re
 import time
@@ -41,13 +41,13 @@ class LoadAdapterRequest(StrictRequest):
         return checked_name(name)
 
 
-class ReplaceAsked(StrictRequest):
+class ReplaceAdapterRequest(StrictRequest):
     """What an adapter's name shall point at from now on."""
 
     folder: Folder
 
 
-class RenameAsked(StrictRequest):
+class RenameAdapterRequest(StrictRequest):
     """An adapter's new name."""
 
     name: str
@@ -149,19 +149,19 @@ def list_adapters(request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/adapters", status_code=201)
-def load(asked: LoadAdapterRequest, request: Request, caller: Admin) -> JSONResponse:
+def load(body: LoadAdapterRequest, request: Request, caller: Admin) -> JSONResponse:
     """Put an adapter on the shelf."""
     state = get_state(request)
-    folder = resolve_adapter_path(state, asked.folder)
-    return JSONResponse(to_response(register_adapter(state, asked.name, folder, asked.owner)), 201)
+    folder = resolve_adapter_path(state, body.folder)
+    return JSONResponse(to_response(register_adapter(state, body.name, folder, body.owner)), 201)
 
 
 @router.put("/v1/adapters/{name}")
-def replace(name: str, asked: ReplaceAsked, request: Request, caller: Admin) -> dict[str, Any]:
+def replace(name: str, body: ReplaceAdapterRequest, request: Request, caller: Admin) -> dict[str, Any]:
     """Let a name point at another adapter; who asked before gets the old one to the end."""
     state = get_state(request)
     _known(state, name)
-    folder = resolve_adapter_path(state, asked.folder)
+    folder = resolve_adapter_path(state, body.folder)
     try:
         entry = state.engine.registry.replace(name, folder)
     except (AdapterError, AuditError) as error:
@@ -172,19 +172,19 @@ def replace(name: str, asked: ReplaceAsked, request: Request, caller: Admin) -> 
 
 
 @router.post("/v1/adapters/{name}/rename")
-def rename(name: str, asked: RenameAsked, request: Request, caller: Admin) -> dict[str, Any]:
+def rename(name: str, body: RenameAdapterRequest, request: Request, caller: Admin) -> dict[str, Any]:
     """Another name for an adapter."""
     state = get_state(request)
     _known(state, name)
     try:
-        entry = state.engine.registry.rename(name, asked.name)
+        entry = state.engine.registry.rename(name, body.name)
     except AdapterError as error:
         raise to_api_error(error, "name") from None
     with state.store.write() as session:
         if (row := session.get(AdapterRow, name)) is not None:
             session.delete(row)
             session.add(
-                AdapterRow(name=asked.name, folder=row.folder, owner=row.owner, created=row.created)
+                AdapterRow(name=body.name, folder=row.folder, owner=row.owner, created=row.created)
             )
     state.metrics.forget(name)
     return to_response(entry)
