@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -25,9 +28,11 @@ from afina.merging import entrywise as dense
 from afina.merging import low_rank as lowrank
 from afina.merging.combine import combine
 from afina.merging.low_rank import LowRankUpdate
+from afina.merging.registry import merge_methods_table
 from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
+from afina.settings.combine import DensitySettings
 from afina.settings import ModelSettings
 from helpers import flat_run, generate_tokens, logits, put, save_model
 
@@ -49,10 +54,11 @@ KINDS: dict[str, dict[str, Any]] = {
     ),
 }
 LOW = ("lora", "rslora", "few", "patterned", "head")
+ENTRYWISE = ("ties", "dare_linear", "magnitude_prune", "della")
 STORAGES = {
     "float32": dict(dtype="float32"),
     "bfloat16": dict(dtype="bfloat16"),
-    "nf4": dict(dtype="float32", storage="nf4"),
+    "nf4": dict(dtype="float32", quantization="nf4"),
 }
 
 
@@ -249,7 +255,7 @@ def test_dora_and_mora_are_made_loras_of_the_base_as_it_is_held(
 def test_one_adapter_with_weight_one_is_that_adapter(tiny: Path, tmp_path: Path, kind: str) -> None:
     folder = make(tiny, kind)[kind]
     whole = updates(tiny, folder)
-    for how in ("sum", "svd", "slerp", "ties", "dare", "magnitude", "della"):
+    for how in ("sum", "svd", "slerp", "ties", "dare_linear", "magnitude_prune", "della"):
         if how == "slerp" and kind not in LOW:
             continue
         if kind == "head" and how not in ("sum", "svd", "ties"):
@@ -259,25 +265,26 @@ def test_one_adapter_with_weight_one_is_that_adapter(tiny: Path, tmp_path: Path,
             [folder],
             merge_method=how,
             output_dir=out,
-            density=1.0,
             rank=None if how in ("sum", "slerp") else 400,
             base=str(tiny),
+            **({"density": 1.0} if how in ENTRYWISE else {}),
         )
         assert close(updates(tiny, out), whole, 2e-5), how
 
 
-@pytest.mark.parametrize("how", ["sum", "svd", "slerp", "ties", "dare", "magnitude", "della"])
+@pytest.mark.parametrize("how", ["sum", "svd", "slerp", "ties", "dare_linear", "magnitude_prune", "della"])
 def test_the_order_does_not_matter(tiny: Path, tmp_path: Path, how: str) -> None:
     folders = make(tiny, "lora", "few", "rslora")
     parts = [f"{folders['lora']}:0.5", f"{folders['few']}:0.8", f"{folders['rslora']}:-0.3"][
         : 2 if how == "slerp" else 3
     ]
     for name, order in (("a", parts), ("b", parts[::-1])):
-        combine(order, merge_method=how, output_dir=tmp_path / name, seed=4)
+        seed = {"seed": 4} if how in ("dare_linear", "della") else {}
+        combine(order, merge_method=how, output_dir=tmp_path / name, **seed)
     assert close(updates(tiny, tmp_path / "a"), updates(tiny, tmp_path / "b"))
 
 
-@pytest.mark.parametrize("how", ["sum", "svd", "dare", "magnitude"])
+@pytest.mark.parametrize("how", ["sum", "svd", "dare_linear", "magnitude_prune"])
 def test_linear_in_the_weights(tiny: Path, tmp_path: Path, how: str) -> None:
     """2 A - 0.6 B is twice A - 0.3 B; and, where nothing is cut, the sum of its parts."""
     folders = make(tiny, "lora", "rslora")
@@ -496,7 +503,7 @@ def test_random_products_find_the_best_rank(monkeypatch: pytest.MonkeyPatch) -> 
     u, v = torch.linalg.qr(torch.randn(300, 300))[0], torch.linalg.qr(torch.randn(200, 200))[0]
     s = 0.93 ** torch.arange(200)
     matrix = (u[:, :200] * s) @ v.T
-    monkeypatch.setattr(lowrank, "SMALL", 10)
+    monkeypatch.setattr(lowrank, "MAX_FULL_SVD_WIDTH", 10)
     found = lowrank.truncate_dense(matrix, 20)
     assert found.low.rank == 20
     best = float(s[20:].square().sum().sqrt())
@@ -523,14 +530,14 @@ def test_slerp_keeps_to_the_arc() -> None:
     a, b = (LowRankUpdate(torch.randn(9, 2).double(), torch.randn(2, 7).double()) for _ in range(2))
     b = LowRankUpdate(b.b * lowrank.norm(a) / lowrank.norm(b), b.a)
     for t in (0.0, 0.25, 0.5, 1.0):
-        x, y = lowrank.slerp(a, b, t)
+        x, y = lowrank.slerp_coefficients(a, b, t)
         middle = lowrank.concatenate([(a, x), (b, y)])
         assert lowrank.norm(middle) == pytest.approx(
             lowrank.norm(a), rel=1e-9
         )  # of equal length: on the circle
         angle = lambda p, q: math.acos(lowrank.inner(p, q) / lowrank.norm(p) / lowrank.norm(q))  # noqa: E731
         assert math.isclose(angle(a, b) * t, angle(a, middle) if t > 0 else 0.0, abs_tol=1e-6)
-    assert lowrank.slerp(a, a, 0.3) == (0.7, 0.3)
+    assert lowrank.slerp_coefficients(a, a, 0.3) == (0.7, 0.3)
 
 
 def test_entry_by_entry_as_the_papers_say() -> None:
@@ -538,12 +545,13 @@ def test_entry_by_entry_as_the_papers_say() -> None:
     a = torch.tensor([[3.0, -1.0, 0.5, -4.0]])
     b = torch.tensor([[-1.0, -2.0, 0.1, 3.0]])
     assert torch.equal(dense.keep_largest(a, 0.5), torch.tensor([[3.0, 0, 0, -4.0]]))
-    given = list(zip((a, b), (1.0, 1.0), seeds()))
+    given = [dense.WeightedMatrix(*parts) for parts in zip((a, b), (1.0, 1.0), seeds())]
+    half, all_entries = DensitySettings(density=0.5), DensitySettings(density=1.0)
     assert torch.allclose(
-        dense.ties(given, 1.0), torch.tensor([[3.0, -1.5, 0.3, -4.0]])
+        dense.ties(given, all_entries), torch.tensor([[3.0, -1.5, 0.3, -4.0]])
     )  # signs elected, then the mean
-    assert torch.allclose(dense.ties(given, 0.5), torch.tensor([[3.0, -2.0, 0, -4.0]]))
-    assert torch.allclose(dense.magnitude(given, 0.5), torch.tensor([[3.0, -2.0, 0, -1.0]]))
+    assert torch.allclose(dense.ties(given, half), torch.tensor([[3.0, -2.0, 0, -4.0]]))
+    assert torch.allclose(dense.magnitude_prune(given, half), torch.tensor([[3.0, -2.0, 0, -1.0]]))
     big = torch.ones(400, 500)
     for density in (0.1, 0.5, 0.9):
         for drop in (dense.random_drop, dense.magnitude_drop):
@@ -568,7 +576,7 @@ def test_dare_is_seeded_and_low_energy_is_told(
     folders = make(tiny, "lora", "few")
     parts = list(folders.values())
     hashes = [
-        combine(parts, merge_method="dare", density=0.3, seed=s, output_dir=tmp_path / f"d{i}")[
+        combine(parts, merge_method="dare_linear", density=0.3, seed=s, output_dir=tmp_path / f"d{i}")[
             "hash"
         ]
         for i, s in enumerate((5, 5, 6))
@@ -578,7 +586,7 @@ def test_dare_is_seeded_and_low_energy_is_told(
         "combine",
         *map(str, parts),
         "--merge-method",
-        "dare",
+        "dare_linear",
         "--density",
         "0.3",
         "--output-dir",
@@ -622,7 +630,7 @@ def test_other_bases_are_refused(tiny: Path, tied: Path, tmp_path: Path) -> None
 
 
 def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
-    a = make(tiny, "lora", "dora", "few")
+    a = make(tiny, "lora", "dora", "few", "rslora")
     lora, out = a["lora"], tmp_path / "out"
     base = load_base(str(tiny))
     save_adapter(put(base, method="full", target_modules=["q_proj"]), base, tmp_path / "full")
@@ -644,18 +652,45 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
         ("same adapter twice", lambda: combine([lora, f"{lora}:0.5"], output_dir=out)),
         ("all weights are 0", lambda: combine([f"{lora}:0"], output_dir=out)),
         ("not empty", lambda: combine([lora], output_dir=a["few"])),
-        ("two adapters", lambda: combine([*a.values()], merge_method="slerp", output_dir=out)),
         (
-            "slerp takes loras",
+            "slerp combines two adapters",
+            lambda: combine([lora, a["few"], a["rslora"]], merge_method="slerp", output_dir=out),
+        ),
+        (
+            "slerp combines two adapters",
+            lambda: combine([lora, f"{a['few']}:-1"], merge_method="slerp", output_dir=out),
+        ),
+        (
+            "slerp combines loras only",
             lambda: combine([lora, a["dora"]], merge_method="slerp", output_dir=out),
         ),
         ("no adapter to combine", lambda: combine([], output_dir=out)),
-        ("no part of a sum", lambda: combine([lora, tmp_path / "full"], output_dir=out)),
+        ("cannot be part of a composition", lambda: combine([lora, tmp_path / "full"], output_dir=out)),
         ("owns the token '<x>'", lambda: combine([a["few"], tmp_path / "tokens"], output_dir=out)),
         ("owns tokens", lambda: combine([a["few"], tmp_path / "pefts"], output_dir=out)),
         ("acts alone", lambda: opened(tiny, f"{lora},{tmp_path / 'full'}")),
         ("one adapter, and these are several", lambda: opened(tiny, f"{lora},{a['few']}").adapter),
-        ("rows", lambda: combine([lora], merge_method="search", output_dir=out)),
+        (
+            "'dare' was renamed.*\n.*--merge-method dare_linear",
+            lambda: combine([lora], merge_method="dare", output_dir=out),
+        ),
+        (
+            "unknown merge method 'tys'.*\n.*'ties'",
+            lambda: combine([lora], merge_method="tys", output_dir=out),
+        ),
+        (
+            "density is not a setting of merge method 'svd'",
+            lambda: combine([lora], merge_method="svd", density=0.5, output_dir=out),
+        ),
+        (
+            "rank is not a setting of merge method 'sum'",
+            lambda: combine([lora], rank=3, output_dir=out),
+        ),
+        (
+            "unknown setting 'window'",
+            lambda: combine([lora], merge_settings={"window": 1}, output_dir=out),
+        ),
+        ("data is missing", lambda: combine([lora], merge_method="search", output_dir=out)),
     ]
     for words, call in cases:
         with pytest.raises(AfinaError, match=words):
@@ -742,3 +777,62 @@ def test_a_convolution_and_a_transposed_layer(tmp_path: Path) -> None:
     assert (
         json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     )
+
+
+# ---- merge methods of other packages
+
+
+PLUGIN = """
+import torch
+
+from afina.merging.registry import register_merge_method
+from afina.settings import Settings
+from afina.settings.common import setting
+
+
+class ScaleSettings(Settings):
+    scale: float = setting("factor of the mean", 1.0)
+
+
+@register_merge_method("scaled_mean", form="entrywise", precision="float32", settings=ScaleSettings)
+def scaled_mean(updates, settings):
+    \"\"\"Unweighted mean of the updates, times a factor.\"\"\"
+    return settings.scale * torch.stack([update.matrix for update in updates]).mean(0)
+"""
+
+
+def test_merge_method_of_an_installed_package_is_found(tiny: Path, tmp_path: Path) -> None:
+    """Another package's method combines, has parameters, is in the help, and clashes are errors."""
+    site = tmp_path / "site"
+    info = site / "afina_mean-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "afina_mean.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: afina-mean\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[afina.merge_methods]\nscaled_mean = afina_mean:scaled_mean\n"
+    )
+    folders = make(tiny, "lora", "rslora")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
+
+    def afina(*words: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "afina", "combine", *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    parts = [f"{folders['lora']}", f"{folders['rslora']}"]
+    words = ["--merge-method", "scaled_mean", "--rank", "64"]
+    done = afina(*parts, *words, "--output-dir", str(tmp_path / "a"), "--merge-settings", "scale: 2")
+    assert done.returncode == 0, done.stderr
+    exact = weighted([(updates(tiny, folders["lora"]), 1.0), (updates(tiny, folders["rslora"]), 1.0)])
+    assert close(updates(tiny, tmp_path / "a"), exact, 2e-5)
+    story = json.loads((tmp_path / "a" / "afina.json").read_text())
+    assert story["combination"] == {"how": "scaled_mean", "rank": 64, "seed": 0, "scale": 2.0}
+    assert "scaled_mean" in afina("--help").stdout
+    (info / "entry_points.txt").write_text("[afina.merge_methods]\nties = afina_mean:scaled_mean\n")
+    done = afina(*parts, *words, "--output-dir", str(tmp_path / "b"))
+    assert done.returncode == 2 and "'ties' is registered twice" in done.stderr
+
+
+def test_documented_merge_methods_are_the_registered_ones() -> None:
+    """docs/merging.md has the table that the registry generates."""
+    text = (Path(__file__).parent.parent / "docs" / "merging.md").read_text(encoding="utf-8")
+    assert merge_methods_table() in text

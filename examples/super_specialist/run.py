@@ -162,20 +162,20 @@ def combinations(
     a, b = runs["verbs"], runs["agreement"]
     half, one = [f"{a}:0.5", f"{b}:0.5"], [str(a), str(b)]
     ways: dict[str, dict[str, Any]] = {
-        "mean (sum of halves)": {"parts": half, "how": "sum"},
-        "sum": {"parts": one, "how": "sum"},
-        f"svd, rank {RANK}": {"parts": one, "how": "svd", "rank": RANK},
-        "slerp": {"parts": one, "how": "slerp"},
-        "ties": {"parts": one, "how": "ties"},
-        "magnitude": {"parts": one, "how": "magnitude"},
-        "dare": {"parts": one, "how": "dare", "density": 0.9},
-        "della": {"parts": one, "how": "della", "density": 0.9},
+        "mean (sum of halves)": {"parts": half, "merge_method": "sum"},
+        "sum": {"parts": one, "merge_method": "sum"},
+        f"svd, rank {RANK}": {"parts": one, "merge_method": "svd", "rank": RANK},
+        "slerp": {"parts": one, "merge_method": "slerp"},
+        "ties": {"parts": one, "merge_method": "ties"},
+        "magnitude_prune": {"parts": one, "merge_method": "magnitude_prune"},
+        "dare_linear": {"parts": one, "merge_method": "dare_linear", "density": 0.9},
+        "della": {"parts": one, "merge_method": "della", "density": 0.9},
         "searched weights": {
             "parts": one,
-            "how": "search",
+            "merge_method": "search",
             "data": few,
-            "penalty": 0.005,
-            "steps": 40,
+            "l1_penalty": 0.005,
+            "max_evals": 40,
         },
     }
     for number, (name, settings) in enumerate(ways.items()):

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 import yaml
@@ -173,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--json", action="store_true", help="one JSON object as the last line")
         for field_name, field in verb.settings.model_fields.items():
-            help_text = _help(field.description or "", field.default)
+            help_text = _help((field.description or "") + _plugins(field), field.default)
             if field_name == verb.positional:
                 sub.add_argument(field_name, nargs="*" if verb.is_list else "?", help=help_text)
             flag = "--" + field_name.replace("_", "-")
@@ -204,6 +205,13 @@ def _help(description: str, default: Any) -> str:
         description
         + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")
     ).replace("%", "%%")
+
+
+def _plugins(field: Any) -> str:
+    """Return the names that other packages add to the values of a setting, for its help text."""
+    group = (field.json_schema_extra or {}).get("entry_points")
+    names = sorted(point.name for point in entry_points(group=group)) if group else []
+    return f"; installed: {', '.join(names)}" if names else ""
 
 
 def _metavar(annotation: Any, name: str) -> str:

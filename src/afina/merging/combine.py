@@ -1,52 +1,49 @@
-"""`afina combine`: several adapters of one base into one, defined on their updates and not on the parts of them.
+"""`afina combine`: several adapters of one base into one, defined on their updates.
 
-    sum            D = sum over k of w_k D_k        loras: their factors stacked, one lora, exact
-                                                    other methods, or different invocations: a composition, exact
-    svd            the best lora of a rank for that sum
-    slerp          two loras: the point t = w_2 / (w_1 + w_2) of the arc between them, layer by layer, exact
-    ties, dare,    entry by entry (see dense.py), then the best lora of a rank
-    magnitude, della
-    search         `sum` (or `svd`, given a rank) with weights found on a few examples (see search.py)
+    D = merge(D_1, w_1, D_2, w_2, ...)      module by module, by a registered merge method
 
-D_k is what adapter k adds to a layer's matrix: scale B A of a lora (whatever its scaling), merged(W) - W of the others.
-Scale and weight are applied once; a layer that an adapter leaves alone is a zero update. All is reckoned in float64
-(entry by entry in float32) and rounded once to float32 on disk. One layer is in memory at a time.
+D_k is what adapter k adds to the weight of a module: scale * B A of a lora (with any scaling),
+merged(W) - W of other methods. Scale and weight are applied once; a module without adapter k has a
+zero update. Low-rank methods compute in float64 and entrywise methods in float32; the result is
+rounded once, to float32 on disk. One module is in memory at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from afina.errors import AdapterError, SettingsError
 from afina.io.composition import WeightedAdapter, common_base, write_composition
 from afina.io.verified_copy import verified_copies
-from afina.merging import entrywise as dense
+from afina.merging.entrywise import WeightedMatrix, random_numbers
 from afina.merging.low_rank import (
     LowRankUpdate,
     TruncatedUpdate,
-    concatenate,
-    slerp,
+    WeightedUpdate,
+    svd,
     truncate,
     truncate_dense,
 )
+from afina.merging.registry import MergeMethod, NoSettings, get_merge_method
 from afina.merging.sources import AdapterSource, adapted_modules, attach_to_base, open_sources
 from afina.merging.write import LoRATensorLayout, parent_config, tensor_layout, write_lora
-from afina.settings import CombineSettings, make_settings
+from afina.settings import CombineSettings, Settings, make_settings
+from afina.settings.combine import WeightSearchSettings
 
-LOW_ENERGY = 0.9  # below this, the result says that a higher rank is needed
+LOW_ENERGY = 0.9  # retained energy below which the result recommends a higher rank
 
 
 @dataclass
 class RetainedEnergy:
-    """What a combination kept of the exact one: the share of the squared norm, by layer."""
+    """The ratio of the squared norm of the exact combination that is kept, by module."""
 
     retained_energy: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """Mean and least, and by layer; empty where nothing was cut."""
+        """Return mean, least and by module; empty where nothing was truncated."""
         if not self.retained_energy:
             return {}
         values = list(self.retained_energy.values())
@@ -59,11 +56,56 @@ class RetainedEnergy:
         }
 
 
-def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dict[str, Any]:
-    """Combine adapters named "FOLDER:weight" into one at `out`; settings as in `afina combine --help`.
+@dataclass(frozen=True)
+class _Merge:
+    """A merge method with its settings, applied module by module."""
 
-    Returns what was written (an adapter or a composition), its hash, its parents and, where a rank cut something off, the
-    energy kept. Raises `SettingsError` or `AdapterError` where the combination would not mean what was asked for.
+    method: MergeMethod
+    settings: Settings
+    rank: int | None
+    seed: int
+    energy: RetainedEnergy = field(default_factory=RetainedEnergy)
+
+    def update(self, path: str, sources: list[AdapterSource]) -> LowRankUpdate | None:
+        """Return the combined update at `path`; None at a module whose weight is no matrix."""
+        here = [source for source in sources if path in source.config.target_modules]
+        is_entrywise = self.method.form == "entrywise"
+        inputs = self._matrices(path, here) if is_entrywise else _weighted_updates(path, sources)
+        if inputs is None:
+            return None
+        merged = self.method.function(inputs, self.settings)
+        if self.method.truncation == "never" or (
+            self.method.truncation == "if_rank_given" and self.rank is None
+        ):
+            return merged if isinstance(merged, LowRankUpdate) else truncate_dense(merged, None).low
+        truncated = _truncate(merged, self.rank or _sum_of_ranks(path, here))
+        self.energy.retained_energy[path] = truncated.retained_energy
+        return truncated.low
+
+    def _matrices(self, path: str, here: list[AdapterSource]) -> list[WeightedMatrix] | None:
+        updates = []
+        for source in sorted(here, key=lambda source: source.hash):  # rounding depends on the order
+            matrix = source.dense_update(path)
+            if matrix is None:
+                return None
+            generator = random_numbers(self.seed, source.hash, path)
+            updates.append(WeightedMatrix(matrix.float(), source.weight, generator))
+        return updates
+
+
+def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dict[str, Any]:
+    """Combine adapters named "FOLDER:weight" into one; settings as in `afina combine --help`.
+
+    Returns:
+        What was written (an adapter or a composition), its hash, its parents and, where a rank
+        truncated something, the retained energy.
+
+    Raises:
+        SettingsError: A setting is unknown, belongs to another merge method, or does not fit.
+        AdapterError: The adapters cannot be combined in this way.
+
+    Example:
+        combine(["runs/polite:0.7", "runs/short:0.3"], output_dir="runs/both")
     """
     settings = (
         parts
@@ -74,110 +116,124 @@ def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dic
         not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())
     ):
         raise SettingsError(
-            "this folder is not empty", where=str(settings.output_dir), hint="choose another --out"
+            "output_dir is not empty",
+            where=str(settings.output_dir),
+            hint="choose another --output-dir",
         )
-    with verified_copies(settings.require_audit, settings.adapters) as parts:
-        return _combine(settings.model_copy(update={"adapters": parts}))
+    with verified_copies(settings.require_audit, settings.adapters) as copies:
+        return _combine(settings.model_copy(update={"adapters": copies}))
 
 
 def _combine(settings: CombineSettings) -> dict[str, Any]:
+    method = get_merge_method(settings.merge_method)
+    own = method.settings(settings)
     sources = open_sources(settings.adapters)
     base = common_base([source.part for source in sources])
     found: dict[str, Any] = {}
-    if settings.merge_method == "search":
-        from afina.merging.weight_search import search
-
-        found = search(sources, settings)
-        for source, weight in zip(sources, found["weights"], strict=True):
+    merge = _Merge(method, own, settings.rank, settings.seed)
+    if method.form == "weight_search":
+        result = method.function(sources, settings)
+        found = {"weights": result.weights, "search": result.record}
+        merge = replace(merge, method=get_merge_method(result.merge_method))
+        for source, weight in zip(sources, result.weights, strict=True):
             source.part = replace(source.part, weight=weight)
     used = [source for source in sources if source.weight != 0.0]
     if not used:
         raise SettingsError(
-            "all weights are 0", where="adapters", hint="leave out the adapters that are not wanted"
+            "all weights are 0", where="adapters", hint="give at least one adapter another weight"
         )
-    how = (
-        ("svd" if settings.rank else "sum")
-        if settings.merge_method == "search"
-        else settings.merge_method
-    )
-    story = {
+    lineage = {
         "parents": [source.lineage_entry() for source in sources],
-        "combination": _recipe(settings) | found,
+        "combination": _recipe(settings, own) | found,
     }
-    result = _write(used, how, settings, base, story)
     return {
         "out": str(settings.output_dir),
         "how": settings.merge_method,
-        "parents": story["parents"],
-        **result,
+        "parents": lineage["parents"],
+        **_write(used, merge, settings, base, lineage),
         **found,
     }
 
 
-def _recipe(settings: CombineSettings) -> dict[str, Any]:
-    """What made the combination, for its lineage."""
-    told = {"how": settings.merge_method, "rank": settings.rank, "seed": settings.seed}
-    return told | ({"density": settings.density} if settings.merge_method in dense.METHODS else {})
+def _recipe(settings: CombineSettings, own: Settings) -> dict[str, Any]:
+    """Return method and parameters of the combination, for its lineage."""
+    recipe = {"how": settings.merge_method, "rank": settings.rank, "seed": settings.seed}
+    searched = set(WeightSearchSettings.model_fields)
+    return recipe | own.model_dump(mode="json", exclude=searched)
 
 
 def _write(
     sources: list[AdapterSource],
-    how: str,
+    merge: _Merge,
     settings: CombineSettings,
     base: dict[str, Any],
-    story: dict[str, Any],
+    lineage: Mapping[str, Any],
 ) -> dict[str, Any]:
+    method = merge.method
     invocations = {source.config.invocation for source in sources}
-    if how == "sum" and (len(invocations) > 1 or not all(source.is_low_rank for source in sources)):
-        return _compose(sources, settings.output_dir, base, story)
+    is_low_rank = all(source.is_low_rank for source in sources)
+    if method.composes and (len(invocations) > 1 or not is_low_rank):
+        return _compose(sources, settings.output_dir, base, lineage)
     if len(invocations) > 1:
-        why = "one adapter begins to act at one place, and these begin at different ones"
         raise AdapterError(
-            f"{how} cannot make one adapter of these",
+            f"{method.name} cannot make one adapter of these",
             where="adapters",
-            why=why,
-            hint="--how sum keeps them apart",
+            why=f"an adapter has one invocation, and these have {len(invocations)} different ones",
+            hint="--merge-method sum writes a composition",
         )
-    if how == "slerp":
-        _check_slerp(sources)
-    if not all(source.is_low_rank for source in sources):
+    if method.form == "low_rank" and not method.accepts_dense and not is_low_rank:
+        other = next(source for source in sources if not source.is_low_rank)
+        raise SettingsError(
+            f"{method.name} combines loras only",
+            where="adapters",
+            why=f"{other.part.folder} is a {other.config.method} adapter",
+            hint="afina extract converts any adapter to a lora",
+        )
+    if not is_low_rank:
         base = base | {"hash": attach_to_base(sources, settings).hash or base.get("hash")}
-    kept = RetainedEnergy()
     paths = dict.fromkeys(path for source in sources for path in source.config.target_modules)
-    layers = _layers(sources, how, settings, kept)
-    digest, spec = write_lora(
+    digest, config = write_lora(
         settings.output_dir,
-        layers,
+        _layers(sources, merge),
         list(paths),
         parent_config(sources),
         base,
-        story,
+        lineage,
         invocation=next(iter(invocations)),
     )
-    ranks = [spec.rank_of(path) for path in spec.target_modules]
+    ranks = [config.rank_of(path) for path in config.target_modules]
     return {
         "kind": "adapter",
         "hash": digest,
         "layers": len(ranks),
         "rank": max(ranks),
-        **kept.summary(),
+        **merge.energy.summary(),
     }
 
 
+def _layers(
+    sources: list[AdapterSource], merge: _Merge
+) -> Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]:
+    """Yield the combined update of each module with its tensor layout on disk."""
+    for path, here in adapted_modules(sources):
+        update = merge.update(path, sources)
+        if update is not None:
+            yield path, update, tensor_layout(path, here)
+
+
 def _compose(
-    sources: list[AdapterSource], out: Path, base: dict[str, Any], story: dict[str, Any]
+    sources: list[AdapterSource], out: Path, base: dict[str, Any], lineage: Mapping[str, Any]
 ) -> dict[str, Any]:
     for source in sources:
         if source.config.method == "full":
-            why = "trained weights take the base's place, and cannot act in part or beside others"
             raise AdapterError(
-                "a fully trained model is no part of a sum",
+                "a full adapter cannot be part of a composition",
                 where=str(source.part.folder),
-                why=why,
-                hint="afina extract makes a lora of it, or --how svd --max-rank R",
+                why="its weights replace those of the base, and cannot be weighted or added",
+                hint="afina extract converts it to a lora; or --merge-method svd --rank R",
             )
     parts = [WeightedAdapter(source.part.folder, source.weight) for source in sources]
-    digest = write_composition(out, parts, base, story)
+    digest = write_composition(out, parts, base, lineage)
     return {
         "kind": "composition",
         "hash": digest,
@@ -185,103 +241,45 @@ def _compose(
     }
 
 
-def _check_slerp(sources: list[AdapterSource]) -> None:
-    if len(sources) > 2 or any(source.weight < 0 for source in sources):
-        raise SettingsError(
-            "slerp lies between two adapters with positive weights",
-            where="adapters",
-            hint="--merge-method svd",
-        )
-    if not all(source.is_low_rank for source in sources):
-        raise SettingsError(
-            "slerp takes loras",
-            where="adapters",
-            hint="afina extract makes a lora of any adapter first",
-        )
+def _weighted_updates(path: str, sources: Sequence[AdapterSource]) -> list[WeightedUpdate] | None:
+    """Return the updates at `path`: all low-rank (rank 0 where a source has none) or all dense.
+
+    None at a module whose weight is no matrix.
+    """
+    here = [source for source in sources if path in source.config.target_modules]
+    if any(source.attached is not None for source in here):
+        matrices = [source.dense_update(path) for source in here]
+        dense = [matrix for matrix in matrices if matrix is not None]
+        if len(dense) < len(here):
+            return None
+        return [WeightedUpdate(matrix, s.weight) for matrix, s in zip(dense, here, strict=True)]
+    updates = {source.hash: source.low_rank_update(path) for source in here}
+    known = next(update for update in updates.values() if update is not None)
+    zero = LowRankUpdate(known.b[:, :0], known.a[:0])
+    return [WeightedUpdate(updates.get(source.hash) or zero, source.weight) for source in sources]
 
 
-def _layers(
-    sources: list[AdapterSource], how: str, settings: CombineSettings, kept: RetainedEnergy
-) -> Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]:
-    """The combined update of each layer, with how it lies on disk; what was cut off is noted in `kept`."""
-    for path, here in adapted_modules(sources):
-        if how == "sum":
-            low = _stacked(path, here, [source.weight for source in here])
-        elif how == "slerp":
-            low = _slerp(path, here, sources)
-            if settings.rank is not None:
-                low = _note(path, truncate(low, settings.rank), kept)
-        else:
-            made = (
-                best_low_rank(path, here, settings.rank)
-                if how == "svd"
-                else _entrywise(path, here, how, settings)
-            )
-            if made is None:
-                continue
-            low = _note(path, made, kept)
-        yield path, low, tensor_layout(path, here)
+def _truncate(
+    update: LowRankUpdate | Tensor, rank: int | None, energy: float | None = None
+) -> TruncatedUpdate:
+    if isinstance(update, LowRankUpdate):
+        return truncate(update, rank, energy)
+    return truncate_dense(update, rank, energy)
 
 
-def _note(path: str, made: TruncatedUpdate, kept: RetainedEnergy) -> LowRankUpdate:
-    kept.retained_energy[path] = made.retained_energy
-    return made.low
-
-
-def _stacked(path: str, here: list[AdapterSource], weights: list[float]) -> LowRankUpdate:
-    lows = [source.low_rank_update(path) for source in here]
-    return concatenate(
-        [(low, weight) for low, weight in zip(lows, weights, strict=True) if low is not None]
-    )
-
-
-def _slerp(path: str, here: list[AdapterSource], sources: list[AdapterSource]) -> LowRankUpdate:
-    total = sum(source.weight for source in sources)
-    t = sources[-1].weight / total if len(sources) == 2 else 0.0
-    if len(here) == 1:  # the other is zero here, and has no direction
-        return _stacked(path, here, [here[0].weight / total])
-    first, second = (source.low_rank_update(path) for source in here)
-    assert first is not None
-    assert second is not None
-    return _stacked(path, here, list(slerp(first, second, t)))
-
-
-def _default_rank(path: str, here: list[AdapterSource]) -> int:
+def _sum_of_ranks(path: str, here: Sequence[AdapterSource]) -> int:
     return sum(source.config.rank_of(path) for source in here)
 
 
 def best_low_rank(
     path: str, here: list[AdapterSource], rank: int | None, energy: float | None = None
 ) -> TruncatedUpdate | None:
-    """The best approximation of the exact weighted sum at `path`; None at a module that is no matrix.
+    """Return the best approximation of the exact weighted sum at `path`; None where it is no matrix.
 
-    Neither rank nor energy: of the parts' ranks added up. From the factors where all updates have some.
+    Its rank is `rank` at most, and the smallest that keeps `energy`; where neither is given, the
+    sum of the adapters' ranks. Computed from the factors where all updates have some.
     """
     if rank is None and energy is None:
-        rank = _default_rank(path, here)
-    if all(source.attached is None for source in here):
-        return truncate(_stacked(path, here, [source.weight for source in here]), rank, energy)
-    matrices = [(source.dense_update(path), source.weight) for source in here]
-    if any(matrix is None for matrix, _ in matrices):
-        return None
-    total = torch.stack([weight * matrix for matrix, weight in matrices if matrix is not None]).sum(
-        0
-    )
-    return truncate_dense(total, rank, energy)
-
-
-def _entrywise(
-    path: str, here: list[AdapterSource], how: str, settings: CombineSettings
-) -> TruncatedUpdate | None:
-    parts = []
-    for source in sorted(
-        here, key=lambda source: source.hash
-    ):  # rounding must not depend on the order either
-        matrix = source.dense_update(path)
-        if matrix is None:
-            return None
-        parts.append(
-            (matrix.float(), source.weight, dense.random_numbers(settings.seed, source.hash, path))
-        )
-    made = dense.METHODS[how](parts, settings.density)
-    return truncate_dense(made, settings.rank or _default_rank(path, here))
+        rank = _sum_of_ranks(path, here)
+    updates = _weighted_updates(path, here)
+    return None if updates is None else _truncate(svd(updates, NoSettings()), rank, energy)

@@ -1,34 +1,49 @@
-"""Methods that look at single entries of the updates: pure functions of dense matrices (out, in), float32.
+"""Entrywise merge methods: pure functions of dense update matrices `(out, in)` in float32.
 
-    magnitude   keep the largest entries of each, then the weighted sum
-    dare        drop entries at random, enlarge the others to keep the mean, then the weighted sum   (Yu et al. 2311.03099)
-    ties        trim as magnitude; at each entry the sign with more weight wins; mean of those that agree
-                                                                                             (Yadav et al. 2306.01708)
-    della       drop at random, small entries of a row more often; then elect and average as ties   (Deep et al. 2406.11617)
+    magnitude_prune  keep the entries largest in magnitude, then the weighted sum
+    dare_linear      drop entries at random, rescale the others, then the weighted sum
+    ties             trim as magnitude_prune; elect a sign per entry; mean of the updates with it
+    della            drop at random, small entries of a row more often; then elect as ties
 
-`density` is the share of entries kept. At density 1 nothing is dropped: magnitude and dare are the plain weighted sum,
-and ties and della of one adapter are that adapter. Random choices depend on (seed, adapter, layer) alone, not on the order.
+`density` is the ratio of entries kept. At density 1 nothing is dropped: magnitude_prune and
+dare_linear are the weighted sum, and ties and della of one adapter are that adapter. Random choices
+depend on (seed, adapter, module) and not on the order of the adapters.
+
+References:
+    TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2024, arXiv 2311.03099.
+    DELLA: Deep et al. 2024, arXiv 2406.11617.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WINDOW = 0.2  # della: the largest and the smallest entry of a row differ by this much in their chance of being dropped
+from afina.merging.registry import register_merge_method
+from afina.settings.combine import DensitySettings, RandomDensitySettings
 
-Weighted = Sequence[tuple[Tensor, float, torch.Generator]]  # update, weight, its random numbers
+# DELLA: the drop probabilities of a row's largest and smallest entry differ by this much
+WINDOW = 0.2
+
+
+class WeightedMatrix(NamedTuple):
+    """One adapter's update at a module, its weight and its random number generator."""
+
+    matrix: Tensor  # (out, in), float32
+    weight: float
+    generator: torch.Generator
 
 
 def random_numbers(seed: int, adapter: str, path: str) -> torch.Generator:
-    """The random numbers for one adapter at one layer."""
+    """Return the random number generator of one adapter at one module."""
     digest = hashlib.sha256(f"{seed} {adapter} {path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def keep_largest(matrix: Tensor, density: float) -> Tensor:
-    """The matrix with all but its largest entries set to zero; `density` of them stay."""
+    """Return the matrix with all but its largest entries set to zero; the ratio `density` stays."""
     keep = max(1, round(density * matrix.numel()))
     if keep == matrix.numel():
         return matrix
@@ -38,14 +53,15 @@ def keep_largest(matrix: Tensor, density: float) -> Tensor:
 
 
 def random_drop(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """DARE: each entry stays with chance `density`, divided by it."""
+    """Keep each entry with probability `density` and divide it by `density` (DARE)."""
     return matrix * (torch.rand(matrix.shape, generator=generator) < density) / density
 
 
 def magnitude_drop(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """DELLA's MagPrune: within a row the chance of staying rises with an entry's rank, `density` on average.
+    """Keep entries with a probability that rises with their rank in the row (DELLA's MagPrune).
 
-    What stays is divided by its own chance. The window narrows where it would lead out of 0..1.
+    The mean probability is `density`; a kept entry is divided by its own probability. The window
+    narrows where a probability would leave the range 0 to 1.
     """
     width = matrix.shape[1]
     window = min(WINDOW, 2 * (1 - density), 1.8 * density)
@@ -55,9 +71,10 @@ def magnitude_drop(matrix: Tensor, density: float, generator: torch.Generator) -
 
 
 def elect_sign(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """At each entry the mean of the weighted updates that have the sign of their sum; zeros are no votes.
+    """Return, per entry, the mean of the weighted updates that have the sign of their sum.
 
-    With all weights equal to l this is l times the mean of the paper (section 4, step 3).
+    Zeros are not counted. With all weights equal to l the result is l times the mean of the TIES
+    paper (section 4, step 3).
     """
     weighted = torch.stack([weight * matrix for matrix, weight in parts])  # (n, out, in)
     agree = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
@@ -71,36 +88,47 @@ def _sum(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     return total
 
 
-def magnitude(parts: Weighted, density: float) -> Tensor:
-    """Largest entries of each, summed: (out, in)."""
-    return _sum([(keep_largest(matrix, density), weight) for matrix, weight, _ in parts])
+@register_merge_method(
+    "magnitude_prune", form="entrywise", precision="float32", settings=DensitySettings
+)
+def magnitude_prune(updates: Sequence[WeightedMatrix], settings: DensitySettings) -> Tensor:
+    """Weighted sum of the entries largest in magnitude of each update."""
+    return _sum([(keep_largest(u.matrix, settings.density), u.weight) for u in updates])
 
 
-def dare(parts: Weighted, density: float) -> Tensor:
-    """Random entries of each, enlarged, summed: (out, in)."""
-    return _sum(
-        [(random_drop(matrix, density, generator), weight) for matrix, weight, generator in parts]
-    )
+@register_merge_method(
+    "dare_linear",
+    form="entrywise",
+    precision="float32",
+    reference="Yu et al. 2024, arXiv 2311.03099",
+    settings=RandomDensitySettings,
+)
+def dare_linear(updates: Sequence[WeightedMatrix], settings: RandomDensitySettings) -> Tensor:
+    """Weighted sum of randomly kept, rescaled entries of each update."""
+    density = settings.density
+    return _sum([(random_drop(u.matrix, density, u.generator), u.weight) for u in updates])
 
 
-def ties(parts: Weighted, density: float) -> Tensor:
-    """Trim, elect, average: (out, in)."""
-    return elect_sign([(keep_largest(matrix, density), weight) for matrix, weight, _ in parts])
+@register_merge_method(
+    "ties",
+    form="entrywise",
+    precision="float32",
+    reference="Yadav et al. 2023, arXiv 2306.01708",
+    settings=DensitySettings,
+)
+def ties(updates: Sequence[WeightedMatrix], settings: DensitySettings) -> Tensor:
+    """Mean of the largest entries that agree with the elected sign."""
+    return elect_sign([(keep_largest(u.matrix, settings.density), u.weight) for u in updates])
 
 
-def della(parts: Weighted, density: float) -> Tensor:
-    """Drop by size, elect, average: (out, in)."""
-    return elect_sign(
-        [
-            (magnitude_drop(matrix, density, generator), weight)
-            for matrix, weight, generator in parts
-        ]
-    )
-
-
-METHODS: dict[str, Callable[[Weighted, float], Tensor]] = {
-    "ties": ties,
-    "dare": dare,
-    "magnitude": magnitude,
-    "della": della,
-}
+@register_merge_method(
+    "della",
+    form="entrywise",
+    precision="float32",
+    reference="Deep et al. 2024, arXiv 2406.11617",
+    settings=RandomDensitySettings,
+)
+def della(updates: Sequence[WeightedMatrix], settings: RandomDensitySettings) -> Tensor:
+    """Mean of randomly kept entries, large ones more often, that agree with the elected sign."""
+    density = settings.density
+    return elect_sign([(magnitude_drop(u.matrix, density, u.generator), u.weight) for u in updates])

@@ -1,20 +1,23 @@
-"""Weights found on a few examples, without a gradient (after LoRAHub: Huang et al. 2023, arXiv 2307.13269).
+"""Weights found on a few examples, without gradients.
 
-    minimise over w in [-1.5, 1.5]^n      loss(base + sum over k of w_k D_k, rows)  +  penalty * sum |w_k|
+    minimize over w in [-1.5, 1.5]^n      loss(base + sum over k of w_k D_k, rows)  +  penalty * sum |w_k|
 
-The adapters lie over one base, and a trial is a route with other weights: nothing is merged or written. The loss is
-smooth in a few weights, so a trust-region method without derivatives (COBYQA, in SciPy) starts from the best of the
-simple choices: nobody, each alone, the mean, the plain sum. Half of the rows, drawn by the seed, are never searched on:
-they say whether what was found is better than the simple choices.
+All adapters are attached to one base, and an evaluation only changes their weights: nothing is
+merged or written. The loss is smooth in a few weights, so that a derivative-free trust-region
+method (COBYQA, in SciPy) starts from the best of the simple choices: the base, each adapter alone,
+the mean, the sum. Half of the rows, sampled by the seed, are never searched on: their loss shows
+whether the weights found are better than the simple choices.
+
+References:
+    Huang et al. 2023, LoraHub, arXiv 2307.13269.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
@@ -23,32 +26,52 @@ from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
 from afina.errors import SettingsError
 from afina.evaluation.retention import BATCH_TOKENS
+from afina.merging.registry import register_merge_method
 from afina.merging.sources import AdapterSource
 from afina.models.causal_lm import CausalLM
 from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
 from afina.settings import CombineSettings
+from afina.settings.combine import WeightSearchSettings
 
-BOUND = 1.5  # as in LoRAHub
-DIGITS = 4  # of a weight: what people can read and type again
+BOUND = 1.5  # of |w|, as in LoraHub
+DIGITS = 4  # decimal places of a weight, so that the result can be typed again
 
 Loss = Callable[[Sequence[float]], float]
 
 
-class _Enough(Exception):
-    """The trials are used up."""
+@dataclass(frozen=True)
+class FoundWeights:
+    """The result of a weight search: weights, the merge method to apply with them, and a record."""
+
+    weights: list[float]
+    merge_method: str
+    record: dict[str, Any]
 
 
-def search(sources: Sequence[AdapterSource], settings: CombineSettings) -> dict[str, Any]:
-    """The weights of `sources` with the least loss on half of the rows, and the losses on the other half.
+class _EvaluationsUsedUp(Exception):
+    """The largest number of loss evaluations is reached."""
 
-    {"weights": [...], "search": {"rows", "checked_on", "trials", "found", "best_simple", "losses": {choice: nats a token}}}.
-    Raises `SettingsError` without rows.
+
+@register_merge_method(
+    "search",
+    form="weight_search",
+    precision="float64",
+    reference="Huang et al. 2023, arXiv 2307.13269",
+    settings=WeightSearchSettings,
+)
+def search(sources: Sequence[AdapterSource], settings: CombineSettings) -> FoundWeights:
+    """Weights with the least loss on a few rows, then sum, or svd where a rank is given.
+
+    The losses on the other half of the rows are recorded, in nats per token, by choice of weights.
+
+    Raises:
+        SettingsError: `data` is not given.
     """
     if settings.data is None:
         raise SettingsError(
-            "a search needs rows with answers",
+            "data is missing: a search for weights needs rows with answers",
             where="data",
-            hint="--data FILE, some 20 rows or more",
+            hint="--data FILE, with 20 rows or more",
         )
     opened = load_run(Path(",".join(settings.adapters)), settings)
     base, routes = opened.causal_lm, [adapter.active for adapter, _ in opened.adapters]
@@ -59,27 +82,25 @@ def search(sources: Sequence[AdapterSource], settings: CombineSettings) -> dict[
     rows, checked = (
         tokenize_rows(infer_objective("auto", part), renderer, part, None) for part in (mine, kept)
     )
-    simple = _simple(sources)
-    weights, trials = _minimise(
+    simple = _simple_choices(sources)
+    weights, trials = _minimize(
         _loss(base, rows, routes), list(simple.values()), settings.l1_penalty, settings.max_evals
     )
     check = _loss(base, checked, routes)
     losses = {name: check(choice) for name, choice in simple.items()}
-    found = check(weights)
-    best = min(losses, key=lambda name: losses[name])
-    told = {
+    record = {
         "rows": len(mine),
         "checked_on": len(kept),
         "trials": trials,
-        "found": found,
+        "found": check(weights),
         "losses": losses,
-        "best_simple": best,
+        "best_simple": min(losses, key=lambda name: losses[name]),
     }
-    return {"weights": weights, "search": told}
+    return FoundWeights(weights, "svd" if settings.rank else "sum", record)
 
 
-def _simple(sources: Sequence[AdapterSource]) -> dict[str, list[float]]:
-    """What one would try by hand: weights by a name that says what they are."""
+def _simple_choices(sources: Sequence[AdapterSource]) -> dict[str, list[float]]:
+    """Return weights that one would try by hand, by the name of the choice."""
     count = len(sources)
     choices = {"base": [0.0] * count}
     for number, source in enumerate(sources):
@@ -102,17 +123,23 @@ def _loss(base: CausalLM, examples: Sequence[Example], routes: Sequence[ActiveAd
     return loss
 
 
-def _minimise(
+def _minimize(
     loss: Loss, starts: Sequence[Sequence[float]], penalty: float, steps: int
 ) -> tuple[list[float], int]:
-    """(weights, trials): the best point seen, from the best of `starts` on, in `steps` trials at most."""
+    """Return the best weights, starting from the best of `starts`, and the number of evaluations.
+
+    Args:
+        steps: The largest number of loss evaluations.
+    """
+    from scipy.optimize import minimize
+
     seen: dict[tuple[float, ...], float] = {}
 
     def value(weights: Sequence[float]) -> float:
         point = tuple(round(float(w), DIGITS) for w in weights)
         if point not in seen:
             if len(seen) >= max(steps, len(starts)):
-                raise _Enough
+                raise _EvaluationsUsedUp
             seen[point] = loss(point) + penalty * sum(map(abs, point))
         return seen[point]
 
@@ -123,7 +150,7 @@ def _minimise(
         minimize(
             lambda x: value(x), np.array(start), method="COBYQA", bounds=bounds, options=options
         )
-    except _Enough:
+    except _EvaluationsUsedUp:
         pass
     found = min(seen, key=lambda point: seen[point])
     return list(found), len(seen)

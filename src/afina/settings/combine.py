@@ -1,43 +1,64 @@
-"""Settings of `afina combine`."""
+"""Settings of `afina combine`, and of its merge methods."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import ModelSettings, Settings, setting
 
 
-class CombineSettings(ModelSettings):
+class SeedSettings(Settings):
+    """The seed of merge methods with random choices."""
+
+    seed: int = setting("dare_linear, della, search: seed of the random choices", 0)
+
+
+class DensitySettings(Settings):
+    """Settings of merge methods that keep some entries of each update."""
+
+    density: float = setting(
+        "ties, magnitude_prune, dare_linear, della: ratio of entries kept", 0.5, gt=0.0, le=1.0
+    )
+
+
+class RandomDensitySettings(DensitySettings, SeedSettings):
+    """Settings of merge methods that drop entries at random."""
+
+
+class WeightSearchSettings(SeedSettings):
+    """Settings of the search for weights."""
+
+    data: Path | None = setting(
+        "search: a few rows with answers; half of them check what was found on the other half"
+    )
+    columns: dict[str, str] = setting(
+        "search: names of the columns, e.g. {prompt: question, completion: answer}", {}
+    )
+    l1_penalty: float = setting(
+        "search: nats per token for each unit of |weights| (L1)", 0.05, ge=0.0
+    )
+    max_evals: int = setting("search: largest number of loss evaluations", 60, ge=5)
+
+
+class CombineSettings(WeightSearchSettings, RandomDensitySettings, ModelSettings):
     """Settings of `afina combine`."""
 
     base: str | None = setting(
         "the frozen model; by default the one that the adapters were trained on"
     )  # type: ignore[assignment]
     adapters: list[str] = setting(
-        "adapters or runs with their weights: A:0.6 B:0.4; a negative one takes a skill out", ...
+        "adapters or runs with their weights: A:0.6 B:0.4; a negative weight removes a skill", ...
     )
     output_dir: Path = setting("folder of the combination", ...)
-    merge_method: Literal["sum", "svd", "slerp", "ties", "dare", "magnitude", "della", "search"] = (
-        setting(
-            "sum: exact; svd: the best of a rank; slerp: on the arc between two; ties, dare, magnitude, della: entry by entry; "
-            "search: find the weights on --data",
-            "sum",
-        )
+    merge_method: str = setting(
+        "sum: exact; svd: the best of a rank; slerp: on the arc between two; ties, dare_linear, "
+        "magnitude_prune, della: entry by entry; search: find the weights on --data",
+        "sum",
+        json_schema_extra={"entry_points": "afina.merge_methods"},
     )
     rank: int | None = setting(
-        "largest rank of the result; by default the parts' ranks added up (sum: always)", ge=1
+        "largest rank of the result (not of sum); by default the sum of the adapters' ranks", ge=1
     )
-    density: float = setting(
-        "share of entries that ties, dare, magnitude and della keep", 0.5, gt=0.0, le=1.0
+    merge_settings: dict[str, Any] = setting(
+        "parameters of a merge method of another package: {name: value}", {}
     )
-    seed: int = setting("seed of dare, della and search", 0)
-    data: Path | None = setting(
-        "search: a few rows with answers; half of them check what was found on the other half"
-    )
-    columns: dict[str, str] = setting(
-        "names of your columns, e.g. {prompt: question, completion: answer}", {}
-    )
-    l1_penalty: float = setting(
-        "search: nats a token for each unit of |weights| (L1)", 0.05, ge=0.0
-    )
-    max_evals: int = setting("search: most times that the loss is measured", 60, ge=5)
     require_audit: bool = setting("accept only adapters that `afina audit` has approved", False)
