@@ -32,8 +32,8 @@ from afina.merging.registry import merge_methods_table
 from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
-from afina.settings.combine import DensitySettings
 from afina.settings import ModelSettings
+from afina.settings.combine import DensitySettings
 from helpers import flat_run, generate_tokens, logits, put, save_model
 
 KINDS: dict[str, dict[str, Any]] = {
