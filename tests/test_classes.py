@@ -303,7 +303,7 @@ def test_masked_tokens_then_labels(
     """An encoder that has read the texts with words hidden, merged, is a base for a classifier."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join(text for text, _ in REVIEWS))
-    pretrained = learn(text, encoder, "full", objective="mlm", steps=120, max_length=16)
+    pretrained = learn(text, encoder, "full", objective="mlm", max_steps=120, max_length=16)
     losses = pretrained.story["losses"]
     assert losses["held_after"] < losses["held_before"] - 1
     assert "hesitates between" in pretrained.story["verdict"][0]
@@ -311,10 +311,10 @@ def test_masked_tokens_then_labels(
     assert judged["after"]["loss"] < judged["before"]["loss"] - 1
     made = tmp_path / "made"
     merge(pretrained.folder, output_dir=made)
-    run = learn(table, made, steps=150)
+    run = learn(table, made, max_steps=150)
     assert run.story["classes"]["accuracy"] >= 90
     torch.manual_seed(99)  # whatever was drawn before a run, its new head is the same
-    again, once = (learn(table, made, steps=1) for _ in range(2))
+    again, once = (learn(table, made, max_steps=1) for _ in range(2))
     assert again.story["adapter"] == once.story["adapter"]
     spec = read_json_object(run.folder / "adapter" / "afina.json")["spec"]
     assert spec["modules"] == [
@@ -328,7 +328,7 @@ def test_masked_tokens_then_labels(
 def test_a_decoder_classifies_by_its_last_token(
     learn: Callable[..., TrainResult], table: Path, tiny: Path
 ) -> None:
-    run = learn(table, tiny, "lora", steps=40)
+    run = learn(table, tiny, "lora", max_steps=40)
     assert run.story["classes"]["accuracy"] >= 75
     assert read_json_object(run.folder / "adapter" / "afina.json")["spec"]["modules"] == ["score"]
 
@@ -347,7 +347,7 @@ def test_asked_for_a_class(learn: Callable[..., TrainResult], table: Path, encod
 def test_resumed_is_uninterrupted(
     learn: Callable[..., TrainResult], table: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = learn(table, encoder, steps=8, check_every=2, dropout=0.1)
+    whole = learn(table, encoder, max_steps=8, eval_steps=2, dropout=0.1)
     begin = Trainer.start_step
 
     def cut(self: Trainer) -> Any:
@@ -358,9 +358,9 @@ def test_resumed_is_uninterrupted(
     monkeypatch.setattr(Trainer, "start_step", cut)
     out = whole.folder.parent / "cut"
     with pytest.raises(KeyboardInterrupt):
-        learn(table, encoder, steps=8, check_every=2, dropout=0.1, out=out)
+        learn(table, encoder, max_steps=8, eval_steps=2, dropout=0.1, output_dir=out)
     monkeypatch.undo()
-    resumed = learn(table, encoder, steps=8, check_every=2, dropout=0.1, out=out, resume=True)
+    resumed = learn(table, encoder, max_steps=8, eval_steps=2, dropout=0.1, output_dir=out, resume=True)
     assert resumed.story["adapter"] == whole.story["adapter"]
 
 
@@ -438,7 +438,7 @@ def test_full_learns_what_no_layer_owns(
 ) -> None:
     """The class token and the positions of a ViT lie beside layers: full trains them, and the base keeps its own."""
     _vision("vit").save_pretrained(tmp_path / "vit")
-    run = learn(pictures, tmp_path / "vit", "full", steps=3)
+    run = learn(pictures, tmp_path / "vit", "full", max_steps=3)
     base = opened(run, tmp_path / "vit")
     before = state(base.model)
     total = sum(p.numel() for p in base.model.parameters())
@@ -493,9 +493,9 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
     before = state(base.model)
     settings = {
         **QUICK[method],
-        "steps": 60,
-        "batch_tokens": 320,
-        "out": tmp_path / "run",
+        "max_steps": 60,
+        "max_tokens_per_batch": 320,
+        "output_dir": tmp_path / "run",
         "method": method,
         "rank": 8,
     }
@@ -536,7 +536,7 @@ def test_peft_reads_adapter_and_head(
     source = encoder
     if kind == "pictures":
         _vision("resnet").save_pretrained(source := tmp_path / "resnet")
-    run = learn(table if kind == "text" else pictures, source, steps=10)
+    run = learn(table if kind == "text" else pictures, source, max_steps=10)
     base = opened(run, source)
     load_adapter(run.folder, base)
     contents = some_texts(base) if kind == "text" else some_pictures(base)
@@ -609,7 +609,7 @@ def test_bad_rows_can_be_left_out(
         tmp_path / "rows.jsonl",
         *rows_with(lambda rows: rows[7].update(text="film " * 60) or rows[9].update(text="")),
     )
-    run = learn(data, encoder, steps=1, skip_bad_rows=True)
+    run = learn(data, encoder, max_steps=1, skip_bad_rows=True)
     assert len(run.story["data"]["skipped"]) == 2
     assert any("rows.jsonl:8: 62 tokens" in line for line in run.story["data"]["skipped"])
 
@@ -620,7 +620,7 @@ def test_a_class_that_training_never_showed(
     """In the held-out rows, and in those of `eval`; a file of one class alone may be judged on."""
     unseen = write_rows(tmp_path / "odd.jsonl", {"text": "what a film", "label": "odd"})
     with pytest.raises(DataError, match="class 'odd' was not among the training rows") as caught:
-        learn(table, encoder, holdout=unseen)
+        learn(table, encoder, eval_data=unseen)
     assert str(caught.value.where).endswith("odd.jsonl:1")
     assert caught.value.why == "known: bad, good"
     run = learn(table, encoder)
@@ -642,9 +642,9 @@ def test_a_broken_picture(
     for content in (whole[: len(whole) // 2], b"no picture", b""):
         (folder / "lying" / "3.png").write_bytes(content)
         with pytest.raises(DataError, match="not a picture, or a damaged one") as caught:
-            learn(folder, base, steps=1)
+            learn(folder, base, max_steps=1)
         assert str(caught.value.where).endswith("3.png")
-    run = learn(folder, base, steps=1, skip_bad_rows=True)
+    run = learn(folder, base, max_steps=1, skip_bad_rows=True)
     assert [line.partition(": ")[0].endswith("3.png") for line in run.story["data"]["skipped"]] == [
         True
     ]

@@ -322,10 +322,10 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
         "eval_steps": 1,
         "eval_size": 0.2,
         "options": {
-            "reward": str(tmp_path / "grader.json"),
+            "reward_funcs": str(tmp_path / "grader.json"),
             "max_new_tokens": 4,
-            "group": 2,
-            "prompts": 2,
+            "num_generations": 2,
+            "prompts_per_step": 2,
         },
     }
     run = train(rows, output_dir=tmp_path / "run", **values)

@@ -243,10 +243,10 @@ TOKENS = [torch.tensor(v) for v in ([5.0, 2.0, 9.0], [6.0, 3.0, 4.0])]
 def expected(
     objective: str,
     beta: float,
-    smoothing: float = 0.0,
+    label_smoothing: float = 0.0,
     gamma: float = 1.0,
-    loss: str = "sigmoid",
-    sft: float = 0.0,
+    loss_type: str = "sigmoid",
+    sft_weight: float = 0.0,
 ) -> Any:
     """The published formulas, number by number."""
     result = []
@@ -258,17 +258,17 @@ def expected(
             value = -w / nw - beta * math.log(sigmoid(odds[0] - odds[1]))
         elif objective == "simpo":
             value = -math.log(sigmoid(beta * (w / nw - x / nx) - gamma))
-        elif loss == "robust":
+        elif loss_type == "robust":
             value = (
-                -(1 - smoothing) * math.log(sigmoid(h)) + smoothing * math.log(sigmoid(-h))
-            ) / (1 - 2 * smoothing)
-        elif loss == "hinge":
+                -(1 - label_smoothing) * math.log(sigmoid(h)) + label_smoothing * math.log(sigmoid(-h))
+            ) / (1 - 2 * label_smoothing)
+        elif loss_type == "hinge":
             value = max(0.0, 1 - h)
-        elif loss == "ipo":
+        elif loss_type == "ipo":
             value = ((w - wr) / nw - (x - xr) / nx - 1 / (2 * beta)) ** 2
         else:
-            value = -(1 - smoothing) * math.log(sigmoid(h)) - smoothing * math.log(sigmoid(-h))
-        result.append(value + sft * -w / nw)
+            value = -(1 - label_smoothing) * math.log(sigmoid(h)) - label_smoothing * math.log(sigmoid(-h))
+        result.append(value + sft_weight * -w / nw)
     return torch.tensor(result, dtype=torch.float64)
 
 
@@ -276,14 +276,14 @@ def expected(
     ("objective", "told"),
     [
         ("dpo", {"beta": 0.3}),
-        ("dpo", {"beta": 0.3, "smoothing": 0.1}),
-        ("dpo", {"beta": 0.3, "loss": "robust", "smoothing": 0.2}),
-        ("dpo", {"beta": 0.3, "loss": "hinge"}),
-        ("dpo", {"beta": 0.3, "loss": "ipo"}),
-        ("dpo", {"beta": 0.3, "sft": 0.5}),
+        ("dpo", {"beta": 0.3, "label_smoothing": 0.1}),
+        ("dpo", {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.2}),
+        ("dpo", {"beta": 0.3, "loss_type": "hinge"}),
+        ("dpo", {"beta": 0.3, "loss_type": "ipo"}),
+        ("dpo", {"beta": 0.3, "sft_weight": 0.5}),
         ("orpo", {"beta": 0.1}),
         ("simpo", {"beta": 2.0, "gamma": 1.6}),
-        ("simpo", {"beta": 2.0, "sft": 0.1}),
+        ("simpo", {"beta": 2.0, "sft_weight": 0.1}),
     ],
 )
 def test_losses_are_the_formulas(objective: str, told: dict[str, Any]) -> None:
@@ -365,7 +365,7 @@ def test_dpo_begins_at_ln_2(
 ) -> None:
     """Each method on each base, from nothing and from an adapter that has learned something."""
     values = {**TRAINED, "base": str(tiny), "method": method}
-    values |= {"targets": "norms", "rank": 8} if method == "full" else {}
+    values |= {"target_modules": "norms", "rank": 8} if method == "full" else {}
     if "a" in method.removesuffix("dora").removesuffix("mora").removesuffix("lora"):
         values |= {"invocation": ":"}
     if continued:
@@ -426,13 +426,13 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
         ({"dropout": 0.1}, "a reference and dropout"),
         ({"options": {"start": "sft"}, "rank": 16}, "rank is not the adapter's"),
         ({"options": {"start": "sft"}, "method": "dora"}, "the adapter is lora"),
-        ({"options": {"start": "sft"}, "targets": ["k_proj"]}, "targets is not the adapter's"),
+        ({"options": {"start": "sft"}, "target_modules": ["k_proj"]}, "target_modules is not the adapter's"),
         ({"options": {"start": 3}}, "start cannot be 3"),
         ({"options": {"start": "judge"}}, "no adapter to go on from"),
         ({"options": {"gamma": 1.0}}, "dpo has no option 'gamma'"),
         ({"objective": "orpo", "options": {"reference": "base"}}, "orpo has no option 'reference'"),
-        ({"options": {"loss": "robust"}}, "robust needs smoothing"),
-        ({"options": {"loss": "hinge", "smoothing": 0.1}}, "hinge knows no smoothing"),
+        ({"options": {"loss_type": "robust"}}, "robust needs smoothing"),
+        ({"options": {"loss_type": "hinge", "label_smoothing": 0.1}}, "hinge knows no smoothing"),
         ({"options": {"beta": -1}}, "beta cannot be -1"),
         ({"options": {"operator": "sharing"}}, "lora has no option 'operator'"),
         ({"objective": "sft", "options": {"beta": 0.1}}, "no option 'beta'|belong to no format"),
@@ -455,12 +455,12 @@ def test_what_could_mean_two_things_is_refused(
             {"prompt": "a", "completion": "b"},
             {"prompt": "c", "completion": "d"},
         )
-        learn(data, tmp_path / "sft", steps=1, check_every=1, holdout=data)
+        learn(data, tmp_path / "sft", max_steps=1, eval_steps=1, eval_data=data)
     elif start == "judge":
-        learn(pairs, tmp_path / "judge", steps=1, check_every=1, objective="reward")
-    told = {"base": str(tiny), "template": "plain", "objective": "dpo"} | values
-    if "targets" not in values and start is None:
-        told["targets"] = TRAINED["targets"]
+        learn(pairs, tmp_path / "judge", max_steps=1, eval_steps=1, objective="reward")
+    told = {"base": str(tiny), "chat_template": "plain", "objective": "dpo"} | values
+    if "target_modules" not in values and start is None:
+        told["target_modules"] = TRAINED["target_modules"]
     with pytest.raises(
         SettingsError if values.get("objective") != "sft" else AfinaError, match=what
     ):
@@ -470,7 +470,7 @@ def test_what_could_mean_two_things_is_refused(
 def test_an_objective_is_no_method(pairs: Path) -> None:
     for name, hint in (
         ("dpo", "--objective dpo"),
-        ("qipo", "{loss: ipo}"),
+        ("qipo", "{loss_type: ipo}"),
         ("kto", "--objective kto"),
     ):
         with pytest.raises(SettingsError, match="an objective, not a method") as caught:
@@ -498,7 +498,7 @@ def test_a_run_learns_and_logs(
     learn: Learn, objective: str, tiny: Path, pairs: Path, tmp_path: Path
 ) -> None:
     run = learn(
-        pairs, tmp_path / "run", objective=objective, steps=8, check_every=4, batch_tokens=2000
+        pairs, tmp_path / "run", objective=objective, max_steps=8, eval_steps=4, max_tokens_per_batch=2000
     )
     ticks, found = metrics(run.folder), run.story["preferences"]
     assert ticks[-1]["loss"] < ticks[0]["loss"]
@@ -520,7 +520,7 @@ def test_a_run_learns_and_logs(
 def test_pairs_and_labels_are_recognised(learn: Learn, pairs: Path, tmp_path: Path) -> None:
     labels = write_rows(tmp_path / "labels.jsonl", *labels_of(rows_of(20)))
     for data, objective in ((pairs, "dpo"), (labels, "kto")):
-        run = learn(data, tmp_path / objective, steps=2)
+        run = learn(data, tmp_path / objective, max_steps=2)
         assert run.story["objective"] == objective
 
 
@@ -576,7 +576,7 @@ def test_resumed_is_uninterrupted(
     monkeypatch.chdir(tmp_path)
     if "start" in options:
         sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows_of(24)]
-        learn(write_rows(tmp_path / "sft.jsonl", *sft), tmp_path / "sft", steps=2)
+        learn(write_rows(tmp_path / "sft.jsonl", *sft), tmp_path / "sft", max_steps=2)
     values = {"objective": objective, "options": options, "max_steps": 4}
     whole = learn(pairs, tmp_path / "whole", **values)
 
@@ -605,10 +605,10 @@ def test_another_start_is_not_gone_on_with(
         tmp_path / "sft.jsonl",
         *({"prompt": r["prompt"], "completion": r["chosen"]} for r in rows_of(24)),
     )
-    learn(sft, tmp_path / "sft", steps=2)
+    learn(sft, tmp_path / "sft", max_steps=2)
     run = learn(pairs, tmp_path / "dpo", options={"start": "sft"})
     (tmp_path / "sft").rename(tmp_path / "old")
-    learn(sft, tmp_path / "sft", steps=3)
+    learn(sft, tmp_path / "sft", max_steps=3)
     with pytest.raises(AfinaError, match="adapter it goes on from is not what"):
         learn(pairs, tmp_path / "dpo", options={"start": "sft"}, resume=True)
     with pytest.raises(DataError, match="has changed"):
@@ -633,7 +633,7 @@ def test_the_sft_term_keeps_the_better_answers_likely(
 ) -> None:
     told = {"max_steps": 10, "eval_steps": 10, "max_tokens_per_batch": 2000}
     found = [
-        learn(pairs, tmp_path / str(sft), options={"sft": sft}, **told).story["preferences"][
+        learn(pairs, tmp_path / str(sft), options={"sft_weight": sft}, **told).story["preferences"][
             "after"
         ]["chosen_logp"]
         for sft in (0.0, 1.0)
@@ -651,7 +651,7 @@ def test_a_reward_model_on_disk_is_the_one_in_memory(
     learn: Learn, method: str, tiny: Path, pairs: Path, tmp_path: Path
 ) -> None:
     more = {"invocation": ":"} if method == "alora" else {}
-    run = learn(pairs, tmp_path / "run", objective="reward", method=method, steps=6, **more)
+    run = learn(pairs, tmp_path / "run", objective="reward", method=method, max_steps=6, **more)
     opened = load_run(run.folder, EvalSettings(adapter=run.folder))
     base = opened.base
     assert isinstance(base, CausalLM)
@@ -701,14 +701,14 @@ def test_each_step_is_trls(
         rows = list({row["prompt"]: row for row in rows}.values())
     data = write_rows(tmp_path / "rows.jsonl", *rows)
     steps, rate = 6, 5e-3
-    options = {} if loss in ("sigmoid", "kto") else {"loss": loss}
+    options = {} if loss in ("sigmoid", "kto") else {"loss_type": loss}
     values = {
         **TRAINED,
         "base": str(tiny),
         "objective": objective,
         "options": options,
-        "holdout": data,
-        "batch_tokens": 10**5,
+        "eval_data": data,
+        "max_tokens_per_batch": 10**5,
     }
     values |= {
         "learning_rate": rate,

@@ -66,7 +66,7 @@ def judge_preferences(
         said.append(_calibrated(facts))
     return (
         facts
-        | ({"reference": reference.about()} if reference is not None else {})
+        | ({"reference": reference.to_dict()} if reference is not None else {})
         | {"verdict": said}
     )
 
@@ -99,7 +99,7 @@ def displacement_warning(facts: dict[str, Any], objective: str) -> list[str]:
         return []
     rejected = [facts[name].get("rejected_logp", float("nan")) for name in names]
     remedies = {
-        "dpo": "`sft: 0.2` among the options, `loss: ipo`, ",
+        "dpo": "`sft_weight: 0.2` among the options, `loss_type: ipo`, ",
         "simpo": "`sft: 0.2` among the options, ",
         "kto": "a larger `good_weight` among the options, ",
         "orpo": "a smaller `beta` among the options, ",
