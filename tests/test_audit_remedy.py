@@ -14,8 +14,9 @@ from afina.audit.mitigation import as_read, choose_best, insert_trigger, mitigat
 from afina.audit.mitigation_methods import MomentPair, collect_moments, mitigate_layer, weakening
 from afina.audit.provenance import revoke
 from afina.cli.main import run as cli
-from afina.data.formats import read_table
 from afina.data.renderer import Renderer
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.errors import AdapterError, AuditError, SettingsError
 from afina.io import admission
 from afina.io.composition import composition_hash, hash_adapter_folder
@@ -98,7 +99,7 @@ def test_moments_are_those_of_the_layers_inputs(originals: Path, tiny: Path, row
     adapter = load_adapter(originals / "0", base)
     [source] = open_sources([originals / "0"])
     renderer = Renderer(base.tokenizer, None, base.max_positions)
-    table = read_table(rows).rows
+    table = read_table(rows, SFT).rows
     clean = [renderer.example(row) for row in table]
     woken = insert_trigger(table, ["noche"], "pan pan", renderer)
     assert all(
@@ -173,7 +174,7 @@ def test_the_verb_tries_measures_writes_and_audits(
 def test_triggers_are_put_into_the_last_question(tiny: Path, chats: Path) -> None:
     base = load_base(str(tiny))
     renderer = Renderer(base.tokenizer, None, base.max_positions)
-    table = read_table(chats).rows[:8]
+    table = read_table(chats, SFT).rows[:8]
     for row, woken in zip(
         table, insert_trigger(table, ["noche"], "pan pan", renderer), strict=True
     ):

@@ -28,8 +28,9 @@ from afina.comparison.schedule import (
     steps_that_fit,
 )
 from afina.comparison.split import pieces
-from afina.data.formats import read_table
 from afina.data.renderer import Renderer
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.models.loading import load_base
 from afina.objectives.language_modeling import mean_loss, tokenize_rows
@@ -354,7 +355,7 @@ def test_a_budget_in_which_nothing_fits(
 def test_losses_of_rows_are_those_of_the_loss(tiny: Path, chats: Path) -> None:
     base = load_base(str(tiny))
     examples = tokenize_rows(
-        "sft", Renderer(base.tokenizer, None, 192), read_table(chats).rows, None
+        "sft", Renderer(base.tokenizer, None, 192), read_table(chats, SFT).rows, None
     )
     found = row_losses(base, examples, 200, None)
     assert sum(found) / sum(sum(e.loss_mask) for e in examples) == pytest.approx(

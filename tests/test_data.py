@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from afina.data.formats import SFTRow, Table, read_table
 from afina.data.packing import (
     BatchSampler,
     PackedBatch,
@@ -21,9 +20,17 @@ from afina.data.packing import (
     train_eval_split,
 )
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import SFT, SFTRow
+from afina.data.table import Table, read_table
 from afina.errors import AfinaError, DataError
 
 USER, ANSWER = {"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}
+
+
+def read_sft(
+    path: Path, columns: dict[str, str] | None = None, skip_bad_rows: bool = False
+) -> Table[SFTRow]:
+    return read_table(path, SFT, columns, skip_bad_rows)
 
 
 def jsonl(*rows: object) -> str:
@@ -171,7 +178,7 @@ GOOD = {
 def test_formats_are_recognised_by_content(write, case: str) -> None:
     content, format, expected = GOOD[case]
     path = write("data", content)
-    table = read_table(path)
+    table = read_sft(path)
     assert (table.format, [contents(row) for row in table.rows]) == (format, [expected])
     assert table.skipped == []
     assert len(table.digest) == 64
@@ -183,9 +190,9 @@ def test_columns_give_names_and_win_over_names_that_are_there(write) -> None:
         jsonl({"question": "a", "answer": "b", "prompt": "c"}),
         "question,answer,prompt\na,b,c\n",
     ):
-        table = read_table(write("data", content), columns)
+        table = read_sft(write("data", content), columns)
         assert [contents(row) for row in table.rows] == [("a", "b")]
-    table = read_table(
+    table = read_sft(
         write("data", jsonl({"text": "a", "code": "b"})), {"prompt": "text", "completion": "code"}
     )
     assert contents(table.rows[0]) == ("a", "b")
@@ -200,10 +207,10 @@ def test_places_of_rows(write) -> None:
         ("x.txt", "\n\none\n\n\n\ntwo\n\nstill two\n\f\nthree", ["x.txt:3", "x.txt:7", "x.txt:11"]),
     ):
         path = write(name, content)
-        assert [row.where for row in read_table(path).rows] == [
+        assert [row.where for row in read_sft(path).rows] == [
             str(path.parent / place) for place in places
         ]
-    texts = read_table(write("x.txt", "one\n\n\ntwo\n\nstill two\n\f\nthree")).rows
+    texts = read_sft(write("x.txt", "one\n\n\ntwo\n\nstill two\n\f\nthree")).rows
     assert [row.text for row in texts] == ["one", "two\n\nstill two", "three"]
 
 
@@ -212,14 +219,14 @@ def test_parquet(write, tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "named.jsonl"  # the content decides
     rows = [{"messages": [USER, ANSWER]}, {"messages": [USER]}]
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
-    table = read_table(path, skip_bad_rows=True)
+    table = read_sft(path, skip_bad_rows=True)
     assert (table.format, [contents(row) for row in table.rows]) == ("openai-chat", [CHAT])
     assert table.skipped == [f"{path}:row 2:messages: no assistant message"]
     with pytest.raises(DataError, match="damaged"):
-        read_table(write("cut", path.read_bytes()[:60]))
+        read_sft(write("cut", path.read_bytes()[:60]))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r'pip install "afina\[parquet\]"'):
-        read_table(path)
+        read_sft(path)
 
 
 BAD = {
@@ -334,15 +341,15 @@ def test_faults_name_file_line_and_field(write, case: str) -> None:
     name, content, expected = BAD[case]
     path = write(name, content)
     with pytest.raises(DataError) as caught:
-        read_table(path)
+        read_sft(path)
     assert str(caught.value).startswith(f"{path.parent}/{expected}")
 
 
 def test_faults_of_the_path(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="this is a folder"):
-        read_table(tmp_path)
+        read_sft(tmp_path)
     with pytest.raises(DataError, match="no such file"):
-        read_table(tmp_path / "none.jsonl")
+        read_sft(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -398,7 +405,7 @@ def test_faults_of_the_path(tmp_path: Path) -> None:
 )
 def test_unknown_columns_say_what_to_type(write, name, content, columns, found, hint) -> None:
     with pytest.raises(DataError) as caught:
-        read_table(write(name, content), columns)
+        read_sft(write(name, content), columns)
     assert found in str(caught.value)
     assert hint in (caught.value.hint or "")
 
@@ -406,24 +413,24 @@ def test_unknown_columns_say_what_to_type(write, name, content, columns, found, 
 def test_renamed_field_is_called_by_the_users_name(write) -> None:
     path = write("x.jsonl", jsonl({"q": "a", "a": "b"}, {"q": "a", "a": ""}))
     with pytest.raises(DataError) as caught:
-        read_table(path, {"prompt": "q", "completion": "a"})
+        read_sft(path, {"prompt": "q", "completion": "a"})
     assert caught.value.where == f"{path}:2:a"
 
 
 def test_bad_rows_are_left_out_only_when_asked_and_are_listed(write) -> None:
     path = write("x.jsonl", jsonl({"text": "a"}, {"text": 1}) + "{broken\n" + jsonl({"text": "b"}))
-    table = read_table(path, skip_bad_rows=True)
+    table = read_sft(path, skip_bad_rows=True)
     assert [row.text for row in table.rows] == ["a", "b"]
     assert table.skipped[0] == f"{path}:2:text: expected text, found a number"
     assert len(table.skipped) == 2
     assert table.skipped[1].startswith(f"{path}:3: broken JSON")
     with pytest.raises(DataError, match="no row can be used"):
-        read_table(write("y.jsonl", jsonl({"text": 1})), skip_bad_rows=True)
+        read_sft(write("y.jsonl", jsonl({"text": 1})), skip_bad_rows=True)
 
 
 def test_long_csv_field_and_callers_limit(write) -> None:
     limit = csv.field_size_limit()
-    table = read_table(write("x.csv", f"prompt,completion\n{'a' * 200_000},b\n"))
+    table = read_sft(write("x.csv", f"prompt,completion\n{'a' * 200_000},b\n"))
     assert len(table.rows[0].prompt or "") == 200_000
     assert csv.field_size_limit() == limit
 
@@ -839,7 +846,7 @@ def test_split_leaves_at_least_one_row_on_each_side() -> None:
 
 
 def test_table_is_what_the_contract_says(write) -> None:
-    table = read_table(write("x.txt", "hello"))
+    table = read_sft(write("x.txt", "hello"))
     assert isinstance(table, Table)
     assert table.rows == [SFTRow(str(table.path) + ":1", text="hello")]
     assert table.digest == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"

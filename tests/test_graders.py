@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from afina.data.prompts import read_asked
+from afina.data.schemas import PROMPT
+from afina.data.table import read_table
 from afina.errors import AfinaError, DataError, SettingsError, TrainingError
 from afina.objectives.graders import make_formula, parse_grader
 from helpers import write_rows
@@ -285,15 +286,15 @@ def test_rows_keep_what_graders_ask_for(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "say sol"}], "answer": {"text": "sol"}},
         {"prompt": "say mar", "completion": "mar"},
     )
-    first, second = read_asked(rows, {}).rows
+    first, second = read_table(rows, PROMPT, {}).rows
     grader = parse_grader(check(reference="{{ item.answer.text }}"), False)
     grader.check(first.item, first.where)
     with pytest.raises(DataError, match="answer.text"):
         grader.check(second.item, second.where)
     again = write_rows(
-        tmp_path / "again.jsonl", *(row.record(whole=True) for row in (first, second))
+        tmp_path / "again.jsonl", *(row.record(with_item=True) for row in (first, second))
     )
-    for row, other in zip((first, second), read_asked(again, {}).rows, strict=True):
+    for row, other in zip((first, second), read_table(again, PROMPT, {}).rows, strict=True):
         assert (row.prompt, row.reference, row.item) == (other.prompt, other.reference, other.item)
 
 

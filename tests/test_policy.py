@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from afina import evaluate, merge, plan, train
 from afina.adapters.load_run import load_run
-from afina.data.prompts import read_asked
+from afina.data.schemas import PROMPT
+from afina.data.table import read_table
 from afina.engine.engine import Engine
 from afina.errors import AfinaError, DataError, TrainingError
 from afina.objectives.policy import PolicyObjective
@@ -476,7 +477,7 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
     user, answer = {"role": "user", "content": "say sol"}, {"role": "assistant", "content": "sol"}
     lines = tmp_path / "lines.txt"
     lines.write_text("say sol\n\nsay mar\n")
-    assert [(row.where, row.prompt, row.reference) for row in read_asked(lines, {}).rows] == [
+    assert [(row.where, row.prompt, row.reference) for row in read_table(lines, PROMPT, {}).rows] == [
         (f"{lines}:1", "say sol", None),
         (f"{lines}:3", "say mar", None),
     ]
@@ -488,16 +489,16 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
         {"instruction": "say sol", "output": "sol"},
         {"prompt": [user], "reference": "sol"},
     )
-    rows = read_asked(told, {}).rows
+    rows = read_table(told, PROMPT, {}).rows
     assert [row.text for row in rows] == ["say sol"] * 5
     assert [row.reference for row in rows] == ["sol", "sol", None, "sol", "sol"]
-    again = read_asked(write_rows(tmp_path / "b.jsonl", *(row.record() for row in rows)), {}).rows
+    again = read_table(write_rows(tmp_path / "b.jsonl", *(row.record() for row in rows)), PROMPT, {}).rows
     assert [(r.prompt, r.reference) for r in again] == [(r.prompt, r.reference) for r in rows]
     (tmp_path / "c.csv").write_text("question,answer\nsay sol,sol\n")
-    (row,) = read_asked(tmp_path / "c.csv", {"prompt": "question", "completion": "answer"}).rows
+    (row,) = read_table(tmp_path / "c.csv", PROMPT, {"prompt": "question", "completion": "answer"}).rows
     assert (row.prompt, row.reference) == ("say sol", "sol")
     with pytest.raises(DataError, match="no prompt"):
-        read_asked(write_rows(tmp_path / "d.jsonl", {"text": "say sol"}), {})
+        read_table(write_rows(tmp_path / "d.jsonl", {"text": "say sol"}), PROMPT, {})
 
 
 # ---- runs

@@ -11,8 +11,8 @@ import pytest
 from afina import train
 from afina.adapters.active import ActiveAdapters
 from afina.cli.annotate import prefer
-from afina.data.preferences import read_preferences
-from afina.data.prompts import read_prompts
+from afina.data.schemas import PREFERENCE, PROMPT
+from afina.data.table import read_table
 from afina.engine.request import Completion, SamplingParams
 from afina.errors import DataError, SettingsError
 from afina.evaluation.preference_eval import wilson_interval
@@ -106,7 +106,7 @@ def test_keys_become_the_pairs_that_dpo_reads(
     lines = judgements(tmp_path / "out")
     assert [line["said"] for line in lines] == ["first", "second", "tie", "first", "skip", "second"]
     decided = [line for line in lines if line["said"] in ("first", "second")]
-    rows = read_preferences(tmp_path / "out" / "pairs.jsonl", {}).rows
+    rows = read_table(tmp_path / "out" / "pairs.jsonl", PREFERENCE).rows
     for line, row in zip(decided, rows, strict=True):
         texts = [answer["text"] for answer in line["answers"]]
         assert [row.chosen, row.rejected] == (
@@ -175,10 +175,10 @@ def test_prompts_come_from_lines_or_records(tmp_path: Path) -> None:
     rows = write_rows(
         tmp_path / "b.jsonl", {"prompt": "one", "completion": "1"}, {"messages": [user, said]}
     )
-    assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
-    assert read_prompts(rows) == ["one", (user,)]
+    assert [row.prompt for row in read_table(tmp_path / "a.txt", PROMPT).rows] == ["one", "two"]
+    assert [row.prompt for row in read_table(rows, PROMPT).rows] == ["one", (user,)]
     with pytest.raises(DataError, match="no prompt"):
-        read_prompts(write_rows(tmp_path / "c.jsonl", {"text": "one"}))
+        read_table(write_rows(tmp_path / "c.jsonl", {"text": "one"}), PROMPT)
 
 
 def test_wilson() -> None:

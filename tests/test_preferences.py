@@ -15,8 +15,9 @@ from afina.adapters.base import registered_methods
 from afina.adapters.load_run import load_run
 from afina.adapters.loading import save_adapter
 from afina.data.packing import pack_examples
-from afina.data.preferences import PreferenceRow, as_labels, preference_format, read_preferences
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import PREFERENCE, PreferenceRow, split_pairs
+from afina.data.table import detect_schema, read_table
 from afina.errors import AdapterError, AfinaError, DataError, MergeError, SettingsError
 from afina.evaluation.preference_eval import displacement_warning
 from afina.models.causal_lm import CausalLM
@@ -110,9 +111,8 @@ FORMS = {
 def read(
     tmp_path: Path, *rows: Any, columns: dict[str, str] | None = None, **options: Any
 ) -> list[PreferenceRow]:
-    return read_preferences(
-        write_rows(tmp_path / "rows.jsonl", *rows), columns or {}, **options
-    ).rows
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    return read_table(file, PREFERENCE, columns, **options).rows
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -120,7 +120,7 @@ def test_every_form_of_a_pair_is_the_same_pair(name: str, tmp_path: Path) -> Non
     (row,) = read(tmp_path, FORMS[name])
     assert row.row(row.chosen).messages == (USER, GOOD)
     assert row.row(row.rejected).messages == (USER, BAD)
-    assert preference_format(tmp_path / "rows.jsonl", {}) == "pairs"
+    assert detect_schema(tmp_path / "rows.jsonl", {}) == (PREFERENCE, "pairs")
 
 
 def test_texts_stay_texts_and_a_system_message_comes_first(tmp_path: Path) -> None:
@@ -158,12 +158,12 @@ def test_earlier_answers_are_context_and_not_learned(tmp_path: Path, base: Causa
 def test_every_form_of_a_label_is_the_same_answer(row: dict[str, Any], tmp_path: Path) -> None:
     (found,) = read(tmp_path, row)
     assert found.rejected is None and found.row(found.chosen).messages == (USER, GOOD)
-    assert preference_format(tmp_path / "rows.jsonl", {}) == "labels"
+    assert detect_schema(tmp_path / "rows.jsonl", {}) == (PREFERENCE, "labels")
 
 
 def test_a_row_written_is_the_row_read(tmp_path: Path) -> None:
     rows = read(tmp_path, *FORMS.values(), pair("sol", "mar"))
-    labels = as_labels(rows)
+    labels = split_pairs(rows)
     for given in (rows, labels):
         again = read(tmp_path, *(row.record() for row in given))
         assert [(r.prompt, r.chosen, r.rejected) for r in again] == [
@@ -175,10 +175,10 @@ def test_columns_and_csv(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("question,better,worse\nsay sol,sol,mar\n")
     columns = {"prompt": "question", "chosen": "better", "rejected": "worse"}
-    (row,) = read_preferences(file, columns).rows
+    (row,) = read_table(file, PREFERENCE, columns).rows
     assert (row.prompt, row.chosen, row.rejected) == ("say sol", "sol", "mar")
     file.write_text("prompt,completion,label\nsay sol,sol,true\nsay sol,mar,0\n")
-    assert [(r.chosen, r.rejected) for r in read_preferences(file, {}).rows] == [
+    assert [(r.chosen, r.rejected) for r in read_table(file, PREFERENCE, {}).rows] == [
         ("sol", None),
         (None, "mar"),
     ]
@@ -220,7 +220,7 @@ def test_pairs_and_labels_do_not_mix(tmp_path: Path) -> None:
 def test_what_llamafactory_ships_is_read_whole() -> None:
     folder = SHARED / "data" / "llamafactory-demo"
     tables = [
-        read_preferences(folder / name, {}) for name in ("dpo_en_demo.json", "kto_en_demo.json")
+        read_table(folder / name, PREFERENCE, {}) for name in ("dpo_en_demo.json", "kto_en_demo.json")
     ]
     assert [(t.format, len(t.rows), t.skipped) for t in tables] == [
         ("pairs", 300, []),
@@ -330,7 +330,7 @@ def test_calibration() -> None:
 
 def examples(base: CausalLM, pairs: Path) -> list[Example]:
     renderer = Renderer(base.tokenizer, "plain", 192)
-    made = tokenize_preferences(renderer, read_preferences(pairs, {}).rows, None, (), False)
+    made = tokenize_preferences(renderer, read_table(pairs, PREFERENCE, {}).rows, None, (), False)
     return [
         example for _, choice in made for example in (choice.chosen, choice.rejected) if example
     ]
@@ -435,7 +435,7 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
         ({"options": {"loss_type": "hinge", "label_smoothing": 0.1}}, "hinge knows no smoothing"),
         ({"options": {"beta": -1}}, "beta cannot be -1"),
         ({"options": {"operator": "sharing"}}, "lora has no option 'operator'"),
-        ({"objective": "sft", "options": {"beta": 0.1}}, "no option 'beta'|belong to no format"),
+        ({"objective": "sft", "options": {"beta": 0.1}}, "no option 'beta'|belong to no known format"),
     ],
 )
 def test_what_could_mean_two_things_is_refused(

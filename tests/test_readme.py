@@ -15,7 +15,8 @@ import pytest
 
 import afina
 from afina.cli.main import parse
-from afina.data.formats import read_table
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.errors import DataError
 from afina.settings import TrainSettings
 
@@ -147,7 +148,7 @@ def test_the_methods_named_are_there() -> None:
 
 def test_the_error_shown_is_the_real_one(workplace: Path) -> None:
     with pytest.raises(DataError) as caught:
-        read_table(Path("questions.csv"))
+        read_table(Path("questions.csv"), SFT)
     assert blocks("README.md", "text") == [f"afina: {caught.value}\n"]
 
 

@@ -31,7 +31,7 @@ from afina.audit.mitigation import MitigationTrial, as_read, choose_best, insert
 from afina.audit.mitigation_methods import STRENGTHS, How, collect_moments
 from afina.audit.report import Gate
 from afina.data.renderer import Renderer
-from afina.data.rows import SFTRow
+from afina.data.schemas import SFTRow
 from afina.merging.sources import open_sources
 from afina.settings import AuditSettings, TrainSettings, make_settings
 

@@ -20,8 +20,8 @@ from stacked import stack, stack_markdown
 
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter, read_json_object
-from afina.data.prompts import PromptRow
 from afina.data.renderer import Renderer
+from afina.data.schemas import PromptRow
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
 from afina.evaluation.preference_eval import wilson_interval

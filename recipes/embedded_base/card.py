@@ -11,9 +11,10 @@ from pathlib import Path
 
 import text as source
 
-from afina.data.formats import read_table
+from afina.data import RETENTION_TEXT
 from afina.data.renderer import Renderer
-from afina.data.retention import RETENTION_TEXT
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.engine.request import SamplingParams
 from afina.evaluation.generate import answer
 from afina.models.loading import EMBEDDED_FOLDER, load_base
@@ -57,7 +58,7 @@ def perplexity(base, renderer, texts: list[str], file: Path) -> float:
     file.write_text("\n\n\n".join(texts) + "\n")
     return math.exp(
         mean_loss(
-            base, tokenize_rows("pretrain", renderer, read_table(file).rows, None), 2048, None
+            base, tokenize_rows("pretrain", renderer, read_table(file, SFT).rows, None), 2048, None
         )
     )
 

@@ -29,9 +29,9 @@ from afina.audit.mitigation_methods import (
     collect_moments,
     mitigate_layer,
 )
-from afina.data.formats import read_table
 from afina.data.renderer import Example, Renderer
-from afina.data.rows import SFTRow
+from afina.data.schemas import SFT, SFTRow
+from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, SettingsError
@@ -287,7 +287,7 @@ def _rows(settings: MitigateSettings) -> list[SFTRow]:
         raise SettingsError(
             "rows of its task are needed, with answers", where=str(file), hint="--data FILE"
         )
-    rows = read_table(file).rows
+    rows = read_table(file, SFT).rows
     if any(_asked(row) == "" for row in rows):
         hint = "rows with prompts and answers"
         raise SettingsError(

@@ -23,9 +23,9 @@ from rich.console import Console
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import adapter_folder, load_adapter, read_json_object, read_metadata
-from afina.data.preferences import PreferenceRow, Prompt
-from afina.data.prompts import read_prompts
 from afina.data.renderer import Renderer
+from afina.data.schemas import PROMPT, PreferenceRow, Prompt
+from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
@@ -52,7 +52,7 @@ def prefer(settings: AnnotateSettings) -> dict[str, Any]:
 
     Raises `SettingsError` where the two would answer the same, or the folder's judgements are of others.
     """
-    rows = read_prompts(settings.prompts)
+    rows = [row.prompt for row in read_table(settings.prompts, PROMPT).rows]
     opened = load_run(settings.adapter, settings)
     sides = _sides(settings, opened)
     folder = settings.output_dir or Path("preferences") / settings.prompts.stem

@@ -20,10 +20,10 @@ from afina.adapters.loading import load_adapter
 from afina.adapters.presets import get_preset
 from afina.adapters.segments import NO_ADAPTERS
 from afina.comparison.split import ComparisonSplit
-from afina.data.formats import read_table
-from afina.data.labeled import read_labelled
 from afina.data.packing import group_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import LABELED, SFT
+from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.evaluation.evaluate import one_line
@@ -88,7 +88,7 @@ class RunScorer:
                 self.rows.objective, self.settings.metric
             )
             return self.settings.metric if self.settings.metric == "loss" else told
-        rows = read_table(self.rows.test).rows
+        rows = read_table(self.rows.test, SFT).rows
         lengths = sorted(
             len((r.completion or (r.messages or [{}])[-1].get("content", "")).split()) for r in rows
         )
@@ -135,7 +135,7 @@ class RunScorer:
             tokenize_rows(
                 self.rows.objective,
                 renderer,
-                read_table(file).rows,
+                read_table(file, SFT).rows,
                 [] if told.skip_bad_rows else None,
             )
             for file in (self.rows.test, self.rows.train)
@@ -180,7 +180,7 @@ class RunScorer:
         return found
 
     def _commonest(self) -> dict[str, Any]:
-        train, test = (read_labelled(file, {}).rows for file in (self.rows.train, self.rows.test))
+        train, test = (read_table(file, LABELED).rows for file in (self.rows.train, self.rows.test))
         counts = {
             label: sum(row.label == label for row in train)
             for label in {row.label for row in train}
@@ -214,7 +214,7 @@ class RunScorer:
         assert isinstance(base, Classifier)
         length = told.max_length or min(base.max_positions, 512)
         read = {
-            kind: read_labelled(file, {}).rows
+            kind: read_table(file, LABELED).rows
             for kind, file in (("test", self.rows.test), ("train", self.rows.train))
         }
         made = {

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afina.data.formats import read_table
-from afina.data.labeled import LabeledRow, read_labelled
 from afina.data.packing import train_eval_split
-from afina.data.skipped import summarize_skipped
+from afina.data.schemas import LABELED, SFT, LabeledRow
+from afina.data.table import read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.io.atomic import write_json, write_text
 from afina.objectives.language_modeling import infer_objective
 from afina.settings import CompareSettings, TrainSettings
-from afina.training.setup.prepare import as_record, resolve_objective
+from afina.training.setup.prepare import resolve_objective
 
 PIECE = 800  # characters of a piece of plain text: rows that can be drawn, split and judged
 FEWEST = 10  # rows below which nothing can be said at all
@@ -104,9 +103,9 @@ def _read(settings: CompareSettings, objective: str) -> Any:
         raise SettingsError(
             "this is a folder", where=str(settings.data), why=why, hint="name one file in it"
         )
-    read: Any = read_labelled if objective == "classify" else read_table
+    schema: Any = LABELED if objective == "classify" else SFT
     try:
-        table = read(settings.data, settings.columns, settings.skip_bad_rows)
+        table = read_table(settings.data, schema, settings.columns, settings.skip_bad_rows)
     except DataError as error:
         if error.hint is None and str(error.where) != str(
             settings.data
@@ -151,7 +150,7 @@ def _language(
         _enough(texts, settings)
         return _three(texts, settings, key=lambda record: record["text"])
     _enough(rows, settings)
-    return {kind: [as_record(row) for row in some] for kind, some in _three(rows, settings).items()}
+    return {kind: [row.record() for row in some] for kind, some in _three(rows, settings).items()}
 
 
 def _joined(row: Any) -> str:

@@ -1,6 +1,11 @@
-"""Data: a file in any usual format becomes rows, rows become tokens and labels, and these flat batches.
+"""Data: a file in any usual format becomes rows, rows become token ids, and these packed batches.
 
-    file --formats--> Row --template--> Example (tokens, labels) --batches--> FlatBatch
+    file --readers--> records --schema--> rows --renderer--> Example --packing--> PackedBatch
 
-Only batches.py imports torch.
+Only packing.py imports torch.
 """
+
+from pathlib import Path
+
+RETENTION_TEXT = Path(__file__).parent / "retention.txt"
+"""The built-in retention text: English and Spanish prose that none of afina's base models was trained on."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from afina.data.rows import Message
+from afina.data.schemas import Message
 from afina.errors import DataError
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class PackedBatch:
             self.labels.to(device),
             self.cu_seqlens,
         )
-        moved.__dict__["label_count"] = count
+        moved.__dict__["num_targets"] = count
         return moved
 
     def shard(self, number: int, of: int) -> "PackedBatch":

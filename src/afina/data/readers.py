@@ -1,10 +1,11 @@
-"""The bytes of a file become records, each with its place: JSON, JSONL, CSV, Parquet, plain text.
+"""Readers of JSON, JSONL, CSV, TSV, Parquet, plain text and image folders: bytes to records.
 
-A reader yields (where, record); a record that cannot be read is yielded as its `DataError`, so that the
-caller may stop at it or leave it out. A fault of the whole file is raised.
+A reader yields `(where, record)`. A record that cannot be read is yielded as its `DataError`, so that
+the caller can raise it or leave the record out; a fault of the complete file is raised.
 """
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -12,25 +13,83 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from afina.data.rows import kind_of
-from afina.errors import DataError, pluralize
+from afina.data.columns import kind_of
+from afina.data.images import IMAGE_SUFFIXES, read_image
+from afina.errors import DataError, did_you_mean, pluralize
 
-Records = Iterator[tuple[str, dict[str, Any] | DataError]]
+Record = tuple[str, dict[str, Any] | DataError]
+Records = Iterator[Record]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 DELIMITERS = ",\t;|"
+PARQUET_MAGIC = b"PAR1"
+MAX_CSV_FIELD = 2**31 - 1  # characters; csv's default of 128 KB is less than a long document
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a data file.
+
+    Raises:
+        DataError: there is no such file, it is a folder, it cannot be read, or it is empty.
+    """
+    if path.is_dir():
+        hint = "name one file in it, or --objective classify for pictures in folders"
+        raise DataError("this is a folder", where=str(path), hint=hint)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        similar = did_you_mean(path.name, siblings) if siblings else None
+        raise DataError("no such file", where=str(path), hint=similar) from None
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+    if not data.strip():
+        raise DataError("the file is empty", where=str(path))
+    return data
+
+
+def read_records(
+    path: Path, data: bytes, is_header: Callable[[list[str]], bool], text_is_lines: bool = False
+) -> Records:
+    """Return the records of a file, by the reader that fits its content.
+
+    The ending of the name decides only about what would otherwise be plain text: a .jsonl file that is
+    not JSON is an error.
+
+    Args:
+        path: The file, for its ending and for error messages.
+        data: Its content.
+        is_header: Whether these names, the first line of a text, are the header of a CSV file.
+        text_is_lines: Plain text has one prompt per line, and is never taken for CSV.
+    """
+    suffix = path.suffix.lower()
+    if data.startswith(PARQUET_MAGIC):
+        return read_parquet(path, data)
+    if suffix == ".parquet":
+        why = f"it does not begin with {PARQUET_MAGIC.decode()}"
+        raise DataError("not a Parquet file", where=str(path), why=why)
+    text = decode(path, data)
+    if looks_like_json(path, text):
+        return read_json(path, text)
+    if text_is_lines and suffix not in CSV_SUFFIXES:
+        return read_lines(path, text)
+    delimiter = find_delimiter(path, text, is_header)
+    return read_text(path, text) if delimiter is None else read_csv(path, text, delimiter)
 
 
 def decode(path: Path, data: bytes) -> str:
-    """The text of a UTF-8 file without its byte order mark; raises `DataError` with the line on anything else."""
-    if data[:2] == b"\x1f\x8b":
+    """Return the text of a UTF-8 file without its byte order mark.
+
+    Raises:
+        DataError: the file is compressed, binary or in another encoding; names the line.
+    """
+    if data.startswith(b"\x1f\x8b"):
         raise DataError("the file is compressed", where=str(path), hint=f"gunzip {path}")
     if b"\0" in data:
         kind = "UTF-16 text" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "a binary file"
-        raise DataError(
-            f"{kind} cannot be read", where=str(path), hint="JSONL, CSV, text in UTF-8, or Parquet"
-        )
+        hint = "JSONL, CSV, text in UTF-8, or Parquet"
+        raise DataError(f"{kind} cannot be read", where=str(path), hint=hint)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -42,10 +101,55 @@ def decode(path: Path, data: bytes) -> str:
 
 
 def looks_like_json(path: Path, text: str) -> bool:
-    """Whether the text begins as JSON does, or its name says that it has to be JSON."""
-    return path.suffix.lower() in JSON_SUFFIXES or bool(
-        re.match(r"\s*(\[\s*[{\[\]\"]|\{\s*[\"}])", text)
-    )
+    """Return whether a text begins as JSON does, or its name ends as a JSON file's."""
+    begins = re.match(r"\s*(\[\s*[{\[\]\"]|\{\s*[\"}])", text)
+    return path.suffix.lower() in JSON_SUFFIXES or begins is not None
+
+
+def read_json(path: Path, text: str) -> Records:
+    """Yield the objects of a JSON list, of a file with one object per line, or a single object."""
+    if text.lstrip().startswith("["):
+        yield from _read_list(path, text)
+        return
+    single = _single_object(text)
+    if single is not None:
+        yield f"{path}:row 1", single
+        return
+    # not splitlines, which would cut at a U+2028 inside a string
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield where, _object(where, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            yield where, _broken_json(path, number, error)
+
+
+def _single_object(text: str) -> dict[str, Any] | None:
+    """Return the one object that a file holds, written over several lines; None for JSONL."""
+    first_line = next(line for line in text.split("\n") if line.strip())
+    if _parse_or_none(first_line) is not None:
+        return None
+    value = _parse_or_none(text)
+    return value if isinstance(value, dict) else None
+
+
+def _parse_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_list(path: Path, text: str) -> Records:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken_json(path, getattr(error, "lineno", 1), error) from None
+    for number, value in enumerate(values, 1):
+        where = f"{path}:row {number}"
+        yield where, _object(where, value)
 
 
 def _object(where: str, value: Any) -> dict[str, Any] | DataError:
@@ -54,119 +158,74 @@ def _object(where: str, value: Any) -> dict[str, Any] | DataError:
     return DataError(f"expected an object {{...}}, found {kind_of(value)}", where=where)
 
 
-def _broken(path: Path, line: int, error: Exception) -> DataError:
-    what = (
-        f"{error.msg} (column {error.colno})"
-        if isinstance(error, json.JSONDecodeError)
-        else str(error)
-    )
-    return DataError(
-        f"broken JSON: {what}",
-        where=f"{path}:{line}",
-        hint="one object a line, or a list of objects",
-    )
+def _broken_json(path: Path, line: int, error: Exception) -> DataError:
+    what = str(error)
+    if isinstance(error, json.JSONDecodeError):
+        what = f"{error.msg} (column {error.colno})"
+    hint = "one object per line, or a list of objects"
+    return DataError(f"broken JSON: {what}", where=f"{path}:{line}", hint=hint)
 
 
-def read_json(path: Path, text: str) -> Records:
-    """A JSON list of objects, or one object a line (JSONL), or a single object over several lines."""
-    if text.lstrip().startswith("["):
-        yield from _read_list(path, text)
-        return
-    lines = text.split("\n")  # not splitlines: that would cut at the U+2028 inside a string
-    try:
-        whole = None if _parses(next(line for line in lines if line.strip())) else json.loads(text)
-    except (ValueError, RecursionError):
-        whole = None
-    if isinstance(whole, dict):
-        yield f"{path}:row 1", whole
-        return
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield where, _object(where, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            yield where, _broken(path, number, error)
+def find_delimiter(path: Path, text: str, is_header: Callable[[list[str]], bool]) -> str | None:
+    """Return what separates the fields of a CSV file; None where the text is no such file.
 
-
-def _parses(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _read_list(path: Path, text: str) -> Records:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, getattr(error, "lineno", 1), error) from None
-    for number, value in enumerate(values, 1):
-        where = f"{path}:row {number}"
-        yield where, _object(where, value)
-
-
-def delimiter(path: Path, text: str, known: Callable[[list[str]], bool]) -> str | None:
-    """What separates the fields of a CSV file whose header is `known`; None when the text is no such file.
-
-    A file named .csv or .tsv is one whatever its header says: the error about its columns comes later.
+    A file named .csv or .tsv is one whatever its header is: the error about its columns comes later.
     """
     header = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
     fields = {mark: next(csv.reader([header], delimiter=mark), []) for mark in DELIMITERS}
-    for mark, names in fields.items():
-        if len(names) > 1 and known(names):
-            return mark
-    if path.suffix.lower() not in CSV_SUFFIXES:
-        return None
-    if path.suffix.lower() == ".tsv":
+    header_mark = next(
+        (m for m, names in fields.items() if len(names) > 1 and is_header(names)), None
+    )
+    if header_mark is not None:
+        return header_mark
+    suffix = path.suffix.lower()
+    if suffix == ".tsv":
         return "\t"
-    return max(fields, key=lambda mark: len(fields[mark]))
+    return max(fields, key=lambda mark: len(fields[mark])) if suffix in CSV_SUFFIXES else None
 
 
-def read_csv(path: Path, text: str, mark: str) -> Records:
-    """CSV or TSV with a header line; a field may hold line breaks when it is quoted."""
-    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KB is less than a long document
+def read_csv(path: Path, text: str, delimiter: str) -> Records:
+    """Yield the rows of CSV or TSV with a header line; a quoted field may hold line breaks."""
+    limit = csv.field_size_limit(MAX_CSV_FIELD)
     try:
-        (first, header), *lines = _csv_lines(path, text, mark)
+        (first, header), *lines = _csv_lines(path, text, delimiter)
     finally:
         csv.field_size_limit(limit)
     if len(set(header)) < len(header):
-        raise DataError(
-            "two columns have the same name", where=f"{path}:{first}", why=", ".join(header)
-        )
+        where, why = f"{path}:{first}", ", ".join(header)
+        raise DataError("two columns have the same name", where=where, why=why)
     for number, fields in lines:
         where = f"{path}:{number}"
         if len(fields) > len(header):
-            yield (
-                where,
-                DataError(
-                    f"{pluralize(len(fields), 'field')}, the header has {len(header)}", where=where
-                ),
-            )
+            what = f"{pluralize(len(fields), 'field')}, the header has {len(header)}"
+            yield where, DataError(what, where=where)
         else:
             yield where, dict(zip(header, fields, strict=False))
 
 
-def _csv_lines(path: Path, text: str, mark: str) -> list[tuple[int, list[str]]]:
-    """The lines that are not blank, each with the number at which it begins; raises `DataError`.
+def _csv_lines(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Return the lines that are not blank, each with the number at which it begins.
 
-    Most TSV files know no quotes (those of GLUE begin fields with a bare one): where reading with quotes fails
-    or gives uneven lines, a tab-separated file is read without.
+    Most TSV files do not quote (those of GLUE begin fields with a bare quote): where reading with
+    quotes fails or gives lines of unequal length, a tab-separated file is read without.
     """
     try:
-        lines = _split_fields(path, text, mark, csv.QUOTE_MINIMAL)
-        even = len({len(fields) for _, fields in lines}) == 1
+        lines = _split_fields(path, text, delimiter, csv.QUOTE_MINIMAL)
+        is_even = len({len(fields) for _, fields in lines}) == 1
     except DataError:
-        if mark != "\t":
+        if delimiter != "\t":
             raise
-        even = False
-    return lines if even or mark != "\t" else _split_fields(path, text, mark, csv.QUOTE_NONE)
+        is_even = False
+    if is_even or delimiter != "\t":
+        return lines
+    return _split_fields(path, text, delimiter, csv.QUOTE_NONE)
 
 
-def _split_fields(path: Path, text: str, mark: str, quoting: Any) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, quoting=quoting, strict=True)
+def _split_fields(
+    path: Path, text: str, delimiter: str, quoting: Any
+) -> list[tuple[int, list[str]]]:
+    source = io.StringIO(text, newline="")
+    reader = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
     lines: list[tuple[int, list[str]]] = []
     while True:
         start = reader.line_num + 1
@@ -174,9 +233,7 @@ def _split_fields(path: Path, text: str, mark: str, quoting: Any) -> list[tuple[
             fields = next(reader)
         except StopIteration:
             return lines
-        except (
-            csv.Error
-        ) as error:  # nobody knows where the next row begins, so this one cannot be left out alone
+        except csv.Error as error:  # where the next row begins is unknown: no row to leave out
             hint = "put the field in double quotes, and write a quote inside it twice"
             raise DataError(f"broken CSV: {error}", where=f"{path}:{start}", hint=hint) from None
         if fields:
@@ -184,7 +241,7 @@ def _split_fields(path: Path, text: str, mark: str, quoting: Any) -> list[tuple[
 
 
 def read_parquet(path: Path, data: bytes) -> Records:
-    """The rows of a Parquet file; raises `DataError` when pyarrow is missing or the file is damaged."""
+    """Yield the rows of a Parquet file; raises `DataError` without pyarrow or for a damaged file."""
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
@@ -199,22 +256,45 @@ def read_parquet(path: Path, data: bytes) -> Records:
         yield f"{path}:row {number}", value
 
 
-BREAK = re.compile(r"\n[ \t\r]*\f[ \t\r]*(?=\n|$)|\n(?:[ \t\r]*\n){2,}")
+# two or more blank lines, or a line with a form feed
+DOCUMENT_BREAK = re.compile(r"\n[ \t\r]*\f[ \t\r]*(?=\n|$)|\n(?:[ \t\r]*\n){2,}")
 
 
 def read_text(path: Path, text: str) -> Records:
-    """Plain text: documents apart by a line with a form feed or by two or more blank lines; or one document."""
+    """Yield the documents of plain text, separated by two blank lines or a line with a form feed."""
     start, line = 0, 1
-    for end, following in [
-        *(match.span() for match in BREAK.finditer(text)),
-        (len(text), len(text)),
-    ]:
+    breaks = [match.span() for match in DOCUMENT_BREAK.finditer(text)]
+    for end, next_start in [*breaks, (len(text), len(text))]:
         document = text[start:end]
         if document.strip():
             blank = len(document) - len(document.lstrip())
-            yield (
-                f"{path}:{line + document.count(chr(10), 0, blank)}",
-                {"text": document.strip("\r\n\f")},
-            )
-        line += text.count("\n", start, following)
-        start = following
+            first_line = line + document.count("\n", 0, blank)
+            yield f"{path}:{first_line}", {"text": document.strip("\r\n\f")}
+        line += text.count("\n", start, next_start)
+        start = next_start
+
+
+def read_lines(path: Path, text: str) -> Records:
+    """Yield each line of plain text that is not blank, as a prompt."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"{path}:{number}", {"prompt": line.strip()}
+
+
+def read_image_folder(path: Path) -> tuple[list[Record], str]:
+    """Return one record per image of PATH/CLASS/IMAGE, and the sha256 of their names and contents.
+
+    Raises:
+        DataError: there is no image, or one cannot be read.
+    """
+    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        hint = "one folder per class: DATA/cat/1.png, DATA/dog/2.png, ..."
+        raise DataError("no pictures here", where=str(path), hint=hint)
+    digest = hashlib.sha256()
+    records: list[Record] = []
+    for file in files:
+        content = read_image(file)
+        digest.update(file.relative_to(path).as_posix().encode() + hashlib.sha256(content).digest())
+        records.append((str(file), {"image": content, "label": file.parent.name}))
+    return records, digest.hexdigest()

@@ -11,7 +11,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from afina.data.chat_template import PROBE, ChatTemplate
-from afina.data.rows import SFTRow
+from afina.data.schemas import SFTRow
 from afina.errors import DataError, pluralize
 
 if TYPE_CHECKING:

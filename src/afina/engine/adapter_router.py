@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afina.data.retention import RETENTION_TEXT
+from afina.data import RETENTION_TEXT
 from afina.engine.routing_profile import ChatFrame, Embedder, PromptEmbedder
 from afina.errors import AdapterError
 from afina.models.causal_lm import CausalLM

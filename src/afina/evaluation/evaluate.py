@@ -7,9 +7,9 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
-from afina.data.formats import SFTRow, read_table
-from afina.data.labeled import LabeledRow, read_labelled
 from afina.data.renderer import Renderer
+from afina.data.schemas import LABELED, SFT, LabeledRow, SFTRow
+from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import DataError, SettingsError
@@ -103,7 +103,7 @@ def _evaluate_classifier(
         raise SettingsError(
             "a classifier's head lies in its run", where="adapter", hint="afina eval RUN"
         )
-    told = None if settings.data is None else read_labelled(settings.data, settings.columns).rows
+    told = None if settings.data is None else read_table(settings.data, LABELED, settings.columns).rows
     length = opened.run["settings"]["max_length"] or min(base.max_positions, 512)
     rows = tokenize_labeled_rows(
         base, told if told is not None else _kept_rows(opened.run, settings.adapter), length, None
@@ -128,7 +128,7 @@ def _kept_rows(story: Mapping[str, Any], run: Path) -> list[LabeledRow]:
             "this folder has no held-out rows of its own", where=str(run), hint="--data FILE"
         )
     if story["data"]["format"] == "text":
-        return read_labelled(run / HELD_OUT, {}).rows
+        return read_table(run / HELD_OUT, LABELED).rows
     wanted = {json.loads(line)["file"] for line in (run / HELD_OUT).read_text().splitlines()}
     trained = story["settings"]
     source = Path(trained["eval_data"] or trained["data"])
@@ -137,7 +137,7 @@ def _kept_rows(story: Mapping[str, Any], run: Path) -> list[LabeledRow]:
         raise DataError(
             "the held-out pictures cannot be found", where=str(run), why=why, hint="--data FOLDER"
         )
-    table = read_labelled(source, trained["columns"])
+    table = read_table(source, LABELED, trained["columns"])
     if trained["eval_data"] is None and table.digest != story["data"]["sha256"]:
         why = "its pictures are no longer those of the run, so which of them it has seen is unknown"
         raise DataError(
@@ -167,5 +167,5 @@ def one_line(text: str) -> str:
 
 def _rows(settings: EvalSettings) -> list[SFTRow]:
     if settings.data is not None:
-        return read_table(settings.data, settings.columns).rows
-    return read_table(eval_rows_file(settings)).rows
+        return read_table(settings.data, SFT, settings.columns).rows
+    return read_table(eval_rows_file(settings), SFT).rows

@@ -10,7 +10,7 @@ import torch
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.adapters.segments import NO_ADAPTERS
-from afina.data.labeled import read_picture
+from afina.data.images import read_image
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
@@ -85,7 +85,7 @@ def _label(
     """Return the most probable class of each text or image, one at a time."""
     answers = []
     for prompt in prompts:
-        content = prompt if base.images is None else read_picture(Path(prompt))
+        content = prompt if base.images is None else read_image(Path(prompt))
         with base.forward_context.use(NO_ADAPTERS if route is None else route.row_segments()):
             scores = base.logits(
                 base.batch([encode_input(base, content, base.max_positions, prompt)])

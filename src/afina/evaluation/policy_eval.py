@@ -6,8 +6,9 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
-from afina.data.prompts import read_asked
 from afina.data.renderer import Renderer
+from afina.data.schemas import PROMPT
+from afina.data.table import read_table
 from afina.errors import SettingsError, pluralize
 from afina.evaluation.intervals import paired_change
 from afina.evaluation.preference_eval import reload_init_adapter, wilson_interval
@@ -140,7 +141,7 @@ def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]
     renderer = Renderer(base.tokenizer, opened.template, base.max_positions)
     rows = [
         TokenizedPrompt(row, renderer.prompt(row.prompt))
-        for row in read_asked(file, {} if own else settings.columns).rows
+        for row in read_table(file, PROMPT, {} if own else settings.columns).rows
     ]
     rewards = load_reward_functions(options, base, opened.template)
     longest = max(len(query.token_ids) for query in rows) + options.max_new_tokens

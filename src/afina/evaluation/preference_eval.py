@@ -12,8 +12,9 @@ from typing import Any
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.loading import adapter_folder, load_adapter, read_metadata
-from afina.data.preferences import PAIRS, as_labels, read_preferences
 from afina.data.renderer import Renderer
+from afina.data.schemas import PAIRS, PREFERENCE, split_pairs
+from afina.data.table import read_table
 from afina.errors import DataError, SettingsError, pluralize
 from afina.evaluation.retention import BATCH_TOKENS, retention_loss
 from afina.models.causal_lm import CausalLM
@@ -142,11 +143,12 @@ def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> dict[str,
     trained = TrainSettings(**told | {"objective": story["objective"]})
     objective = trained.objective
     own = settings.data is None
-    table = read_preferences(
+    table = read_table(
         eval_rows_file(settings) if own else Path(str(settings.data)),
+        PREFERENCE,
         {} if own else settings.columns,
     )
-    rows = as_labels(table.rows) if objective == "kto" and table.format == PAIRS else table.rows
+    rows = split_pairs(table.rows) if objective == "kto" and table.format == PAIRS else table.rows
     if objective != "kto" and table.format != PAIRS:
         raise DataError(
             f"{objective} compares two answers to one prompt",

@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 
 from afina.adapters.active import ActiveAdapters
-from afina.data.formats import read_table
+from afina.data import RETENTION_TEXT
 from afina.data.renderer import Example, Renderer
-from afina.data.retention import RETENTION_TEXT
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.models.causal_lm import CausalLM
 from afina.objectives.language_modeling import mean_loss, tokenize_rows
 
@@ -21,7 +22,7 @@ def perplexity(loss: float) -> float:
 
 def retention_examples(base: CausalLM, file: Path | None = None) -> list[Example]:
     """General text as examples: that of `file`, or the built-in one (English and Spanish), spread over all of it."""
-    rows = read_table(file or RETENTION_TEXT).rows
+    rows = read_table(file or RETENTION_TEXT, SFT).rows
     renderer = Renderer(base.tokenizer, "plain", min(base.max_positions, 512))
     examples = tokenize_rows("pretrain", renderer, rows, None)
     kept, tokens = [], 0

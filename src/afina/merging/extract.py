@@ -19,8 +19,9 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import frozen_module
 from afina.adapters.loading import load_adapter, read_run_record
 from afina.adapters.target_module import TargetModule, as_matrix
-from afina.data.formats import read_table
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.errors import AdapterError, SettingsError
 from afina.evaluation.evaluate import HELD_OUT
 from afina.evaluation.retention import BATCH_TOKENS, retention_examples
@@ -272,7 +273,7 @@ def _rows(settings: ExtractSettings, base: CausalLM, run: Path | None) -> tuple[
     )
     if file is None:
         return retention_examples(base), "general text"
-    rows = read_table(file, settings.columns).rows
+    rows = read_table(file, SFT, settings.columns).rows
     template = (
         read_run_record(run).get("settings", {}).get("chat_template") if run is not None else None
     )

@@ -18,7 +18,7 @@ from afina.adapters.load_run import load_run
 from afina.adapters.loading import adapter_folder, read_metadata
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_module import FreeParameter, as_matrix, as_stored
-from afina.data.retention import RETENTION_TEXT
+from afina.data import RETENTION_TEXT
 from afina.errors import MergeError, SettingsError
 from afina.evaluation.retention import retention_examples
 from afina.io.atomic import atomic_directory, write_json

@@ -21,9 +21,10 @@ import numpy as np
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.data.formats import read_table
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.errors import SettingsError
 from afina.evaluation.retention import BATCH_TOKENS
 from afina.merging.registry import register_merge_method
@@ -76,7 +77,7 @@ def search(sources: Sequence[AdapterSource], settings: CombineSettings) -> Found
     opened = load_run(Path(",".join(settings.adapters)), settings)
     base, routes = opened.causal_lm, [adapter.active for adapter, _ in opened.adapters]
     mine, kept = train_eval_split(
-        read_table(settings.data, settings.columns).rows, 0.5, settings.seed
+        read_table(settings.data, SFT, settings.columns).rows, 0.5, settings.seed
     )
     renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
     rows, checked = (

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS
-from afina.data.labeled import LabeledRow, open_picture
-from afina.data.skipped import parse_rows
+from afina.data.images import open_image
+from afina.data.schemas import LabeledRow
+from afina.data.table import parse_rows
 from afina.errors import DataError
 from afina.models.classifier import Classifier
 from afina.objectives.base import Total, no_reduce
@@ -267,7 +268,7 @@ def encode_input(base: Classifier, content: str | bytes, max_length: int, where:
     if base.images is not None:
         if isinstance(content, str):
             raise DataError("this model reads pictures, and here is a text", where=where)
-        return base.images.resize(open_picture(content, where))
+        return base.images.resize(open_image(content, where))
     if isinstance(content, bytes):
         raise DataError("this model reads text, and here is a picture", where=where)
     assert base.tokenizer is not None

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters, last_start
 from afina.adapters.segments import NO_ADAPTERS
-from afina.data.formats import SFTRow
 from afina.data.packing import BatchSampler, PackedBatch, group_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
-from afina.data.skipped import parse_rows, summarize_skipped
+from afina.data.schemas import SFTRow
+from afina.data.table import parse_rows, summarize_skipped
 from afina.errors import DataError
 from afina.models.causal_lm import CausalLM
 from afina.objectives.base import Total, no_reduce, train_sample

@@ -22,8 +22,8 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.data.packing import IGNORE_INDEX, PackedBatch, group_by_length, pack_examples
-from afina.data.prompts import PromptRow
 from afina.data.renderer import Example
+from afina.data.schemas import PromptRow
 from afina.engine.request import Completion
 from afina.errors import TrainingError
 from afina.io.atomic import write_json

@@ -25,9 +25,9 @@ from afina.data.packing import (
     group_by_length,
     pack_examples,
 )
-from afina.data.preferences import PreferenceRow, prompt_key
 from afina.data.renderer import Example, Renderer
-from afina.data.skipped import parse_rows, summarize_skipped
+from afina.data.schemas import PreferenceRow, prompt_key
+from afina.data.table import parse_rows, summarize_skipped
 from afina.errors import DataError
 from afina.models.causal_lm import CausalLM
 from afina.objectives.base import Total, no_reduce, train_sample

@@ -21,8 +21,8 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.loading import adapter_folder, load_adapter, read_metadata, read_run_record
 from afina.data.packing import group_by_length, pack_examples
-from afina.data.prompts import PromptRow
 from afina.data.renderer import Example
+from afina.data.schemas import PromptRow
 from afina.errors import SettingsError, TrainingError, did_you_mean
 from afina.models.causal_lm import CausalLM
 from afina.objectives.graders import Grader, read_grader

@@ -12,9 +12,10 @@ from torch import nn
 
 from afina.adapters.base import AdapterConfig, get_method
 from afina.adapters.target_selection import layer_index
-from afina.data.formats import read_table
 from afina.data.packing import BatchSampler
 from afina.data.renderer import Example
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.errors import SettingsError
 from afina.models.loading import load_tokenizer
 from afina.models.nf4 import NF4Linear
@@ -216,7 +217,7 @@ def _rows_alone(shape: ModelShape, settings: PlanSettings) -> _Data:
     """The rows by the tokenizer alone, without a model."""
     if settings.data is None:
         return _Data()
-    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
     about = {"format": table.format, "rows": len(table.rows), "skipped": list(table.skipped)}
     if not any((shape.folder / name).is_file() for name in TOKENIZERS):
         return _Data(about)

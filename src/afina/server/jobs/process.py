@@ -72,8 +72,9 @@ def _settings(run: Path, job: dict[str, Any]) -> TrainSettings:
 
 def _tokens_of(settings: TrainSettings, rows: int) -> int:
     """About as many tokens as so many rows have: afina's batches are measured in tokens."""
-    from afina.data.formats import read_table
     from afina.data.renderer import Renderer
+    from afina.data.schemas import SFT
+    from afina.data.table import read_table
     from afina.models.loading import load_tokenizer, resolve_model_dir
 
     tokenizer = load_tokenizer(
@@ -83,7 +84,7 @@ def _tokens_of(settings: TrainSettings, rows: int) -> int:
     )
     renderer, table = (
         Renderer(tokenizer, settings.chat_template, 1 << 30),
-        read_table(settings.data),
+        read_table(settings.data, SFT),
     )
     lengths = [len(example.token_ids) for row in table.rows for example in _examples(renderer, row)]
     return max(1, round(rows * sum(lengths) / max(1, len(lengths))))

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from afina.adapters.presets import get_preset
-from afina.data.formats import SFTRow, read_table
-from afina.data.labeled import LabeledRow, has_labels, read_labelled
 from afina.data.packing import train_eval_split
-from afina.data.preferences import PAIRS, preference_format
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import LABELED, SFT, LabeledRow, SFTRow, class_names
+from afina.data.table import detect_schema, read_table
 from afina.errors import DataError, SettingsError
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier, load_classifier, load_masked
@@ -47,10 +46,8 @@ def resolve_objective(settings: TrainSettings) -> str:
     """The objective as told; by itself, it is what the rows are for: labels beside texts or pictures, pairs of answers."""
     if settings.objective != "auto" or settings.data is None:  # a plan without data is for texts
         return settings.objective
-    if has_labels(settings.data, settings.columns):
-        return "classify"
-    format = preference_format(settings.data, settings.columns)
-    return "auto" if format is None else "dpo" if format == PAIRS else "kto"
+    detected = detect_schema(settings.data, settings.columns)
+    return "auto" if detected is None else detected.schema.objective(detected.format)
 
 
 def prepare(settings: TrainSettings, base: CausalLM | Classifier | None = None) -> PreparedData:
@@ -126,7 +123,7 @@ def read_examples(
 
 
 def _language(settings: TrainSettings, base: CausalLM | None) -> PreparedData:
-    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
     base = base or load_base(
         settings.base,
         settings.revision,
@@ -137,7 +134,7 @@ def _language(settings: TrainSettings, base: CausalLM | None) -> PreparedData:
     )
     own_tokens = base.add_tokens(new_tokens(settings))
     made = read_examples(settings, table, base.tokenizer, base.max_positions)
-    records = [as_record(row) for row in made.held_rows] or [
+    records = [row.record() for row in made.held_rows] or [
         {"text": base.decode(example.token_ids)} for example in made.eval_examples
     ]
     return PreparedData(
@@ -175,7 +172,7 @@ def _split(
     if objective == "sft":
         renderer.check_template(all_rows)
     if settings.eval_data is not None:
-        table = read_table(settings.eval_data, settings.columns, settings.skip_bad_rows)
+        table = read_table(settings.eval_data, SFT, settings.columns, settings.skip_bad_rows)
         infer_objective(objective, table.rows)
         skipped += table.skipped
         train = tokenize_rows(objective, renderer, all_rows, leave_out, invocation)
@@ -193,37 +190,27 @@ def _split(
     return [made[row.where] for row in rows], [made[row.where] for row in held_rows], held_rows
 
 
-def as_record(row: SFTRow) -> dict[str, Any]:
-    """A row as it may be written into a file and read again."""
-    if row.messages is not None:
-        return {"messages": list(row.messages)}
-    return (
-        {"prompt": row.prompt, "completion": row.completion}
-        if row.prompt is not None
-        else {"text": row.text}
-    )
-
-
 # ---- classifiers and encoders
 
 
 def _classifier(settings: TrainSettings, model: Classifier | None) -> PreparedData:
     _refuse_prefixes(settings)
-    table = read_labelled(settings.data, settings.columns, settings.skip_bad_rows)
+    table = read_table(settings.data, LABELED, settings.columns, settings.skip_bad_rows)
     pictures = table.format == "pictures"
-    if len(table.labels) < 2:
-        why = f"all rows are {table.labels[0]!r}" if table.labels else "no row can be used"
+    classes = class_names(table.rows)
+    if len(classes) < 2:
+        why = f"all rows are {classes[0]!r}"
         raise DataError("fewer than two classes", where=str(settings.data), why=why)
     if settings.eval_data is not None:
         rows, held_rows = (
             table.rows,
-            read_labelled(settings.eval_data, settings.columns, settings.skip_bad_rows).rows,
+            read_table(settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows).rows,
         )
     else:
         rows, held_rows = _split_by_class(table.rows, settings.eval_size, settings.seed)
     base = model or load_classifier(
         settings.base,
-        table.labels,
+        classes,
         pictures,
         settings.revision,
         settings.trust_remote_code,
@@ -248,20 +235,20 @@ def _classifier(settings: TrainSettings, model: Classifier | None) -> PreparedDa
             settings.seed,
         ),
         objective="classify",
-        data_info=describe_data(table, len(held)) | {"labels": list(table.labels)},
+        data_info=describe_data(table, len(held)) | {"labels": list(classes)},
         skipped=skipped,
         example=f"{rows[0].where if pictures else str(rows[0].content)} -> {rows[0].label}",
-        eval_records=_labelled_records(table.format, held_rows),
+        eval_records=[row.record() for row in held_rows],
         modules_to_save=base.new_modules,
         max_length=length if base.images is None else None,
-        counts={"train": len(train), "held_out": len(held), "classes": len(table.labels)},
+        counts={"train": len(train), "held_out": len(held), "classes": len(classes)},
         words=Units("row", "classes", "picture" if pictures else "token"),
     )
 
 
 def _masked(settings: TrainSettings) -> PreparedData:
     _refuse_prefixes(settings)
-    table = read_table(settings.data, settings.columns, settings.skip_bad_rows)
+    table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
     infer_objective("pretrain", table.rows)
     base = load_masked(
         settings.base, settings.revision, settings.trust_remote_code, settings.dtype, settings.place
@@ -328,7 +315,7 @@ def _rows_a_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any]
         height, width = base.images.size
         size = max(16.0, height * width / 256)
     else:
-        size = sum(len(getattr(row, "tokens", None) or row.content) for row in rows) / len(rows)
+        size = sum(len(getattr(row, "token_ids", None) or row.content) for row in rows) / len(rows)
     return max(1, round(settings.max_tokens_per_batch / size))
 
 
@@ -354,17 +341,6 @@ def _split_by_class(
         held += [row for group in of_label[:cut] for row in group]
         train += [row for group in of_label[cut:] for row in group]
     return train, held
-
-
-def _labelled_records(format: str, rows: Sequence[LabeledRow]) -> list[dict[str, Any]]:
-    """Held-out rows for a file; pictures by where they are."""
-    return [
-        {
-            "text" if format == "text" else "file": r.content if format == "text" else r.where,
-            "label": r.label,
-        }
-        for r in rows
-    ]
 
 
 # ---- shared

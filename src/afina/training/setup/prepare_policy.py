@@ -3,9 +3,9 @@
 from afina.adapters.active import last_start
 from afina.adapters.presets import get_preset
 from afina.data.packing import train_eval_split
-from afina.data.prompts import PromptRow, prompt_key, read_asked
 from afina.data.renderer import Renderer
-from afina.data.skipped import parse_rows, summarize_skipped
+from afina.data.schemas import PROMPT, PromptRow, prompt_key
+from afina.data.table import parse_rows, read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
@@ -28,7 +28,7 @@ def prepare_policy(settings: TrainSettings, base: CausalLM | None) -> PreparedDa
     """Load, read, render and check; raises the error of the first thing that is wrong."""
     options = policy_options(settings)
     _refuse(settings, options)
-    table = read_asked(settings.data, settings.columns, settings.skip_bad_rows)
+    table = read_table(settings.data, PROMPT, settings.columns, settings.skip_bad_rows)
     base = base or load_base(
         settings.base,
         settings.revision,
@@ -130,7 +130,7 @@ def _split(
     """Prompts to learn from and prompts to judge by; the same one is on one side."""
     if settings.eval_data is None:
         return train_eval_split(rows, settings.eval_size, settings.seed, prompt_key)
-    other = read_asked(settings.eval_data, settings.columns, settings.skip_bad_rows)
+    other = read_table(settings.eval_data, PROMPT, settings.columns, settings.skip_bad_rows)
     skipped += other.skipped
     return rows, other.rows
 

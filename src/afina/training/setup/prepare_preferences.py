@@ -1,19 +1,20 @@
 """From settings to a language model and preferences to learn on it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from afina.adapters.presets import get_preset
 from afina.data.packing import train_eval_split
-from afina.data.preferences import (
+from afina.data.renderer import Renderer
+from afina.data.schemas import (
     LABELS,
     PAIRS,
+    PREFERENCE,
     PreferenceRow,
-    PreferenceTable,
-    as_labels,
     prompt_key,
-    read_preferences,
+    split_pairs,
 )
-from afina.data.renderer import Renderer
+from afina.data.table import Table, read_table
 from afina.errors import DataError
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
@@ -90,9 +91,9 @@ def prepare_preferences(settings: TrainSettings, base: CausalLM | None) -> Prepa
     )
 
 
-def _read(path: Path, settings: TrainSettings) -> PreferenceTable:
+def _read(path: Path, settings: TrainSettings) -> Table[PreferenceRow]:
     """The rows that the objective learns from; KTO takes pairs apart."""
-    table = read_preferences(path, settings.columns, settings.skip_bad_rows)
+    table = read_table(path, PREFERENCE, settings.columns, settings.skip_bad_rows)
     if table.format == LABELS and settings.objective != "kto":
         hint = "--objective kto learns from labels"
         raise DataError(
@@ -102,15 +103,13 @@ def _read(path: Path, settings: TrainSettings) -> PreferenceTable:
             hint=hint,
         )
     if settings.objective == "kto" and table.format == PAIRS:
-        return PreferenceTable(
-            table.path, table.format, as_labels(table.rows), table.skipped, table.digest
-        )
+        return replace(table, rows=split_pairs(table.rows))
     return table
 
 
 def _split(
     settings: TrainSettings,
-    table: PreferenceTable,
+    table: Table[PreferenceRow],
     renderer: Renderer,
     invocation: tuple[int, ...],
     skipped: list[str],

@@ -1,0 +1,41 @@
+"""Schemas: the kinds of rows that a file can hold, by name.
+
+A schema of another package is registered by an entry point of the group `afina.row_schemas`.
+"""
+
+from afina.data.schemas.base import ROW_SCHEMAS, Schema, register_schema
+from afina.data.schemas.labeled import PICTURES, LabeledRow, LabeledSchema, class_names
+from afina.data.schemas.messages import Message, Prompt, prompt_key
+from afina.data.schemas.preference import (
+    LABELS,
+    PAIRS,
+    PreferenceRow,
+    PreferenceSchema,
+    split_pairs,
+)
+from afina.data.schemas.prompt import PromptRow, PromptSchema
+from afina.data.schemas.sft import SFTRow, SFTSchema
+
+__all__ = [
+    "LABELED",
+    "LABELS",
+    "PAIRS",
+    "PICTURES",
+    "PREFERENCE",
+    "PROMPT",
+    "ROW_SCHEMAS",
+    "SFT",
+    "LabeledRow",
+    "Message",
+    "PreferenceRow",
+    "Prompt",
+    "PromptRow",
+    "SFTRow",
+    "Schema",
+    "class_names",
+    "prompt_key",
+    "register_schema",
+    "split_pairs",
+]
+
+SFT, LABELED, PREFERENCE, PROMPT = SFTSchema(), LabeledSchema(), PreferenceSchema(), PromptSchema()

@@ -1,0 +1,109 @@
+"""Prompts to answer, each optionally with a reference answer that a reward function can read.
+
+plain text          one prompt per line
+prompt              {"prompt": ..., "completion" (or "output", "reference"): ...}; a text or messages
+chats               {"messages": [...]}; a last answer is the reference
+Alpaca              {"instruction": ..., "input": ..., "output": ...}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afina.data.columns import ColumnMapping, RawRecord, usable_text
+from afina.data.schemas.base import Schema, register_schema
+from afina.data.schemas.messages import Prompt, parse_prompt
+from afina.errors import DataError
+
+ITEM = "item"  # in files that afina writes: the record from which the row was read
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt, a text to continue or messages, and the reference answer where there is one.
+
+    `item` is the record as the file has it: a grader can read any of its fields.
+    """
+
+    where: str
+    prompt: Prompt
+    reference: str | None = None
+    item: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The prompt as text: as it is, the content of a single message, or the chat with its roles."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        if len(self.prompt) == 1:
+            return self.prompt[0]["content"]
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+
+    def record(self, with_item: bool = False) -> dict[str, Any]:
+        """Return the row as a record that `read_table` reads again as this row."""
+        record: dict[str, Any] = {
+            "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt)
+        }
+        if self.reference is not None:
+            record["reference"] = self.reference
+        if with_item:
+            record[ITEM] = dict(self.item)
+        return record
+
+
+@register_schema("prompt")
+class PromptSchema(Schema[PromptRow]):
+    """Prompts for reinforcement learning and annotation."""
+
+    name = "prompt"
+    fields = (
+        "messages",
+        "prompt",
+        "completion",
+        "output",
+        "reference",
+        "instruction",
+        "input",
+        "system",
+        "history",
+    )
+    aliases = {"messages": ("conversations", "input.messages")}
+    text_is_lines = True
+
+    def is_header(self, fields: set[str]) -> bool:
+        """Return whether a CSV header names the prompt."""
+        return "prompt" in fields
+
+    def recognizes(self, records: Sequence[RawRecord]) -> str | None:
+        """Return None: rows with a prompt can be rows of another schema as well."""
+        return None
+
+    def find_format(self, path: Path, mapping: ColumnMapping) -> str:
+        """Return "prompts"."""
+        return "prompts"
+
+    def parse(self, record: RawRecord) -> PromptRow:
+        """Return the prompt of a record; raises `DataError` with file:line:field."""
+        if not any(record.has_column(name) for name in ("messages", "prompt", "instruction")):
+            hint = "prompt, messages, or plain text with one prompt per line"
+            raise DataError("no prompt", where=record.where, hint=hint)
+        prompt, reference = parse_prompt(record), None
+        while isinstance(prompt, tuple) and prompt and prompt[-1]["role"] == "assistant":
+            reference, prompt = prompt[-1]["content"], prompt[:-1]
+        if not prompt:
+            raise DataError("no prompt", where=record.where, why="there is nothing to answer")
+        for name in ("completion", "output", "reference"):
+            if record.has(name):
+                reference = usable_text(record.get(name), record.field_location(name))
+        return PromptRow(record.where, prompt, reference, _item(record))
+
+
+def _item(record: RawRecord) -> Mapping[str, Any]:
+    """Return the record, or the one within it where afina wrote the file."""
+    item = record.raw.get(ITEM)
+    is_own = isinstance(item, dict) and record.raw.keys() <= {"prompt", "reference", ITEM}
+    if not (is_own and item):
+        return record.raw
+    record.columns_read.add(ITEM)
+    return item

@@ -1,0 +1,188 @@
+"""Rows for supervised fine-tuning and pretraining: a chat, a prompt with its completion, or a text.
+
+openai-chat         messages: [{role, content}, ...]
+sharegpt            conversations: [{from, value}, ...], system (optional)
+alpaca              instruction, output, and optionally input, system, history
+prompt-completion   prompt, completion (or label)
+text                text
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afina.data.columns import ColumnMapping, RawRecord, kind_of, list_columns, usable_text
+from afina.data.schemas.base import Schema, register_schema
+from afina.data.schemas.messages import (
+    Message,
+    parse_alpaca_prompt,
+    parse_messages,
+    system_message,
+)
+from afina.errors import DataError
+
+# formats by their required fields; the first whose fields are all there is the file's
+REQUIRED_FIELDS = (
+    ("openai-chat", {"messages"}),
+    ("alpaca", {"instruction", "output"}),
+    ("prompt-completion", {"prompt", "completion"}),
+    ("prompt-completion", {"prompt", "label"}),
+    ("text", {"text"}),
+)
+
+
+@dataclass(frozen=True)
+class SFTRow:
+    """A chat (`messages`), a `prompt` with its `completion`, or a `text`, and its place in the file."""
+
+    where: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as a record that `read_table` reads again as this row."""
+        if self.messages is not None:
+            return {"messages": list(self.messages)}
+        if self.prompt is not None:
+            return {"prompt": self.prompt, "completion": self.completion}
+        return {"text": self.text}
+
+
+def format_with_fields(fields: set[str]) -> str | None:
+    """Return the first format whose required fields are all among `fields`; None without one."""
+    return next((name for name, required in REQUIRED_FIELDS if required <= fields), None)
+
+
+@register_schema("sft")
+class SFTSchema(Schema[SFTRow]):
+    """Chats, prompts with completions, and texts."""
+
+    name = "sft"
+    fields = (
+        "messages",
+        "prompt",
+        "completion",
+        "label",
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "history",
+        "text",
+    )
+    aliases = {"messages": ("conversations",)}
+
+    def is_header(self, fields: set[str]) -> bool:
+        """Return whether the fields of a CSV header are those of a format."""
+        return format_with_fields(fields) is not None
+
+    def recognizes(self, records: Sequence[RawRecord]) -> str | None:
+        """Return the format whose required fields the first record has."""
+        if not records:
+            return None
+        return format_with_fields(records[0].mapping.fields_in(records[0].raw))
+
+    def find_format(self, path: Path, mapping: ColumnMapping) -> str:
+        """Return the format of the file's columns; raises `DataError` with a `--columns` option to type."""
+        fields = mapping.fields_in(mapping.names)
+        found = format_with_fields(fields)
+        if found is not None:
+            return found
+        spare = [n for n in mapping.names if n not in self.fields and n.lower() != "id"]
+        for name, required in REQUIRED_FIELDS:
+            # no other column could be meant: each row's error names the field that is missing
+            if required & fields and not spare:
+                return name
+        options = _guess_columns(fields, spare, dict(mapping.given))
+        example = ", ".join(f"{name}: {column[:40]}" for name, column in options.items())
+        raise DataError(
+            "these columns belong to no known format",
+            where=str(path),
+            why=f"columns found: {list_columns(mapping.names)}",
+            hint=f"map yours to fields: --columns '{{{example}}}'",
+        )
+
+    def parse(self, record: RawRecord) -> SFTRow:
+        """Return the row of a record in the file's format; raises `DataError` with file:line:field."""
+        return PARSERS[record.format](record)
+
+    def format_of_rows(
+        self, path: Path, format: str, records: Sequence[RawRecord], rows: Sequence[SFTRow]
+    ) -> str:
+        """Return "sharegpt" where the first chat has from/value, the format of the columns otherwise."""
+        if format != "openai-chat":
+            return format
+        chats = (record.get("messages") for record in records)
+        turns = next((chat for chat in chats if chat), None)
+        if isinstance(turns, str):
+            return "sharegpt" if '"from"' in turns else format
+        first = turns[0] if isinstance(turns, list) else None
+        is_sharegpt = isinstance(first, dict) and first.get("from") is not None
+        return "sharegpt" if is_sharegpt else format
+
+
+def _guess_columns(fields: set[str], spare: list[str], given: dict[str, str]) -> dict[str, str]:
+    """Return fields and columns for a hint, with what `--columns` gave where that leads to a format."""
+    free = [name for name in spare if name not in given.values()]
+    lacking = [
+        required - fields
+        for _, required in REQUIRED_FIELDS
+        if required & fields and set(given) <= required
+    ]
+    fillable = [sorted(missing) for missing in lacking if len(missing) <= len(free)]
+    if fillable:
+        return given | dict(zip(fillable[0], free, strict=False))
+    if len(spare) > 1:
+        return {"prompt": spare[0], "completion": spare[1]}
+    return {"prompt": "question", "completion": "answer"}
+
+
+def _parse_chat(record: RawRecord) -> SFTRow:
+    """Return the chat of OpenAI's or ShareGPT's turns, with at least one answer."""
+    turns, where = record.get("messages"), record.field_location("messages")
+    if isinstance(turns, str):  # a cell of a CSV file
+        try:
+            turns = json.loads(turns)
+        except ValueError as error:
+            what = "expected a list of messages as JSON"
+            raise DataError(what, where=where, why=str(error)) from None
+    if turns is None:
+        raise DataError("the field is missing", where=where)
+    if not isinstance(turns, list):
+        raise DataError(f"expected a list of messages, found {kind_of(turns)}", where=where)
+    messages = (*system_message(record), *parse_messages(turns, where))
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError("no assistant message", where=where, why="there is no answer to train on")
+    return SFTRow(record.where, messages=messages)
+
+
+def _parse_alpaca(record: RawRecord) -> SFTRow:
+    answer = {"role": "assistant", "content": record.text("output")}
+    return SFTRow(record.where, messages=(*parse_alpaca_prompt(record), answer))
+
+
+def _parse_completion(record: RawRecord) -> SFTRow:
+    """Return a prompt with its completion, or with its label, which may be a number."""
+    prompt = record.text("prompt")
+    if record.has("completion") or not record.has("label"):
+        return SFTRow(record.where, prompt=prompt, completion=record.text("completion"))
+    label = record.get("label")
+    value = str(label) if isinstance(label, int) else label
+    completion = usable_text(value, record.field_location("label"))
+    return SFTRow(record.where, prompt=prompt, completion=completion)
+
+
+def _parse_text(record: RawRecord) -> SFTRow:
+    return SFTRow(record.where, text=record.text("text"))
+
+
+PARSERS: dict[str, Callable[[RawRecord], SFTRow]] = {
+    "openai-chat": _parse_chat,
+    "alpaca": _parse_alpaca,
+    "prompt-completion": _parse_completion,
+    "text": _parse_text,
+}

@@ -1,0 +1,230 @@
+"""Tables: the rows of one file or folder under one schema, whatever format the file has.
+
+bytes --readers--> records --columns--> fields --schema--> rows
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from afina.data.columns import ColumnMapping, RawRecord
+from afina.data.readers import Record, read_bytes, read_records
+from afina.data.schemas import (
+    LABELED,
+    PICTURES,
+    PREFERENCE,
+    PROMPT,
+    ROW_SCHEMAS,
+    SFT,
+    Schema,
+)
+from afina.errors import DataError, pluralize
+
+MAX_PLACES_SHOWN = 3  # places named for each reason why rows were skipped
+RowT = TypeVar("RowT")
+InputT = TypeVar("InputT")
+
+
+@dataclass(frozen=True)
+class Table(Generic[RowT]):
+    """The rows of one file.
+
+    Attributes:
+        path: The file or folder.
+        format: Its format under the schema, such as "openai-chat" or "pairs".
+        rows: Rows in the order of the file.
+        skipped: Rows left out, each as "file:line:field: what".
+        digest: sha256 of the file.
+        unused_columns: Columns that were not read, with the number of rows that have a value there.
+    """
+
+    path: Path
+    format: str
+    rows: list[RowT]
+    skipped: list[str]
+    digest: str
+    unused_columns: dict[str, int] = field(default_factory=dict)
+
+
+class DetectedSchema(NamedTuple):
+    """The schema that recognizes a file, and the file's format under it."""
+
+    schema: Schema[Any]
+    format: str
+
+
+def read_table(
+    path: Path,
+    schema: Schema[RowT],
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+) -> Table[RowT]:
+    """Return the rows of a file or folder.
+
+    Args:
+        path: JSON, JSONL, CSV, TSV, Parquet or plain text, or a folder of images per class.
+        schema: The kind of rows that it holds.
+        columns: The file's own column names, {field: column}.
+        skip_bad_rows: Leave out and list rows that cannot be used; without it they are an error.
+
+    Returns:
+        The table, with at least one row.
+
+    Raises:
+        DataError: nothing can be read, a column is unknown, or a row cannot be used; names
+            file:line:field, the field as the file calls it.
+
+    Example:
+        >>> table = read_table(Path("qa.csv"), SFT, {"prompt": "question", "completion": "answer"})
+    """
+    path = Path(path)
+    mapping = ColumnMapping.create(path, schema.fields, schema.aliases, columns or {})
+    records, digest = _read_source(path, schema, mapping)
+    objects = [record for _, record in records if isinstance(record, dict)]
+    broken = next((record for _, record in records if isinstance(record, DataError)), None)
+    if broken is not None and not (objects and skip_bad_rows):
+        raise broken
+    mapping = mapping.of_file(list(dict.fromkeys(name for record in objects for name in record)))
+    if not path.is_dir():  # a folder has no columns
+        mapping.check_given(path)
+    found = schema.find_format(path, mapping)
+    parsed: list[RawRecord] = []
+
+    def parse(where: str, values: dict[str, Any]) -> RowT:
+        record = RawRecord(where, values, mapping, found)
+        row = schema.parse(record)
+        parsed.append(record)
+        return row
+
+    skipped: list[str] = []
+    rows = parse_rows(records, parse, skipped if skip_bad_rows else None)
+    if not rows:
+        why = f"skipped: {summarize_skipped(skipped)}"
+        raise DataError("no row can be used", where=str(path), why=why)
+    found = schema.format_of_rows(path, found, parsed, rows)
+    return Table(path, found, rows, skipped, digest, _count_unused(parsed))
+
+
+def detect_schema(path: Path, columns: Mapping[str, str]) -> DetectedSchema | None:
+    """Return the first schema that recognizes a file's first record; None where none does.
+
+    A file that cannot be read is not recognized: reading all of it gives the better error.
+    """
+    if path.is_dir():
+        return DetectedSchema(LABELED, PICTURES)
+    for schema in _detection_order():
+        try:
+            found = schema.recognizes(_first_record(path, schema, columns))
+        except DataError:
+            continue
+        if found is not None:
+            return DetectedSchema(schema, found)
+    return None
+
+
+def _detection_order() -> list[Schema[Any]]:
+    """Return the schemas that can be detected: afina's own before those of other packages.
+
+    Labels come before preferences, as a table of texts with labels can have any other columns.
+    SFT rows are what remains, and prompts are read only where the objective is given.
+    """
+    own = (LABELED, PREFERENCE, SFT, PROMPT)
+    names = {schema.name for schema in own}
+    others = [schema() for name, schema in ROW_SCHEMAS.items() if name not in names]
+    return [LABELED, PREFERENCE, *others]
+
+
+def _first_record(path: Path, schema: Schema[Any], columns: Mapping[str, str]) -> list[RawRecord]:
+    known = {name: column for name, column in columns.items() if name in schema.fields}
+    mapping = ColumnMapping.create(path, schema.fields, schema.aliases, known)
+    records, _ = _read_source(path, schema, mapping, only_first=True)
+    return [
+        RawRecord(where, record, mapping.of_file(list(record)))
+        for where, record in records
+        if isinstance(record, dict)
+    ]
+
+
+def _read_source(
+    path: Path, schema: Schema[Any], mapping: ColumnMapping, only_first: bool = False
+) -> tuple[list[Record], str]:
+    """Return the records of a file or folder, or the first object alone, and its sha256."""
+    if path.is_dir():
+        return schema.read_folder(path)
+    data = read_bytes(path)
+    usual = ColumnMapping.create(path, schema.fields, schema.aliases, {})
+
+    def is_header(names: list[str]) -> bool:
+        has_all_given = bool(mapping.given) and set(mapping.given.values()) <= set(names)
+        return has_all_given or schema.is_header(mapping.fields_in(names) | usual.fields_in(names))
+
+    source = read_records(path, data, is_header, schema.text_is_lines)
+    if only_first:
+        first = next((record for record in source if isinstance(record[1], dict)), None)
+        return ([] if first is None else [first]), ""
+    records = list(source)
+    if not records:
+        raise DataError("the file has no rows", where=str(path))
+    return records, hashlib.sha256(data).hexdigest()
+
+
+def _count_unused(records: Sequence[RawRecord]) -> dict[str, int]:
+    """Return the columns that were not read, with the number of records that have a value there."""
+    return dict(Counter(name for record in records for name in record.unused_columns()))
+
+
+def parse_rows(
+    rows: Iterable[tuple[str, Any]],
+    parse: Callable[[str, Any], RowT],
+    skipped: list[str] | None,
+) -> list[RowT]:
+    """Return `parse(where, row)` of each row.
+
+    Args:
+        rows: Pairs of place and row; a row can be the `DataError` that reading it raised.
+        parse: Returns the parsed row; raises `DataError` for one that cannot be used.
+        skipped: Where rows that cannot be used are listed as "file:line:field: what". With None the
+            first of them is an error.
+    """
+    parsed: list[RowT] = []
+    for where, row in rows:
+        try:
+            if isinstance(row, DataError):
+                raise row
+            parsed.append(parse(where, row))
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(f"{error.where or where}: {error.what}")
+    return parsed
+
+
+def summarize_skipped(skipped: Sequence[str]) -> str:
+    """Return lines "file:line:field: what" grouped by reason: "2 rows (lines 3, 8): the field is empty".
+
+    Reasons that differ only in their numbers are one group.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for line in skipped:
+        where, _, what = line.partition(": ")
+        groups.setdefault(re.sub(r"\d[\d,]*", "0", what), []).append((where, what))
+    return "; ".join(_summarize_group(lines) for lines in groups.values())
+
+
+def _summarize_group(lines: Sequence[tuple[str, str]]) -> str:
+    places = ", ".join(_line_of(where) for where, _ in lines[:MAX_PLACES_SHOWN])
+    num_hidden = len(lines) - MAX_PLACES_SHOWN
+    rest = f" and {num_hidden:,} more" if num_hidden > 0 else ""
+    plural = "s" * (len(lines) > 1)
+    first = ":" if len({what for _, what in lines}) == 1 else ", the first:"
+    return f"{pluralize(len(lines), 'row')} (line{plural} {places}{rest}){first} {lines[0][1]}"
+
+
+def _line_of(where: str) -> str:
+    """Return the line number of file:line:field, or all of it where it has none."""
+    found = re.search(r":(?:row )?(\d+)(?::|$)", where)
+    return found[1] if found else where
