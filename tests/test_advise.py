@@ -22,100 +22,100 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # what somebody says, as flags; the method that is expected; the findings that its reasons must name, and no others
 SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
     # ---- nothing to train
-    ("no rows at all", {"goal": "style", "rows": 0}, "prompt", set()),
+    ("no rows at all", {"goal": "style", "num_rows": 0}, "prompt", set()),
     (
         "no rows, and a prompt was tried",
-        {"goal": "behaviour", "rows": 0, "prompted": True},
+        {"goal": "behaviour", "num_rows": 0, "tried_prompting": True},
         "prompt",
         set(),
     ),
-    ("customers are coming, no rows yet", {"goal": "customers", "rows": 0}, "prompt", set()),
-    ("six examples, nothing tried", {"goal": "style", "rows": 6}, "prompt", {"fewshot"}),
-    ("nineteen refusals", {"goal": "behaviour", "rows": 19}, "prompt", {"fewshot"}),
-    ("twelve letters of one customer", {"goal": "customers", "rows": 12}, "prompt", {"fewshot"}),
-    ("three calls of tools", {"goal": "switching", "rows": 3}, "prompt", {"fewshot"}),
-    ("opening hours of eight shops", {"goal": "knowledge", "rows": 8}, "prompt", {"retrieval"}),
-    ("five articles of a field", {"goal": "domain", "rows": 5}, "prompt", {"retrieval"}),
+    ("customers are coming, no rows yet", {"goal": "customers", "num_rows": 0}, "prompt", set()),
+    ("six examples, nothing tried", {"goal": "style", "num_rows": 6}, "prompt", {"fewshot"}),
+    ("nineteen refusals", {"goal": "behaviour", "num_rows": 19}, "prompt", {"fewshot"}),
+    ("twelve letters of one customer", {"goal": "customers", "num_rows": 12}, "prompt", {"fewshot"}),
+    ("three calls of tools", {"goal": "switching", "num_rows": 3}, "prompt", {"fewshot"}),
+    ("opening hours of eight shops", {"goal": "knowledge", "num_rows": 8}, "prompt", {"retrieval"}),
+    ("five articles of a field", {"goal": "domain", "num_rows": 5}, "prompt", {"retrieval"}),
     # ---- retrieval
     ("prices that change", {"goal": "facts-that-change"}, "find", {"retrieval", "hallucinate"}),
     (
         "news, thousands of them",
-        {"goal": "facts-that-change", "rows": 50000},
+        {"goal": "facts-that-change", "num_rows": 50000},
         "find",
         {"retrieval", "hallucinate"},
     ),
     (
         "stock levels, and a prompt was tried",
-        {"goal": "facts-that-change", "rows": 200, "prompted": True},
+        {"goal": "facts-that-change", "num_rows": 200, "tried_prompting": True},
         "find",
         {"retrieval", "hallucinate"},
     ),
     # ---- style, form, a task
-    ("a company's tone, 800 letters", {"goal": "style", "rows": 800}, "lora", {"lima", "regret"}),
+    ("a company's tone, 800 letters", {"goal": "style", "num_rows": 800}, "lora", {"lima", "regret"}),
     (
         "six examples, a prompt was not enough",
-        {"goal": "style", "rows": 6, "prompted": True},
+        {"goal": "style", "num_rows": 6, "tried_prompting": True},
         "lora",
         {"lima", "regret"},
     ),
-    ("twenty summaries", {"goal": "style", "rows": 20}, "lora", {"lima", "regret"}),
-    ("contracts, 4,999 clauses", {"goal": "style", "rows": 4999}, "lora", {"lima", "regret"}),
-    ("corrections of 60,000 sentences", {"goal": "style", "rows": 60000}, "lora", {"regret"}),
+    ("twenty summaries", {"goal": "style", "num_rows": 20}, "lora", {"lima", "regret"}),
+    ("contracts, 4,999 clauses", {"goal": "style", "num_rows": 4999}, "lora", {"lima", "regret"}),
+    ("corrections of 60,000 sentences", {"goal": "style", "num_rows": 60000}, "lora", {"regret"}),
     # ---- behaviour
-    ("it should refuse politely", {"goal": "behaviour", "rows": 400}, "lora", {"lima", "dpo"}),
-    ("pairs are there", {"goal": "behaviour", "rows": 400, "pairs": True}, "lora", {"lima", "dpo"}),
+    ("it should refuse politely", {"goal": "behaviour", "num_rows": 400}, "lora", {"lima", "dpo"}),
+    ("pairs are there", {"goal": "behaviour", "num_rows": 400, "has_pairs": True}, "lora", {"lima", "dpo"}),
     (
         "ten answers and pairs beside them",
-        {"goal": "behaviour", "rows": 10, "pairs": True},
+        {"goal": "behaviour", "num_rows": 10, "has_pairs": True},
         "lora",
         {"lima", "dpo"},
     ),
-    ("pairs alone", {"goal": "behaviour", "rows": 0, "pairs": True}, "lora", {"dpo"}),
+    ("pairs alone", {"goal": "behaviour", "num_rows": 0, "has_pairs": True}, "lora", {"dpo"}),
     (
         "many answers and pairs",
-        {"goal": "behaviour", "rows": 9000, "pairs": True},
+        {"goal": "behaviour", "num_rows": 9000, "has_pairs": True},
         "lora",
         {"regret", "dpo"},
     ),
     # ---- knowledge, domains, languages
     (
         "product codes to memorise",
-        {"goal": "knowledge", "rows": 3000},
+        {"goal": "knowledge", "num_rows": 3000},
         "mora",
         {"mora", "hallucinate", "retrieval"},
     ),
     (
         "eight codes, and a prompt was not enough",
-        {"goal": "knowledge", "rows": 8, "prompted": True},
+        {"goal": "knowledge", "num_rows": 8, "tried_prompting": True},
         "mora",
         {"mora", "hallucinate", "retrieval"},
     ),
-    ("a library of medicine", {"goal": "domain", "rows": 20000}, "full", {"learns_less", "mora"}),
+    ("a library of medicine", {"goal": "domain", "num_rows": 20000}, "full", {"learns_less", "mora"}),
     (
         "a language, exactly 5,000 texts",
-        {"goal": "domain", "rows": 5000},
+        {"goal": "domain", "num_rows": 5000},
         "full",
         {"learns_less", "mora"},
     ),
-    ("a small field", {"goal": "domain", "rows": 300}, "lora", {"regret", "learns_less"}),
+    ("a small field", {"goal": "domain", "num_rows": 300}, "lora", {"regret", "learns_less"}),
     (
         "five articles, and a prompt was not enough",
-        {"goal": "domain", "rows": 5, "prompted": True},
+        {"goal": "domain", "num_rows": 5, "tried_prompting": True},
         "lora",
         {"regret", "learns_less"},
     ),
     # ---- many adapters
-    ("200 customers", {"goal": "customers", "rows": 500}, "lora", {"slora", "regret"}),
+    ("200 customers", {"goal": "customers", "num_rows": 500}, "lora", {"slora", "regret"}),
     (
         "one customer with much to say",
-        {"goal": "customers", "rows": 30000},
+        {"goal": "customers", "num_rows": 30000},
         "lora",
         {"slora", "regret"},
     ),
-    ("tools called within a chat", {"goal": "switching", "rows": 500}, "alora", {"alora"}),
+    ("tools called within a chat", {"goal": "switching", "num_rows": 500}, "alora", {"alora"}),
     (
         "a checker beside a writer, few rows, prompt tried",
-        {"goal": "switching", "rows": 15, "prompted": True},
+        {"goal": "switching", "num_rows": 15, "tried_prompting": True},
         "alora",
         {"alora"},
     ),
@@ -246,7 +246,7 @@ def test_preferences_come_after_answers(tiny: Path) -> None:
 def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit gives way to the nearest that does, and it says what would have been needed."""
     monkeypatch.setattr(module, "plan", planned)
-    ask_for = {"goal": "domain", "rows": 20000, "base": "x"}
+    ask_for = {"goal": "domain", "num_rows": 20000, "base": "x"}
     small = advise(**ask_for)
     assert small["use"] == "lora" and small["settings"]["rank"] == 64
     assert any("30.00 GB, of 16.00 GB" in r["text"] for r in small["reasons"])

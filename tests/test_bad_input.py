@@ -34,10 +34,10 @@ def train(tiny: Path, chats: Path, general: Path, tmp_path: Path) -> Train:
     def call(data: Path = chats, **settings: Any) -> Any:
         given = {
             "base": str(tiny),
-            "out": tmp_path / "run",
-            "steps": 4,
-            "check_every": 2,
-            "general": general,
+            "output_dir": tmp_path / "run",
+            "max_steps": 4,
+            "eval_steps": 2,
+            "retention_text": general,
             **settings,
         }
         return afina.train(data, **given)
@@ -139,7 +139,7 @@ def test_a_base_without_chat_template(
     tiny_tokenizer(None).save_pretrained(bare)
     with pytest.raises(DataError, match="no chat template") as caught:
         train(base=str(bare))
-    assert "--template chatml" in str(caught.value.hint)
+    assert "--chat-template chatml" in str(caught.value.hint)
     train(base=str(bare), chat_template="chatml")
     pairs = write_rows(
         tmp_path / "pairs.jsonl", *({"prompt": f"{n} is", "completion": f" {n}"} for n in range(9))
@@ -368,7 +368,7 @@ def test_an_adapter_is_no_base(train: Train) -> None:
     for folder in (run.folder, run.folder / "adapter"):
         error = refused(folder)
         assert "this is an adapter, not a model" in str(error)
-        assert f"--run {folder}" in str(error.hint)
+        assert f"--adapter {folder}" in str(error.hint)
 
 
 def test_a_device_that_is_not_there() -> None:
@@ -383,19 +383,19 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("settings", "what", "hint"),
     [
-        ({"targets": "q_porj"}, "'q_porj' matches no layer", "'q_proj'"),
-        ({"targets": ["q_proj", "nothing"]}, "'nothing' matches no layer", None),
-        ({"targets": "*_proj"}, "no regular expression", ".*_proj"),
-        ({"targets": "norms"}, "matches no layer", None),
-        ({"targets": "lm_head", "layers": "last:1"}, "no layer is left", None),
+        ({"target_modules": "q_porj"}, "'q_porj' matches no layer", "'q_proj'"),
+        ({"target_modules": ["q_proj", "nothing"]}, "'nothing' matches no layer", None),
+        ({"target_modules": "*_proj"}, "no regular expression", ".*_proj"),
+        ({"target_modules": "norms"}, "matches no layer", None),
+        ({"target_modules": "lm_head", "layers": "last:1"}, "no layer is left", None),
         ({"layers": [4]}, "no block 4", None),
         ({"layers": "last:9"}, "layers cannot be 'last:9'", "up to 4"),
         ({"layers": "middle"}, "layers cannot be 'middle'", "last:N"),
-        ({"ranks": {"q_porj": 2}}, "'q_porj' matches no adapted layer", "'q_proj'"),
+        ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no adapted layer", "'q_proj'"),
         ({"learning_rate_pattern": {"lm_head": 1.0}}, "'lm_head' matches no adapted layer", None),
         ({"method": "lroa"}, "unknown method 'lroa'", "'lora'"),
         ({"method": "full", "dropout": 0.1}, "no path of its own", "--dropout 0"),
-        ({"template": "/nowhere.jinja"}, "cannot read the template", "plain"),
+        ({"chat_template": "/nowhere.jinja"}, "cannot read the template", "plain"),
     ],
 )
 def test_settings_at_odds_with_the_model(
@@ -470,7 +470,7 @@ def test_settings_that_changed_are_named_with_both_values(
         ({"learning_rate": 0.002}, "the setting learning_rate is 0.001 in the run, 0.002 now"),
         (
             {"learning_rate": 0.001, "early_stopping_patience": 3},
-            "the setting patience is not set in the run, 3 now",
+            "the setting early_stopping_patience is not set in the run, 3 now",
         ),
         (
             {"learning_rate": 0.001, "seed": 9, "rank": 4},
@@ -478,7 +478,7 @@ def test_settings_that_changed_are_named_with_both_values(
         ),
         (
             {"learning_rate": 0.001, "eval_size": 0.3},
-            "the setting holdout is 0.1 in the run, 0.3 now",
+            "the setting eval_size is 0.1 in the run, 0.3 now",
         ),
     ):
         with pytest.raises(TrainingError) as caught:
@@ -491,14 +491,14 @@ def test_settings_that_changed_are_named_with_both_values(
 
 
 def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
-    """A run of an older afina, which did not know `patience`, goes on; not with another value of it."""
+    """A run of an older afina, which did not know `early_stopping_patience`, goes on; not with another value of it."""
     run = train()
     file = run.folder / "checkpoint" / "progress.json"
     content = json.loads(file.read_text())
-    del content["identity"]["settings"]["patience"]
+    del content["identity"]["settings"]["early_stopping_patience"]
     file.write_text(json.dumps(content))
     assert train(resume=True).story["adapter"] == run.story["adapter"]
-    with pytest.raises(TrainingError, match="the setting patience is not set in the run, 3 now"):
+    with pytest.raises(TrainingError, match="the setting early_stopping_patience is not set in the run, 3 now"):
         train(resume=True, early_stopping_patience=3)
 
 
@@ -672,12 +672,12 @@ def test_merging_over_something_or_without_space_leaves_it(
     run = train()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    for call in (afina.merge, afina.export):
+    for call, name in ((afina.merge, "output_dir"), (afina.export, "output")):
         with pytest.raises(SettingsError, match="this folder is not empty"):
-            call(run.folder, out=tmp_path / "mine")
+            call(run.folder, **{name: tmp_path / "mine"})
     assert (tmp_path / "mine" / "file").read_text() == "mine"
     monkeypatch.setattr(
-        "afina.merging.merge_into_base.compare",
+        "afina.merging.merge_into_base.kl_and_agreement",
         lambda *_: {
             **dict.fromkeys(("kl", "max_logit_difference"), float("nan")),
             "greedy_agreement": 1.0,

@@ -39,16 +39,16 @@ from helpers import write_rows
 
 ASKED: dict[str, Any] = {
     "methods": ["lora", "mora", "full", "first"],
-    "reach": [0.5, 20.0],
+    "lr_search_range": [0.5, 20.0],
     "variants": {"first": {"method": "qlora", "layers": "first:1", "rank": 1}},
-    "seeds": 2,
-    "trials": 2,
-    "steps": 6,
+    "num_seeds": 2,
+    "num_trials": 2,
+    "max_steps": 6,
     "limit": 6,
     "max_new_tokens": 6,
     "rank": 2,
-    "batch_tokens": 256,
-    "budget": "20m",
+    "max_tokens_per_batch": 256,
+    "time_budget": "20m",
     "metric": "exact_match",
 }
 
@@ -135,12 +135,12 @@ def test_a_variant_has_its_own_settings_and_the_base_in_four_bits_a_line(
     assert "base in 4 bits" in (Path(made["folder"]) / "report.md").read_text()
     for told, why in (
         ({"x": {"rank": 4}}, "needs a method"),
-        ({"x": {"method": "lora", "max_steps": 3}}, "cannot have steps"),
+        ({"x": {"method": "lora", "max_steps": 3}}, "cannot have max_steps"),
     ):
         with pytest.raises(SettingsError, match="variants") as raised:
             make_settings(CompareSettings, {"data": "a.csv", "variants": told})
         assert why in str(raised.value)
-    with pytest.raises(SettingsError, match="reach"):
+    with pytest.raises(SettingsError, match="lr_search_range"):
         make_settings(CompareSettings, {"data": "a.csv", "lr_search_range": [2.0, 1.0]})
 
 
@@ -157,7 +157,7 @@ def test_what_was_cut_off_is_what_would_have_been(
     made: dict[str, Any], chats: Path, tmp_path: Path
 ) -> None:
     """The same without a cut, one seed of it: every curve and every judged row, to the last digit."""
-    asked = {name: made["settings"][name] for name in (*ASKED, "base", "general")} | {"seeds": 1}
+    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text")} | {"num_seeds": 1}
     compare(chats, **asked, output_dir=tmp_path / "again")
     for name in made["methods"]:
         one, other = (
@@ -173,7 +173,7 @@ def test_done_is_not_done_again(
     """In Spanish, from what is there; other settings are another comparison, and so are other rows."""
     monkeypatch.setattr(runs_module, "train_many", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(module.RunScorer, "run", lambda *_: pytest.fail("judged again"))
-    asked = {name: made["settings"][name] for name in (*ASKED, "base", "general", "out")}
+    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text", "out")}
     again = compare(chats, **(asked | {"lang": "es"}))
     assert again["methods"] == made["methods"]
     assert "Qué cuesta" in (Path(made["folder"]) / "report.html").read_text()
@@ -271,9 +271,9 @@ def test_a_method_that_fails_is_reported(
     monkeypatch.setattr(runs_module, "train_many", train)
     asked = ASKED | {
         "methods": ["lora", "mora", "full"],
-        "seeds": 1,
-        "trials": 1,
-        "steps": 2,
+        "num_seeds": 1,
+        "num_trials": 1,
+        "max_steps": 2,
         "limit": 2,
         "max_new_tokens": 2,
     }
@@ -295,7 +295,7 @@ def test_labels(tiny: Path, tmp_path: Path) -> None:
         for number in range(12)
     ]
     file = write_rows(tmp_path / "labels.jsonl", *rows)
-    asked = ASKED | {"metric": "auto", "methods": ["lora"], "trials": 1, "steps": 2, "seeds": 1}
+    asked = ASKED | {"metric": "auto", "methods": ["lora"], "num_trials": 1, "max_steps": 2, "num_seeds": 1}
     found = compare(file, **asked, base=str(tiny), output_dir=tmp_path / "out")
     assert found["metric"] == "accuracy" and "forgetting" not in found["methods"]["lora"]
     assert found["base_figures"]["score"]["mean"] == 50.0  # the commonest class
@@ -344,7 +344,7 @@ def test_a_budget_in_which_nothing_fits(
     with pytest.raises(SettingsError, match="the budget of 60s is too small") as caught:
         compare(
             chats,
-            **(ASKED | {"budget": "60s"}),
+            **(ASKED | {"time_budget": "60s"}),
             base=str(tiny),
             retention_text=general,
             output_dir=tmp_path / "out",
@@ -532,10 +532,10 @@ def test_each_method_in_its_own_process(
     found = measure_in_subprocess(run)
     assert found["steps"] == 3 and found["step_seconds"] > 0 and found["peak_mb"] > 50
     broken = measure_in_subprocess(
-        run.model_copy(update={"targets": "no_such_layer", "out": tmp_path / "broken"})
+        run.model_copy(update={"target_modules": "no_such_layer", "output_dir": tmp_path / "broken"})
     )
     assert "matches no layer" in broken["failed"]
     assert (
         "4 steps took longer than the 0.1 s"
-        in measure_in_subprocess(run.model_copy(update={"out": tmp_path / "late"}), 0.1)["failed"]
+        in measure_in_subprocess(run.model_copy(update={"output_dir": tmp_path / "late"}), 0.1)["failed"]
     )

@@ -19,7 +19,7 @@ from afina.cli.main import run
 from afina.comparison import compare as module
 from afina.comparison.cost_probe import measure
 
-SMALL = "--methods lora,full --seeds 1 --trials 1 --steps 2 --limit 3 --max-new-tokens 4 --rank 2 --budget 20m"
+SMALL = "--methods lora,full --num-seeds 1 --num-trials 1 --max-steps 2 --limit 3 --max-new-tokens 4 --rank 2 --time-budget 20m"
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ MISTAKES = [  # (what is typed after the data, what is said, what it says to do)
     ("--methods lora,lora", "at least one method, each once", "the methods to compare"),
     ("--method lora", "unknown flag --method", "did you mean '--methods'?"),
     ("--methods dpo", "dpo is an objective", "--objective dpo"),
-    ("--budget soon", "a number and s, m or h", "90s, 30m, 2h"),
-    ("--budget 30", "a number and s, m or h", "90s, 30m, 2h"),
-    ("--seeds three", "seeds cannot be 'three'", "runs of each method"),
+    ("--time-budget soon", "a number and s, m or h", "90s, 30m, 2h"),
+    ("--time-budget 30", "a number and s, m or h", "90s, 30m, 2h"),
+    ("--num-seeds three", "num_seeds cannot be 'three'", "runs of each method"),
     (
         "--columns Pregunta",
         "columns cannot be 'Pregunta'",
@@ -126,9 +126,9 @@ def test_a_budget_in_which_nothing_fits_says_which_one_would(
     own: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = f"compare '{own}' --columns 'prompt: Pregunta, completion: Respuesta correcta' --skip-bad-rows --base {tiny}"
-    error = said(f"{told} {SMALL} --budget 1s", capsys, 2)
+    error = said(f"{told} {SMALL} --time-budget 1s", capsys, 2)
     assert "the budget of 1s is too small" in error
-    assert re.search(r"next: --budget \d+m", error)
+    assert re.search(r"next: --time-budget \d+m", error)
 
 
 @pytest.mark.slow
@@ -139,13 +139,13 @@ def test_killed_at_any_moment_it_goes_on(
     """kill -9 at three moments, as the folder grows; what comes out is what one run gives, to the last digit."""
 
     def command(out: Path) -> list[str]:
-        told = f"compare {chats} --base {tiny} --general {general} --methods lora,mora,full --seeds 2 --trials 2 --steps 6 --limit 4"
+        told = f"compare {chats} --base {tiny} --general {general} --methods lora,mora,full --num-seeds 2 --num-trials 2 --max-steps 6 --limit 4"
         return [
             sys.executable,
             "-m",
             "afina",
             *shlex.split(told),
-            *shlex.split(f"--rank 2 --max-new-tokens 4 --out {out} --budget 2h"),
+            *shlex.split(f"--rank 2 --max-new-tokens 4 --output-dir {out} --time-budget 2h"),
         ]
 
     killed = 0

@@ -89,12 +89,12 @@ def planned(folder: Path | str, **values: Any) -> tuple[ModelShape, PlanSettings
 
 
 def peak(folder: Path, tokens: int = 1024, **values: Any) -> float:
-    shape, settings, step = planned(folder, batch_tokens=tokens, **values)
+    shape, settings, step = planned(folder, max_tokens_per_batch=tokens, **values)
     return round(step.memory(full_load(shape, settings), RATES.libraries).peak)
 
 
 def seconds(folder: Path, tokens: int = 1024, **values: Any) -> float:
-    shape, settings, step = planned(folder, batch_tokens=tokens, **values)
+    shape, settings, step = planned(folder, max_tokens_per_batch=tokens, **values)
     return step.time(full_load(shape, settings), RATES).step
 
 
@@ -119,7 +119,7 @@ def test_parameters_are_those_of_the_model(request: pytest.FixtureRequest, kind:
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rank": 3, "layers": "last:2"}, {"targets": ["q_proj", "down_proj", "lm_head"]}],
+    [{}, {"rank": 3, "layers": "last:2"}, {"target_modules": ["q_proj", "down_proj", "lm_head"]}],
     ids=str,
 )
 def test_counts_are_those_of_a_real_adapter(
@@ -405,19 +405,19 @@ def test_counts_of_modules_that_are_owned_whole(tiny: Path) -> None:
 def test_each_step_of_the_dial_takes_less_memory_and_more_time(billion: Path, method: str) -> None:
     tokens = 65536
     peaks = [
-        peak(billion, tokens, checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS
+        peak(billion, tokens, gradient_checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS
     ]
-    times = [seconds(billion, checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS]
+    times = [seconds(billion, gradient_checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS]
     assert peaks == sorted(set(peaks), reverse=True)
     assert times == sorted(set(times))
 
 
 def test_the_dial_goes_as_far_as_it_must(billion: Path) -> None:
     """With room for exactly what a step of the dial takes, that step is chosen; with a little less, the next one."""
-    shape, settings, step = planned(billion, batch_tokens=16384)
+    shape, settings, step = planned(billion, max_tokens_per_batch=16384)
     load = full_load(shape, settings)
     for number, value in enumerate(CHECKPOINTING_LEVELS):
-        takes = peak(billion, 16384, checkpointing=value)
+        takes = peak(billion, 16384, gradient_checkpointing=value)
         turned, used, why = choose_checkpointing(
             step, load, Machine("cpu", 1.001 * (takes + BESIDES) / 0.95, RATES)
         )
@@ -429,7 +429,7 @@ def test_the_dial_goes_as_far_as_it_must(billion: Path) -> None:
         assert tight[1] == CHECKPOINTING_LEVELS[min(number + 1, len(CHECKPOINTING_LEVELS) - 1)]
     assert tight[2] is not None and "still too much" in tight[2]
     assert choose_checkpointing(step, load, Machine("cuda", None, None))[1] == "off"
-    told = planned(billion, batch_tokens=16384, checkpointing=3)[2]
+    told = planned(billion, max_tokens_per_batch=16384, gradient_checkpointing=3)[2]
     assert choose_checkpointing(told, load, Machine("cpu", 1e9, RATES)) == (told, 3, None)
 
 
@@ -460,7 +460,7 @@ def test_what_the_dial_keeps_is_what_autograd_keeps(tiny: Path) -> None:
         ):
             loss = batch_loss(base, batch, adapter.active)
         held = sum(s.nbytes() for place, s in storages.items() if place not in own)
-        counted = 512 * 4 * sum(planned(tiny, checkpointing=value)[2]._kept(Workload.full(512, 64)))
+        counted = 512 * 4 * sum(planned(tiny, gradient_checkpointing=value)[2]._kept(Workload.full(512, 64)))
         kept.append((held, counted))
         del loss
     rest = [held - counted for held, counted in kept]  # what is no block's: the loss's, the angles
@@ -476,7 +476,7 @@ def test_train_uses_what_the_plan_chose(
     monkeypatch.setattr(forecast, "known_rates", lambda device: RATES)
     settings = {"base": str(tiny), "max_steps": 2, "max_tokens_per_batch": 4096}
     plain = afina.plan(chats, **settings)
-    assert plain["settings"]["checkpointing"] == "off"
+    assert plain["settings"]["gradient_checkpointing"] == "off"
     monkeypatch.setattr(
         forecast, "machine_memory", lambda: (plain["cost"]["peak_bytes"] - 1e5) / 0.95
     )
@@ -484,24 +484,24 @@ def test_train_uses_what_the_plan_chose(
     used = planned["cost"]["checkpointing"]["used"]
     assert used in (4, 3, 2)
     assert planned["cost"]["fits"] is True
-    assert planned["settings"]["checkpointing"] == used
+    assert planned["settings"]["gradient_checkpointing"] == used
     run = afina.train(chats, **settings, output_dir=tmp_path / "run")
-    assert run.story["settings"]["checkpointing"] == used
+    assert run.story["settings"]["gradient_checkpointing"] == used
     assert run.story["checkpointing"] == {
         "used": used,
         "why": planned["cost"]["checkpointing"]["why"],
     }
-    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["checkpointing"] == used
+    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"] == used
     off = afina.train(chats, **settings, gradient_checkpointing="off", output_dir=tmp_path / "off")
     assert run.story["adapter"] == off.story["adapter"]
     assert off.story["checkpointing"] == {"used": "off", "why": None}
     many = afina.train_many(
         [TrainSettings(data=chats, output_dir=tmp_path / f"m{n}", **settings) for n in range(2)]
     )
-    assert [r.story["settings"]["checkpointing"] for r in many] == [
-        many[0].story["settings"]["checkpointing"]
+    assert [r.story["settings"]["gradient_checkpointing"] for r in many] == [
+        many[0].story["settings"]["gradient_checkpointing"]
     ] * 2
-    assert many[0].story["settings"]["checkpointing"] in (3, 2, "all")  # twice the tokens in a pass
+    assert many[0].story["settings"]["gradient_checkpointing"] in (3, 2, "all")  # twice the tokens in a pass
 
 
 def test_cards_with_and_without_checkpointing(large: Path) -> None:
@@ -600,7 +600,7 @@ def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: 
 def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judge: str) -> None:
     rows, options = (
         pairs_of(tmp_path),
-        {"reward": judge, "max_new_tokens": 8, "group": 4, "prompts": 4},
+        {"reward_funcs": judge, "max_new_tokens": 8, "num_generations": 4, "prompts_per_step": 4},
     )
 
     def cost(objective: str = "grpo", **more: Any) -> dict[str, Any]:
@@ -613,14 +613,14 @@ def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judg
     assert any("judge" in what for what in plain["not_counted"]) and any(
         "8 tokens" in what for what in plain["not_counted"]
     )
-    longer, twice, more = cost(max_new_tokens=16), cost(updates=2), cost(group=8)
+    longer, twice, more = cost(max_new_tokens=16), cost(num_iterations=2), cost(num_generations=8)
     assert longer["phases"]["writing"] > 1.5 * plain["phases"]["writing"]
     assert twice["phases"]["writing"] == pytest.approx(
         plain["phases"]["writing"] / 2
     )  # one writing for two steps
     assert more["phases"]["learning"] > plain["phases"]["learning"]
     assert (
-        cost("ppo", group=1)["trainable_parameters"] == plain["trainable_parameters"] + 48
+        cost("ppo", num_generations=1)["trainable_parameters"] == plain["trainable_parameters"] + 48
     )  # and a value head
     with pytest.raises(SettingsError, match="with its rows"):
         afina.plan(None, base=str(tiny), objective="dpo")
@@ -640,10 +640,10 @@ def test_the_dial_turns_for_pairs_too(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = pairs_of(tmp_path)
-    values: dict[str, Any] = {"base": str(tiny), "objective": "dpo", **SMALL, "steps": 1}
+    values: dict[str, Any] = {"base": str(tiny), "objective": "dpo", **SMALL, "max_steps": 1}
     assert afina.plan(rows, **values)["cost"]["checkpointing"]["used"] == "off"
     monkeypatch.setattr(forecast, "machine_memory", lambda: 1e6)
     found = afina.plan(rows, **values)["cost"]
     assert found["checkpointing"]["used"] == "all" and found["fits"] is False
     run = afina.train(rows, output_dir=tmp_path / "run", **values)
-    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["checkpointing"] == "all"
+    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"] == "all"

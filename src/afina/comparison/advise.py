@@ -87,7 +87,7 @@ def decide(goal: str, rows: int, pairs: bool, prompted: bool) -> Advice:
     )
     if goal == "behaviour":
         if pairs:
-            advice.then = "afina train PAIRS --objective dpo --options '{start: RUN}'"
+            advice.then = "afina train PAIRS --objective dpo --init-adapter RUN"
         return (
             advice.add_reason("dpo", "dpo") if pairs else advice.add_reason("collect_pairs", "dpo")
         )

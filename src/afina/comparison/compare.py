@@ -44,7 +44,7 @@ KIND, VERSION = "afina comparison", 1
 EPOCHS = 3.0
 MEASURED = 0.25  # of the budget: a method whose few steps take longer is left out
 FREE = (
-    "budget",
+    "time_budget",
     "lang",
     "output_dir",
     "data",
@@ -90,15 +90,15 @@ class Comparison:
                 raise SettingsError(
                     what,
                     where=str(self.folder),
-                    hint="another --out, or the same settings to go on",
+                    hint="another --output-dir, or the same settings to go on",
                 )
         elif self.folder.is_file():
             raise SettingsError(
-                "this is a file", where=str(self.folder), hint="choose another --out: a folder"
+                "this is a file", where=str(self.folder), hint="choose another --output-dir: a folder"
             )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise SettingsError(
-                "this folder is not empty", where=str(self.folder), hint="choose another --out"
+                "this folder is not empty", where=str(self.folder), hint="choose another --output-dir"
             )
         write_json(file, now)
 
@@ -202,7 +202,7 @@ class Comparison:
                 why = f"{STEPS} steps of a method may take {100 * MEASURED:.0f}% of it, and no method was as quick"
                 what, hint = (
                     f"the budget of {self.settings.time_budget} is too small",
-                    "a larger one: --budget 30m",
+                    "a larger one: --time-budget 30m",
                 )
                 raise SettingsError(what, where=str(self.folder), why=why, hint=hint)
             first = next(iter(self.failed))
@@ -234,7 +234,7 @@ class Comparison:
                 f"the budget of {told.time_budget} is too small",
                 where=str(self.folder),
                 why=f"the least, one run of a few steps of each of {len(costs)} methods, takes about {made.seconds:.0f} s more",
-                hint=f"--budget {need // 60}m, fewer --methods, a lower --limit, or less data",
+                hint=f"--time-budget {need // 60}m, fewer --methods, a lower --limit, or less data",
             )
         return made
 

@@ -169,7 +169,7 @@ def _notes(result: Mapping[str, Any], say: Words) -> list[str]:
     ]
     if schedule["cut"]:
         what = ", ".join(say(f"cut_{name}") for name in schedule["cut"])
-        notes.append(say("cut", budget=result["settings"]["budget"], what=what))
+        notes.append(say("cut", budget=result["settings"]["time_budget"], what=what))
     notes += [say(key, **gaps) for key, gaps in result["notes"]]
     if edge := [name for name, found in methods.items() if found["edge"]]:
         notes.append(say("edge", methods=", ".join(edge)))
@@ -255,7 +255,7 @@ def _facts(result: Mapping[str, Any], say: Words) -> list[tuple[str, str]]:
         (say("fact_data"), f"{data['name']} (sha256 {data['sha256'][:16]})"),
         (say("fact_rows"), counts),
         (say("fact_plan"), f"{schedule['trials']}, {schedule['steps']}, {schedule['seeds_done']}"),
-        (say("fact_budget"), result["settings"]["budget"]),
+        (say("fact_budget"), result["settings"]["time_budget"]),
         (say("fact_time"), duration(schedule["spent"])),
         (
             say("fact_machine"),

@@ -51,7 +51,7 @@ def run_settings(
         | asked.settings_for(name)
         | {
             "data": rows.train,
-            "eval_size": rows.validation,
+            "eval_data": rows.validation,
             "output_dir": out,
             "objective": rows.objective,
             "learning_rate": rate,

@@ -73,7 +73,7 @@ def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
                 "the data has changed since this comparison began",
                 where=str(settings.data),
                 why=why,
-                hint="another --out",
+                hint="another --output-dir",
             )
         return ComparisonSplit(**known | files)
     records = (

@@ -35,7 +35,7 @@ PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "question"},
     {"role": "assistant", "content": "probe-of-afina"},
 )
-ANOTHER = "--template chatml, or a template file that"
+ANOTHER = "--chat-template chatml, or a template file that"
 
 
 class ChatTemplate:
@@ -49,7 +49,7 @@ class ChatTemplate:
         self, tokenizer: "PreTrainedTokenizerBase", template: str | None, bos: bool
     ) -> None:
         self.tokenizer = tokenizer
-        self.name = f"--template {template}" if template else "the tokenizer's chat template"
+        self.name = f"--chat-template {template}" if template else "the tokenizer's chat template"
         self.jinja = self._find(template, "{{ bos_token }}" if bos else "")
 
     def _find(self, template: str | None, bos: str) -> str | None:
@@ -73,7 +73,7 @@ class ChatTemplate:
     def text(self, messages: Sequence[Mapping[str, str]], asks: bool, where: str) -> str:
         """The messages as text; with `asks`, up to where the next answer begins. Raises `DataError`."""
         if self.jinja is None:
-            hint = "--template chatml, --template plain, or data with a prompt and a completion"
+            hint = "--chat-template chatml, --chat-template plain, or data with a prompt and a completion"
             raise DataError("this base has no chat template", where=where, hint=hint)
         given = [dict(message) for message in messages]
         try:
@@ -81,7 +81,7 @@ class ChatTemplate:
                 given, chat_template=self.jinja, add_generation_prompt=asks, tokenize=False
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            hint = "change the roles or their order, or --template chatml"
+            hint = "change the roles or their order, or --chat-template chatml"
             raise DataError(
                 f"{self.name} refuses these messages", where=where, why=str(error), hint=hint
             ) from None

@@ -125,6 +125,6 @@ def _clear(out: Path) -> None:
     if run.exists():
         if not (out / "held.jsonl").exists():
             raise SettingsError(
-                "this folder is not an earlier demo's", where=str(out), hint="choose another --out"
+                "this folder is not an earlier demo's", where=str(out), hint="choose another --output-dir"
             )
         shutil.rmtree(run)

@@ -145,7 +145,7 @@ def checked_weight_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / "adapter"):
             if (adapter / "adapter_config.json").is_file():
-                hint = f"give it as --run {folder}, or as `afina chat {folder}`; --base is the model below it"
+                hint = f"give it as --adapter {folder}, or as `afina chat {folder}`; --base is the model below it"
                 raise BaseError("this is an adapter, not a model", where=str(folder), hint=hint)
         raise BaseError(
             "no config.json in the model's folder",

@@ -108,7 +108,7 @@ def _measured_apart(device: str) -> dict[str, Any]:
             "this machine could not be measured",
             where=device,
             why=why,
-            hint="try again with --probe",
+            hint="try again with --remeasure",
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
 

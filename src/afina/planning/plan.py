@@ -81,7 +81,7 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
     objective = settings.objective if asked is None else resolve_objective(asked)
     if objective in ("classify", "mlm", *PREFERENCES, *POLICIES):
         if asked is None or settings.compare_methods:
-            where = "data" if asked is None else "compare"
+            where = "data" if asked is None else "compare_methods"
             why = "what a step of it takes depends on the rows, and on a base that is here"
             raise SettingsError(
                 f"{objective} is planned with its rows, one method at a time", where=where, why=why
@@ -114,7 +114,7 @@ def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[
             "parameters": shape.parameters,
             "kinds": shape.parameters_by_kind,
         },
-        "max_steps": steps,
+        "steps": steps,
     }
     if settings.compare_methods:
         lines = compare(shape, settings, place, load, steps, rows.held_tokens)
@@ -258,7 +258,7 @@ def _targets(spec: AdapterConfig) -> dict[str, Any]:
     blocks = {number for path in spec.target_modules if (number := layer_index(path)) is not None}
     return {
         "alpha": None if get_method(spec.method).replaces_base else spec.alpha,
-        "targets": list(dict.fromkeys(path.rpartition(".")[2] for path in spec.target_modules)),
+        "target_modules": list(dict.fromkeys(path.rpartition(".")[2] for path in spec.target_modules)),
         "layers": sorted(blocks),
     }
 
