@@ -65,16 +65,16 @@ def main() -> None:
     write_text(data, rows(ROWS))
     settings = {
         "data": data,
-        "out": told.out,
+        "output_dir": told.out,
         "methods": METHODS,
-        "budget": told.budget,
-        "seeds": 3,
+        "time_budget": told.budget,
+        "num_seeds": 3,
     }
     flags = [
         part
         for name, value in settings.items()
         if name != "data"
-        for part in (f"--{name}", str(value))
+        for part in (f"--{name.replace('_', '-')}", str(value))
     ]
     command = [sys.executable, "-m", "afina", "compare", str(data), *flags]
     budget = CompareSettings(**settings).seconds  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def quality(folder: Path) -> dict[str, list[float]]:
                 seed=seed,
                 output_dir=folder / f"{method}-{seed}",
             )
-            losses[method].append(run.story["losses"]["held_after"])
+            losses[method].append(run.record["losses"]["held_after"])
             print(seed, method, losses[method][-1], flush=True)
     return losses
 

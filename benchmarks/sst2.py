@@ -169,12 +169,12 @@ def main() -> None:
             output_dir=folder / "mlm",
         )
         merge(made.folder, output_dir=folder / "encoder")
-        losses = made.story["losses"]
+        losses = made.record["losses"]
         figures |= {
             "mlm_loss_before": losses["held_before"],
             "mlm_loss_after": losses["held_after"],
         }
-        print("mlm", losses, made.story["seconds"], flush=True)
+        print("mlm", losses, made.record["seconds"], flush=True)
 
         def move(method: str, rate: float, seed: int, **more: Any) -> Any:
             out = folder / f"{method}-{rate}-{seed}"
@@ -195,7 +195,7 @@ def main() -> None:
         for method, rates in RATES.items():
             steps = max(2, int(share * SEARCH_STEPS))
             trials = {
-                r: move(method, r, SEARCH_SEED, steps=steps).story["classes"]["accuracy"]
+                r: move(method, r, SEARCH_SEED, steps=steps).record["classes"]["accuracy"]
                 for r in rates
             }
             rate = max(trials, key=lambda r: trials[r])
@@ -208,8 +208,8 @@ def main() -> None:
                     {
                         "accuracy": accuracy,
                         "rate": rate,
-                        "seconds": run.story["seconds"],
-                        "trainable": run.story["trainable_parameters"],
+                        "seconds": run.record["seconds"],
+                        "trainable": run.record["trainable_parameters"],
                     }
                 )
                 print(method, seed, runs[-1], flush=True)

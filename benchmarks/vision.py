@@ -135,7 +135,7 @@ class Bench:
         made = self.train("upright", random, method="full", **BASE[self.kind])
         self.base = self.folder / f"{self.kind}-base"
         merge(made.folder, output_dir=self.base)
-        return made.story["classes"]["accuracy"]
+        return made.record["classes"]["accuracy"]
 
     def move(self, method: str, rate: float, seed: int, epochs: int) -> Any:
         return self.train(
@@ -153,7 +153,7 @@ class Bench:
         """Accuracy on the choosing rows, for each rate."""
         rates = RATES[self.kind][method]
         return {
-            rate: self.move(method, rate, SEARCH_SEED, SEARCH_EPOCHS).story["classes"]["accuracy"]
+            rate: self.move(method, rate, SEARCH_SEED, SEARCH_EPOCHS).record["classes"]["accuracy"]
             for rate in rates
         }
 
@@ -163,7 +163,7 @@ class Bench:
         run = self.move(method, rate, seed, EPOCHS)
         judged = evaluate(run.folder, data=self.folder / "final.parquet")["classes"]
         row = {"accuracy": judged["accuracy"], "f1": judged["f1"], "rate": rate}
-        return row | {key: run.story[key] for key in ("trainable_parameters", "seconds")}
+        return row | {key: run.record[key] for key in ("trainable_parameters", "seconds")}
 
 
 def main() -> None:

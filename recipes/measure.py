@@ -51,7 +51,7 @@ def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
     run = afina.train(settings)
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     judged = afina.evaluate(run.folder, max_new_tokens=longest)
-    losses = run.story["losses"]
+    losses = run.record["losses"]
     about = {
         "what": described(name),
         "made_of": made_of(name),
@@ -61,8 +61,8 @@ def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
         **spent,
     }
     about |= {
-        "adapter_kb": run.story["adapter_kb"],
-        "verdict": run.story["verdict"],
+        "adapter_kb": run.record["adapter_kb"],
+        "verdict": run.record["verdict"],
         "held_out": judged["rows"],
     }
     about |= {

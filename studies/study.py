@@ -23,13 +23,14 @@ from verdicts import verdicts
 from afina.comparison.compare import compare
 from afina.comparison.report import view
 from afina.io.atomic import write_json, write_text
+from afina.io.migrations import migrate_comparison
 from afina.settings import CompareSettings, make_settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
 STUDIED = (
-    HERE.parent / "src" / "afina" / "comparing" / "study.json"
+    HERE.parent / "src" / "afina" / "comparison" / "study.json"
 )  # what `afina advise` tells of the study
 SEED = 7  # of the rows; runs have their own
 
@@ -65,7 +66,8 @@ def shortened(found: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> d
         m: {k: v for k, v in own.items() if k not in ("curves", "verdicts")}
         for m, own in found["methods"].items()
     }
-    settings = {k: v for k, v in found["settings"].items() if k not in ("data", "out", "general")}
+    private = ("data", "output_dir", "retention_text")
+    settings = {k: v for k, v in found["settings"].items() if k not in private}
     kept = {k: v for k, v in found.items() if k not in ("folder", "examples")}
     return {"part": name, "task": part["task"]} | kept | {"methods": methods, "settings": settings}
 
@@ -73,7 +75,7 @@ def shortened(found: Mapping[str, Any], name: str, part: Mapping[str, Any]) -> d
 def read_results(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """The results that are there, by the name of their part."""
     return {
-        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        file.stem: migrate_comparison(json.loads(file.read_text(encoding="utf-8")))
         for file in sorted(results.glob("*.json"))
     }
 

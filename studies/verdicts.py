@@ -82,7 +82,7 @@ def gap(found: Found, one: str, other: str) -> Gap:
             shown = test["difference"]
             ends = sorted(sign * shown[end] for end in ("low", "high"))
             unit = "nats" if found["metric"] == "loss" else "points"
-            return Gap(sign * shown["mean"], ends[0], ends[1], test["shown"], unit)
+            return Gap(sign * shown["mean"], ends[0], ends[1], test["significant"], unit)
     raise KeyError(f"{one} and {other} were not compared")
 
 

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import pytest
 
 from afina.comparison import advise as module
-from afina.comparison.advise import advise, ask, written
-from afina.comparison.findings import FINDINGS, SAYINGS
+from afina.comparison.advise import advise, ask
+from afina.comparison.findings import messages, sources
 from afina.errors import SettingsError
 from afina.models.loading import choose_device
 from afina.settings import AdviseSettings, Goal
@@ -32,7 +32,12 @@ SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
     ("customers are coming, no rows yet", {"goal": "customers", "num_rows": 0}, "prompt", set()),
     ("six examples, nothing tried", {"goal": "style", "num_rows": 6}, "prompt", {"fewshot"}),
     ("nineteen refusals", {"goal": "behaviour", "num_rows": 19}, "prompt", {"fewshot"}),
-    ("twelve letters of one customer", {"goal": "customers", "num_rows": 12}, "prompt", {"fewshot"}),
+    (
+        "twelve letters of one customer",
+        {"goal": "customers", "num_rows": 12},
+        "prompt",
+        {"fewshot"},
+    ),
     ("three calls of tools", {"goal": "switching", "num_rows": 3}, "prompt", {"fewshot"}),
     ("opening hours of eight shops", {"goal": "knowledge", "num_rows": 8}, "prompt", {"retrieval"}),
     ("five articles of a field", {"goal": "domain", "num_rows": 5}, "prompt", {"retrieval"}),
@@ -51,7 +56,12 @@ SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
         {"retrieval", "hallucinate"},
     ),
     # ---- style, form, a task
-    ("a company's tone, 800 letters", {"goal": "style", "num_rows": 800}, "lora", {"lima", "regret"}),
+    (
+        "a company's tone, 800 letters",
+        {"goal": "style", "num_rows": 800},
+        "lora",
+        {"lima", "regret"},
+    ),
     (
         "six examples, a prompt was not enough",
         {"goal": "style", "num_rows": 6, "tried_prompting": True},
@@ -63,7 +73,12 @@ SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
     ("corrections of 60,000 sentences", {"goal": "style", "num_rows": 60000}, "lora", {"regret"}),
     # ---- behaviour
     ("it should refuse politely", {"goal": "behaviour", "num_rows": 400}, "lora", {"lima", "dpo"}),
-    ("pairs are there", {"goal": "behaviour", "num_rows": 400, "has_pairs": True}, "lora", {"lima", "dpo"}),
+    (
+        "pairs are there",
+        {"goal": "behaviour", "num_rows": 400, "has_pairs": True},
+        "lora",
+        {"lima", "dpo"},
+    ),
     (
         "ten answers and pairs beside them",
         {"goal": "behaviour", "num_rows": 10, "has_pairs": True},
@@ -90,7 +105,12 @@ SITUATIONS: list[tuple[str, dict[str, Any], str, set[str]]] = [
         "mora",
         {"mora", "hallucinate", "retrieval"},
     ),
-    ("a library of medicine", {"goal": "domain", "num_rows": 20000}, "full", {"learns_less", "mora"}),
+    (
+        "a library of medicine",
+        {"goal": "domain", "num_rows": 20000},
+        "full",
+        {"learns_less", "mora"},
+    ),
     (
         "a language, exactly 5,000 texts",
         {"goal": "domain", "num_rows": 5000},
@@ -128,19 +148,17 @@ def test_there_are_enough_of_them() -> None:
         SITUATIONS
     )
     assert {told["goal"] for _, told, _, _ in SITUATIONS} == set(get_args(Goal))
-    named = set().union(*(sources for *_, sources in SITUATIONS))
-    assert named == set(FINDINGS) - {"qlora"}, "qlora is among those that memory decides"
+    named = set().union(*(cited for *_, cited in SITUATIONS))
+    assert named == set(sources()) - {"qlora"}, "qlora is among those that memory decides"
 
 
 @pytest.mark.parametrize(
-    ("case", "told", "use", "sources"), SITUATIONS, ids=[case[0] for case in SITUATIONS]
+    ("case", "told", "use", "cited"), SITUATIONS, ids=[case[0] for case in SITUATIONS]
 )
-def test_situations(
-    case: str, told: dict[str, Any], use: str, sources: set[str], tiny: Path
-) -> None:
+def test_situations(case: str, told: dict[str, Any], use: str, cited: set[str], tiny: Path) -> None:
     found = advise(**told, base=str(tiny))
     assert found["use"] == use
-    assert {FINDINGS[name][0] for name in sources} == {
+    assert {sources()[name]["source"] for name in cited} == {
         r["source"] for r in found["reasons"] if r["source"]
     }
     assert all(r["link"].startswith("https://") for r in found["reasons"] if r["source"])
@@ -210,10 +228,10 @@ def test_the_machine_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None
         "memory_bytes": 16e9,
         "detected": True,
     }
-    assert ("this machine", "cpu, 16.00 GB") in written(found)
-    assert ("room", "cpu, 32.00 GB") in written(
-        advise(goal="domain", num_rows=20000, base="x", memory_gb=32)
-    )
+    assert ("this machine", "cpu, 16.00 GB") in found.rows()
+    assert ("room", "cpu, 32.00 GB") in advise(
+        goal="domain", num_rows=20000, base="x", memory_gb=32
+    ).rows()
 
 
 def test_the_real_machine_is_looked_at(tiny: Path) -> None:
@@ -252,7 +270,7 @@ def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("30.00 GB, of 16.00 GB" in r["text"] for r in small["reasons"])
     smaller = advise(**ask_for, memory_gb=8)
     assert smaller["use"] == "qlora" and "--method qlora --rank 64" in smaller["command"]
-    assert any(r["source"] == FINDINGS["qlora"][0] for r in smaller["reasons"])
+    assert any(r["source"] == sources()["qlora"]["source"] for r in smaller["reasons"])
     none = advise(**ask_for, memory_gb=2)
     assert none["use"] == "none" and none["command"] is None
     assert "5.00 GB" in none["reasons"][-1]["text"]
@@ -277,7 +295,9 @@ def earlier(folder: Path, base: str, shown: bool) -> None:
             "lora": {"score": figure, "learning_rate": 0.001},
             "mora": {"score": figure, "learning_rate": 0.002},
         },
-        "tests": [{"one": "lora", "other": "mora", "difference": {"mean": 9.0}, "shown": shown}],
+        "tests": [
+            {"one": "lora", "other": "mora", "difference": {"mean": 9.0}, "significant": shown}
+        ],
     }
     folder.mkdir(parents=True)
     (folder / "compare.json").write_text(json.dumps(found))
@@ -324,15 +344,15 @@ def test_the_interview_asks_for_what_is_missing() -> None:
     assert ask(made, lambda text: pytest.fail("asked again")) == made
     with pytest.raises(SettingsError, match="goal cannot be 'fun'"):
         ask(AdviseSettings(), lambda text: "fun")
-    with pytest.raises(SettingsError, match="rows is missing"):
+    with pytest.raises(SettingsError, match="num_rows is missing"):
         advise(goal="style")
 
 
 def test_both_languages(tiny: Path) -> None:
-    assert written(advise(goal="style", num_rows=800, base=str(tiny), lang="es"))[0] == (
+    assert advise(goal="style", num_rows=800, base=str(tiny), lang="es").rows()[0] == (
         "usa",
         "lora",
     )
     found = advise(goal="facts-that-change", lang="es")
-    assert written(found) == [("usa", SAYINGS["es"]["find"])]
+    assert found.rows() == [("usa", messages("es")["find"])]
     assert "recuperación" in found["reasons"][0]["text"]

@@ -87,7 +87,7 @@ def test_a_row_longer_than_the_context_is_refused_or_left_out(
     assert "--skip-bad-rows" in str(caught.value.hint)
     run = train(data, skip_bad_rows=True)
     assert [
-        line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]
+        line.partition(": ")[0].rpartition("/")[2] for line in run.record["data"]["skipped"]
     ] == ["rows.jsonl:49"]
 
 
@@ -113,9 +113,9 @@ def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
         write_rows(data, *(row for pair in zip(good, long * 4, strict=True) for row in pair)),
         skip_bad_rows=True,
     )
-    assert len(run.story["data"]["skipped"]) == 20
+    assert len(run.record["data"]["skipped"]) == 20
     assert (
-        afina.evaluate(run.folder, max_new_tokens=2)["rows"] == run.story["data"]["held_out"] == 2
+        afina.evaluate(run.folder, max_new_tokens=2)["rows"] == run.record["data"]["held_out"] == 2
     )
 
 
@@ -124,7 +124,7 @@ def test_a_holdout_file_with_bad_rows(train: Train, tmp_path: Path) -> None:
     held = write_rows(tmp_path / "held.jsonl", CHAT, {"messages": []}, long)
     run = train(eval_size=held, skip_bad_rows=True)
     assert [
-        line.partition(": ")[0].rpartition("/")[2] for line in run.story["data"]["skipped"]
+        line.partition(": ")[0].rpartition("/")[2] for line in run.record["data"]["skipped"]
     ] == [
         "held.jsonl:2:messages",
         "held.jsonl:3",
@@ -158,7 +158,7 @@ def test_too_little_text_to_hold_some_out(train: Train, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too little text"):
         train(tmp_path / "short.txt")
     (tmp_path / "short.txt").write_text("only this and then a little more of it " * 9)
-    assert train(tmp_path / "short.txt", max_length=64).story["data"]["held_out"] >= 1
+    assert train(tmp_path / "short.txt", max_length=64).record["data"]["held_out"] >= 1
 
 
 def test_an_objective_that_the_rows_cannot_have(train: Train, text: Path) -> None:
@@ -487,7 +487,7 @@ def test_settings_that_changed_are_named_with_both_values(
     command = str(caught.value.hint).partition(", or")[0].split()
     assert command[0] == "afina"
     assert main.run([*command[1:], "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapter"] == run.story["adapter"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapter"] == run.record["adapter"]
 
 
 def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
@@ -497,7 +497,7 @@ def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
     content = json.loads(file.read_text())
     del content["identity"]["settings"]["early_stopping_patience"]
     file.write_text(json.dumps(content))
-    assert train(resume=True).story["adapter"] == run.story["adapter"]
+    assert train(resume=True).record["adapter"] == run.record["adapter"]
     with pytest.raises(TrainingError, match="the setting early_stopping_patience is not set in the run, 3 now"):
         train(resume=True, early_stopping_patience=3)
 
@@ -514,7 +514,7 @@ def test_a_run_cut_off_before_its_first_checkpoint(
     with pytest.raises(SettingsError, match="there is a run in this folder already") as caught:
         train()
     assert "--resume" in str(caught.value.hint)
-    assert train(resume=True).story["adapter"] == whole.story["adapter"]
+    assert train(resume=True).record["adapter"] == whole.record["adapter"]
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(
@@ -524,7 +524,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(
     moved = run.folder.rename(tmp_path / "moved")
     assert main.run(["train", "--config", str(moved / "settings.yaml"), "--resume", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["folder"], result["adapter"]) == (str(moved), run.story["adapter"])
+    assert (result["folder"], result["adapter"]) == (str(moved), run.record["adapter"])
     assert not run.folder.exists()
 
 
@@ -605,7 +605,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert step >= kept or place == "afina.io.atomic.os.fsync"
     assert not [path for path in run.rglob(".*")]
     cut = train(resume=True, **settings)
-    assert cut.story["adapter"] == whole.story["adapter"]
+    assert cut.record["adapter"] == whole.record["adapter"]
     assert metrics(run) == metrics(whole.folder)
 
 
@@ -640,7 +640,7 @@ def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_p
         (run / f".{name}.new-{os.getpid()}" / "half").write_text("x")
     (run / "run.json").unlink()
     again = train(resume=True, **settings)
-    assert again.story["adapter"] == whole.story["adapter"]
+    assert again.record["adapter"] == whole.record["adapter"]
     assert not [path for path in run.rglob(".*")]
 
 

@@ -214,13 +214,13 @@ def some_pictures(base: Classifier) -> list[Any]:
 
 
 def opened(run: TrainResult, base: Path) -> Classifier:
-    data = run.story["data"]
+    data = run.record["data"]
     return load_classifier(str(base), data["labels"], data["format"] == "pictures", device="cpu")
 
 
 def is_story_of_a_classifier(run: TrainResult, classes: int = 2) -> None:
-    scores = run.story["classes"]
-    assert sum(map(sum, scores["confusion"])) == scores["rows"] == run.story["data"]["held_out"]
+    scores = run.record["classes"]
+    assert sum(map(sum, scores["confusion"])) == scores["rows"] == run.record["data"]["held_out"]
     assert len(scores["confusion"]) == classes
     assert Image.open(run.folder / "confusion.png").size[0] > 300
     assert {path.name for path in run.folder.iterdir()} >= {
@@ -242,12 +242,12 @@ def test_texts(learn: Callable[..., TrainResult], table: Path, encoder: Path, me
     """Every method learns the easy task; saved is loaded; judged again, it is the same; merged is adapted."""
     run = learn(table, encoder, method)
     is_story_of_a_classifier(run)
-    assert run.story["classes"]["accuracy"] >= 90
-    assert run.story["losses"]["held_after"] < run.story["losses"]["held_before"] - 0.2
-    assert "classes instead of" in run.story["verdict"][0]
+    assert run.record["classes"]["accuracy"] >= 90
+    assert run.record["losses"]["held_after"] < run.record["losses"]["held_before"] - 0.2
+    assert "classes instead of" in run.record["verdict"][0]
     again = evaluate(run.folder)
-    assert again["classes"]["confusion"] == run.story["classes"]["confusion"]
-    assert again["loss"] == pytest.approx(run.story["losses"]["held_after"], abs=1e-5)
+    assert again["classes"]["confusion"] == run.record["classes"]["confusion"]
+    assert again["loss"] == pytest.approx(run.record["losses"]["held_after"], abs=1e-5)
     base = opened(run, encoder)
     before = state(base.model)
     adapter = load_adapter(run.folder, base)
@@ -273,8 +273,8 @@ def test_jsonl_with_columns_of_its_own(
         encoder,
         columns={"text": "said", "label": "stars"},
     )
-    assert run.story["data"]["labels"] == ["2", "10"]
-    assert run.story["classes"]["accuracy"] >= 90
+    assert run.record["data"]["labels"] == ["2", "10"]
+    assert run.record["classes"]["accuracy"] >= 90
     judged = evaluate(
         run.folder, data=tmp_path / "stars.jsonl", columns={"text": "said", "label": "stars"}
     )
@@ -304,18 +304,18 @@ def test_masked_tokens_then_labels(
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join(text for text, _ in REVIEWS))
     pretrained = learn(text, encoder, "full", objective="mlm", max_steps=120, max_length=16)
-    losses = pretrained.story["losses"]
+    losses = pretrained.record["losses"]
     assert losses["held_after"] < losses["held_before"] - 1
-    assert "hesitates between" in pretrained.story["verdict"][0]
+    assert "hesitates between" in pretrained.record["verdict"][0]
     judged = evaluate(pretrained.folder)
     assert judged["after"]["loss"] < judged["before"]["loss"] - 1
     made = tmp_path / "made"
     merge(pretrained.folder, output_dir=made)
     run = learn(table, made, max_steps=150)
-    assert run.story["classes"]["accuracy"] >= 90
+    assert run.record["classes"]["accuracy"] >= 90
     torch.manual_seed(99)  # whatever was drawn before a run, its new head is the same
     again, once = (learn(table, made, max_steps=1) for _ in range(2))
-    assert again.story["adapter"] == once.story["adapter"]
+    assert again.record["adapter"] == once.record["adapter"]
     spec = read_json_object(run.folder / "adapter" / "afina.json")["spec"]
     assert spec["modules"] == [
         "bert.pooler.dense",
@@ -329,7 +329,7 @@ def test_a_decoder_classifies_by_its_last_token(
     learn: Callable[..., TrainResult], table: Path, tiny: Path
 ) -> None:
     run = learn(table, tiny, "lora", max_steps=40)
-    assert run.story["classes"]["accuracy"] >= 75
+    assert run.record["classes"]["accuracy"] >= 75
     assert read_json_object(run.folder / "adapter" / "afina.json")["spec"]["modules"] == ["score"]
 
 
@@ -361,7 +361,7 @@ def test_resumed_is_uninterrupted(
         learn(table, encoder, max_steps=8, eval_steps=2, dropout=0.1, output_dir=out)
     monkeypatch.undo()
     resumed = learn(table, encoder, max_steps=8, eval_steps=2, dropout=0.1, output_dir=out, resume=True)
-    assert resumed.story["adapter"] == whole.story["adapter"]
+    assert resumed.record["adapter"] == whole.record["adapter"]
 
 
 # ---- pictures
@@ -377,10 +377,10 @@ def test_pictures(
     )
     run = learn(pictures, vision, method, **{**LOOKING, **longer})
     is_story_of_a_classifier(run)
-    assert run.story["classes"]["accuracy"] >= (
+    assert run.record["classes"]["accuracy"] >= (
         75 if method == "freeze" else 90
     )  # its first layers stay random
-    assert evaluate(run.folder)["classes"]["confusion"] == run.story["classes"]["confusion"]
+    assert evaluate(run.folder)["classes"]["confusion"] == run.record["classes"]["confusion"]
     base = opened(run, vision)
     means = {name: t.clone() for name, t in base.model.named_buffers() if "running" in name}
     adapter = load_adapter(run.folder, base)
@@ -421,9 +421,9 @@ def test_pictures_in_parquet(
         learn(tmp_path / f"{name}.parquet", vision, **LOOKING, objective="auto")
         for name in ("struct", "plain")
     ]
-    assert runs[0].story["classes"] | {"picture": ""} == runs[1].story["classes"] | {"picture": ""}
-    assert runs[0].story["classes"]["accuracy"] >= 90
-    assert evaluate(runs[0].folder)["classes"]["confusion"] == runs[0].story["classes"]["confusion"]
+    assert runs[0].record["classes"] | {"picture": ""} == runs[1].record["classes"] | {"picture": ""}
+    assert runs[0].record["classes"]["accuracy"] >= 90
+    assert evaluate(runs[0].folder)["classes"]["confusion"] == runs[0].record["classes"]["confusion"]
     write_table(pyarrow.Table.from_pylist(rows[:-1]), tmp_path / "struct.parquet")
     with pytest.raises(DataError, match="the data has changed"):
         evaluate(runs[0].folder)
@@ -442,7 +442,7 @@ def test_full_learns_what_no_layer_owns(
     base = opened(run, tmp_path / "vit")
     before = state(base.model)
     total = sum(p.numel() for p in base.model.parameters())
-    assert run.story["trainable_parameters"] == total
+    assert run.record["trainable_parameters"] == total
     adapter = load_adapter(run.folder, base)
     contents = some_pictures(base)
     adapted, plain = predict(base, contents, "adapter"), predict(base, contents, None)
@@ -500,13 +500,13 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
         "rank": 8,
     }
     run = train(pictures, model=base, **settings)
-    assert run.story["classes"]["accuracy"] >= 90
-    assert run.story["base"]["name"] == "my-net"
+    assert run.record["classes"]["accuracy"] >= 90
+    assert run.record["base"]["name"] == "my-net"
     fresh = made()
     assert same(state(fresh.model), before)
-    assert fresh.hash == base.hash == run.story["base"]["hash"]
+    assert fresh.hash == base.hash == run.record["base"]["hash"]
     judged = evaluate(run.folder, model=fresh)
-    assert judged["classes"]["confusion"] == run.story["classes"]["confusion"]
+    assert judged["classes"]["confusion"] == run.record["classes"]["confusion"]
     with pytest.raises(AdapterError, match="made for another base"):
         evaluate(run.folder, model=made(1))
     whole = made()
@@ -610,8 +610,8 @@ def test_bad_rows_can_be_left_out(
         *rows_with(lambda rows: rows[7].update(text="film " * 60) or rows[9].update(text="")),
     )
     run = learn(data, encoder, max_steps=1, skip_bad_rows=True)
-    assert len(run.story["data"]["skipped"]) == 2
-    assert any("rows.jsonl:8: 62 tokens" in line for line in run.story["data"]["skipped"])
+    assert len(run.record["data"]["skipped"]) == 2
+    assert any("rows.jsonl:8: 62 tokens" in line for line in run.record["data"]["skipped"])
 
 
 def test_a_class_that_training_never_showed(
@@ -645,10 +645,10 @@ def test_a_broken_picture(
             learn(folder, base, max_steps=1)
         assert str(caught.value.where).endswith("3.png")
     run = learn(folder, base, max_steps=1, skip_bad_rows=True)
-    assert [line.partition(": ")[0].endswith("3.png") for line in run.story["data"]["skipped"]] == [
+    assert [line.partition(": ")[0].endswith("3.png") for line in run.record["data"]["skipped"]] == [
         True
     ]
-    assert run.story["data"]["held_out"] + len(run.story["data"]["skipped"]) <= 120
+    assert run.record["data"]["held_out"] + len(run.record["data"]["skipped"]) <= 120
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="no pictures here"):
         learn(tmp_path / "none", base)

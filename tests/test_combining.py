@@ -594,7 +594,7 @@ def test_dare_is_seeded_and_low_energy_is_told(
     ]
     assert command_line(words) == 0
     said = capsys.readouterr().out
-    assert "It keeps" in said and "--rank" in said
+    assert "retained energy: " in said and "--rank" in said
 
 
 # ---- files, lineage, refusals

@@ -16,8 +16,8 @@ from afina.comparison import runs as runs_module
 from afina.comparison.analysis import min_rows_to_differ, pairs, recommend
 from afina.comparison.compare import compare
 from afina.comparison.cost_probe import measure, measure_in_subprocess
-from afina.comparison.findings import SAYINGS
-from afina.comparison.messages import WORDS
+from afina.comparison.findings import load_findings
+from afina.comparison.messages import load_messages
 from afina.comparison.report import command, interval, write_report
 from afina.comparison.run_scores import row_losses
 from afina.comparison.schedule import (
@@ -157,7 +157,9 @@ def test_what_was_cut_off_is_what_would_have_been(
     made: dict[str, Any], chats: Path, tmp_path: Path
 ) -> None:
     """The same without a cut, one seed of it: every curve and every judged row, to the last digit."""
-    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text")} | {"num_seeds": 1}
+    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text")} | {
+        "num_seeds": 1
+    }
     compare(chats, **asked, output_dir=tmp_path / "again")
     for name in made["methods"]:
         one, other = (
@@ -242,15 +244,13 @@ def test_the_command_runs_it_again(made: dict[str, Any]) -> None:
 
 
 def test_languages_say_the_same() -> None:
-    for table in (WORDS, SAYINGS):
-        gaps = {
-            lang: {
-                key: {gap for _, gap, _, _ in string.Formatter().parse(text) if gap}
-                for key, text in own.items()
-            }
-            for lang, own in table.items()
-        }
-        assert gaps["en"] == gaps["es"]
+    for key, texts in (load_messages() | load_findings()["messages"]).items():
+        assert set(texts) == {"en", "es"}, key
+        gaps = [
+            {gap for _, gap, _, _ in string.Formatter().parse(text) if gap}
+            for text in texts.values()
+        ]
+        assert gaps[0] == gaps[1], key
 
 
 def test_a_method_that_fails_is_reported(
@@ -295,7 +295,13 @@ def test_labels(tiny: Path, tmp_path: Path) -> None:
         for number in range(12)
     ]
     file = write_rows(tmp_path / "labels.jsonl", *rows)
-    asked = ASKED | {"metric": "auto", "methods": ["lora"], "num_trials": 1, "max_steps": 2, "num_seeds": 1}
+    asked = ASKED | {
+        "metric": "auto",
+        "methods": ["lora"],
+        "num_trials": 1,
+        "max_steps": 2,
+        "num_seeds": 1,
+    }
     found = compare(file, **asked, base=str(tiny), output_dir=tmp_path / "out")
     assert found["metric"] == "accuracy" and "forgetting" not in found["methods"]["lora"]
     assert found["base_figures"]["score"]["mean"] == 50.0  # the commonest class
@@ -444,7 +450,9 @@ def test_no_difference_is_said_and_the_cheaper_named() -> None:
     tables = {"a": right(random, 0.7), "b": right(random, 0.68), "c": right(random, 0.1)}
     advice = advise_on(tables, {"a": 9.0, "b": 1.0, "c": 0.1})
     assert (
-        advice["use"] == "b" and advice["kind"] == "cheapest" and set(advice["alike"]) == {"a", "b"}
+        advice["use"] == "b"
+        and advice["kind"] == "cheapest"
+        and set(advice["indistinguishable"]) == {"a", "b"}
     )
     reasons = dict(advice["reasons"])
     assert {"no_difference", "may_hide", "peak_mb"} <= set(reasons)
@@ -458,7 +466,7 @@ def test_nothing_helps_is_said() -> None:
     base = judged(np.zeros((1, 60)))[0]
     (test,) = pairs({"a": judged(np.zeros((3, 60)))}, base, "exact_match")
     assert (
-        test["difference"]["high"] > 5.0 and not test["shown"]
+        test["difference"]["high"] > 5.0 and not test["significant"]
     )  # no row differed, and sixty rows are not all
 
 
@@ -474,7 +482,7 @@ def test_with_fewer_rows_no_difference_can_be_shown(rows: int, shown: bool) -> N
         "exact_match",
     )
     test = next(t for t in found if (t["one"], t["other"]) == ("base", "a"))
-    assert test["shown"] is shown
+    assert test["significant"] is shown
     assert (
         40.0 < test["difference"]["low"] < 100.0 == test["difference"]["high"]
     )  # so few rows are not all
@@ -500,7 +508,7 @@ def test_alarms_of_the_whole_report() -> None:
         }
         base = judged(tables.pop("d"))[0]
         alarms += any(
-            t["shown"]
+            t["significant"]
             for t in pairs({n: judged(t) for n, t in tables.items()}, base, "exact_match")
         )
     assert alarms <= 7  # 3 expected at most; 8 or more come once in 100 times
@@ -532,10 +540,14 @@ def test_each_method_in_its_own_process(
     found = measure_in_subprocess(run)
     assert found["steps"] == 3 and found["step_seconds"] > 0 and found["peak_mb"] > 50
     broken = measure_in_subprocess(
-        run.model_copy(update={"target_modules": "no_such_layer", "output_dir": tmp_path / "broken"})
+        run.model_copy(
+            update={"target_modules": "no_such_layer", "output_dir": tmp_path / "broken"}
+        )
     )
     assert "matches no layer" in broken["failed"]
     assert (
         "4 steps took longer than the 0.1 s"
-        in measure_in_subprocess(run.model_copy(update={"output_dir": tmp_path / "late"}), 0.1)["failed"]
+        in measure_in_subprocess(run.model_copy(update={"output_dir": tmp_path / "late"}), 0.1)[
+            "failed"
+        ]
     )

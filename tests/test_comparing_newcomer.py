@@ -47,7 +47,7 @@ def test_what_the_errors_say_leads_to_a_report(
     own: Path, tiny: Path, general: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is typed here that an error did not say."""
-    command = f"compare 'mis dato.csv' --base {tiny} --general {general} {SMALL}"
+    command = f"compare 'mis dato.csv' --base {tiny} --retention-text {general} {SMALL}"
     name = re.search(r"did you mean '(.+)'", said(command, capsys, 1))
     assert name
     command = command.replace("mis dato.csv", name[1])
@@ -139,7 +139,7 @@ def test_killed_at_any_moment_it_goes_on(
     """kill -9 at three moments, as the folder grows; what comes out is what one run gives, to the last digit."""
 
     def command(out: Path) -> list[str]:
-        told = f"compare {chats} --base {tiny} --general {general} --methods lora,mora,full --num-seeds 2 --num-trials 2 --max-steps 6 --limit 4"
+        told = f"compare {chats} --base {tiny} --retention-text {general} --methods lora,mora,full --num-seeds 2 --num-trials 2 --max-steps 6 --limit 4"
         return [
             sys.executable,
             "-m",

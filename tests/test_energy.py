@@ -85,8 +85,8 @@ def test_a_run_learns_within_its_budget(
             output_dir=tmp_path / "run",
         )
     )
-    told = run.story["settings"]
-    assert 1000 < run.story["trainable_parameters"] <= 2000
+    told = run.record["settings"]
+    assert 1000 < run.record["trainable_parameters"] <= 2000
     assert set(told["ranks"]) == set(told["targets"]) and len(set(told["ranks"].values())) >= 1
 
 

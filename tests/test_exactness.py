@@ -333,8 +333,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(
     for file in ("adapter/adapter_model.safetensors", "checkpoint/state.safetensors"):
         assert same(load_file(whole.folder / file), load_file(cut.folder / file)), file
     assert metrics(whole.folder) == metrics(cut.folder)
-    assert whole.story["losses"] == cut.story["losses"]
-    assert whole.story["adapter"] == cut.story["adapter"]
+    assert whole.record["losses"] == cut.record["losses"]
+    assert whole.record["adapter"] == cut.record["adapter"]
 
 
 @pytest.mark.slow

@@ -210,7 +210,7 @@ def test_show_tells_what_an_adapter_is(
         )
     assert command_line(["show", str(skilled)]) == 0
     said = capsys.readouterr().out
-    assert "lora" in said and "held-out loss" in said and "█" in said and "mlp.up_proj" in said
+    assert "lora" in said and "eval loss: " in said and "█" in said and "mlp.up_proj" in said
     assert command_line(["show", str(tmp_path / "both"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["combination"]["how"] == "sum"
 

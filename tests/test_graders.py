@@ -336,7 +336,7 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
     )
     assert math.isfinite(line["held_out_reward"])
     found = evaluate(EvalSettings(adapter=run.folder))  # from its own held-out rows
-    assert found["after"]["reward"] == pytest.approx(run.story["policy"]["after"]["reward"])
+    assert found["after"]["reward"] == pytest.approx(run.record["policy"]["after"]["reward"])
     bad = write_rows(tmp_path / "bad.jsonl", *({"prompt": f"say {n}"} for n in range(10)))
     with pytest.raises(AfinaError, match="asks for a field"):
         train(bad, output_dir=tmp_path / "other", **values)

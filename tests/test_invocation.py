@@ -231,7 +231,7 @@ def test_alora_trains_saves_and_loads(tiny: Path, chats: Path, tmp_path: Path) -
         learning_rate=1e-2,
         output_dir=tmp_path / "run",
     )
-    losses = run.story["losses"]
+    losses = run.record["losses"]
     assert losses["held_after"] < losses["held_before"]
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     loaded = load_adapter(tmp_path / "run", load_base(str(tiny)))

@@ -290,7 +290,7 @@ def test_the_load_is_that_of_the_batches(tiny: Path, tmp_path: Path) -> None:
     result = afina.plan(
         data,
         base=str(tiny),
-        eval_size=write_rows(tmp_path / "h.jsonl", rows[0]),
+        eval_data=write_rows(tmp_path / "h.jsonl", rows[0]),
         max_tokens_per_batch=10**6,
     )
     assert result["cost"]["batch"]["tokens"] == result["data"]["tokens"]
@@ -405,9 +405,13 @@ def test_counts_of_modules_that_are_owned_whole(tiny: Path) -> None:
 def test_each_step_of_the_dial_takes_less_memory_and_more_time(billion: Path, method: str) -> None:
     tokens = 65536
     peaks = [
-        peak(billion, tokens, gradient_checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS
+        peak(billion, tokens, gradient_checkpointing=value, method=method)
+        for value in CHECKPOINTING_LEVELS
     ]
-    times = [seconds(billion, gradient_checkpointing=value, method=method) for value in CHECKPOINTING_LEVELS]
+    times = [
+        seconds(billion, gradient_checkpointing=value, method=method)
+        for value in CHECKPOINTING_LEVELS
+    ]
     assert peaks == sorted(set(peaks), reverse=True)
     assert times == sorted(set(times))
 
@@ -460,7 +464,11 @@ def test_what_the_dial_keeps_is_what_autograd_keeps(tiny: Path) -> None:
         ):
             loss = batch_loss(base, batch, adapter.active)
         held = sum(s.nbytes() for place, s in storages.items() if place not in own)
-        counted = 512 * 4 * sum(planned(tiny, gradient_checkpointing=value)[2]._kept(Workload.full(512, 64)))
+        counted = (
+            512
+            * 4
+            * sum(planned(tiny, gradient_checkpointing=value)[2]._kept(Workload.full(512, 64)))
+        )
         kept.append((held, counted))
         del loss
     rest = [held - counted for held, counted in kept]  # what is no block's: the loss's, the angles
@@ -486,22 +494,28 @@ def test_train_uses_what_the_plan_chose(
     assert planned["cost"]["fits"] is True
     assert planned["settings"]["gradient_checkpointing"] == used
     run = afina.train(chats, **settings, output_dir=tmp_path / "run")
-    assert run.story["settings"]["gradient_checkpointing"] == used
-    assert run.story["checkpointing"] == {
+    assert run.record["settings"]["gradient_checkpointing"] == used
+    assert run.record["checkpointing"] == {
         "used": used,
         "why": planned["cost"]["checkpointing"]["why"],
     }
-    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"] == used
+    assert (
+        yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"] == used
+    )
     off = afina.train(chats, **settings, gradient_checkpointing="off", output_dir=tmp_path / "off")
-    assert run.story["adapter"] == off.story["adapter"]
-    assert off.story["checkpointing"] == {"used": "off", "why": None}
+    assert run.record["adapter"] == off.record["adapter"]
+    assert off.record["checkpointing"] == {"used": "off", "why": None}
     many = afina.train_many(
         [TrainSettings(data=chats, output_dir=tmp_path / f"m{n}", **settings) for n in range(2)]
     )
-    assert [r.story["settings"]["gradient_checkpointing"] for r in many] == [
-        many[0].story["settings"]["gradient_checkpointing"]
+    assert [r.record["settings"]["gradient_checkpointing"] for r in many] == [
+        many[0].record["settings"]["gradient_checkpointing"]
     ] * 2
-    assert many[0].story["settings"]["gradient_checkpointing"] in (3, 2, "all")  # twice the tokens in a pass
+    assert many[0].record["settings"]["gradient_checkpointing"] in (
+        3,
+        2,
+        "all",
+    )  # twice the tokens in a pass
 
 
 def test_cards_with_and_without_checkpointing(large: Path) -> None:
@@ -646,4 +660,7 @@ def test_the_dial_turns_for_pairs_too(
     found = afina.plan(rows, **values)["cost"]
     assert found["checkpointing"]["used"] == "all" and found["fits"] is False
     run = afina.train(rows, output_dir=tmp_path / "run", **values)
-    assert yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"] == "all"
+    assert (
+        yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"]
+        == "all"
+    )

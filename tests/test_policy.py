@@ -386,7 +386,7 @@ def test_a_reward_model_judges_on_the_same_base(
     assert tick["reward"] == pytest.approx(
         0.5 * tick["reward_judge"] + 2 * tick["reward_rules.py:short"], abs=1e-6
     )
-    assert [judge["name"] for judge in run.story["policy"]["judges"]] == ["judge", "rules.py:short"]
+    assert [judge["name"] for judge in run.record["policy"]["judges"]] == ["judge", "rules.py:short"]
     setup = ready(tiny, asked, options=told)
     task, base = setup.prepared.task, setup.prepared.base
     assert isinstance(task, PolicyObjective)
@@ -511,7 +511,7 @@ def test_a_run_tells_its_story(
     learn: Learn, objective: str, tiny: Path, asked: Path, tmp_path: Path
 ) -> None:
     run = learn(asked, tmp_path / "run", objective=objective)
-    ticks, found = metrics(run.folder), run.story["policy"]
+    ticks, found = metrics(run.folder), run.record["policy"]
     assert {"reward", "kl", "entropy", "length", "stopped", "clipped"} <= ticks[0].keys()
     assert ticks[1]["held_out_reward"] == -ticks[1]["held_out_loss"]
     assert abs(ticks[0]["kl"]) < 1e-6 < ticks[-1]["kl"]
@@ -525,7 +525,7 @@ def test_a_run_tells_its_story(
         and "Rewarded by `rules.py:vowels`" in card
         and "nats a answer" not in card
     )
-    assert "reward" in run.story["verdict"][0]
+    assert "reward" in run.record["verdict"][0]
     kept = json.loads((run.folder / "answers" / "000002.json").read_text())
     assert kept["step"] == 2 and len(kept["answers"]) == 4 and kept["answers"][0]["answer"]
     assert json.loads((run.folder / "reference.json").read_text())["mode"] == "base"
@@ -576,8 +576,8 @@ def test_resumed_is_uninterrupted(
         )
     whole = learn(asked, tmp_path / "whole", objective=objective, options=told)
     if "start" in told:
-        assert whole.story["policy"]["reference"]["mode"] == "adapter"
-        assert whole.story["policy"]["start"]
+        assert whole.record["policy"]["reference"]["mode"] == "adapter"
+        assert whole.record["policy"]["start"]
     end = Trainer.finish_step
 
     def cut(self: Trainer, *given: Any) -> None:
@@ -591,7 +591,7 @@ def test_resumed_is_uninterrupted(
     monkeypatch.setattr(Trainer, "finish_step", end)
     resumed = learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True)
     assert metrics(resumed.folder) == metrics(whole.folder)
-    assert resumed.story["adapter"] == whole.story["adapter"]
+    assert resumed.record["adapter"] == whole.record["adapter"]
     (tmp_path / "rules.py").write_text(RULES + "\n# another rule\n")
     with pytest.raises(AfinaError, match="judge that gives the rewards"):
         learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True)
@@ -617,9 +617,9 @@ def test_the_reward_rises_on_prompts_that_it_has_not_seen(
         options=told,
         max_tokens_per_batch=2000,
     )
-    before, after = run.story["policy"]["before"], run.story["policy"]["after"]
+    before, after = run.record["policy"]["before"], run.record["policy"]["after"]
     assert after["reward"] > before["reward"] + 0.05
-    assert run.story["policy"]["wins"] > run.story["policy"]["losses"]
+    assert run.record["policy"]["wins"] > run.record["policy"]["losses"]
 
 
 # ---- over another adapter
@@ -650,8 +650,8 @@ def test_an_adapter_that_learns_over_another(
         output_dir=tmp_path / "run",
         **values | {"objective": objective, "options": told, "method": "dora"},
     )
-    assert run.story["over"] == task.story["adapter"]
-    found = run.story["policy" if objective == "grpo" else "preferences"]
+    assert run.record["over"] == task.record["adapter"]
+    found = run.record["policy" if objective == "grpo" else "preferences"]
     assert found["reference"]["mode"] == "adapter"
     if objective == "grpo":
         assert metrics(run.folder)[0]["kl"] == pytest.approx(0, abs=1e-6)

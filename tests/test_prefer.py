@@ -104,15 +104,15 @@ def test_keys_become_the_pairs_that_dpo_reads(
     }
     assert str(run) not in shown and "say sol" in shown  # blind
     lines = judgements(tmp_path / "out")
-    assert [line["said"] for line in lines] == ["first", "second", "tie", "first", "skip", "second"]
-    decided = [line for line in lines if line["said"] in ("first", "second")]
+    assert [line["choice"] for line in lines] == ["first", "second", "tie", "first", "skip", "second"]
+    decided = [line for line in lines if line["choice"] in ("first", "second")]
     rows = read_table(tmp_path / "out" / "pairs.jsonl", PREFERENCE).rows
     for line, row in zip(decided, rows, strict=True):
         texts = [answer["text"] for answer in line["answers"]]
         assert [row.chosen, row.rejected] == (
-            texts if line["said"] == "first" else texts[::-1]
+            texts if line["choice"] == "first" else texts[::-1]
         ) and row.prompt == line["prompt"]
-    won = sum(line["answers"][line["said"] == "second"]["by"] == str(run) for line in decided)
+    won = sum(line["answers"][line["choice"] == "second"]["responder"] == str(run) for line in decided)
     assert result["wins"] == {str(run): won, "base": 4 - won}
     assert result["interval"] == wilson_interval(won, 4)
 
@@ -138,7 +138,7 @@ def test_the_order_is_random_and_seeded(sit: Callable[..., Any], run: Path, tmp_
     orders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         sit(keys, output_dir=tmp_path / name, seed=seed)
-        orders.append([line["answers"][0]["by"] for line in judgements(tmp_path / name)])
+        orders.append([line["answers"][0]["responder"] for line in judgements(tmp_path / name)])
     assert orders[0] == orders[1] != orders[2]
     assert 2 <= orders[0].count("base") <= len(PROMPTS) - 2
 

@@ -408,7 +408,7 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
     for mode, run in runs.items():
         told = json.loads((run.folder / "reference.json").read_text())
         assert told["mode"] == mode and told["of"] == "the base, adapter off" and told["why"]
-        assert run.story["preferences"]["reference"] == told
+        assert run.record["preferences"]["reference"] == told
     assert (runs["precomputed"].folder / "reference.safetensors").is_file()
     ours, theirs = (metrics(run.folder) for run in runs.values())
     for a, b in zip(ours, theirs, strict=True):
@@ -500,10 +500,10 @@ def test_a_run_learns_and_logs(
     run = learn(
         pairs, tmp_path / "run", objective=objective, max_steps=8, eval_steps=4, max_tokens_per_batch=2000
     )
-    ticks, found = metrics(run.folder), run.story["preferences"]
+    ticks, found = metrics(run.folder), run.record["preferences"]
     assert ticks[-1]["loss"] < ticks[0]["loss"]
     assert (
-        found["after"]["accuracy"] > (0.7 if objective == "kto" else 0.9) and run.story["verdict"]
+        found["after"]["accuracy"] > (0.7 if objective == "kto" else 0.9) and run.record["verdict"]
     )
     names = {"accuracy", "chosen_reward", "rejected_reward", "chosen_length", "rejected_length"}
     names |= set() if objective == "reward" else {"chosen_logp", "rejected_logp"}
@@ -512,7 +512,7 @@ def test_a_run_learns_and_logs(
     assert "better answer preferred" in (run.folder / "README.md").read_text()
     judged = evaluate(run.folder)
     assert judged["after"]["accuracy"] == found["after"]["accuracy"]
-    assert judged["after"]["loss"] == pytest.approx(run.story["losses"]["held_after"], abs=1e-5)
+    assert judged["after"]["loss"] == pytest.approx(run.record["losses"]["held_after"], abs=1e-5)
     planned = plan(pairs, base=str(tiny), objective=objective, chat_template="plain")
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 
@@ -521,7 +521,7 @@ def test_pairs_and_labels_are_recognised(learn: Learn, pairs: Path, tmp_path: Pa
     labels = write_rows(tmp_path / "labels.jsonl", *labels_of(rows_of(20)))
     for data, objective in ((pairs, "dpo"), (labels, "kto")):
         run = learn(data, tmp_path / objective, max_steps=2)
-        assert run.story["objective"] == objective
+        assert run.record["objective"] == objective
 
 
 @pytest.mark.parametrize("objective", sorted(PREFERENCES))
@@ -593,7 +593,7 @@ def test_resumed_is_uninterrupted(
     monkeypatch.setattr(Trainer, "finish_step", end)
     resumed = learn(pairs, tmp_path / "cut", **values, resume=True)
     assert metrics(resumed.folder) == metrics(whole.folder)
-    assert resumed.story["adapter"] == whole.story["adapter"]
+    assert resumed.record["adapter"] == whole.record["adapter"]
 
 
 @pytest.mark.slow
@@ -633,7 +633,7 @@ def test_the_sft_term_keeps_the_better_answers_likely(
 ) -> None:
     told = {"max_steps": 10, "eval_steps": 10, "max_tokens_per_batch": 2000}
     found = [
-        learn(pairs, tmp_path / str(sft), options={"sft_weight": sft}, **told).story["preferences"][
+        learn(pairs, tmp_path / str(sft), options={"sft_weight": sft}, **told).record["preferences"][
             "after"
         ]["chosen_logp"]
         for sft in (0.0, 1.0)

@@ -249,7 +249,7 @@ def test_two_processes_are_one(
     )  # type: ignore[arg-type]
     same_losses(tmp_path / "two", tmp_path / "one")
     assert story["environment"]["processes"] == 2
-    for key, value in one.story["losses"].items():
+    for key, value in one.record["losses"].items():
         if isinstance(value, float):
             assert story["losses"][key] == pytest.approx(value, abs=1e-4), key
     a, b = (

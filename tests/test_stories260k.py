@@ -64,7 +64,7 @@ def test_lora_and_full_learn_shakespeare(tmp_path: Path, stories: CausalLM) -> N
             text, method="full", learning_rate=1e-3, output_dir=tmp_path / "full", **shared
         ),
     }
-    losses = {name: run.story["losses"] for name, run in runs.items()}
+    losses = {name: run.record["losses"] for name, run in runs.items()}
     before = losses["lora"]["held_before"]
     assert losses["full"]["held_before"] == pytest.approx(before, rel=1e-6)
     assert losses["full"]["held_after"] < losses["lora"]["held_after"] < before - 0.5

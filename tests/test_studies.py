@@ -12,7 +12,7 @@ import pytest
 
 from afina.comparison import findings as published
 from afina.comparison.advise import advise
-from afina.comparison.findings import SAYINGS, STUDIED
+from afina.comparison.findings import claims, messages
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "studies"))
@@ -55,7 +55,7 @@ def test_parts_are_comparisons_of_two_hours_at_most() -> None:
     for name, part in study.parts().items():
         settings = study.settings_of(name, part, Path("runs"))
         assert settings.seconds <= 7200 and part["task"] in TASKS
-        assert settings.seeds >= (2 if name == "smoke" else 3)
+        assert settings.num_seeds >= (2 if name == "smoke" else 3)
 
 
 def test_the_pages_are_those_of_the_results() -> None:
@@ -87,7 +87,7 @@ def test_results_are_of_parts_that_are_there_and_name_no_folder() -> None:
             or found["schedule"]["cut"]
             or found["notes"]
         )
-        assert "/" not in found["data"]["name"] and "out" not in found["settings"]
+        assert "/" not in found["data"]["name"] and "output_dir" not in found["settings"]
 
 
 # ---- claims
@@ -99,7 +99,7 @@ def result(metric: str, shown: bool, mean: float, low: float, high: float) -> di
         "one": "b",
         "other": "a",
         "difference": {"mean": mean, "low": low, "high": high},
-        "shown": shown,
+        "significant": shown,
     }
     figure = {"mean": 0.2, "low": 0.1, "high": 0.3}
     worse = {"mean": 0.5, "low": 0.4, "high": 0.6}
@@ -208,14 +208,14 @@ def test_the_advice_says_what_the_study_found(
     )
     heard = study.heard(study.read_results())
     found = heard.get(claim)
-    assert claim in STUDIED.values()
+    assert claim in claims().values()
     if found is None:
         for other in heard.values():  # the same advice may rest on these, too
             said = said.replace(other["figures"], "")
         assert not any(figures in said for figures in ("lora − full", "full − lora", "mora − lora"))
     else:
         key = "study_" + found["verdict"].replace(" ", "_")
-        assert SAYINGS[lang][key].format(figures=found["figures"]) in said
+        assert messages(lang)[key].format(figures=found["figures"]) in said
 
 
 def test_a_finding_that_the_study_did_not_bear_out_is_told_with_it(
@@ -239,7 +239,7 @@ def test_a_finding_that_the_study_did_not_bear_out_is_told_with_it(
 
 def as_if_run(name: str) -> dict[str, Any]:
     """A result of part `name` with the figures of `smoke`, whatever they are."""
-    found = json.loads((study.RESULTS / "smoke.json").read_text(encoding="utf-8"))
+    found = study.read_results()["smoke"]
     part = study.parts()[name]
     own = found["methods"]["lora"]
     found["methods"] = dict.fromkeys(part["methods"], own)

@@ -70,9 +70,9 @@ def test_together_is_one_by_one(
                 name,
                 a["step"],
             )
-        for key, value in alone.story["losses"].items():
+        for key, value in alone.record["losses"].items():
             if isinstance(value, float):
-                assert made.story["losses"][key] == pytest.approx(value, rel=1e-4, abs=1e-4), (
+                assert made.record["losses"][key] == pytest.approx(value, rel=1e-4, abs=1e-4), (
                     name,
                     key,
                 )
@@ -118,7 +118,7 @@ def test_each_stops_when_its_own_patience_or_steps_end(
     outcomes = afina.train_many(
         [settings(tiny, chats, general, tmp_path / f"{n}", **s) for n, s in enumerate(own)]
     )
-    assert [outcome.story["steps"] for outcome in outcomes if isinstance(outcome, TrainResult)] == [
+    assert [outcome.record["steps"] for outcome in outcomes if isinstance(outcome, TrainResult)] == [
         6,
         4,
         9,

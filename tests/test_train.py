@@ -83,7 +83,7 @@ def test_a_run_learns_and_tells_its_story(
     data = chats if objective == "sft" else text
     run = train(data, eval_steps=6, **settings)
     story = json.loads((run.folder / "run.json").read_text())
-    assert story == json.loads(json.dumps(run.story))
+    assert story == json.loads(json.dumps(run.record))
     losses = story["losses"]
     assert losses["held_after"] < losses["held_before"] - 0.5
     assert losses["train_after"] < losses["held_before"]
@@ -135,31 +135,31 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     assert [line["held_out_loss"] is not None for line in log] == [False, True] * 3
     held = [json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()]
-    assert len(held) == run.story["data"]["held_out"] == 5
+    assert len(held) == run.record["data"]["held_out"] == 5
     example = (run.folder / "example.txt").read_text()
     assert example.count("«") == example.count("»") == 1
     assert "</s>»" in example
     card = (run.folder / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
-    assert header["base_model"] == run.story["base"]["name"]
+    assert header["base_model"] == run.record["base"]["name"]
     for told in (
-        run.story["base"]["hash"][:16],
-        run.story["data"]["sha256"][:16],
+        run.record["base"]["hash"][:16],
+        run.record["data"]["sha256"][:16],
         "licence of the base",
         "licence of the data",
     ):
         assert told in card
-    assert all(sentence in card for sentence in run.story["verdict"])
+    assert all(sentence in card for sentence in run.record["verdict"])
     settings = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     data = settings.pop("data")
-    assert data == Path(run.story["data"]["path"]).name
+    assert data == Path(run.record["data"]["path"]).name
     again = {
         **make_settings(TrainSettings, {**settings, "data": data}).model_dump(),
         "data": None,
         "output_dir": None,
     }
     assert again == {
-        **make_settings(TrainSettings, run.story["settings"]).model_dump(),
+        **make_settings(TrainSettings, run.record["settings"]).model_dump(),
         "data": None,
         "output_dir": None,
     }
@@ -174,7 +174,7 @@ def test_a_card_names_the_licence_of_the_base(train: Train, tiny: Path, tmp_path
         folder = shutil.copytree(tiny, tmp_path / f"base{number}")
         (folder / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
         run = train(base=str(folder), max_steps=1, output_dir=tmp_path / f"run{number}")
-        assert run.story["base"]["licence"] == expected
+        assert run.record["base"]["licence"] == expected
         assert ("| licence of the base | mit |" in (run.folder / "README.md").read_text()) is (
             expected == "mit"
         )
@@ -184,7 +184,7 @@ def test_eval_finds_what_the_run_found(train: Train) -> None:
     """The judge, from the folder alone: the same held-out rows, the same losses; metrics and examples."""
     run = train(max_steps=30, learning_rate=1e-2)
     judged = afina.evaluate(run.folder, max_new_tokens=12, metrics=list(METRICS))
-    losses = run.story["losses"]
+    losses = run.record["losses"]
     assert judged["before"]["loss"] == pytest.approx(losses["held_before"], rel=1e-5)
     assert judged["after"]["loss"] == pytest.approx(losses["held_after"], rel=1e-5)
     assert judged["after"]["perplexity"] == pytest.approx(math.exp(losses["held_after"]), rel=1e-4)
@@ -214,10 +214,10 @@ def test_the_same_settings_give_the_same_run(train: Train, tmp_path: Path) -> No
     first = train(max_steps=4, dropout=0.2)
     settings = yaml.safe_load((first.folder / "settings.yaml").read_text())
     again = afina.train(**{**settings, "output_dir": tmp_path / "again"})
-    assert again.story["adapter"] == first.story["adapter"]
+    assert again.record["adapter"] == first.record["adapter"]
     assert metrics(again.folder) == metrics(first.folder)
     other = train(max_steps=4, dropout=0.2, seed=1, output_dir=tmp_path / "other")
-    assert other.story["adapter"] != first.story["adapter"]
+    assert other.record["adapter"] != first.record["adapter"]
 
 
 def test_the_default_folder_is_named_after_data_and_method(
@@ -231,10 +231,10 @@ def test_the_default_folder_is_named_after_data_and_method(
 
 def test_epochs_steps_and_batches(train: Train, tmp_path: Path) -> None:
     one = train(max_steps=None, num_train_epochs=1, max_tokens_per_batch=10_000)
-    assert one.story["steps"] == 1
+    assert one.record["steps"] == 1
     assert (
         metrics(one.folder)[0]["tokens"]
-        == afina.plan(one.story["data"]["path"], base=one.story["base"]["name"])["data"]["tokens"]
+        == afina.plan(one.record["data"]["path"], base=one.record["base"]["name"])["data"]["tokens"]
     )
     three = train(
         max_steps=None,
@@ -257,12 +257,12 @@ def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path)
         eval_size=write_rows(tmp_path / "h.jsonl", *rows[15:]),
         max_steps=1,
     )
-    assert run.story["data"]["held_out"] == 5
+    assert run.record["data"]["held_out"] == 5
     assert [
         json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()
     ] == rows[15:]
     assert afina.evaluate(run.folder, limit=1, max_new_tokens=1)["after"]["loss"] == pytest.approx(
-        run.story["losses"]["held_after"], rel=1e-5
+        run.record["losses"]["held_after"], rel=1e-5
     )
 
 
@@ -270,7 +270,7 @@ def test_columns_of_ones_own(train: Train, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("question,answer\n" + "".join(f"what is {n}?,{n}\n" for n in range(12)))
     run = train(table, columns={"prompt": "question", "completion": "answer"}, max_steps=2)
-    assert run.story["data"]["rows"] == 12
+    assert run.record["data"]["rows"] == 12
     assert "what is" in (run.folder / "example.txt").read_text()
 
 
@@ -315,7 +315,7 @@ def test_freeze_learns_the_last_quarter_of_the_blocks(train: Train, tiny: Path) 
     }
     assert set(tensors) == set(block)
     assert all(not torch.equal(tensors[name], block[name]) for name in block)
-    assert run.story["method"] == "full"
+    assert run.record["method"] == "full"
 
 
 @pytest.mark.parametrize("targets", ["norms", "embeddings", [".*layernorm", "lm_head"]])
@@ -361,14 +361,14 @@ def test_the_plan_counts_what_is_trained(
     run = train(base=str(folder), max_steps=1, **settings)
     assert (
         planned["trainable_parameters"]
-        == run.story["trainable_parameters"]
+        == run.record["trainable_parameters"]
         == sum(t.numel() for t in saved(run).values())
     )
     assert planned["layers"] == len(spec(run)["targets"])
     assert planned["base"]["parameters"] == sum(
         p.numel() for p in load_base(str(folder)).model.parameters()
     )
-    assert planned["steps"] == run.story["steps"]
+    assert planned["steps"] == run.record["steps"]
     data = planned["data"]
     assert (data["rows"], data["train"], data["held_out"]) == (48, 43, 5)
     assert planned["example"] + "\n" == (run.folder / "example.txt").read_text()
@@ -401,11 +401,11 @@ def test_the_plan_counts_tokens_and_labels(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_bfloat16_base_trains_with_float32_adapters(train: Train, method: str) -> None:
     run = train(dtype="bfloat16", method=method, max_steps=20)
-    assert run.story["base"]["dtype"] == "bfloat16"
+    assert run.record["base"]["dtype"] == "bfloat16"
     assert {t.dtype for t in saved(run).values()} == {
         torch.float32 if method == "lora" else torch.bfloat16
     }
-    assert run.story["losses"]["held_after"] < run.story["losses"]["held_before"] - 0.3
+    assert run.record["losses"]["held_after"] < run.record["losses"]["held_before"] - 0.3
 
 
 # early stopping
@@ -436,12 +436,12 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
         if line["held_out_loss"] is not None
     ]
     best = min(checks)
-    assert run.story["steps"] < 400
-    assert run.story["steps"] == checks[-1][1] == best[1] + 3 * 4
-    assert run.story["losses"]["best_step"] == best[1]
-    assert run.story["losses"]["held_after"] == pytest.approx(best[0], rel=1e-6)
-    assert f"The best state, of step {best[1]}, was kept." in run.story["verdict"][1]
-    assert run.story["verdict"][1].startswith("It overfits")
+    assert run.record["steps"] < 400
+    assert run.record["steps"] == checks[-1][1] == best[1] + 3 * 4
+    assert run.record["losses"]["best_step"] == best[1]
+    assert run.record["losses"]["held_after"] == pytest.approx(best[0], rel=1e-6)
+    assert f"The best state, of step {best[1]}, was kept." in run.record["verdict"][1]
+    assert run.record["verdict"][1].startswith("It overfits")
     again = train(
         data,
         eval_size=held,
@@ -453,8 +453,8 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
         lr_scheduler_type="constant",
         resume=True,
     )
-    assert again.story["steps"] == run.story["steps"]
-    assert again.story["adapter"] == run.story["adapter"]
+    assert again.record["steps"] == run.record["steps"]
+    assert again.record["adapter"] == run.record["adapter"]
 
 
 # the optimizer
@@ -717,8 +717,8 @@ def test_the_interval_holds_what_it_promises() -> None:
 
 def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
     """The change whose interval is told is the change of the losses in the table."""
-    losses = (run := train(max_tokens_per_batch=64)).story["losses"]
-    assert losses["held"]["rows"] == losses["held_rows"] == run.story["data"]["held_out"] > 1
+    losses = (run := train(max_tokens_per_batch=64)).record["losses"]
+    assert losses["held"]["rows"] == losses["held_rows"] == run.record["data"]["held_out"] > 1
     for side in ("held", "train"):
         assert losses[side]["mean"] == pytest.approx(
             losses[f"{side}_after"] - losses[f"{side}_before"], abs=1e-5
@@ -730,7 +730,7 @@ def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) ->
     rows = [
         {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)
     ]
-    said = train(write_rows(tmp_path / "t.jsonl", *rows), max_steps=1).story["verdict"]
+    said = train(write_rows(tmp_path / "t.jsonl", *rows), max_steps=1).record["verdict"]
     assert said[0].startswith("Too few to tell whether it learned: there is one held-out row.")
     assert said[1].startswith("Too few to tell whether it overfits")
 
@@ -762,8 +762,8 @@ def test_rows_of_an_encoder_are_measured_too(
             max_steps=2,
             output_dir=tmp_path / objective,
         )
-        low, high = run.story["losses"]["held_interval"]
-        assert low < run.story["losses"]["held"]["mean"] < high
+        low, high = run.record["losses"]["held_interval"]
+        assert low < run.record["losses"]["held"]["mean"] < high
 
 
 # the demo

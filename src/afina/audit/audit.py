@@ -21,6 +21,7 @@ from afina.audit.file_gate import CONFIG, STORY, AdapterFolder, check_files, con
 from afina.audit.lineage import inherit_findings, is_remedied, parents_of
 from afina.audit.provenance import provenance_gate
 from afina.audit.report import Finding, Gate, as_dicts, run_gate, verdict
+from afina.audit.results import AuditResult
 from afina.audit.sarif import as_sarif
 from afina.errors import AuditError
 from afina.io import admission
@@ -56,7 +57,7 @@ class Audit:
         return any(gate.blocked for gate in self.gates)
 
 
-def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
+def audit(run: str | Path | AuditSettings, **values: Any) -> AuditResult:
     """Audit the adapter in `run`; settings as in `afina audit --help`. Returns the report, which is kept by hash.
 
     Raises `SettingsError` or `AuditError` only for what is wrong with the question (no such folder or base); what is wrong
@@ -102,7 +103,7 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> dict[str, Any]:
     if settings.sarif_file is not None:
         write_json(settings.sarif_file, as_sarif(report))
     admits = report["verdict"] == "allow" or "accepted" in report
-    return report | {"exit_status": 0 if admits else EXIT[report["verdict"]]}
+    return AuditResult(**report, exit_status=0 if admits else EXIT[report["verdict"]])
 
 
 def _adapter_folder(run: Path) -> Path:

@@ -29,6 +29,7 @@ from afina.audit.mitigation_methods import (
     collect_moments,
     mitigate_layer,
 )
+from afina.audit.results import MitigationResult
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT, SFTRow
 from afina.data.table import read_table
@@ -109,7 +110,7 @@ class MitigationTrial:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def mitigate(run: str | Path | MitigateSettings, **values: Any) -> dict[str, Any]:
+def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationResult:
     """Treat the lora in `run`, write the result to `out`, audit it again; settings as in `afina remedy --help`.
 
     Returns the measures before and after, all that was tried, and the new verdict. Raises `SettingsError` where a remedy
@@ -187,18 +188,18 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> dict[str, Any
         settings.output_dir, **{name: value for name, value in told.items() if value is not None}
     )
     cost = best["loss"] / before["loss"] - 1 if before["loss"] else 0.0
-    return {
-        "out": str(settings.output_dir),
-        "hash": digest,
-        "before": before,
-        "after": best,
-        "cost": cost,
-        "tried": tried,
-        "triggers": triggers,
-        "payload": payload,
-        "verdict": report["verdict"],
-        "report": report,
-    }
+    return MitigationResult(
+        out=str(settings.output_dir),
+        hash=digest,
+        before=before,
+        after=best,
+        cost=cost,
+        tried=tried,
+        triggers=triggers,
+        payload=payload,
+        verdict=report["verdict"],
+        report=dict(report),
+    )
 
 
 def as_read(base: CausalLM, text: str) -> str:

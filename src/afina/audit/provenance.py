@@ -19,6 +19,7 @@ from afina.adapters.loading import adapter_folder, read_metadata, read_run_recor
 from afina.adapters.loading import read_json_object as read_plain_json
 from afina.audit.file_gate import ALLOWED, CONFIG, MANIFEST, SIGNATURE
 from afina.audit.report import Gate
+from afina.audit.results import RevokeResult, SignResult
 from afina.errors import AuditError
 from afina.io import admission
 from afina.io.atomic import atomic_file, open_regular_file, write_json
@@ -79,7 +80,7 @@ def recipe_hash(recipe: Any) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def sign(run: str | Path | SignSettings, **values: Any) -> dict[str, Any]:
+def sign(run: str | Path | SignSettings, **values: Any) -> SignResult:
     """Write manifest and signature into an adapter's folder; returns the manifest.
 
     Raises `AuditError` where the folder holds what no adapter has, or the key cannot be used.
@@ -118,10 +119,10 @@ def sign(run: str | Path | SignSettings, **values: Any) -> dict[str, Any]:
             why=str(error)[:200],
             hint=hint,
         ) from error
-    return {"folder": str(folder), "signature": str(folder / SIGNATURE), **manifest}
+    return SignResult(folder=str(folder), manifest=manifest, signature=str(folder / SIGNATURE))
 
 
-def verify(run: str | Path | VerifySettings, **values: Any) -> dict[str, Any]:
+def verify(run: str | Path | VerifySettings, **values: Any) -> SignResult:
     """Check manifest and signature of an adapter; returns the manifest, and who signed.
 
     Raises `AuditError` where a byte differs, the base is another one, or the signature is not by `key`.
@@ -133,12 +134,9 @@ def verify(run: str | Path | VerifySettings, **values: Any) -> dict[str, Any]:
     )
     folder = adapter_folder(settings.adapter)
     manifest = check_origin(folder, settings.public_key, settings.base)
-    return {
-        "folder": str(folder),
-        "verified": True,
-        "key": key_name(settings.public_key),
-        **manifest,
-    }
+    return SignResult(
+        folder=str(folder), manifest=manifest, verified=True, key=key_name(settings.public_key)
+    )
 
 
 def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def provenance_gate(
         gate.measured["origin"] = f"signed by {key_name(key)}"
 
 
-def revoke(target: str | RevokeSettings, **values: Any) -> dict[str, Any]:
+def revoke(target: str | RevokeSettings, **values: Any) -> RevokeResult:
     """Refuse an adapter from now on, by its folder or its hash; returns the hash and the reason."""
     settings = (
         target
@@ -250,11 +248,11 @@ def revoke(target: str | RevokeSettings, **values: Any) -> dict[str, Any]:
     folder = Path(settings.target)
     digest = hash_adapter_folder(adapter_folder(folder)) if folder.is_dir() else settings.target
     admission.revoke(digest, settings.reason)
-    return {
-        "hash": digest,
-        "reason": settings.reason,
-        "list": str(admission.audits_folder() / "revoked.jsonl"),
-    }
+    return RevokeResult(
+        hash=digest,
+        reason=settings.reason,
+        list=str(admission.audits_folder() / "revoked.jsonl"),
+    )
 
 
 def key_name(key: Path) -> str:

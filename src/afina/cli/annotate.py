@@ -13,7 +13,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
 from afina.evaluation.preference_eval import wilson_interval
 from afina.io.atomic import translate_os_errors, write_json, write_text
+from afina.io.migrations import migrate_judgement
+from afina.io.result import Content, Result, ResultTable
 from afina.settings import AnnotateSettings
 
 SESSION, JUDGEMENTS, PAIRS = "session.json", "judgements.jsonl", "pairs.jsonl"
@@ -47,7 +49,36 @@ class Responder:
     active: ActiveAdapters | None
 
 
-def prefer(settings: AnnotateSettings) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class AnnotateResult(Result):
+    """Counts of an annotation session: pairs, ties, skipped, left, and the first responder's wins."""
+
+    folder: str
+    pairs: int
+    ties: int
+    skipped: int
+    left: int
+    wins: Mapping[str, int]
+    win_rate: float | None
+    interval: Sequence[float] | None
+
+    def content(self) -> list[Content]:
+        """Return the counts, and the win rate with its 95% confidence interval."""
+        rows = [
+            ("pairs, for afina train", f"{self.pairs:,} in {self.folder}/{PAIRS}"),
+            ("ties", f"{self.ties:,}"),
+            ("skipped", f"{self.skipped:,}"),
+            ("left to annotate", f"{self.left:,}"),
+            *((f"won by {name}", f"{count:,}") for name, count in self.wins.items()),
+        ]
+        if self.win_rate is not None and self.interval is not None:
+            low, high = (100 * bound for bound in self.interval)
+            share = f"{100 * self.win_rate:.1f}%  (95% CI {low:.1f} to {high:.1f})"
+            rows.append((f"win rate of {next(iter(self.wins))}", share))
+        return [ResultTable("preferences", rows)]
+
+
+def prefer(settings: AnnotateSettings) -> AnnotateResult:
     """Ask about each prompt that has no judgement yet; returns how many of what there are now, and who wins how often.
 
     Raises `SettingsError` where the two would answer the same, or the folder's judgements are of others.
@@ -163,7 +194,7 @@ def _answers(
         [given] = generate_completions(
             base, [renderer.prompt(prompt)], sampling, side.active, renderer.stop_token_ids
         )
-        made.append({"by": side.name, "text": given.text})
+        made.append({"responder": side.name, "text": given.text})
     return made
 
 
@@ -177,9 +208,9 @@ def _ask(
     shown = answers if random.Random(f"{seed}:{key}").random() < 0.5 else answers[::-1]
     line: dict[str, Any] = {"key": key, "prompt": prompt, "answers": shown}
     if shown[0]["text"] == shown[1]["text"]:
-        return line | {"said": "tie"}
+        return line | {"choice": "tie"}
     if not all(one["text"].strip() for one in shown):
-        return line | {"said": "skip"}
+        return line | {"choice": "skip"}
     console.rule(count)
     for title, text in (
         ("prompt", _text(prompt)),
@@ -194,7 +225,7 @@ def _ask(
         except EOFError:
             return None
         if word in KEYS:
-            return None if KEYS[word] == "quit" else line | {"said": KEYS[word]}
+            return None if KEYS[word] == "quit" else line | {"choice": KEYS[word]}
         console.print(ASK, highlight=False)
 
 
@@ -212,7 +243,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     done = []
     for line in lines:
         try:
-            done.append(json.loads(line))
+            done.append(migrate_judgement(json.loads(line)))
         except ValueError:
             continue
     if len(lines) != len(done) + (bool(lines) and not lines[-1]):
@@ -231,9 +262,9 @@ def _pairs(done: Sequence[dict[str, Any]]) -> str:
     """The decided judgements as rows of pairs."""
     rows = []
     for line in done:
-        if line["said"] in ("first", "second"):
+        if line["choice"] in ("first", "second"):
             texts = [answer["text"] for answer in line["answers"]]
-            good, bad = texts if line["said"] == "first" else texts[::-1]
+            good, bad = texts if line["choice"] == "first" else texts[::-1]
             prompt = line["prompt"] if isinstance(line["prompt"], str) else tuple(line["prompt"])
             rows.append(PreferenceRow("", prompt, good, bad).record())
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -241,21 +272,21 @@ def _pairs(done: Sequence[dict[str, Any]]) -> str:
 
 def _summary(
     folder: Path, done: Sequence[dict[str, Any]], left: int, sides: tuple[Responder, Responder]
-) -> dict[str, Any]:
+) -> AnnotateResult:
     """Counts, and the share of decided pairs that the first side won, with its 95% interval."""
     winners = [
-        line["answers"][line["said"] == "second"]["by"]
+        line["answers"][line["choice"] == "second"]["responder"]
         for line in done
-        if line["said"] in ("first", "second")
+        if line["choice"] in ("first", "second")
     ]
     wins = {side.name: winners.count(side.name) for side in sides}
-    return {
-        "folder": str(folder),
-        "pairs": len(winners),
-        "ties": sum(line["said"] == "tie" for line in done),
-        "skipped": sum(line["said"] == "skip" for line in done),
-        "left": left,
-        "wins": wins,
-        "win_rate": wins[sides[0].name] / len(winners) if winners else None,
-        "interval": wilson_interval(wins[sides[0].name], len(winners)) if winners else None,
-    }
+    return AnnotateResult(
+        folder=str(folder),
+        pairs=len(winners),
+        ties=sum(line["choice"] == "tie" for line in done),
+        skipped=sum(line["choice"] == "skip" for line in done),
+        left=left,
+        wins=wins,
+        win_rate=wins[sides[0].name] / len(winners) if winners else None,
+        interval=wilson_interval(wins[sides[0].name], len(winners)) if winners else None,
+    )

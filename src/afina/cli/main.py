@@ -9,7 +9,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ import yaml
 
 import afina
 from afina import settings as all_settings
+from afina.cli.render import print_result
 from afina.cli.torchrun import is_first_failure, print_from_main_process_only
 from afina.errors import AfinaError, SettingsError, did_you_mean
 from afina.settings import Settings
@@ -46,16 +47,16 @@ COMMANDS = {
     "compare": Command(
         "which method for this base and these rows? A measurement",
         all_settings.CompareSettings,
-        "afina.cli.show_compare:compare",
+        "afina.cli.commands:compare",
         "data",
     ),
     "advise": Command(
         "which method for my case? Advice with its reasons, without training",
         all_settings.AdviseSettings,
-        "afina.cli.show_compare:advise",
+        "afina.cli.commands:advise",
     ),
     "train": Command(
-        "adapt a base to your data", all_settings.TrainSettings, "afina.cli.train:train", "data"
+        "adapt a base to your data", all_settings.TrainSettings, "afina.cli.commands:train", "data"
     ),
     "eval": Command(
         "judge an adapter against its base",
@@ -319,16 +320,11 @@ def run(arguments: Sequence[str]) -> int:
         name, settings, as_json = parse(arguments)
         module, _, function = COMMANDS[name].function.partition(":")
         with print_from_main_process_only():
-            call: Callable[[Any], dict[str, Any]] = getattr(
+            call: Callable[[Any], Mapping[str, Any]] = getattr(
                 importlib.import_module(module), function
             )
             result = call(settings)
-            if as_json:
-                print(json.dumps(result, ensure_ascii=False, default=str))
-            else:
-                from afina.cli.show import show
-
-                show(name, result)
+            print_result(result, as_json)
         return int(result.get("exit_status", 0))
     except Exception as error:
         if not is_first_failure():

@@ -1,12 +1,13 @@
 """`afina serve` and `afina bench-serve`: what they need beyond afina itself is an extra; this says so where it is missing."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from afina.errors import SettingsError
 from afina.settings import BenchServeSettings, ServeSettings
 
 
-def serve(settings: ServeSettings) -> dict[str, Any]:
+def serve(settings: ServeSettings) -> Mapping[str, Any]:
     """Serve until told to stop."""
     try:
         from afina.server import serve as server
@@ -15,7 +16,7 @@ def serve(settings: ServeSettings) -> dict[str, Any]:
     return server.serve(settings)
 
 
-def bench(settings: BenchServeSettings) -> dict[str, Any]:
+def bench(settings: BenchServeSettings) -> Mapping[str, Any]:
     """Load a server, and draw its latency against the rate."""
     try:
         from afina.server import bench as load

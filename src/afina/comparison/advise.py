@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from afina.comparison.compare import KIND
-from afina.comparison.findings import FINDINGS, SAYINGS, study_note
-from afina.comparison.report import duration, flag, interval, size
+from afina.comparison.findings import messages, sources, study_note
+from afina.comparison.report import flag, interval
+from afina.comparison.results import AdviceResult
 from afina.errors import AfinaError, SettingsError
+from afina.io.migrations import migrate_comparison
+from afina.io.result import format_bytes
 from afina.planning.plan import plan
 from afina.settings import AdviseSettings, Goal, PlanSettings, make_settings
 
@@ -22,7 +25,7 @@ MAX_FEW_SHOT = 20  # examples that fit into a prompt
 MANY_TEXTS = 5000  # texts of a domain from which on a small adapter may be too small
 QUESTIONS = {
     "goal": f"What for? ({', '.join(get_args(Goal))})",
-    "rows": "How many examples (or texts) do you have?",
+    "num_rows": "How many examples (or texts) do you have?",
 }
 
 
@@ -114,7 +117,7 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
             return None
         peak = found["peak_bytes"]
         limit = 1e9 * settings.memory_gb if settings.memory_gb else found["machine_bytes"]
-        room = size(limit) if limit else None
+        room = format_bytes(limit) if limit else None
         if limit is None or (found["fits"] if settings.memory_gb is None else peak <= limit):
             if name != advice.use:
                 kind = "qlora" if name.startswith("q") else "full_too_large"
@@ -131,7 +134,7 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
                 "batch": found["batch"],
                 "machine": machine,
             }
-        need = size(peak)
+        need = format_bytes(peak)
     advice.use, advice.settings = "none", {}
     advice.add_reason("nothing_fits", need=need, room=room)
     return None
@@ -146,18 +149,16 @@ def _asked(settings: AdviseSettings, method: str, told: Mapping[str, Any]) -> Pl
 
 
 def comparisons(folder: Path, base: str) -> Iterator[dict[str, Any]]:
-    """Comparisons on this base that lie in `folder` or in its folders, in the order of their names."""
+    """Yield the comparisons on this base in `folder` or its folders, in the order of their names."""
     for file in sorted([*folder.glob("compare.json"), *folder.glob("*/compare.json")]):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # being written, or somebody else's
+        except (OSError, ValueError):  # being written, or another program's file
             continue
-        if (
-            isinstance(found, dict)
-            and found.get("kind") == KIND
-            and found["settings"]["base"] == base
-        ):
-            yield found
+        if isinstance(found, dict) and found.get("kind") == KIND:
+            found = migrate_comparison(found)
+            if found["settings"]["base"] == base:
+                yield found
 
 
 def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str) -> None:
@@ -169,7 +170,9 @@ def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str)
             advice.add_reason("earlier_none", name=found["folder"])
             continue
         form = "{:.3f}" if found["metric"] == "loss" else "{:.1f}"
-        shown = [t for t in found["tests"] if t["shown"] and advice.use in (t["one"], t["other"])]
+        shown = [
+            t for t in found["tests"] if t["significant"] and advice.use in (t["one"], t["other"])
+        ]
         won = {t["other"] if t["difference"]["mean"] > 0 else t["one"]: t for t in shown}
         better = [name for name in won if name in found["methods"] and name != advice.use]
         names = [advice.use, *better[:1]]
@@ -201,7 +204,7 @@ def ask(settings: AdviseSettings, question: Callable[[str], str]) -> AdviseSetti
     return make_settings(AdviseSettings, known | told)
 
 
-def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, Any]:
+def advise(settings: AdviseSettings | None = None, **values: Any) -> AdviceResult:
     """{"use", "settings", "reasons": [{"text", "source", "link"}], "plan", "command", "then"}; settings as the verb's.
 
     Raises `SettingsError` where goal or rows are not told.
@@ -210,9 +213,10 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
     if settings.goal is None or (
         settings.num_rows is None and settings.goal != "facts-that-change"
     ):
-        missing = "goal" if settings.goal is None else "rows"
+        missing = "goal" if settings.goal is None else "num_rows"
         hint = AdviseSettings.model_fields[missing].description
-        raise SettingsError(f"{missing} is missing", where="advise", hint=f"--{missing}: {hint}")
+        flag_name = missing.replace("_", "-")
+        raise SettingsError(f"{missing} is missing", where="advise", hint=f"--{flag_name}: {hint}")
     advice = decide(
         settings.goal, settings.num_rows or 0, settings.has_pairs, settings.tried_prompting
     )
@@ -222,23 +226,24 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> dict[str, A
         apply_past_results(advice, settings, objective)
         planned = fit(advice, settings)
     trains = advice.use not in ("find", "prompt", "none")
-    say = SAYINGS[settings.lang]
-    return {
-        "use": advice.use,
-        "settings": advice.settings,
-        "plan": planned,
-        "lang": settings.lang,
-        "command": _command(advice, settings, objective) if trains else None,
-        "then": advice.then if trains else None,
-        "reasons": [
-            {
-                "text": say[saying].format(**gaps) + study_note(saying, settings.lang),
-                "source": FINDINGS[finding][0] if finding else None,
-                "link": FINDINGS[finding][1] if finding else None,
-            }
-            for saying, finding, gaps in advice.reasons
-        ],
-    }
+    return AdviceResult(
+        use=advice.use,
+        settings=advice.settings,
+        plan=planned,
+        lang=settings.lang,
+        command=_command(advice, settings, objective) if trains else None,
+        then=advice.then if trains else None,
+        reasons=[_cited(*reason, settings.lang) for reason in advice.reasons],
+    )
+
+
+def _cited(
+    message: str, finding: str | None, values: Mapping[str, Any], lang: str
+) -> dict[str, str | None]:
+    """Return a reason in a language, with the published finding that it rests on."""
+    published = sources()[finding] if finding else {"source": None, "link": None}
+    text = messages(lang)[message].format(**values) + study_note(message, lang)
+    return {"text": text, **published}
 
 
 def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
@@ -258,20 +263,3 @@ def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
     ]
     parts += [f"--objective {objective}"] if objective != "sft" else []
     return " ".join(part for part in parts if part)
-
-
-def written(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The lines of an advice for people: (what, value)."""
-    say, planned = SAYINGS[result["lang"]], result["plan"]
-    lines = [(say["use"], say.get(result["use"], result["use"]))]
-    if planned:
-        machine = planned["machine"]
-        if machine["memory_bytes"]:
-            room = f"{machine['device']}, {size(machine['memory_bytes'])}"
-            lines.append((say["machine"] if machine["detected"] else say["told"], room))
-        lines.append((say["memory"], size(planned["peak_bytes"])))
-        lines += (
-            [(say["step"], duration(planned["step_seconds"]))] if planned["step_seconds"] else []
-        )
-    lines += [(say["command"], result["command"])] if result["command"] else []
-    return lines + ([(say["then"], result["then"])] if result["then"] else [])

@@ -88,7 +88,7 @@ def pairs(
             "difference": shown.as_dict(),
             "p": p,
             "corrected": q,
-            "shown": q < SURE,
+            "significant": q < SURE,
         }
         for (a, b), (shown, p), q in zip(both, found, corrected, strict=True)
     ]
@@ -130,7 +130,7 @@ def fronts(methods: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, l
 def recommend(
     methods: Mapping[str, Mapping[str, Any]], tested: Sequence[Mapping[str, Any]], metric: str
 ) -> dict[str, Any]:
-    """Which one, and why: {"use", "kind", "alike", "reasons": [(sentence, its words)]}. Sentences are in wording.py."""
+    """Which one, and why: {"use", "kind", "indistinguishable", "reasons": [(message key, values)]}."""
     sign = -1.0 if metric == "loss" else 1.0
     names = sorted(methods, key=lambda name: -sign * methods[name]["score"]["mean"])
     pair = {frozenset((t["one"], t["other"])): t for t in tested}
@@ -142,7 +142,7 @@ def recommend(
         test = pair[frozenset((one, other))]
         gain = test["difference"]["mean"] * (1 if test["other"] == one else -1)
         return bool(
-            test["shown"] and gain > 0
+            test["significant"] and gain > 0
         )  # tests compare scores turned so that more is better
 
     reasons: list[tuple[str, dict[str, Any]]]
@@ -157,7 +157,7 @@ def recommend(
             name for name in names if (methods[name].get("loss_change", {}).get("high") or 0.0) < 0
         ]:
             reasons.append(("loss_fell", {"methods": fell}))
-        return {"use": BASE, "kind": "base", "alike": names, "reasons": reasons}
+        return {"use": BASE, "kind": "base", "indistinguishable": names, "reasons": reasons}
     best = helpful[0]
     alike = [name for name in helpful if not better(best, name)]
     behind = [name for name in names if better(best, name)]
@@ -165,7 +165,7 @@ def recommend(
     if behind:
         reasons.append(("better_than", {"best": best, "methods": behind}))
     if len(alike) == 1:
-        return {"use": best, "kind": "best", "alike": alike, "reasons": reasons}
+        return {"use": best, "kind": "best", "indistinguishable": alike, "reasons": reasons}
     reasons.append(("no_difference", {"methods": alike}))
     widest = max(
         (pair[frozenset((best, other))] for other in alike[1:]),
@@ -178,7 +178,7 @@ def recommend(
         )
     )
     left, why = _cheapest(methods, alike)
-    return {"use": left, "kind": "cheapest", "alike": alike, "reasons": reasons + why}
+    return {"use": left, "kind": "cheapest", "indistinguishable": alike, "reasons": reasons + why}
 
 
 def _reach(shown: Mapping[str, float | None]) -> float:

@@ -22,6 +22,7 @@ from afina.adapters.loading import read_json_object, read_run_record
 from afina.adapters.presets import Preset, get_preset
 from afina.comparison import analysis as findings
 from afina.comparison.cost_probe import STEPS, measure_in_subprocess
+from afina.comparison.results import ComparisonResult
 from afina.comparison.run_scores import RunScorer
 from afina.comparison.runs import failure_reason, is_finished, run_settings, train_all
 from afina.comparison.schedule import (
@@ -36,11 +37,12 @@ from afina.comparison.schedule import (
 from afina.comparison.split import KINDS, ComparisonSplit, split_rows
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import write_json, write_text
+from afina.io.migrations import migrate_comparison_settings, rename_keys
 from afina.settings import CompareSettings, TrainSettings, make_settings, resolved
 from afina.training.setup.set_up import default_learning_rate, set_up_run
 from afina.training.trainer import read_metrics
 
-KIND, VERSION = "afina comparison", 1
+KIND, COMPARISON_FORMAT_VERSION = "afina comparison", 2
 EPOCHS = 3.0
 MEASURED = 0.25  # of the budget: a method whose few steps take longer is left out
 FREE = (
@@ -79,9 +81,10 @@ class Comparison:
     def _begin(self) -> None:
         file, now = self.folder / "settings.json", resolved(self.settings)
         if file.is_file():
-            before = {
+            defaults = {
                 name: field.get_default() for name, field in CompareSettings.model_fields.items()
-            } | read_json_object(file)
+            }
+            before = defaults | migrate_comparison_settings(read_json_object(file))
             changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
             if changed and not (self.folder / "schedule.json").is_file():
                 self._sweep()  # no run has begun: what was wrong may be put right
@@ -94,11 +97,15 @@ class Comparison:
                 )
         elif self.folder.is_file():
             raise SettingsError(
-                "this is a file", where=str(self.folder), hint="choose another --output-dir: a folder"
+                "this is a file",
+                where=str(self.folder),
+                hint="choose another --output-dir: a folder",
             )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise SettingsError(
-                "this folder is not empty", where=str(self.folder), hint="choose another --output-dir"
+                "this folder is not empty",
+                where=str(self.folder),
+                hint="choose another --output-dir",
             )
         write_json(file, now)
 
@@ -270,10 +277,14 @@ class Comparison:
 
         found = self._keep("search.json", search)
         self.failed |= found["failed"]
-        return found["rates"], found["pace"]
+        rates = {
+            name: rename_keys(rate, {"edge": "at_search_boundary"})  # begun with version 0.1
+            for name, rate in found["rates"].items()
+        }
+        return rates, found["pace"]
 
     def search(self, schedule: Schedule) -> dict[str, dict[str, Any]]:
-        """The learning rate of each method: {"rate", "tried": [[rate, steps, loss]], "edge"}."""
+        """The learning rate of each method: {"rate", "tried": [[rate, steps, loss]], "at_search_boundary"}."""
         rates = {
             name: rates_to_try(self._usual(name), schedule.trials, self.settings.lr_search_range)
             for name in self.active_methods
@@ -303,7 +314,8 @@ class Comparison:
             name: {
                 "rate": some[0],
                 "tried": tried[name],
-                "edge": schedule.trials > 2 and some[0] in (rates[name][0], rates[name][-1]),
+                "at_search_boundary": schedule.trials > 2
+                and some[0] in (rates[name][0], rates[name][-1]),
             }
             for name, some in left.items()
         }
@@ -370,7 +382,7 @@ class Comparison:
 
     def result(
         self, schedule: Schedule, seeds: int, rates: Any, costs: Any, base: Any
-    ) -> dict[str, Any]:
+    ) -> ComparisonResult:
         """Everything that the report shows."""
         quantised = self._read("judged/base-nf4.json")
         judged = {
@@ -388,7 +400,7 @@ class Comparison:
             methods[name] = findings.describe(runs, base, self.metric) | {
                 "learning_rate": rates[name]["rate"],
                 "tried": rates[name]["tried"],
-                "edge": rates[name]["edge"],
+                "at_search_boundary": rates[name]["at_search_boundary"],
                 "trainable_parameters": cost["trainable_parameters"],
                 "adapter_kb": cost["adapter_kb"],
                 "peak_mb": cost["peak_mb"],
@@ -404,32 +416,31 @@ class Comparison:
             }
         tested = findings.pairs(judged, base, self.metric)
         story = read_run_record(self.folder / f"runs/{next(iter(judged))}-0")
-        return {
-            "kind": KIND,
-            "version": VERSION,
-            "afina": afina.__version__,
-            "folder": str(self.folder),
-            "settings": resolved(self.settings),
-            "objective": self.rows.objective,
-            "metric": self.metric,
-            "score_rows": findings.scores([base], self.metric).shape[1],
-            "data": {"name": self.settings.data.name, "sha256": self.rows.digest}
-            | self.rows.counts,
-            "base": story["base"],
-            "environment": story["environment"],
-            "schedule": schedule.as_dict() | {"seeds_done": seeds, "spent": self.spent},
-            "failed": self.failed,
-            "notes": self.notes,
-            "base_figures": findings.describe([base], base, self.metric),
-            "nf4_figures": None
+        return ComparisonResult(
+            kind=KIND,
+            format_version=COMPARISON_FORMAT_VERSION,
+            afina=afina.__version__,
+            folder=str(self.folder),
+            settings=resolved(self.settings),
+            objective=self.rows.objective,
+            metric=self.metric,
+            score_rows=findings.scores([base], self.metric).shape[1],
+            data={"name": self.settings.data.name, "sha256": self.rows.digest} | self.rows.counts,
+            base=story["base"],
+            environment=story["environment"],
+            schedule=schedule.as_dict() | {"seeds_done": seeds, "seconds_spent": self.spent},
+            failed=self.failed,
+            notes=self.notes,
+            base_figures=findings.describe([base], base, self.metric),
+            nf4_figures=None
             if quantised is None
             else findings.describe([quantised], base, self.metric),
-            "methods": methods,
-            "tests": tested,
-            "fronts": findings.fronts(methods, self.metric),
-            "recommendation": findings.recommend(methods, tested, self.metric),
-            "examples": _examples(judged, base),
-        }
+            methods=methods,
+            tests=tested,
+            fronts=findings.fronts(methods, self.metric),
+            recommendation=findings.recommend(methods, tested, self.metric),
+            examples=_examples(judged, base),
+        )
 
 
 def _curve(folder: Path) -> list[list[float | None]]:
@@ -453,14 +464,12 @@ def _examples(
 
 def compare(
     data: str | Path | CompareSettings, *, say: Say = lambda text: None, **values: Any
-) -> dict[str, Any]:
+) -> ComparisonResult:
     """Compare methods on `data`; settings as in `afina compare --help`. Returns what compare.json holds.
 
     Raises an `AfinaError` for rows, a base or settings that are wrong, and for a budget in which nothing fits; a method
     that fails is reported among the others.
     """
-    from afina.comparison.report import write_report
-
     settings = (
         data
         if isinstance(data, CompareSettings)
@@ -485,6 +494,6 @@ def compare(
     schedule = one.shortened(schedule, costs, judging, pace)
     seeds = one.final_runs(schedule, rates, costs, judging, pace)
     result = one.result(schedule, seeds, rates, costs, base)
-    write_json(one.folder / "compare.json", result)
-    write_report(result, one.folder, settings.lang)
+    write_json(one.folder / "compare.json", dict(result))
+    result.write_report()
     return result

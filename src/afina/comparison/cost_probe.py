@@ -35,19 +35,19 @@ def measure(settings: TrainSettings) -> dict[str, Any]:
     now = _joules(settings)
     if meter is not None and now is not None and now[0] > meter[0]:
         watts, source = (now[0] - meter[0]) / wall, meter[1]
-    elif run.story["base"].get("dtype") and settings.device in ("auto", "cpu") and not _on_gpu():
+    elif run.record["base"].get("dtype") and settings.device in ("auto", "cpu") and not _on_gpu():
         watts, source = WATTS * busy / wall, "assumed"
     else:
         watts, source = None, "unknown"
     return {
         "step_seconds": step,
         "other_seconds": max(0.0, wall - sum(ticks)),
-        "peak_mb": run.story["peak_memory_mb"],
+        "peak_mb": run.record["peak_memory_mb"],
         "cores": busy / wall,
         "joules_a_step": None if watts is None else watts * step,
         "energy_source": source,
-        "trainable_parameters": run.story["trainable_parameters"],
-        "adapter_kb": run.story["adapter_kb"],
+        "trainable_parameters": run.record["trainable_parameters"],
+        "adapter_kb": run.record["adapter_kb"],
         "steps": len(ticks),
     }
 

@@ -4,6 +4,8 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from afina.comparison.messages import Words
+
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -15,8 +17,6 @@ COLOURS = (
 )  # told apart by all eyes
 MARKS = "osD^vPX*<>"
 WIDTH, HEIGHT = 5.0, 3.3  # inches; small, so that letters stay readable on a phone
-
-Words = Callable[..., str]
 
 
 def drawn(salt: str, paint: Callable[[Any], None], width: float, height: float) -> str:

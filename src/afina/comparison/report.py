@@ -15,9 +15,10 @@ import yaml
 
 from afina.comparison.analysis import BASE, min_rows_to_differ
 from afina.comparison.cost_probe import WATTS
-from afina.comparison.messages import words
-from afina.comparison.plots import Words, pictures
+from afina.comparison.messages import Words, words
+from afina.comparison.plots import pictures
 from afina.io.atomic import write_text
+from afina.io.result import format_bytes, format_seconds, markdown_cell
 from afina.settings import CompareSettings
 
 FEW = 50  # judging rows below which the report warns
@@ -25,20 +26,21 @@ HERE = Path(__file__).parent
 
 
 def write_report(result: Mapping[str, Any], folder: Path, lang: str) -> None:
-    """report.html and report.md in `folder`."""
-    told = view(result, lang)
+    """Write report.html and report.md into `folder`."""
+    for name in ("report.html", "report.md"):
+        write_text(folder / name, render_report(result, name, lang))
+
+
+def render_report(result: Mapping[str, Any], template: str, lang: str) -> str:
+    """Return the report in a language ("en", "es"), from the template "report.html" or "report.md"."""
     environment = jinja2.Environment(
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"h": lambda text: html.escape(str(text)), "cell": _cell}
-    for name, drawn in (("report.html", pictures(result, words(lang))), ("report.md", [])):
-        template = environment.from_string((HERE / f"{name}.j2").read_text(encoding="utf-8"))
-        write_text(folder / name, template.render(told | {"pictures": drawn, "lang": lang}))
-
-
-def _cell(text: Any) -> str:
-    """A text as it may stand in a cell of a Markdown table."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+    environment.filters |= {"h": lambda text: html.escape(str(text)), "cell": markdown_cell}
+    drawn = pictures(result, words(lang)) if template == "report.html" else []
+    source = (HERE / f"{template}.j2").read_text(encoding="utf-8")
+    shown = view(result, lang) | {"pictures": drawn, "lang": lang}
+    return environment.from_string(source).render(shown)
 
 
 def view(result: Mapping[str, Any], lang: str) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def view(result: Mapping[str, Any], lang: str) -> dict[str, Any]:
         },
         "tests": {
             "about": say("about_tests", pairs=len(result["tests"])),
-            "head": [say("pair"), say("difference"), say("chance"), say("shown")],
+            "head": [say("pair"), say("difference"), say("chance"), say("significant")],
             "rows": [
                 _test(test, metric, say) for test in sorted(result["tests"], key=lambda t: t["p"])
             ],
@@ -154,9 +156,9 @@ def _reason(key: str, gaps: Mapping[str, Any], metric: str, say: Words) -> str:
         )
     if "value" in shown:
         shown["value"] = {
-            "peak_mb": size(1e6 * shown["value"]),
-            "adapter_kb": size(1e3 * shown["value"]),
-            "run_seconds": duration(shown["value"]),
+            "peak_mb": format_bytes(1e6 * shown["value"]),
+            "adapter_kb": format_bytes(1e3 * shown["value"]),
+            "run_seconds": format_seconds(shown["value"]),
         }[key]
     return say(key, **shown)
 
@@ -171,8 +173,8 @@ def _notes(result: Mapping[str, Any], say: Words) -> list[str]:
         what = ", ".join(say(f"cut_{name}") for name in schedule["cut"])
         notes.append(say("cut", budget=result["settings"]["time_budget"], what=what))
     notes += [say(key, **gaps) for key, gaps in result["notes"]]
-    if edge := [name for name, found in methods.items() if found["edge"]]:
-        notes.append(say("edge", methods=", ".join(edge)))
+    if edge := [name for name, found in methods.items() if found["at_search_boundary"]]:
+        notes.append(say("at_search_boundary", methods=", ".join(edge)))
     if schedule["seeds_done"] == 1:
         notes.append(say("one_seed"))
     if result["metric"] != "loss" and result["score_rows"] < (
@@ -216,9 +218,9 @@ def _cost(name: str, found: Mapping[str, Any]) -> list[str]:
     return [
         name,
         f"{found['trainable_parameters']:,}",
-        size(1e3 * found["adapter_kb"]),
-        size(1e6 * found["peak_mb"]),
-        duration(found["run_seconds"]),
+        format_bytes(1e3 * found["adapter_kb"]),
+        format_bytes(1e6 * found["peak_mb"]),
+        format_seconds(found["run_seconds"]),
         energy,
         f"{found['learning_rate']:.2g}",
     ]
@@ -238,7 +240,7 @@ def _test(test: Mapping[str, Any], metric: str, say: Words) -> list[str]:
         f"{names[0]} − {names[1]}",
         interval(shown, form),
         p,
-        say("yes") if test["shown"] else say("no"),
+        say("yes") if test["significant"] else say("no"),
     ]
 
 
@@ -256,7 +258,7 @@ def _facts(result: Mapping[str, Any], say: Words) -> list[tuple[str, str]]:
         (say("fact_rows"), counts),
         (say("fact_plan"), f"{schedule['trials']}, {schedule['steps']}, {schedule['seeds_done']}"),
         (say("fact_budget"), result["settings"]["time_budget"]),
-        (say("fact_time"), duration(schedule["spent"])),
+        (say("fact_time"), format_seconds(schedule["seconds_spent"])),
         (
             say("fact_machine"),
             f"{where['machine']}, {where['threads']} threads, Python {where['python']}, "
@@ -281,23 +283,3 @@ def flag(value: Any) -> str:
     if isinstance(value, dict):
         return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them."""
-    return next(
-        f"{count / unit:,.2f} {name}"
-        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
-        if count >= unit or unit == 1
-    )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 120
-        else f"{seconds / 60:.1f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

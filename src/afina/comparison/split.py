@@ -65,6 +65,7 @@ def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
         objective = infer_objective(settings.objective, table.rows)
     about = folder / "rows.json"
     files = {kind: folder / f"{kind}.jsonl" for kind in KINDS}
+    paths = {"train": files["train"], "validation": files["choose"], "test": files["test"]}
     if about.is_file():
         known = json.loads(about.read_text())
         if known["digest"] != table.digest:
@@ -75,7 +76,7 @@ def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
                 why=why,
                 hint="another --output-dir",
             )
-        return ComparisonSplit(**known | files)
+        return ComparisonSplit(**known | paths)
     records = (
         _labelled(table.rows, settings)
         if objective == "classify"
@@ -93,7 +94,7 @@ def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
         "counts": {kind: len(records[kind]) for kind in KINDS},
     }
     write_json(about, facts)
-    return ComparisonSplit(**facts | files)
+    return ComparisonSplit(**facts | paths)
 
 
 def _read(settings: CompareSettings, objective: str) -> Any:

@@ -9,6 +9,8 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, TAUGHT, Clause, Vocabulary, corrupt, draw_clause, write
 from afina.errors import SettingsError
 from afina.evaluation.evaluate import evaluate
+from afina.evaluation.results import example_tables
 from afina.io.atomic import write_text
+from afina.io.result import Content, Result, ResultTable, ResultText
 from afina.settings import DemoSettings, TrainSettings, make_settings
 from afina.training import train as training
 
@@ -25,6 +29,50 @@ UNSEEN_SHARE = (
     0.3  # of each class of words; more than a fifth of the running words of the held-out sentences
 )
 ASK = {"en": "Correct: ", "es": "Corrige: "}
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult(Result):
+    """Demo run: corrected sentences before and after in percent, costs, examples and verdict."""
+
+    seconds: float
+    metric: str
+    metric_before: float
+    metric_after: float
+    chrf_before: float
+    chrf_after: float
+    held_out: int
+    unseen_words: float
+    forgetting: float
+    peak_memory_mb: float
+    adapter_kb: float
+    train_seconds: float
+    tokens_per_second: float
+    verdict: Sequence[str]
+    examples: Sequence[Mapping[str, Any]]
+    curve: str
+    run: str
+
+    def content(self) -> list[Content]:
+        """Return the figures, three examples, the verdict and the next command."""
+        rows = [
+            (
+                "sentences corrected without error, before",
+                f"{self.metric_before:.1f}% of {self.held_out} eval sentences",
+            ),
+            ("sentences corrected without error, after", f"{self.metric_after:.1f}%"),
+            ("words of these that the train rows do not contain", f"{self.unseen_words:.1f}%"),
+            ("forgetting (change of retention loss)", f"{self.forgetting:+.3f} nats per token"),
+            ("time", f"{self.seconds:.0f} s ({self.train_seconds:.0f} s of training)"),
+            ("peak memory", f"{self.peak_memory_mb:,.0f} MB"),
+            ("adapter file", f"{self.adapter_kb:,.0f} kB"),
+        ]
+        title = "a LoRA on the embedded base: correcting sentences in English and Spanish"
+        lines = [*(f"- {sentence}" for sentence in self.verdict), f"loss curve: {self.curve}"]
+        example = "(for example: Correct: the dogs runs in the park)"
+        command = ResultText(f"next: afina chat {self.run}      {example}", wraps=False)
+        table = ResultTable(title, rows)
+        return [table, *example_tables(self.examples), *map(ResultText, lines), command]
 
 
 def correction(rng: random.Random, clause: Clause, language: str) -> dict[str, Any]:
@@ -69,8 +117,8 @@ def make_rows(
     return train_rows, held_rows, 100.0 * sum(word not in known for word in running) / len(running)
 
 
-def demo(settings: DemoSettings | None = None, **values: Any) -> dict[str, Any]:
-    """Make the rows, train, judge; returns the figures that the table shows."""
+def demo(settings: DemoSettings | None = None, **values: Any) -> DemoResult:
+    """Write the demo's rows, train a LoRA on the embedded base, and evaluate it."""
     settings = settings or make_settings(DemoSettings, values)
     start = time.perf_counter()
     _clear(settings.output_dir)
@@ -98,25 +146,25 @@ def demo(settings: DemoSettings | None = None, **values: Any) -> dict[str, Any]:
     judged = evaluate(
         adapter=run.folder, metrics=["exact_match", "chrf"], max_new_tokens=48, limit=HELD_ROWS
     )
-    return {
-        "seconds": time.perf_counter() - start,
-        "metric": "exact match, percent",
-        "metric_before": judged["before"]["exact_match"],
-        "metric_after": judged["after"]["exact_match"],
-        "chrf_before": judged["before"]["chrf"],
-        "chrf_after": judged["after"]["chrf"],
-        "held_out": len(held_rows),
-        "unseen_words": unseen,
-        "forgetting": run.story["losses"]["forgetting"],
-        "peak_memory_mb": run.story["peak_memory_mb"],
-        "adapter_kb": run.story["adapter_kb"],
-        "train_seconds": run.story["seconds"],
-        "tokens_per_second": run.story["tokens_per_second"],
-        "verdict": run.story["verdict"],
-        "examples": judged["examples"][:3],
-        "curve": str(run.folder / "curve.png"),
-        "run": str(run.folder),
-    }
+    return DemoResult(
+        seconds=time.perf_counter() - start,
+        metric="exact match, percent",
+        metric_before=judged["before"]["exact_match"],
+        metric_after=judged["after"]["exact_match"],
+        chrf_before=judged["before"]["chrf"],
+        chrf_after=judged["after"]["chrf"],
+        held_out=len(held_rows),
+        unseen_words=unseen,
+        forgetting=run.record["losses"]["forgetting"],
+        peak_memory_mb=run.record["peak_memory_mb"],
+        adapter_kb=run.record["adapter_kb"],
+        train_seconds=run.record["seconds"],
+        tokens_per_second=run.record["tokens_per_second"],
+        verdict=run.record["verdict"],
+        examples=judged["examples"][:3],
+        curve=str(run.folder / "curve.png"),
+        run=str(run.folder),
+    )
 
 
 def _clear(out: Path) -> None:

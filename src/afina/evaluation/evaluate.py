@@ -17,6 +17,7 @@ from afina.evaluation.confusion import classify_held_out
 from afina.evaluation.metrics import compute_metrics
 from afina.evaluation.policy_eval import evaluate_policy
 from afina.evaluation.preference_eval import HELD_OUT, eval_rows_file, evaluate_preferences
+from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import BATCH_TOKENS, perplexity, retention_loss
 from afina.models.classifier import Classifier
 from afina.objectives.classification import (
@@ -31,7 +32,7 @@ from afina.settings import POLICIES, PREFERENCES, EvalSettings, make_settings
 
 def evaluate(
     run: str | Path | EvalSettings | None = None, *, model: Classifier | None = None, **values: Any
-) -> dict[str, Any]:
+) -> EvalResult:
     """Losses, metrics and forgetting of the base ("before") and of the adapter ("after"), with examples.
 
     Rows without an answer (plain text) have losses only; a classifier has accuracy, F1 and its confusion table. Losses
@@ -92,12 +93,12 @@ def evaluate(
         | {when: texts[i] for when, texts in answers.items()}
         for i, e in enumerate(asked)
     ]
-    return result
+    return EvalResult(**result)
 
 
 def _evaluate_classifier(
     base: Classifier, opened: LoadedRun, settings: EvalSettings
-) -> dict[str, Any]:
+) -> EvalResult:
     """Scores on labelled rows. The head belongs to the adapter, so there is no "before"."""
     if settings.adapter is None:
         raise SettingsError(
@@ -112,13 +113,13 @@ def _evaluate_classifier(
     picture = settings.adapter / (
         "confusion.png" if settings.data is None else "confusion-eval.png"
     )
-    return {
-        "base": base.name,
-        "run": str(settings.adapter),
-        "loss": task.eval_loss(opened.active),
-        "classes": classify_held_out(task, opened.active, picture),
-        "rows": len(rows),
-    }
+    return EvalResult(
+        base=base.name,
+        run=str(settings.adapter),
+        rows=len(rows),
+        loss=task.eval_loss(opened.active),
+        classes=classify_held_out(task, opened.active, picture),
+    )
 
 
 def _kept_rows(story: Mapping[str, Any], run: Path) -> list[LabeledRow]:
@@ -146,7 +147,7 @@ def _kept_rows(story: Mapping[str, Any], run: Path) -> list[LabeledRow]:
     return [row for row in table.rows if row.where in wanted]
 
 
-def _evaluate_masked(base: Classifier, opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]:
+def _evaluate_masked(base: Classifier, opened: LoadedRun, settings: EvalSettings) -> EvalResult:
     """Loss on hidden tokens, of the encoder as it was and with the adapter."""
     rows = _rows(settings)
     texts = chunk_texts(
@@ -157,7 +158,7 @@ def _evaluate_masked(base: Classifier, opened: LoadedRun, settings: EvalSettings
     for when, route in {"before": None, "after": opened.active}.items():
         loss = task.eval_loss(route)
         result[when] = {"loss": loss, "perplexity": perplexity(loss)}
-    return result
+    return EvalResult(**result)
 
 
 def one_line(text: str) -> str:

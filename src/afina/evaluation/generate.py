@@ -14,12 +14,13 @@ from afina.data.images import read_image
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
+from afina.evaluation.results import GenerateResult
 from afina.models.classifier import Classifier
 from afina.objectives.classification import encode_input
 from afina.settings import GenerateSettings, make_settings
 
 
-def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[str, Any]:
+def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> GenerateResult:
     """Complete prompts with an adapter or without.
 
     Returns:
@@ -60,10 +61,10 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[s
         route,
         renderer.stop_token_ids,
     )
-    return {
-        "base": base.name,
-        "adapter": str(settings.adapter) if route is not None else None,
-        "answers": [
+    return GenerateResult(
+        base=base.name,
+        adapter=str(settings.adapter) if route is not None else None,
+        answers=[
             {
                 "prompt": prompt,
                 "text": completion.text,
@@ -72,7 +73,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> dict[s
             }
             for prompt, completion in zip(texts, completions, strict=True)
         ],
-    }
+    )
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def _label(
     route: ActiveAdapters | None,
     prompts: Sequence[str],
     settings: GenerateSettings,
-) -> dict[str, Any]:
+) -> GenerateResult:
     """Return the most probable class of each text or image, one at a time."""
     answers = []
     for prompt in prompts:
@@ -92,8 +93,5 @@ def _label(
             ).softmax(-1)[0]
         best = int(scores.argmax())
         answers.append({"prompt": prompt, "text": base.labels[best], "share": float(scores[best])})
-    return {
-        "base": base.name,
-        "adapter": str(settings.adapter) if route is not None else None,
-        "answers": answers,
-    }
+    adapter = str(settings.adapter) if route is not None else None
+    return GenerateResult(base=base.name, adapter=adapter, answers=answers)

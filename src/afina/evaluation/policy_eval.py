@@ -12,6 +12,7 @@ from afina.data.table import read_table
 from afina.errors import SettingsError, pluralize
 from afina.evaluation.intervals import paired_change
 from afina.evaluation.preference_eval import reload_init_adapter, wilson_interval
+from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import BATCH_TOKENS, retention_loss
 from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
@@ -120,7 +121,7 @@ def _said(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> list[
     return said
 
 
-def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]:
+def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> EvalResult:
     """`afina eval` of a run that learned from rewards, on its held-out prompts or on others: facts and sentences."""
     base, story = opened.causal_lm, opened.run
     told = {
@@ -159,8 +160,5 @@ def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]
         "run": str(settings.adapter),
         "objective": story["objective"],
     }
-    return (
-        result
-        | found
-        | {"forgetting": found["after"]["general_loss"] - found["before"]["general_loss"]}
-    )
+    forgetting = found["after"]["general_loss"] - found["before"]["general_loss"]
+    return EvalResult(**result, **found, forgetting=forgetting)

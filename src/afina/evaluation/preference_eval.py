@@ -16,6 +16,7 @@ from afina.data.renderer import Renderer
 from afina.data.schemas import PAIRS, PREFERENCE, split_pairs
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError, pluralize
+from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import BATCH_TOKENS, retention_loss
 from afina.models.causal_lm import CausalLM
 from afina.objectives.preference import PairwiseObjective, PreferenceObjective, tokenize_preferences
@@ -130,7 +131,7 @@ def eval_rows_file(settings: EvalSettings) -> Path:
     return kept
 
 
-def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> dict[str, Any]:
+def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> EvalResult:
     """`afina eval` of a run that learned preferences, on its held-out rows or on others: facts, loss and sentences."""
     base, story = opened.base, opened.run
     assert isinstance(base, CausalLM)
@@ -186,7 +187,7 @@ def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> dict[str,
             "general_loss": retention_loss(base, route),
         } | found[when]
     result["forgetting"] = result["after"]["general_loss"] - result["before"]["general_loss"]
-    return result | {"reference": found.get("reference"), "verdict": found["verdict"]}
+    return EvalResult(**result, reference=found.get("reference"), verdict=found["verdict"])
 
 
 def _reference(

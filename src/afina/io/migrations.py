@@ -36,3 +36,62 @@ def migrate_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if new.get("optimizer") in OPTIMIZERS:
         new["optimizer"] = OPTIMIZERS[new["optimizer"]]
     return new
+
+
+# ---- comparisons: compare.json, and the files of a comparison that is resumed
+
+COMPARISON_SETTINGS = {
+    "seeds": "num_seeds",
+    "budget": "time_budget",
+    "trials": "num_trials",
+    "reach": "lr_search_range",
+    "steps": "max_steps",
+    "holdout": "test_size",
+    "template": "chat_template",
+    "general": "retention_text",
+    "batch_tokens": "max_tokens_per_batch",
+}
+
+
+def migrate_comparison_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a comparison under today's names; those of version 2 are unchanged."""
+    renamed = rename_keys(settings, COMPARISON_SETTINGS)
+    variants = renamed.get("variants") or {}
+    return renamed | {
+        "variants": {name: migrate_settings(own) for name, own in variants.items()}
+    }
+
+
+def migrate_comparison(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a compare.json under the keys of format version 2."""
+    if "version" not in content:
+        return dict(content)
+    methods = {
+        name: rename_keys(found, {"edge": "at_search_boundary"})
+        for name, found in content.get("methods", {}).items()
+    }
+    tests = [rename_keys(test, {"shown": "significant"}) for test in content.get("tests", [])]
+    found = rename_keys(content, {"version": "format_version"}) | {
+        "format_version": 2,
+        "settings": migrate_comparison_settings(content.get("settings", {})),
+        "methods": methods,
+        "tests": tests,
+    }
+    for name, keys in (
+        ("schedule", {"spent": "seconds_spent"}),
+        ("recommendation", {"alike": "indistinguishable"}),
+    ):
+        if name in content:
+            found[name] = rename_keys(content[name], keys)
+    return found
+
+
+def migrate_judgement(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of judgements.jsonl under the keys of today."""
+    answers = [rename_keys(answer, {"by": "responder"}) for answer in line["answers"]]
+    return rename_keys(line, {"said": "choice"}) | {"answers": answers}
+
+
+def rename_keys(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the mapping with its keys renamed, in the same order."""
+    return {names.get(key, key): value for key, value in values.items()}

@@ -22,12 +22,13 @@ from afina.io.composition import (
     recorded_base,
 )
 from afina.merging import low_rank as lowrank
+from afina.merging.results import AdapterInfo, CompositionInfo, ShowResult
 from afina.merging.sources import AdapterSource
 from afina.merging.stream import SafetensorsReader
 from afina.settings import ShowSettings, make_settings
 
 
-def show(run: str | Path | ShowSettings) -> dict[str, Any]:
+def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
     """What the adapter in `run` is: method, rank, where, size, base, parents, evaluation, and norms by layer.
 
     A composition lists its parts, each described likewise.
@@ -42,52 +43,51 @@ def show(run: str | Path | ShowSettings) -> dict[str, Any]:
             {"weight": part.weight, **adapter_info(part.folder)}
             for part in expand_composition(path)
         ]
-        return {
-            "run": str(path),
-            "kind": "composition",
-            "hash": story.get("hash"),
-            "base": story.get("base"),
-            "parts": parts,
-        }
-    return {
-        "run": str(path),
-        "kind": "adapter",
+        return CompositionInfo(
+            run=str(path),
+            kind="composition",
+            hash=story.get("hash"),
+            base=story.get("base"),
+            parts=parts,
+        )
+    return ShowResult(
         **adapter_info(adapter_folder(path)),
-        "evaluation": _evaluation(read_run_record(path)),
-    }
+        run=str(path),
+        evaluation=_evaluation(read_run_record(path)),
+    )
 
 
-def adapter_info(folder: Path) -> dict[str, Any]:
+def adapter_info(folder: Path) -> AdapterInfo:
     """The facts about one adapter folder."""
     spec, story = read_config(folder), read_metadata(folder)
     reader, digest = SafetensorsReader(folder / WEIGHTS), hash_adapter_folder(folder)
     source = AdapterSource(WeightedAdapter(folder), spec, digest, reader)
     shapes = [entry["shape"] for entry in reader.entries.values()]
-    return {
-        "folder": str(folder),
-        "hash": digest,
-        "unchanged": story["hash"] == digest if "hash" in story else None,
-        "method": spec.method,
-        "rank": spec.rank,
-        "ranks": sorted({spec.rank_of(path) for path in spec.target_modules}),
-        "alpha": spec.alpha,
-        "scaling": spec.scaling,
-        "options": dict(spec.method_settings),
-        "invocation": list(spec.invocation),
-        "layers": len(spec.target_modules),
-        "where": _where(spec.target_modules),
-        "modules": list(spec.modules_to_save),
-        "numbers": sum(_product(shape) for shape in shapes),
-        "bytes": (folder / WEIGHTS).stat().st_size,
-        "base": recorded_base(folder),
-        "parents": story.get("parents", []),
-        "combination": story.get("combination"),
-        "made_by": f"afina {story['afina']}"
+    return AdapterInfo(
+        folder=str(folder),
+        hash=digest,
+        unchanged=story["hash"] == digest if "hash" in story else None,
+        method=spec.method,
+        rank=spec.rank,
+        ranks=sorted({spec.rank_of(path) for path in spec.target_modules}),
+        alpha=spec.alpha,
+        scaling=spec.scaling,
+        options=dict(spec.method_settings),
+        invocation=list(spec.invocation),
+        layers=len(spec.target_modules),
+        where=_where(spec.target_modules),
+        modules=list(spec.modules_to_save),
+        numbers=sum(_product(shape) for shape in shapes),
+        bytes=(folder / WEIGHTS).stat().st_size,
+        base=recorded_base(folder),
+        parents=story.get("parents", []),
+        combination=story.get("combination"),
+        made_by=f"afina {story['afina']}"
         if "afina" in story
         else f"no {METADATA_FILE}: made elsewhere",
-        "norm_of": "update" if source.is_low_rank else "numbers",
-        "norms": {path: _norm(source, path) for path in spec.target_modules},
-    }
+        norm_of="update" if source.is_low_rank else "numbers",
+        norms={path: _norm(source, path) for path in spec.target_modules},
+    )
 
 
 def _norm(source: AdapterSource, path: str) -> float:

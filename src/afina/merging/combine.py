@@ -28,12 +28,11 @@ from afina.merging.low_rank import (
     truncate_dense,
 )
 from afina.merging.registry import MergeMethod, NoSettings, get_merge_method
+from afina.merging.results import CombineResult
 from afina.merging.sources import AdapterSource, adapted_modules, attach_to_base, open_sources
 from afina.merging.write import LoRATensorLayout, parent_config, tensor_layout, write_lora
 from afina.settings import CombineSettings, Settings, make_settings
 from afina.settings.combine import WeightSearchSettings
-
-LOW_ENERGY = 0.9  # retained energy below which the result recommends a higher rank
 
 
 @dataclass
@@ -93,7 +92,7 @@ class _Merge:
         return updates
 
 
-def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dict[str, Any]:
+def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> CombineResult:
     """Combine adapters named "FOLDER:weight" into one; settings as in `afina combine --help`.
 
     Returns:
@@ -124,7 +123,7 @@ def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> dic
         return _combine(settings.model_copy(update={"adapters": copies}))
 
 
-def _combine(settings: CombineSettings) -> dict[str, Any]:
+def _combine(settings: CombineSettings) -> CombineResult:
     method = get_merge_method(settings.merge_method)
     own = method.settings(settings)
     sources = open_sources(settings.adapters)
@@ -146,13 +145,13 @@ def _combine(settings: CombineSettings) -> dict[str, Any]:
         "parents": [source.lineage_entry() for source in sources],
         "combination": _recipe(settings, own) | found,
     }
-    return {
-        "out": str(settings.output_dir),
-        "how": settings.merge_method,
-        "parents": lineage["parents"],
+    return CombineResult(
+        out=str(settings.output_dir),
+        how=settings.merge_method,
+        parents=lineage["parents"],
         **_write(used, merge, settings, base, lineage),
         **found,
-    }
+    )
 
 
 def _recipe(settings: CombineSettings, own: Settings) -> dict[str, Any]:

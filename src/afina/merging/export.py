@@ -1,6 +1,7 @@
 """`afina export`: what other tools read. A merged model or an adapter alone, in Hugging Face's files or in llama.cpp's."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from afina.io.atomic import atomic_directory
 from afina.io.verified_copy import verified_copies
 from afina.merging.gguf import export_adapter, export_model
 from afina.merging.merge_into_base import check_out, merge
+from afina.merging.results import ExportResult
 from afina.settings import ExportSettings, MergeSettings, make_settings
 
 
-def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dict[str, Any]:
+def export(run: str | Path | ExportSettings | None = None, **values: Any) -> ExportResult:
     """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `out`; returns what was written."""
     settings = (
         run
@@ -30,11 +32,11 @@ def export(run: str | Path | ExportSettings | None = None, **values: Any) -> dic
         raise SettingsError("only GGUF's weights are chosen here", where="weights", hint="--dtype")
     if settings.format == "hf":
         fields = {name: getattr(settings, name) for name in MergeSettings.model_fields}
-        return {"format": "hf"} | merge(MergeSettings(**fields))
+        return replace(merge(MergeSettings(**fields)), format="hf")
     return _peft(settings.adapter, settings)
 
 
-def _gguf(settings: ExportSettings) -> dict[str, Any]:
+def _gguf(settings: ExportSettings) -> ExportResult:
     """One file: `out` itself where it ends in .gguf, else within the folder `out`."""
     if settings.quantization != "none":
         hint = "leave --quantization out; llama-quantize makes 4 bits of a GGUF file"
@@ -62,7 +64,7 @@ def _gguf(settings: ExportSettings) -> dict[str, Any]:
         return write(settings.model_copy(update={"adapter": Path(copy)}), file)
 
 
-def _peft(run: Path, settings: ExportSettings) -> dict[str, Any]:
+def _peft(run: Path, settings: ExportSettings) -> ExportResult:
     check_out(settings.output)
     with verified_copies(settings.require_audit, [run]) as [copy]:
         source = adapter_folder(Path(copy))
@@ -80,4 +82,6 @@ def _peft(run: Path, settings: ExportSettings) -> dict[str, Any]:
                     "README.md",
                 ):
                     shutil.copy2(file, folder / file.name)
-    return {"format": "peft", "out": str(settings.output), "adapter": str(adapter_folder(run))}
+    return ExportResult(
+        out=str(settings.output), format="peft", adapter=str(adapter_folder(run))
+    )

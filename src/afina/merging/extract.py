@@ -28,6 +28,7 @@ from afina.evaluation.retention import BATCH_TOKENS, retention_examples
 from afina.io.composition import common_base
 from afina.merging.combine import RetainedEnergy, best_low_rank
 from afina.merging.low_rank import LowRankUpdate, truncate_dense
+from afina.merging.results import ExtractResult
 from afina.merging.sources import adapted_modules, attach_to_base, open_sources
 from afina.merging.stream import SafetensorsReader
 from afina.merging.write import (
@@ -46,7 +47,7 @@ from afina.settings import ExtractSettings, make_settings
 Layers = Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]
 
 
-def extract(run: str | Path | ExtractSettings | None = None, **values: Any) -> dict[str, Any]:
+def extract(run: str | Path | ExtractSettings | None = None, **values: Any) -> ExtractResult:
     """Write a lora to `out` from `run` (any adapter), or from the models `base` and `tuned`.
 
     Returns its hash, ranks, the energy kept, what was left out, and the losses of base, original and extract.
@@ -77,13 +78,13 @@ def extract(run: str | Path | ExtractSettings | None = None, **values: Any) -> d
         written, losses = _from_run(settings, settings.adapter, kept, left_out)
     else:
         written, losses = _from_models(settings, kept, left_out)
-    return {
-        "out": str(settings.output_dir),
+    return ExtractResult(
+        out=str(settings.output_dir),
         **written,
         **kept.summary(),
-        "left_out": left_out,
-        "loss": losses,
-    }
+        left_out=left_out,
+        loss=losses,
+    )
 
 
 def _from_run(

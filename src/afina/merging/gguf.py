@@ -40,6 +40,7 @@ from afina.merging.merge_into_base import (
     merge_into_base,
     probe_logits,
 )
+from afina.merging.results import ExportResult
 from afina.merging.sources import AdapterSource
 from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
@@ -140,7 +141,7 @@ def _slides(config: PretrainedConfig) -> bool:
 # ---- a whole model
 
 
-def export_model(settings: ExportSettings, file: Path) -> dict[str, Any]:
+def export_model(settings: ExportSettings, file: Path) -> ExportResult:
     """Write base + adapter (without a run: the base alone) to `file`; returns the proof, measured on what the file holds.
 
     Raises `MergeError`, leaving nothing behind, where the file's weights do not answer as the adapted model.
@@ -183,7 +184,7 @@ def export_model(settings: ExportSettings, file: Path) -> dict[str, Any]:
         proof = kl_and_agreement(adapted, probe_logits(base, probe, None))
         rounded = TOLERANCE[torch.float32 if kind == "f32" else torch.bfloat16]
         check_tolerance(proof, settings.max_kl or max(rounded, TOLERANCE[base.dtype]))
-    return {"format": "gguf", "out": str(file), "weights": kind, **about, **proof}
+    return ExportResult(out=str(file), format="gguf", weights=kind, **about, **proof)
 
 
 def _describe(writer: Any, gguf: Any, base: CausalLM, kind: str) -> None:
@@ -286,7 +287,7 @@ def read_back(base: CausalLM, form: GGUFArchitecture, file: Path) -> None:
 # ---- an adapter alone
 
 
-def export_adapter(settings: ExportSettings, file: Path) -> dict[str, Any]:
+def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
     """Write a lora to `file`, to be used with the base's own GGUF; returns its strength and how many layers it has.
 
     llama.cpp scales every layer by alpha / r with one alpha. It gets the real one of the first layer (alpha * sqrt(r)
@@ -330,13 +331,13 @@ def export_adapter(settings: ExportSettings, file: Path) -> dict[str, Any]:
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_string("afina.adapter", source.hash)
         _write(writer, gguf, tensors)
-    return {
-        "format": "gguf-lora",
-        "out": str(file),
-        "adapter": source.hash,
-        "alpha": alpha,
-        "layers": len(tensors) // 2,
-    }
+    return ExportResult(
+        out=str(file),
+        format="gguf-lora",
+        adapter=source.hash,
+        alpha=alpha,
+        layers=len(tensors) // 2,
+    )
 
 
 def _source(settings: ExportSettings) -> tuple[AdapterSource, PretrainedConfig]:

@@ -23,6 +23,7 @@ from afina.errors import MergeError, SettingsError
 from afina.evaluation.retention import retention_examples
 from afina.io.atomic import atomic_directory, write_json
 from afina.io.verified_copy import verified_copies
+from afina.merging.results import MergeResult
 from afina.models.bnb_format import write_nf4
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.models.classifier import IMAGE_CONFIG, Classifier, load_classifier, load_masked
@@ -40,7 +41,7 @@ REQUANTISED = (
 )
 
 
-def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
+def merge(run: str | Path | MergeSettings, **values: Any) -> MergeResult:
     """Write base + adapter as one model to `out`; returns the proof: largest logit difference, greedy agreement.
 
     Raises `MergeError`, leaving nothing behind, where the merged model is not the adapted one within `tolerance`.
@@ -55,7 +56,7 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> dict[str, Any]:
         return _merge(settings.model_copy(update={"adapter": Path(copy)}), str(settings.adapter))
 
 
-def _merge(settings: MergeSettings, where: str) -> dict[str, Any]:
+def _merge(settings: MergeSettings, where: str) -> MergeResult:
     opened = load_run(settings.adapter, settings, allow_other_base=settings.allow_other_base)
     base, adapter = opened.base, opened.adapter
     assert adapter is not None
@@ -88,7 +89,7 @@ def _merge(settings: MergeSettings, where: str) -> dict[str, Any]:
             "adapter": read_metadata(adapter_folder(settings.adapter)).get("hash"),
         }
         write_json(folder / "merge.json", about | proof)
-    return {"out": str(settings.output_dir), **about, **proof}
+    return MergeResult(out=str(settings.output_dir), **about, **proof)
 
 
 def _copy_reading(base: FrozenModel, folder: Path) -> None:

@@ -21,6 +21,7 @@ from afina.models.loading import load_tokenizer
 from afina.models.nf4 import NF4Linear
 from afina.objectives.language_modeling import LanguageModelingObjective
 from afina.planning.estimate import (
+    Machine,
     choose_checkpointing,
     compare,
     detect_machine,
@@ -35,6 +36,8 @@ from afina.planning.estimate import (
 from afina.planning.estimates import Workload
 from afina.planning.generation_cost import forecast_answers, step_with_generation
 from afina.planning.model_shape import ModelShape, read_model_shape
+from afina.planning.results import MethodsPlanResult, PlanResult
+from afina.planning.step_cost import StepCost
 from afina.settings import (
     POLICIES,
     PREFERENCES,
@@ -61,130 +64,182 @@ class _Data:
     held_tokens: int = 0
 
 
-def plan(data: str | Path | TrainSettings | None = None, **values: Any) -> dict[str, Any]:
-    """The resolved settings, the data's table, a rendered example, numbers to learn, predicted memory and time.
+def plan(
+    data: str | Path | TrainSettings | None = None, **values: Any
+) -> PlanResult | MethodsPlanResult:
+    """Return the resolved settings, the data's figures, an example, and predicted memory and time.
 
-    With `compare` a line for each method instead. Without `data`, batches are taken to be full.
+    With `compare_methods` the result has a row for each method instead. Without `data`, batches are
+    taken to be full.
+
+    Raises:
+        SettingsError: A setting is wrong, or the objective can be planned only with its rows.
+
+    Example:
+        >>> afina.plan("rows.jsonl", method="qlora")["cost"]["peak_bytes"]
     """
     if isinstance(data, TrainSettings):
         settings = PlanSettings(**{name: getattr(data, name) for name in data.model_fields_set})
     else:
-        settings = make_settings(
-            PlanSettings, ({} if data is None else {"data": Path(data)}) | values
-        )
-    told = {
-        name: getattr(settings, name)
-        for name in settings.model_fields_set
-        if name in TrainSettings.model_fields
-    }
-    asked = None if settings.data is None else TrainSettings(**told)
-    objective = settings.objective if asked is None else resolve_objective(asked)
+        given = {} if data is None else {"data": Path(data)}
+        settings = make_settings(PlanSettings, given | values)
+    train_settings = _train_settings(settings)
+    objective = settings.objective
+    if train_settings is not None:
+        objective = resolve_objective(train_settings)
     if objective in ("classify", "mlm", *PREFERENCES, *POLICIES):
-        if asked is None or settings.compare_methods:
-            where = "data" if asked is None else "compare_methods"
-            why = "what a step of it takes depends on the rows, and on a base that is here"
-            raise SettingsError(
-                f"{objective} is planned with its rows, one method at a time", where=where, why=why
-            )
-        answering = set_up_run(asked)
-        cost = None if objective in ("classify", "mlm") else _cost_of_answers(settings, answering)
-        checked = _checked(answering)
-        if cost is not None:
-            checked["settings"] |= {"gradient_checkpointing": cost["checkpointing"]["used"]}
-        return checked | {"cost": cost}
-    place = detect_machine(settings, settings.remeasure)
-    shape = read_model_shape(settings, place.device)
-    step = make_step(shape, settings, place)
-    weights = shape.weight_bytes(step.quantization) + place.libraries
+        return _plan_with_rows(settings, train_settings, objective)
+    return _plan_language_modeling(settings, train_settings)
+
+
+def _train_settings(settings: PlanSettings) -> TrainSettings | None:
+    """Return the settings of the run that is planned; None without data."""
+    if settings.data is None:
+        return None
+    given = settings.model_fields_set & TrainSettings.model_fields.keys()
+    return TrainSettings(**{name: getattr(settings, name) for name in given})
+
+
+def _plan_with_rows(
+    settings: PlanSettings, train_settings: TrainSettings | None, objective: str
+) -> PlanResult:
+    """Return the plan of an objective whose steps depend on the rows and on a base that is here."""
+    if train_settings is None or settings.compare_methods:
+        raise SettingsError(
+            f"{objective} is planned with its rows, one method at a time",
+            where="data" if train_settings is None else "compare_methods",
+            why="the cost of its step depends on the rows, and on a base that is here",
+        )
+    setup = set_up_run(train_settings)
+    checked = _checked(setup)
+    cost = None
+    if objective not in ("classify", "mlm"):
+        cost = _cost_with_generation(settings, setup)
+        checked["settings"] |= {"gradient_checkpointing": cost["checkpointing"]["used"]}
+    return PlanResult(**checked, cost=cost)
+
+
+def _plan_language_modeling(
+    settings: PlanSettings, train_settings: TrainSettings | None
+) -> PlanResult | MethodsPlanResult:
+    """Return the plan of sft or pretrain; the base's weights are loaded where they are here and fit."""
+    machine = detect_machine(settings, settings.remeasure)
+    shape = read_model_shape(settings, machine.device)
+    step = make_step(shape, settings, machine)
+    loaded_bytes = shape.weight_bytes(step.quantization) + machine.libraries
+    loads = shape.has_weights and not settings.compare_methods and fits(loaded_bytes, machine)
     setup = None
-    if (
-        asked is not None
-        and shape.has_weights
-        and fits(weights, place)
-        and not settings.compare_methods
-    ):
-        setup = set_up_run(asked)
-        step = make_step(shape, settings, place, setup.adapter.config)
-    rows = _rows(setup) if setup else _rows_alone(shape, settings)
+    if train_settings is not None and loads:
+        setup = set_up_run(train_settings)
+        step = make_step(shape, settings, machine, setup.adapter.config)
+    rows = _rows(setup) if setup else _rows_without_model(shape, settings)
     load = load_of(rows.train, settings) if rows.train else full_load(shape, settings)
     steps = setup.steps if setup else _steps(settings, rows.train)
-    about = {
-        "base": {
-            "name": settings.base,
-            "parameters": shape.parameters,
-            "kinds": shape.parameters_by_kind,
-        },
-        "steps": steps,
+    base = {
+        "name": settings.base,
+        "parameters": shape.parameters,
+        "kinds": shape.parameters_by_kind,
     }
     if settings.compare_methods:
-        lines = compare(shape, settings, place, load, steps, rows.held_tokens)
-        return about | {
-            "data": rows.about,
-            "device": place.device,
-            "machine_bytes": place.memory,
-            "methods": lines,
-            "batch": _batch(load),
-            "exact": shape.is_exact,
-        }
-    cost = estimate_run(step, load, place, steps, rows.held_tokens)
-    cost |= {
-        "device": place.device,
-        "machine_bytes": place.memory,
-        "batch": _batch(load),
-        "exact": shape.is_exact,
-        "largest_batch_tokens": largest_batch(
-            choose_checkpointing(step, load, place)[0], load, place
-        ),
-        "largest_batch_tokens_all": largest_batch(step.with_checkpointing(1), load, place),
-        "remedies": remedies(shape, settings, place, load) if cost["fits"] is False else [],
-    }
-    dial = {"gradient_checkpointing": cost["checkpointing"]["used"]}
+        return MethodsPlanResult(
+            base=base,
+            steps=steps,
+            data=rows.about,
+            device=machine.device,
+            machine_bytes=machine.memory,
+            methods=compare(shape, settings, machine, load, steps, rows.held_tokens),
+            batch=_batch(load),
+            exact=shape.is_exact,
+        )
+    cost = _cost(settings, step, load, machine, steps, rows.held_tokens)
+    level = {"gradient_checkpointing": cost["checkpointing"]["used"]}
     if setup:
         checked = _checked(setup)
-        checked["settings"] |= dial
-        return checked | {
-            "base": checked["base"] | {"kinds": shape.parameters_by_kind},
-            "cost": cost,
-        }
-    used = dial | {
+        checked["settings"] |= level
+        checked["base"] |= {"kinds": shape.parameters_by_kind}
+        return PlanResult(**checked, cost=cost)
+    used = level | {
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "device": place.device,
+        "device": machine.device,
         "max_steps": steps,
     }
     used |= {"objective": rows.objective, "max_length": rows.max_length} if rows.train else {}
-    used |= {"output_dir": str(default_out(asked))} if asked else {}
-    return about | {
-        "settings": resolved(settings) | _targets(step.count.config) | used,
-        "data": rows.about,
-        "trainable_parameters": step.count.trainable,
-        "layers": len(step.count.layers),
-        "example": rows.example,
-        "cost": cost,
-    }
+    used |= {"output_dir": str(default_out(train_settings))} if train_settings else {}
+    return PlanResult(
+        settings=resolved(settings) | _targets(step.count.config) | used,
+        base=base,
+        data=rows.about,
+        steps=steps,
+        trainable_parameters=step.count.trainable,
+        layers=len(step.count.layers),
+        example=rows.example,
+        cost=cost,
+    )
 
 
-def _cost_of_answers(settings: PlanSettings, setup: RunSetup) -> dict[str, Any]:
-    """What preferences and rewards take, on the base that is loaded."""
-    place = detect_machine(settings, settings.remeasure)
-    shape = read_model_shape(settings, place.device)
-    step, answers = step_with_generation(shape, setup, settings, place.device)
-    load = answers.load
-    cost = forecast_answers(step, answers, place, setup.steps)
-    most = [
-        largest_batch(one, load, place)
-        for one in (choose_checkpointing(step, load, place)[0], step.with_checkpointing(1))
-    ]
-    return cost | {
-        "device": place.device,
-        "machine_bytes": place.memory,
+def _cost(
+    settings: PlanSettings,
+    step: StepCost,
+    load: Workload,
+    machine: Machine,
+    steps: int | None,
+    eval_tokens: int,
+) -> dict[str, Any]:
+    """Return memory and time of a run, and what fits on the machine."""
+    cost = estimate_run(step, load, machine, steps, eval_tokens)
+    largest, largest_all = _largest_batches(step, load, machine)
+    return (
+        cost
+        | _about_machine(step.shape, load, machine)
+        | {
+            "largest_batch_tokens": largest,
+            "largest_batch_tokens_all": largest_all,
+            "remedies": []
+            if cost["fits"] is not False
+            else remedies(step.shape, settings, machine, load),
+        }
+    )
+
+
+def _largest_batches(
+    step: StepCost, load: Workload, machine: Machine
+) -> tuple[int | None, int | None]:
+    """Return the largest micro-batch in tokens: at the chosen level of checkpointing, and at "all"."""
+    chosen = choose_checkpointing(step, load, machine)[0]
+    return (
+        largest_batch(chosen, load, machine),
+        largest_batch(step.with_checkpointing(1), load, machine),
+    )
+
+
+def _about_machine(shape: ModelShape, load: Workload, machine: Machine) -> dict[str, Any]:
+    return {
+        "device": machine.device,
+        "machine_bytes": machine.memory,
         "batch": _batch(load),
         "exact": shape.is_exact,
-        "largest_batch_tokens": most[0] and int(most[0] * load.attention_ratio),
-        "largest_batch_tokens_all": most[1] and int(most[1] * load.attention_ratio),
-        "remedies": remedies(shape, settings, place, load, answers.besides)
-        if cost["fits"] is False
-        else [],
     }
+
+
+def _cost_with_generation(settings: PlanSettings, setup: RunSetup) -> dict[str, Any]:
+    """Return memory and time of preference objectives and policies, on the base that is loaded."""
+    machine = detect_machine(settings, settings.remeasure)
+    shape = read_model_shape(settings, machine.device)
+    step, extras = step_with_generation(shape, setup, settings, machine.device)
+    load = extras.load
+    cost = forecast_answers(step, extras, machine, setup.steps)
+    largest, largest_all = _largest_batches(step, load, machine)
+    return (
+        cost
+        | _about_machine(shape, load, machine)
+        | {
+            "largest_batch_tokens": largest and int(largest * load.attention_ratio),
+            "largest_batch_tokens_all": largest_all and int(largest_all * load.attention_ratio),
+            "remedies": []
+            if cost["fits"] is not False
+            else remedies(shape, settings, machine, load, extras.besides),
+        }
+    )
 
 
 def _batch(load: Workload) -> dict[str, Any]:
@@ -213,7 +268,7 @@ def _rows(setup: RunSetup) -> _Data:
     return _Data(train=task.train, held_tokens=sum(len(e.token_ids) for e in task.eval_rows))
 
 
-def _rows_alone(shape: ModelShape, settings: PlanSettings) -> _Data:
+def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Data:
     """The rows by the tokenizer alone, without a model."""
     if settings.data is None:
         return _Data()
@@ -258,7 +313,9 @@ def _targets(spec: AdapterConfig) -> dict[str, Any]:
     blocks = {number for path in spec.target_modules if (number := layer_index(path)) is not None}
     return {
         "alpha": None if get_method(spec.method).replaces_base else spec.alpha,
-        "target_modules": list(dict.fromkeys(path.rpartition(".")[2] for path in spec.target_modules)),
+        "target_modules": list(
+            dict.fromkeys(path.rpartition(".")[2] for path in spec.target_modules)
+        ),
         "layers": sorted(blocks),
     }
 

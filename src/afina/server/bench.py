@@ -7,13 +7,14 @@ the k-th model is asked as often as 1/k^zipf. A run ends when all its requests h
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.errors import SettingsError
+from afina.errors import SettingsError, pluralize
 from afina.io.atomic import translate_os_errors
+from afina.io.result import Content, Result, ResultTable, ResultText
 from afina.server.client import Client, ServerError
 from afina.settings import BenchServeSettings
 
@@ -45,12 +46,36 @@ class RequestTiming:
     error: str | None = None
 
 
-def bench(settings: BenchServeSettings) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class BenchResult(Result):
+    """Latency of a server under load: figures in seconds for each request rate, and their plot."""
+
+    url: str
+    models: int
+    runs: Sequence[Mapping[str, Any]]
+    picture: str
+
+    def content(self) -> list[Content]:
+        """Return one table with a row per request rate, then the errors and the plot's path."""
+        title = f"{self.url}, {pluralize(self.models, 'model')}; seconds to first and last token"
+        head = ("rate", "sent", "failed", "first 50%", "95%", "99%", "last 50%", "95%", "99%")
+        errors = [f"- at {run['rate']:g}: {error}" for run in self.runs for error in run["errors"]]
+        table = ResultTable(title, [_latency_row(run) for run in self.runs], head)
+        return [table, *map(ResultText, [*errors, self.picture])]
+
+
+def _latency_row(run: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = [f"{what}_p{share}" for what in ("first", "whole") for share in (50, 95, 99)]
+    waits = ("-" if run[key] is None else f"{run[key]:.3f}" for key in keys)
+    return (f"{run['rate']:g}", f"{run['requests']:,}", f"{run['failed']:,}", *waits)
+
+
+def bench(settings: BenchServeSettings) -> BenchResult:
     """Load the server at each rate; returns the figures of each, and writes the picture."""
     return asyncio.run(_bench(settings))
 
 
-async def _bench(settings: BenchServeSettings) -> dict[str, Any]:
+async def _bench(settings: BenchServeSettings) -> BenchResult:
     async with Client(settings.base_url, settings.api_key) as client:
         models = settings.models or await client.models()
         await _ask(
@@ -61,12 +86,9 @@ async def _bench(settings: BenchServeSettings) -> dict[str, Any]:
             outcomes, seconds = await _run(client, settings, models, rate)
             runs.append(summarize(rate, outcomes, seconds))
     draw(runs, settings.plot_file)
-    return {
-        "url": settings.base_url,
-        "models": len(models),
-        "runs": runs,
-        "picture": str(settings.plot_file),
-    }
+    return BenchResult(
+        url=settings.base_url, models=len(models), runs=runs, picture=str(settings.plot_file)
+    )
 
 
 async def _run(

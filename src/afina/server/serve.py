@@ -2,6 +2,7 @@
 
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +12,7 @@ from afina.adapters.loading import CONFIG
 from afina.data.renderer import Renderer
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AfinaError, SettingsError
+from afina.io.result import Result
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.server.app import make_app
@@ -28,7 +30,15 @@ from afina.settings import ServeSettings, make_settings
 LOCK_SECONDS = 15.0  # a killed server's jobs take a moment to see that it is gone
 
 
-def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class ServeResult(Result):
+    """Server that has stopped: its base and how many adapters it had; nothing is printed."""
+
+    base: str
+    adapters: int
+
+
+def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     """Serve until SIGTERM or Ctrl-C; running requests are then given `drain` seconds."""
     settings = settings or make_settings(ServeSettings, values)
     set_up_logs()
@@ -67,7 +77,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> dict[str, Any
     finally:
         close(state)
         lock.close()
-    return {"base": state.base_name, "adapters": count}
+    return ServeResult(base=state.base_name, adapters=count)
 
 
 def build_server(settings: ServeSettings) -> ServerState:

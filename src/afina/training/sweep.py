@@ -14,8 +14,9 @@ from typing import Any
 from afina.errors import SettingsError, TrainingError, did_you_mean
 from afina.io.atomic import write_json
 from afina.settings import TrainSettings, make_settings, read_yaml
+from afina.training.results import SweepResult, TrainResult
 from afina.training.setup.processes import world
-from afina.training.train import Choose, TrainResult, train_many
+from afina.training.train import Choose, train_many
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -71,17 +72,15 @@ def _beside(file: Path, data: Any) -> Path:
 
 def sweep(
     file: Path, told: Mapping[str, Any], *, quiet: bool = True, choose: Choose | None = None
-) -> dict[str, Any]:
-    """Run a sweep file; returns a line a run, and writes them to sweep.json beside the run folders."""
+) -> SweepResult:
+    """Run a sweep file; write sweep.json next to the run folders, and return its content."""
     runs = read_sweep(file, told)
     outcomes = train_many(runs, quiet=quiet, choose=choose)
     folder = runs[0].output_dir.parent  # type: ignore[union-attr]
-    result = {
-        "folder": str(folder),
-        "runs": [_line(s, outcome) for s, outcome in zip(runs, outcomes, strict=True)],
-    }
+    lines = [_line(settings, outcome) for settings, outcome in zip(runs, outcomes, strict=True)]
+    result = SweepResult(folder=str(folder), runs=lines)
     if world().is_main_process:
-        write_json(folder / "sweep.json", result)
+        write_json(folder / "sweep.json", dict(result))
     return result
 
 
@@ -93,10 +92,10 @@ def _line(settings: TrainSettings, outcome: TrainResult | TrainingError) -> dict
     }  # type: ignore[union-attr]
     if isinstance(outcome, TrainingError):
         return about | {"failed": str(outcome)}
-    story = outcome.story
-    losses = {key: story["losses"][key] for key in ("held_before", "held_after", "forgetting")}
+    record = outcome.record
+    losses = {key: record["losses"][key] for key in ("held_before", "held_after", "forgetting")}
     figures = {
-        key: story[key]
+        key: record[key]
         for key in ("learning_rate", "trainable_parameters", "steps", "seconds", "adapter_kb")
     }
-    return about | figures | losses | {"verdict": story["verdict"]}
+    return about | figures | losses | {"verdict": record["verdict"]}

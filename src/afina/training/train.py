@@ -15,7 +15,7 @@ RUN/curve.png, RUN/README.md
 import hashlib
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from afina.settings import POLICIES, TrainSettings, make_settings, resolved
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
 from afina.training.progress import NullProgress, ProgressDisplay
+from afina.training.results import TrainResult
 from afina.training.run_card import model_card, plot_losses, plot_rewards
 from afina.training.setup.prepare import resolve_objective
 from afina.training.setup.prepared import NEW_TOKENS, OVER, START, to_jsonl
@@ -70,14 +71,6 @@ from afina.training.trainer import Trainer, peak_memory_mb, read_metrics, train_
 # how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
 Choose = Callable[[Sequence[RunSetup]], tuple[str | int, str | None]]
 BEGINNING = 64  # tokens of a text without a question that stand for it in the profile
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run: its folder and what run.json says."""
-
-    folder: Path
-    story: dict[str, Any]
 
 
 def train(

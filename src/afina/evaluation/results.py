@@ -1,0 +1,158 @@
+"""Results of `afina eval` and `afina generate`, and the rows that run cards share with them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from afina.errors import pluralize
+from afina.io.result import Content, Result, ResultTable, ResultText, optional
+
+TableRows = list[tuple[str, ...]]
+
+LOSS_LABELS = {
+    "loss": "eval loss, nats per token",
+    "perplexity": "perplexity",
+    "general_loss": "retention loss, nats per token",
+}
+REWARD_LABELS = {
+    "length": "length (tokens)",
+    "stopped": "stop ratio",
+    "sampled_reward": "reward of sampled completions",
+    "kl": "KL divergence from the reference (nats per token)",
+    "entropy": "entropy (nats per token)",
+    "general_loss": "retention loss (nats per token)",
+}
+PREFERENCE_LABELS = {
+    "accuracy": "chosen completion preferred",
+    "margin": "margin",
+    "chosen_logp": "log-probability of the chosen completion (nats)",
+    "rejected_logp": "log-probability of the rejected completion (nats)",
+    "chosen_length": "length of the chosen completion (tokens)",
+    "rejected_length": "length of the rejected completion (tokens)",
+    "calibration_error": "calibration error",
+}
+RATIOS = ("accuracy", "calibration_error")
+MAX_EXAMPLES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult(Result):
+    """Evaluation of a base and, in `after`, of the adapter on it; keys depend on the objective."""
+
+    base: str
+    run: str | None
+    rows: int
+    objective: str | None = optional()
+    before: Mapping[str, Any] | None = optional()
+    after: Mapping[str, Any] | None = optional()
+    forgetting: float | None = optional()
+    loss: float | None = optional()
+    classes: Mapping[str, Any] | None = optional()
+    wins: int | None = optional()
+    losses: int | None = optional()
+    ties: int | None = optional()
+    win_rate: float | None = optional()
+    interval: Sequence[float] | None = optional()
+    reference: Mapping[str, Any] | None = optional()
+    judges: Sequence[Mapping[str, Any]] | None = optional()
+    examples: Sequence[Mapping[str, Any]] | None = optional()
+    verdict: Sequence[str] | None = optional()
+
+    def content(self) -> list[Content]:
+        """Return scores of a classifier; else losses, rewards or preferences before and after."""
+        if self.classes is not None:
+            return [class_scores(self.classes, "eval row")]
+        if self.verdict is None:
+            return self._losses_and_examples()
+        sentences = [ResultText(f"- {sentence}") for sentence in self.verdict]
+        if self.judges is not None:
+            title = f"completions of {pluralize(self.rows, 'prompt')}"
+            return [ResultTable(title, reward_rows(self), ("", "before", "after")), *sentences]
+        return [*preferences(self), *sentences]
+
+    def _losses_and_examples(self) -> list[Content]:
+        columns = {"base": self.before, "with the adapter": self.after}
+        sides = {name: side for name, side in columns.items() if side is not None}
+        rows = [
+            (LOSS_LABELS.get(name, f"{name}, %"), *(f"{side[name]:.3f}" for side in sides.values()))
+            for name in self.before or ()
+        ]
+        table = ResultTable(pluralize(self.rows, "row"), rows, ("", *sides))
+        return [table, *example_tables(self.examples or ())]
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateResult(Result):
+    """Completions of prompts; of a classifier the likeliest class with its probability (`share`)."""
+
+    base: str
+    adapter: str | None
+    answers: Sequence[Mapping[str, Any]]
+
+    def content(self) -> list[Content]:
+        """Return the texts, one a line."""
+        return [
+            ResultText(
+                one["text"] + (f"  ({100 * one['share']:.1f}%)" if "share" in one else ""),
+                wraps=False,
+            )
+            for one in self.answers
+        ]
+
+
+def reward_rows(found: Mapping[str, Any]) -> TableRows:
+    """Return rows (what, before, after) about the completions of eval prompts."""
+    before, after = found["before"], found["after"]
+    parts = {
+        name: f"reward, {name.removeprefix('reward_')}"
+        for name in after
+        if name.startswith("reward_")
+    }
+    labels = {"reward": "reward", **parts, **REWARD_LABELS}
+    return [
+        (label, f"{before[name]:.3f}", f"{after[name]:.3f}")
+        for name, label in labels.items()
+        if name in after
+    ]
+
+
+def preference_rows(found: Mapping[str, Any]) -> TableRows:
+    """Return rows (what, before, after) about eval preferences; empty cells before where unknown."""
+    rows: TableRows = []
+    for name, label in PREFERENCE_LABELS.items():
+        if name in found["after"]:
+            form = "{:.1%}" if name in RATIOS else "{:.3f}"
+            sides = (found["before"].get(name), found["after"][name])
+            rows.append((label, *("" if side is None else form.format(side) for side in sides)))
+    return rows
+
+
+def preferences(found: Mapping[str, Any]) -> list[Content]:
+    """Return the table of eval preferences, and what the policy was compared with."""
+    title = pluralize(found["rows"], "eval row")
+    table = ResultTable(title, preference_rows(found), ("", "before", "after"))
+    return [table, *reference_line(found.get("reference"))]
+
+
+def reference_line(reference: Mapping[str, Any] | None) -> list[Content]:
+    """Return the line that names the reference policy and why it is the reference."""
+    if not reference:
+        return []
+    return [ResultText(f"reference policy: {reference['of']}: {reference['why']}")]
+
+
+def class_scores(classes: Mapping[str, Any], row_kind: str) -> ResultText:
+    """Return accuracy and F1 in percent on `row_kind` rows, and where the confusion matrix is."""
+    return ResultText(
+        f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% "
+        f"on {pluralize(classes['rows'], row_kind)}; confusion matrix: {classes['picture']}"
+    )
+
+
+def example_tables(examples: Sequence[Mapping[str, Any]]) -> list[Content]:
+    """Return a table for each of the first examples: prompt, expected, base and adapter."""
+    labels = {"prompt": "prompt", "expected": "expected", "before": "base", "after": "adapter"}
+    return [
+        ResultTable("", [(label, str(one[name])) for name, label in labels.items() if name in one])
+        for one in examples[:MAX_EXAMPLES]
+    ]

@@ -1,0 +1,163 @@
+"""Results of `afina train`: one run, or the runs of a sweep."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afina.errors import pluralize
+from afina.evaluation.results import (
+    TableRows,
+    class_scores,
+    preferences,
+    reference_line,
+    reward_rows,
+)
+from afina.io.result import Content, Result, ResultTable, ResultText
+
+CHAT_OBJECTIVES = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "ppo")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult(Result):
+    """Finished run: its folder, and `record`, the content of run.json; keys are those of both."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        """Return `folder` as text, or a value of run.json."""
+        return str(self.folder) if key == "folder" else self.record[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over `folder` and the keys of run.json."""
+        return iter(("folder", *self.record))
+
+    def __len__(self) -> int:
+        """Return the number of keys."""
+        return 1 + len(self.record)
+
+    @property
+    def verdict(self) -> Sequence[str]:
+        """Sentences about what the run changed."""
+        return self.record["verdict"]  # type: ignore[no-any-return]
+
+    def content(self) -> list[Content]:
+        """Return losses or rewards before and after, the verdict, the figures and the next command."""
+        record = self.record
+        return [
+            *measured(record, f"run {self.folder}"),
+            *(ResultText(f"skipped {line}") for line in record["data"]["skipped"]),
+            *(ResultText(f"- {sentence}") for sentence in self.verdict),
+            ResultText(self._figures()),
+            *self._next(),
+        ]
+
+    def to_markdown(self) -> str:
+        """Return the model card, README.md of the adapter."""
+        from afina.training.run_card import model_card
+
+        return model_card(self.record)
+
+    def _figures(self) -> str:
+        record = self.record
+        return (
+            f"{pluralize(record['steps'], 'optimizer step')}, "
+            f"{pluralize(record['tokens'], record['words']['piece'])} in {record['seconds']:.0f} s "
+            f"({record['tokens_per_second']:,.0f} per second), "
+            f"peak memory {record['peak_memory_mb']:,.0f} MB, adapter {record['adapter_kb']:,.0f} kB"
+        )
+
+    def _next(self) -> list[Content]:
+        """Return the command that uses the adapter; none for a reward model."""
+        objective = self.record["objective"]
+        if objective in CHAT_OBJECTIVES:
+            command = f"afina chat {self.folder}"
+        elif objective == "classify":
+            pictures = self.record["data"]["format"] == "pictures"
+            what = "FILE.png" if pictures else '"some text"'
+            command = f"afina generate {what} --adapter {self.folder}"
+        elif objective == "mlm":
+            command = f"afina merge {self.folder} --output-dir encoder"
+        else:
+            return []
+        return [ResultText(f"next: {command}", wraps=False)]
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult(Result):
+    """Runs of a sweep: `runs` has a mapping for each, with "failed" where it stopped."""
+
+    folder: str
+    runs: Sequence[Mapping[str, Any]]
+
+    def content(self) -> list[Content]:
+        """Return one table with a row per finished run, and a line per failed one."""
+        head = (
+            "run",
+            "method",
+            "rank",
+            "learning rate",
+            "eval loss before",
+            "after",
+            "forgetting",
+            "trainable parameters",
+        )
+        finished = [_sweep_row(run) for run in self.runs if "failed" not in run]
+        failed = [run for run in self.runs if "failed" in run]
+        return [
+            ResultTable(f"runs {self.folder}, nats per token", finished, head),
+            *(ResultText(f"{run['name']} failed: {run['failed']}") for run in failed),
+        ]
+
+
+def _sweep_row(run: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        run["name"],
+        run["method"],
+        str(run["rank"]),
+        f"{run['learning_rate']:.3g}",
+        f"{run['held_before']:.4f}",
+        f"{run['held_after']:.4f}",
+        "" if run["forgetting"] is None else f"{run['forgetting']:+.3f}",
+        f"{run['trainable_parameters']:,}",
+    )
+
+
+def measured(record: Mapping[str, Any], title: str) -> list[Content]:
+    """Return what a run measured before and after, from run.json: losses or rewards, and scores."""
+    policy = record.get("policy")
+    if policy is None:
+        rows, first = loss_rows(record["losses"]), f"nats per {record['words']['unit']}"
+    else:
+        rows, first = reward_rows(policy), pluralize(policy["rows"], "eval prompt")
+    rows += retention_rows(record["losses"])
+    parts: list[Content] = [ResultTable(title, rows, (first, "before", "after"))]
+    if policy is not None:
+        parts += reference_line(policy.get("reference"))
+    if "preferences" in record:
+        parts += preferences(record["preferences"])
+    if "classes" in record:
+        parts.append(class_scores(record["classes"], "eval row"))
+    return parts
+
+
+def loss_rows(losses: Mapping[str, Any]) -> TableRows:
+    """Return rows (what, before, after) of eval and train loss."""
+    return [
+        (label, f"{losses[f'{name}_before']:.4f}", f"{losses[f'{name}_after']:.4f}")
+        for name, label in (("held", "eval loss"), ("train", "train loss"))
+    ]
+
+
+def retention_rows(losses: Mapping[str, Any]) -> TableRows:
+    """Return the row of the retention loss (general text, nats per token); none of a classifier."""
+    if losses["general_before"] is None:
+        return []
+    return [
+        (
+            "retention loss",
+            f"{losses['general_before']:.4f}",
+            f"{losses['general_after']:.4f}",
+        )
+    ]
