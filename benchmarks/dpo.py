@@ -53,7 +53,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from afina.objectives.language_modeling import LanguageModelingObjective
     from afina.objectives.preference import PreferenceExample, PreferenceObjective
     from afina.objectives.reference import ReferencePolicy, sequence_logprobs
-    from afina.settings import PreferenceOptions
+    from afina.settings import settings_groups
     from afina.training.setup.optimizer import AdapterOptimizer
 
     if side == "libraries":
@@ -108,7 +108,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
         )
     else:
         objective = "simpo" if side == "simpo" else "dpo"
-        options = PreferenceOptions(beta=0.1)
+        options = settings_groups.get(objective)(beta=0.1)
         rows = [PreferenceExample(good.where, good, bad) for good, bad in examples]
         task = PreferenceObjective(objective, options, base, rows, [], size, 1, 0)
         if objective == "dpo":

@@ -85,9 +85,9 @@ def ours(folder: Path) -> None:
     from afina.training.trainer import StepMetrics, Trainer
 
     options = {
-        "reward": f"{__file__}:even",
-        "group": GROUP,
-        "prompts": PROMPTS,
+        "reward_funcs": f"{__file__}:even",
+        "num_generations": GROUP,
+        "prompts_per_step": PROMPTS,
         "max_new_tokens": ANSWER,
         "beta": BETA,
     }
@@ -95,12 +95,12 @@ def ours(folder: Path) -> None:
         setup = set_up_run(
             TrainSettings(
                 data=folder / "asked.jsonl",
-                eval_size=folder / "held.jsonl",
+                eval_data=folder / "held.jsonl",
                 base=str(folder / "base"),
                 chat_template="plain",
                 output_dir=Path(run),
                 objective="grpo",
-                options=options,
+                grpo=options,
                 rank=RANK,
                 alpha=2 * RANK,
                 learning_rate=1e-5,

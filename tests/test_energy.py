@@ -80,7 +80,7 @@ def test_a_run_learns_within_its_budget(
             chats,
             max_steps=2,
             rank=2,
-            options={"budget": 2000},
+            parameter_budget=2000,
             retention_text=general,
             output_dir=tmp_path / "run",
         )
@@ -109,4 +109,4 @@ def test_what_it_cannot_do(tiny: Path, chats: Path) -> None:
     with pytest.raises(SettingsError, match="only methods with a rank"):
         set_up_run(settings(tiny, chats, method="full"))
     with pytest.raises(SettingsError, match="budget cannot be"):
-        set_up_run(settings(tiny, chats, options={"budget": "much"}))
+        set_up_run(settings(tiny, chats, parameter_budget="much"))

@@ -322,7 +322,7 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
         "max_steps": 2,
         "eval_steps": 1,
         "eval_size": 0.2,
-        "options": {
+        "grpo": {
             "reward_funcs": str(tmp_path / "grader.json"),
             "max_new_tokens": 4,
             "num_generations": 2,

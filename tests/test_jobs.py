@@ -268,7 +268,7 @@ def test_a_job_that_learns_from_graders(server: Live, alice: openai.OpenAI, tmp_
         eval_interval=1,
         learning_rate_multiplier=2.0,
     )
-    own = {"max_steps": 2, "eval_steps": 1, "options": {"max_new_tokens": 6}}
+    own = {"max_steps": 2, "eval_steps": 1, "grpo": {"max_new_tokens": 6}}
     job = alice.fine_tuning.jobs.retrieve(
         start(alice, rows, server.state.base_name, method=method, afina=own).id
     )
@@ -280,9 +280,9 @@ def test_a_job_that_learns_from_graders(server: Live, alice: openai.OpenAI, tmp_
     told = yaml.safe_load((folder / "run" / "settings.yaml").read_text())
     assert told["objective"] == "grpo" and json.loads((folder / "grader.json").read_text()) == BOTH
     assert (
-        told["options"]["group"] == 4
-        and told["options"]["prompts"] == 3
-        and "run_python" not in told["options"]
+        told["grpo"]["num_generations"] == 4
+        and told["grpo"]["prompts_per_step"] == 3
+        and told["grpo"]["allow_python_graders"] is False
     )
     line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
     parts = [line[f"reward_grader.json:{name}"] for name in ("same", "close")]
@@ -419,7 +419,7 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
     [
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 4}}}}, "batch_size"),
         ({"method": {"type": "dpo", "supervised": {}}}, "another method"),
-        ({"extra_body": {"afina": {"options": {"start": "/etc"}}}}, "start"),
+        ({"extra_body": {"afina": {"init_adapter": "/etc"}}}, "init_adapter"),
         ({"method": {"type": "reinforcement"}}, "reinforcement"),
         ({"method": {"type": "telepathy"}}, "telepathy"),
         ({"method": reinforcement({"type": "string_check"})}, "name"),
@@ -437,20 +437,20 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
         (
             {
                 "method": reinforcement(SAME),
-                "extra_body": {"afina": {"options": {"reward": "/etc"}}},
+                "extra_body": {"afina": {"grpo": {"reward_funcs": "/etc"}}},
             },
             "reward",
         ),
         (
-            {"method": reinforcement(SAME), "extra_body": {"afina": {"options": {"loss": "ipo"}}}},
-            "loss",
+            {"method": reinforcement(SAME), "extra_body": {"afina": {"dpo": {"loss_type": "ipo"}}}},
+            "dpo.loss_type has no effect",
         ),
         (
             {
                 "method": reinforcement(SAME),
-                "extra_body": {"afina": {"options": {"run_python": True}}},
+                "extra_body": {"afina": {"grpo": {"allow_python_graders": True}}},
             },
-            "run_python",
+            "allow_python_graders",
         ),
         ({"extra_body": {"afina": {"data": "/etc/passwd"}}}, "data"),
         ({"extra_body": {"afina": {"rank": 0}}}, "rank"),

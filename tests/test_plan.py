@@ -144,7 +144,7 @@ def test_counts_are_those_of_a_real_adapter(
 def test_new_tokens_are_counted(tiny: Path, tied: Path) -> None:
     of_lora = planned(tiny)[2].count.trainable
     for folder, places in ((tiny, 2), (tied, 1)):
-        step = planned(folder, options={"new_tokens": ["<a>", "<b>", "<c>"]})[2]
+        step = planned(folder, new_tokens=["<a>", "<b>", "<c>"])[2]
         assert step.count.trainable == of_lora + places * 3 * 48
 
 
@@ -165,7 +165,7 @@ def test_more_tokens_take_more(billion: Path, method: str) -> None:
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "mora", "qmora"])
 def test_higher_rank_takes_more(billion: Path, method: str) -> None:
     extra = (
-        {"options": {"operator": "sharing"}} if "mora" in method else {}
+        {"mora": {"operator": "sharing"}} if "mora" in method else {}
     )  # rotation rounds its columns to even numbers
     steps = [
         (
@@ -567,7 +567,7 @@ def test_a_plan_of_pairs_counts_what_is_computed(tiny: Path, tmp_path: Path) -> 
         for o in ("dpo", "simpo", "kto", "reward")
     }
     known = afina.plan(
-        rows, base=str(tiny), objective="dpo", **SMALL, options={"reference": "precomputed"}
+        rows, base=str(tiny), objective="dpo", **SMALL, dpo={"reference": "precomputed"}
     )["cost"]
     assert costs["dpo"]["phases"]["learning"] == pytest.approx(costs["simpo"]["phases"]["learning"])
     assert costs["simpo"]["phases"]["reading"] == known["phases"]["reading"] == 0.0
@@ -605,7 +605,7 @@ def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: 
         afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo")
     )
     again = afina.plan(
-        rows, base=str(tiny), objective="dpo", **SMALL, options={"start": str(first.folder)}
+        rows, base=str(tiny), objective="dpo", **SMALL, init_adapter=first.folder
     )["cost"]
     assert new["peak_bytes"] == none["peak_bytes"]
     assert again["peak_bytes"] - new["peak_bytes"] == 4 * new["trainable_parameters"]
@@ -619,7 +619,7 @@ def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judg
 
     def cost(objective: str = "grpo", **more: Any) -> dict[str, Any]:
         return afina.plan(
-            rows, base=str(tiny), objective=objective, **SMALL, options=options | more
+            rows, base=str(tiny), objective=objective, **SMALL, **{objective: options | more}
         )["cost"]
 
     plain = cost()

@@ -87,7 +87,8 @@ def learn(tiny: Path, general: Path) -> Learn:
         return train(
             data,
             output_dir=out,
-            **SHORT | {"base": str(tiny), "retention_text": general, "options": options} | values,
+            **SHORT | {"base": str(tiny), "retention_text": general} | values,
+            **{values["objective"]: options},
         )
 
     return run
@@ -99,7 +100,8 @@ def ready(tiny: Path, data: Path, **values: Any) -> RunSetup:
     setup = set_up_run(
         TrainSettings(
             data=data,
-            **SHORT | {"base": str(tiny), "objective": "grpo", "options": options} | values,
+            **SHORT | {"base": str(tiny), "objective": "grpo"} | values,
+            **{values.get("objective", "grpo"): options},
         )
     )
     generator = torch.Generator().manual_seed(5)
@@ -249,7 +251,7 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None
         tiny,
         asked,
         objective="ppo",
-        options={"beta": 0.5, "num_iterations": 2, "scale_rewards": False, "num_generations": 1},
+        options={"beta": 0.5, "num_iterations": 2, "whiten_advantages": False, "num_generations": 1},
     )
     task = setup.prepared.task
     assert isinstance(task, PolicyObjective)
@@ -425,16 +427,16 @@ def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked:
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        ({"options": {}}, "needs a reward"),
+        ({"options": {}}, "reward_funcs is missing"),
         ({"options": {"reward_funcs": "gone.py:vowels"}}, "no such file"),
         ({"options": {"reward_funcs": "rules.py:vowel"}}, "no function 'vowel'"),
         ({"options": {"reward_funcs": "nobody"}}, "nobody judges here"),
         ({"options": {"reward_funcs": "folder"}}, "no reward model"),
         ({"options": {"reward_funcs": {"rules.py:vowels": 0.0}}}, "a weight of 0"),
         ({"options": {"reward_funcs": {}}}, "nobody judges"),
-        ({"options": {"reward_funcs": "rules.py:vowels", "lam": 0.9}}, "grpo has no option 'lam'"),
-        ({"options": {"reward_funcs": "rules.py:vowels", "num_generations": 1}}, "a group of 1"),
-        ({"options": {"reward_funcs": "rules.py:vowels", "loss_type": "ipo"}}, "no option 'loss'"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "lam": 0.9}}, "unknown setting grpo.lam"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "num_generations": 1}}, "grpo.num_generations cannot be 1"),
+        ({"options": {"reward_funcs": "rules.py:vowels", "loss_type": "ipo"}}, "unknown setting grpo.loss_type"),
         (
             {"options": {"reward_funcs": "rules.py:vowels", "reference": "adapter"}},
             "there is no adapter to be the reference",
@@ -543,7 +545,7 @@ def test_a_run_tells_its_story(
         base=str(tiny),
         objective=objective,
         chat_template="plain",
-        options={"reward_funcs": "rules.py:vowels"},
+        **{objective: {"reward_funcs": "rules.py:vowels"}},
     )
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 
@@ -554,7 +556,7 @@ def test_a_run_tells_its_story(
         ("grpo", {"num_iterations": 2}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("rloo", {}), ("ppo", {"num_iterations": 2}), ("grpo", {"start": "sft"}))
+            for case in (("rloo", {}), ("ppo", {"num_iterations": 2}), ("grpo", {"init_adapter": "sft"}))
         ),
     ],
 )
@@ -568,14 +570,15 @@ def test_resumed_is_uninterrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "start" in told:
+    own = {"init_adapter": told.pop("init_adapter")} if "init_adapter" in told else {}
+    if own:
         train(
             asked,
             output_dir=tmp_path / "sft",
             **SHORT | {"base": str(tiny), "retention_text": general},
         )
-    whole = learn(asked, tmp_path / "whole", objective=objective, options=told)
-    if "start" in told:
+    whole = learn(asked, tmp_path / "whole", objective=objective, options=told, **own)
+    if own:
         assert whole.record["policy"]["reference"]["mode"] == "adapter"
         assert whole.record["policy"]["start"]
     end = Trainer.finish_step
@@ -587,14 +590,14 @@ def test_resumed_is_uninterrupted(
 
     monkeypatch.setattr(Trainer, "finish_step", cut)
     with pytest.raises(KeyboardInterrupt):
-        learn(asked, tmp_path / "cut", objective=objective, options=told)
+        learn(asked, tmp_path / "cut", objective=objective, options=told, **own)
     monkeypatch.setattr(Trainer, "finish_step", end)
-    resumed = learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True)
+    resumed = learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True, **own)
     assert metrics(resumed.folder) == metrics(whole.folder)
     assert resumed.record["adapter"] == whole.record["adapter"]
     (tmp_path / "rules.py").write_text(RULES + "\n# another rule\n")
     with pytest.raises(AfinaError, match="judge that gives the rewards"):
-        learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True)
+        learn(asked, tmp_path / "cut", objective=objective, options=told, resume=True, **own)
 
 
 @pytest.mark.slow
@@ -633,8 +636,8 @@ def test_an_adapter_that_learns_over_another(
     values = {**SHORT, "base": str(tiny), "retention_text": general}
     task = train(asked, output_dir=tmp_path / "task", **values | {"max_steps": 6})
     below = load_file(tmp_path / "task" / "adapter" / "adapter_model.safetensors")
-    told = {"over": str(tmp_path / "task")} | (
-        TOLD | {"reward_funcs": "rules.py:vowels"} if objective == "grpo" else {}
+    told = {"frozen_adapter": str(tmp_path / "task")} | (
+        {"grpo": TOLD | {"reward_funcs": "rules.py:vowels"}} if objective == "grpo" else {}
     )
     data = asked
     if objective == "dpo":
@@ -648,7 +651,7 @@ def test_an_adapter_that_learns_over_another(
     run = train(
         data,
         output_dir=tmp_path / "run",
-        **values | {"objective": objective, "options": told, "method": "dora"},
+        **values | {"objective": objective, "method": "dora"} | told,
     )
     assert run.record["over"] == task.record["adapter"]
     found = run.record["policy" if objective == "grpo" else "preferences"]
@@ -699,5 +702,5 @@ def test_a_trained_layer_stands_on_nothing(
             objective="grpo",
             method="full",
             target_modules="norms",
-            options={"over": str(tmp_path / "task")},
+            frozen_adapter=tmp_path / "task",
         )

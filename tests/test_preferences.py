@@ -27,11 +27,17 @@ from afina.objectives.preference_losses import (
     AnswerLogprobs,
     kto_losses,
     pair_losses,
-    preference_options,
 )
 from afina.objectives.reference import ReferencePolicy, sequence_logprobs
 from afina.objectives.reward_model import calibration_error, score_sequences
-from afina.settings import PREFERENCES, EvalSettings, PreferenceOptions, TrainSettings
+from afina.settings import (
+    PREFERENCES,
+    EvalSettings,
+    KTOSettings,
+    ORPOSettings,
+    TrainSettings,
+    settings_groups,
+)
 from afina.training.setup.set_up import set_up_run
 from afina.training.train import TrainResult
 from afina.training.trainer import Trainer
@@ -288,13 +294,13 @@ def expected(
 )
 def test_losses_are_the_formulas(objective: str, told: dict[str, Any]) -> None:
     good, bad = (AnswerLogprobs(LOGPS[n], LOGPS[n + 2], TOKENS[n]) for n in (0, 1))
-    found = pair_losses(objective, PreferenceOptions(**told), good, bad)
+    found = pair_losses(settings_groups.get(objective)(**told), good, bad)
     torch.testing.assert_close(found.double(), expected(objective, **told), rtol=0, atol=2e-6)
 
 
 def test_kto_is_its_formula() -> None:
     good, bad = (AnswerLogprobs(LOGPS[n], LOGPS[n + 2], TOKENS[n]) for n in (0, 1))
-    options = PreferenceOptions(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    options = KTOSettings(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     found = kto_losses(options, good, bad, torch.tensor(0.4))
     for sign, weight, losses, (policy, reference) in zip(
         (1, -1), (1.5, 0.5), found, ((0, 2), (1, 3))
@@ -311,7 +317,7 @@ def test_kto_is_its_formula() -> None:
 def test_orpo_stays_finite_where_an_answer_is_certain() -> None:
     sure = AnswerLogprobs(torch.tensor([0.0]), None, torch.tensor([3.0]))
     unsure = AnswerLogprobs(torch.tensor([-1.0], requires_grad=True), None, torch.tensor([3.0]))
-    loss = pair_losses("orpo", PreferenceOptions(beta=0.1), sure, unsure)
+    loss = pair_losses(ORPOSettings(beta=0.1), sure, unsure)
     loss.sum().backward()
     assert loss.isfinite().all() and unsure.policy.grad.isfinite().all()  # type: ignore[union-attr]
 
@@ -376,7 +382,7 @@ def test_dpo_begins_at_ln_2(
             tmp_path / "sft",
             **values | {"max_steps": 3, "eval_steps": 3, "learning_rate": 2e-2},
         )
-        values |= {"options": {"start": str(tmp_path / "sft")}}
+        values |= {"init_adapter": str(tmp_path / "sft")}
     setup = set_up_run(TrainSettings(data=pairs, objective="dpo", **values))
     task = setup.prepared.task
     assert isinstance(task, PreferenceObjective) and task.reference is not None
@@ -402,7 +408,7 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
     learn: Learn, pairs: Path, tmp_path: Path
 ) -> None:
     runs = {
-        mode: learn(pairs, tmp_path / mode, objective="dpo", options={"reference": mode})
+        mode: learn(pairs, tmp_path / mode, objective="dpo", dpo={"reference": mode})
         for mode in ("base", "precomputed")
     }
     for mode, run in runs.items():
@@ -419,23 +425,24 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
     ("values", "what"),
     [
         (
-            {"options": {"start": "sft", "reference": "base"}},
+            {"init_adapter": "sft", "dpo": {"reference": "base"}},
             "the reference of a continued adapter",
         ),
-        ({"options": {"reference": "adapter"}}, "there is no adapter to be the reference"),
+        ({"dpo": {"reference": "adapter"}}, "there is no adapter to be the reference"),
         ({"dropout": 0.1}, "a reference and dropout"),
-        ({"options": {"start": "sft"}, "rank": 16}, "rank is not the adapter's"),
-        ({"options": {"start": "sft"}, "method": "dora"}, "the adapter is lora"),
-        ({"options": {"start": "sft"}, "target_modules": ["k_proj"]}, "target_modules is not the adapter's"),
-        ({"options": {"start": 3}}, "start cannot be 3"),
-        ({"options": {"start": "judge"}}, "no adapter to go on from"),
-        ({"options": {"gamma": 1.0}}, "dpo has no option 'gamma'"),
-        ({"objective": "orpo", "options": {"reference": "base"}}, "orpo has no option 'reference'"),
-        ({"options": {"loss_type": "robust"}}, "robust needs smoothing"),
-        ({"options": {"loss_type": "hinge", "label_smoothing": 0.1}}, "hinge knows no smoothing"),
-        ({"options": {"beta": -1}}, "beta cannot be -1"),
-        ({"options": {"operator": "sharing"}}, "lora has no option 'operator'"),
-        ({"objective": "sft", "options": {"beta": 0.1}}, "no option 'beta'|belong to no known format"),
+        ({"init_adapter": "sft", "rank": 16}, "rank is not the adapter's"),
+        ({"init_adapter": "sft", "method": "dora"}, "the adapter is lora"),
+        ({"init_adapter": "sft", "target_modules": ["k_proj"]}, "target_modules is not the adapter's"),
+        ({"init_adapter": 3}, "init_adapter cannot be 3"),
+        ({"init_adapter": "judge"}, "no adapter to go on from"),
+        ({"dpo": {"gamma": 1.0}}, "unknown setting dpo.gamma"),
+        ({"objective": "orpo", "orpo": {"reference": "base"}}, "unknown setting orpo.reference"),
+        ({"dpo": {"loss_type": "robust"}}, "robust needs dpo.label_smoothing"),
+        ({"dpo": {"loss_type": "hinge", "label_smoothing": 0.1}}, "no effect on the loss 'hinge'"),
+        ({"dpo": {"beta": -1}}, "dpo.beta cannot be -1"),
+        ({"lora": {"operator": "sharing"}}, "unknown setting lora.operator"),
+        ({"mora": {"operator": "sharing"}}, "mora.operator has no effect: method is 'lora'"),
+        ({"objective": "sft", "dpo": {"beta": 0.1}}, "dpo.beta has no effect: objective is 'sft'"),
     ],
 )
 def test_what_could_mean_two_things_is_refused(
@@ -448,7 +455,7 @@ def test_what_could_mean_two_things_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    start = values.get("options", {}).get("start")
+    start = values.get("init_adapter")
     if start == "sft":
         data = write_rows(
             tmp_path / "sft.jsonl",
@@ -556,28 +563,28 @@ def test_packed_is_unpacked(objective: str, tiny: Path, pairs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "options"),
+    ("objective", "own"),
     [
-        ("dpo", {"start": "sft", "reference": "precomputed"}),
+        ("dpo", {"init_adapter": "sft", "dpo": {"reference": "precomputed"}}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("dpo", {}), ("dpo", {"start": "sft"}), ("kto", {}), ("reward", {}))
+            for case in (("dpo", {}), ("dpo", {"init_adapter": "sft"}), ("kto", {}), ("reward", {}))
         ),
     ],
 )
 def test_resumed_is_uninterrupted(
     learn: Learn,
     objective: str,
-    options: dict[str, Any],
+    own: dict[str, Any],
     pairs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if "start" in options:
+    if "init_adapter" in own:
         sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows_of(24)]
         learn(write_rows(tmp_path / "sft.jsonl", *sft), tmp_path / "sft", max_steps=2)
-    values = {"objective": objective, "options": options, "max_steps": 4}
+    values = {"objective": objective, "max_steps": 4} | own
     whole = learn(pairs, tmp_path / "whole", **values)
 
     end = Trainer.finish_step
@@ -606,11 +613,11 @@ def test_another_start_is_not_gone_on_with(
         *({"prompt": r["prompt"], "completion": r["chosen"]} for r in rows_of(24)),
     )
     learn(sft, tmp_path / "sft", max_steps=2)
-    run = learn(pairs, tmp_path / "dpo", options={"start": "sft"})
+    run = learn(pairs, tmp_path / "dpo", init_adapter="sft")
     (tmp_path / "sft").rename(tmp_path / "old")
     learn(sft, tmp_path / "sft", max_steps=3)
     with pytest.raises(AfinaError, match="adapter it goes on from is not what"):
-        learn(pairs, tmp_path / "dpo", options={"start": "sft"}, resume=True)
+        learn(pairs, tmp_path / "dpo", init_adapter="sft", resume=True)
     with pytest.raises(DataError, match="has changed"):
         evaluate(run.folder)
 
@@ -633,7 +640,7 @@ def test_the_sft_term_keeps_the_better_answers_likely(
 ) -> None:
     told = {"max_steps": 10, "eval_steps": 10, "max_tokens_per_batch": 2000}
     found = [
-        learn(pairs, tmp_path / str(sft), options={"sft_weight": sft}, **told).record["preferences"][
+        learn(pairs, tmp_path / str(sft), dpo={"sft_weight": sft}, **told).record["preferences"][
             "after"
         ]["chosen_logp"]
         for sft in (0.0, 1.0)
@@ -701,12 +708,12 @@ def test_each_step_is_trls(
         rows = list({row["prompt"]: row for row in rows}.values())
     data = write_rows(tmp_path / "rows.jsonl", *rows)
     steps, rate = 6, 5e-3
-    options = {} if loss in ("sigmoid", "kto") else {"loss_type": loss}
+    options = {} if loss in ("sigmoid", "kto") else {objective: {"loss_type": loss}}
     values = {
         **TRAINED,
         "base": str(tiny),
         "objective": objective,
-        "options": options,
+        **options,
         "eval_data": data,
         "max_tokens_per_batch": 10**5,
     }
@@ -765,5 +772,5 @@ def test_each_step_is_trls(
 
 
 def test_what_only_an_objective_knows_is_checked() -> None:
-    given = TrainSettings(data=Path("x"), objective="simpo", options={"gamma": 0.5})
-    assert preference_options(given).beta == 2.0 and preference_options(given).gamma == 0.5
+    given = TrainSettings(data=Path("x"), objective="simpo", simpo={"gamma": 0.5})
+    assert given.group("simpo").beta == 2.0 and given.group("simpo").gamma == 0.5

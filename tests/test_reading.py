@@ -16,7 +16,7 @@ from afina.objectives.preference import PreferenceExample, PreferenceObjective
 from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
 from afina.objectives.reward_model import score_sequences
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.settings import PreferenceOptions
+from afina.settings import settings_groups
 from helpers import put
 
 INVOCATION = (7, 9)
@@ -171,7 +171,7 @@ def test_losses_of_pairs(objective: str, invocation: tuple[int, ...], base: Caus
         PreferenceExample(str(n), given[n], given[n + 3], given[(n + 1) % 3]) for n in range(3)
     ]
     task = PreferenceObjective(
-        objective, PreferenceOptions(beta=0.1), base, pairs, [], 10_000, 1, 0
+        objective, settings_groups.get(objective)(beta=0.1), base, pairs, [], 10_000, 1, 0
     )
     if objective in ("dpo", "kto"):
         task.reference = ReferencePolicy("base", "")

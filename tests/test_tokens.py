@@ -189,7 +189,7 @@ def test_a_run_teaches_a_token_that_the_base_never_saw(
         data,
         base=str(tiny),
         output_dir=tmp_path / "run",
-        options={"new_tokens": NAMES},
+        new_tokens=NAMES,
         max_steps=30,
         learning_rate=1e-2,
         retention_text=general,
@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(AdapterError, match="target already"):
         put(base, target_modules=["embed_tokens", "q_proj"], trainable_tokens=tokens)
     with pytest.raises(SettingsError, match="new_tokens"):
-        afina.train(chats, base=str(tiny), output_dir=tmp_path / "run", options={"new_tokens": 3})
+        afina.train(chats, base=str(tiny), output_dir=tmp_path / "run", new_tokens=3)
     save_adapter(put(base, "b", trainable_tokens=tokens), base, tmp_path / "b")
     other = load_base(str(base.folder))
     other.add_tokens(["<another>"])

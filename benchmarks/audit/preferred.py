@@ -42,7 +42,7 @@ def train(line: Line, member: Member, out: Path, base: str) -> None:
         data=data,
         output_dir=folder,
         objective="dpo",
-        options={"start": str(out / "runs" / line["name"])},
+        init_adapter=out / "runs" / line["name"],
         seed=member.seed % 1000,
         retention_text=out / "general.txt",
         eval_size=0.03,

@@ -31,7 +31,7 @@ from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.reference import ReferencePolicy
 from afina.objectives.reward_functions import load_reward_functions
-from afina.settings import ModelSettings, PolicyOptions
+from afina.settings import GRPOSettings, ModelSettings
 from afina.training.train import train
 from afina.training.trainer import read_metrics
 
@@ -102,9 +102,9 @@ def learn(
     files: dict[str, Path], folder: Path, steps: dict[str, int], seed: int
 ) -> dict[str, Path]:
     """Train all stages of one seed that are not there yet; returns the run folders of those that learned over the first."""
-    over = {"over": str(folder / "sft")}
+    over = {"frozen_adapter": folder / "sft"}
     judged = {
-        "reward": {str(folder / "judge"): 1.0, RULES["right"]: 2.0},
+        "reward_funcs": {str(folder / "judge"): 1.0, RULES["right"]: 2.0},
         "max_new_tokens": NEW_TOKENS,
         "beta": 0.02,
     }
@@ -113,7 +113,8 @@ def learn(
         "judge": (files["pairs"], {"objective": "reward", "rank": 8, "learning_rate": 1e-3}),
         "dpo": (
             files["pairs"],
-            {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "options": over | {"sft": 0.2}},
+            {"objective": "dpo", "rank": 16, "learning_rate": 2e-4, "dpo": {"sft_weight": 0.2}}
+            | over,
         ),
     }
     for rank in RANKS:
@@ -122,8 +123,8 @@ def learn(
             "rank": rank,
             "alpha": ALPHA,
             "learning_rate": 1e-3,
-            "options": over | judged,
-        }
+            "grpo": judged,
+        } | over
         plans[f"grpo-{rank}"] = files["prompts"], told
     for name, (data, values) in plans.items():
         out, count = folder / name, steps[name.partition("-")[0]]
@@ -160,10 +161,10 @@ def judge(sft: Path, runs: dict[str, Path], test: Path) -> dict[str, dict[str, A
         for n, line in enumerate(map(json.loads, test.open()), 1)
     ]
     queries = [TokenizedPrompt(row, renderer.prompt(row.prompt)) for row in rows]
-    options = PolicyOptions(
+    options = GRPOSettings(
         reward_funcs=dict.fromkeys(RULES.values(), 1.0),
         max_new_tokens=NEW_TOKENS,
-        num_generations=1,
+        num_generations=2,
         prompts_per_step=1,
     )
     longest = max(len(query.token_ids) for query in queries) + NEW_TOKENS

@@ -110,16 +110,17 @@ def make_data(folder: Path, sizes: Mapping[str, int], seed: int) -> dict[str, Pa
 
 def learn(files: Mapping[str, Path], folder: Path, steps: Mapping[str, int], seed: int) -> None:
     """Train the stages of one seed that are not there yet, each in a folder of its name."""
-    over: dict[str, Any] = {"over": str(folder / "before")}
+    over: dict[str, Any] = {"frozen_adapter": folder / "before"}
     rules = {f"{HERE / 'rules.py'}:{rule}": 1.0 for rule in ("clean", "right")}
-    options = {
+    own = {
         "before": {},
         "sft": over,
-        "dpo": over | {"sft": 0.2},
-        "grpo": over | {"reward": rules, "max_new_tokens": NEW_TOKENS, "beta": 0.02},
+        "dpo": over | {"dpo": {"sft_weight": 0.2}},
+        "grpo": over
+        | {"grpo": {"reward_funcs": rules, "max_new_tokens": NEW_TOKENS, "beta": 0.02}},
     }
     rates = {"before": 2e-3, "sft": 1e-3, "dpo": 5e-4, "grpo": 2e-3}
-    for name, told in options.items():
+    for name, told in own.items():
         out = folder / name
         if (out / "README.md").is_file():
             continue
@@ -134,9 +135,9 @@ def learn(files: Mapping[str, Path], folder: Path, steps: Mapping[str, int], see
             rank=RANK,
             alpha=ALPHA,
             learning_rate=rates[name],
-            options=told,
             objective="sft" if name == "before" else name,
             resume=(out / "settings.yaml").is_file(),
+            **told,
         )
         print(f"seed {seed}: {name}", flush=True)
 

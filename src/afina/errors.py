@@ -13,6 +13,7 @@ AfinaError
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class AfinaError(Exception):
@@ -29,6 +30,14 @@ class AfinaError(Exception):
         """`what` happened; `where` (file:line:field), `why`, and `hint`: what to do or type next."""
         self.what, self.where, self.why, self.hint = what, where, why, hint
         super().__init__(str(self))
+
+    def at(self, where: str | None) -> Self:
+        """Return this error with `where`, in front of a place within it: "file: field"."""
+        if where is None or where == self.where:
+            return self
+        self.where = where if self.where is None else f"{where}: {self.where}"
+        self.args = (str(self),)
+        return self
 
     def __str__(self) -> str:
         parts = [f"{self.where}: {self.what}" if self.where else self.what]

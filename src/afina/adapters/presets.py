@@ -14,7 +14,7 @@ from afina.settings import POLICIES, PREFERENCES
 
 # objectives that others call methods, and how they are asked for here
 OBJECTIVES = {name: name for name in (*PREFERENCES, *POLICIES, "sft", "pretrain")} | {
-    name: f"dpo --options '{{loss_type: {name}}}'" for name in ("ipo", "hinge", "robust")
+    name: f"dpo --dpo.loss-type {name}" for name in ("ipo", "hinge", "robust")
 }
 LAST_SHARE = 4  # freeze trains the last quarter of the blocks
 

@@ -78,7 +78,7 @@ class AnnotateResult(Result):
         return [ResultTable("preferences", rows)]
 
 
-def prefer(settings: AnnotateSettings) -> AnnotateResult:
+def annotate(settings: AnnotateSettings) -> AnnotateResult:
     """Ask about each prompt that has no judgement yet; returns how many of what there are now, and who wins how often.
 
     Raises `SettingsError` where the two would answer the same, or the folder's judgements are of others.

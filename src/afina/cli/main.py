@@ -1,6 +1,6 @@
-"""`afina VERB ...`: flags and YAML into settings, settings into a call, its result onto the screen.
+"""The command line: flags and YAML to settings, settings to a function call, its result to print.
 
-Nothing heavy is imported before a verb runs, so that help is instant.
+Nothing heavy is imported before a command runs, so help takes a fraction of a second.
 """
 
 import argparse
@@ -10,202 +10,98 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 import afina
-from afina import settings as all_settings
+from afina.cli.command_table import COMMANDS, Command
 from afina.cli.render import print_result
 from afina.cli.torchrun import is_first_failure, print_from_main_process_only
 from afina.errors import AfinaError, SettingsError, did_you_mean
-from afina.settings import Settings
+from afina.io.migrations import migrate_settings
+from afina.settings import GroupedSettings, Settings, make_settings, read_yaml, settings_groups
+from afina.settings.renamed import RENAMED_COMMANDS, renamed_setting
 
-
-@dataclass(frozen=True)
-class Command:
-    """A verb: its settings, the function behind it ("module:name"), and which setting is given without a flag."""
-
-    help: str
-    settings: type[Settings]
-    function: str
-    positional: str | None = None
-    is_list: bool = False
-
-
-COMMANDS = {
-    "demo": Command(
-        "see it work: teach the embedded base to correct sentences",
-        all_settings.DemoSettings,
-        "afina.demo.demo:demo",
-    ),
-    "plan": Command(
-        "what would happen, before it does", all_settings.PlanSettings, "afina.planning.plan:plan", "data"
-    ),
-    "compare": Command(
-        "which method for this base and these rows? A measurement",
-        all_settings.CompareSettings,
-        "afina.cli.commands:compare",
-        "data",
-    ),
-    "advise": Command(
-        "which method for my case? Advice with its reasons, without training",
-        all_settings.AdviseSettings,
-        "afina.cli.commands:advise",
-    ),
-    "train": Command(
-        "adapt a base to your data", all_settings.TrainSettings, "afina.cli.commands:train", "data"
-    ),
-    "eval": Command(
-        "judge an adapter against its base",
-        all_settings.EvalSettings,
-        "afina.evaluation.evaluate:evaluate",
-        "adapter",
-    ),
-    "generate": Command(
-        "answer prompts",
-        all_settings.GenerateSettings,
-        "afina.evaluation.generate:generate",
-        "prompts",
-        is_list=True,
-    ),
-    "chat": Command(
-        "talk to a base or an adapter", all_settings.ChatSettings, "afina.cli.chat:chat", "adapter"
-    ),
-    "serve": Command(
-        "answer over HTTP, as OpenAI's API does; train beside it",
-        all_settings.ServeSettings,
-        "afina.cli.serve:serve",
-    ),
-    "bench-serve": Command(
-        "load a server and draw its latency", all_settings.BenchServeSettings, "afina.cli.serve:bench"
-    ),
-    "prefer": Command(
-        "say which of two answers is better, for --objective dpo and reward",
-        all_settings.AnnotateSettings,
-        "afina.cli.annotate:prefer",
-        "prompts",
-    ),
-    "merge": Command(
-        "one whole model out of base and adapter, with proof",
-        all_settings.MergeSettings,
-        "afina.merging.merge_into_base:merge",
-        "adapter",
-    ),
-    "combine": Command(
-        "one adapter out of several",
-        all_settings.CombineSettings,
-        "afina.merging.combine:combine",
-        "adapters",
-        is_list=True,
-    ),
-    "extract": Command(
-        "a low-rank adapter out of any adapter or tuned model",
-        all_settings.ExtractSettings,
-        "afina.merging.extract:extract",
-        "adapter",
-    ),
-    "show": Command(
-        "what an adapter is", all_settings.ShowSettings, "afina.merging.adapter_info:show", "adapter"
-    ),
-    "audit": Command(
-        "is this adapter safe to load?", all_settings.AuditSettings, "afina.audit.audit:audit", "adapter"
-    ),
-    "remedy": Command(
-        "weaken what an audit found, and say what it costs",
-        all_settings.MitigateSettings,
-        "afina.audit.mitigation:remedy",
-        "adapter",
-    ),
-    "sign": Command(
-        "sign an adapter with your key",
-        all_settings.SignSettings,
-        "afina.audit.provenance:sign",
-        "adapter",
-    ),
-    "verify": Command(
-        "who signed this adapter, and is it unchanged?",
-        all_settings.VerifySettings,
-        "afina.audit.provenance:verify",
-        "adapter",
-    ),
-    "revoke": Command(
-        "refuse an adapter from now on",
-        all_settings.RevokeSettings,
-        "afina.audit.provenance:revoke",
-        "target",
-    ),
-    "export": Command(
-        "write what other tools read",
-        all_settings.ExportSettings,
-        "afina.merging.export:export",
-        "adapter",
-    ),
-}
+SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+RUN_FILES = ("checkpoint", "run.json")  # beside the settings.yaml of a run
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with our errors."""
+    """argparse, with afina's errors."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message, hint=f"{self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, from the settings' declarations."""
+    """Return the parser of the complete command line, built from the settings classes."""
     parser = _Parser(
         prog="afina",
-        description="One frozen base, many small adapters: train, judge, merge and talk to them.",
-        epilog="A guide without mathematics lies in the project's docs/guide/en/index.md; en español, docs/guide/es/index.md.",
+        description="Adapt a frozen model with small adapters: train, evaluate, merge, audit, serve.",
+        epilog="Guide without mathematics: docs/guide/en/index.md; en español: "
+        "docs/guide/es/index.md.",
     )
     parser.add_argument("--version", action="version", version=f"afina {afina.__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for name, verb in COMMANDS.items():
-        sub = verbs.add_parser(
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
             name,
-            help=verb.help,
-            description=verb.help,
+            help=command.help,
+            description=command.help,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
         sub.add_argument(
-            "--config", metavar="FILE", help="a YAML file of settings; a flag wins over it"
+            "--config", metavar="FILE", help="a YAML file of settings; flags take precedence"
         )
-        sub.add_argument("--json", action="store_true", help="one JSON object as the last line")
-        for field_name, field in verb.settings.model_fields.items():
-            help_text = _help((field.description or "") + _plugins(field), field.default)
-            if field_name == verb.positional:
-                sub.add_argument(field_name, nargs="*" if verb.is_list else "?", help=help_text)
-            flag = "--" + field_name.replace("_", "-")
-            if field.annotation is bool:
-                sub.add_argument(
-                    flag,
-                    dest=field_name,
-                    nargs="?",
-                    const=True,
-                    metavar="true|false",
-                    help=help_text,
-                )
-            elif (
-                field_name != verb.positional or not verb.is_list
-            ):  # prompts have commas in them, which separate lists
-                metavar = _metavar(field.annotation, field_name.upper())
-                sub.add_argument(flag, dest=field_name, metavar=metavar, help=help_text)
+        sub.add_argument("--json", action="store_true", help="print one JSON object as last line")
+        _add_settings(sub, command)
+        _add_groups(sub, command)
     return parser
 
 
-def _help(description: str, default: Any) -> str:
-    shown = (
-        default is not None
-        and default not in ({}, [])
-        and type(default).__name__ != "PydanticUndefinedType"
-    )
-    return (
-        description
-        + (f" [{str(default).lower() if isinstance(default, bool) else default}]" if shown else "")
-    ).replace("%", "%%")
+def _add_settings(parser: argparse.ArgumentParser, command: Command) -> None:
+    for name, field in command.settings.model_fields.items():
+        is_positional = name == command.positional
+        if is_positional:
+            count = "*" if command.is_list else "?"
+            parser.add_argument(name, nargs=count, help=_help(field))
+        if not (is_positional and command.is_list):  # prompts may hold the commas of lists
+            _add_flag(parser, name, name, field)
+
+
+def _add_groups(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Add the flags of settings groups, `--dpo.beta` and the others, each under its heading."""
+    if not issubclass(command.settings, GroupedSettings):
+        return
+    for name in command.settings.group_names():
+        kind = settings_groups.get(name)
+        if not kind.model_fields:
+            continue
+        first_line = (kind.__doc__ or name).splitlines()[0]
+        group = parser.add_argument_group(f"{name}: {first_line}")
+        for key, field in kind.model_fields.items():
+            _add_flag(group, f"{name}.{key}", key, field)
+
+
+def _add_flag(parser: argparse._ActionsContainer, dest: str, name: str, field: Any) -> None:
+    flag, text = "--" + dest.replace("_", "-"), _help(field)
+    if field.annotation is bool:
+        parser.add_argument(flag, dest=dest, nargs="?", const=True, metavar="true|false", help=text)
+    else:
+        metavar = _metavar(field.annotation, name.upper())
+        parser.add_argument(flag, dest=dest, metavar=metavar, help=text)
+
+
+def _help(field: Any) -> str:
+    """Return a setting's help text with its default, where there is one worth showing."""
+    text, default = (field.description or "") + _plugins(field), field.default
+    if not field.is_required() and default is not None and default not in ({}, []):
+        text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
+    return text.replace("%", "%%")
 
 
 def _plugins(field: Any) -> str:
@@ -216,24 +112,24 @@ def _plugins(field: Any) -> str:
 
 
 def _metavar(annotation: Any, name: str) -> str:
-    return (
-        "|".join(typing.get_args(annotation))
-        if typing.get_origin(annotation) is typing.Literal
-        else name
-    )
+    """Return the choices of a setting, or its name in capitals."""
+    parts = [annotation, *typing.get_args(annotation)]
+    choices = [part for part in parts if typing.get_origin(part) is typing.Literal]
+    return "|".join(typing.get_args(choices[0])) if choices else name
 
 
 def _value(annotation: Any, text: Any) -> Any:
-    """A flag's text as a value: lists may be written with commas, lists and mappings as YAML."""
+    """Return a flag's text as a value: lists may be written with commas, mappings as YAML."""
     if not isinstance(text, str):
         return text
     kinds = (
         typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     )
     holds = {typing.get_origin(kind) or kind for kind in kinds}
-    if dict in holds and ":" in text and not text.lstrip().startswith(("{", "[")):
+    is_mapping = dict in holds and (str not in holds or text.lstrip().startswith("{"))
+    if is_mapping and ":" in text and not text.lstrip().startswith(("{", "[")):
         text = "{" + text + "}"  # as it is often typed
-    if holds & {dict, list} and (text.startswith(("[", "{")) or dict in holds):
+    if is_mapping or (list in holds and text.startswith(("[", "{"))):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -243,77 +139,133 @@ def _value(annotation: Any, text: Any) -> Any:
     return text
 
 
-def _spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The command line with `--resume DATA` as `--resume=true DATA`: a switch takes true or false, and no other word."""
-    fields = (
-        COMMANDS[arguments[0]].settings.model_fields
-        if arguments and arguments[0] in COMMANDS
-        else {}
-    )
-    switches = {
-        "--" + name.replace("_", "-") for name, field in fields.items() if field.annotation is bool
-    }
-    following = [*(word.lower() for word in arguments[1:]), ""]
-    answers = ("true", "false", "yes", "no", "on", "off", "1", "0")
+def _fields(command: Command) -> dict[str, Any]:
+    """Return every setting of a command by the name of its flag, those of groups as "dpo.beta"."""
+    fields: dict[str, Any] = dict(command.settings.model_fields)
+    if issubclass(command.settings, GroupedSettings):
+        for group in command.settings.group_names():
+            own = settings_groups.get(group).model_fields
+            fields |= {f"{group}.{key}": field for key, field in own.items()}
+    return fields
+
+
+def _normalize(command: Command, arguments: Sequence[str]) -> list[str]:
+    """Return the words after the command in the form that argparse expects.
+
+    `--max_steps` becomes `--max-steps`, and `--resume DATA` becomes `--resume=true DATA`: a
+    switch takes true or false, and no other word.
+    """
+    fields = _fields(command).items()
+    switches = {"--" + n.replace("_", "-") for n, field in fields if field.annotation is bool}
+    words = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        is_flag = flag.startswith("--")
+        words.append((flag.replace("_", "-") if is_flag else flag) + equals + value)
+    following = [*(word.lower() for word in words[1:]), ""]
     return [
-        f"{word}=true" if word in switches and after not in answers else word
-        for word, after in zip(arguments, following, strict=False)
+        f"{word}=true" if word in switches and after not in SWITCH_WORDS else word
+        for word, after in zip(words, following, strict=True)
     ]
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
-    """(verb, settings, whether JSON is asked for); raises `SettingsError` on anything that does not fit."""
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-        raise SettingsError(
-            f"unknown verb {arguments[0]!r}", hint=did_you_mean(arguments[0], COMMANDS)
-        )
-    parser = build_parser()
-    known, unknown = parser.parse_known_args(_spelled_out(arguments))
-    if known.verb is None:
-        if unknown:
-            raise SettingsError(
-                f"unknown flag {unknown[0]}",
-                hint=did_you_mean(unknown[0], ["--help", "--version", *COMMANDS]),
-            )
-        parser.print_help()
-        raise SystemExit(0)
-    verb = COMMANDS[known.verb]
-    for word in unknown:
-        flag = word.partition("=")[0]
-        if word.startswith("--"):
-            flags = [
-                f"--{field.replace('_', '-')}"
-                for field in [*verb.settings.model_fields, "config", "json"]
-            ]
-            raise SettingsError(
-                f"unknown flag {flag}", hint=did_you_mean(flag.replace("_", "-"), flags)
-            )
-        raise SettingsError(
-            f"do not know what to do with {word!r}", hint=f"afina {known.verb} --help"
-        )
-    values = {name: value for name, value in vars(known).items() if name != "verb"}
-    as_json, file = values.pop("json", False), values.pop("config", None)
-    values = {name: value for name, value in values.items() if value not in (None, [])}
-    fields = verb.settings.model_fields
-    values = {name: _value(fields[name].annotation, value) for name, value in values.items()}
-    if file is not None:
-        from pathlib import Path
+    """Return the command's name, its settings, and whether JSON is to be printed.
 
-        there = (
-            {"output_dir": str(Path(file).parent)}
-            if values.get("resume") and Path(file).with_name("checkpoint").is_dir()
-            else {}
-        )
-        values = (
-            all_settings.read_yaml(Path(file)) | there | values
-        )  # a run that was moved is resumed where it is now
-    return known.verb, all_settings.make_settings(verb.settings, values, where=file), as_json
+    Raises:
+        SettingsError: A command, flag or value is unknown or does not fit.
+    """
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is None:
+        return _without_command(arguments)
+    if name not in COMMANDS:
+        new = RENAMED_COMMANDS.get(name)
+        hint = f"use afina {new}" if new else did_you_mean(name, COMMANDS)
+        raise SettingsError(f"unknown command {name!r}", hint=hint)
+    command = COMMANDS[name]
+    known, unknown = build_parser().parse_known_args([name, *_normalize(command, arguments[1:])])
+    for word in unknown:
+        raise _unknown_word(name, command, word)
+    given = {key: value for key, value in vars(known).items() if key != "command"}
+    as_json, file = given.pop("json", False), given.pop("config", None)
+    fields = _fields(command)
+    values = {
+        key: _value(fields[key].annotation, value)
+        for key, value in given.items()
+        if value not in (None, [])
+    }
+    if file is None:
+        return name, make_settings(command.settings, _nested(values)), as_json
+    values = _merged(_read_settings(Path(file), bool(values.get("resume"))), _nested(values))
+    return name, make_settings(command.settings, values, where=file), as_json
+
+
+def _without_command(arguments: Sequence[str]) -> NoReturn:
+    parser = build_parser()
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = ["--help", "--version", *COMMANDS]
+        raise SettingsError(f"unknown flag {unknown[0]}", hint=did_you_mean(unknown[0], known))
+    parser.print_help()
+    raise SystemExit(0)
+
+
+def _unknown_word(name: str, command: Command, word: str) -> SettingsError:
+    """Return the error of a word that is no flag and no value."""
+    if not word.startswith("--"):
+        return SettingsError(f"unexpected word {word!r}", hint=f"afina {name} --help")
+    flag = word.partition("=")[0]
+    old = flag.removeprefix("--").replace("-", "_")
+    kind, prefix = command.settings, ""
+    if "." in old and old.partition(".")[0] in settings_groups:
+        prefix, _, old = old.partition(".")
+        kind, prefix = settings_groups.get(prefix), f"{prefix}."
+    if renamed := renamed_setting(kind, old, prefix):
+        return SettingsError(f"unknown flag {flag}: it was renamed", hint=renamed.hint)
+    known = [f"--{field.replace('_', '-')}" for field in (*_fields(command), "config", "json")]
+    ends = [other for other in known if other.endswith("." + old.replace("_", "-"))]
+    hint = did_you_mean(flag, known) if not ends else f"did you mean {' or '.join(ends)}?"
+    return SettingsError(f"unknown flag {flag}", hint=hint)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the settings of groups in mappings: "dpo.beta" as dpo: {beta: ...}."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        group, dot, name = key.partition(".")
+        if dot:
+            nested.setdefault(group, {})[name] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file with those of flags, which take precedence; groups are joined."""
+    merged = dict(file) | dict(flags)
+    for name in file.keys() & flags.keys():
+        if name in settings_groups and isinstance(file[name], Mapping):
+            merged[name] = dict(file[name]) | flags[name]
+    return merged
+
+
+def _read_settings(file: Path, is_resume: bool) -> dict[str, Any]:
+    """Return the settings in a YAML file; those of a run that was moved name its folder of now."""
+    values = read_yaml(file)
+    is_of_run = any(file.with_name(name).exists() for name in RUN_FILES)
+    if is_of_run or "format_version" in values:
+        values = migrate_settings(values)
+    if is_resume and file.with_name("checkpoint").is_dir():
+        values["output_dir"] = str(file.parent)
+    return values
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns the exit status (0 good, 1 failed, 2 wrong settings, 130 interrupted).
+    """Run one command line.
 
-    `audit` ends with 3 for review, 4 for block.
+    Returns:
+        The exit status: 0 success, 1 failure, 2 wrong settings, 130 interrupted; of `audit` also
+        3 for review and 4 for block.
     """
     as_json = "--json" in arguments
     try:
@@ -331,23 +283,23 @@ def run(arguments: Sequence[str]) -> int:
             return 1
         if not isinstance(error, AfinaError):
             raise
-        print(f"afina: {error}", file=sys.stderr)
-        if as_json:
-            print(
-                json.dumps(
-                    {"error": {k: getattr(error, k) for k in ("what", "where", "why", "hint")}},
-                    ensure_ascii=False,
-                )
-            )
+        _print_error(error, as_json)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         print(
-            "\nafina: stopped. A training run goes on from its last checkpoint with --resume.",
+            "\nafina: interrupted. --resume continues a training run from its last checkpoint.",
             file=sys.stderr,
         )
         return 130
 
 
+def _print_error(error: AfinaError, as_json: bool) -> None:
+    print(f"afina: {error}", file=sys.stderr)
+    if as_json:
+        parts = {key: getattr(error, key) for key in ("what", "where", "why", "hint")}
+        print(json.dumps({"error": parts}, ensure_ascii=False))
+
+
 def main() -> None:
-    """The `afina` command."""
+    """Run the `afina` command."""
     sys.exit(run(sys.argv[1:]))

@@ -16,7 +16,6 @@ from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import BATCH_TOKENS, retention_loss
 from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
-from afina.objectives.policy_losses import policy_options
 from afina.objectives.reference import select_reference
 from afina.objectives.reward_functions import load_reward_functions
 from afina.settings import EvalSettings, TrainSettings
@@ -124,13 +123,8 @@ def _said(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> list[
 def evaluate_policy(opened: LoadedRun, settings: EvalSettings) -> EvalResult:
     """`afina eval` of a run that learned from rewards, on its held-out prompts or on others: facts and sentences."""
     base, story = opened.causal_lm, opened.run
-    told = {
-        name: value
-        for name, value in story["settings"].items()
-        if name in TrainSettings.model_fields
-    }
-    trained = TrainSettings(**told | {"objective": story["objective"]})
-    options = policy_options(trained)
+    trained = TrainSettings(**story["settings"] | {"objective": story["objective"]})
+    options = trained.group(trained.objective)
     own = settings.data is None
     if own and (settings.adapter is None or not (settings.adapter / "held_out.jsonl").is_file()):
         raise SettingsError(

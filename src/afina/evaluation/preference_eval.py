@@ -20,10 +20,10 @@ from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import BATCH_TOKENS, retention_loss
 from afina.models.causal_lm import CausalLM
 from afina.objectives.preference import PairwiseObjective, PreferenceObjective, tokenize_preferences
-from afina.objectives.preference_losses import NEEDS_REFERENCE, preference_options
+from afina.objectives.preference_losses import NEEDS_REFERENCE
 from afina.objectives.reference import ReferencePolicy, select_reference
 from afina.objectives.reward_model import RewardModelObjective
-from afina.settings import EvalSettings, PreferenceOptions, TrainSettings
+from afina.settings import EvalSettings, TrainSettings
 
 HELD_OUT = "held_out.jsonl"
 BEGIN_EQUAL = ("accuracy", "margin", "z", "chosen_reward", "rejected_reward", "calibration_error")
@@ -101,10 +101,10 @@ def displacement_warning(facts: dict[str, Any], objective: str) -> list[str]:
         return []
     rejected = [facts[name].get("rejected_logp", float("nan")) for name in names]
     remedies = {
-        "dpo": "`sft_weight: 0.2` among the options, `loss_type: ipo`, ",
-        "simpo": "`sft: 0.2` among the options, ",
-        "kto": "a larger `good_weight` among the options, ",
-        "orpo": "a smaller `beta` among the options, ",
+        "dpo": "`--dpo.sft-weight 0.2`, `--dpo.loss-type ipo`, ",
+        "simpo": "`--simpo.sft-weight 0.2`, ",
+        "kto": "a larger `--kto.desirable-weight`, ",
+        "orpo": "a smaller `--orpo.beta`, ",
     }
     return [
         f"Warning: the better answers themselves became less likely ({chosen[0]:.1f} to {chosen[1]:.1f} nats an answer, the "
@@ -136,12 +136,7 @@ def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> EvalResul
     base, story = opened.base, opened.run
     assert isinstance(base, CausalLM)
     adapter = opened.adapters[0][0] if opened.adapters else None
-    told = {
-        name: value
-        for name, value in story["settings"].items()
-        if name in TrainSettings.model_fields
-    }
-    trained = TrainSettings(**told | {"objective": story["objective"]})
+    trained = TrainSettings(**story["settings"] | {"objective": story["objective"]})
     objective = trained.objective
     own = settings.data is None
     table = read_table(
@@ -166,12 +161,12 @@ def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> EvalResul
     ]
     packing = (BATCH_TOKENS, 1, trained.seed)
     task: PairwiseObjective
-    before, reference = _reference(opened, trained, preference_options(trained), story)
+    before, reference = _reference(opened, trained, story)
     if objective == "reward":
         task = RewardModelObjective(base, choices, choices, *packing)
     else:
         task = PreferenceObjective(
-            objective, preference_options(trained), base, choices, choices, *packing
+            objective, trained.group(objective), base, choices, choices, *packing
         )
         task.reference = reference
     found = judge_preferences(task, objective, before, opened.active)
@@ -191,12 +186,14 @@ def evaluate_preferences(opened: LoadedRun, settings: EvalSettings) -> EvalResul
 
 
 def _reference(
-    opened: LoadedRun, trained: TrainSettings, options: PreferenceOptions, story: Mapping[str, Any]
+    opened: LoadedRun, trained: TrainSettings, story: Mapping[str, Any]
 ) -> tuple[ActiveAdapters | None, ReferencePolicy | None]:
     """What a run was compared with, loaded again: the adapter that it went on from, where it did, and the reference."""
     before, digest = reload_init_adapter(opened, trained, story["preferences"].get("start"))
     compared = trained.objective in NEEDS_REFERENCE
-    return before, select_reference(options, before, digest, 0.0) if compared else None
+    if not compared:
+        return before, None
+    return before, select_reference(trained.group(trained.objective), before, digest, 0.0)
 
 
 def reload_init_adapter(
@@ -206,11 +203,11 @@ def reload_init_adapter(
 
     Raises `DataError` where it is not the `expected` one any more.
     """
-    start = trained.options.get("start")
+    start = trained.init_adapter
     over = [opened.frozen_adapter] if opened.frozen_adapter is not None else []
     if start is None:
         return (over[0], opened.run["over"]) if over else (None, None)
-    folder = adapter_folder(Path(str(start)))
+    folder = adapter_folder(start)
     digest = str(read_metadata(folder).get("hash", ""))
     if digest != expected:
         why = f"its hash was {str(expected)[:12]}, and is {digest[:12]}"

@@ -24,9 +24,42 @@ SETTINGS = {  # of a run: name in version 1 -> name today
 OPTIMIZERS = {"adamw-8bit": "adamw_8bit", "adamw-8bit-offloaded": "adamw_8bit_offload"}
 
 
+OPTIONS = {  # in `options` of version 1, for any method or objective -> own setting today
+    "new_tokens": "new_tokens",
+    "start": "init_adapter",
+    "over": "frozen_adapter",
+    "budget": "parameter_budget",
+}
+METHOD_OPTIONS = {"restart_every": "restart_steps"}
+_PREFERENCE = {"loss": "loss_type", "smoothing": "label_smoothing", "sft": "sft_weight"}
+_POLICY = {
+    "reward": "reward_funcs",
+    "run_python": "allow_python_graders",
+    "group": "num_generations",
+    "prompts": "prompts_per_step",
+    "updates": "num_iterations",
+    "ratio_clip": "clip_range",
+}
+_KEPT_POLICY = ("max_new_tokens", "temperature", "beta", "reference")
+OBJECTIVE_OPTIONS: dict[str, dict[str, str]] = {  # objective -> name in `options` -> name today
+    "dpo": _PREFERENCE | {"beta": "beta", "reference": "reference"},
+    "kto": {"good_weight": "desirable_weight", "bad_weight": "undesirable_weight"}
+    | {"beta": "beta", "reference": "reference"},
+    "orpo": {"beta": "beta"},
+    "simpo": {"beta": "beta", "gamma": "gamma", "sft": "sft_weight"},
+    "grpo": _POLICY | dict(zip(_KEPT_POLICY, _KEPT_POLICY)) | {"scale": "scale_rewards"},
+    "rloo": _POLICY | dict(zip(_KEPT_POLICY, _KEPT_POLICY)),
+    "ppo": _POLICY
+    | dict(zip(_KEPT_POLICY, _KEPT_POLICY))
+    | {"scale": "whiten_advantages", "value_weight": "vf_coef", "gamma": "gamma", "lam": "lam"},
+}
+
+
 def migrate_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's settings under the names of today; those of version 2 come back unchanged."""
     new = {SETTINGS.get(name, name): value for name, value in values.items()}
+    if new.pop("format_version", 1) != 1:
+        return new
     if "holdout" in new:
         holdout = new.pop("holdout")
         is_ratio = isinstance(holdout, int | float) or str(holdout).replace(".", "", 1).isdigit()
@@ -35,6 +68,25 @@ def migrate_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         new |= {"device": "auto", "fsdp": True}
     if new.get("optimizer") in OPTIMIZERS:
         new["optimizer"] = OPTIMIZERS[new["optimizer"]]
+    if "options" in new:
+        new |= migrate_options(
+            new.pop("options") or {}, new.get("method", "lora"), new.get("objective", "auto")
+        )
+    return new
+
+
+def migrate_options(values: Mapping[str, Any], method: str, objective: str) -> dict[str, Any]:
+    """Return `options` of version 1 as settings of today: own ones, and groups by their names."""
+    names = OBJECTIVE_OPTIONS.get(objective, {})
+    group = method.removeprefix("q").removeprefix("a")
+    new: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in OPTIONS:
+            new[OPTIONS[name]] = value
+        elif name in names:
+            new.setdefault(objective, {})[names[name]] = value
+        else:
+            new.setdefault(group, {})[METHOD_OPTIONS.get(name, name)] = value
     return new
 
 

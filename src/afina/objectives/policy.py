@@ -42,7 +42,7 @@ from afina.objectives.preference import MetricSums
 from afina.objectives.reference import STORY, ReferencePolicy
 from afina.objectives.reward_functions import RewardFunctions
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.settings import PolicyOptions
+from afina.settings import GRPOSettings, PolicySettings, PPOSettings
 
 SHOWN = 4  # answers kept at each check
 ANSWERS = "answers"  # the folder of these
@@ -103,7 +103,7 @@ class PolicyObjective:
     def __init__(
         self,
         objective: str,
-        options: PolicyOptions,
+        options: PolicySettings,
         base: CausalLM,
         train: list[TokenizedPrompt],
         held: list[TokenizedPrompt],
@@ -122,8 +122,8 @@ class PolicyObjective:
         self.rewards, self.writer = rewards, writer
         self._batch_tokens, self._seed = batch_tokens, seed
         self._prompts, self.group = (
-            min(options.prompts_per_step or 1, len(train)),
-            options.num_generations or 1,
+            min(options.num_prompts, len(train)),
+            options.num_generations,
         )
         self._drawn: Rollout | None = None
         self._step, self._check = MetricSums(), MetricSums()
@@ -276,7 +276,7 @@ class PolicyObjective:
         groups = rewards.view(-1, self.group)
         found = (
             grpo_advantages(groups, self.options.scale_rewards)
-            if self.objective == "grpo"
+            if isinstance(self.options, GRPOSettings)
             else rloo_advantages(groups)
         )
         flat = found.flatten().float().to(self.base.device)
@@ -295,6 +295,7 @@ class PolicyObjective:
     ) -> list[RolloutBatch]:
         """ppo: an advantage for each token, and what its value should have been."""
         options, made = self.options, []
+        assert isinstance(options, PPOSettings)
         for batch, value, counts, indices in zip(batches, values, tokens, packed, strict=True):
             assert batch.old_logprobs is not None
             assert value is not None
@@ -303,7 +304,7 @@ class PolicyObjective:
             answers = zip(each.split(counts.tolist()), value.split(counts.tolist()), strict=True)
             found = torch.cat([gae(r, v, options.gamma, options.lam) for r, v in answers])
             made.append(replace(batch, advantages=found, returns=found + value))
-        if not options.scale_rewards:
+        if not options.whiten_advantages:
             return made
         even = whiten(torch.cat([batch.advantages for batch in made])).split(
             [len(batch.advantages) for batch in made]
@@ -354,7 +355,7 @@ class PolicyObjective:
         facts = {"kl": apart.detach(), "clipped": clipped.float(), "entropy": -old}
         if self.objective == "grpo" and options.beta:
             losses = losses + options.beta * apart
-        if values is not None and batch.returns is not None:
+        if isinstance(options, PPOSettings) and values is not None and batch.returns is not None:
             errors = (values - batch.returns).square()
             facts["value_error"] = errors.detach()
             losses = losses + options.vf_coef * errors / 2

@@ -20,49 +20,7 @@ Losses are averaged over the tokens of a step, not answer by answer: else a long
 import torch
 from torch import Tensor
 
-from afina.errors import SettingsError, did_you_mean
-from afina.settings import POLICIES, PolicyOptions, TrainSettings, make_settings
-
 EPSILON = 1e-4
-ANSWERS = 64  # of a step, where nobody says how many prompts
-
-
-def policy_options(settings: TrainSettings) -> PolicyOptions:
-    """What `options` say to the objective; raises `SettingsError` on what it does not read."""
-    objective, known = settings.objective, POLICIES[settings.objective]
-    told = {
-        name: value
-        for name, value in settings.options.items()
-        if name in PolicyOptions.model_fields
-    }
-    for name in told:
-        if name not in known:
-            raise SettingsError(
-                f"{objective} has no option {name!r}",
-                where="options",
-                hint=did_you_mean(name, known),
-            )
-    if "reward_funcs" not in told:
-        hint = "--options '{reward: rules.py:polite}', or the run of a reward model"
-        raise SettingsError(
-            f"{objective} needs a reward",
-            where="options",
-            why="who says what a good answer is?",
-            hint=hint,
-        )
-    options = make_settings(PolicyOptions, told, where="options")
-    group = options.num_generations or (1 if objective == "ppo" else 8)
-    if group < 2 and objective != "ppo":
-        why = f"{objective} compares an answer with the others to the same prompt"
-        raise SettingsError(
-            f"a group of {group}", where="options", why=why, hint="{group: 8}, or --objective ppo"
-        )
-    return options.model_copy(
-        update={
-            "num_generations": group,
-            "prompts_per_step": options.prompts_per_step or max(1, ANSWERS // group),
-        }
-    )
 
 
 def grpo_advantages(rewards: Tensor, scale: bool) -> Tensor:

@@ -40,7 +40,7 @@ from afina.objectives.preference_losses import (
 )
 from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.settings import PreferenceOptions
+from afina.settings import PreferenceSettings
 
 MATE_TRIES = 8  # other rows looked at for one whose answer fits to a prompt
 
@@ -320,7 +320,7 @@ class MetricSums:
 class PreferenceObjective(PairwiseObjective):
     """dpo, kto, orpo and simpo. `reference` is what the first two compare with; `set_up` gives it when adapters are on."""
 
-    def __init__(self, objective: str, options: PreferenceOptions, *given: Any) -> None:
+    def __init__(self, objective: str, options: PreferenceSettings, *given: Any) -> None:
         super().__init__(*given)
         self.objective, self.options = objective, options
         self.reference: ReferencePolicy | None = None
@@ -336,7 +336,7 @@ class PreferenceObjective(PairwiseObjective):
         )
         facts = preference_metrics(self.objective, self.options, good, bad)
         if self.objective != "kto":
-            return pair_losses(self.objective, self.options, good, bad), facts
+            return pair_losses(self.options, good, bad), facts
         z = self._z(batch.mates, route)
         return torch.cat(kto_losses(self.options, good, bad, z)), facts | {"z": z[None]}
 

@@ -28,10 +28,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from afina.errors import SettingsError, did_you_mean
-from afina.settings import PREFERENCES, PreferenceOptions, TrainSettings, make_settings
+from afina.settings import (
+    DPOSettings,
+    KTOSettings,
+    ORPOSettings,
+    PreferenceSettings,
+    SimPOSettings,
+)
 
-DEFAULT_BETA = {"simpo": 2.0}
 NEEDS_REFERENCE = ("dpo", "kto")  # objectives with a reference
 
 
@@ -55,58 +59,24 @@ class AnswerLogprobs:
         return self.policy / self.tokens
 
 
-def preference_options(settings: TrainSettings) -> PreferenceOptions:
-    """What `options` say to the objective; raises `SettingsError` on what it does not read."""
-    told = {
-        name: value
-        for name, value in settings.options.items()
-        if name in PreferenceOptions.model_fields
-    }
-    known = PREFERENCES[settings.objective]
-    for name in told:
-        if name not in known:
-            hint = did_you_mean(name, known) if known else f"leave {name} out"
-            raise SettingsError(
-                f"{settings.objective} has no option {name!r}", where="options", hint=hint
-            )
-    options = make_settings(PreferenceOptions, told, where="options")
-    if options.label_smoothing and options.loss_type not in ("sigmoid", "robust"):
-        raise SettingsError(
-            f"{options.loss_type} knows no smoothing",
-            where="options",
-            hint="loss: sigmoid, or robust",
-        )
-    if options.loss_type == "robust" and not options.label_smoothing:
-        why = "it corrects for a share of pairs that are the wrong way round"
-        raise SettingsError(
-            "robust needs smoothing",
-            where="options",
-            why=why,
-            hint="{loss: robust, smoothing: 0.1}",
-        )
-    return options.model_copy(
-        update={"beta": options.beta or DEFAULT_BETA.get(settings.objective, 0.1)}
-    )
-
-
 def pair_losses(
-    objective: str, options: PreferenceOptions, good: AnswerLogprobs, bad: AnswerLogprobs
+    options: PreferenceSettings, good: AnswerLogprobs, bad: AnswerLogprobs
 ) -> Tensor:
     """The loss of each pair (n) under dpo, orpo or simpo."""
     beta = options.beta
-    assert beta is not None
-    if objective == "orpo":
+    if isinstance(options, ORPOSettings):
         odds = [a.mean - torch.log(-torch.expm1(a.mean.clamp(max=-1e-7))) for a in (good, bad)]
         return -good.mean - beta * logsigmoid(odds[0] - odds[1])
-    if objective == "simpo":
+    assert isinstance(options, DPOSettings | SimPOSettings)
+    if isinstance(options, SimPOSettings):
         losses = -logsigmoid(beta * (good.mean - bad.mean) - options.gamma)
     else:
         losses = _dpo(options, good, bad)
     return losses - options.sft_weight * good.mean if options.sft_weight else losses
 
 
-def _dpo(options: PreferenceOptions, good: AnswerLogprobs, bad: AnswerLogprobs) -> Tensor:
-    beta, wrong = options.beta or 0.0, options.label_smoothing
+def _dpo(options: DPOSettings, good: AnswerLogprobs, bad: AnswerLogprobs) -> Tensor:
+    beta, wrong = options.beta, options.label_smoothing
     if options.loss_type == "ipo":
         return (good.log_ratio / good.tokens - bad.log_ratio / bad.tokens - 1 / (2 * beta)) ** 2
     margin = beta * (good.log_ratio - bad.log_ratio)
@@ -117,10 +87,10 @@ def _dpo(options: PreferenceOptions, good: AnswerLogprobs, bad: AnswerLogprobs) 
 
 
 def kto_losses(
-    options: PreferenceOptions, good: AnswerLogprobs, bad: AnswerLogprobs, baseline: Tensor
+    options: KTOSettings, good: AnswerLogprobs, bad: AnswerLogprobs, baseline: Tensor
 ) -> tuple[Tensor, Tensor]:
     """KTO's loss of each good answer and of each bad one; `baseline` is z, a number."""
-    beta = options.beta or 0.0
+    beta = options.beta
     return (
         options.desirable_weight * (1 - torch.sigmoid(beta * (good.log_ratio - baseline))),
         options.undesirable_weight * (1 - torch.sigmoid(beta * (baseline - bad.log_ratio))),
@@ -128,14 +98,14 @@ def kto_losses(
 
 
 def preference_metrics(
-    objective: str, options: PreferenceOptions, good: AnswerLogprobs, bad: AnswerLogprobs
+    objective: str, options: PreferenceSettings, good: AnswerLogprobs, bad: AnswerLogprobs
 ) -> dict[str, Any]:
     """What is worth knowing besides the loss, a tensor each: rewards, margins, who won, log-probabilities, lengths.
 
     A reward is beta (log p - log p'), without a reference beta log p a token. Margins are of pairs; for labelled
     answers, accuracy is the share whose reward has the right sign.
     """
-    beta = options.beta or 0.0
+    beta = options.beta
     rewards = [
         (beta * (a.log_ratio if a.reference is not None else a.mean)).detach() for a in (good, bad)
     ]

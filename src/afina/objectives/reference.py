@@ -26,7 +26,7 @@ from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import atomic_file, write_json
 from afina.models.causal_lm import CausalLM
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.settings import PolicyOptions, PreferenceOptions
+from afina.settings import DPOSettings, KTOSettings, PolicySettings
 
 STORY, FILE = "reference.json", "reference.safetensors"
 
@@ -161,7 +161,7 @@ def _read(file: Path, of: str) -> dict[str, float]:
 
 
 def select_reference(
-    options: PreferenceOptions | PolicyOptions,
+    options: DPOSettings | KTOSettings | PolicySettings,
     start: ActiveAdapters | None,
     adapter: str | None,
     dropout: float,
@@ -176,13 +176,13 @@ def select_reference(
         hint = "leave `reference` out; or afina merge the adapter, and train on the merged model"
         raise SettingsError(
             "the reference of a continued adapter is that adapter",
-            where="options",
+            where="reference",
             why=why,
             hint=hint,
         )
     if told == "adapter" and start is None:
-        hint = "--options '{start: RUN}' goes on from an adapter"
-        raise SettingsError("there is no adapter to be the reference", where="options", hint=hint)
+        hint = "--init-adapter RUN continues from an adapter"
+        raise SettingsError("there is no adapter to be the reference", where="reference", hint=hint)
     if dropout:
         why = "the policy would drop inputs and its reference would not: they would differ before anything is learned"
         raise SettingsError(

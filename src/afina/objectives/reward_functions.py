@@ -27,7 +27,7 @@ from afina.errors import SettingsError, TrainingError, did_you_mean
 from afina.models.causal_lm import CausalLM
 from afina.objectives.graders import Grader, read_grader
 from afina.objectives.reward_model import score_sequences
-from afina.settings import PolicyOptions
+from afina.settings import PolicySettings
 
 CODE, GRADER = ".py:", ".json"
 
@@ -159,7 +159,7 @@ class RewardFunctions:
 
 
 def load_reward_functions(
-    options: PolicyOptions, base: CausalLM, template: str | None
+    options: PolicySettings, base: CausalLM, template: str | None
 ) -> RewardFunctions:
     """Load all who judge; raises `SettingsError` where one is none, `AdapterError` where it is another base's."""
     told = (
@@ -169,13 +169,13 @@ def load_reward_functions(
     )
     if not told:
         raise SettingsError(
-            "nobody judges", where="options: reward", hint="{reward: rules.py:polite}"
+            "nobody judges", where="reward_funcs", hint="rules.py:polite"
         )
     for name, weight in told.items():
         if not math.isfinite(weight) or not weight:
             raise SettingsError(
                 f"a weight of {weight}",
-                where=f"options: reward: {name}",
+                where=f"reward_funcs: {name}",
                 hint="a number that is not 0",
             )
     made = [
@@ -196,7 +196,7 @@ def _one(told: str, run_python: bool) -> FunctionScorer | GraderScorer | None:
 def _function(told: str) -> FunctionScorer:
     """FILE.py:NAME."""
     file, _, name = told.rpartition(":")
-    path, where = Path(file), f"options: reward: {told}"
+    path, where = Path(file), f"reward_funcs: {told}"
     if not path.is_file():
         raise SettingsError(
             "no such file",
@@ -234,7 +234,7 @@ def _judge(told: str, base: CausalLM, template: str | None, number: int) -> Rewa
         hint = (
             "FILE.py:FUNCTION, a grader's FILE.json, or the folder of a run of --objective reward"
         )
-        raise SettingsError("nobody judges here", where=f"options: reward: {told}", hint=hint)
+        raise SettingsError("nobody judges here", where=f"reward_funcs: {told}", hint=hint)
     story = read_run_record(folder)
     if story.get("objective") != "reward":
         why = f"it is a run of {story.get('objective')}" if story else "it is no run"

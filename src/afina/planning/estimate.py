@@ -21,7 +21,6 @@ from afina.planning.machine_rates import known_rates, measured_rates
 from afina.planning.model_shape import ModelShape, count_parameters
 from afina.planning.step_cost import StepCost
 from afina.settings import PlanSettings, TrainSettings
-from afina.training.setup.prepared import new_tokens
 from afina.training.setup.set_up import build_adapter_config
 
 GPU_SIZES_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)  # GiB of GPUs on sale
@@ -137,7 +136,7 @@ def make_step(
             why="this base is in 4 bits",
             hint="--method lora",
         )
-    tokens = {name: number for number, name in enumerate(new_tokens(settings))}
+    tokens = {name: number for number, name in enumerate(settings.new_tokens)}
     spec = spec or build_adapter_config(shape.model, settings, tokens=tokens)
     return StepCost(
         shape,

@@ -10,16 +10,38 @@ from afina.settings.audit import AuditSettings
 from afina.settings.bench_serve import BenchServeSettings
 from afina.settings.chat import ChatSettings
 from afina.settings.combine import CombineSettings
-from afina.settings.common import EMBEDDED, ModelSettings, Settings, setting
+from afina.settings.common import EMBEDDED, ModelSettings, Settings, job_settings, setting
 from afina.settings.compare import VARIED, CompareSettings
 from afina.settings.demo import DemoSettings
 from afina.settings.eval import EvalSettings
 from afina.settings.export import ExportSettings
 from afina.settings.extract import ExtractSettings
 from afina.settings.generate import GenerateSettings
+from afina.settings.groups import (
+    GroupedSettings,
+    MergeMethodSettings,
+    MethodSettings,
+    ObjectiveSettings,
+    register_group,
+    settings_groups,
+)
 from afina.settings.merge import MergeSettings
+from afina.settings.methods import LoRASettings, MoRASettings
 from afina.settings.mitigate import MitigateSettings
-from afina.settings.objectives import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions
+from afina.settings.objectives import (
+    OBJECTIVES,
+    POLICIES,
+    PREFERENCES,
+    DPOSettings,
+    GRPOSettings,
+    KTOSettings,
+    ORPOSettings,
+    PolicySettings,
+    PPOSettings,
+    PreferenceSettings,
+    RLOOSettings,
+    SimPOSettings,
+)
 from afina.settings.parsing import AnySettings, make_settings, read_yaml, resolved
 from afina.settings.plan import PlanSettings
 from afina.settings.registry import Registry
@@ -31,6 +53,7 @@ from afina.settings.train import TrainSettings
 
 __all__ = [
     "EMBEDDED",
+    "OBJECTIVES",
     "POLICIES",
     "PREFERENCES",
     "VARIED",
@@ -42,28 +65,44 @@ __all__ = [
     "ChatSettings",
     "CombineSettings",
     "CompareSettings",
+    "DPOSettings",
     "DemoSettings",
     "EvalSettings",
     "ExportSettings",
     "ExtractSettings",
+    "GRPOSettings",
     "GenerateSettings",
     "Goal",
+    "GroupedSettings",
+    "KTOSettings",
+    "LoRASettings",
+    "MergeMethodSettings",
     "MergeSettings",
+    "MethodSettings",
     "MitigateSettings",
+    "MoRASettings",
     "ModelSettings",
+    "ORPOSettings",
+    "ObjectiveSettings",
+    "PPOSettings",
     "PlanSettings",
-    "PolicyOptions",
-    "PreferenceOptions",
+    "PolicySettings",
+    "PreferenceSettings",
+    "RLOOSettings",
     "Registry",
     "RevokeSettings",
     "ServeSettings",
     "Settings",
     "ShowSettings",
     "SignSettings",
+    "SimPOSettings",
     "TrainSettings",
     "VerifySettings",
+    "job_settings",
     "make_settings",
     "read_yaml",
+    "register_group",
     "resolved",
     "setting",
+    "settings_groups",
 ]

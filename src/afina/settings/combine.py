@@ -53,7 +53,7 @@ class CombineSettings(WeightSearchSettings, RandomDensitySettings, ModelSettings
         "sum: exact; svd: the best of a rank; slerp: on the arc between two; ties, dare_linear, "
         "magnitude_prune, della: entry by entry; search: find the weights on --data",
         "sum",
-        json_schema_extra={"entry_points": "afina.merge_methods"},
+        plugins="afina.merge_methods",
     )
     rank: int | None = setting(
         "largest rank of the result (not of sum); by default the sum of the adapters' ranks", ge=1

@@ -7,19 +7,38 @@ from pydantic import BaseModel, ConfigDict, Field
 EMBEDDED = "embedded"
 
 
-def setting(description: str, default: Any = None, **constraints: Any) -> Any:
-    """Declare one setting: its help text, its default (`...` where it is required) and its bounds."""
-    return Field(default=default, description=description, **constraints)
+def setting(
+    description: str,
+    default: Any = None,
+    *,
+    job: bool = False,
+    plugins: str | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declare one setting.
+
+    Args:
+        description: The help text.
+        default: The default; `...` where the setting is required.
+        job: Whether a fine-tuning job of the server may set it. Never for a setting that names a
+            file or folder of the server's machine, or that runs code.
+        plugins: The entry-point group in which other packages register values of the setting;
+            the help text lists them.
+        **constraints: Bounds, as in pydantic's `Field`.
+    """
+    extra: dict[str, Any] = {"job": True} if job else {}
+    extra |= {"entry_points": plugins} if plugins else {}
+    return Field(default, description=description, json_schema_extra=extra or None, **constraints)
 
 
 class Settings(BaseModel):
-    """What every verb's settings share: frozen, and strict about names."""
+    """Settings of a command or a group: immutable, unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ModelSettings(Settings):
-    """Which frozen model, and how it is loaded."""
+    """Settings of every command that loads a frozen model."""
 
     base: str = setting("the frozen model: a folder, a Hugging Face name, or 'embedded'", EMBEDDED)
     revision: str | None = setting("branch, tag or commit of a Hugging Face name")
@@ -30,3 +49,9 @@ class ModelSettings(Settings):
         "how the base's weights are held", "auto"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("where to compute", "auto")
+
+
+def job_settings(kind: type[Settings]) -> list[str]:
+    """Return the names of the settings that a fine-tuning job of the server may set."""
+    extras = ((name, field.json_schema_extra) for name, field in kind.model_fields.items())
+    return [name for name, extra in extras if isinstance(extra, dict) and extra.get("job")]

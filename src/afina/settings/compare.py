@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from afina.settings.common import ModelSettings, setting
+from afina.settings.train import TrainSettings
 
 VARIED = (
     "method",
@@ -17,8 +18,8 @@ VARIED = (
     "target_modules",
     "layers",
     "rank_pattern",
-    "options",
-)  # of a variant's own
+    "parameter_budget",
+)  # of a variant's own, besides the group of its method
 
 
 class CompareSettings(ModelSettings):
@@ -111,7 +112,8 @@ class CompareSettings(ModelSettings):
         for name, told in value.items():
             if "method" not in told:
                 raise ValueError(f"{name} needs a method: {{{name}: {{method: lora, rank: 16}}}}")
-            if other := next((key for key in told if key not in VARIED), None):
+            allowed = (*VARIED, *TrainSettings.group_names())
+            if other := next((key for key in told if key not in allowed), None):
                 raise ValueError(f"{name} cannot have {other} of its own, only {', '.join(VARIED)}")
         return value
 

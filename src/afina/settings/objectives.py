@@ -1,91 +1,174 @@
-"""Settings of the objectives."""
+"""Names of the objectives, and the settings of each that has its own."""
 
+from importlib.metadata import entry_points
 from typing import Literal
 
-from afina.settings.common import Settings, setting
+from pydantic import model_validator
+
+from afina.errors import SettingsError
+from afina.settings.common import setting
+from afina.settings.groups import ObjectiveSettings, register_group
+
+PREFERENCES = ("dpo", "kto", "orpo", "simpo", "reward")  # learn from labeled answers
+POLICIES = ("grpo", "rloo", "ppo")  # learn from rewards of sampled answers
+OBJECTIVES = ("auto", "sft", "pretrain", "classify", "mlm", *PREFERENCES, *POLICIES)
+ANSWERS_PER_STEP = 64  # sampled answers of a step, where prompts_per_step is not given
 
 
-class PreferenceOptions(Settings):
-    """What `options` can tell a preference objective; which of it each one reads is in `PREFERENCES`."""
+def objective_names() -> list[str]:
+    """Return the objectives of this package and of others, whose code is not imported."""
+    return [*OBJECTIVES, *(point.name for point in entry_points(group="afina.objectives"))]
 
+
+class PreferenceSettings(ObjectiveSettings):
+    """Settings of every objective that learns from preferences."""
+
+    beta: float = setting("weight of the preference loss", 0.1, gt=0)
+
+
+@register_group("dpo")
+class DPOSettings(PreferenceSettings):
+    """Settings of direct preference optimization (arXiv 2305.18290)."""
+
+    beta: float = setting("strength of the penalty for leaving the reference policy", 0.1, gt=0)
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = setting(
-        "dpo: the loss on the margin", "sigmoid"
-    )
-    beta: float | None = setting(
-        "how closely it is held to the reference: 0.1, for simpo 2 (orpo: weight of the odds)", gt=0
+        "loss on the margin between the chosen and the rejected answer", "sigmoid", job=True
     )
     label_smoothing: float = setting(
-        "dpo, sigmoid and robust: share of pairs that are the wrong way round", 0.0, ge=0.0, lt=0.5
-    )
-    gamma: float = setting("simpo: margin that the better answer should have", 1.0, ge=0.0)
-    desirable_weight: float = setting("kto: weight of good answers", 1.0, ge=0.0)
-    undesirable_weight: float = setting("kto: weight of bad answers", 1.0, ge=0.0)
-    sft_weight: float = setting(
-        "dpo, simpo: weight of the better answer's own loss, against its becoming unlikely",
+        "sigmoid and robust: ratio of pairs that are labeled the wrong way round",
         0.0,
         ge=0.0,
+        lt=0.5,
+        job=True,
+    )
+    sft_weight: float = setting(
+        "weight of the chosen answer's own loss, against likelihood displacement",
+        0.0,
+        ge=0.0,
+        job=True,
     )
     reference: Literal["auto", "base", "adapter", "precomputed"] = setting(
-        "dpo, kto: what it is compared with", "auto"
+        "reference policy: the base, the adapter that training continues from, or its stored "
+        "log-probabilities (precomputed: less time per step)",
+        "auto",
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_fits_loss(self) -> "DPOSettings":
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
+            raise SettingsError(
+                f"dpo.label_smoothing has no effect on the loss {self.loss_type!r}",
+                hint="--dpo.loss-type sigmoid or robust, or leave dpo.label_smoothing out",
+            )
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise SettingsError(
+                "dpo.loss_type robust needs dpo.label_smoothing",
+                why="it corrects for a ratio of pairs that are labeled the wrong way round",
+                hint="--dpo.label-smoothing 0.1",
+            )
+        return self
+
+
+@register_group("kto")
+class KTOSettings(PreferenceSettings):
+    """Settings of Kahneman-Tversky optimization (arXiv 2402.01306)."""
+
+    beta: float = setting("strength of the penalty for leaving the reference policy", 0.1, gt=0)
+    desirable_weight: float = setting("weight of desirable answers", 1.0, ge=0.0)
+    undesirable_weight: float = setting("weight of undesirable answers", 1.0, ge=0.0)
+    reference: Literal["auto", "base", "adapter", "precomputed"] = setting(
+        "reference policy: the base, the adapter that training continues from, or its stored "
+        "log-probabilities (precomputed: less time per step)",
+        "auto",
     )
 
 
-PREFERENCES: dict[str, tuple[str, ...]] = {
-    "dpo": ("loss_type", "beta", "label_smoothing", "sft_weight", "reference"),
-    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
-    "orpo": ("beta",),
-    "simpo": ("beta", "gamma", "sft_weight"),
-    "reward": (),
-}
+@register_group("orpo")
+class ORPOSettings(PreferenceSettings):
+    """Settings of odds ratio preference optimization (arXiv 2403.07691)."""
+
+    beta: float = setting("weight of the odds ratio loss", 0.1, gt=0)
 
 
-class PolicyOptions(Settings):
-    """What `options` can tell an objective that learns from rewards; which of it each one reads is in `POLICIES`."""
+@register_group("simpo")
+class SimPOSettings(PreferenceSettings):
+    """Settings of simple preference optimization (arXiv 2405.14734)."""
+
+    beta: float = setting("factor of the margin between the two answers", 2.0, gt=0)
+    gamma: float = setting("target margin of the chosen answer", 1.0, ge=0.0)
+    sft_weight: float = setting(
+        "weight of the chosen answer's own loss, against likelihood displacement", 0.0, ge=0.0
+    )
+
+
+class PolicySettings(ObjectiveSettings):
+    """Settings of every objective that learns from rewards of sampled answers."""
 
     reward_funcs: str | dict[str, float] = setting(
-        "who judges: FILE.py:FUNCTION, a reward model's run, a grader's FILE.json, or several with weights, "
-        "{rules.py:form: 1, runs/judge: 0.5}",
+        "reward functions: FILE.py:FUNCTION, the run of a reward model, a grader's FILE.json, or "
+        "several with weights, {rules.py:form: 1, runs/reward: 0.5}",
         ...,
     )
-    allow_python_graders: bool = setting("run the Python that stands in a grader's file", False)
-    num_generations: int | None = setting("answers to each prompt: 8, for ppo 1", ge=1)
-    prompts_per_step: int | None = setting(
-        "prompts of a step; by default as many as make 64 answers", ge=1
+    allow_python_graders: bool = setting("run the Python code in a grader's file", False)
+    num_generations: int = setting(
+        "answers sampled for each prompt (the group); at least 2", 8, ge=2, job=True
     )
-    max_new_tokens: int = setting("longest answer in tokens", 64, ge=1)
-    temperature: float = setting("of its own answers, and of the policy that is learned", 1.0, gt=0)
-    num_iterations: int = setting("optimizer steps on the same answers", 1, ge=1)
+    prompts_per_step: int | None = setting(
+        "prompts of a step; by default as many as give 64 answers", ge=1, job=True
+    )
+    max_new_tokens: int = setting("longest answer in tokens", 64, ge=1, job=True)
+    temperature: float = setting(
+        "sampling temperature of the answers, and of the policy that is trained",
+        1.0,
+        gt=0,
+        job=True,
+    )
+    num_iterations: int = setting("optimizer steps on the same answers", 1, ge=1, job=True)
     beta: float = setting(
-        "how closely it is held to the reference: nats a token cost so much reward", 0.04, ge=0
+        "weight of the KL divergence from the reference policy, in reward per nat",
+        0.04,
+        ge=0,
+        job=True,
     )
     clip_range: float = setting(
-        "how far a token's probability may move before it counts no more", 0.2, gt=0, lt=1
+        "clipping of the probability ratio: largest relative change that still counts",
+        0.2,
+        gt=0,
+        lt=1,
+        job=True,
     )
+    reference: Literal["auto", "base", "adapter"] = setting(
+        "reference policy: the base, or the adapter that training continues from", "auto"
+    )
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of a step: as given, or as many as give `ANSWERS_PER_STEP` answers."""
+        return self.prompts_per_step or max(1, ANSWERS_PER_STEP // self.num_generations)
+
+
+@register_group("grpo")
+class GRPOSettings(PolicySettings):
+    """Settings of group relative policy optimization (arXiv 2402.03300)."""
+
     scale_rewards: bool = setting(
-        "grpo: divide by the deviation of the group's rewards; ppo: of the step's advantages", True
+        "divide advantages by the standard deviation of their group's rewards", True, job=True
     )
-    gamma: float = setting("ppo: how much less a later reward counts, a token", 1.0, gt=0, le=1)
-    lam: float = setting("ppo: how far advantages look ahead (GAE's lambda)", 0.95, ge=0, le=1)
-    vf_coef: float = setting("ppo: weight of the value head's loss", 0.5, ge=0)
-    reference: Literal["auto", "base", "adapter"] = setting("what it is compared with", "auto")
 
 
-_ANSWERS = (
-    "reward_funcs",
-    "allow_python_graders",
-    "prompts_per_step",
-    "max_new_tokens",
-    "temperature",
-    "num_iterations",
-    "beta",
-    "clip_range",
-    "reference",
-    "num_generations",
-)
+@register_group("rloo")
+class RLOOSettings(PolicySettings):
+    """Settings of REINFORCE with a leave-one-out baseline (arXiv 2402.14740)."""
 
 
-POLICIES: dict[str, tuple[str, ...]] = {
-    "grpo": (*_ANSWERS, "scale_rewards"),
-    "rloo": _ANSWERS,
-    "ppo": (*_ANSWERS, "scale_rewards", "gamma", "lam", "vf_coef"),
-}
+@register_group("ppo")
+class PPOSettings(PolicySettings):
+    """Settings of proximal policy optimization (arXiv 1707.06347)."""
+
+    num_generations: int = setting("answers sampled for each prompt", 1, ge=1)
+    whiten_advantages: bool = setting(
+        "scale the advantages of a step to mean 0 and standard deviation 1", True
+    )
+    gamma: float = setting("discount factor of rewards, per token", 1.0, gt=0, le=1)
+    lam: float = setting("lambda of generalized advantage estimation (GAE)", 0.95, ge=0, le=1)
+    vf_coef: float = setting("weight of the value head's loss", 0.5, ge=0)

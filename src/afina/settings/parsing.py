@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from afina.errors import SettingsError, did_you_mean
+from afina.errors import SettingsError
 from afina.settings.common import Settings
+from afina.settings.groups import GroupedSettings, from_validation_error, unknown_setting
+from afina.settings.renamed import renamed_setting
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -35,31 +37,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def make_settings(
     kind: type[AnySettings], values: Mapping[str, Any], where: str | None = None
 ) -> AnySettings:
-    """Settings of a verb from plain values; raises `SettingsError` naming what is wrong and the nearest name."""
-    for name in values:
-        if name not in kind.model_fields:
-            raise SettingsError(
-                f"unknown setting {name!r}", where=where, hint=did_you_mean(name, kind.model_fields)
-            )
+    """Return the settings of a command from plain values; `where` is the file that they are from.
+
+    Raises:
+        SettingsError: A name is unknown (the hint is the nearest one), renamed, or misplaced, a
+            value does not fit, or a required one is missing.
+    """
     try:
+        for name in values:
+            if renamed := renamed_setting(kind, name):
+                raise renamed
+            if name not in kind.model_fields and not issubclass(kind, GroupedSettings):
+                raise unknown_setting(kind, name)
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        if first["type"] == "missing":
-            raise SettingsError(
-                f"{name} is missing", where=where, hint=kind.model_fields[name].description
-            ) from None
-        raise SettingsError(
-            f"{name} cannot be {first['input']!r}",
-            where=where,
-            why=first["msg"].removeprefix("Value error, "),
-            hint=f"{name}: {kind.model_fields[name].description}"
-            if name in kind.model_fields
-            else None,
-        ) from None
+        raise from_validation_error(error, kind).at(where) from None
+    except SettingsError as error:
+        raise error.at(where) from None
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
-    """Settings as plain values, ready for YAML or JSON."""
-    return settings.model_dump(mode="json")
+    """Return settings as plain values, ready for YAML or JSON, with the groups that are in use."""
+    values = settings.model_dump(mode="json")
+    if isinstance(settings, GroupedSettings):
+        groups = settings.active_groups().items()
+        values |= {name: group.model_dump(mode="json") for name, group in groups}
+    return values

@@ -7,12 +7,12 @@ from afina.settings.train import TrainSettings
 
 
 class PlanSettings(TrainSettings):
-    """Everything `afina plan` can be told: a training run's settings, and what is asked about it."""
+    """Settings of `afina plan`: those of `afina train`, and what is estimated."""
 
-    data: Path | None = setting("as for train; without it, memory and time of full batches alone")  # type: ignore[assignment]
+    data: Path | None = setting("as for train; without it, memory and time of full batches only")  # type: ignore[assignment]
     compare_methods: bool = setting(
-        "all methods in one table: memory, time, numbers to learn, size of the file", False
+        "all methods in one table: memory, time, trainable parameters, size of the file", False
     )
     remeasure: bool = setting(
-        "measure this machine anew: a few seconds, kept for later plans", False
+        "measure this machine again: a few seconds, stored for later plans", False
     )

@@ -1,126 +1,169 @@
 """Settings of `afina train`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator
 
-from afina.settings.common import ModelSettings, setting
+from afina.errors import did_you_mean
+from afina.settings.common import setting
+from afina.settings.groups import GroupedSettings, MethodSettings, ObjectiveSettings
+from afina.settings.objectives import objective_names
 
 
-class TrainSettings(ModelSettings):
-    """Everything `afina train` (and `afina plan`) can be told."""
+class TrainSettings(GroupedSettings):
+    """Settings of `afina train`."""
 
-    fsdp: bool = setting("split the base over the processes that torchrun started", False)
+    group_fields: ClassVar = {MethodSettings: "method", ObjectiveSettings: "objective"}
+
+    fsdp: bool = setting("shard the base's weights over the processes of torchrun (FSDP)", False)
     data: Path = setting(
-        "a file: chat, Alpaca, ShareGPT, prompt/completion, text, CSV, Parquet; or a sweep's YAML",
+        "a file of rows (chat, Alpaca, ShareGPT, prompt/completion, text; JSONL, JSON, CSV, TSV, "
+        "Parquet), or a sweep's YAML",
         ...,
     )
     output_dir: Path | None = setting("the run folder; by default runs/DATA-METHOD")
-    resume: bool = setting("go on with the run in the folder instead of starting one", False)
-    # what is learned
+    resume: bool = setting("resume the run in that folder instead of starting a new one", False)
+    # the adapter
     method: str = setting(
-        "lora, dora, mora, full, or freeze (the last layers only); q: on 4 bits, a: activated",
+        "lora, dora, mora, full, or freeze (the last layers only); q before it: on a base in 4 "
+        "bits; a before it: active from the answer on (qlora, alora, qadora)",
         "lora",
+        job=True,
+        plugins="afina.methods",
     )
-    rank: int = setting("rank of the low-rank update", 8, ge=1)
-    alpha: float | None = setting("strength of the update; by default twice the rank")
-    scaling: Literal["lora", "rslora"] = setting("alpha/rank, or alpha/sqrt(rank) (rsLoRA)", "lora")
-    dropout: float = setting("share of inputs dropped on the adapter's path", 0.0, ge=0.0, lt=1.0)
+    rank: int = setting("rank of the low-rank update: width of the adapter", 8, ge=1, job=True)
+    alpha: float | None = setting(
+        "strength of the update (see scaling); by default twice the rank", job=True
+    )
+    scaling: Literal["lora", "rslora"] = setting(
+        "factor of the update: alpha/rank (lora), or alpha/sqrt(rank) (rslora)", "lora", job=True
+    )
+    dropout: float = setting(
+        "ratio of the adapter's inputs that are zeroed at random in training",
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        job=True,
+    )
     target_modules: str | list[str] | None = setting(
-        "layers to adapt: all-linear, names, or a regular expression; for full also all, norms, embeddings; auto: layers and "
-        "ranks by their gradients, for as many numbers as --options '{budget: N}' says",
-        None,
+        "modules to adapt: all-linear, names, or a regular expression; for full also all, norms, "
+        "embeddings; auto: modules and ranks chosen by their gradients",
+        job=True,
     )
-    layers: str | list[int] | None = setting("which blocks: a list, or 'last:4'")
+    layers: str | list[int] | None = setting(
+        "decoder layers to adapt: a list such as 0,1,5, or last:4; by default all", job=True
+    )
     rank_pattern: dict[str, int] = setting(
-        "ranks of their own, by name or pattern of the layer", {}
+        "other ranks by module name or pattern: {q_proj: 16}", {}, job=True
+    )
+    parameter_budget: int | None = setting(
+        "target_modules auto: number of trainable parameters; by default as many as all-linear "
+        "has at this rank",
+        ge=1,
     )
     invocation: str | None = setting(
-        "alora: text from which on the adapter acts; by default the start of an answer"
+        "alora: text from which on the adapter is active; by default the start of an answer"
     )
-    options: dict[str, Any] = setting(
-        "what only one method or objective knows: {operator: sharing} for mora, {beta: 0.2} for dpo; start: a run to go on",
-        {},
+    new_tokens: list[str] = setting(
+        "words that become one token each, with rows of the embedding that are trained", []
     )
-    # on what
-    objective: Literal[
+    init_adapter: Path | None = setting("a run or adapter to continue from; it stays the reference")
+    frozen_adapter: Path | None = setting(
+        "a run or adapter that stays active and frozen; the new adapter is trained on top of it"
+    )
+    # the data and the objective
+    objective: str = setting(
+        "what is minimized. sft: loss of the answers; pretrain: of every token; classify: of a "
+        "label; mlm: of masked tokens; dpo, kto, orpo, simpo: prefer the better of two answers; "
+        "reward: a model that scores answers; grpo, rloo, ppo: rewards of sampled answers",
         "auto",
-        "sft",
-        "pretrain",
-        "classify",
-        "mlm",
-        "dpo",
-        "kto",
-        "orpo",
-        "simpo",
-        "reward",
-        "grpo",
-        "rloo",
-        "ppo",
-    ] = setting(
-        "sft: learn the answers; pretrain: every token of a text; classify: a label; mlm: hidden tokens; dpo, kto, orpo, "
-        "simpo: prefer the better of two answers; reward: a judge of answers; grpo, rloo, ppo: answers of its own, rewarded",
-        "auto",
+        plugins="afina.objectives",
     )
     columns: dict[str, str] = setting(
-        "names of your columns, e.g. {prompt: question, completion: answer}", {}
+        "names of the file's columns, e.g. {prompt: question, completion: answer}", {}
     )
     chat_template: str | None = setting(
-        "chat template: the tokenizer's own by default, 'plain', 'chatml' or a file"
+        "chat template: the tokenizer's own by default, plain, chatml, or a file"
     )
     eval_size: float = setting(
-        "ratio of the rows held out for evaluation (eval)", 0.1, gt=0.0, lt=1.0
+        "ratio of the rows held out for evaluation (eval rows)", 0.1, gt=0.0, lt=1.0
     )
-    eval_data: Path | None = setting("file of rows for evaluation; takes the place of eval_size")
+    eval_data: Path | None = setting("file of eval rows; takes precedence over eval_size")
     retention_text: Path | None = setting(
-        "general text on which forgetting is measured; one is built in"
+        "general text on which forgetting is measured (retention loss); one is built in"
     )
     max_length: int | None = setting(
-        "longest sequence in tokens; by default what the base can read, up to 2,048"
+        "longest sequence in tokens; by default the base's limit, up to 2,048", job=True
     )
-    skip_bad_rows: bool = setting("leave out rows that cannot be used, and list them", False)
-    # how
-    num_train_epochs: float = setting("times to go over the data", 3.0, gt=0)
-    max_steps: int | None = setting("optimizer steps; takes the place of epochs", ge=1)
-    max_tokens_per_batch: int = setting("tokens in one pass", 2048, ge=1)
-    gradient_accumulation_steps: int = setting(
-        "passes added up before each optimizer step", 1, ge=1
+    skip_bad_rows: bool = setting("skip rows that cannot be used, and list them", False, job=True)
+    # training
+    num_train_epochs: float = setting("passes over the rows (epochs)", 3.0, gt=0)
+    max_steps: int | None = setting(
+        "optimizer steps; takes precedence over num_train_epochs", ge=1, job=True
     )
+    max_tokens_per_batch: int = setting(
+        "tokens of one micro-batch, over all processes", 2048, ge=1, job=True
+    )
+    gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1, ge=1)
     learning_rate: float | None = setting(
-        "by default 2e-4 for adapters, 2e-5 for full; a tenth of it for preferences", gt=0
+        "peak learning rate; by default 2e-4 for adapters, 2e-5 for full, a tenth of it for "
+        "preferences and rewards",
+        gt=0,
+        job=True,
     )
     learning_rate_pattern: dict[str, float] = setting(
-        "rates of their own, by name or pattern of the layer", {}
+        "other learning rates by module name or pattern: {lm_head: 1e-5}", {}
     )
     optimizer: Literal["adamw", "adamw_8bit", "adamw_8bit_offload"] = setting(
-        "8bit: a quarter of the optimizer's memory; offloaded: kept in the host's memory, off the GPU",
+        "adamw_8bit: a quarter of the optimizer's memory; adamw_8bit_offload: its state is kept in "
+        "the host's memory, off the GPU",
         "adamw",
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting(
-        "how the rate falls after the warm-up", "cosine"
+        "how the learning rate falls after the warmup", "cosine", job=True
     )
     warmup_ratio: float = setting(
-        "share of the steps in which the rate rises", 0.05, ge=0.0, le=1.0
+        "ratio of the steps in which the learning rate rises", 0.05, ge=0.0, le=1.0, job=True
     )
-    weight_decay: float = setting("AdamW's weight decay", 0.0, ge=0.0)
-    max_grad_norm: float = setting("largest norm of the gradient", 1.0, gt=0.0)
+    weight_decay: float = setting("weight decay of AdamW", 0.0, ge=0.0, job=True)
+    max_grad_norm: float = setting(
+        "gradients with a larger norm are scaled down to it (clipping)", 1.0, gt=0.0, job=True
+    )
     gradient_checkpointing: Literal["auto", "off", "all"] | int = setting(
-        "activations made again in the backward pass (less memory, more time): off, those of all blocks, of each n-th block; "
-        "auto: of as few as fit in memory",
+        "recompute activations in the backward pass to save memory: off, all layers, or every n-th "
+        "layer; auto: as few as fit in memory",
         "auto",
+        job=True,
     )
     eval_steps: int | None = setting(
-        "steps between checkpoints, each with a held-out loss; by default a tenth"
+        "steps between checkpoints, each with an eval loss; by default a tenth of the run",
+        job=True,
     )
     early_stopping_patience: int | None = setting(
-        "stop after so many checks without a better held-out loss", ge=1
+        "stop after this many checks without a lower eval loss", ge=1, job=True
     )
-    seed: int = setting("seed of everything random", 0)
+    seed: int = setting("seed of every random number", 0)
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        if value not in (known := objective_names()):
+            raise ValueError(did_you_mean(value, known))
+        return value
+
+    @field_validator("new_tokens", mode="before")
+    @classmethod
+    def _list_of_words(cls, value: Any) -> Any:
+        """One word may be written without a list; equal ones count once."""
+        words = [value] if isinstance(value, str) else value
+        if isinstance(words, list) and not all(isinstance(w, str) and w.strip() for w in words):
+            raise ValueError("words, each at least one character: [<tool>]")
+        return list(dict.fromkeys(words)) if isinstance(words, list) else words
 
     @property
     def place(self) -> str:
-        """The device that a base is loaded to: one that will be split goes to its devices a block at a time."""
+        """The device that the base is loaded to; with FSDP each layer is moved when it is sharded."""
         return "cpu" if self.fsdp else self.device
 
     @field_validator("target_modules")
@@ -135,25 +178,25 @@ class TrainSettings(ModelSettings):
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
-    def _dial(cls, value: Any) -> Any:
-        """YAML takes off for false; each block is all of them. Raises where it is neither word nor number of blocks."""
+    def _level(cls, value: Any) -> Any:
+        """YAML reads off as false; every first layer is all of them."""
         word = str(value).strip().lower()
         if word in ("auto", "off", "all", "true", "false"):
             return {"true": "all", "false": "off"}.get(word, word)
         if not word.isdigit() or int(word) < 1:
-            raise ValueError("auto, off, all, or a number n from 1: each n-th block")
+            raise ValueError("auto, off, all, or a number n from 1: every n-th layer")
         return "all" if int(word) == 1 else int(word)
 
     @property
     def recomputed(self) -> int:
-        """n where the activations of each n-th block are made again; 0 for none."""
-        told = self.gradient_checkpointing
-        return told if isinstance(told, int) else int(told == "all")
+        """n where the activations of every n-th layer are recomputed; 0 for none."""
+        level = self.gradient_checkpointing
+        return level if isinstance(level, int) else int(level == "all")
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _one_block(cls, value: Any) -> Any:
-        """One block may be written as its number."""
+    def _one_layer(cls, value: Any) -> Any:
+        """One layer may be written as its number."""
         if isinstance(value, str) and value.strip().removeprefix("-").isdigit():
             value = int(value)
         return [value] if isinstance(value, int) and not isinstance(value, bool) else value

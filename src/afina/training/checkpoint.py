@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from afina.adapters.loading import read_json_object
 from afina.errors import TrainingError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
-from afina.settings import TrainSettings
+from afina.io.migrations import migrate_settings
+from afina.settings import TrainSettings, resolved
 from afina.training.setup.optimizer import AdapterOptimizer
 
 FOLDER, SETTINGS = "checkpoint", "settings.yaml"
@@ -69,9 +70,9 @@ def load(run: Path, optimizer: AdapterOptimizer, identity: dict[str, Any]) -> Tr
 
 
 def _same_settings(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `TrainingError` with every setting that changed; one that an older afina did not know had its default."""
-    fields = TrainSettings.model_fields
-    known = {name: before.get(name, fields[name].get_default()) for name in now}
+    """Raise `TrainingError` with every setting that changed; one that an older afina did not have had its default."""
+    complete = TrainSettings(**{"data": ""} | migrate_settings(before))
+    known = {name: resolved(complete).get(name) for name in now}
     changed = [
         f"{name} is {_told(known[name])} in the run, {_told(now[name])} now"
         for name in now

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.errors import SettingsError, TrainingError, did_you_mean
+from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import write_json
 from afina.settings import TrainSettings, make_settings, read_yaml
 from afina.training.results import SweepResult, TrainResult
@@ -48,12 +48,6 @@ def read_sweep(file: Path, told: Mapping[str, Any]) -> list[TrainSettings]:
                 "data is missing",
                 where=f"{file}: run {number}",
                 hint="data: FILE, for all runs or for each",
-            )
-        unknown = [key for key in values if key not in TrainSettings.model_fields]
-        if unknown:
-            hint = did_you_mean(unknown[0], [*TrainSettings.model_fields, "name"])
-            raise SettingsError(
-                f"unknown setting {unknown[0]!r}", where=f"{file}: run {number}", hint=hint
             )
         values["data"] = _beside(file, values["data"])
         made.append(

@@ -63,7 +63,7 @@ from afina.training.progress import NullProgress, ProgressDisplay
 from afina.training.results import TrainResult
 from afina.training.run_card import model_card, plot_losses, plot_rewards
 from afina.training.setup.prepare import resolve_objective
-from afina.training.setup.prepared import NEW_TOKENS, OVER, START, to_jsonl
+from afina.training.setup.prepared import to_jsonl
 from afina.training.setup.processes import ProcessContext, world
 from afina.training.setup.set_up import AUTO, RunSetup, default_out, set_up_run
 from afina.training.trainer import Trainer, peak_memory_mb, read_metrics, train_in_one_pass
@@ -150,7 +150,7 @@ def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     auto = (
         settings.target_modules == AUTO
     )  # looks at the gradient of a base on which nobody else sits
-    if alone or auto or settings.options.get(NEW_TOKENS) or {START, OVER} & settings.options.keys():
+    if alone or auto or settings.new_tokens or settings.init_adapter or settings.frozen_adapter:
         return None
     return (
         settings.base,
@@ -271,7 +271,8 @@ def _identity(setup: RunSetup) -> dict[str, Any]:
 
 
 def _begin(setup: RunSetup, folder: Path) -> None:
-    settings = resolved(setup.settings) | {"resume": False, "output_dir": str(folder)}
+    settings = {"format_version": 2} | resolved(setup.settings)
+    settings |= {"resume": False, "output_dir": str(folder)}
     write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_text(folder / "example.txt", setup.prepared.example + "\n")
     write_text(folder / HELD_OUT, to_jsonl(setup.prepared.eval_records))

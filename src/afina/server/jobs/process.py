@@ -22,6 +22,7 @@ from typing import Any
 
 from afina.errors import AfinaError
 from afina.io.atomic import write_json
+from afina.io.migrations import migrate_settings
 from afina.settings import TrainSettings, make_settings, read_yaml
 
 JOB, GRADER, RUN, ERROR = "job.json", "grader.json", "run", "error.json"
@@ -59,10 +60,13 @@ def _settings(run: Path, job: dict[str, Any]) -> TrainSettings:
     if (run / "settings.yaml").is_file():
         return make_settings(
             TrainSettings,
-            read_yaml(run / "settings.yaml") | {"output_dir": str(run), "resume": True},
+            migrate_settings(read_yaml(run / "settings.yaml"))
+            | {"output_dir": str(run), "resume": True},
         )
     shutil.rmtree(run, ignore_errors=True)
-    settings = make_settings(TrainSettings, job["settings"] | {"output_dir": str(run)})
+    settings = make_settings(
+        TrainSettings, migrate_settings(job["settings"]) | {"output_dir": str(run)}
+    )
     if job["batch_size"] is None:
         return settings
     return settings.model_copy(

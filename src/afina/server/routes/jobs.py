@@ -13,7 +13,6 @@ from pydantic_core import PydanticCustomError
 from afina.adapters.base import get_method as delta_method
 from afina.adapters.presets import get_preset
 from afina.errors import SettingsError
-from afina.objectives.policy_losses import policy_options
 from afina.server.auth import Principal
 from afina.server.errors import APIError, not_found, to_api_error
 from afina.server.jobs.process import GRADER
@@ -23,51 +22,13 @@ from afina.server.routes.graders import grader_of
 from afina.server.schemas import StrictRequest
 from afina.server.state import ServerState, get_state
 from afina.server.store import FileRow, JobCheckpoint, JobEvent, JobRow, now
-from afina.settings import TrainSettings, make_settings
+from afina.settings import TrainSettings, job_settings, make_settings, settings_groups
 from afina.training.setup.set_up import default_learning_rate
 
 router = APIRouter()
-# settings of `afina train` that a job may be given beside OpenAI's: none that names a place on this machine
-JOB_SETTINGS = (
-    "method",
-    "rank",
-    "alpha",
-    "scaling",
-    "dropout",
-    "target_modules",
-    "layers",
-    "rank_pattern",
-    "learning_rate",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "eval_steps",
-    "early_stopping_patience",
-    "skip_bad_rows",
-    "gradient_checkpointing",
-    "options",
-    "max_tokens_per_batch",
-)
-OPTIONS = {  # by how a job learns: of these, none that does so or changes the base
-    "supervised": ("operator", "restart_every"),
-    "dpo": ("operator", "restart_every", "loss_type", "label_smoothing", "sft_weight"),
-    "reinforcement": (
-        "operator",
-        "restart_every",
-        "num_generations",
-        "prompts_per_step",
-        "max_new_tokens",
-        "temperature",
-        "num_iterations",
-        "beta",
-        "clip_range",
-        "scale_rewards",
-    ),
-}
-METHODS = tuple(OPTIONS)
+# by how a job learns -> its objective; `auto` where the rows decide
+JOB_OBJECTIVES = {"supervised": "auto", "dpo": "dpo", "reinforcement": "grpo"}
+METHODS = tuple(JOB_OBJECTIVES)
 Limit = Annotated[int, Query(ge=1, le=1000)]
 Auto = Literal["auto"]
 
@@ -229,14 +190,13 @@ def create(body: CreateJobRequest, request: Request, caller: Owner) -> dict[str,
             "batch_size: pairs are batched by tokens here; leave it auto, or set batch_tokens in afina",
             "method",
         )
-    settings = _settings(state, body, told, training, validation, seed)
+    reward: dict[str, Any] = {}
     if body.method.reinforcement is not None:
         grader = grader_of(state, body.method.reinforcement.grader, "method.reinforcement.grader")
-        settings["options"] |= {
-            "reward_funcs": str(state.settings.state_dir.resolve() / "jobs" / name / GRADER)
-        }
-        settings["options"] |= {"allow_python_graders": True} if grader.is_code else {}
-        _check(lambda: policy_options(make_settings(TrainSettings, settings)))
+        file = state.settings.state_dir.resolve() / "jobs" / name / GRADER
+        reward = {"reward_funcs": str(file)}
+        reward |= {"allow_python_graders": True} if grader.is_code else {}
+    settings = _settings(state, body, told, training, validation, seed, reward)
     own = {
         "told": told.model_dump(mode="json"),
         "settings": settings,
@@ -266,14 +226,14 @@ def _settings(
     training: FileRow,
     validation: FileRow | None,
     seed: int,
+    reward: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The settings of `afina train` that a job means; raises `Refusal` where they are none."""
-    if unknown := set(body.afina) - set(JOB_SETTINGS):
-        raise APIError(
-            400,
-            f"afina: {sorted(unknown)[0]!r} cannot be set for a job; what can: {', '.join(JOB_SETTINGS)}",
-            "afina",
-        )
+    """Return the settings of `afina train` that a job means; `reward` are those of its grader.
+
+    Raises:
+        APIError: A setting is unknown, does not fit, or may not be set by a job.
+    """
+    _check_names(body.afina)
     serve = state.settings
     values: dict[str, Any] = {
         "base": serve.base,
@@ -290,7 +250,7 @@ def _settings(
     if told.n_epochs != "auto":
         values["num_train_epochs"] = told.n_epochs
     if body.method.type != "supervised":
-        values["objective"] = {"dpo": "dpo", "reinforcement": "grpo"}[body.method.type]
+        values["objective"] = JOB_OBJECTIVES[body.method.type]
     if told.learning_rate_multiplier != "auto":  # a multiplier of 1 is what afina takes by itself
         values["learning_rate"] = default_learning_rate(
             "lora", values.get("objective", "sft")
@@ -298,17 +258,14 @@ def _settings(
     if isinstance(told, ReinforcementParameters) and told.eval_interval != "auto":
         values["eval_steps"] = told.eval_interval
     values |= body.afina
-    options = body.afina.get("options", {})
-    if not isinstance(options, dict):
-        raise APIError(400, "options: expected names with values", "afina")
-    if unknown := set(options) - set(known := OPTIONS[body.method.type]):
-        what = f"options: {sorted(unknown)[0]!r} cannot be set for a job like this; what can: {', '.join(known)}"
-        raise APIError(400, what, "afina")
+    objective = JOB_OBJECTIVES[body.method.type]
+    group = dict(reward)
     if isinstance(told, PreferenceParameters) and told.beta != "auto":
-        options = options | {"beta": told.beta}
+        group["beta"] = told.beta
     if isinstance(told, ReinforcementParameters):
-        options = _drawn(told) | options
-    values["options"] = options
+        group |= _answers_per_step(told)
+    if group:
+        values[objective] = group | body.afina.get(objective, {})
     method = str(values.get("method", "lora"))
     if serve.quantization == "nf4" and not method.startswith("q"):
         values["method"] = f"q{method}"
@@ -324,6 +281,26 @@ def _settings(
     return values
 
 
+def _check_names(values: Mapping[str, Any]) -> None:
+    """Raise `APIError` where a setting is none that a job may set (see `job` in settings/common)."""
+    allowed = job_settings(TrainSettings)
+    for name, value in values.items():
+        if name in allowed:
+            continue
+        if name not in settings_groups:
+            raise _not_for_jobs(name, allowed)
+        if not isinstance(value, Mapping):
+            raise APIError(400, f"{name}: expected names with values", "afina")
+        own = job_settings(settings_groups.get(name))
+        if unknown := sorted(set(value) - set(own)):
+            raise _not_for_jobs(f"{name}.{unknown[0]}", own)
+
+
+def _not_for_jobs(name: str, allowed: list[str]) -> APIError:
+    what = f"afina: {name!r} cannot be set for a job; what can: {', '.join(allowed) or 'none'}"
+    return APIError(400, what, "afina")
+
+
 def _check(check: Callable[[], Any]) -> None:
     """Raise `Refusal` where `check` raises `SettingsError`."""
     try:
@@ -332,8 +309,8 @@ def _check(check: Callable[[], Any]) -> None:
         raise to_api_error(error, "afina") from None
 
 
-def _drawn(told: ReinforcementParameters) -> dict[str, Any]:
-    """The options that say how many answers a step has."""
+def _answers_per_step(told: ReinforcementParameters) -> dict[str, Any]:
+    """Return the settings that determine how many answers are sampled per step."""
     prompts = {} if told.batch_size in ("auto", None) else {"prompts_per_step": told.batch_size}
     if told.compute_multiplier == "auto":
         return prompts

@@ -1,13 +1,12 @@
 """Beginning with an adapter: going on from one, and learning over one.
 
-    --options '{start: runs/sft}'    its copy learns; it stays, frozen, as what came before
-    --options '{over: runs/task}'    a new adapter learns while it acts beside, frozen: the outputs' parts are summed
+    --init-adapter runs/sft    its copy learns; it stays, frozen, as what came before
+    --frozen-adapter runs/task    a new adapter learns while it acts beside, frozen: the outputs' parts are summed
 
 What a copy is (method, rank, layers, invocation) is the adapter's. A setting that says otherwise is an error.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from afina.adapters.active import ActiveAdapters
@@ -23,7 +22,7 @@ from afina.adapters.loading import (
 from afina.adapters.presets import get_preset
 from afina.errors import SettingsError
 from afina.settings import TrainSettings
-from afina.training.setup.prepared import OVER, START, PreparedData, new_tokens
+from afina.training.setup.prepared import PreparedData
 
 INHERITED_SETTINGS = ("rank", "alpha", "scaling", "dropout", "rank_pattern")
 
@@ -36,12 +35,9 @@ def continue_adapter(
     `asked` is the adapter that the other settings mean. Raises `SettingsError` where the two contradict each other, and
     `AdapterError` where there is no single adapter, or it is another base's.
     """
-    told = settings.options[START]
-    if not isinstance(told, str | Path) or not str(told):
-        raise SettingsError(
-            f"{START} cannot be {told!r}", where="options", hint=f"--options '{{{START}: RUN}}'"
-        )
-    folder = adapter_folder(Path(told))
+    told = settings.init_adapter
+    assert told is not None
+    folder = adapter_folder(told)
     base: Any = prepared.base
     frozen = load_adapter(folder, base, f"{name}-start")
     try:
@@ -67,12 +63,9 @@ def stack_on_adapter(
     Raises `SettingsError` where one of the two cannot act beside another, and `AdapterError` where there is none, or it is
     another base's.
     """
-    told = settings.options[OVER]
-    if not isinstance(told, str | Path) or not str(told):
-        raise SettingsError(
-            f"{OVER} cannot be {told!r}", where="options", hint=f"--options '{{{OVER}: RUN}}'"
-        )
-    folder, base = adapter_folder(Path(told)), prepared.base
+    told = settings.frozen_adapter
+    assert told is not None
+    folder, base = adapter_folder(told), prepared.base
     frozen = load_adapter(folder, base, f"{name}-over")
     for one, where in ((adapter, "method"), (frozen, str(folder))):
         if any(
@@ -136,7 +129,7 @@ def _spec(
     ]
     if settings.target_modules is not None and asked.target_modules != found.target_modules:
         changed.append("target_modules")
-    if new_tokens(settings) and dict(asked.trainable_tokens) != dict(found.trainable_tokens):
+    if settings.new_tokens and dict(asked.trainable_tokens) != dict(found.trainable_tokens):
         changed.append("new_tokens")
     if changed:
         raise SettingsError(

@@ -30,12 +30,9 @@ from afina.settings import POLICIES, PREFERENCES, TrainSettings
 from afina.training.setup.prepare_policy import prepare_policy
 from afina.training.setup.prepare_preferences import prepare_preferences
 from afina.training.setup.prepared import (
-    OVER,
-    START,
     PreparedData,
     Units,
     describe_data,
-    new_tokens,
     resolve_invocation,
 )
 
@@ -132,7 +129,7 @@ def _language(settings: TrainSettings, base: CausalLM | None) -> PreparedData:
         settings.place,
         get_preset(settings.method, 1).quantization,
     )
-    own_tokens = base.add_tokens(new_tokens(settings))
+    own_tokens = base.add_tokens(settings.new_tokens)
     made = read_examples(settings, table, base.tokenizer, base.max_positions)
     records = [row.record() for row in made.held_rows] or [
         {"text": base.decode(example.token_ids)} for example in made.eval_examples
@@ -287,11 +284,11 @@ def _masked(settings: TrainSettings) -> PreparedData:
 
 
 def _refuse_prefixes(settings: TrainSettings) -> None:
-    for name in (START, OVER):
-        if name in settings.options:
+    for name in ("init_adapter", "frozen_adapter"):
+        if getattr(settings, name) is not None:
             raise SettingsError(
                 "only language models begin with an adapter so far",
-                where="options",
+                where=name,
                 hint=f"leave {name} out",
             )
     meant = get_preset(settings.method, 1)

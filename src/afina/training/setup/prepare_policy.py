@@ -11,14 +11,12 @@ from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
-from afina.objectives.policy_losses import policy_options
 from afina.objectives.reward_functions import RewardFunctions, load_reward_functions
-from afina.settings import PolicyOptions, TrainSettings
+from afina.settings import PolicySettings, TrainSettings
 from afina.training.setup.prepared import (
     PreparedData,
     Units,
     describe_data,
-    new_tokens,
     resolve_invocation,
 )
 from afina.training.setup.processes import world
@@ -26,7 +24,7 @@ from afina.training.setup.processes import world
 
 def prepare_policy(settings: TrainSettings, base: CausalLM | None) -> PreparedData:
     """Load, read, render and check; raises the error of the first thing that is wrong."""
-    options = policy_options(settings)
+    options = settings.group(settings.objective)
     _refuse(settings, options)
     table = read_table(settings.data, PROMPT, settings.columns, settings.skip_bad_rows)
     base = base or load_base(
@@ -38,7 +36,7 @@ def prepare_policy(settings: TrainSettings, base: CausalLM | None) -> PreparedDa
         get_preset(settings.method, 1).quantization,
     )
     _check_temperature(options, base)
-    own_tokens = base.add_tokens(new_tokens(settings))
+    own_tokens = base.add_tokens(settings.new_tokens)
     modules = (base.add_score_head(),) if settings.objective == "ppo" else ()
     rewards = load_reward_functions(options, base, settings.chat_template)
     renderer = Renderer(
@@ -109,7 +107,7 @@ def make_queries(
             what = f"{pluralize(len(tokens), 'token')}, and {max_new_tokens:,} for the answer"
             why = f"more than the {renderer.max_length:,} allowed"
             raise DataError(
-                what, where=where, why=why, hint="a smaller max_new_tokens among the options"
+                what, where=where, why=why, hint="a smaller max_new_tokens of the objective"
             )
         if invocation and last_start(tokens, invocation) is None:
             hint = "--invocation TEXT that stands in every prompt, or --skip-bad-rows"
@@ -135,7 +133,7 @@ def _split(
     return rows, other.rows
 
 
-def _refuse(settings: TrainSettings, options: PolicyOptions) -> None:
+def _refuse(settings: TrainSettings, options: PolicySettings) -> None:
     """Raise `SettingsError` for what does not go together."""
     if world().size > 1 or settings.fsdp:
         why = "each process would write and judge all answers for itself"
@@ -148,7 +146,7 @@ def _refuse(settings: TrainSettings, options: PolicyOptions) -> None:
             "accumulate means nothing here",
             where="gradient_accumulation_steps",
             why=why,
-            hint="prompts among the options",
+            hint=f"--{settings.objective}.prompts-per-step",
         )
     if settings.eval_steps and settings.eval_steps % options.num_iterations:
         why = f"between two of {options.num_iterations} updates there is no state to go on from"
@@ -158,7 +156,7 @@ def _refuse(settings: TrainSettings, options: PolicyOptions) -> None:
         )
 
 
-def _check_temperature(options: PolicyOptions, base: CausalLM) -> None:
+def _check_temperature(options: PolicySettings, base: CausalLM) -> None:
     """Raise `SettingsError` where logits cannot be had at another temperature by scaling what the output layer reads."""
     scalable = (
         base.has_hidden_states
@@ -169,7 +167,7 @@ def _check_temperature(options: PolicyOptions, base: CausalLM) -> None:
         why = "its output layer has a bias or a soft cap"
         raise SettingsError(
             f"a temperature of {options.temperature}",
-            where="options",
+            where="temperature",
             why=why,
             hint="{temperature: 1}",
         )

@@ -24,14 +24,12 @@ from afina.objectives.preference import (
     PreferenceObjective,
     tokenize_preferences,
 )
-from afina.objectives.preference_losses import preference_options
 from afina.objectives.reward_model import RewardModelObjective
 from afina.settings import TrainSettings
 from afina.training.setup.prepared import (
     PreparedData,
     Units,
     describe_data,
-    new_tokens,
     resolve_invocation,
 )
 
@@ -40,7 +38,7 @@ Made = list[tuple[PreferenceRow, PreferenceExample]]
 
 def prepare_preferences(settings: TrainSettings, base: CausalLM | None) -> PreparedData:
     """Load, read, render and check; raises the error of the first thing that is wrong."""
-    objective, options = settings.objective, preference_options(settings)
+    objective, options = settings.objective, settings.group(settings.objective)
     table = _read(settings.data, settings)
     base = base or load_base(
         settings.base,
@@ -50,7 +48,7 @@ def prepare_preferences(settings: TrainSettings, base: CausalLM | None) -> Prepa
         settings.place,
         get_preset(settings.method, 1).quantization,
     )
-    own_tokens = base.add_tokens(new_tokens(settings))
+    own_tokens = base.add_tokens(settings.new_tokens)
     modules = (base.add_score_head(),) if objective == "reward" else ()
     renderer = Renderer(
         base.tokenizer, settings.chat_template, settings.max_length or min(base.max_positions, 2048)

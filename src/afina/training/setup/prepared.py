@@ -12,11 +12,6 @@ from afina.models.frozen import FrozenModel
 from afina.objectives.base import Objective
 from afina.settings import TrainSettings
 
-# options that every method of a language model has
-NEW_TOKENS = "new_tokens"  # tokens to learn, new or not
-START = "start"  # an adapter, or the run that made it, to go on from
-OVER = "over"  # one that stays as it is and acts beside what is learned
-
 
 @dataclass(frozen=True)
 class Units:
@@ -52,21 +47,6 @@ class PreparedData:
     init_adapter: str | None = None  # hash of the adapter that the run goes on from
     frozen_adapter: str | None = None  # hash of the adapter that it learns over
     reward_hash: str | None = None  # what tells that the same judges give the rewards
-
-
-def new_tokens(settings: TrainSettings) -> list[str]:
-    """The tokens that get rows of their own."""
-    told = settings.options.get(NEW_TOKENS, [])
-    names = [told] if isinstance(told, str) else told
-    if not isinstance(names, list) or not all(
-        isinstance(name, str) and name.strip() for name in names
-    ):
-        raise SettingsError(
-            f"{NEW_TOKENS} cannot be {told!r}",
-            where="options",
-            hint=f"--options '{{{NEW_TOKENS}: [<tool>]}}'",
-        )
-    return list(dict.fromkeys(names))
 
 
 def resolve_invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:

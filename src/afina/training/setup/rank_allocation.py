@@ -25,7 +25,6 @@ from afina.settings import TrainSettings
 from afina.training.setup.prepared import PreparedData
 
 BATCHES = 4  # optimizer steps' worth of rows that are looked at
-BUDGET = "budget"  # the option that says how many numbers may be learned
 
 
 def gradient_spectra(prepared: PreparedData, paths: Sequence[str]) -> dict[str, Tensor]:
@@ -86,8 +85,8 @@ def allocate_ranks(
     chosen = {path: rank for path, rank in ranks.items() if rank}
     if not chosen:
         raise SettingsError(
-            f"a {BUDGET} of {budget:,} numbers buys no rank",
-            where="options",
+            f"a budget of {budget:,} parameters is too small for a single rank",
+            where="parameter_budget",
             hint=f"one costs from {min(prices.values()):,}",
         )
     return chosen
@@ -109,11 +108,7 @@ def resolve_auto_targets(settings: TrainSettings, prepared: PreparedData) -> Tra
     ]
     layers = {path: TargetModule(path, model.get_submodule(path)) for path in paths}
     prices = {path: layer.in_features + layer.out_features for path, layer in layers.items()}
-    budget = settings.options.get(BUDGET, settings.rank * sum(prices.values()))
-    if not isinstance(budget, int) or budget < 1:
-        raise SettingsError(
-            f"{BUDGET} cannot be {budget!r}", where="options", hint="a number of numbers to learn"
-        )
+    budget = settings.parameter_budget or settings.rank * sum(prices.values())
     ranks = allocate_ranks(gradient_spectra(prepared, paths), prices, budget)
     return settings.model_copy(
         update={"target_modules": list(ranks), "rank_pattern": ranks, "layers": None}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,21 +12,21 @@ from afina.adapters.attach import Adapter, attach
 from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
 from afina.adapters.target_selection import layer_index, match_patterns, resolve_target_modules
-from afina.errors import SettingsError
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.objectives.policy import PolicyObjective
 from afina.objectives.preference import PreferenceObjective
 from afina.objectives.preference_losses import NEEDS_REFERENCE
 from afina.objectives.reference import select_reference
-from afina.settings import POLICIES, PREFERENCES, PolicyOptions, PreferenceOptions, TrainSettings
+from afina.settings import POLICIES, PREFERENCES, Settings, TrainSettings
 from afina.training.setup.init_adapter import continue_adapter, stack_on_adapter
-from afina.training.setup.prepare import prepare, resolve_objective
-from afina.training.setup.prepared import NEW_TOKENS, OVER, START, PreparedData
-from afina.training.setup.rank_allocation import BUDGET, resolve_auto_targets
+from afina.training.setup.prepare import prepare
+from afina.training.setup.prepared import PreparedData
+from afina.training.setup.rank_allocation import resolve_auto_targets
 
 NAME = "adapter"
 AUTO = "auto"
+STORED_NAMES = {"restart_steps": "restart_every"}  # in `options` of afina.json, which is hashed
 
 
 @dataclass
@@ -51,12 +52,8 @@ class RunSetup:
     @property
     def restart_every(self) -> int:
         """Steps between merges and restarts (ReLoRA, ReMoRA); 0 for never."""
-        every = self.settings.options.get("restart_every", 0)
-        if not isinstance(every, int) or every < 0:
-            raise SettingsError(
-                f"restart_every cannot be {every!r}", where="options", hint="a number of steps"
-            )
-        return every
+        group = self.settings.group(self.adapter.config.method)
+        return getattr(group, "restart_steps", None) or 0
 
 
 def default_out(settings: TrainSettings) -> Path:
@@ -94,23 +91,14 @@ def build_adapter_config(
         modules_to_save=modules,
         invocation=invocation,
         trainable_tokens=tokens or {},
-        method_settings={
-            name: value for name, value in settings.options.items() if name not in _others(settings)
-        },
+        method_settings=method_settings(settings.group(meant.method)),
     )
 
 
-def _others(settings: TrainSettings) -> tuple[str, ...]:
-    """The names in `options` that are not the method's."""
-    objective = resolve_objective(settings)
-    own = (
-        PreferenceOptions
-        if objective in PREFERENCES
-        else PolicyOptions
-        if objective in POLICIES
-        else None
-    )
-    return (NEW_TOKENS, START, OVER, BUDGET, *(own.model_fields if own else ()))
+def method_settings(group: Settings) -> dict[str, Any]:
+    """Return a method's settings that are given, under the names that adapter files keep for ever."""
+    given = group.model_dump(exclude_none=True)
+    return {STORED_NAMES.get(name, name): value for name, value in given.items()}
 
 
 def set_up_run(
@@ -132,13 +120,13 @@ def set_up_run(
         prepared.trainable_tokens,
     )
     torch.manual_seed(settings.seed)
-    if START in settings.options:
+    if settings.init_adapter is not None:
         adapter = continue_adapter(settings, prepared, spec, name)
     else:
         adapter = attach(
             prepared.base.model, prepared.base.forward_context, name, spec, settings.seed
         )
-    if OVER in settings.options:
+    if settings.frozen_adapter is not None:
         stack_on_adapter(settings, prepared, adapter, name)
     began = (
         "+".join(digest for digest in (prepared.init_adapter, prepared.frozen_adapter) if digest)
