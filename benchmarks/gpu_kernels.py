@@ -91,7 +91,7 @@ def weights() -> dict[str, Case]:
 
 def adapters() -> dict[str, Case]:
     """The grouped product and its backward, of adapters with ranks (one each) x tokens each."""
-    from afina.kernels import lowrank  # noqa: F401 (it enters the operations)
+    from afina.kernels import lora  # noqa: F401 (it enters the operations)
 
     ops, cases = torch.ops.afina, {}
     mixes = {
@@ -109,12 +109,12 @@ def adapters() -> dict[str, Case]:
         run, matrices = 2 * tokens * WIDTH, 2 * 2 * sum(ranks) * WIDTH
         products = 2 * 2 * each * sum(ranks) * WIDTH
         cases[f"lowrank_{name}"] = (
-            lambda y=y, g=given: ops.grouped_lowrank(y, *g),
+            lambda y=y, g=given: ops.grouped_lora(y, *g),
             3 * run + matrices,
             products,
         )
         back = (
-            lambda y=y, g=given: ops.grouped_lowrank_backward(y, *g),
+            lambda y=y, g=given: ops.grouped_lora_backward(y, *g),
             3 * run + 2 * matrices,
             3 * products,
         )

@@ -15,7 +15,7 @@ from common import publish, roofline
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from afina.kernels import elementwise, lowrank, nf4, square  # noqa: F401 (they enter the operations)
+from afina.kernels import elementwise, lora, mora, nf4  # noqa: F401 (they enter the operations)
 from afina.kernels.dispatch import data_pointer, kernels
 from afina.kernels.paged_attention import paged_attention, paged_attention_reference
 from afina.kernels.varlen_attention import varlen_attention
@@ -101,8 +101,8 @@ def adapters() -> Sides:
         table = torch.tensor([[k * each, (k + 1) * each, k] for k in range(count)])
         arguments = (x, table, torch.ones(count), a, bt)
         calls: dict[str, Callable[[], object]] = {
-            "": lambda y=y, s=arguments: torch.ops.afina.grouped_lowrank(y, *s),
-            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lowrank_backward(
+            "": lambda y=y, s=arguments: torch.ops.afina.grouped_lora(y, *s),
+            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lora_backward(
                 g, *s
             ),
         }
@@ -115,11 +115,11 @@ def squares() -> Sides:
     """MoRA's operators at rank 8, one adapter on 512 tokens and eight on 64 each; the reference is a loop over the segments."""
     size, blocks = 128, WIDTH // 128
     forms = {
-        "truncation": square.MoRALayout(size, 1, size, size),
-        "sharing": square.MoRALayout(size, 1, WIDTH, WIDTH),
-        "runs": square.MoRALayout(size, 1, WIDTH, WIDTH, is_sharing=True),
-        "decoupling": square.MoRALayout(size, blocks, WIDTH, WIDTH),
-        "rotation": square.MoRALayout(size, blocks, WIDTH, WIDTH, is_rotated=True),
+        "truncation": mora.MoRALayout(size, 1, size, size),
+        "sharing": mora.MoRALayout(size, 1, WIDTH, WIDTH),
+        "runs": mora.MoRALayout(size, 1, WIDTH, WIDTH, is_sharing=True),
+        "decoupling": mora.MoRALayout(size, blocks, WIDTH, WIDTH),
+        "rotation": mora.MoRALayout(size, blocks, WIDTH, WIDTH, is_rotated=True),
     }
     sides: Sides = {}
     for count, each in ((1, 512), (8, 64), (8, 1)):
@@ -138,8 +138,8 @@ def squares() -> Sides:
             ] * count
             arguments: tuple[Any, ...] = (x, table, torch.ones(count), numbers, m)
             calls: dict[str, Callable[[], object]] = {
-                "": lambda y=y, s=arguments: torch.ops.afina.grouped_square(y, *s),
-                "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_square_backward(
+                "": lambda y=y, s=arguments: torch.ops.afina.grouped_mora(y, *s),
+                "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_mora_backward(
                     g, *s
                 ),
             }

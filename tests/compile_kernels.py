@@ -50,8 +50,8 @@ def main() -> None:
             [torch.zeros(r, 256, dtype=dtype) for r in (8, 40)],
             [torch.zeros(256, r, dtype=dtype).T for r in (8, 40)],
         )
-        gpu.grouped_lowrank(x, x, table, weights, a, bt)
-        gpu.grouped_lowrank_backward(x, x, table, weights, a, bt)
+        gpu.grouped_lora(x, x, table, weights, a, bt)
+        gpu.grouped_lora_backward(x, x, table, weights, a, bt)
         query, kv, out = (
             torch.zeros(*shape, dtype=dtype)
             for shape in ((3, 8, 128), (9, 2, 2, 16, 128), (3, 8, 128))

@@ -155,7 +155,7 @@ SHAPES = [
     ("table", "width", "out", "ranks"), [*SHAPES, ("overlapping sums", *LARGE)]
 )
 @pytest.mark.parametrize("dtype", TYPES)
-def test_grouped_lowrank(
+def test_grouped_lora(
     table: str, dtype: torch.dtype, width: int, out: int, ranks: tuple[int, ...], used: list[str]
 ) -> None:
     rows = TABLES[table]
@@ -170,14 +170,14 @@ def test_grouped_lowrank(
 
     seed = torch.randn(21, out).to(dtype)
     made = gradients(product, [y, x, *a, *b], seed)
-    assert used == ["grouped_lowrank", "grouped_lowrank_backward"]
+    assert used == ["grouped_lora", "grouped_lora_backward"]
     exact = gradients(product, [t.to(dtype).double() for t in (y, x, *a, *b)], seed.double())
     assert len(used) == 2  # float64 is the reference's
     for ours, true in zip(made, exact, strict=True):
         near(ours.to(dtype), true, max(1.0, float(true.abs().max())))
 
 
-def test_grouped_lowrank_in_larger_tiles() -> None:
+def test_grouped_lora_in_larger_tiles() -> None:
     """Tiles of 32 and 64 tokens; strips shared out among several programs."""
     for tokens, ranks in ((200, (4, 33)), (1100, (4, 6))):
         x, y = torch.randn(tokens, 40), torch.randn(tokens, 24)
@@ -207,7 +207,7 @@ def test_adapters_side_by_side_take_the_grouped_product(
         put(base, name, seed=seed, rank=rank)
     run = tuple(t.to(DEVICE) if isinstance(t, Tensor) else t for t in flat_run((4, 2)))
     mixed = logits(base, run, Segments(spans=(Segment(0, 4, "a"), Segment(4, 6, "b"))))  # type: ignore[arg-type]
-    assert {"grouped_lowrank", "rms_norm", "rotary", "swiglu"} <= set(used)
+    assert {"grouped_lora", "rms_norm", "rotary", "swiglu"} <= set(used)
     for start, end, name in ((0, 4, "a"), (4, 6, "b")):
         alone = logits(
             base,

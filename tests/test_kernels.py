@@ -175,7 +175,7 @@ TABLES = {
 @pytest.mark.parametrize("rows", TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("width", "out"), [(70, 45), (64, 130), (1, 17)])
-def test_grouped_lowrank(
+def test_grouped_lora(
     isa: str, rows: list[low.SegmentRow], dtype: torch.dtype, width: int, out: int
 ) -> None:
     ranks = (1, 8, 5)
@@ -196,7 +196,7 @@ def test_grouped_lowrank(
         near(ours.to(dtype), true, dtype, max(1.0, float(true.abs().max())))
 
 
-def test_grouped_lowrank_reference_is_the_plain_loop(isa: str) -> None:
+def test_grouped_lora_reference_is_the_plain_loop(isa: str) -> None:
     """Written out once more with dense weights, so that the reference itself is checked."""
     x, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     a, b = (
@@ -220,7 +220,7 @@ def test_grouped_lowrank_reference_is_the_plain_loop(isa: str) -> None:
 @pytest.mark.parametrize(
     "bad", [[(0, 10, 0, 1.0)], [(-1, 2, 0, 1.0)], [(3, 2, 0, 1.0)], [(0, 2, 1, 1.0)]]
 )
-def test_grouped_lowrank_refuses_rows_that_do_not_fit(bad: list[low.SegmentRow]) -> None:
+def test_grouped_lora_refuses_rows_that_do_not_fit(bad: list[low.SegmentRow]) -> None:
     x, y, a, b = torch.zeros(9, 6), torch.zeros(9, 4), torch.zeros(2, 6), torch.zeros(4, 2)
     with pytest.raises(ValueError, match="does not fit"):
         low.grouped_lora(y, x, bad, [a], [b])
@@ -259,7 +259,7 @@ MIXED = [
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("width", "out"), [(64, 64), (130, 45), (45, 130), (5, 9), (288, 70)])
 @pytest.mark.parametrize("kind", [*FORMS, "all"])
-def test_grouped_square(isa: str, kind: str, dtype: torch.dtype, width: int, out: int) -> None:
+def test_grouped_mora(isa: str, kind: str, dtype: torch.dtype, width: int, out: int) -> None:
     forms = [make(width, out) for name, make in FORMS.items() if kind in (name, "all")]
     rows = MIXED if kind == "all" else [(0, 9, 0, 1.0), (9, 10, 0, -0.5), (4, 37, 0, 2.0)]
     y, x = torch.randn(37, out).to(dtype), torch.randn(37, width).to(dtype)
@@ -276,7 +276,7 @@ def test_grouped_square(isa: str, kind: str, dtype: torch.dtype, width: int, out
         near(ours.to(dtype), true, dtype, max(1.0, float(true.abs().max())))
 
 
-def test_grouped_square_reference_is_the_plain_loop(isa: str) -> None:
+def test_grouped_mora_reference_is_the_plain_loop(isa: str) -> None:
     """Rotation written out once more, number by number, so that the reference itself is checked."""
     x, y, m = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 11), (5, 7), (4, 4)))
     rows, form = (
@@ -309,7 +309,7 @@ def test_grouped_square_reference_is_the_plain_loop(isa: str) -> None:
     )
 
 
-def test_grouped_square_refuses_what_does_not_fit(isa: str) -> None:
+def test_grouped_mora_refuses_what_does_not_fit(isa: str) -> None:
     x, y, form, m = (
         torch.zeros(9, 6),
         torch.zeros(9, 4),
@@ -427,7 +427,7 @@ def test_operations_keep_torchs_promises(dtype: torch.dtype) -> None:
         "rms_norm": (made(3, 70), made(70), 1e-5),
         "swiglu": (made(3, 70), made(3, 70)),
         "rotary": (made(3, 2, 6), made(3, 6).detach(), made(3, 6).detach(), False),
-        "grouped_lowrank": (
+        "grouped_lora": (
             made(5, 9),
             made(5, 6),
             table,
@@ -435,7 +435,7 @@ def test_operations_keep_torchs_promises(dtype: torch.dtype) -> None:
             [made(2, 6), made(3, 6)],
             [made(2, 9), made(3, 9)],
         ),
-        "grouped_square": (
+        "grouped_mora": (
             made(5, 9),
             made(5, 6),
             table,

@@ -41,7 +41,7 @@ def grouped_lora(
                 f"adapter {k}, A {tuple(left.shape)} and B {tuple(right.shape)}, does not fit "
                 f"x {tuple(x.shape)} and y {tuple(y.shape)}"
             )
-    return _lowrank(
+    return _lora(
         y, x, *segment_table(rows), [t.to(x.dtype) for t in a], [t.to(x.dtype).T for t in b]
     )
 
@@ -77,7 +77,7 @@ class FusedLoRA:
             (a, bt),
         )
         ordered = sorted(rows, key=lambda row: row[2])
-        self._native = kernels.library.Prepared(
+        self._native = kernels.library.FusedLoRA(
             torch.get_num_threads(),
             TYPES[dtype],
             tokens,
@@ -137,7 +137,7 @@ class LoRAGroup:
         return [*self.a, *self.b]
 
     def apply(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (T, out) plus the parts: `grouped_lowrank`."""
+        """y (T, out) plus the parts: `grouped_lora`."""
         return grouped_lora(y, x, self.rows, self.a, self.b)
 
     def add(self, y: Tensor, x: Tensor) -> list[Tensor]:
@@ -152,7 +152,7 @@ class LoRAGroup:
             [t.T.to(x.dtype).contiguous() for t in self.b],
         )
         table = segment_table(self.rows)
-        kernels.lowrank(*_about(x, y.shape[-1], *table, a, bt), data_pointer(x), data_pointer(y))
+        kernels.lora(*_about(x, y.shape[-1], *table, a, bt), data_pointer(x), data_pointer(y))
         return [*a, *bt]
 
     def backward(
@@ -162,7 +162,7 @@ class LoRAGroup:
         half = len(kept) // 2
         a, bt = list(kept[:half]), list(kept[half:])
         table, made = segment_table(self.rows), [torch.empty(t.shape) for t in kept]
-        kernels.lowrank_backward(
+        kernels.lora_backward(
             *_about(x, grad.shape[-1], *table, a, bt),
             data_pointer(x),
             data_pointer(grad),
@@ -183,7 +183,7 @@ def segment_table(rows: Sequence[SegmentRow]) -> tuple[Tensor, Tensor]:
 # ---- references; table (rows, 3) int64: start, end, adapter, in the order of the adapters; bt: B transposed (r, out)
 
 
-def lowrank_reference(
+def lora_reference(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> Tensor:
     """The sum, in PyTorch."""
@@ -193,7 +193,7 @@ def lowrank_reference(
     return y
 
 
-def lowrank_backward_reference(
+def lora_backward_reference(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of x, of each A and of each B transposed."""
@@ -232,10 +232,10 @@ def _run(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> Tensor:
     if not kernels.cpp_accepts(x, y, *a, *bt):
-        return lowrank_reference(y, x, table, weights, a, bt)
+        return lora_reference(y, x, table, weights, a, bt)
     y, x = y.clone(memory_format=torch.contiguous_format), x.contiguous()
     a, bt = [t.contiguous() for t in a], [t.contiguous() for t in bt]
-    kernels.lowrank(*_about(x, y.shape[1], table, weights, a, bt), data_pointer(x), data_pointer(y))
+    kernels.lora(*_about(x, y.shape[1], table, weights, a, bt), data_pointer(x), data_pointer(y))
     return y
 
 
@@ -243,11 +243,11 @@ def _run_backward(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     if not kernels.cpp_accepts(x, grad, *a, *bt):
-        return lowrank_backward_reference(grad, x, table, weights, a, bt)
+        return lora_backward_reference(grad, x, table, weights, a, bt)
     grad, x, grad_x = grad.contiguous(), x.contiguous(), torch.zeros(x.shape, dtype=x.dtype)
     a, bt = [t.contiguous() for t in a], [t.contiguous() for t in bt]
     grad_a, grad_bt = ([torch.empty(t.shape) for t in ts] for ts in (a, bt))
-    kernels.lowrank_backward(
+    kernels.lora_backward(
         *_about(x, grad.shape[1], table, weights, a, bt),
         data_pointer(x),
         data_pointer(grad),
@@ -266,20 +266,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, table, weights, *matrices = ctx.saved_tensors
     a, bt = matrices[: len(matrices) // 2], matrices[len(matrices) // 2 :]
-    grad_x, grad_a, grad_bt = _lowrank_backward(grad, x, table, weights, a, bt)
+    grad_x, grad_a, grad_bt = _lora_backward(grad, x, table, weights, a, bt)
     return grad, grad_x, None, None, grad_a, grad_bt
 
 
 _ARGUMENTS = "Tensor table, Tensor weights, Tensor[] a, Tensor[] bt"
-_lowrank = register_op(
-    f"grouped_lowrank(Tensor y, Tensor x, {_ARGUMENTS}) -> Tensor",
+_lora = register_op(
+    f"grouped_lora(Tensor y, Tensor x, {_ARGUMENTS}) -> Tensor",
     _run,
     lambda y, x, table, weights, a, bt: torch.empty_like(y),
     _gradients,
     _keep,
 )
-_lowrank_backward = register_op(
-    f"grouped_lowrank_backward(Tensor grad, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor[], Tensor[])",
+_lora_backward = register_op(
+    f"grouped_lora_backward(Tensor grad, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor[], Tensor[])",
     _run_backward,
     lambda grad, x, table, weights, a, bt: (
         torch.empty_like(x),

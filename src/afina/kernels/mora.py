@@ -118,7 +118,7 @@ def grouped_mora(
             raise ValueError(f"M {tuple(matrix.shape)} does not fit {form}")
     if len(y) != len(x):
         raise ValueError(f"y {tuple(y.shape)} does not fit x {tuple(x.shape)}")
-    return _square(y, x, *segment_table(rows), _numbers(forms), [t.to(x.dtype) for t in m])
+    return _mora(y, x, *segment_table(rows), _numbers(forms), [t.to(x.dtype) for t in m])
 
 
 def _check(form: MoRALayout, width: int, out: int) -> None:
@@ -153,11 +153,11 @@ def _forms(numbers: Sequence[int]) -> list[MoRALayout]:
 
 def pack_weight(m: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
     """M (q, q), or its transpose, rounded to `dtype` and laid out as the kernel's products read it, in this instruction set."""
-    size, beside = len(m), kernels.library.beside(TYPES[dtype])
-    made = torch.empty(-(-size // beside) * size + 16, dtype=torch.int32)
+    size, width = len(m), kernels.library.panel_width(TYPES[dtype])
+    packed = torch.empty(math.ceil(size / width) * size + 16, dtype=torch.int32)
     m = m.detach().float().contiguous()
-    kernels.square_units(data_pointer(m), TYPES[dtype], size, transposed, data_pointer(made))
-    return made
+    kernels.mora_units(data_pointer(m), TYPES[dtype], size, transposed, data_pointer(packed))
+    return packed
 
 
 def table_of(
@@ -177,7 +177,7 @@ def table_of(
     rows = sorted(
         rows, key=lambda row: row[2]
     )  # the kernel wants them in the order of the adapters
-    made = kernels.library.Mora(
+    made = kernels.library.FusedMoRA(
         torch.get_num_threads(),
         TYPES[x.dtype],
         x.shape[:-1].numel(),
@@ -229,7 +229,7 @@ class FusedMoRA:
                 f"x {tuple(x.shape)} and y {tuple(y.shape)}, {x.dtype}, are not what was prepared for"
             )
         x = x.contiguous()
-        kernels.square(self._native, data_pointer(x), data_pointer(y))
+        kernels.mora(self._native, data_pointer(x), data_pointer(y))
         return y
 
 
@@ -252,14 +252,14 @@ class MoRAGroup:
         return [*self.m]
 
     def apply(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (T, out) plus the parts: `grouped_square`."""
+        """y (T, out) plus the parts: `grouped_mora`."""
         return grouped_mora(y, x, self.rows, self.forms, self.m)
 
     def add(self, y: Tensor, x: Tensor) -> list[Tensor]:
         """y (T, out), to which the parts are added in place; what the way back wants to be kept."""
         matrices = [pack_weight(t, x.dtype, True) for t in self.m]
         table, _held = table_of(x, y.shape[-1], self.rows, self.forms, matrices)
-        kernels.square(table, data_pointer(x), data_pointer(y))
+        kernels.mora(table, data_pointer(x), data_pointer(y))
         return self.learned
 
     def backward(
@@ -269,7 +269,7 @@ class MoRAGroup:
         matrices = [pack_weight(t, x.dtype, False) for t in kept]
         table, _held = table_of(x, grad.shape[-1], self.rows, self.forms, matrices)
         made = [torch.empty(t.shape) for t in kept]
-        kernels.square_backward(
+        kernels.mora_backward(
             table,
             data_pointer(x),
             data_pointer(grad),
@@ -282,7 +282,7 @@ class MoRAGroup:
 # ---- references; table (rows, 3) int64: start, end, adapter, in the order of the adapters
 
 
-def square_reference(
+def mora_reference(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, forms: list[int], m: list[Tensor]
 ) -> Tensor:
     """The sum, in PyTorch."""
@@ -294,13 +294,13 @@ def square_reference(
     return y
 
 
-def square_backward_reference(
+def mora_backward_reference(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, forms: list[int], m: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of x and of each M."""
     with torch.enable_grad():
         x, m = x.detach().requires_grad_(), [t.detach().requires_grad_() for t in m]
-        y = square_reference(torch.zeros_like(grad), x, table, weights, forms, m)
+        y = mora_reference(torch.zeros_like(grad), x, table, weights, forms, m)
         made = (
             torch.autograd.grad(y, [x, *m], grad, materialize_grads=True)
             if y.requires_grad
@@ -321,7 +321,7 @@ def _run(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, forms: list[int], m: list[Tensor]
 ) -> Tensor:
     if not kernels.cpp_accepts(x, y, *m):
-        return square_reference(y, x, table, weights, forms, m)
+        return mora_reference(y, x, table, weights, forms, m)
     y = y.clone(memory_format=torch.contiguous_format)
     MoRAGroup(_rows(table, weights), _forms(forms), m).add(y, x.contiguous())
     return y
@@ -331,7 +331,7 @@ def _run_backward(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, forms: list[int], m: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     if not kernels.cpp_accepts(x, grad, *m):
-        return square_backward_reference(grad, x, table, weights, forms, m)
+        return mora_backward_reference(grad, x, table, weights, forms, m)
     grad_x = torch.zeros(x.shape, dtype=x.dtype)
     grads = MoRAGroup(_rows(table, weights), _forms(forms), m).backward(
         grad.contiguous(), x.contiguous(), grad_x, m
@@ -347,20 +347,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, table, weights, *m = ctx.saved_tensors
-    grad_x, grad_m = _square_backward(grad, x, table, weights, ctx.forms, m)
+    grad_x, grad_m = _mora_backward(grad, x, table, weights, ctx.forms, m)
     return grad, grad_x, None, None, None, grad_m
 
 
 _ARGUMENTS = "Tensor table, Tensor weights, int[] forms, Tensor[] m"
-_square = register_op(
-    f"grouped_square(Tensor y, Tensor x, {_ARGUMENTS}) -> Tensor",
+_mora = register_op(
+    f"grouped_mora(Tensor y, Tensor x, {_ARGUMENTS}) -> Tensor",
     _run,
     lambda y, x, table, weights, forms, m: torch.empty_like(y),
     _gradients,
     _keep,
 )
-_square_backward = register_op(
-    f"grouped_square_backward(Tensor grad, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor[])",
+_mora_backward = register_op(
+    f"grouped_mora_backward(Tensor grad, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor[])",
     _run_backward,
     lambda grad, x, table, weights, forms, m: (
         torch.empty_like(x),

@@ -3,11 +3,11 @@
 #include "attention.h"
 #include "attention_back.h"
 #include "elementwise.h"
-#include "lowrank.h"
+#include "lora.h"
 #include "nf4.h"
 #include "paged.h"
 #include "product.h"
-#include "square.h"
+#include "mora.h"
 
 namespace {
 
@@ -35,11 +35,11 @@ const Table JOIN(table_, AFINA_ISA) = {
     typed<rotary_tokens<float>, rotary_tokens<bf16>, Rotary>,
     adamw8,
     product,
-    lowrank,
-    lowrank_backward,
+    lora,
+    lora_backward,
     paged,
-    square,
-    square_backward,
+    mora,
+    mora_backward,
     units,
     attention,
     attention_backward,

@@ -49,7 +49,7 @@ struct Part {  // one piece of a segment: rows start..end of the run pass throug
     float weight;
 };
 
-struct LowRank {  // see lowrank.h
+struct LoRAJob {  // see lora.h
     Type type;  // of x, y, their gradients and the adapters' matrices
     i64 in, out;
     const Part* parts;  // in the order of their adapters
@@ -69,12 +69,12 @@ struct LowRank {  // see lowrank.h
     float *low, *thin;  // backward: w x A^T and w grad B of every part, (end - start, r) each, one after another
 };
 
-struct Square {  // MoRA's operator of one adapter; see square.h
+struct MoRALayout {  // MoRA's operator of one adapter; see mora.h
     i64 size, slots;         // of M, (size, size); vectors that M takes of a row
     i64 reads, writes;       // inputs and outputs that it has to do with, the first ones
     bool runs;               // groups are runs of neighbours
     const float *cos, *sin;  // (blocks of inputs, size / 2) or null; 16 more can be read
-    const uint32_t* units;   // M transposed forward, M backward: see square_units; 16 more can be read
+    const uint32_t* units;   // M transposed forward, M backward: see mora_units; 16 more can be read
     float* grad;             // (size, size)
 };
 
@@ -86,7 +86,7 @@ struct Units {
     uint32_t* out;
 };
 
-struct Squares {  // see square.h; the parts as in LowRank
+struct MoRAJob {  // see mora.h; the parts as in LoRAJob
     Type type;
     i64 in, out;
     const Part* parts;
@@ -94,7 +94,7 @@ struct Squares {  // see square.h; the parts as in LowRank
     i64 tile_count;
     const i64* places;  // where a part starts in `low` and `thin`
     i64 adapters;
-    const Square* squares;  // one an adapter
+    const MoRALayout* layouts;  // one an adapter
     const void *x, *grad;
     void *y, *grad_x;      // added to in place; grad_x may be null
     const i64* begins;     // backward: where an adapter starts in `low` and `thin`
@@ -212,11 +212,11 @@ struct Table {
     const char* name;
     Task dequantize, quantize, norm, norm_backward, swiglu, swiglu_backward, rotary, adamw8;
     void (*product)(const Product&, int threads);
-    void (*lowrank)(const LowRank&, int threads);
-    void (*lowrank_backward)(const LowRank&, int threads);
+    void (*lora)(const LoRAJob&, int threads);
+    void (*lora_backward)(const LoRAJob&, int threads);
     void (*paged)(const Paged&, int threads);
-    void (*square)(const Squares&, int threads);
-    void (*square_backward)(const Squares&, int threads);
+    void (*mora)(const MoRAJob&, int threads);
+    void (*mora_backward)(const MoRAJob&, int threads);
     void (*units)(const Units&);
     void (*attention)(const Attention&, int threads);
     void (*attention_backward)(const Attention&, int threads);

@@ -153,8 +153,8 @@ void through(const Part& part, i64 rank, const T* x, i64 in, const void* a, T* y
 }
 
 template <class T, bool Dots>
-void lowrank_tiles(const void* args, i64 begin, i64 end) {
-    auto& job = *(const LowRank*)args;
+void lora_tiles(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LoRAJob*)args;
     for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
         const Part& part = job.parts[job.order[n]];
         i64 k = part.adapter, rank = job.ranks[k];
@@ -165,8 +165,8 @@ void lowrank_tiles(const void* args, i64 begin, i64 end) {
 
 // what the gradients of A and B are made of, and the gradient of x; `low` is made again, which is cheaper than keeping it
 template <class T, bool Dots>
-void lowrank_tiles_back(const void* args, i64 begin, i64 end) {
-    auto& job = *(const LowRank*)args;
+void lora_tiles_back(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LoRAJob*)args;
     for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
         i64 i = job.order[n], k = job.parts[i].adapter, rank = job.ranks[k];
         float *low = job.low + job.places[i], *thin = job.thin + job.places[i];
@@ -188,7 +188,7 @@ constexpr i64 kColumns = 64;  // of a gradient, an item
 
 // gradient (r, width) of one matrix in columns first..last: sum over the adapter's rows of low[row, k] * x[row, :]
 template <class T, bool Dots>
-void gradient(const LowRank& job, i64 adapter, const float* low, const T* x, i64 width, float* out, i64 first, i64 last) {
+void gradient(const LoRAJob& job, i64 adapter, const float* low, const T* x, i64 width, float* out, i64 first, i64 last) {
     i64 rank = job.ranks[adapter];
     for (i64 k = 0; k < rank; k++) memset(out + k * width + first, 0, (last - first) * sizeof(float));
     for (i64 i = job.firsts[adapter]; i < job.firsts[adapter + 1]; i++) {
@@ -210,8 +210,8 @@ void gradient(const LowRank& job, i64 adapter, const float* low, const T* x, i64
 }
 
 template <class T, bool Dots>
-void lowrank_gradients(const void* args, i64 begin, i64 end) {
-    auto& job = *(const LowRank*)args;
+void lora_gradients(const void* args, i64 begin, i64 end) {
+    auto& job = *(const LoRAJob*)args;
     i64 ins = up(job.in, kColumns), outs = up(job.out, kColumns);
     for (i64 i = begin; i < end; i++) {
         i64 adapter = i / (ins + outs), column = i % (ins + outs);
@@ -226,7 +226,7 @@ void lowrank_gradients(const void* args, i64 begin, i64 end) {
 }
 
 // tiles that are worth waking a thread for: a decoding step's few rows take less time than that
-i64 tiles_worth(const LowRank& job) {
+i64 tiles_worth(const LoRAJob& job) {
     i64 numbers = 1;
     for (i64 k = 0; k < job.adapters; k++)
         for (i64 i = job.firsts[k]; i < job.firsts[k + 1]; i++)
@@ -234,16 +234,16 @@ i64 tiles_worth(const LowRank& job) {
     return 1 + kWorth * job.tile_count / numbers;
 }
 
-void lowrank(const LowRank& job, int threads) {
+void lora(const LoRAJob& job, int threads) {
     bool wide = job.type == kFloat32;
-    run(threads, job.tile_count, tiles_worth(job), wide ? lowrank_tiles<float, false> : lowrank_tiles<bf16, kDots>, &job);
+    run(threads, job.tile_count, tiles_worth(job), wide ? lora_tiles<float, false> : lora_tiles<bf16, kDots>, &job);
 }
 
-void lowrank_backward(const LowRank& job, int threads) {
+void lora_backward(const LoRAJob& job, int threads) {
     bool wide = job.type == kFloat32;
-    run(threads, job.tile_count, 1, wide ? lowrank_tiles_back<float, false> : lowrank_tiles_back<bf16, kDots>, &job);
+    run(threads, job.tile_count, 1, wide ? lora_tiles_back<float, false> : lora_tiles_back<bf16, kDots>, &job);
     i64 items = job.adapters * (up(job.in, kColumns) + up(job.out, kColumns));
-    run(threads, items, 1, wide ? lowrank_gradients<float, false> : lowrank_gradients<bf16, kDots>, &job);
+    run(threads, items, 1, wide ? lora_gradients<float, false> : lora_gradients<bf16, kDots>, &job);
 }
 
 }  // namespace

@@ -174,101 +174,101 @@ T* const* pointers(const Addresses& addresses) {
     return reinterpret_cast<T* const*>(addresses.data());
 }
 
-LowRank made(const Cut& c, int type, i64 in, i64 out, const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt) {
+LoRAJob made(const Cut& c, int type, i64 in, i64 out, const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt) {
     return {Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.firsts.data(),
             c.places.data(), i64(ranks.size()), ranks.data(), pointers<const void>(a), pointers<const void>(bt)};
 }
 
-void lowrank(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
+void lora(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
              const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address y) {
     Cut c = cut({at<i64>(rows), at<float>(weights), count}, tokens, tile_rows(tokens, threads), ranks);
-    LowRank job = made(c, type, in, out, ranks, a, bt);
+    LoRAJob job = made(c, type, in, out, ranks, a, bt);
     job.x = at<void>(x), job.y = at<void>(y);
-    kernels->lowrank(job, threads);
+    kernels->lora(job, threads);
 }
 
-void lowrank_backward(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
+void lora_backward(int threads, int type, i64 tokens, i64 in, i64 out, Address rows, Address weights, i64 count,
                       const std::vector<i64>& ranks, const Addresses& a, const Addresses& bt, Address x, Address grad,
                       Address grad_x, const Addresses& grad_a, const Addresses& grad_bt) {
     Cut c = cut({at<i64>(rows), at<float>(weights), count}, tokens, tile_rows(tokens, threads), ranks);
     std::vector<float> low(c.numbers), thin(c.numbers);
-    LowRank job = made(c, type, in, out, ranks, a, bt);
+    LoRAJob job = made(c, type, in, out, ranks, a, bt);
     job.x = at<void>(x), job.grad = at<void>(grad), job.grad_x = at<void>(grad_x);
     job.low = low.data(), job.thin = thin.data();
     job.grad_a = pointers<float>(grad_a), job.grad_bt = pointers<float>(grad_bt);
-    kernels->lowrank_backward(job, threads);
+    kernels->lora_backward(job, threads);
 }
 
 // A table and its matrices, cut and gathered once: decoding calls it for each layer and token.
-struct Prepared {
+struct FusedLoRA {
     Cut c;
     std::vector<i64> ranks;
     Addresses a, bt;
-    LowRank job;
-    Prepared(int threads, int type, i64 tokens, i64 in, i64 out, const std::vector<i64>& rows, const std::vector<float>& weights,
+    LoRAJob job;
+    FusedLoRA(int threads, int type, i64 tokens, i64 in, i64 out, const std::vector<i64>& rows, const std::vector<float>& weights,
              std::vector<i64> r, Addresses left, Addresses right)
         : c(cut({rows.data(), weights.data(), i64(weights.size())}, tokens, tile_rows(tokens, threads), r)),
           ranks(std::move(r)), a(std::move(left)), bt(std::move(right)), job(made(c, type, in, out, ranks, a, bt)) {}
-    Prepared(const Prepared&) = delete;
+    FusedLoRA(const FusedLoRA&) = delete;
 };
 
-void add(int threads, const Prepared& prepared, Address x, Address y) {
-    LowRank job = prepared.job;
+void add(int threads, const FusedLoRA& prepared, Address x, Address y) {
+    LoRAJob job = prepared.job;
     job.x = at<void>(x), job.y = at<void>(y);
-    kernels->lowrank(job, threads);
+    kernels->lora(job, threads);
 }
 
-// MoRA's table: what a LowRank is made of, for squares. Of each adapter `forms` has size, slots, reads, writes, runs.
-struct Mora {
-    std::vector<Square> squares;
+// MoRA's table: the fields of a LoRAJob, for MoRA. `forms` has size, num_vectors, num_inputs, num_outputs, is_sharing of each adapter.
+struct FusedMoRA {
+    std::vector<MoRALayout> layouts;
     Cut c;
-    Squares job;
-    Mora(int threads, int type, i64 tokens, i64 in, i64 out, const std::vector<i64>& rows, const std::vector<float>& weights,
+    MoRAJob job;
+    FusedMoRA(int threads, int type, i64 tokens, i64 in, i64 out, const std::vector<i64>& rows, const std::vector<float>& weights,
          const std::vector<i64>& forms, const Addresses& cos, const Addresses& sin, const Addresses& units) {
         i64 widest = 1;
         for (size_t k = 0; k < cos.size(); k++) {
             const i64* form = forms.data() + 5 * k;
-            squares.push_back({form[0], form[1], form[2], form[3], form[4] != 0, at<float>(cos[k]), at<float>(sin[k]),
+            layouts.push_back({form[0], form[1], form[2], form[3], form[4] != 0, at<float>(cos[k]), at<float>(sin[k]),
                                at<uint32_t>(units[k])});
             widest = std::max(widest, form[0] * form[1]);
         }
-        i64 beside = beside_of(type), tile = std::min(tile_rows(tokens, threads), std::max<i64>(4, kInCache / widest));
-        c = cut({rows.data(), weights.data(), i64(weights.size())}, tokens, tile, i64(squares.size()), [&](i64 k, i64 count) {
-            return (count * squares[k].slots + beside - 1) / beside * squares[k].size;
+        i64 width_of_panel = panel_width(type), tile = std::min(tile_rows(tokens, threads), std::max<i64>(4, kInCache / widest));
+        c = cut({rows.data(), weights.data(), i64(weights.size())}, tokens, tile, i64(layouts.size()), [&](i64 k, i64 count) {
+            return (count * layouts[k].slots + width_of_panel - 1) / width_of_panel * layouts[k].size;
         });
         job = {Type(type), in, out, c.parts.data(), c.order.data(), c.tiles.data(), i64(c.tiles.size()) - 1, c.places.data(),
-               i64(squares.size()), squares.data()};
+               i64(layouts.size()), layouts.data()};
     }
-    Mora(const Mora&) = delete;
-    static i64 beside_of(int type) { return type == kBFloat16 && kernels->dots ? 2 : 1; }
+    FusedMoRA(const FusedMoRA&) = delete;
+    static i64 panel_width(int type) { return type == kBFloat16 && kernels->dots ? 2 : 1; }
     static constexpr i64 kInCache = 1 << 15;  // numbers that M takes of a tile
 };
 
-void square(int threads, const Mora& prepared, Address x, Address y) {
-    Squares job = prepared.job;
+void mora(int threads, const FusedMoRA& prepared, Address x, Address y) {
+    MoRAJob job = prepared.job;
     job.x = at<void>(x), job.y = at<void>(y);
-    kernels->square(job, threads);
+    kernels->mora(job, threads);
 }
 
-void square_backward(int threads, Mora& prepared, Address x, Address grad, Address grad_x, const Addresses& grads) {
+void mora_backward(int threads, FusedMoRA& prepared, Address x, Address grad, Address grad_x, const Addresses& grads) {
     std::vector<uint32_t> low(prepared.c.numbers + 16), thin(prepared.c.numbers + 16);
     std::vector<i64> begins;
-    Squares job = prepared.job;
+    MoRAJob job = prepared.job;
     i64 largest = 0;
     for (i64 k = 0; k < job.adapters; k++) {
-        prepared.squares[k].grad = at<float>(grads[k]);
-        largest = std::max(largest, prepared.squares[k].size);
+        prepared.layouts[k].grad = at<float>(grads[k]);
+        largest = std::max(largest, prepared.layouts[k].size);
         i64 first = prepared.c.firsts[k];
         begins.push_back(first < i64(prepared.c.places.size()) ? prepared.c.places[first] : prepared.c.numbers);
     }
     begins.push_back(prepared.c.numbers);
     job.x = at<void>(x), job.grad = at<void>(grad), job.grad_x = at<void>(grad_x);
     job.low = low.data(), job.thin = thin.data(), job.begins = begins.data(), job.strips = (largest + 31) / 32;
-    kernels->square_backward(job, threads);
+    kernels->mora_backward(job, threads);
 }
 
-// M (size, size) float32 as the products want it, into numbers of 32 bits: (ceil(size / beside), size) of them
-void square_units(int, Address m, int type, i64 size, bool transposed, Address out) {
+// M (size, size) float32 as the products want it, into numbers of 32 bits: (ceil(size / panel_width), size) of them
+void mora_units(int, Address m, int type, i64 size, bool transposed, Address out) {
     kernels->units({at<float>(m), Type(type), size, transposed, at<uint32_t>(out)});
 }
 
@@ -432,17 +432,17 @@ NB_MODULE(_native, m) {
     m.def("norm", norm, release);
     m.def("swiglu", swiglu, release);
     m.def("rotary", rotary, release);
-    m.def("lowrank", lowrank, release);
-    m.def("lowrank_backward", lowrank_backward, release);
-    nb::class_<Prepared>(m, "Prepared").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
+    m.def("lora", lora, release);
+    m.def("lora_backward", lora_backward, release);
+    nb::class_<FusedLoRA>(m, "FusedLoRA").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
                                                      std::vector<i64>, Addresses, Addresses>());
     m.def("add", add, release);
-    nb::class_<Mora>(m, "Mora").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
+    nb::class_<FusedMoRA>(m, "FusedMoRA").def(nb::init<int, int, i64, i64, i64, const std::vector<i64>&, const std::vector<float>&,
                                              const std::vector<i64>&, const Addresses&, const Addresses&, const Addresses&>());
-    m.def("square", square, release);
-    m.def("square_backward", square_backward, release);
-    m.def("square_units", square_units, release);
-    m.def("beside", Mora::beside_of);
+    m.def("mora", mora, release);
+    m.def("mora_backward", mora_backward, release);
+    m.def("mora_units", mora_units, release);
+    m.def("panel_width", FusedMoRA::panel_width);
     m.def("paged", paged, release);
     m.def("paged_pieces", paged_pieces, release);
     m.def("attention", attention, release);

@@ -1,4 +1,4 @@
-// MoRA's part of a layer, that of all adapters in one call (../square.py says what the operators are): for each segment
+// MoRA's part of a layer, that of all adapters in one call (../mora.py says what the operators are): for each segment
 //
 //     y[rows]      += w unfold(z)        z    = low M^T       low = fold(x[rows])
 //     grad_x[rows] += unfold'(thin M)    thin = fold'(w grad[rows])          grad_M = sum of thin^T low
@@ -7,12 +7,12 @@
 // the same two functions with inputs and outputs changed over. All products are one: of numbers of 32 bits, which are a
 // float, or two bfloat16 side by side where the machine multiplies these.
 #pragma once
-#include "lowrank.h"
+#include "lora.h"
 
 namespace {
 
 template <bool Dots>
-constexpr i64 kBeside = Dots ? 2 : 1;  // numbers in 32 bits
+constexpr i64 kPanelWidth = Dots ? 2 : 1;  // numbers in 32 bits
 
 template <class T>
 INLINE void widen_row(const T* from, i64 count, i64 filled, float weight, float* to) {  // writes up to 16 beyond `filled`
@@ -34,7 +34,7 @@ INLINE i64 following(i64 j, i64 n) { return j + 32 <= n || j + 16 >= n ? j + 16 
 
 // `slots` vectors of `size` numbers, `stride` apart, from a row that is filled up to whole blocks; may write 16 beyond
 template <class X>
-INLINE void fold(const Square& s, i64 width, const float* cos, const float* sin, const float* row, X* to, i64 stride) {
+INLINE void fold(const MoRALayout& s, i64 width, const float* cos, const float* sin, const float* row, X* to, i64 stride) {
     if (s.runs) {
         i64 run = width / s.size, longer = width % s.size;
         for (i64 j = 0; j < s.size; j++) {
@@ -64,7 +64,7 @@ INLINE void fold(const Square& s, i64 width, const float* cos, const float* sin,
 
 // y += weight * the row that the vectors z (slots, size) make; `row` is room for it
 template <class T>
-INLINE void unfold(const Square& s, i64 width, const float* cos, const float* sin, const float* z, float weight, float* row,
+INLINE void unfold(const MoRALayout& s, i64 width, const float* cos, const float* sin, const float* z, float weight, float* row,
                    T* y) {
     if (s.runs) {
         i64 run = width / s.size, longer = width % s.size;
@@ -144,10 +144,10 @@ void multiply(i64 rows, i64 count, const uint32_t* factors, i64 across, i64 alon
 }
 
 // rows of X as 32 bits a number: floats as they are; of bfloat16 rows 2i and 2i + 1 side by side, a missing one zero
-INLINE void beside(const float* from, i64 rows, i64 stride, i64 size, uint32_t* to) {
+INLINE void pack_panel(const float* from, i64 rows, i64 stride, i64 size, uint32_t* to) {
     for (i64 i = 0; i < rows; i++) memcpy(to + i * size, from + i * stride, size * sizeof(float));
 }
-INLINE void beside(const bf16* from, i64 rows, i64 stride, i64 size, uint32_t* to) {
+INLINE void pack_panel(const bf16* from, i64 rows, i64 stride, i64 size, uint32_t* to) {
     for (i64 i = 0; i < rows; i += 2, to += size) {
         const uint16_t *low = &from[i * stride].bits, *high = i + 1 < rows ? low + stride : nullptr;
         if (high)
@@ -159,7 +159,7 @@ INLINE void beside(const bf16* from, i64 rows, i64 stride, i64 size, uint32_t* t
 
 // M (size, size), or its transpose, rounded to the type of x, as the products want it
 template <class T, bool Dots>
-void square_units(const Units& job) {
+void mora_units(const Units& job) {
     using X = typename Dense<Dots>::X;
     i64 size = job.size;
     X* rows = (X*)scratch(kInput, size * size * sizeof(X));
@@ -170,7 +170,7 @@ void square_units(const Units& job) {
             if constexpr (sizeof(T) == sizeof(X)) rows[i * size + j] = rounded;
             else rows[i * size + j] = load1(&rounded);
         }
-    beside(rows, size, size, size, job.out);
+    pack_panel(rows, size, size, size, job.out);
 }
 
 template <class X>
@@ -178,8 +178,8 @@ struct Room {  // of this thread, for a part
     X* low;      // (rows, slots, stride)
     float *z, *row;
     i64 stride;
-    Room(const Squares& job, const Square& s, i64 rows) {
-        stride = up(s.size, kBeside<sizeof(X) == 2>) * kBeside<sizeof(X) == 2>;
+    Room(const MoRAJob& job, const MoRALayout& s, i64 rows) {
+        stride = up(s.size, kPanelWidth<sizeof(X) == 2>) * kPanelWidth<sizeof(X) == 2>;
         low = (X*)scratch(kInput, (rows * s.slots * stride + 32) * sizeof(X));
         z = (float*)scratch(kRows, (rows * s.slots * s.size + 32) * sizeof(float));
         row = (float*)scratch(kFactors, ((job.in > job.out ? job.in : job.out) + s.size + 64) * sizeof(float));
@@ -188,7 +188,7 @@ struct Room {  // of this thread, for a part
 
 // what M, or its transpose, takes: fold of the rows of `from`
 template <class T, class X>
-INLINE void take(const Square& s, const Part& part, const T* from, i64 width, i64 reach, const float* cos, const float* sin,
+INLINE void take(const MoRALayout& s, const Part& part, const T* from, i64 width, i64 reach, const float* cos, const float* sin,
                  float weight, const Room<X>& room) {
     for (i64 t = 0; t < part.end - part.start; t++) {
         widen_row(from + (part.start + t) * width, reach, up(reach, s.size) * s.size, weight, room.row);
@@ -198,20 +198,20 @@ INLINE void take(const Square& s, const Part& part, const T* from, i64 width, i6
 
 // the product with M, and unfold of that into the rows of `to`
 template <class T, bool Dots, class X>
-INLINE void give(const Square& s, const Part& part, T* to, i64 width, i64 reach, const float* cos, const float* sin,
+INLINE void give(const MoRALayout& s, const Part& part, T* to, i64 width, i64 reach, const float* cos, const float* sin,
                  float weight, const Room<X>& room) {
-    i64 rows = part.end - part.start, across = room.stride / kBeside<Dots>;
+    i64 rows = part.end - part.start, across = room.stride / kPanelWidth<Dots>;
     multiply<Dots>(rows * s.slots, across, (const uint32_t*)room.low, across, 1, s.units, s.size, room.z, s.size, false);
     for (i64 t = 0; t < rows; t++)
         unfold(s, reach, cos, sin, room.z + t * s.slots * s.size, weight, room.row, to + (part.start + t) * width);
 }
 
 template <class T, bool Dots>
-void square_tiles(const void* args, i64 begin, i64 end) {
-    auto& job = *(const Squares*)args;
+void mora_tiles(const void* args, i64 begin, i64 end) {
+    auto& job = *(const MoRAJob*)args;
     for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
         const Part& part = job.parts[job.order[n]];
-        const Square& s = job.squares[part.adapter];
+        const MoRALayout& s = job.layouts[part.adapter];
         Room<typename Dense<Dots>::X> room(job, s, part.end - part.start);
         take(s, part, (const T*)job.x, job.in, s.reads, s.cos, s.sin, 1.0f, room);
         give<T, Dots>(s, part, (T*)job.y, job.out, s.writes, nullptr, nullptr, part.weight, room);
@@ -220,18 +220,18 @@ void square_tiles(const void* args, i64 begin, i64 end) {
 
 // the gradient of x, and what that of M is made of; `low` is made again, which is cheaper than keeping it
 template <class T, bool Dots>
-void square_tiles_back(const void* args, i64 begin, i64 end) {
-    auto& job = *(const Squares*)args;
+void mora_tiles_back(const void* args, i64 begin, i64 end) {
+    auto& job = *(const MoRAJob*)args;
     for (i64 n = job.tiles[begin]; n < job.tiles[end]; n++) {
         i64 i = job.order[n];
         const Part& part = job.parts[i];
-        const Square& s = job.squares[part.adapter];
+        const MoRALayout& s = job.layouts[part.adapter];
         i64 rows = (part.end - part.start) * s.slots;
         Room<typename Dense<Dots>::X> room(job, s, part.end - part.start);
         take(s, part, (const T*)job.x, job.in, s.reads, s.cos, s.sin, 1.0f, room);
-        beside(room.low, rows, room.stride, s.size, job.low + job.places[i]);
+        pack_panel(room.low, rows, room.stride, s.size, job.low + job.places[i]);
         take(s, part, (const T*)job.grad, job.out, s.writes, nullptr, nullptr, part.weight, room);
-        beside(room.low, rows, room.stride, s.size, job.thin + job.places[i]);
+        pack_panel(room.low, rows, room.stride, s.size, job.thin + job.places[i]);
         if (job.grad_x) give<T, Dots>(s, part, (T*)job.grad_x, job.in, s.reads, s.cos, s.sin, 1.0f, room);
     }
 }
@@ -240,11 +240,11 @@ constexpr i64 kGradientRows = 32;  // of the gradient of M, an item
 constexpr i64 kDeep = 256;         // sums at a time: what they read stays in the cache while all rows of the item pass
 
 template <bool Dots>
-void square_gradients(const void* args, i64 begin, i64 end) {
-    auto& job = *(const Squares*)args;
+void mora_gradients(const void* args, i64 begin, i64 end) {
+    auto& job = *(const MoRAJob*)args;
     for (i64 item = begin; item < end; item++) {
         i64 k = item / job.strips, first = item % job.strips * kGradientRows;
-        const Square& s = job.squares[k];
+        const MoRALayout& s = job.layouts[k];
         if (first >= s.size) continue;
         i64 rows = s.size - first < kGradientRows ? s.size - first : kGradientRows, width = up(s.size, 16) * 16;
         float* sums = (float*)scratch(kRows, rows * width * sizeof(float));
@@ -258,30 +258,30 @@ void square_gradients(const void* args, i64 begin, i64 end) {
     }
 }
 
-i64 square_tiles_worth(const Squares& job) {
+i64 mora_tiles_worth(const MoRAJob& job) {
     i64 numbers = 1;
     for (i64 n = 0; n < job.tiles[job.tile_count]; n++) {
         const Part& part = job.parts[n];
-        const Square& s = job.squares[part.adapter];
+        const MoRALayout& s = job.layouts[part.adapter];
         numbers += (part.end - part.start) * s.slots * s.size * s.size;
     }
     return 1 + kWorth * job.tile_count / numbers;
 }
 
-void square(const Squares& job, int threads) {
-    run(threads, job.tile_count, square_tiles_worth(job),
-        job.type == kFloat32 ? square_tiles<float, false> : square_tiles<bf16, kDots>, &job);
+void mora(const MoRAJob& job, int threads) {
+    run(threads, job.tile_count, mora_tiles_worth(job),
+        job.type == kFloat32 ? mora_tiles<float, false> : mora_tiles<bf16, kDots>, &job);
 }
 
-void square_backward(const Squares& job, int threads) {
+void mora_backward(const MoRAJob& job, int threads) {
     bool wide = job.type == kFloat32;
-    run(threads, job.tile_count, 1, wide ? square_tiles_back<float, false> : square_tiles_back<bf16, kDots>, &job);
-    run(threads, job.adapters * job.strips, 1, wide ? square_gradients<false> : square_gradients<kDots>, &job);
+    run(threads, job.tile_count, 1, wide ? mora_tiles_back<float, false> : mora_tiles_back<bf16, kDots>, &job);
+    run(threads, job.adapters * job.strips, 1, wide ? mora_gradients<false> : mora_gradients<kDots>, &job);
 }
 
 void units(const Units& job) {
-    if (job.type == kFloat32) square_units<float, false>(job);
-    else square_units<bf16, kDots>(job);
+    if (job.type == kFloat32) mora_units<float, false>(job);
+    else mora_units<bf16, kDots>(job);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // Gimelshein 2018, arXiv 1805.02867), in float32. The stretches of a sequence are put together at the end.
 #pragma once
 #include "elementwise.h"
-#include "lowrank.h"
+#include "lora.h"
 
 namespace {
 

@@ -13,10 +13,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kTileM = 8;
-constexpr int rows_beside(int m) { return m <= 4 ? 4 : 2; }  // 16 sums at most, in 32 registers
+constexpr int rows_per_panel(int m) { return m <= 4 ? 4 : 2; }  // 16 sums at most, in 32 registers
 #else
 constexpr int kTileM = 2;
-constexpr int rows_beside(int) { return 2; }
+constexpr int rows_per_panel(int) { return 2; }
 #endif
 constexpr i64 kStrip = 8;  // rows of W an item: in the cache while all rows of x pass
 
@@ -112,7 +112,7 @@ INLINE void tile(const Rows& rows, i64 n, const X* x, i64 stride, const Give& gi
 // rows n..end of W with M rows of x
 template <int M, class Rows, class X, class Give>
 void strip(const Rows& rows, i64 n, i64 end, const X* x, i64 stride, const Give& give) {
-    constexpr int N = rows_beside(M);
+    constexpr int N = rows_per_panel(M);
     for (; n + N <= end; n += N) tile<M, N>(rows, n, x, stride, give);
     for (; n < end; n++) tile<M, 1>(rows, n, x, stride, give);
 }

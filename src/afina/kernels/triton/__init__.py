@@ -12,13 +12,13 @@ from afina.kernels.triton.elementwise import (
     swiglu,
     swiglu_backward,
 )
-from afina.kernels.triton.lora import grouped_lowrank, grouped_lowrank_backward
+from afina.kernels.triton.lora import grouped_lora, grouped_lora_backward
 from afina.kernels.triton.nf4 import nf4_dequantize, nf4_encode, nf4_linear
 from afina.kernels.triton.paged_attention import paged_attention
 
 __all__ = [
-    "grouped_lowrank",
-    "grouped_lowrank_backward",
+    "grouped_lora",
+    "grouped_lora_backward",
     "nf4_dequantize",
     "nf4_encode",
     "nf4_linear",

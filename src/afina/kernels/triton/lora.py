@@ -358,7 +358,7 @@ def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -
     return [part.to(x.dtype, copy=True) for part in made.sum(0).split(ranks)]
 
 
-def grouped_lowrank(
+def grouped_lora(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> Tensor:
     """y (T, out) plus, on each row's tokens of x (T, in), weight * (x A_k^T) B_k^T; A (r, in), bt (r, out)."""
@@ -369,7 +369,7 @@ def grouped_lowrank(
     return _run_out_of(y, _run_into(x, _Matrices(a), plan), _Matrices(bt), plan)
 
 
-def grouped_lowrank_backward(
+def grouped_lora_backward(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The gradients of x, of each A and of each B transposed."""

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 KEYS = 64  # keys a step
-PROGRAMS = 256  # see lowrank.py
+PROGRAMS = 256  # see lora.py
 
 
 @triton.jit
