@@ -18,7 +18,7 @@ QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint docs native peers peers-serve bench-train bench-serve clean distclean
+.PHONY: help setup demo test test-fast lint docs formats native peers peers-serve bench-train bench-serve clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ lint: setup  ## ruff and mypy
 
 docs: setup  ## the guide as a site in build/site, in English and Spanish, its links checked; nothing is fetched
 	$(BIN)/python docs/build.py
+
+formats:  ## adapters/formats.json, names and shapes of the methods' tensors, from the method classes
+	PYTHONPATH=src $(BIN)/python -m afina.adapters.formats
 
 native:  ## the C++ kernels into the source tree, for a checkout that is used by its path (PYTHONPATH=src)
 	$(BIN)/python -m pip install --quiet nanobind cmake ninja

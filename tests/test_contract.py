@@ -1,12 +1,14 @@
 """One set of tests over every method x layer kind: what a delta promises, whoever wrote it.
 
-The methods are those that `afina.adapters.base.methods()` finds; a new file in `delta/` is tested without a line here.
+The methods are those that `afina.adapters.registry` has: a new one is tested without a line here.
 """
 
 import copy
 import inspect
+import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import afina.adapters
 from afina.adapters.attach import Adapter, attach, detach, frozen_module
-from afina.adapters.base import AdapterConfig, AdapterLayer, get_method, registered_methods
+from afina.adapters.base import AdapterConfig, AdapterLayer
+from afina.adapters.formats import FORMATS_FILE, format_of, write_formats
 from afina.adapters.loading import load_adapter, load_state, save_adapter, tensors_of
+from afina.adapters.registry import METHOD_MODULES, get_method, methods, registered_methods
 from afina.adapters.segments import NO_ADAPTERS, ForwardContext, Segment, Segments
 from afina.adapters.target_module import TargetModule, as_stored
 from afina.errors import AfinaError, SettingsError
+from afina.io.adapter_formats import adapter_formats
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.models.nf4 import NF4Linear
@@ -137,7 +141,7 @@ def only_the_declared_parameters_train(case: Case) -> None:
     adapter = case.put(noise=0.0)
     case.run(ON, grad=True).square().sum().backward()
     delta = case.delta(adapter)
-    assert {name for name, _ in delta.named_parameters()} == set(delta.tensor_names)
+    assert {name for name, _ in delta.named_parameters()} == set(delta.names_on_disk(delta.layer))
     gradients = [parameter.grad for parameter in adapter.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert any(gradient.abs().max() > 0 for gradient in gradients)
@@ -304,7 +308,32 @@ def gradients_are_finite_differences(case: Case) -> None:
     torch.autograd.gradcheck(lambda *_: case.run(ON, grad=True), inputs, fast_mode=True)
 
 
+def shapes_on_disk_follow_the_rules(case: Case) -> None:
+    delta = case.delta(case.put())
+    if case.replaces:
+        return
+    layer, spec = delta.layer, AdapterConfig(case.method, ("layer",), **{"rank": 2, **case.spec})
+    form = format_of(case.method, type(delta))
+    names = delta.names_on_disk(layer)
+    assert frozenset(names.values()) in form.tensor_sets()
+    for name, shape in delta.tensor_shapes(layer, spec).items():
+        assert shape in form.shapes(names[name], layer.sizes(spec.rank_of("layer")))
+        assert math.prod(shape) == getattr(delta, name).numel()
+
+
+def low_rank_factors_are_the_update(case: Case) -> None:
+    delta = case.delta(case.wide(case.put()))
+    factors = delta.as_low_rank()
+    if factors is None:
+        assert delta.low_rank_tensors is None
+        return
+    b, a = factors
+    weight = torch.zeros(delta.layer.out_features, delta.layer.in_features, dtype=torch.float64)
+    torch.testing.assert_close(b @ a, delta.merged_weight(weight), rtol=1e-9, atol=1e-9)
+
+
 IN_FLOAT64 = {
+    low_rank_factors_are_the_update,
     merged_is_adapted,
     two_adapters_add_up,
     rows_are_everywhere_on_their_tokens,
@@ -325,6 +354,8 @@ PROMISES = [
     rows_are_everywhere_on_their_tokens,
     the_weight_scales_the_delta,
     gradients_are_finite_differences,
+    shapes_on_disk_follow_the_rules,
+    low_rank_factors_are_the_update,
 ]
 
 
@@ -389,23 +420,27 @@ def test_a_method_is_one_short_file(name: str) -> None:
         for key, value in vars(AdapterLayer).items()
         if inspect.isroutine(value) or isinstance(value, classmethod)
     }
-    assert (
-        len(written - {"add_restart_delta", "merge_restart_delta"}) <= 6
-    )  # two are helpers, which no method replaces
+    # helpers that no method replaces, and defaults that follow from the class attributes
+    helpers = {"add_restart_delta", "merge_restart_delta"}
+    defaults = {"as_low_rank", "names_on_disk", "tensor_shapes"}
+    assert len(written - helpers - defaults) <= 6
 
 
-NEW = '''"""A method made up for this test: each output is scaled by a learned factor."""
+PLUGIN = '''"""Two methods of another package: one that scales outputs, one with computed factors."""
 
 import torch
 from torch import nn
 
 from afina.adapters.base import AdapterLayer
+from afina.adapters.registry import register_method
 
 
+@register_method("scaled")
 class Scaled(AdapterLayer):
     """D(x, y0) = factor * (y0 - bias)."""
 
     tensor_names = {"factor": "factor"}
+    shape_rules = {"factor": "(outputs,)"}
 
     def __init__(self, layer, spec, generator):
         super().__init__(layer, spec, generator)
@@ -421,21 +456,85 @@ class Scaled(AdapterLayer):
     @classmethod
     def num_parameters(cls, layer, spec):
         return layer.out_features
+
+
+@register_method("vera")
+class VeRA(AdapterLayer):
+    """D(x) = s * diag(b) B diag(d) A x, A and B random and fixed (arXiv 2310.11454)."""
+
+    tensor_names = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
+    shape_rules = {"d": "(rank,)", "b": "(outputs,)"}
+
+    def __init__(self, layer, spec, generator):
+        super().__init__(layer, spec, generator)
+        rank, fixed = spec.rank_of(layer.path), torch.Generator().manual_seed(0)
+        self.scale = spec.scale_of(layer.path)
+        for name, shape in (("down", (rank, layer.in_features)), ("up", (layer.out_features, rank))):
+            random = torch.randn(shape, generator=fixed).to(layer.device)
+            self.register_buffer(name, random, persistent=False)
+        self.d = nn.Parameter(torch.full((rank,), 0.1, device=layer.device))
+        self.b = nn.Parameter(torch.zeros(layer.out_features, device=layer.device))
+
+    def as_low_rank(self):
+        return self.scale * self.b[:, None] * self.up, self.d[:, None] * self.down
+
+    def forward(self, x, y0, weight):
+        b, a = (t.to(y0.dtype) for t in self.as_low_rank())
+        return y0 + weight * (self.layer.project(x, a) @ b.T)
+
+    def merged_weight(self, weight):
+        b, a = self.as_low_rank()
+        return weight + b.to(weight) @ a.to(weight)
+
+    @classmethod
+    def num_parameters(cls, layer, spec):
+        return spec.rank_of(layer.path) + layer.out_features
 '''
+ENTRY_POINTS = """[afina.methods]
+scaled = afina_plugin.methods:Scaled
+vera = afina_plugin.methods:VeRA
+
+[afina.formats]
+plugin = afina_plugin:formats.json
+"""
 
 
 @pytest.fixture
-def new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A method that is one file, found like those that come with afina."""
-    (tmp_path / "scaled_for_a_test.py").write_text(NEW)
-    monkeypatch.setattr(afina.adapters, "__path__", [*afina.adapters.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "afina.adapters.scaled_for_a_test", raising=False)
-    return "scaled_for_a_test"
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
+    """Two methods of an installed package, with the formats of their files; returns their names."""
+    package, names = tmp_path / "site" / "afina_plugin", ("scaled", "vera")
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "methods.py").write_text(PLUGIN)
+    about = package.with_name("afina_plugin-0.1.dist-info")
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: afina-plugin\nVersion: 0.1\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setattr(methods, "_plugins", None)
+    write_formats(list(names), package / "formats.json")
+    adapter_formats.cache_clear()
+    yield names
+    adapter_formats.cache_clear()
+    for name in names:
+        methods._entries.pop(name, None)
+    for module in ("afina_plugin.methods", "afina_plugin"):
+        sys.modules.pop(module, None)
 
 
-def test_a_new_method_is_one_new_file(new_method: str, tiny: Path, tmp_path: Path) -> None:
-    assert new_method in registered_methods()
-    for promise in PROMISES:
-        for kind in KINDS:
-            keep_all(promise, new_method, kind, {})
-    test_on_a_model_saved_is_loaded(tiny, tmp_path, new_method)
+def test_methods_of_an_installed_package_keep_the_contract(
+    plugin: tuple[str, ...], tiny: Path, tmp_path: Path
+) -> None:
+    for name in plugin:
+        assert name in registered_methods()
+        for promise in PROMISES:
+            for kind in KINDS:
+                keep_all(promise, name, kind, {})
+        (tmp_path / name).mkdir()
+        test_on_a_model_saved_is_loaded(tiny, tmp_path / name, name)
+
+
+def test_formats_file_equals_the_classes() -> None:
+    own = {name: method for name, method in registered_methods().items() if name in METHOD_MODULES}
+    written = json.loads(FORMATS_FILE.read_text(encoding="utf-8"))
+    assert written == {name: format_of(name, method).to_json() for name, method in own.items()}

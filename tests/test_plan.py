@@ -11,8 +11,8 @@ import yaml
 
 import afina
 from afina.adapters.attach import attach
-from afina.adapters.base import registered_methods
 from afina.adapters.loading import WEIGHTS, save_adapter
+from afina.adapters.registry import registered_methods
 from afina.adapters.segments import Segments
 from afina.cli.main import run
 from afina.data.packing import pack_examples

@@ -134,8 +134,8 @@ def test_defaults_of_the_settings_table() -> None:
 
 
 def test_the_methods_named_are_there() -> None:
-    from afina.adapters.base import registered_methods
     from afina.adapters.presets import get_preset
+    from afina.adapters.registry import registered_methods
 
     rows = table_rows("README.md", 3)
     start = rows.index(["method", "what learns", "when"]) + 1

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.base import AdapterConfig, AdapterLayer, check_options, get_method
+from afina.adapters.base import AdapterConfig, AdapterLayer, check_options
 from afina.adapters.modules import ModuleWithAdapters, ParameterWithAdapters
+from afina.adapters.registry import get_method
 from afina.adapters.segments import ForwardContext
 from afina.adapters.target_module import FreeParameter, TargetModule
 from afina.adapters.trainable_tokens import TrainableTokens

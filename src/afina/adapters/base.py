@@ -9,8 +9,6 @@ name. A method that can merge and restart also says how it begins anew (`restart
 `with_carried`.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError, did_you_mean
+from afina.io.adapter_formats import evaluate_shapes
 
 CANONICAL_KEYS = {  # key in afina.json -> attribute of `AdapterConfig`
     "method": "method",
@@ -105,36 +104,40 @@ class LayerCost:
 
 
 class AdapterLayer(nn.Module):
-    """One adapter's part at one layer. Subclasses live one a file in this folder, and are found there.
+    """One adapter's part at one module; subclasses are registered by `register_method`.
 
-    Inputs x come as the layer reads them (`layer.project` and `layer.rows` make vectors of them), outputs y0 always
-    with their features last, so a method needs to know matrices only.
+    Inputs x have the module's own layout (`layer.project` and `layer.unfold_inputs` make vectors
+    of them), outputs y0 always have their features last, so a method needs to know matrices only.
+
+    Attributes:
+        tensor_names: Name on disk of each parameter, after the module's path.
+        shape_rules: Rule of each parameter's shape on disk, see `afina.io.adapter_formats`.
+        embedding_names: Names on disk at an embedding, where PEFT has others.
+        name_aliases: Further names of a tensor on disk that the audit accepts.
+        peft_fields: Fields of a PEFT LoraConfig that select the method; None: not in PEFT.
+        low_rank_tensors: The parameters that are A (r, in) and B (out, r), where scale * B A of
+            them, as they lie on disk, is all that the method adds; None otherwise.
+        fused_kernel: The fused operation that computes what the method adds: "lora" reads `a`,
+            `b` and `scale`, "mora" reads `layout`, `m` and `scale`; None: there is none.
+        no_grad_terms: Methods without arguments whose value the gradient takes as constant.
+        replaces_base: Whether the output is the layer's own, and the base need not run.
+        is_method: False for a part that an adapter of any method may have.
+        supported_modules: "matrix": modules with one weight matrix; "any": all with parameters.
+        options: Names that the method reads in `AdapterConfig.method_settings`.
     """
 
-    tensor_names: Mapping[str, str]  # parameter name -> name on disk, after the module's path
-    tensor_shapes: Mapping[str, tuple[int, ...]] = {}
-    peft_fields: ClassVar[Mapping[str, Any] | None] = (
-        None  # what tells the method in a LoraConfig of PEFT; None: not known there
-    )
-    options: ClassVar[tuple[str, ...]] = ()  # names that it reads in `Spec.options`
-    no_grad_terms: ClassVar[
-        tuple[str, ...]
-    ] = ()  # methods without arguments whose value the gradient takes as constant
-    low_rank: ClassVar[bool] = (
-        False  # True where scale * b a x, of these attributes, is all it adds (dropout, restarts aside)
-    )
-    square: ClassVar[bool] = (
-        False  # True where scale * unfold(m fold(x)), of its `form` and `m`, is all it adds (likewise)
-    )
-    replaces_base: ClassVar[bool] = (
-        False  # True where the output is the delta's own and the base need not run
-    )
-    is_method: ClassVar[bool] = (
-        True  # False: no method of its own, but a part that an adapter of any method may have
-    )
-    supported_modules: ClassVar[str] = (
-        "matrix"  # "matrix": layers with one weight matrix; "any": every module with parameters
-    )
+    tensor_names: ClassVar[Mapping[str, str]]
+    shape_rules: ClassVar[Mapping[str, str]] = {}
+    embedding_names: ClassVar[Mapping[str, str]] = {}
+    name_aliases: ClassVar[Mapping[str, str]] = {}
+    peft_fields: ClassVar[Mapping[str, Any] | None] = None
+    low_rank_tensors: ClassVar[tuple[str, str] | None] = None
+    fused_kernel: ClassVar[str | None] = None
+    options: ClassVar[tuple[str, ...]] = ()
+    no_grad_terms: ClassVar[tuple[str, ...]] = ()
+    replaces_base: ClassVar[bool] = False
+    is_method: ClassVar[bool] = True
+    supported_modules: ClassVar[str] = "matrix"
 
     def __init__(
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
@@ -176,6 +179,32 @@ class AdapterLayer(nn.Module):
         """The matrix (out, in) and what earlier restarts merged."""
         return matrix if self.restart_delta is None else matrix + self.restart_delta.to(matrix)
 
+    def as_low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Return B (out, r), scaled, and A (r, in) whose product is all that this layer adds.
+
+        None where the update has full rank or depends on the base's weight.
+        """
+        if self.low_rank_tensors is None or self.restart_delta is not None:
+            return None
+        a, b = (getattr(self, name) for name in self.low_rank_tensors)
+        return self.scale * b, a  # type: ignore[operator]
+
+    @classmethod
+    def names_on_disk(cls, layer: TargetModule) -> Mapping[str, str]:
+        """Return the name on disk of each parameter at `layer`, after the module's path."""
+        if isinstance(layer.module, nn.Embedding):
+            return {n: cls.embedding_names.get(n, name) for n, name in cls.tensor_names.items()}
+        return cls.tensor_names
+
+    @classmethod
+    def tensor_shapes(
+        cls, layer: TargetModule, config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shape on disk of each parameter at `layer`."""
+        sizes = layer.sizes(config.rank_of(layer.path))
+        rules = cls.shape_rules
+        return {name: evaluate_shapes(rules[name], sizes)[0] for name in cls.tensor_names}
+
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
         """How many numbers this delta learns at `layer`, by its formula."""
@@ -199,31 +228,3 @@ def check_options(kind: type[AdapterLayer], spec: AdapterConfig) -> None:
                 where="options",
                 hint=did_you_mean(name, known[:-1]),
             )
-
-
-def registered_methods() -> dict[str, type[AdapterLayer]]:
-    """Every method by name: the files of this folder that define a `Delta`."""
-    found: dict[str, type[AdapterLayer]] = {}
-    package = importlib.import_module("afina.adapters")
-    for module_info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"afina.adapters.{module_info.name}")
-        for value in vars(module).values():
-            if (
-                isinstance(value, type)
-                and issubclass(value, AdapterLayer)
-                and value.__module__ == module.__name__
-                and value is not AdapterLayer
-                and value.is_method
-            ):
-                found[module_info.name] = value
-    return found
-
-
-def get_method(name: str) -> type[AdapterLayer]:
-    """The class of the method `name`; raises `SettingsError` naming the nearest one."""
-    found = registered_methods()
-    if name not in found:
-        raise SettingsError(
-            f"unknown method {name!r}", where="method", hint=did_you_mean(name, [*found, "freeze"])
-        )
-    return found[name]

@@ -16,28 +16,28 @@ from torch.nn import functional as F
 
 from afina.adapters.base import AdapterConfig, LayerCost, TargetModule
 from afina.adapters.lora import LoRA
+from afina.adapters.registry import register_method
 from afina.errors import SettingsError
 
 CHUNK = 1 << 20  # weights widened to float32 at a time: they stay in the cache
 
 
+@register_method("dora")
 class DoRA(LoRA):
     """LoRA on the direction of W's rows, and their lengths m. Dropout acts on the low-rank path only."""
 
     peft_fields = {"use_dora": True}
-    low_rank = False  # lengths come in
+    tensor_names = {**LoRA.tensor_names, "m": "lora_magnitude_vector"}
+    shape_rules = {**LoRA.shape_rules, "m": "(1, outputs, *ones) if kernel else (outputs,)"}
+    name_aliases = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+    low_rank_tensors = None  # the rows of W + s B A are normalized
+    fused_kernel = None
     no_grad_terms = ("norm",)
 
     def __init__(
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
     ) -> None:
         super().__init__(layer, spec, generator)
-        self.tensor_names = {**self.tensor_names, "m": "lora_magnitude_vector"}
-        if layer.channels_first:
-            self.tensor_shapes = {
-                **self.tensor_shapes,
-                "m": (1, layer.out_features, *(1 for _ in self.tensor_shapes["b"][2:])),
-            }
         self._base: tuple[object, Tensor] = (
             None,
             torch.empty(0),

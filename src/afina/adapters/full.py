@@ -7,19 +7,22 @@ delta acts everywhere or nowhere: a weight in between, or other adapters beside 
 """
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+from afina.adapters.registry import register_method
 from afina.errors import AdapterError, SettingsError
 
 
+@register_method("full")
 class Full(AdapterLayer):
     """A trained copy of the whole module, in the dtype of the base (the optimizer keeps float32 masters)."""
 
-    tensor_names = {"weight": "weight", "bias": "bias"}
+    tensor_names: ClassVar[Mapping[str, str]] = {}  # those of the module itself
     replaces_base = True
     supported_modules = "any"
 
@@ -52,7 +55,6 @@ class Full(AdapterLayer):
         trained = copy.deepcopy(layer.module).requires_grad_(True)
         for name, parameter in list(trained.named_parameters()):
             setattr(self, name, parameter)
-        self.tensor_names = {name: name for name, _ in self.named_parameters()}  # type: ignore[misc]
         self._trained = [trained]  # in a list: its parameters are registered once, here
 
     def share(self, name: str, parameter: nn.Parameter) -> None:
@@ -71,6 +73,18 @@ class Full(AdapterLayer):
         trained = self._trained[0].weight
         assert isinstance(trained, Tensor)
         return TargetModule("", self._trained[0]).weight.detach().to(weight)
+
+    @classmethod
+    def names_on_disk(cls, layer: TargetModule) -> Mapping[str, str]:
+        """Return the module's own parameter names."""
+        return {name: name for name, _ in layer.module.named_parameters(recurse=False)}
+
+    @classmethod
+    def tensor_shapes(
+        cls, layer: TargetModule, config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the module's own parameters."""
+        return {name: tuple(p.shape) for name, p in layer.module.named_parameters(recurse=False)}
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:

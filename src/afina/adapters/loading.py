@@ -28,7 +28,8 @@ from afina.adapters.attach import (
     frozen_module,
     vocabulary_layers,
 )
-from afina.adapters.base import AdapterConfig, AdapterLayer, get_method, registered_methods
+from afina.adapters.base import AdapterConfig, AdapterLayer
+from afina.adapters.registry import get_method, registered_methods
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError, BaseError, pluralize
 from afina.io.atomic import atomic_directory, write_json
@@ -67,13 +68,14 @@ def _views(adapter: Adapter) -> dict[str, Tensor]:
     seen: set[int] = set()
     views: dict[str, Tensor] = {}
     for path, delta in adapter.layers.items():
+        names = delta.names_on_disk(delta.layer)
+        shapes = delta.tensor_shapes(delta.layer, adapter.config)
         for name, tensor in _own(delta).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                key = delta.tensor_names.get(name, f"{name}.weight")
-                views[f"{PREFIX}{path}.{key}"] = tensor.detach().view(
-                    delta.tensor_shapes.get(name, tensor.shape)
-                )
+                key = names.get(name, f"{name}.weight")
+                shape = shapes.get(name, tensor.shape)
+                views[f"{PREFIX}{path}.{key}"] = tensor.detach().view(shape)
     return views
 
 
@@ -419,8 +421,9 @@ def assign_state(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) ->
     """Make `tensors`, named as on disk, the adapter's own numbers, without a copy; every name and shape must fit."""
     _fitting(adapter, tensors, where)
     for path, delta in adapter.layers.items():
+        names = delta.names_on_disk(delta.layer)
         for name, tensor in _own(delta).items():
-            key = f"{PREFIX}{path}.{delta.tensor_names.get(name, f'{name}.weight')}"
+            key = f"{PREFIX}{path}.{names.get(name, f'{name}.weight')}"
             if key in tensors:  # a tied one is there once
                 tensor.data = tensors[key].view(tensor.shape)
 

@@ -10,13 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+from afina.adapters.registry import register_method
 
 
+@register_method("lora")
 class LoRA(AdapterLayer):
     """Low-rank update. A starts uniform as in PEFT (Kaiming with a = sqrt 5), B at zero."""
 
+    tensor_names = {"a": "lora_A.weight", "b": "lora_B.weight"}
+    embedding_names = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+    shape_rules = {"a": "(rank, channels, *kernel)", "b": "(outputs, rank, *ones)"}
     peft_fields = {"use_dora": False}
-    low_rank = True
+    low_rank_tensors = ("a", "b")
+    fused_kernel = "lora"
 
     def __init__(
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
@@ -31,7 +37,6 @@ class LoRA(AdapterLayer):
         )  # (out, r), float32
         self.scale = spec.scale_of(layer.path)
         self.dropout = spec.dropout
-        self.tensor_names, self.tensor_shapes = as_peft(layer, rank)
         self._inference_cache: tuple[object, tuple[Tensor, Tensor]] | None = (
             None  # what `thin` keeps
         )
@@ -95,18 +100,3 @@ class LoRA(AdapterLayer):
             spec.rank_of(layer.path) + dropped,
             float(LoRA.num_parameters(layer, spec)),
         )
-
-
-def as_peft(layer: TargetModule, rank: int) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """Names and shapes of A and B in PEFT's files: an embedding's are called otherwise, a convolution's are kernels."""
-    module = layer.module
-    if isinstance(module, nn.Embedding):
-        return {"a": "lora_embedding_A", "b": "lora_embedding_B"}, {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    if layer.channels_first:
-        kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
-        shapes = {
-            "a": (rank, layer.in_features // math.prod(kernel), *kernel),
-            "b": (layer.out_features, rank, *(1 for _ in kernel)),
-        }
-    return {"a": "lora_A.weight", "b": "lora_B.weight"}, shapes

@@ -32,7 +32,7 @@ class LoRAView:
     """
 
     __slots__ = ("a", "bt", "scale")
-    replaces_base, low_rank, square, _inference_cache = False, True, False, None
+    replaces_base, fused_kernel, _inference_cache = False, "lora", None
 
     def __init__(self, a: Tensor, bt: Tensor, scale: float) -> None:
         self.a, self.bt, self.scale = a, bt, scale
@@ -55,7 +55,7 @@ class MergedLinear:
     """A layer's weight with an adapter taken in, beside the frozen one: it acts alone and everywhere."""
 
     __slots__ = ("layer",)
-    replaces_base, low_rank, square = True, False, False
+    replaces_base, fused_kernel = True, None
 
     @property
     def weight(self) -> Tensor:
@@ -351,13 +351,14 @@ def _rows(segments: Segments, tokens: int) -> list[Segment]:
 def prefers_fused(delta: Any, row: Segment) -> bool:
     """Whether a kernel knows the delta, and is faster on this row than PyTorch's products are."""
     return has_fused_kernel(delta) and (
-        delta.square or row.end - row.start <= FUSED_MAX_TOKENS or len(delta.a) <= FUSED_MAX_RANK
+        delta.fused_kernel == "mora"
+        or row.end - row.start <= FUSED_MAX_TOKENS or len(delta.a) <= FUSED_MAX_RANK
     )
 
 
 def has_fused_kernel(delta: Any) -> bool:
     """Whether what the delta adds now is what a kernel does for many at once, and nothing else; False for none."""
-    if delta is None or not (delta.low_rank or delta.square):
+    if delta is None or delta.fused_kernel is None:
         return False
     return isinstance(delta, LoRAView) or (
         delta.restart_delta is None and not (delta.dropout and delta.training)
@@ -368,10 +369,10 @@ Find = Callable[[str], Any]
 
 
 def _of_kind(
-    rows: list[Segment], find: Find, square: bool
+    rows: list[Segment], find: Find, kernel: str
 ) -> tuple[list[lowrank.SegmentRow], list[Any]]:
     """The rows of one kind of deltas as its kernel takes them, and the deltas that they number."""
-    deltas = {row.adapter: find(row.adapter) for row in rows if find(row.adapter).square == square}
+    deltas = {row.adapter: find(row.adapter) for row in rows if find(row.adapter).fused_kernel == kernel}
     names = list(deltas)
     mine = [row for row in rows if row.adapter in deltas]
     return [
@@ -382,10 +383,10 @@ def _of_kind(
 def _groups(rows: list[Segment], find: Find) -> list[AdapterGroup]:
     """What acts, each kind as its kernel takes it."""
     groups: list[AdapterGroup] = []
-    thin, thins = _of_kind(rows, find, square=False)
+    thin, thins = _of_kind(rows, find, "lora")
     if thin:
         groups.append(lowrank.LoRAGroup(thin, [d.a for d in thins], [d.b for d in thins]))
-    wide, squares = _of_kind(rows, find, square=True)
+    wide, squares = _of_kind(rows, find, "mora")
     if wide:
         groups.append(square.MoRAGroup(wide, [d.layout for d in squares], [d.m for d in squares]))
     return groups
@@ -396,7 +397,7 @@ def _prepared(
 ) -> list[lowrank.FusedLoRA | square.FusedMoRA]:
     """The same for inference."""
     made: list[lowrank.FusedLoRA | square.FusedMoRA] = []
-    thin, thins = _of_kind(rows, find, square=False)
+    thin, thins = _of_kind(rows, find, "lora")
     if thin:
         made.append(
             lowrank.FusedLoRA(
@@ -405,7 +406,7 @@ def _prepared(
                 *zip(*[d.inference_weights(x.dtype) for d in thins], strict=True),
             )
         )
-    wide, squares = _of_kind(rows, find, square=True)
+    wide, squares = _of_kind(rows, find, "mora")
     if wide:
         made.append(
             square.FusedMoRA(

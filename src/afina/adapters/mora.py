@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+from afina.adapters.registry import register_method
 from afina.errors import SettingsError, did_you_mean
 from afina.kernels.dispatch import kernels
 from afina.kernels.mora import MoRALayout, pack_weight, rotate_pairs, rotation_angles
@@ -34,12 +35,17 @@ GROUPINGS = ("strided", "adjacent")
 SMALL = 64  # rotation up to this rank, sharing beyond: the paper's choices at 8 and 256 (table 5)
 
 
+_SIZE = "isqrt((inputs + outputs) * rank)"
+
+
+@register_method("mora")
 class MoRA(AdapterLayer):
     """A square update. Options: `operator` (else by rank), `grouping` (of sharing), `use_alpha` (s as LoRA's)."""
 
     tensor_names = {"m": "mora_M.weight"}
     options = ("operator", "grouping", "use_alpha")
-    square = True
+    shape_rules = {"m": f"({_SIZE}, {_SIZE}) or (even({_SIZE}), even({_SIZE}))"}
+    fused_kernel = "mora"
     cos: Tensor
     sin: Tensor
 
@@ -179,6 +185,14 @@ class MoRA(AdapterLayer):
     def merged_weight(self, weight: Tensor) -> Tensor:
         """W + D."""
         return self.merge_restart_delta(weight) + self.dense().to(weight)
+
+    @classmethod
+    def tensor_shapes(
+        cls, layer: TargetModule, config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shape (q, q) of M."""
+        size = matrix_size(layer, config)
+        return {"m": (size, size)}
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:

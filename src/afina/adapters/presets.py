@@ -8,7 +8,7 @@ freeze = full on the last quarter of the blocks
 from dataclasses import dataclass
 from typing import Literal
 
-from afina.adapters.base import get_method, registered_methods
+from afina.adapters.registry import get_method, registered_methods
 from afina.errors import SettingsError
 from afina.settings import POLICIES, PREFERENCES
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from afina.io.adapter_formats import ModuleSizes
 from afina.models.fast_llama import FastLinear
 from afina.models.frozen import full_tensor
 from afina.models.nf4 import NF4Linear
@@ -75,6 +76,14 @@ class TargetModule:
         if isinstance(module, nn.Embedding):
             return module.embedding_dim
         return module.nf if isinstance(module, Conv1D) else module.out_features  # type: ignore[return-value]
+
+    def sizes(self, rank: int) -> ModuleSizes:
+        """Return the sizes that shape rules of adapter tensors name, for an adapter of `rank`."""
+        kernel: tuple[int, ...] = ()
+        channels = self.in_features
+        if isinstance(self.module, CONVOLUTIONS):
+            kernel, channels = tuple(self.module.kernel_size), self.module.in_channels
+        return ModuleSizes(self.in_features, self.out_features, rank, channels, kernel)
 
     @property
     def weight(self) -> Tensor:

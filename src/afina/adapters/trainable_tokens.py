@@ -61,6 +61,15 @@ class TrainableTokens(AdapterLayer):
         return weight.index_copy(0, self.ids, self.weight.to(weight))
 
     @classmethod
+    def tensor_shapes(
+        cls, layer: TargetModule, config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shape (n, d) of the rows."""
+        embeds = isinstance(layer.module, nn.Embedding)
+        width = layer.out_features if embeds else layer.in_features
+        return {"weight": (len(config.trainable_tokens), width)}
+
+    @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
         """Tokens times the width of a row."""
         return len(spec.trainable_tokens) * (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from afina.adapters.base import get_method
 from afina.adapters.presets import get_preset
+from afina.adapters.registry import get_method
 from afina.comparison.split import ComparisonSplit
 from afina.errors import AfinaError, TrainingError
 from afina.io.atomic import write_json

@@ -27,9 +27,10 @@ from afina.adapters.attach import (
     frozen_module,
     insert_wrapper,
 )
-from afina.adapters.base import AdapterConfig, AdapterLayer, get_method
+from afina.adapters.base import AdapterConfig, AdapterLayer
 from afina.adapters.loading import PREFIX, WEIGHTS, adapter_hash, assign_state
 from afina.adapters.modules import LoRAView, ModuleWithAdapters
+from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError, BaseError
 from afina.io.safetensors import check_safetensors, combine_tensor_hashes, read_header
@@ -177,7 +178,7 @@ class AdapterLayoutCache:
     ) -> tuple[LoRAOffsets, ...] | None:
         """Where A and B of each layer lie; None where the method is more than low rank."""
         kind = get_method(spec.method)
-        if not kind.low_rank or spec.trainable_tokens or spec.method_settings.get("restarts"):
+        if not kind.low_rank_tensors or spec.trainable_tokens or spec.method_settings.get("restarts"):
             return None
         places, generator = [], torch.Generator()
         left = set(entries)
@@ -192,7 +193,7 @@ class AdapterLayoutCache:
             delta: AdapterLayer = kind(layer, spec, generator)
             at = {}
             for name in ("a", "b"):
-                key = f"{PREFIX}{path}.{delta.tensor_names[name]}"
+                key = f"{PREFIX}{path}.{delta.names_on_disk(layer)[name]}"
                 shape = list(getattr(delta, name).shape)
                 if key not in left or entries[key]["shape"] != shape:
                     found = entries[key]["shape"] if key in entries else "missing"

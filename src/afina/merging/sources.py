@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from afina.adapters.attach import Adapter, frozen_module
-from afina.adapters.base import AdapterConfig, get_method
+from afina.adapters.base import AdapterConfig
 from afina.adapters.load_run import load_run
 from afina.adapters.loading import PREFIX, WEIGHTS, load_adapter
+from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError, SettingsError
 from afina.io.composition import (
@@ -182,7 +183,7 @@ def _factors(
 
     `tensors` are those of the path, by their names on disk; more than two where restarts have merged something besides.
     """
-    if not get_method(spec.method).low_rank or len(tensors) != 2:
+    if get_method(spec.method).low_rank_tensors is None or len(tensors) != 2:
         return None
     a, b = (
         tensor for _, tensor in sorted(tensors.items())

@@ -25,7 +25,7 @@ from afina.adapters.loading import (
     hash_adapter_file,
     read_json_object,
 )
-from afina.adapters.lora import as_peft
+from afina.adapters.lora import LoRA
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError
 from afina.io.atomic import atomic_directory, write_json
@@ -67,8 +67,9 @@ def tensor_layout(path: str, sources: Sequence[AdapterSource]) -> LoRATensorLayo
 
 def form_of_layer(layer: TargetModule) -> LoRATensorLayout:
     """The form that a layer of the base asks for."""
-    keys, shapes = as_peft(layer, 1)
-    return LoRATensorLayout(keys["a"], keys["b"], tuple(shapes["a"][1:]) if shapes else ())
+    names, sizes = LoRA.names_on_disk(layer), layer.sizes(rank=1)
+    kernel = (sizes.channels, *sizes.kernel) if sizes.kernel else ()
+    return LoRATensorLayout(names["a"], names["b"], kernel)
 
 
 def write_lora(

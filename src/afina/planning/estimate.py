@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from afina.adapters.base import AdapterConfig, get_method, registered_methods
+from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
+from afina.adapters.registry import get_method, registered_methods
 from afina.data.packing import BatchSampler
 from afina.data.renderer import Example
 from afina.errors import AfinaError, SettingsError

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from afina.adapters.attach import frozen_module, vocabulary_layers
-from afina.adapters.base import AdapterConfig, get_method
+from afina.adapters.base import AdapterConfig
+from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import layer_index
 from afina.adapters.trainable_tokens import TrainableTokens

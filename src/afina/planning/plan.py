@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from afina.adapters.base import AdapterConfig, get_method
+from afina.adapters.base import AdapterConfig
+from afina.adapters.registry import get_method
 from afina.adapters.target_selection import layer_index
 from afina.data.packing import BatchSampler
 from afina.data.renderer import Example

@@ -34,7 +34,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from afina.adapters.base import AdapterLayer, get_method
+from afina.adapters.base import AdapterLayer
+from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import layer_index
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS

@@ -28,7 +28,6 @@ from torch import Tensor
 import afina
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, detach
-from afina.adapters.base import get_method
 from afina.adapters.loading import (
     FORMAT_VERSION,
     WEIGHTS,
@@ -37,6 +36,7 @@ from afina.adapters.loading import (
     save_adapter,
 )
 from afina.adapters.presets import get_preset
+from afina.adapters.registry import get_method
 from afina.data.renderer import Renderer
 from afina.engine.routing_profile import ChatFrame, PromptEmbedder, build_profile, write_profile
 from afina.errors import SettingsError, TrainingError

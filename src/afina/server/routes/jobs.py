@@ -10,8 +10,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from afina.adapters.base import get_method as delta_method
 from afina.adapters.presets import get_preset
+from afina.adapters.registry import get_method as delta_method
 from afina.errors import SettingsError
 from afina.server.auth import Principal
 from afina.server.errors import APIError, not_found, to_api_error

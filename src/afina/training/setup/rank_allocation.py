@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from afina.adapters.attach import attach, detach
-from afina.adapters.base import AdapterConfig, get_method
+from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
+from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import resolve_target_modules
 from afina.errors import SettingsError
