@@ -833,6 +833,6 @@ def test_merge_method_of_an_installed_package_is_found(tiny: Path, tmp_path: Pat
 
 
 def test_documented_merge_methods_are_the_registered_ones() -> None:
-    """docs/merging.md has the table that the registry generates."""
-    text = (Path(__file__).parent.parent / "docs" / "merging.md").read_text(encoding="utf-8")
+    """docs/merge_methods.md has the table that the registry generates."""
+    text = (Path(__file__).parent.parent / "docs" / "merge_methods.md").read_text(encoding="utf-8")
     assert merge_methods_table() in text

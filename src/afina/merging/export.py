@@ -13,10 +13,11 @@ from afina.merging.gguf import export_adapter, export_model
 from afina.merging.merge_into_base import check_out, merge
 from afina.merging.results import ExportResult
 from afina.settings import ExportSettings, MergeSettings, make_settings
+from afina.settings.merge import MergedModelSettings
 
 
 def export(run: str | Path | ExportSettings | None = None, **values: Any) -> ExportResult:
-    """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `out`; returns what was written."""
+    """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `output`; returns what was written."""
     settings = (
         run
         if isinstance(run, ExportSettings)
@@ -29,22 +30,23 @@ def export(run: str | Path | ExportSettings | None = None, **values: Any) -> Exp
             "which adapter?", where="adapter", hint=f"afina export RUN --format {settings.format}"
         )
     if settings.outtype != "auto":
-        raise SettingsError("only GGUF's weights are chosen here", where="weights", hint="--dtype")
+        raise SettingsError("only GGUF's weights are chosen here", where="outtype", hint="--dtype")
     if settings.format == "hf":
-        fields = {name: getattr(settings, name) for name in MergeSettings.model_fields}
-        return replace(merge(MergeSettings(**fields)), format="hf")
+        shared = {name: getattr(settings, name) for name in MergedModelSettings.model_fields}
+        merged = merge(MergeSettings(**shared, output_dir=settings.output))
+        return replace(merged, format="hf")
     return _peft(settings.adapter, settings)
 
 
 def _gguf(settings: ExportSettings) -> ExportResult:
-    """One file: `out` itself where it ends in .gguf, else within the folder `out`."""
+    """One file: `output` itself where it ends in .gguf, else within the folder `output`."""
     if settings.quantization != "none":
         hint = "leave --quantization out; llama-quantize makes 4 bits of a GGUF file"
         raise SettingsError("GGUF is written in 16 or 32 bits", where="quantization", hint=hint)
     lora = settings.format == "gguf-lora"
     if lora and settings.outtype != "auto":
         raise SettingsError(
-            "an adapter's factors are always float32", where="weights", hint="leave --weights out"
+            "an adapter's factors are always float32", where="outtype", hint="leave --outtype out"
         )
     file = (
         settings.output
@@ -55,7 +57,7 @@ def _gguf(settings: ExportSettings) -> ExportResult:
         check_out(settings.output)
     if file.exists():
         raise SettingsError(
-            "this file is there already", where=str(file), hint="choose another --out"
+            "this file is there already", where=str(file), hint="choose another --output"
         )
     write = export_adapter if lora else export_model
     if settings.adapter is None:

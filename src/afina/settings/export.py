@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from afina.settings.common import setting
-from afina.settings.merge import MergeSettings
+from afina.settings.merge import MergedModelSettings
 
 
-class ExportSettings(MergeSettings):
+class ExportSettings(MergedModelSettings):
     """Settings of `afina export`."""
 
     adapter: Path | None = setting("a run or adapter folder; without it, for gguf, the base alone")  # type: ignore[assignment]

@@ -6,12 +6,11 @@ from typing import Literal
 from afina.settings.common import ModelSettings, setting
 
 
-class MergeSettings(ModelSettings):
-    """Settings of `afina merge`."""
+class MergedModelSettings(ModelSettings):
+    """What `afina merge` and `afina export` share: a base, an adapter, and how exact they are."""
 
     base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
     adapter: Path = setting("a run or adapter folder", ...)
-    output_dir: Path = setting("folder of the merged Hugging Face model", ...)
     quantization: Literal["none", "nf4"] = setting(
         "none: 16 or 32 bits per weight; nf4: 4 bits, in the format of bitsandbytes", "none"
     )
@@ -20,3 +19,9 @@ class MergeSettings(ModelSettings):
     )
     allow_other_base: bool = setting("merge into a base that the adapter was not trained on", False)
     require_audit: bool = setting("accept only adapters that `afina audit` has approved", False)
+
+
+class MergeSettings(MergedModelSettings):
+    """Settings of `afina merge`."""
+
+    output_dir: Path = setting("folder of the merged Hugging Face model", ...)
