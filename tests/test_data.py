@@ -626,11 +626,11 @@ def test_stop_is_the_first_end_after_the_answer() -> None:
 @pytest.mark.parametrize(
     ("template", "row", "what", "hint"),
     [
-        (None, chat_row("who?", "me"), "no chat template", "--template chatml"),
+        (None, chat_row("who?", "me"), "no chat template", "--chat-template chatml"),
         (NO_STOP, chat_row("who?", "me"), "stop token is not trained", "eos_token"),
         (LETTERS_FOR_A_STOP, chat_row("who?", "me"), "stop token is not trained", "eos_token"),
-        (NO_PREFIX, chat_row("who?", "me"), "does not render as a prefix", "--template chatml"),
-        (NO_PREFIX, PAIR, "does not render as a prefix", "--template chatml"),
+        (NO_PREFIX, chat_row("who?", "me"), "does not render as a prefix", "--chat-template chatml"),
+        (NO_PREFIX, PAIR, "does not render as a prefix", "--chat-template chatml"),
         (
             CHANGES_EARLIER_ANSWERS,
             chat_row("who?", "me", "and?", "me"),
@@ -647,10 +647,10 @@ def test_stop_is_the_first_end_after_the_answer() -> None:
         (
             GOOD_TEMPLATE,
             SFTRow("x", messages=({"role": "tool", "content": "2"}, ANSWER)),
-            "refuses these",
+            "rejects these",
             "roles",
         ),
-        (GOOD_TEMPLATE, chat_row("who?", "me<|im_end|>"), "holds the stop token", "take it out"),
+        (GOOD_TEMPLATE, chat_row("who?", "me<|im_end|>"), "contains the stop token", "remove it"),
     ],
 )
 def test_templates_that_would_train_something_else_are_refused(
@@ -841,7 +841,7 @@ def test_split_leaves_at_least_one_row_on_each_side() -> None:
     for bad in ([], rows[:1], rows[1:]):
         with pytest.raises(DataError, match="at least 2 different rows"):
             train_eval_split(bad, 0.1, 0)
-    with pytest.raises(AfinaError, match="held-out share"):
+    with pytest.raises(AfinaError, match="an eval size of"):
         train_eval_split(rows, 1.0, 0)
 
 

@@ -8,4 +8,4 @@ Only packing.py imports torch.
 from pathlib import Path
 
 RETENTION_TEXT = Path(__file__).parent / "retention.txt"
-"""The built-in retention text: English and Spanish prose that none of afina's base models was trained on."""
+"""The built-in retention text: English and Spanish prose outside the bases' training data."""

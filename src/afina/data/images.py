@@ -21,7 +21,8 @@ def open_image(content: bytes, where: str) -> Any:
     """Return the decoded PIL image.
 
     Raises:
-        DataError: the bytes are no image, or it has more pixels than Pillow's limit for safe decoding.
+        DataError: the bytes are no image, or it has more pixels than Pillow's limit for safe
+            decoding.
     """
     from PIL import Image
 

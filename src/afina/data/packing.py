@@ -1,8 +1,8 @@
-"""Examples become flat batches: one run of tokens without padding, and the boundaries of its sequences.
+"""Packing: examples to batches without padding, and the train/eval split.
 
-    tokens     | a a a a a | b b b | c c c c c c |       bounds (0, 5, 8, 14)
+    token_ids  | a a a a a | b b b | c c c c c c |       cu_seqlens (0, 5, 8, 14)
     positions  | 0 1 2 3 4 | 0 1 2 | 0 1 2 3 4 5 |
-    labels     | the token that comes next, or -100 where it is not learned; never over a boundary
+    labels     | the next token, or -100 where it is no target; never across a boundary
 
 Which rows share a batch is a pure function of lengths, seed and step.
 """
@@ -10,7 +10,7 @@ Which rows share a batch is a pure function of lengths, seed and step.
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, islice, pairwise
 from typing import Any, TypeVar
 
@@ -20,81 +20,83 @@ from torch import Tensor
 from afina.data.renderer import Example
 from afina.errors import DataError
 
-Piece = TypeVar("Piece")
+RowT = TypeVar("RowT")
 IGNORE_INDEX = -100
-WINDOW = (
-    64  # sequences looked at to fill the rest of a batch: order stays nearly that of the shuffle
-)
+# sequences considered to fill the rest of a batch; with few, the order stays close to the shuffle's
+PACKING_WINDOW = 64
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Sequences one after another: int64 `tokens`, `positions` and `labels` of shape (T,); `bounds` (0, ..., T)."""
+    """Sequences in one row of `num_tokens` tokens, without padding."""
 
-    token_ids: Tensor
-    positions: Tensor
-    labels: Tensor
-    cu_seqlens: tuple[int, ...]
+    token_ids: Tensor  # (num_tokens,) int64
+    positions: Tensor  # (num_tokens,) int64, from 0 in each sequence
+    labels: Tensor  # (num_tokens,) int64: the next token, IGNORE_INDEX where it is no target
+    cu_seqlens: tuple[int, ...]  # (0, ..., num_tokens), the boundaries of the sequences
 
     @cached_property
     def num_targets(self) -> int:
-        """How many tokens are learned."""
+        """Number of target tokens."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     @cached_property
     def shared_prefixes(self) -> tuple[tuple[int, int], ...]:
-        """Of each sequence: the first one that has the same tokens before its first label, and how many these are.
+        """Of each sequence: the first one with the same prompt tokens, and the prompt's length.
 
-        The token that predicts the first one learned, or the last token, is not among them.
+        A prompt ends before the token that predicts the first target, or before the last token.
         """
         tokens, labels, found = self.token_ids.tolist(), self.labels.tolist(), []
-        owners: dict[tuple[int, ...], int] = {}
+        first_with: dict[tuple[int, ...], int] = {}
         for number, (start, end) in enumerate(pairwise(self.cu_seqlens)):
-            learned = next(
-                (place for place in range(start, end) if labels[place] != IGNORE_INDEX), end - 1
-            )
-            owner = owners.setdefault(tuple(tokens[start:learned]), number)
-            found.append((owner, learned - start))
+            targets = (index for index in range(start, end) if labels[index] != IGNORE_INDEX)
+            prefix_end = next(targets, end - 1)
+            first = first_with.setdefault(tuple(tokens[start:prefix_end]), number)
+            found.append((first, prefix_end - start))
         return tuple(found)
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on `device`."""
-        count = self.num_targets  # counted here, so that nobody waits for the device to count
+        """Return the batch on `device`."""
+        num_targets = self.num_targets  # counted here: on a GPU, reading the count would block
         moved = PackedBatch(
             self.token_ids.to(device),
             self.positions.to(device),
             self.labels.to(device),
             self.cu_seqlens,
         )
-        moved.__dict__["num_targets"] = count
+        moved.__dict__["num_targets"] = num_targets
         return moved
 
     def shard(self, number: int, of: int) -> "PackedBatch":
-        """Some of the sequences: one of `of` parts of about as many tokens; one without labels where none is left for it."""
-        mine = balanced_partition([end - start for start, end in pairwise(self.cu_seqlens)], of)[
-            number
-        ]
-        if mine:
-            return self.select(mine)
-        one = self.select([0])
-        return PackedBatch(
-            one.token_ids, one.positions, torch.full_like(one.labels, IGNORE_INDEX), one.cu_seqlens
-        )
+        """Return the sequences of process `number` of `of`, with about as many tokens for each.
+
+        A process for which no sequence is left gets the first one without targets, as every process
+        has to take part in the step.
+        """
+        lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
+        own = balanced_partition(lengths, of)[number]
+        if own:
+            return self.select(own)
+        first = self.select([0])
+        no_labels = torch.full_like(first.labels, IGNORE_INDEX)
+        return PackedBatch(first.token_ids, first.positions, no_labels, first.cu_seqlens)
 
     def select(self, sequences: Sequence[int]) -> "PackedBatch":
-        """These sequences, in this order."""
+        """Return the batch of these sequences, in this order."""
         spans = [(self.cu_seqlens[n], self.cu_seqlens[n + 1]) for n in sequences]
-        places = torch.cat([torch.arange(start, end) for start, end in spans]).to(
-            self.token_ids.device
-        )
-        bounds = tuple(accumulate((end - start for start, end in spans), initial=0))
+        index = torch.cat([torch.arange(start, end) for start, end in spans])
+        index = index.to(self.token_ids.device)
+        cu_seqlens = tuple(accumulate((end - start for start, end in spans), initial=0))
         return PackedBatch(
-            self.token_ids[places], self.positions[places], self.labels[places], bounds
+            self.token_ids[index], self.positions[index], self.labels[index], cu_seqlens
         )
 
 
 def balanced_partition(sizes: Sequence[int], of: int) -> list[list[int]]:
-    """The numbers of some things in `of` lists of about equal size: the largest first, each to the lightest list."""
+    """Return indices of `sizes` in `of` lists of about equal total size.
+
+    The largest goes first, each to the list with the smallest total so far.
+    """
     parts: list[list[int]] = [[] for _ in range(of)]
     loads = [0] * of
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
@@ -105,32 +107,31 @@ def balanced_partition(sizes: Sequence[int], of: int) -> list[list[int]]:
 
 
 def pack_examples(examples: Sequence[Example]) -> PackedBatch:
-    """Lay examples end to end; labels are shifted, so that labels[t] is the token to predict at t."""
+    """Return examples end to end; labels are shifted: labels[t] is the token to predict at t."""
     tokens: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
     for example in examples:
         tokens += example.token_ids
         positions += range(len(example.token_ids))
-        following = zip(example.token_ids[1:], example.loss_mask[1:], strict=True)
-        labels += [token if learned else IGNORE_INDEX for token, learned in following]
+        next_tokens = zip(example.token_ids[1:], example.loss_mask[1:], strict=True)
+        labels += [token if is_target else IGNORE_INDEX for token, is_target in next_tokens]
         labels.append(IGNORE_INDEX)
-    bounds = tuple(accumulate((len(example.token_ids) for example in examples), initial=0))
-    flat_tokens, flat_positions, flat_labels = (
-        torch.tensor(p, dtype=torch.int64) for p in (tokens, positions, labels)
-    )
-    return PackedBatch(flat_tokens, flat_positions, flat_labels, bounds)
+    cu_seqlens = tuple(accumulate((len(example.token_ids) for example in examples), initial=0))
+    to_tensor = partial(torch.tensor, dtype=torch.int64)
+    return PackedBatch(to_tensor(tokens), to_tensor(positions), to_tensor(labels), cu_seqlens)
 
 
 def group_by_length(
     lengths: Sequence[int], batch_tokens: int, order: Sequence[int]
 ) -> list[list[int]]:
-    """Indices in batches of at most `batch_tokens`, going through `order` and filling gaps from the next few.
+    """Return the indices of `order` in batches of at most `batch_tokens` tokens.
 
-    Every index comes once; a sequence longer than `batch_tokens` has a batch of its own.
+    Batches follow the order, and gaps are filled from the next PACKING_WINDOW sequences. Every
+    index occurs once; a sequence longer than `batch_tokens` is a batch of its own.
     """
     rest = iter(order)
-    window = list(islice(rest, WINDOW))
+    window = list(islice(rest, PACKING_WINDOW))
     batches = []
     while window:
         batch = [window.pop(0)]
@@ -148,10 +149,19 @@ def group_by_length(
 
 
 class BatchSampler:
-    """The micro-batches of every optimizer step: a pure function of (examples, seed, step), so a run can resume.
+    """The micro-batches of every optimizer step, a pure function of (examples, seed, step).
 
-    Epochs follow one another, each shuffled by seed + epoch and packed anew; the last step of an epoch may have
-    fewer than `accumulate` micro-batches.
+    A run can therefore resume at any step. Each epoch is shuffled by seed + epoch and packed again;
+    its last step may have fewer than `accumulate` micro-batches.
+
+    Args:
+        examples: Training examples.
+        batch_tokens: Most tokens of a micro-batch.
+        accumulate: Micro-batches per optimizer step.
+        seed: Seed of the shuffle.
+
+    Raises:
+        DataError: there are no examples.
     """
 
     def __init__(
@@ -159,96 +169,88 @@ class BatchSampler:
     ) -> None:
         if not examples:
             raise DataError("there are no examples to train on")
-        self._examples, self._batch_tokens, self._accumulate, self._seed = (
-            examples,
-            batch_tokens,
-            accumulate,
-            seed,
-        )
+        self._examples, self._seed = examples, seed
+        self._batch_tokens, self._accumulate = batch_tokens, accumulate
         self._lengths = [len(example.token_ids) for example in examples]
-        self._first_steps = [0]  # the step at which each epoch begins, as far as is known
-        self._plan: tuple[int, list[list[int]]] = (-1, [])
+        self._first_steps = [0]  # first step of each epoch counted so far
+        self._epoch_batches: tuple[int, list[list[int]]] = (-1, [])  # (epoch, its batches)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of the first epoch; packing may give others one more or less."""
-        return self._start(1)
+        """Number of optimizer steps in the first epoch; others can have one more or less."""
+        return self._first_step_of(1)
 
     def step_batches(self, step: int) -> list[PackedBatch]:
-        """The micro-batches of optimizer step `step`, counted from 0."""
+        """Return the micro-batches of optimizer step `step`, counted from 0."""
         return [pack_examples(examples) for examples in self.step_examples(step)]
 
     def step_examples(self, step: int) -> list[list[Example]]:
-        """The examples of each micro-batch of optimizer step `step`."""
+        """Return the examples of each micro-batch of optimizer step `step`, counted from 0."""
         epoch = 0
-        while step >= self._start(epoch + 1):
+        while step >= self._first_step_of(epoch + 1):
             epoch += 1
-        first = (step - self._start(epoch)) * self._accumulate
-        chosen = self._batches(epoch)[first : first + self._accumulate]
-        return [[self._examples[index] for index in batch] for batch in chosen]
+        first = (step - self._first_step_of(epoch)) * self._accumulate
+        batches = self._batches(epoch)[first : first + self._accumulate]
+        return [[self._examples[index] for index in batch] for batch in batches]
 
-    def _start(self, epoch: int) -> int:
+    def _first_step_of(self, epoch: int) -> int:
         while len(self._first_steps) <= epoch:
-            self._first_steps.append(
-                self._first_steps[-1] + self._steps(len(self._first_steps) - 1)
-            )
+            num_batches = len(self._batches(len(self._first_steps) - 1))
+            num_steps = -(-num_batches // self._accumulate)
+            self._first_steps.append(self._first_steps[-1] + num_steps)
         return self._first_steps[epoch]
 
-    def _steps(self, epoch: int) -> int:
-        return -(-len(self._batches(epoch)) // self._accumulate)
-
     def _batches(self, epoch: int) -> list[list[int]]:
-        if self._plan[0] != epoch:
+        if self._epoch_batches[0] != epoch:
             order = list(range(len(self._examples)))
             random.Random(self._seed + epoch).shuffle(order)
-            self._plan = epoch, group_by_length(self._lengths, self._batch_tokens, order)
-        return self._plan[1]
+            self._epoch_batches = epoch, group_by_length(self._lengths, self._batch_tokens, order)
+        return self._epoch_batches[1]
 
 
 def train_eval_split(
-    rows: list[Piece], share: float, seed: int, key: Callable[[Any], object] | None = None
-) -> tuple[list[Piece], list[Piece]]:
-    """Rows to train on and rows held out for judging, about `share` of them; both in the order of the file.
+    rows: list[RowT], share: float, seed: int, key: Callable[[Any], object] | None = None
+) -> tuple[list[RowT], list[RowT]]:
+    """Return training rows and eval rows, both in the order of the file.
 
-    Rows with the same `key` (by default, the same content) stay on one side, so that nothing held out was seen. Raises
-    `DataError` when there are fewer than two different rows.
+    Args:
+        rows: All rows.
+        share: Ratio of rows to hold out for evaluation; at least one row is.
+        seed: Seed of the selection.
+        key: Rows with an equal key are on one side, so that no eval row was trained on; by default
+            the content of the row.
+
+    Raises:
+        DataError: `share` is out of range, or there are fewer than two different rows.
     """
     if not 0 <= share < 1:
-        raise DataError(
-            f"a held-out share of {share} leaves nothing to train on", hint="e.g. --holdout 0.1"
-        )
+        what = f"an eval size of {share} leaves nothing to train on"
+        raise DataError(what, hint="e.g. --eval-size 0.1")
     groups: dict[object, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault((key or _content)(row), []).append(index)
     if len(groups) < 2:
-        why = "some rows are kept for judging, and what is judged must not be trained on"
-        raise DataError(
-            f"at least 2 different rows are needed, found {len(groups)}", why=why, hint="add rows"
-        )
+        what = f"at least 2 different rows are needed, found {len(groups)}"
+        why = "some rows are held out for evaluation and must not be trained on"
+        raise DataError(what, why=why, hint="add rows")
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
-    held = _take(shuffled, min(max(1, round(share * len(rows))), len(rows) - 1))
-    return [row for n, row in enumerate(rows) if n not in held], [
-        row for n, row in enumerate(rows) if n in held
-    ]
+    num_eval = min(max(1, round(share * len(rows))), len(rows) - 1)
+    eval_indices = _select_groups(shuffled, num_eval)
+    train = [row for n, row in enumerate(rows) if n not in eval_indices]
+    return train, [rows[n] for n in sorted(eval_indices)]
 
 
-def _take(groups: Sequence[list[int]], target: int) -> set[int]:
-    """Groups, in their order, that hold at most `target` indices; the smallest one where all are larger."""
-    held: set[int] = set()
+def _select_groups(groups: Sequence[list[int]], max_indices: int) -> set[int]:
+    """Return groups with at most `max_indices` indices; the smallest one if all are larger."""
+    selected: set[int] = set()
     for group in groups:
-        if len(held) + len(group) <= target:
-            held.update(group)
-    if not held:
-        held.update(sorted(groups, key=len)[0])
-    return held
+        if len(selected) + len(group) <= max_indices:
+            selected.update(group)
+    return selected or set(sorted(groups, key=len)[0])
 
 
 def _content(row: Any) -> object:
     messages: Iterable[dict[str, str]] = row.messages or ()
-    return (
-        tuple(tuple(sorted(message.items())) for message in messages),
-        row.prompt,
-        row.completion,
-        row.text,
-    )
+    frozen = tuple(tuple(sorted(message.items())) for message in messages)
+    return frozen, row.prompt, row.completion, row.text

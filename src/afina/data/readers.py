@@ -1,7 +1,7 @@
 """Readers of JSON, JSONL, CSV, TSV, Parquet, plain text and image folders: bytes to records.
 
-A reader yields `(where, record)`. A record that cannot be read is yielded as its `DataError`, so that
-the caller can raise it or leave the record out; a fault of the complete file is raised.
+A reader yields `(where, record)`. A record that cannot be read is yielded as its `DataError`, so
+that the caller can raise it or leave the record out; a fault of the complete file is raised.
 """
 
 import csv
@@ -54,8 +54,8 @@ def read_records(
 ) -> Records:
     """Return the records of a file, by the reader that fits its content.
 
-    The ending of the name decides only about what would otherwise be plain text: a .jsonl file that is
-    not JSON is an error.
+    The ending of the name decides only about what would otherwise be plain text: a .jsonl file that
+    is not JSON is an error.
 
     Args:
         path: The file, for its ending and for error messages.
@@ -169,7 +169,8 @@ def _broken_json(path: Path, line: int, error: Exception) -> DataError:
 def find_delimiter(path: Path, text: str, is_header: Callable[[list[str]], bool]) -> str | None:
     """Return what separates the fields of a CSV file; None where the text is no such file.
 
-    A file named .csv or .tsv is one whatever its header is: the error about its columns comes later.
+    A file named .csv or .tsv is one whatever its header is: the error about its columns comes
+    later.
     """
     header = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
     fields = {mark: next(csv.reader([header], delimiter=mark), []) for mark in DELIMITERS}
@@ -241,7 +242,7 @@ def _split_fields(
 
 
 def read_parquet(path: Path, data: bytes) -> Records:
-    """Yield the rows of a Parquet file; raises `DataError` without pyarrow or for a damaged file."""
+    """Yield the rows of a Parquet file; raises `DataError` without pyarrow or if it is damaged."""
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
@@ -261,7 +262,7 @@ DOCUMENT_BREAK = re.compile(r"\n[ \t\r]*\f[ \t\r]*(?=\n|$)|\n(?:[ \t\r]*\n){2,}"
 
 
 def read_text(path: Path, text: str) -> Records:
-    """Yield the documents of plain text, separated by two blank lines or a line with a form feed."""
+    """Yield the documents of plain text, separated by two blank lines or by a form feed."""
     start, line = 0, 1
     breaks = [match.span() for match in DOCUMENT_BREAK.finditer(text)]
     for end, next_start in [*breaks, (len(text), len(text))]:

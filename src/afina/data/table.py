@@ -204,9 +204,9 @@ def parse_rows(
 
 
 def summarize_skipped(skipped: Sequence[str]) -> str:
-    """Return lines "file:line:field: what" grouped by reason: "2 rows (lines 3, 8): the field is empty".
+    """Return skipped rows by reason, such as "2 rows (lines 3, 8): the field is empty".
 
-    Reasons that differ only in their numbers are one group.
+    Each of `skipped` is "file:line:field: what"; reasons that differ only in numbers are one.
     """
     groups: dict[str, list[tuple[str, str]]] = {}
     for line in skipped:

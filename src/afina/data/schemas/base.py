@@ -1,4 +1,4 @@
-"""What a schema is: the fields of one kind of row, how a record becomes a row, and how it is recognized."""
+"""The interface of a schema: the fields of one kind of row, and how a record becomes one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ class Schema(ABC, Generic[RowT]):
     Attributes:
         name: Name under which the schema is registered.
         fields: Fields that a row can have; `--columns` gives them the file's column names.
-        aliases: Other names that files use for a field; "input.messages" is `messages` in the object
-            `input`. The field's own name is preferred where a record has a value under both.
+        aliases: Other names that files use for a field; "input.messages" is `messages` in the
+            object `input`. The field's own name is preferred where a record has a value under both.
         text_is_lines: Plain text has one row per line; otherwise one per document.
         reads_folders: A folder with one subfolder of images per class can be read.
     """
@@ -51,7 +51,8 @@ class Schema(ABC, Generic[RowT]):
         """Return the format of a file with these columns; "" where only its rows decide.
 
         Raises:
-            DataError: no row of this schema can have these columns; the hint is a `--columns` option.
+            DataError: no row of this schema can have these columns; the hint is a `--columns`
+                option.
         """
 
     @abstractmethod
@@ -61,7 +62,7 @@ class Schema(ABC, Generic[RowT]):
     def format_of_rows(
         self, path: Path, format: str, records: Sequence[RawRecord], rows: Sequence[RowT]
     ) -> str:
-        """Return the format of a file that was read; raises `DataError` where its rows differ in kind."""
+        """Return the format of a file that was read; raises `DataError` if its rows are mixed."""
         return format
 
     def read_folder(self, path: Path) -> tuple[list[Record], str]:

@@ -56,7 +56,7 @@ class LabeledSchema(Schema[LabeledRow]):
         return "label" in fields
 
     def recognizes(self, records: Sequence[RawRecord]) -> str | None:
-        """Return the format of a record with a `label` next to a text or an image, and no answer."""
+        """Return the format of a record with a `label`, a text or an image, and no answer."""
         if not records:
             return None
         first = records[0]
@@ -91,7 +91,8 @@ class LabeledSchema(Schema[LabeledRow]):
         if label in (None, "") or content_field is None:
             missing = "label" if label in (None, "") else "text or image"
             columns = list_columns(map(str, record.raw))
-            hint = f"its columns are {columns}; map yours: --columns '{{text: sentence, label: class}}'"
+            example = "{text: sentence, label: class}"
+            hint = f"its columns are {columns}; map yours: --columns '{example}'"
             raise DataError(f"no {missing}", where=record.where, hint=hint)
         content, where = record.get(content_field), record.field_location(content_field)
         if content_field == "image":

@@ -37,7 +37,7 @@ class HasPrompt(Protocol):
 
 
 def prompt_key(row: HasPrompt) -> str:
-    """Return a hash of a row's prompt: rows of one prompt are on one side of the train/eval split."""
+    """Return a hash of a row's prompt, which keeps its rows on one side of the train/eval split."""
     return hashlib.sha256(repr(row.prompt).encode()).hexdigest()
 
 
@@ -47,7 +47,7 @@ def as_messages(prompt: Prompt, role: str) -> tuple[Message, ...]:
 
 
 def parse_tool_calls(turn: Mapping[str, Any], where: str) -> str:
-    """Return the tool calls of an assistant turn as JSON text, "" without any; raises `DataError`."""
+    """Return the tool calls of an assistant turn as JSON, "" without any; raises `DataError`."""
     legacy = turn.get("function_call")
     calls = turn.get("tool_calls") or ([{"function": legacy}] if legacy else [])
     where = f"{where}.tool_calls"
@@ -134,7 +134,7 @@ def system_message(record: RawRecord) -> tuple[Message, ...]:
 
 
 def parse_alpaca_prompt(record: RawRecord) -> tuple[Message, ...]:
-    """Return Alpaca's prompt: system, earlier turns, then the instruction and its input below it."""
+    """Return Alpaca's prompt: system, earlier turns, then the instruction and its input."""
     messages = list(system_message(record))
     history, where = record.get("history") or [], record.field_location("history")
     if not isinstance(history, list):
@@ -151,9 +151,9 @@ def parse_alpaca_prompt(record: RawRecord) -> tuple[Message, ...]:
 
 
 def parse_prompt(record: RawRecord) -> Prompt:
-    """Return the prompt of a row: messages, a text, or Alpaca's instruction, after the system message.
+    """Return the prompt of a row: messages, a text, or Alpaca's instruction.
 
-    A text stays a text where the row has no system message.
+    A system message comes first; a text stays a text where the row has none.
     """
     if record.has("messages"):
         opening = system_message(record)

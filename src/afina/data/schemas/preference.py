@@ -1,9 +1,10 @@
 """Preference rows: a better and a worse answer to one prompt, or one answer with a label.
 
-OpenAI          {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
-pairs           {"prompt": ..., "chosen": ..., "rejected": ...}    texts, messages, or lists of these
+OpenAI          {"input": {"messages": [...]}, "preferred_output": [...],
+                 "non_preferred_output": [...]}
+pairs           {"prompt": ..., "chosen": ..., "rejected": ...}  texts, messages, or lists of these
 conversations   {"conversations" or "messages": [...], "chosen": {...}, "rejected": {...}}
-full chats      {"chosen": [...], "rejected": [...]}               the prompt is their shared beginning
+full chats      {"chosen": [...], "rejected": [...]}   the prompt is their shared beginning
 Alpaca          {"instruction": ..., "input": ..., "chosen": ..., "rejected": ...}
 labels (KTO)    {"messages": [...], "label": true}, {"prompt", "completion", "label"},
                 {"instruction", "output", "kto_tag"}
@@ -70,7 +71,7 @@ def _to_json(answer: Prompt | None) -> Any:
 
 
 def split_pairs(rows: Sequence[PreferenceRow]) -> list[PreferenceRow]:
-    """Return pairs as two labeled rows each, the better answer and the worse one, as KTO needs them."""
+    """Return pairs as two labeled rows each, one per answer, as KTO needs them."""
     halves = [
         half for row in rows for half in (replace(row, rejected=None), replace(row, chosen=None))
     ]
@@ -126,7 +127,7 @@ class PreferenceSchema(Schema[PreferenceRow]):
         return ""
 
     def parse(self, record: RawRecord) -> PreferenceRow:
-        """Return the pair or the labeled answer of a record; raises `DataError` with file:line:field."""
+        """Return the pair or the labeled answer of a record; raises `DataError`."""
         if any(record.has(name) for name in ANSWER_FIELDS):
             return _parse_pair(record)
         if not record.has_column("label"):
@@ -162,7 +163,7 @@ def _parse_pair(record: RawRecord) -> PreferenceRow:
 
 
 def _parse_full_chats(record: RawRecord) -> PreferenceRow:
-    """Return two full chats as a pair: the prompt is their shared beginning, up to a turn to answer."""
+    """Return two full chats as a pair, with their shared beginning as the prompt."""
     chosen, rejected = (
         parse_turns(record.get(name), record.field_location(name), "assistant")
         for name in ANSWER_FIELDS

@@ -1,7 +1,7 @@
 """Prompts to answer, each optionally with a reference answer that a reward function can read.
 
 plain text          one prompt per line
-prompt              {"prompt": ..., "completion" (or "output", "reference"): ...}; a text or messages
+prompt              {"prompt": ..., "completion" (or "output", "reference"): ...}
 chats               {"messages": [...]}; a last answer is the reference
 Alpaca              {"instruction": ..., "input": ..., "output": ...}
 """
@@ -33,7 +33,7 @@ class PromptRow:
 
     @property
     def text(self) -> str:
-        """The prompt as text: as it is, the content of a single message, or the chat with its roles."""
+        """The prompt as text: itself, a single message's content, or the chat with its roles."""
         if isinstance(self.prompt, str):
             return self.prompt
         if len(self.prompt) == 1:

@@ -35,7 +35,7 @@ REQUIRED_FIELDS = (
 
 @dataclass(frozen=True)
 class SFTRow:
-    """A chat (`messages`), a `prompt` with its `completion`, or a `text`, and its place in the file."""
+    """A chat (`messages`), a `prompt` with its `completion`, or a `text`."""
 
     where: str
     messages: tuple[Message, ...] | None = None
@@ -87,7 +87,7 @@ class SFTSchema(Schema[SFTRow]):
         return format_with_fields(records[0].mapping.fields_in(records[0].raw))
 
     def find_format(self, path: Path, mapping: ColumnMapping) -> str:
-        """Return the format of the file's columns; raises `DataError` with a `--columns` option to type."""
+        """Return the format of the file's columns; raises `DataError` with a `--columns` hint."""
         fields = mapping.fields_in(mapping.names)
         found = format_with_fields(fields)
         if found is not None:
@@ -107,13 +107,13 @@ class SFTSchema(Schema[SFTRow]):
         )
 
     def parse(self, record: RawRecord) -> SFTRow:
-        """Return the row of a record in the file's format; raises `DataError` with file:line:field."""
+        """Return the row of a record in the file's format; raises `DataError`."""
         return PARSERS[record.format](record)
 
     def format_of_rows(
         self, path: Path, format: str, records: Sequence[RawRecord], rows: Sequence[SFTRow]
     ) -> str:
-        """Return "sharegpt" where the first chat has from/value, the format of the columns otherwise."""
+        """Return "sharegpt" if the first chat has from/value, otherwise the columns' format."""
         if format != "openai-chat":
             return format
         chats = (record.get("messages") for record in records)
@@ -126,7 +126,7 @@ class SFTSchema(Schema[SFTRow]):
 
 
 def _guess_columns(fields: set[str], spare: list[str], given: dict[str, str]) -> dict[str, str]:
-    """Return fields and columns for a hint, with what `--columns` gave where that leads to a format."""
+    """Return fields and columns for a hint, with those of `--columns` if they lead to a format."""
     free = [name for name in spare if name not in given.values()]
     lacking = [
         required - fields
