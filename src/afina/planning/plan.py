@@ -274,7 +274,12 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Data:
     if settings.data is None:
         return _Data()
     table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
-    about = {"format": table.format, "rows": len(table.rows), "skipped": list(table.skipped)}
+    about = {
+        "format": table.format,
+        "rows": len(table.rows),
+        "unused_columns": table.unused_columns,
+        "skipped": list(table.skipped),
+    }
     if not any((shape.folder / name).is_file() for name in TOKENIZERS):
         return _Data(about)
     tokenizer = load_tokenizer(shape.folder, settings.base, settings.trust_remote_code)
@@ -299,6 +304,7 @@ def _checked(setup: RunSetup) -> dict[str, Any]:
             "format": prepared.data_info["format"],
             "objective": prepared.objective,
             "rows": prepared.data_info["rows"],
+            "unused_columns": prepared.data_info["unused_columns"],
             "skipped": prepared.skipped,
         }
         | prepared.counts,

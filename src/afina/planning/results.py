@@ -20,6 +20,7 @@ DATA_LABELS = {
     "held_out": "eval rows",
     "longest": "longest sequence (tokens)",
     "labelled_percent": "target tokens (%)",
+    "unused_columns": "unused columns",
 }
 ORDINALS = {2: "nd", 3: "rd"}
 UPPER_BOUND = "- this family's layers are estimated from above (an upper bound), not counted"
@@ -56,7 +57,13 @@ class PlanResult(Result):
         parts: list[Content] = [ResultTable("settings", used)]
         skipped = self.data.get("skipped", [])
         if self.data:
-            facts = {**self.data, "skipped": len(skipped)}
+            unused = [
+                f"{name} ({pluralize(count, 'row')})"
+                for name, count in self.data.get("unused_columns", {}).items()
+            ]
+            columns = {"unused_columns": ", ".join(unused)} if unused else {}
+            kept = {k: v for k, v in self.data.items() if k != "unused_columns"}
+            facts = kept | columns | {"skipped": len(skipped)}
             rows = [
                 (DATA_LABELS.get(name, name), format_value(value)) for name, value in facts.items()
             ]

@@ -70,6 +70,7 @@ def describe_data(table: Any, held: int) -> dict[str, Any]:
         "format": table.format,
         "sha256": table.digest,
         "rows": len(table.rows),
+        "unused_columns": table.unused_columns,
         "held_out": held,
     }
 
