@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.base import AdapterConfig, AdapterLayer, check_options
+from afina.adapters.base import AdapterConfig, AdapterLayer, check_method_settings
 from afina.adapters.modules import ModuleWithAdapters, ParameterWithAdapters
 from afina.adapters.registry import get_method
 from afina.adapters.segments import ForwardContext
@@ -145,7 +145,7 @@ def attach(
     is not of a kind that the method can act on.
     """
     kind = get_method(spec.method)
-    check_options(kind, spec)
+    check_method_settings(kind, spec)
     generator = torch.Generator().manual_seed(seed)
     deltas: dict[str, AdapterLayer] = {}
     tied: dict[int, nn.Parameter] = {}

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError, did_you_mean
 from afina.io.adapter_formats import evaluate_shapes
+from afina.settings.groups import MethodSettings
+
+RESTART_KEYS = ("restart_every", "restarts")  # in afina.json: the interval, and how many there were
 
 CANONICAL_KEYS = {  # key in afina.json -> attribute of `AdapterConfig`
     "method": "method",
@@ -123,7 +126,7 @@ class AdapterLayer(nn.Module):
         replaces_base: Whether the output is the layer's own, and the base need not run.
         is_method: False for a part that an adapter of any method may have.
         supported_modules: "matrix": modules with one weight matrix; "any": all with parameters.
-        options: Names that the method reads in `AdapterConfig.method_settings`.
+        settings_class: The method's settings group, whose values are in `method_settings`.
     """
 
     tensor_names: ClassVar[Mapping[str, str]]
@@ -133,7 +136,7 @@ class AdapterLayer(nn.Module):
     peft_fields: ClassVar[Mapping[str, Any] | None] = None
     low_rank_tensors: ClassVar[tuple[str, str] | None] = None
     fused_kernel: ClassVar[str | None] = None
-    options: ClassVar[tuple[str, ...]] = ()
+    settings_class: ClassVar[type[MethodSettings]] = MethodSettings
     no_grad_terms: ClassVar[tuple[str, ...]] = ()
     replaces_base: ClassVar[bool] = False
     is_method: ClassVar[bool] = True
@@ -218,13 +221,13 @@ class AdapterLayer(nn.Module):
         )
 
 
-def check_options(kind: type[AdapterLayer], spec: AdapterConfig) -> None:
-    """Raise `SettingsError` where an option is none that the method `kind` reads."""
-    known = (*kind.options, "restart_every", "restarts")
-    for name in spec.method_settings:
-        if name not in known:
+def check_method_settings(method: type[AdapterLayer], config: AdapterConfig) -> None:
+    """Raise `SettingsError` where `config` has a setting that `method` does not read."""
+    fields = [name for name in method.settings_class.model_fields if name != "restart_steps"]
+    for name in config.method_settings:
+        if name not in (*fields, *RESTART_KEYS):
             raise SettingsError(
-                f"{spec.method} has no option {name!r}",
-                where="options",
-                hint=did_you_mean(name, known[:-1]),
+                f"{config.method} has no setting {name!r}",
+                where=config.method,
+                hint=did_you_mean(name, [*fields, RESTART_KEYS[0]]),
             )

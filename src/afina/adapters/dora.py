@@ -18,6 +18,7 @@ from afina.adapters.base import AdapterConfig, LayerCost, TargetModule
 from afina.adapters.lora import LoRA
 from afina.adapters.registry import register_method
 from afina.errors import SettingsError
+from afina.settings.groups import MethodSettings
 
 CHUNK = 1 << 20  # weights widened to float32 at a time: they stay in the cache
 
@@ -32,6 +33,7 @@ class DoRA(LoRA):
     name_aliases = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
     low_rank_tensors = None  # the rows of W + s B A are normalized
     fused_kernel = None
+    settings_class = MethodSettings
     no_grad_terms = ("norm",)
 
     def __init__(

@@ -4,6 +4,7 @@ D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
 from afina.adapters.registry import register_method
+from afina.settings.groups import MethodSettings
+from afina.settings.methods import LoRASettings
 
 
 @register_method("lora")
@@ -23,6 +26,7 @@ class LoRA(AdapterLayer):
     peft_fields = {"use_dora": False}
     low_rank_tensors = ("a", "b")
     fused_kernel = "lora"
+    settings_class: ClassVar[type[MethodSettings]] = LoRASettings
 
     def __init__(
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator

@@ -29,12 +29,11 @@ from afina.adapters.registry import register_method
 from afina.errors import SettingsError, did_you_mean
 from afina.kernels.dispatch import kernels
 from afina.kernels.mora import MoRALayout, pack_weight, rotate_pairs, rotation_angles
+from afina.settings.methods import MoRASettings
 
 OPERATORS = ("truncation", "sharing", "decoupling", "rotation")
 GROUPINGS = ("strided", "adjacent")
 SMALL = 64  # rotation up to this rank, sharing beyond: the paper's choices at 8 and 256 (table 5)
-
-
 _SIZE = "isqrt((inputs + outputs) * rank)"
 
 
@@ -43,7 +42,7 @@ class MoRA(AdapterLayer):
     """A square update. Options: `operator` (else by rank), `grouping` (of sharing), `use_alpha` (s as LoRA's)."""
 
     tensor_names = {"m": "mora_M.weight"}
-    options = ("operator", "grouping", "use_alpha")
+    settings_class = MoRASettings
     shape_rules = {"m": f"({_SIZE}, {_SIZE}) or (even({_SIZE}), even({_SIZE}))"}
     fused_kernel = "mora"
     cos: Tensor

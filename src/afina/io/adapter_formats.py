@@ -7,8 +7,8 @@ own file by an entry point whose value is a module and the file's name in it:
     [project.entry-points."afina.formats"]
     vera = "afina_vera:formats.json"
 
-A shape rule is an expression of sizes: `(rank, channels, *kernel)`, two rules joined by `or`, or one
-under a condition, `(1, outputs, *ones) if kernel else (outputs,)`. The sizes of a module are
+A shape rule is an expression of sizes, `(rank, channels, *kernel)`; two joined by `or`; or one under
+a condition, `(1, outputs, *ones) if kernel else (outputs,)`. The sizes of a module are
 
     inputs, outputs    width of its matrix: for convolutions inputs = channels x kernel
     channels           input channels of a convolution, else `inputs`
@@ -47,7 +47,7 @@ class ModuleSizes:
 
     @classmethod
     def from_weight(cls, weight: Shape, rank: int) -> "ModuleSizes":
-        """Return the sizes of a module from the shape (outputs, channels, *kernel) of its weight."""
+        """Return the sizes of a module whose weight is (outputs, channels, *kernel)."""
         outputs, channels, *kernel = weight
         return cls(channels * math.prod(kernel), outputs, rank, channels, tuple(kernel))
 
@@ -92,12 +92,12 @@ class AdapterFormat:
         return values | {"low_rank": list(self.low_rank)}
 
     def tensor_sets(self) -> tuple[frozenset[str], ...]:
-        """Return the sets of tensor names that a module may have: at a matrix, and at an embedding."""
+        """Return the sets of tensor names of a module: at a matrix, and at an embedding."""
         at_embedding = {self.embedding_names.get(name, name) for name in self.tensors}
         return tuple({frozenset(self.tensors): 0, frozenset(at_embedding): 0})
 
     def canonical_name(self, name: str) -> str:
-        """Return the name in `tensors` of a tensor, given that, an alias, or its name at embeddings."""
+        """Return the name in `tensors`, given it, an alias, or the name at embeddings."""
         name = self.aliases.get(name, name)
         return next((own for own, other in self.embedding_names.items() if other == name), name)
 
