@@ -14,8 +14,20 @@ import yaml
 from afina import settings as all_settings
 from afina.cli.main import COMMANDS, parse, run
 from afina.errors import SettingsError, pluralize
+from afina.io.migrations import migrate_settings
 from afina.models.loading import load_base
-from afina.settings import TrainSettings, make_settings
+from afina.settings import (
+    POLICIES,
+    ObjectiveSettings,
+    TrainSettings,
+    job_settings,
+    make_settings,
+    resolved,
+    settings_groups,
+)
+from afina.settings.renamed import RENAMED_COMMANDS, RENAMED_SETTINGS
+from afina.training.setup.set_up import method_settings
+from afina.training.sweep import read_sweep
 from helpers import ENVIRONMENT, afina
 
 
@@ -96,47 +108,239 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "trust_remote_code": ("true", True),
     "dtype": ("bfloat16", "bfloat16"),
     "device": ("cpu", "cpu"),
+    "fsdp": ("true", True),
     "data": ("rows.jsonl", "rows.jsonl"),
-    "out": ("runs/x", "runs/x"),
+    "output_dir": ("runs/x", "runs/x"),
     "resume": ("true", True),
     "method": ("full", "full"),
     "rank": ("4", 4),
     "alpha": ("3.5", 3.5),
     "scaling": ("rslora", "rslora"),
     "dropout": ("0.1", 0.1),
-    "targets": ("q_proj, v_proj", ["q_proj", "v_proj"]),
+    "target_modules": ("q_proj, v_proj", ["q_proj", "v_proj"]),
     "layers": ("1,-1", [1, -1]),
-    "ranks": ("{q_proj: 4, '.*down.*': 2}", {"q_proj": 4, ".*down.*": 2}),
+    "rank_pattern": ("{q_proj: 4, '.*down.*': 2}", {"q_proj": 4, ".*down.*": 2}),
     "invocation": ("Now:", "Now:"),
-    "options": ("{operator: sharing}", {"operator": "sharing"}),
+    "parameter_budget": ("1000", 1000),
+    "new_tokens": ("<a>,<b>", ["<a>", "<b>"]),
+    "init_adapter": ("runs/a", "runs/a"),
+    "frozen_adapter": ("runs/b", "runs/b"),
     "objective": ("pretrain", "pretrain"),
     "columns": ("{prompt: question}", {"prompt": "question"}),
-    "template": ("chatml", "chatml"),
-    "holdout": ("held.jsonl", "held.jsonl"),
-    "general": ("general.txt", "general.txt"),
+    "chat_template": ("chatml", "chatml"),
+    "eval_size": ("0.2", 0.2),
+    "eval_data": ("held.jsonl", "held.jsonl"),
+    "retention_text": ("general.txt", "general.txt"),
     "max_length": ("64", 64),
     "skip_bad_rows": ("true", True),
-    "epochs": ("1.5", 1.5),
-    "steps": ("7", 7),
-    "batch_tokens": ("99", 99),
-    "accumulate": ("2", 2),
+    "num_train_epochs": ("1.5", 1.5),
+    "max_steps": ("7", 7),
+    "max_tokens_per_batch": ("99", 99),
+    "gradient_accumulation_steps": ("2", 2),
     "learning_rate": ("1e-4", 1e-4),
-    "learning_rates": ("{norms: 1e-5}", {"norms": 1e-5}),
+    "learning_rate_pattern": ("{norms: 1e-5}", {"norms": 1e-5}),
     "optimizer": ("adamw_8bit", "adamw_8bit"),
-    "schedule": ("linear", "linear"),
-    "warmup": ("0.2", 0.2),
+    "lr_scheduler_type": ("linear", "linear"),
+    "warmup_ratio": ("0.2", 0.2),
     "weight_decay": ("0.01", 0.01),
-    "clip": ("0.5", 0.5),
-    "checkpointing": ("4", 4),
-    "check_every": ("3", 3),
-    "patience": ("2", 2),
+    "max_grad_norm": ("0.5", 0.5),
+    "gradient_checkpointing": ("4", 4),
+    "eval_steps": ("3", 3),
+    "early_stopping_patience": ("2", 2),
     "seed": ("5", 5),
 }
 
 
-def test_train_has_at_most_40_settings_and_the_samples_are_all_of_them() -> None:
+# every setting of every group, with the method or objective that reads it
+GROUP_SAMPLES: dict[str, tuple[str, Any]] = {
+    "lora.restart_steps": ("100", 100),
+    "mora.operator": ("sharing", "sharing"),
+    "mora.grouping": ("adjacent", "adjacent"),
+    "mora.use_alpha": ("true", True),
+    "mora.restart_steps": ("100", 100),
+    "dpo.beta": ("0.2", 0.2),
+    "dpo.loss_type": ("ipo", "ipo"),
+    "dpo.label_smoothing": ("0.1", 0.1),
+    "dpo.sft_weight": ("0.2", 0.2),
+    "dpo.reference": ("precomputed", "precomputed"),
+    "kto.beta": ("0.2", 0.2),
+    "kto.desirable_weight": ("2.0", 2.0),
+    "kto.undesirable_weight": ("2.0", 2.0),
+    "kto.reference": ("base", "base"),
+    "orpo.beta": ("0.2", 0.2),
+    "simpo.beta": ("0.2", 0.2),
+    "simpo.gamma": ("0.5", 0.5),
+    "simpo.sft_weight": ("0.2", 0.2),
+} | {
+    f"{objective}.{name}": sample
+    for objective in ("grpo", "rloo", "ppo")
+    for name, sample in {
+        "reward_funcs": ("{rules.py:form: 1, runs/reward: 0.5}", {"rules.py:form": 1.0, "runs/reward": 0.5}),
+        "allow_python_graders": ("true", True),
+        "num_generations": ("4", 4),
+        "prompts_per_step": ("3", 3),
+        "max_new_tokens": ("9", 9),
+        "temperature": ("0.5", 0.5),
+        "num_iterations": ("2", 2),
+        "beta": ("0.2", 0.2),
+        "clip_range": ("0.1", 0.1),
+        "reference": ("base", "base"),
+    }.items()
+}
+GROUP_SAMPLES |= {
+    "grpo.scale_rewards": ("false", False),
+    "ppo.whiten_advantages": ("false", False),
+    "ppo.gamma": ("0.9", 0.9),
+    "ppo.lam": ("0.9", 0.9),
+    "ppo.vf_coef": ("0.1", 0.1),
+}
+# of these a fine-tuning job of the server may set; no other, since they name files or run code
+JOB_GROUP_SETTINGS = {
+    *("lora.restart_steps", "mora.restart_steps", "mora.operator"),
+    *("dpo.loss_type", "dpo.label_smoothing", "dpo.sft_weight", "grpo.scale_rewards"),
+} | {
+    f"grpo.{name}"
+    for name in (
+        *("num_generations", "prompts_per_step", "max_new_tokens", "temperature"),
+        *("num_iterations", "beta", "clip_range"),
+    )
+}
+
+
+def test_train_has_at_most_45_settings_and_the_samples_are_all_of_them() -> None:
     assert set(SAMPLES) == set(TrainSettings.model_fields)
-    assert len(SAMPLES) <= 40
+    assert len(SAMPLES) <= 45
+
+
+def test_group_samples_are_every_setting_of_every_group() -> None:
+    found = {
+        f"{name}.{key}" for name, kind in settings_groups.items() for key in kind.model_fields
+    }
+    assert found == set(GROUP_SAMPLES)
+
+
+def group_values(name: str) -> tuple[str, str, dict[str, Any]]:
+    """The group, its setting, and the other values that make the group the active one."""
+    group, _, key = name.partition(".")
+    field = "objective" if issubclass(settings_groups.get(group), ObjectiveSettings) else "method"
+    values: dict[str, Any] = {"data": "rows.jsonl", field: group}
+    needed = {"reward_funcs": "rules.py:f"} if group in POLICIES else {}
+    return group, key, values | ({group: needed} if needed else {})
+
+
+@pytest.mark.parametrize("name", GROUP_SAMPLES)
+def test_every_group_setting_is_a_flag_a_yaml_key_and_an_argument(name: str, tmp_path: Path) -> None:
+    text, value = GROUP_SAMPLES[name]
+    group, key, others = group_values(name)
+    own = {key: value}
+    if name == "dpo.label_smoothing":
+        others, own = others | {"dpo": {"loss_type": "robust"}}, own
+    values = others | {group: others.get(group, {}) | own}
+    (tmp_path / "others.yaml").write_text(yaml.safe_dump(others))
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(values))
+    flag = "--" + name.replace("_", "-")
+    by_flag = parse(["train", "--config", str(tmp_path / "others.yaml"), flag, text])[1]
+    by_yaml = parse(["train", "--config", str(tmp_path / "all.yaml")])[1]
+    by_argument = make_settings(TrainSettings, values)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"runs": [values]}))
+    [by_sweep] = read_sweep(tmp_path / "sweep.yaml", {})
+    assert by_flag == by_yaml == by_argument
+    assert getattr(by_flag.group(group), key) == value  # type: ignore[attr-defined]
+    assert getattr(by_sweep.group(group), key) == value
+    assert resolved(by_argument)[group][key] == value
+
+
+def test_jobs_may_set_what_the_fields_say() -> None:
+    allowed = {
+        f"{name}.{key}" for name, kind in settings_groups.items() for key in job_settings(kind)
+    }
+    inherited = {f"rloo.{name.partition('.')[2]}" for name in JOB_GROUP_SETTINGS if "grpo" in name}
+    inherited |= {name.replace("rloo", "ppo") for name in inherited}
+    assert allowed - inherited == JOB_GROUP_SETTINGS
+    assert "data" not in job_settings(TrainSettings) and "base" not in job_settings(TrainSettings)
+    assert not {"init_adapter", "frozen_adapter", "output_dir"} & set(job_settings(TrainSettings))
+
+
+@pytest.mark.parametrize(
+    ("values", "what", "hint"),
+    [
+        ({"dpo": {"beta": 0.2}}, "dpo.beta has no effect: objective is 'auto'", "--objective dpo"),
+        ({"mora": {"operator": "sharing"}}, "has no effect: method is 'lora'", "--method mora"),
+        ({"objective": "dpo", "beta": 0.2}, "unknown setting 'beta'", "--dpo.beta"),
+        ({"objective": "dpo", "dpo": {"operator": 1}}, "unknown setting dpo.operator", "mora"),
+        ({"objective": "dpo", "dpo": {"bta": 1}}, "unknown setting dpo.bta", "'beta'"),
+        ({"objective": "dpo", "dpo": {"loss": "ipo"}}, "'dpo.loss' was renamed", "--dpo.loss-type"),
+        ({"objective": "dpo", "dpo": 3}, "dpo cannot be 3", "--dpo."),
+        ({"objective": "grpo"}, "grpo.reward_funcs is missing", "FILE.py:FUNCTION"),
+        ({"objective": "ppo", "ppo": {"scale": True}}, "renamed", "--ppo.whiten-advantages"),
+        ({"options": {"beta": 0.2}}, "'options' was renamed", "--dpo.beta"),
+        ({"holdout": 0.1}, "'holdout' was renamed", "use --eval-size, or --eval-data FILE"),
+        ({"device": "sharded"}, "device cannot be 'sharded'", "--fsdp"),
+        ({"optimizer": "adamw-8bit"}, "optimizer cannot be", "--optimizer adamw_8bit"),
+        ({"objective": "dpi"}, "objective cannot be 'dpi'", None),
+    ],
+)
+def test_unknown_misplaced_and_old_names_give_the_right_one(
+    values: dict[str, Any], what: str, hint: str | None
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        make_settings(TrainSettings, {"data": "x"} | values, where="s.yaml")
+    assert what in str(caught.value) and str(caught.value.where).startswith("s.yaml")
+    assert hint is None or hint in str(caught.value.hint)
+
+
+def test_flags_join_the_groups_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("data: a\nobjective: dpo\ndpo: {beta: 0.3, loss_type: ipo}\n")
+    settings = parse(["train", "--config", str(tmp_path / "s.yaml"), "--dpo.beta", "0.5"])[1]
+    assert settings.group("dpo").beta == 0.5 and settings.group("dpo").loss_type == "ipo"  # type: ignore[attr-defined]
+
+
+def test_settings_of_version_1_are_those_of_today(tmp_path: Path) -> None:
+    old = {
+        **{"out": "runs/x", "targets": "q_proj", "ranks": {"q_proj": 4}, "holdout": "held.jsonl"},
+        **{"epochs": 2.0, "steps": 9, "checkpointing": "off", "device": "sharded"},
+        **{"data": "x", "method": "qmora", "objective": "dpo", "optimizer": "adamw-8bit"},
+        "options": {"beta": 0.2, "loss": "ipo", "sft": 0.1, "operator": "sharing"}
+        | {"restart_every": 5, "start": "runs/a", "new_tokens": ["<a>"], "budget": 9, "over": "o"},
+    }
+    settings = make_settings(TrainSettings, migrate_settings(old))
+    assert settings.group("dpo").model_dump(exclude_unset=True) == {
+        **{"beta": 0.2, "loss_type": "ipo", "sft_weight": 0.1}
+    }
+    assert method_settings(settings.group("mora")) == {"operator": "sharing", "restart_every": 5}
+    assert (str(settings.init_adapter), str(settings.frozen_adapter)) == ("runs/a", "o")
+    assert (settings.new_tokens, settings.parameter_budget) == (["<a>"], 9)
+    assert (str(settings.eval_data), settings.fsdp, settings.max_steps) == ("held.jsonl", True, 9)
+    (tmp_path / "checkpoint").mkdir()  # a run's folder
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(old))
+    resumed = parse(["train", "--config", str(tmp_path / "settings.yaml"), "--resume"])[1]
+    assert resumed.model_copy(update={"resume": False, "output_dir": settings.output_dir}) == settings
+    assert resumed.output_dir == tmp_path  # type: ignore[attr-defined]
+    now = resolved(settings) | {"format_version": 2}
+    assert make_settings(TrainSettings, migrate_settings(now)) == make_settings(
+        TrainSettings, resolved(settings)
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_COMMANDS.items())
+def test_old_commands_hint_the_new_ones(old: str, new: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse([old, "x"])
+    assert caught.value.hint == f"use afina {new}" and new in COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_old_flags_hint_the_new_ones(command: str) -> None:
+    kind = COMMANDS[command].settings
+    for parent in kind.__mro__:
+        for old, new in RENAMED_SETTINGS.get(parent.__name__, {}).items():
+            if old in kind.model_fields:
+                continue
+            for given in (f"--{old.replace('_', '-')}", f"--{old}=1"):
+                with pytest.raises(SettingsError) as caught:
+                    parse([command, given, "1"])
+                if new.partition(",")[0] in kind.model_fields:
+                    assert f"--{new.partition(',')[0].replace('_', '-')}" in str(caught.value.hint)
 
 
 def test_other_verbs_add_at_most_12_of_their_own() -> None:
@@ -209,21 +413,22 @@ def test_the_dial_of_checkpointing_is_a_word_or_a_number_of_blocks(
         ("1", "all", 1),
         ("3", 3, 3),
     ):
-        for line in (["--checkpointing", told], ["--config", str(tmp_path / "s.yaml")]):
-            (tmp_path / "s.yaml").write_text(f"checkpointing: {told}\n")
+        for line in (["--gradient-checkpointing", told], ["--config", str(tmp_path / "s.yaml")]):
+            (tmp_path / "s.yaml").write_text(f"gradient_checkpointing: {told}\n")
             settings = parse(["train", "rows.jsonl", *line])[1]
             assert (settings.gradient_checkpointing, settings.recomputed) == (meant, every)  # type: ignore[attr-defined]
     assert parse(["train", "rows.jsonl"])[1].gradient_checkpointing == "auto"  # type: ignore[attr-defined]
     assert run(["train", "rows.jsonl", "--gradient-checkpointing", "0"]) == 2
-    assert "each n-th block" in capsys.readouterr().err
+    assert "every n-th layer" in capsys.readouterr().err
 
 
 def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     settings = parse(["train", "--config", str(trained / "settings.yaml")])[1]
     assert settings == make_settings(
-        TrainSettings, yaml.safe_load((trained / "settings.yaml").read_text())
+        TrainSettings,
+        migrate_settings(yaml.safe_load((trained / "settings.yaml").read_text())),
     )
-    assert settings.steps == 4  # type: ignore[attr-defined]
+    assert settings.max_steps == 4  # type: ignore[attr-defined]
 
 
 # near names
@@ -232,17 +437,15 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "what", "hint"),
     [
-        (["trian", "x"], "unknown verb 'trian'", "'train'"),
-        (["train", "x", "--learning_rte", "1"], "unknown flag --learning_rte", "'--learning-rate'"),
-        (
-            ["train", "x", "--learning_rate=1"],
-            "unknown flag --learning_rate",
-            "did you mean '--learning-rate'?",
-        ),
-        (["generate", "hi", "--top_p", "1"], "unknown flag --top_p", "did you mean '--top-p'?"),
+        (["trian", "x"], "unknown command 'trian'", "'train'"),
+        (["train", "x", "--learning_rte", "1"], "unknown flag --learning-rte", "'--learning-rate'"),
+        (["train", "x", "--learning-rate_=1"], "unknown flag --learning-rate-", "'--learning-rate'"),
+        (["train", "x", "--dpo.bta", "1"], "unknown flag --dpo.bta", "did you mean '--dpo.beta'?"),
+        (["train", "x", "--beta", "1"], "unknown flag --beta", "--dpo.beta"),
+        (["train", "x", "--options", "{}"], "unknown flag --options", "--dpo.beta"),
         (["train", "x", "--lr=1"], "unknown flag --lr", None),
         (["generate", "hi", "--temprature", "1"], "unknown flag --temprature", "'--temperature'"),
-        (["train", "x", "y"], "do not know what to do with 'y'", "afina train --help"),
+        (["train", "x", "y"], "unexpected word 'y'", "afina train --help"),
         (["--jsno"], "unknown flag --jsno", None),
         (["train"], "data is missing", "a file"),
         (["train", "x", "--rank", "many"], "rank cannot be 'many'", "rank of the low-rank update"),
@@ -251,7 +454,7 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
         (["train", "x", "--rank-pattern", "{a: "], "cannot read '{a: '", None),
         (["train", "x", "--rank-pattern"], "expected one argument", "afina train --help"),
         (["train", "x", "--config", "/nowhere.yaml"], "cannot read the settings file", None),
-        (["merge", "x"], "out is missing", "folder"),
+        (["merge", "x"], "output_dir is missing", "folder"),
     ],
 )
 def test_what_cannot_be_understood_names_the_nearest(
@@ -345,10 +548,10 @@ def test_plan_shows_what_would_be_used(
         192,
         "float32",
     )
-    assert (settings["check_every"], settings["steps"]) == (1, 6)
+    assert (settings["eval_steps"], settings["max_steps"]) == (1, 6)
     assert settings["alpha"] == (None if method == "freeze" else 8)
     assert settings["layers"] == ([3] if method == "freeze" else [0, 1, 2, 3])
-    assert {"q_proj", "down_proj"} <= set(settings["targets"])
+    assert {"q_proj", "down_proj"} <= set(settings["target_modules"])
     assert result["base"]["parameters"] == sum(
         p.numel() for p in load_base(str(tiny)).model.parameters()
     )
@@ -358,7 +561,7 @@ def test_train_eval_merge_export(
     capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    flags = ["--base", tiny, "--steps", 3, "--general", general, "--learning-rate", "3e-3"]
+    flags = ["--base", tiny, "--max-steps", 3, "--retention-text", general, "--learning-rate", "3e-3"]
     status, result, err = said(capsys, "train", chats, "--output-dir", out, *flags)
     assert status == 0
     assert result["folder"] == str(out)
@@ -412,8 +615,7 @@ def test_generate(
         "say sol mar",
         "--adapter",
         trained,
-        "--adapter",
-        "off",
+        "--disable-adapter",
         "--max-new-tokens",
         6,
     )
@@ -470,8 +672,7 @@ def test_chat(
             "say sol mar",
             "--adapter",
             trained,
-            "--adapter",
-            adapter,
+            *(["--disable-adapter"] if adapter == "off" else []),
             "--max-new-tokens",
             5,
         )

@@ -12,8 +12,7 @@ from afina.io.verified_copy import verified_copies
 from afina.merging.gguf import export_adapter, export_model
 from afina.merging.merge_into_base import check_out, merge
 from afina.merging.results import ExportResult
-from afina.settings import ExportSettings, MergeSettings, make_settings
-from afina.settings.merge import MergedModelSettings
+from afina.settings import ExportSettings, MergedModelSettings, MergeSettings, make_settings
 
 
 def export(run: str | Path | ExportSettings | None = None, **values: Any) -> ExportResult:
@@ -32,9 +31,9 @@ def export(run: str | Path | ExportSettings | None = None, **values: Any) -> Exp
     if settings.outtype != "auto":
         raise SettingsError("only GGUF's weights are chosen here", where="outtype", hint="--dtype")
     if settings.format == "hf":
-        shared = {name: getattr(settings, name) for name in MergedModelSettings.model_fields}
-        merged = merge(MergeSettings(**shared, output_dir=settings.output))
-        return replace(merged, format="hf")
+        fields = {name: getattr(settings, name) for name in MergedModelSettings.model_fields}
+        fields |= {"adapter": settings.adapter, "output_dir": settings.output}
+        return replace(merge(MergeSettings(**fields)), format="hf")
     return _peft(settings.adapter, settings)
 
 

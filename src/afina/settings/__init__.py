@@ -25,7 +25,7 @@ from afina.settings.groups import (
     register_group,
     settings_groups,
 )
-from afina.settings.merge import MergeSettings
+from afina.settings.merge import MergedModelSettings, MergeSettings
 from afina.settings.methods import LoRASettings, MoRASettings
 from afina.settings.mitigate import MitigateSettings
 from afina.settings.objectives import (
@@ -78,6 +78,7 @@ __all__ = [
     "LoRASettings",
     "MergeMethodSettings",
     "MergeSettings",
+    "MergedModelSettings",
     "MethodSettings",
     "MitigateSettings",
     "MoRASettings",

@@ -10,14 +10,17 @@ from afina.settings.merge import MergedModelSettings
 class ExportSettings(MergedModelSettings):
     """Settings of `afina export`."""
 
-    adapter: Path | None = setting("a run or adapter folder; without it, for gguf, the base alone")  # type: ignore[assignment]
+    adapter: Path | None = setting(
+        "a run or adapter folder; without it, for gguf, the base without an adapter"
+    )
     output: Path = setting(
         "the folder to write; for gguf and gguf-lora also a file, FILE.gguf", ...
     )
     format: Literal["hf", "peft", "gguf", "gguf-lora"] = setting(
-        "hf, gguf: a merged model, for transformers or llama.cpp; peft, gguf-lora: the adapter alone",
+        "hf, gguf: a merged model, for transformers or llama.cpp; peft, gguf-lora: the adapter, "
+        "without its base",
         "hf",
     )
     outtype: Literal["auto", "f32", "bf16", "f16"] = setting(
-        "gguf: how weights are held; by default as the base's", "auto"
+        "gguf: number format of the weights; by default as the base's", "auto"
     )

@@ -41,14 +41,14 @@ RENAMED_SETTINGS: dict[str, dict[str, str]] = {
         "system": "system_prompt",
     },
     "AnnotateSettings": {"out": "output_dir"},
-    "MergeSettings": {
+    "MergedModelSettings": {
         "run": "adapter",
-        "out": "output_dir",
         "storage": "quantization",
         "tolerance": "max_kl",
         "admit": "require_audit",
     },
-    "ExportSettings": {"run": "adapter", "out": "output", "weights": "outtype"},
+    "MergeSettings": {"out": "output_dir"},
+    "ExportSettings": {"out": "output", "weights": "outtype"},
     "CombineSettings": {
         "parts": "adapters",
         "out": "output_dir",
