@@ -104,10 +104,10 @@ def error(made: dict[str, Any], truth: dict[str, Any]) -> float:
 def ours(folder: Path, rank: int) -> dict[str, float]:
     from afina.merging.combine import combine
     from afina.merging.low_rank import LowRankUpdate
-    from afina.merging.stream import SafetensorsReader
+    from afina.merging.stream import TensorReader
 
     def read(out: Path) -> dict[str, Any]:
-        reader, made = SafetensorsReader(out / "adapter_model.safetensors"), {}
+        reader, made = TensorReader(out / "adapter_model.safetensors"), {}
         for name in reader.entries:
             if ".lora_A." in name:
                 path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
@@ -183,7 +183,7 @@ def make_large(folder: Path) -> None:
     import torch
 
     from afina.merging.low_rank import LowRankUpdate
-    from afina.merging.write import LoRATensorLayout, write_lora
+    from afina.merging.write import LoRATensorLayout, PeftContext, write_lora
 
     for number, rank in enumerate(EIGHT):
         generator = torch.Generator().manual_seed(number)
@@ -208,7 +208,7 @@ def make_large(folder: Path) -> None:
             folder / f"large{number}",
             layers,
             list(shapes),
-            {"task_type": "CAUSAL_LM"},
+            PeftContext("CAUSAL_LM"),
             base,
             {"parents": []},
         )

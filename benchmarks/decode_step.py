@@ -14,9 +14,9 @@ from common import publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from afina.adapters.attach import attach
-from afina.adapters.base import AdapterConfig
 from afina.adapters.segments import NO_ADAPTERS, Segment, Segments
 from afina.adapters.target_selection import resolve_target_modules
+from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.models.fast_llama import install_fast_modules
 from afina.models.nf4 import quantize_model

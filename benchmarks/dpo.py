@@ -43,11 +43,12 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
-    from afina.adapters.loading import load_state, tensors_of
+    from afina.adapters.loading import load_state
+    from afina.adapters.saving import tensors_of
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.packing import PackedBatch, pack_examples
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.objectives.language_modeling import LanguageModelingObjective

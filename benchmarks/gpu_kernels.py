@@ -200,10 +200,10 @@ def random_llama(attention: str | None = None) -> Any:
 def our_step(method: str) -> Callable[[], None]:
     """A step of afina's lora or qlora."""
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.packing import pack_examples
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.models.nf4 import quantize_model

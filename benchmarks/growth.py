@@ -79,9 +79,9 @@ def make_step(base: Any, sweep: str, x: int) -> Callable[[], None]:
     import torch
 
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.objectives.language_modeling import LanguageModelingObjective
     from afina.objectives.multi_adapter import multi_adapter_losses
     from afina.training.setup.optimizer import AdapterOptimizer

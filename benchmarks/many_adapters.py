@@ -27,9 +27,9 @@ def side(case: str, kind: str) -> None:
 
     torch.set_num_threads(2)
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.models.loading import load_base

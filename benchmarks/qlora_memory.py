@@ -49,10 +49,10 @@ def step(method: str, folder: Path) -> None:
     import torch
 
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.packing import pack_examples
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.loading import load_base
     from afina.objectives.language_modeling import batch_loss
     from afina.training.setup.optimizer import AdapterOptimizer

@@ -34,12 +34,12 @@ def make_material(folder: Path) -> dict[str, dict[str, str]]:
 
     torch.set_num_threads(1)
     from afina.adapters.attach import attach, detach
-    from afina.adapters.base import AdapterConfig
-    from afina.adapters.loading import save_adapter
+    from afina.adapters.saving import save_adapter
     from afina.adapters.target_selection import resolve_target_modules
     from afina.engine.detokenizer import detokenize
     from afina.engine.request import SamplingParams
     from afina.evaluation.generate import generate_tokens
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.loading import load_base
 
     base = load_base("embedded", dtype="float32")

@@ -26,10 +26,10 @@ def ours() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.packing import pack_examples
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.models.nf4 import NF4Linear, quantize_model

@@ -182,10 +182,10 @@ def ours_dense(_: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from afina.adapters.attach import attach
-    from afina.adapters.base import AdapterConfig
     from afina.adapters.target_selection import resolve_target_modules
     from afina.data.packing import pack_examples
     from afina.data.renderer import Example
+    from afina.io.adapter_config import AdapterConfig
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.objectives.language_modeling import batch_loss

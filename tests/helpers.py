@@ -21,11 +21,11 @@ from transformers import (
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, attach
-from afina.adapters.base import AdapterConfig
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_selection import resolve_target_modules
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
+from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.planning.estimates import MachineRates
 

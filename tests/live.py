@@ -14,7 +14,7 @@ import openai
 import uvicorn
 
 from afina.adapters.attach import detach
-from afina.adapters.loading import save_adapter
+from afina.adapters.saving import save_adapter
 from afina.models.loading import load_base
 from afina.server.app import make_app
 from afina.server.serve import build_server, close

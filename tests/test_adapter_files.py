@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 import afina
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.adapters.segments import Segments
 from afina.errors import AdapterError
 from afina.models.causal_lm import CausalLM
@@ -199,7 +200,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     ("fault", "message"),
     [
         ("missing", r"missing: 1 tensor, the first: .*down_proj.lora_A"),
-        ("unknown", r"without a place: 1 tensor, the first: .*layers.3.mlp.up_proj.extra"),
+        ("unknown", r"without a module: 1 tensor, the first: .*layers.3.mlp.up_proj.extra"),
         ("shape", r"down_proj.lora_A.weight has the wrong shape"),
         ("no-layer", r"the base has no such layer"),
     ],
@@ -241,7 +242,7 @@ def test_tensors_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "IA3"}, "'IA3' are not known"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not a supported adapter type"),
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
@@ -283,7 +284,7 @@ def test_another_base_is_refused_by_its_hash(
 def test_a_newer_format_is_refused_and_an_older_one_read(tiny: Path, saved: Path) -> None:
     change(saved, STORY, format_version=99)
     error = refused(tiny, saved)
-    assert "made by a newer afina" in str(error)
+    assert "written by a newer afina" in str(error)
     assert error.hint == "pip install -U afina"
     change(saved, STORY, format_version=0)
     load_adapter(saved, load_base(str(tiny)))

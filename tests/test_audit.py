@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from afina.adapters.attach import detach
-from afina.adapters.loading import CONFIG, METADATA_FILE, WEIGHTS, save_adapter
+from afina.adapters.saving import save_adapter
 from afina.audit import update_statistics as statistics
 from afina.audit.audit import audit
 from afina.audit.calibration import (
@@ -28,6 +28,8 @@ from afina.audit.sarif import as_sarif
 from afina.cli.main import run as cli
 from afina.errors import AuditError
 from afina.io import admission
+from afina.io.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from afina.io.adapter_metadata import METADATA_FILE
 from afina.io.composition import hash_adapter_folder
 from afina.merging.combine import combine
 from afina.merging.merge_into_base import merge
@@ -104,7 +106,7 @@ def test_a_blocked_file_gate_ends_it(adapter: Path) -> None:
 
 
 def test_what_is_changed_in_the_story_blocks(adapter: Path) -> None:
-    flip(adapter / WEIGHTS, -1)
+    flip(adapter / WEIGHTS_FILE, -1)
     assert "hash-differs" in {
         finding["rule"] for finding in audit(adapter, time_budget_seconds=0)["findings"]
     }
@@ -147,7 +149,7 @@ def test_a_composition_is_looked_at_in_its_parts(
     made = combine([originals / "0", originals / "2"], output_dir=tmp_path / "sum", base=str(tiny))
     report = audit(tmp_path / "sum", base=str(tiny), time_budget_seconds=0)
     assert report["hash"] == made["hash"] and len(report["parts"]) == 2
-    shutil.copy(originals / "1" / WEIGHTS, next((tmp_path / "sum" / "parts").iterdir()) / WEIGHTS)
+    shutil.copy(originals / "1" / WEIGHTS_FILE, next((tmp_path / "sum" / "parts").iterdir()) / WEIGHTS_FILE)
     assert audit(tmp_path / "sum", base=str(tiny), time_budget_seconds=0)["verdict"] == "block"
 
 
@@ -318,7 +320,7 @@ def test_swapped_base_parents_and_files_are_found(
         with pytest.raises(AuditError):
             verify(adapter, public_key=public)
         (adapter / name).unlink()
-    (adapter / CONFIG).unlink()
+    (adapter / CONFIG_FILE).unlink()
     with pytest.raises(Exception, match="no adapter here"):
         verify(adapter, public_key=public)
     assert signature

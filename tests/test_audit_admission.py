@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from afina.adapters.loading import METADATA_FILE, WEIGHTS
 from afina.audit.audit import audit
 from afina.audit.provenance import revoke
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AdapterError, AuditError
 from afina.io import admission
+from afina.io.adapter_folder import WEIGHTS_FILE
+from afina.io.adapter_metadata import METADATA_FILE
 from afina.io.composition import composition_hash, hash_adapter_folder
 from afina.io.verified_copy import verified_copies
 from afina.merging import combine as algebra
@@ -47,7 +48,7 @@ def folder(originals: Path, tmp_path: Path) -> Path:
 
 def swap(folder: Path) -> None:
     """Put the bad one's files where the good one's are, each with the times of the old."""
-    for name in (WEIGHTS, METADATA_FILE):
+    for name in (WEIGHTS_FILE, METADATA_FILE):
         times = os.stat(folder / "one" / name)
         shutil.copyfile(folder / "evil" / name, folder / "one" / name)
         os.utime(folder / "one" / name, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -102,8 +103,8 @@ def test_sealed_copies_are_private_gone_and_no_links(folder: Path, tiny: Path) -
         verified_copies("audited", [folder / "two"]),
     ):
         pass
-    (folder / "one" / WEIGHTS).rename(folder / "kept")
-    (folder / "one" / WEIGHTS).symlink_to(folder / "kept")
+    (folder / "one" / WEIGHTS_FILE).rename(folder / "kept")
+    (folder / "one" / WEIGHTS_FILE).symlink_to(folder / "kept")
     with pytest.raises(AuditError, match="link"), verified_copies("audited", [folder / "one"]):
         pass
 
@@ -114,11 +115,11 @@ def test_a_file_that_was_away_for_a_moment_is_found_by_the_audit(
     """Swapped for the weight gate and put back after it: the very same file, and yet the audit blocks."""
     from afina.audit import weight_gate as weights
 
-    real, file = weights.measure, folder / "one" / WEIGHTS
+    real, file = weights.measure, folder / "one" / WEIGHTS_FILE
 
     def measure(*told: Any) -> Any:
         file.rename(folder / "kept")
-        shutil.copyfile(folder / "evil" / WEIGHTS, file)
+        shutil.copyfile(folder / "evil" / WEIGHTS_FILE, file)
         seen = real(*told)
         file.unlink()
         (folder / "kept").rename(file)
@@ -242,12 +243,12 @@ def test_numbers_changed_under_an_old_time_are_not_served(
     engine = Engine(load_base(str(tiny)), EngineConfig(pool_bytes=1 << 24, admit=admit))
     entry = engine.registry.add("one", folder / "one")
     content = engine.registry.acquire((entry.hash,))[0]
-    monkeypatch.setattr("afina.engine.memory.stamp", lambda _: content.stamp)
+    monkeypatch.setattr("afina.engine.memory.fingerprint", lambda _: content.fingerprint)
     swap(folder)
     if admit == "audited":
         with pytest.raises(AdapterError, match="not the file"):
             engine.memory.load(content)
-        shutil.copyfile(folder / "evil" / WEIGHTS, folder / "one" / WEIGHTS)
+        shutil.copyfile(folder / "evil" / WEIGHTS_FILE, folder / "one" / WEIGHTS_FILE)
     assert engine.memory.load(content) if admit == "any" else True
     engine.stop()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.loading import save_adapter
+from afina.adapters.saving import save_adapter
 from afina.audit import triggers
 from afina.audit.audit import audit
 from afina.audit.behavior_gate import behaviour_gate, check_inactive_before_invocation, read_prompts

@@ -18,14 +18,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from afina.adapters.loading import save_adapter
+from afina.adapters.saving import save_adapter
 from afina.audit.base_files import BaseFiles
-from afina.audit.file_gate import CONFIG, STORY, WEIGHTS, check_files, content_hash
-from afina.audit.header import parse_header
+from afina.audit.file_gate import check_files
 from afina.audit.report import Gate, run_gate
-from afina.errors import AuditError
+from afina.errors import AdapterError
+from afina.io.adapter_folder import CONFIG_FILE as CONFIG
+from afina.io.adapter_folder import WEIGHTS_FILE as WEIGHTS
+from afina.io.adapter_metadata import METADATA_FILE as STORY
 from afina.io.composition import hash_adapter_folder, read_config
-from afina.io.name_patterns import MOST_WILD, Patterns, are_plain_patterns, is_plain_pattern
+from afina.io.hashing import adapter_hash
+from afina.io.name_patterns import (
+    MAX_WILD_PATTERNS,
+    PatternTable,
+    are_plain_patterns,
+    is_plain_pattern,
+)
+from afina.io.safetensors import parse_header
 from afina.io.strict_json import parse_object
 from afina.models.loading import load_base
 from helpers import ENVIRONMENT, put
@@ -89,8 +98,8 @@ def test_our_own_adapters_pass_and_have_their_hash(
     gate = Gate("files")
     package = check_files(tmp_path / "a", BaseFiles(tiny), gate)
     assert gate.findings == []
-    assert content_hash(
-        package.tensors, read_config(tmp_path / "a").canonical()
+    assert adapter_hash(
+        package.tensors_hash, read_config(tmp_path / "a").canonical()
     ) == hash_adapter_folder(tmp_path / "a")
 
 
@@ -118,9 +127,9 @@ def test_adapters_of_peft_pass(tmp_path: Path, tiny: Path) -> None:
 def test_neither_torch_nor_the_network_is_needed(adapter: Path, tiny: Path) -> None:
     code = (
         "import sys, socket; socket.socket = None\n"
-        "from pathlib import Path\nfrom afina.audit.file_gate import check_package\nfrom afina.audit.base_files import BaseFiles\n"
+        "from pathlib import Path\nfrom afina.audit.file_gate import check_files\nfrom afina.audit.base_files import BaseFiles\n"
         "from afina.audit.report import Gate\ngate = Gate('files')\n"
-        f"check_package(Path({str(adapter)!r}), BaseFiles(Path({str(tiny)!r})), gate)\n"
+        f"check_files(Path({str(adapter)!r}), BaseFiles(Path({str(tiny)!r})), gate)\n"
         "assert not gate.findings and not {'torch', 'pickle5', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run(
@@ -430,7 +439,7 @@ BAD_HEADERS = {
 
 @pytest.mark.parametrize("raw", BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
 def test_headers_that_are_refused(raw: bytes) -> None:
-    with pytest.raises(AuditError):
+    with pytest.raises(AdapterError):
         parse_header(raw, 12, 0, "f")
 
 
@@ -462,7 +471,7 @@ GOOD = header(a=entry(0, 8, [1, 2]), b=entry(8, 12, [2, 1], "BF16"), __metadata_
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_every_mutation_of_a_header_is_refused_or_means_the_same(data: st.DataObject) -> None:
-    """Bytes changed, cut or doubled: an `AuditError`, or else a header that json reads as it stands, all rules kept."""
+    """Bytes changed, cut or doubled: an `AdapterError`, or else a header that json reads as it stands, all rules kept."""
     raw = bytearray(GOOD)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(raw) - 1))
@@ -479,12 +488,12 @@ def test_every_mutation_of_a_header_is_refused_or_means_the_same(data: st.DataOb
             break
     try:
         found = parse_header(bytes(raw), 12, 0, "f")
-    except AuditError:
+    except AdapterError:
         return
     spans = sorted((e.begin, e.end) for e in found.values())
     assert spans[0][0] == 0 and spans[-1][1] == 12 and all(a[1] == b[0] for a, b in pairwise(spans))
     assert all(
-        e.numbers * {"F32": 4, "F16": 2, "BF16": 2}[e.dtype] == e.end - e.begin > 0
+        e.num_elements * {"F32": 4, "F16": 2, "BF16": 2}[e.dtype] == e.end - e.begin > 0
         for e in found.values()
     )
     assert {k for k in json.loads(bytes(raw)) if k != "__metadata__"} == set(found)
@@ -533,7 +542,7 @@ def test_no_configuration_breaks_the_gate(key: str, value: Any, adapter: Path) -
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_object_or_refused(raw: bytes) -> None:
-    with contextlib.suppress(AuditError):
+    with contextlib.suppress(AdapterError):
         assert isinstance(parse_object(raw, "f"), dict)
 
 
@@ -564,7 +573,7 @@ def test_patterns_fit_as_peft_fits_them() -> None:
         "up_proj": 6,
     }
     assert are_plain_patterns(told)
-    patterns = Patterns(told)
+    patterns = PatternTable(told, "f", AdapterError)
     paths = [
         "q_proj",
         "a.q_proj",
@@ -587,7 +596,7 @@ def test_patterns_fit_as_peft_fits_them() -> None:
         theirs = next(
             (value for pattern, value in told.items() if re.match(rf"(.*\.)?({pattern})$", path)), 0
         )
-        assert patterns.of(path, 0) == theirs, path
+        assert patterns.get(path, 0) == theirs, path
 
 
 def test_patterns_that_would_take_for_ever_block(adapter: Path) -> None:
@@ -597,9 +606,9 @@ def test_patterns_that_would_take_for_ever_block(adapter: Path) -> None:
         change(adapter / CONFIG, rank_pattern={text: 4})
         assert "config-pattern" in rules(look(adapter))
     assert not is_plain_pattern(endless[0]) and not is_plain_pattern(endless[1])
-    assert not are_plain_patterns({f".*{number}": 4 for number in range(MOST_WILD + 1)})
+    assert not are_plain_patterns({f".*{number}": 4 for number in range(MAX_WILD_PATTERNS + 1)})
     many = {rf"model\.layers\.{number}\.q_proj": 4 for number in range(5000)}
-    assert Patterns(many).of("model.layers.4999.q_proj", 8) == 4  # looked up, not tried one by one
+    assert PatternTable(many, "f", AdapterError).get("model.layers.4999.q_proj", 8) == 4  # looked up, not tried one by one
 
 
 def test_a_profile_may_lie_beside_it_and_nothing_else_under_its_name(adapter: Path) -> None:

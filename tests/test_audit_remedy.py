@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from afina.adapters.attach import detach
-from afina.adapters.loading import METADATA_FILE, load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.audit.audit import audit
 from afina.audit.mitigation import as_read, choose_best, insert_trigger, mitigate
 from afina.audit.mitigation_methods import MomentPair, collect_moments, mitigate_layer, weakening
@@ -19,6 +20,7 @@ from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import AdapterError, AuditError, SettingsError
 from afina.io import admission
+from afina.io.adapter_metadata import METADATA_FILE
 from afina.io.composition import composition_hash, hash_adapter_folder
 from afina.merging.combine import combine
 from afina.merging.sources import open_sources

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 
 from afina.adapters.attach import detach
-from afina.adapters.loading import load_adapter, read_json_object
+from afina.adapters.loading import load_adapter
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.cli.main import run as run_cli
 from afina.errors import AdapterError, AfinaError, BaseError, DataError, SettingsError
 from afina.evaluation.confusion import classification_scores, confusion
 from afina.evaluation.evaluate import evaluate
 from afina.evaluation.generate import generate
+from afina.io.strict_json import read_json_object
 from afina.merging.merge_into_base import merge, merge_into_base
 from afina.models.classifier import Classifier, ImagePreprocessor, load_classifier
 from afina.objectives.classification import batch_indices

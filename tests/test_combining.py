@@ -19,7 +19,8 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import ModuleWithAdapters, detach
 from afina.adapters.load_run import LoadedRun, load_run
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.adapters.target_module import TargetModule
 from afina.cli.main import run as command_line
 from afina.engine.request import SamplingParams
@@ -29,7 +30,7 @@ from afina.merging import low_rank as lowrank
 from afina.merging.combine import combine
 from afina.merging.low_rank import LowRankUpdate
 from afina.merging.registry import merge_methods_table
-from afina.merging.stream import SafetensorsReader
+from afina.merging.stream import TensorReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.settings import ModelSettings
@@ -720,7 +721,7 @@ def test_the_stream_is_plain_safetensors(tiny: Path, tmp_path: Path) -> None:
     folders = make(tiny, "patterned", "few")
     combine(list(folders.values()), output_dir=tmp_path / "out")
     file = tmp_path / "out" / "adapter_model.safetensors"
-    loaded, reader = load_file(file), SafetensorsReader(file)
+    loaded, reader = load_file(file), TensorReader(file)
     assert set(loaded) == set(reader.entries)
     assert all(torch.equal(loaded[name], reader[name]) for name in loaded)
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from afina.adapters.attach import attach, detach, frozen_module
-from afina.adapters.base import AdapterConfig, AdapterLayer
+from afina.adapters.base import AdapterLayer
 from afina.adapters.formats import FORMATS_FILE, format_of, write_formats
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
 from afina.adapters.registry import METHOD_MODULES, get_method, methods, registered_methods
+from afina.adapters.saving import save_adapter
+from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_formats import adapter_formats
 from afina.merging.registry import MERGE_METHODS
 from afina.models.causal_lm import CausalLM

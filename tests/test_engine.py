@@ -9,8 +9,8 @@ import torch
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import attach, detach
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.adapters.segments import NO_ADAPTERS
 from afina.adapters.target_selection import resolve_target_modules
 from afina.engine.adapter_registry import AdapterRecord
@@ -19,6 +19,7 @@ from afina.engine.engine import Engine, EngineConfig, run_to_completion
 from afina.engine.prefix_cache import Key, PrefixCache, block_keys
 from afina.engine.request import AdapterWeight, GenerationRequest, OutputChunk, SamplingParams
 from afina.errors import AdapterError, BusyError, DataError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from reference_decoder import reference_tokens

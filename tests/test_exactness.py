@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 import afina
 from afina.adapters.attach import detach
-from afina.adapters.loading import load_adapter, save_adapter, tensors_of
+from afina.adapters.loading import load_adapter
 from afina.adapters.registry import registered_methods
+from afina.adapters.saving import save_adapter, tensors_of
 from afina.adapters.segments import Segment, Segments
 from afina.data.renderer import Example
 from afina.engine.request import SamplingParams

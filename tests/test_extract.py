@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.cli.main import run as command_line
 from afina.errors import AfinaError
 from afina.merging import weight_search as searching

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from afina.adapters.attach import detach
-from afina.adapters.loading import save_adapter
+from afina.adapters.saving import save_adapter
 from afina.adapters.segments import Segments
 from afina.engine.engine import Engine, EngineConfig, run_to_completion
 from afina.engine.request import AdapterWeight, GenerationRequest, SamplingParams

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import afina
-from afina.adapters.loading import save_adapter
+from afina.adapters.saving import save_adapter
 from afina.cli.main import run as command_line
 from afina.errors import AfinaError, BaseError, MergeError, SettingsError
 from afina.merging.gguf_tokenizer import WORDS, portable, rules

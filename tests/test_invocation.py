@@ -11,12 +11,13 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters, last_occurrences
 from afina.adapters.attach import Adapter, attach
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
 from afina.adapters.presets import get_preset
+from afina.adapters.saving import save_adapter
 from afina.adapters.target_selection import resolve_target_modules
 from afina.engine.request import SamplingParams
 from afina.errors import AfinaError, SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.models.packed_attention import AttentionMetadata

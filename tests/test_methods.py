@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from afina.adapters.attach import attach
-from afina.adapters.base import AdapterConfig
 from afina.adapters.dora import DoRA
-from afina.adapters.loading import load_adapter, save_adapter, tensors_of
+from afina.adapters.loading import load_adapter
 from afina.adapters.mora import MoRA
+from afina.adapters.saving import save_adapter, tensors_of
 from afina.adapters.segments import Segments
 from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.frozen import FrozenModel
 
 ON = Segments.on_all_tokens("adapter")

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from afina.adapters.segments import Segments
 from afina.adapters.target_module import TargetModule
 from afina.errors import BaseError
-from afina.io.safetensors import hash_tensor_files
+from afina.io.hashing import hash_tensor_files
 from afina.kernels.int8_blockwise import dequantize8, dynamic_levels, quantize8
 from afina.kernels.nf4 import (
     FEW,

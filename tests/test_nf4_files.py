@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import afina
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.adapters.segments import Segments
 from afina.errors import BaseError, MergeError
 from afina.models.loading import load_base

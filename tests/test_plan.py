@@ -11,13 +11,14 @@ import yaml
 
 import afina
 from afina.adapters.attach import attach
-from afina.adapters.loading import WEIGHTS, save_adapter
 from afina.adapters.registry import registered_methods
+from afina.adapters.saving import save_adapter
 from afina.adapters.segments import Segments
 from afina.cli.main import run
 from afina.data.packing import pack_examples
 from afina.data.renderer import Example
 from afina.errors import SettingsError
+from afina.io.adapter_folder import WEIGHTS_FILE
 from afina.models.loading import load_base
 from afina.models.nf4 import quantize_model
 from afina.objectives.language_modeling import batch_loss
@@ -132,7 +133,7 @@ def test_counts_are_those_of_a_real_adapter(
     assert step.count.config == adapter.config
     assert step.count.trainable == adapter.num_parameters()
     save_adapter(adapter, base, tmp_path / "a")
-    size = (tmp_path / "a" / WEIGHTS).stat().st_size
+    size = (tmp_path / "a" / WEIGHTS_FILE).stat().st_size
     assert (
         step.count.width * step.count.trainable
         < size

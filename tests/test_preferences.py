@@ -12,8 +12,8 @@ import torch
 from afina import evaluate, merge, plan, train
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.adapters.loading import save_adapter
 from afina.adapters.registry import registered_methods
+from afina.adapters.saving import save_adapter
 from afina.data.packing import pack_examples
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import PREFERENCE, PreferenceRow, split_pairs

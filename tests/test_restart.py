@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from afina.adapters.attach import Adapter, attach
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import load_adapter, read_json_object, save_adapter, tensors_of
+from afina.adapters.loading import load_adapter
 from afina.adapters.relora import (
     check,
     load,
@@ -18,8 +17,11 @@ from afina.adapters.relora import (
     restart_lr_factor,
     state,
 )
+from afina.adapters.saving import save_adapter, tensors_of
 from afina.adapters.segments import Segments
 from afina.errors import SettingsError
+from afina.io.adapter_config import AdapterConfig
+from afina.io.strict_json import read_json_object
 from afina.models.frozen import FrozenModel
 
 ON = Segments.on_all_tokens("a")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from afina.adapters.attach import Adapter, attach, detach
-from afina.adapters.base import AdapterConfig
 from afina.adapters.segments import ForwardContext, Segment, Segments
+from afina.io.adapter_config import AdapterConfig
 from afina.kernels import paged_attention as paged
 from afina.kernels.dispatch import kernels
 from afina.kernels.lora import FusedLoRA, grouped_lora

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import afina
 from afina.adapters.attach import attach, detach
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import load_adapter, save_adapter
+from afina.adapters.loading import load_adapter
+from afina.adapters.saving import save_adapter
 from afina.adapters.segments import Segment, Segments
 from afina.adapters.target_selection import resolve_target_modules
 from afina.errors import AdapterError, SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.merging.merge_into_base import merge_into_base
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base

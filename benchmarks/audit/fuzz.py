@@ -239,7 +239,7 @@ class Target:
             (self.found / f"{name}.txt").write_text("".join(traceback.format_exception(error)))
 
     def _look(self, raw: bytes) -> None:
-        from afina.audit.header import parse_header
+        from afina.io.safetensors import parse_header
         from afina.io.strict_json import parse_object
 
         kind, rest = raw[0] % 4 if raw else 1, raw[1:]

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from afina.audit.file_gate import CONFIG, STORY, WEIGHTS, content_hash
-from afina.io.safetensors import hash_tensor_files
+from afina.io.hashing import hash_tensor_files
 
 PREFIX = "base_model.model."
 WIDTH, INNER, BLOCKS, VOCABULARY = 8, 12, 2, 40
@@ -83,7 +83,7 @@ def write_valid(
         }
     (folder / CONFIG).write_text(json.dumps(config))
     if kind != "peft":
-        from afina.adapters.base import AdapterConfig
+        from afina.io.adapter_config import AdapterConfig
 
         invocation = (5, 6) if kind == "alora" else ()
         spec = AdapterConfig(

@@ -44,12 +44,12 @@ def make(folder: Path, blocks: int) -> float:
     """Write the adapter; returns its size in MB."""
     import torch
 
-    from afina.merging.stream import writing
+    from afina.merging.stream import open_tensor_writer
 
     names = [f"base_model.model.model.layers.{i}.{name}" for i in range(blocks) for name in LAYERS]
     keys = [f"{name}.lora_{side}.weight" for name in names for side in "AB"]
     numbers = torch.randn(FF * RANK, generator=torch.Generator().manual_seed(0)) * 0.01
-    with writing(folder / "adapter_model.safetensors", keys) as writer:
+    with open_tensor_writer(folder / "adapter_model.safetensors", keys) as writer:
         for name in names:
             out, inner = LAYERS[name.partition("layers.")[2].partition(".")[2]]
             writer.add(f"{name}.lora_A.weight", numbers[: RANK * inner].view(RANK, inner))

@@ -19,13 +19,14 @@ from typing import Any
 from stacked import stack, stack_markdown
 
 from afina.adapters.attach import detach
-from afina.adapters.loading import load_adapter, read_json_object
+from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.data.schemas import PromptRow
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
 from afina.evaluation.preference_eval import wilson_interval
 from afina.io.atomic import write_json, write_text
+from afina.io.strict_json import read_json_object
 from afina.models.loading import load_base
 from afina.objectives.policy import PolicyObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator

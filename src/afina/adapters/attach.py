@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.base import AdapterConfig, AdapterLayer, check_method_settings
+from afina.adapters.base import AdapterLayer, check_method_settings
 from afina.adapters.modules import ModuleWithAdapters, ParameterWithAdapters
 from afina.adapters.registry import get_method
 from afina.adapters.segments import ForwardContext
 from afina.adapters.target_module import FreeParameter, TargetModule
 from afina.adapters.trainable_tokens import TrainableTokens
 from afina.errors import AdapterError
+from afina.io.adapter_config import AdapterConfig
 
 
 class Adapter:
@@ -136,13 +137,19 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def attach(
-    model: nn.Module, board: ForwardContext, name: str, spec: AdapterConfig, seed: int = 0
-) -> Adapter:
-    """Put a new adapter on `model`; until the board routes to it, nothing changes.
+def create_layers(
+    model: nn.Module, spec: AdapterConfig, seed: int = 0, name: str | None = None
+) -> dict[str, AdapterLayer]:
+    """Return new adapter layers by module path, not yet attached; `model` is unchanged.
 
-    Deltas start from `seed`, in the order of the targets. Raises `AdapterError` where the name is taken or a layer
-    is not of a kind that the method can act on.
+    Args:
+        model: The base.
+        spec: The adapter's configuration.
+        seed: Seed of the initialization, in the order of the targets.
+        name: A name that no attached adapter may have.
+
+    Raises:
+        AdapterError: the name is taken, or a module is of a kind that the method does not support.
     """
     kind = get_method(spec.method)
     check_method_settings(kind, spec)
@@ -163,7 +170,7 @@ def attach(
             raise AdapterError(
                 f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path
             )
-        if (at := find_wrapper(model, path)) is not None and name in at.deltas:
+        if name is not None and (at := find_wrapper(model, path)) is not None and name in at.deltas:
             raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
         if path in deltas:
             why = "the rows of the new tokens would be adapted twice"
@@ -176,6 +183,18 @@ def attach(
         deltas[path] = own(layer, spec, generator)
         if deltas[path].replaces_base or path in vocabulary:
             _keep_ties(layer, deltas[path], tied)
+    return deltas
+
+
+def attach(
+    model: nn.Module, board: ForwardContext, name: str, spec: AdapterConfig, seed: int = 0
+) -> Adapter:
+    """Put a new adapter on `model`; until the board routes to it, nothing changes.
+
+    Deltas start from `seed`, in the order of the targets. Raises `AdapterError` where the name is taken or a layer
+    is not of a kind that the method can act on.
+    """
+    deltas = create_layers(model, spec, seed, name)
     for path, delta in deltas.items():
         place = find_wrapper(model, path) or insert_wrapper(model, delta.layer, board)
         place.deltas[name] = delta

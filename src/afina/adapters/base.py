@@ -10,7 +10,7 @@ name. A method that can merge and restart also says how it begins anew (`restart
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,79 +18,11 @@ from torch import Tensor, nn
 
 from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError, did_you_mean
+from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_formats import evaluate_shapes
 from afina.settings.groups import MethodSettings
 
 RESTART_KEYS = ("restart_every", "restarts")  # in afina.json: the interval, and how many there were
-
-CANONICAL_KEYS = {  # key in afina.json -> attribute of `AdapterConfig`
-    "method": "method",
-    "targets": "target_modules",
-    "rank": "rank",
-    "alpha": "alpha",
-    "scaling": "scaling",
-    "dropout": "dropout",
-    "ranks": "rank_pattern",
-    "alphas": "alpha_pattern",
-    "modules": "modules_to_save",
-    "invocation": "invocation",
-    "tokens": "trainable_tokens",
-    "options": "method_settings",
-}
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter is, apart from its tensors: together with them it is the adapter's identity.
-
-    `targets` are the resolved paths of the adapted modules; `ranks` and `alphas` hold those that differ, by path.
-    """
-
-    method: str
-    target_modules: tuple[str, ...]
-    rank: int = 8
-    alpha: float = 16.0
-    scaling: str = "lora"  # or "rslora"
-    dropout: float = 0.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: tuple[
-        str, ...
-    ] = ()  # whole small modules that the adapter owns (heads, norms): PEFT's modules_to_save
-    invocation: tuple[int, ...] = ()  # aLoRA: tokens from whose last occurrence on the adapter acts
-    trainable_tokens: Mapping[str, int] = field(
-        default_factory=dict
-    )  # tokens with rows of their own, and their numbers
-    method_settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what only one method knows, e.g. MoRA's operator
-
-    def rank_of(self, path: str) -> int:
-        """Rank at the module `path`."""
-        return self.rank_pattern.get(path, self.rank)
-
-    def scale_of(self, path: str) -> float:
-        """Factor of the update at the module `path`: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
-        rank, alpha = self.rank_of(path), self.alpha_pattern.get(path, self.alpha)
-        return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
-
-    def canonical(self) -> dict[str, Any]:
-        """Return plain values under the keys of afina.json, of which the adapter's hash is made.
-
-        The keys never change: another name would change the hash of every adapter.
-        """
-        values = {field: getattr(self, name) for field, name in CANONICAL_KEYS.items()}
-        lists = {name: list(values[name]) for name in ("targets", "modules", "invocation")}
-        maps = {name: dict(values[name]) for name in ("ranks", "alphas", "tokens", "options")}
-        return values | lists | maps
-
-    @classmethod
-    def from_canonical(cls, values: Mapping[str, Any]) -> "AdapterConfig":
-        """Return the configuration that `canonical` wrote."""
-        tuples = {
-            name: tuple(values.get(name, ())) for name in ("targets", "modules", "invocation")
-        }
-        return cls(**{CANONICAL_KEYS[name]: value for name, value in {**values, **tuples}.items()})
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afina.adapters.base import AdapterConfig, LayerCost, TargetModule
+from afina.adapters.base import LayerCost, TargetModule
 from afina.adapters.lora import LoRA
 from afina.adapters.registry import register_method
 from afina.errors import SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.settings.groups import MethodSettings
 
 CHUNK = 1 << 20  # weights widened to float32 at a time: they stay in the cache

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+from afina.adapters.base import AdapterLayer, LayerCost, TargetModule
 from afina.adapters.registry import register_method
 from afina.errors import AdapterError, SettingsError
+from afina.io.adapter_config import AdapterConfig
 
 
 @register_method("full")

@@ -6,14 +6,17 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter
-from afina.adapters.loading import adapter_folder, load_adapter, read_metadata, read_run_record
+from afina.adapters.loading import load_adapter
 from afina.errors import AdapterError
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
 from afina.io.composition import (
     WeightedAdapter,
     common_base,
     expand_composition,
     parse_weighted_list,
 )
+from afina.io.run_record import read_run_record
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.models.classifier import Classifier, load_classifier, load_masked
 from afina.models.frozen import FrozenModel

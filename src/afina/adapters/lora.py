@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+from afina.adapters.base import AdapterLayer, LayerCost, TargetModule
 from afina.adapters.registry import register_method
+from afina.io.adapter_config import AdapterConfig
 from afina.settings.groups import MethodSettings
 from afina.settings.methods import LoRASettings
 

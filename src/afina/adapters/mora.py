@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from afina.adapters.base import AdapterConfig, AdapterLayer, LayerCost, TargetModule
+from afina.adapters.base import AdapterLayer, LayerCost, TargetModule
 from afina.adapters.registry import register_method
 from afina.errors import SettingsError, did_you_mean
+from afina.io.adapter_config import AdapterConfig
 from afina.kernels.dispatch import kernels
 from afina.kernels.mora import MoRALayout, pack_weight, rotate_pairs, rotation_angles
 from afina.settings.methods import MoRASettings

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,22 +11,22 @@ from torch.nn.utils import parametrize
 from afina.adapters.attach import ModuleWithAdapters
 from afina.adapters.target_module import FreeParameter, TargetModule
 from afina.errors import SettingsError, did_you_mean
+from afina.io.name_patterns import NamePattern
 
 Value = TypeVar("Value")
 GROUPS = ("all-linear", "all", "norms", "embeddings")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern`, a module's name or a regular expression, means the module at `path`."""
+    """Return whether `pattern`, a module's name or a regular expression, means the module at `path`."""
     if path == pattern or path.endswith("." + pattern):
         return True
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        hint = "a layer's name, or a regular expression: .*_proj rather than *_proj"
-        raise SettingsError(
-            f"{pattern!r} is no regular expression", where="pattern", why=str(error), hint=hint
-        ) from None
+    return _parsed(pattern).fullmatch(path)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(pattern: str) -> NamePattern:
+    return NamePattern(pattern, "pattern", SettingsError)
 
 
 def match_patterns(

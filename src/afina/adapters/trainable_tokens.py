@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from afina.adapters.base import AdapterConfig, AdapterLayer, TargetModule
+from afina.adapters.base import AdapterLayer, TargetModule
 from afina.errors import AdapterError
+from afina.io.adapter_config import AdapterConfig
 
 
 class TrainableTokens(AdapterLayer):

@@ -17,17 +17,27 @@ from typing import Any
 
 import afina
 from afina.audit.base_files import BaseFiles, find_base
-from afina.audit.file_gate import CONFIG, STORY, AdapterFolder, check_files, content_hash
+from afina.audit.file_gate import AuditedFolder, check_files
 from afina.audit.lineage import inherit_findings, is_remedied, parents_of
 from afina.audit.provenance import provenance_gate
 from afina.audit.report import Finding, Gate, as_dicts, run_gate, verdict
 from afina.audit.results import AuditResult
 from afina.audit.sarif import as_sarif
-from afina.errors import AuditError
+from afina.errors import AfinaError, AuditError
 from afina.io import admission
-from afina.io.atomic import fingerprint, write_json
-from afina.io.composition import composition_hash, display_name, parse_weighted_list, read_config
-from afina.io.strict_json import read_json_object
+from afina.io.adapter_folder import CONFIG_FILE
+from afina.io.adapter_metadata import METADATA_FILE, RecordedBase
+from afina.io.atomic import write_json
+from afina.io.base_match import describe_base, same_base
+from afina.io.composition import (
+    composition_hash,
+    composition_parts,
+    display_name,
+    parse_weighted_list,
+)
+from afina.io.hashing import adapter_hash
+from afina.io.regular_file import fingerprint
+from afina.io.strict_json import AUDIT_JSON, read_json_object
 from afina.settings import EMBEDDED, AuditSettings, make_settings
 
 REPORT_VERSION = 1
@@ -42,7 +52,7 @@ class Audit:
     folders: list[Path]
     base: BaseFiles | None = None
     gates: list[Gate] = field(default_factory=list)
-    packages: list[AdapterFolder] = field(default_factory=list)
+    packages: list[AuditedFolder] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
     states: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -111,7 +121,7 @@ def _adapter_folder(run: Path) -> Path:
     inside = run / "adapter"
     return (
         inside
-        if not (run / CONFIG).exists() and (inside / CONFIG).exists() and not inside.is_symlink()
+        if not (run / CONFIG_FILE).exists() and (inside / CONFIG_FILE).exists() and not inside.is_symlink()
         else run
     )
 
@@ -119,7 +129,7 @@ def _adapter_folder(run: Path) -> Path:
 def _acting(place: Path, weight: float) -> list[tuple[Path, float]]:
     """The adapters in a run, an adapter or a composition, with their weights."""
     folder = _adapter_folder(place)
-    if (folder / CONFIG).exists() or not (folder / STORY).is_file():
+    if (folder / CONFIG_FILE).exists() or not (folder / METADATA_FILE).is_file():
         return [(folder, weight)]
     return [(part, weight * own) for part, own in _parts(folder)]
 
@@ -137,38 +147,27 @@ def _base(settings: AuditSettings, folders: list[Path]) -> BaseFiles | None:
         return BaseFiles(folder)
     for folder in folders:
         try:
-            if read_json_object(folder / CONFIG).get("base_model_name_or_path") != EMBEDDED:
+            if read_json_object(folder / CONFIG_FILE, AUDIT_JSON).get("base_model_name_or_path") != EMBEDDED:
                 return None
-        except AuditError:  # the file gate will say so
+        except AfinaError:  # the file gate reports it
             return None
     place = find_base(EMBEDDED)
     return BaseFiles(place) if place is not None and folders else None
 
 
 def _parts(folder: Path) -> list[tuple[Path, float]]:
-    """A composition's parts with their weights; raises `AuditError` where one lies elsewhere, or is not described."""
-    import math
+    """Return a composition's parts with their weights.
 
-    lines = read_json_object(folder / STORY).get("composition")
-    if not isinstance(lines, list) or not lines or len(lines) > 64:
-        raise AuditError("neither an adapter nor a composition", where=str(folder))
+    Raises:
+        AfinaError: a part is not described, lies outside the folder, or is a link.
+    """
+    read_json_object(folder / METADATA_FILE, AUDIT_JSON)  # within the audit's limits
     found = []
-    for line in lines:
-        path, weight = (
-            (line.get("path"), line.get("weight")) if isinstance(line, dict) else (None, None)
-        )
-        if (
-            not isinstance(path, str)
-            or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-        ):
-            raise AuditError("a part is not described by its path and weight", where=STORY)
-        if (
-            not (folder / path).resolve().is_relative_to(folder.resolve())
-            or (folder / path).is_symlink()
-        ):
-            raise AuditError("a part lies outside its composition", where=f"{STORY}: {path[:80]}")
-        found.append((folder / path, float(weight)))
+    for part, _, weight in composition_parts(folder):
+        if part.is_symlink():
+            where = f"{METADATA_FILE}: {part.name[:80]}"
+            raise AuditError("a part is a link", where=where)
+        found.append((part, weight))
     return found
 
 
@@ -178,24 +177,26 @@ def _files(about: Audit, folder: Path, gate: Gate) -> None:
     package = check_files(folder, about.base, gate)
     if gate.blocked:
         return
-    digest = content_hash(package.tensors, read_config(folder).canonical())
-    told = package.story.get("hash")
-    if told is not None and told != digest:
-        gate.block(
-            "hash-differs",
-            f"{STORY} says its hash is {str(told)[:12]}, and it is {digest[:12]}",
-            str(folder),
-        )
-    made_for = package.story.get("base", {}).get("hash") if package.story else None
-    if about.base is not None and made_for and made_for != about.base.hash:
-        gate.block(
-            "other-base",
-            f"made for a base of hash {made_for[:12]}; this one is {about.base.hash[:12]}",
-            str(folder),
-        )
+    assert package.opened is not None
+    digest = adapter_hash(package.tensors_hash, package.opened.config().canonical())
+    recorded = package.metadata.get("hash")
+    if recorded is not None and recorded != digest:
+        what = f"{METADATA_FILE} records hash {str(recorded)[:12]}, computed is {digest[:12]}"
+        gate.block("hash-differs", what, str(folder))
+    if about.base is not None:
+        _check_base(package.opened.base, about, folder, gate)
     about.packages.append(package)
     about.hashes.append(digest)
     about.states |= before
+
+
+def _check_base(recorded: RecordedBase, about: Audit, folder: Path, gate: Gate) -> None:
+    """Block an adapter that records another base than the one that it is audited on."""
+    assert about.base is not None
+    audited = RecordedBase(name=about.settings.base or EMBEDDED, hash=about.base.hash)
+    if same_base(recorded, audited) is False:
+        what = f"trained on {describe_base(recorded)}; this base is {describe_base(audited)}"
+        gate.block("other-base", what, str(folder))
 
 
 def _states(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -231,11 +232,11 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         run_gate(
             origin,
             partial(
-                inherit_findings, parents_of(package.story), is_remedied(package.story), origin
+                inherit_findings, parents_of(package.metadata), is_remedied(package.metadata), origin
             ),
         )
 
-        def look(package: AdapterFolder = package, numbers: Gate = numbers) -> None:
+        def look(package: AuditedFolder = package, numbers: Gate = numbers) -> None:
             measured = weight_gate(
                 package, about.base, calibrations, settings.max_false_positive_rate, numbers
             )

@@ -1,4 +1,4 @@
-"""What a base's files tell without loading it: the shapes of its weights, and the weights themselves, a piece at a time."""
+"""A base's files without loading the model: shapes of its weights, and the weights in pieces."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -9,19 +9,20 @@ import numpy as np
 
 import afina
 from afina.errors import AuditError
-from afina.io.safetensors import hash_tensor_files, read_header
-from afina.io.strict_json import parse_object
+from afina.io.hashing import hash_tensor_files
+from afina.io.safetensors import FLOAT_WIDTHS, SafetensorsReader
+from afina.io.strict_json import RUN_JSON, read_json_object
 from afina.settings import EMBEDDED
 
-CHUNK = 1 << 21  # numbers widened to float32 at a time: 8 MB
+CHUNK_ELEMENTS = 1 << 21  # widened to float32 at a time: 8 MB
 INDEX = "model.safetensors.index.json"
 
 
 class BaseFiles:
-    """A base's folder of safetensors; the user's own, and so trusted."""
+    """A base's folder of safetensors; it is the user's own, and so trusted."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `AuditError` where there is no model in `folder`."""
+        """Read configuration and headers; raise `AuditError` where `folder` has no model."""
         self.folder = folder
         if not (folder / "config.json").is_file():
             raise AuditError(
@@ -29,98 +30,80 @@ class BaseFiles:
                 where=str(folder),
                 hint="--base FOLDER, with config.json and safetensors",
             )
-        self.config: dict[str, Any] = parse_object(
-            (folder / "config.json").read_bytes(), str(folder / "config.json")
-        )
+        self.config = _read_json(folder / "config.json")
         if (folder / INDEX).is_file():
-            names = sorted(
-                set(
-                    parse_object((folder / INDEX).read_bytes(), str(folder / INDEX))[
-                        "weight_map"
-                    ].values()
-                )
-            )
+            names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
             self.files = [folder / name for name in names]
         else:
             self.files = sorted(folder.glob("model*.safetensors"))
-        self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        self._readers: dict[str, SafetensorsReader] = {}
         for file in self.files:
-            offset, header = read_header(file)
-            self._places |= {
-                name: (file, offset, about)
-                for name, about in header.items()
-                if name != "__metadata__"
-            }
+            reader = SafetensorsReader(file, error=AuditError)
+            self._readers |= dict.fromkeys(reader.entries, reader)
 
     @cached_property
     def hash(self) -> str:
-        """Identity of the base: that of its tensors."""
+        """Identity of the base: the hash of its tensors."""
         return hash_tensor_files(self.files)
 
     @property
-    def vocabulary(self) -> int | None:
-        """Size of its vocabulary, as its configuration tells."""
+    def vocab_size(self) -> int | None:
+        """Size of its vocabulary in tokens, from its configuration."""
         size = self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size")
         return int(size) if size else None
 
     def shape(self, path: str) -> tuple[int, ...] | None:
-        """Shape of the weight of the module at `path`; None where the files have none there that is plainly stored."""
-        place = self._places.get(f"{path}.weight")
-        if place is None or place[2]["dtype"] not in ("F32", "F16", "BF16"):
-            return (
-                self.shape("model.embed_tokens")
-                if path == "lm_head" and self.config.get("tie_word_embeddings")
-                else None
-            )
-        return tuple(place[2]["shape"])
+        """Return the shape of the module's weight at `path`; None where no float weight is stored."""
+        name = f"{path}.weight"
+        reader = self._readers.get(name)
+        if reader is None or reader.entries[name].dtype not in FLOAT_WIDTHS:
+            is_tied = path == "lm_head" and self.config.get("tie_word_embeddings")
+            return self.shape("model.embed_tokens") if is_tied else None
+        return reader.entries[name].shape
 
     @property
     def has_shapes(self) -> bool:
-        """Whether any weight is stored as a plain matrix (none is where the whole base is in 4 bits)."""
-        return any(
-            about["dtype"] in ("F32", "F16", "BF16") and len(about["shape"]) > 1
-            for *_, about in self._places.values()
-        )
+        """Whether any weight is stored as a float matrix (none is where the base is in 4 bits)."""
+        entries = (reader.entries[name] for name, reader in self._readers.items())
+        return any(entry.dtype in FLOAT_WIDTHS and len(entry.shape) > 1 for entry in entries)
 
     def rows(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The tensor `name` (out, in), some rows at a time: (number of the first, rows as float32)."""
-        file, offset, about = self._places[name]
-        rows, columns = about["shape"][0], int(np.prod(about["shape"][1:], dtype=np.int64))
-        width = {"F32": 4, "F16": 2, "BF16": 2}[about["dtype"]]
-        step = max(1, CHUNK // columns)
-        with file.open("rb") as stream:
-            stream.seek(offset + about["data_offsets"][0])
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                yield (
-                    start,
-                    widened(stream.read(count * columns * width), about["dtype"]).reshape(
-                        count, columns
-                    ),
-                )
+        """Yield the tensor `name` (out, in) in pieces: index of the first row, rows as float32."""
+        reader = self._readers[name]
+        entry = reader.entries[name]
+        num_rows = entry.shape[0]
+        num_columns = entry.num_elements // num_rows
+        row_bytes = num_columns * FLOAT_WIDTHS[entry.dtype]
+        step = max(1, CHUNK_ELEMENTS // num_columns)
+        for start in range(0, num_rows, step):
+            count = min(step, num_rows - start)
+            raw = reader.read_bytes(name, start * row_bytes, (start + count) * row_bytes)
+            yield start, widened(raw, entry.dtype).reshape(count, num_columns)
 
     def embedding(self) -> str | None:
-        """Name of the tensor that turns tokens into vectors."""
-        return next(
-            (name for name in self._places if name.endswith(("embed_tokens.weight", "wte.weight"))),
-            None,
-        )
+        """Return the name of the token embedding's weight."""
+        ends = ("embed_tokens.weight", "wte.weight")
+        return next((name for name in self._readers if name.endswith(ends)), None)
 
     def output(self) -> str | None:
-        """Name of the tensor that turns vectors into logits: the embedding's where they are tied."""
-        return "lm_head.weight" if "lm_head.weight" in self._places else self.embedding()
+        """Return the name of the output layer's weight: the embedding's where they are tied."""
+        return "lm_head.weight" if "lm_head.weight" in self._readers else self.embedding()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return read_json_object(file, RUN_JSON, AuditError)
 
 
 def widened(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:
-    """Bytes of a safetensors tensor as float32."""
+    """Return the bytes of a safetensors tensor as float32."""
     if dtype == "BF16":
         return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32, copy=False)
 
 
 def find_base(name: str) -> Path | None:
-    """The folder of a base by its path or "embedded"; None where it is a hub's name: the audit never asks the network."""
+    """Return the folder of a base by its path or "embedded"; None for a hub name: no network."""
     if name == EMBEDDED:
-        return Path(afina.__file__).parent / "base" / "embedded"
+        return Path(afina.__file__).parent / "models" / "embedded"
     folder = Path(name).expanduser()
     return folder if folder.is_dir() else None

@@ -1,7 +1,8 @@
-"""`adapter_config.json` of a stranger: which keys there may be, and what they may say.
+"""Check adapter_config.json of an untrusted adapter: which keys it may have, with which values.
 
-An allow-list of PEFT's LoraConfig (0.20, 0.21) and of afina's own: what is not known may be read by some loader as an
-instruction. PEFT imported modules named by `auto_mapping` and `megatron_core` until 2026-04 (peft #3090).
+An allow list of PEFT's LoraConfig (0.20, 0.21) and of this package's own keys: a loader may execute
+what is not known here. PEFT imported modules named by `auto_mapping` and `megatron_core` until
+2026-04 (peft #3090).
 """
 
 import math
@@ -10,90 +11,40 @@ from typing import Any
 
 from afina.audit.report import Gate
 from afina.io.name_patterns import are_plain_patterns, is_plain_pattern
+from afina.io.peft_config import (
+    DANGEROUS_PEFT_KEYS,
+    EMPTY_VALUES,
+    INERT_PEFT_KEYS,
+    LORA,
+    PEFT_TYPES,
+    SUPPORTED_INITS,
+    UNSUPPORTED_PEFT_KEYS,
+    PeftConfig,
+)
 
-LORA = "LORA"
-# method by peft_type; None: use_dora tells
-PEFT_TYPES = {LORA: None, "AFINA_LORA": "lora", "AFINA_MORA": "mora", "AFINA_FULL": "full"}
-# keys that change nothing about what is computed, or are checked below
-KNOWN = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-    "alora_invocation_tokens",
-    "modules_to_save",
-    "trainable_token_indices",
-    "init_lora_weights",
-    "peft_version",
-    "ensure_weight_tying",
-    "qalora_group_size",
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "velora_config",
-    "runtime_config",
-}
-DANGEROUS = {
-    "auto_mapping": "it names Python code that a loader may import",
-    "megatron_config": "a loader may import code for it",
-    "layer_replication": "it rebuilds the base out of repeated layers",
-}
-UNREAD = {  # these change the result, and afina does not follow them: (key, what leaves it unchanged)
-    "bias": "none",
-    "lora_bias": False,
-    "target_parameters": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "kasa_config": None,
-    "arrow_config": None,
-    "monteclora_config": None,
-}
-SUPPORTED_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-MAX_RANK, MAX_INVOCATION = 256, 32
+KNOWN_KEYS = INERT_PEFT_KEYS | set(PeftConfig.model_fields)
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, where a configuration has none
+MAX_AUDITED_RANK, MAX_INVOCATION = 256, 32
 
 
 def check_configuration(
-    config: Mapping[str, Any], gate: Gate, where: str, vocabulary: int | None = None
+    config: Mapping[str, Any], gate: Gate, where: str, vocab_size: int | None = None
 ) -> None:
-    """Add what is wrong with an adapter's configuration to `gate`; `vocabulary` is the base's, where it is known."""
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in PEFT_TYPES:
-        gate.block(
-            "config-type",
-            f"its type is {str(kind)[:40]!r}: only lora, dora, mora and full are known",
-            where,
-        )
+    """Add findings about an adapter's configuration to `gate`.
+
+    Args:
+        config: The content of adapter_config.json.
+        gate: The gate.
+        where: The file, for messages.
+        vocab_size: The base's vocabulary size in tokens, where it is known.
+    """
+    peft_type = config.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
+        known = ", ".join(sorted(PEFT_TYPES))
+        what = f"peft_type {str(peft_type)[:40]!r} is not a registered adapter method"
+        gate.block("config-type", f"{what} (registered: {known})", where)
     for key, value in config.items():
-        empty = value in (None, False) or value == [] or value == {}
-        if key in DANGEROUS:
-            if not empty:
-                gate.block("config-dangerous", f"{key} is set: {DANGEROUS[key]}", where, key=key)
-        elif key in UNREAD:
-            if not empty and value != UNREAD[key]:
-                what = f"{key}={str(value)[:60]!r} changes the result, and afina does not follow it"
-                gate.block("config-unread", what, where)
-        elif key not in KNOWN:
-            gate.block(
-                "config-unknown",
-                f"unknown key {key[:60]!r}: some loader might obey it",
-                where,
-                key=key[:60],
-            )
+        _check_key(key, value, gate, where)
     if config.get("megatron_core", "megatron.core") not in (None, "megatron.core"):
         gate.block(
             "config-dangerous",
@@ -110,7 +61,23 @@ def check_configuration(
     _check_numbers(config, gate, where)
     _check_patterns(config, gate, where)
     _check_owned(config, gate, where)
-    _check_invocation(config.get("alora_invocation_tokens"), gate, where, vocabulary)
+    _check_invocation(config.get("alora_invocation_tokens"), gate, where, vocab_size)
+
+
+def _check_key(key: str, value: Any, gate: Gate, where: str) -> None:
+    """Add a finding where a key is unknown, dangerous or not supported, and set."""
+    is_empty = value in EMPTY_VALUES
+    if key in DANGEROUS_PEFT_KEYS:
+        if not is_empty:
+            what = f"{key} is set: {DANGEROUS_PEFT_KEYS[key]}"
+            gate.block("config-dangerous", what, where, key=key)
+    elif key in UNSUPPORTED_PEFT_KEYS:
+        if not is_empty and value != UNSUPPORTED_PEFT_KEYS[key]:
+            what = f"{key}={str(value)[:60]!r} changes the result and is not supported"
+            gate.block("config-unread", what, where)
+    elif key not in KNOWN_KEYS:
+        what = f"unknown key {key[:60]!r}: a loader may execute it"
+        gate.block("config-unknown", what, where, key=key[:60])
 
 
 def _positive(value: Any) -> bool:
@@ -120,20 +87,20 @@ def _positive(value: Any) -> bool:
 def _check_numbers(config: Mapping[str, Any], gate: Gate, where: str) -> None:
     """Ranks, strengths, dropout."""
     if config.get("peft_type") != LORA:
-        return  # what afina's own methods are is told in afina.json
+        return  # afina.json has the values of the other methods
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     if not all(isinstance(pattern, dict) for pattern in patterns.values()):
         gate.block("config-value", "rank_pattern and alpha_pattern are objects", where)
         return
-    ranks = [config.get("r"), *patterns["rank_pattern"].values()]
+    ranks = [config.get("r", DEFAULT_RANK), *patterns["rank_pattern"].values()]
     if not all(type(rank) is int and rank >= 1 for rank in ranks):
         gate.block("config-value", f"ranks are whole numbers from 1, not {str(ranks)[:60]}", where)
         return
-    if max(ranks) > MAX_RANK:
+    if max(ranks) > MAX_AUDITED_RANK:
         gate.review(
-            "config-rank", f"a rank of {max(ranks):,}: {MAX_RANK} is more than adapters need", where
+            "config-rank", f"a rank of {max(ranks):,}: {MAX_AUDITED_RANK} is more than adapters need", where
         )
-    alphas = [config.get("lora_alpha"), *patterns["alpha_pattern"].values()]
+    alphas = [config.get("lora_alpha", DEFAULT_ALPHA), *patterns["alpha_pattern"].values()]
     if not all(_positive(alpha) for alpha in alphas):
         gate.block("config-value", f"lora_alpha is a number above 0, not {str(alphas)[:60]}", where)
     elif max(alphas) > 16 * max(ranks):
@@ -182,7 +149,7 @@ def _check_owned(config: Mapping[str, Any], gate: Gate, where: str) -> None:
         gate.review("owns-tokens", "it brings rows of the vocabulary of its own", where)
 
 
-def _check_invocation(tokens: Any, gate: Gate, where: str, vocabulary: int | None) -> None:
+def _check_invocation(tokens: Any, gate: Gate, where: str, vocab_size: int | None) -> None:
     if tokens is None:
         return
     numbers = isinstance(tokens, list) and all(type(token) is int for token in tokens)
@@ -190,7 +157,7 @@ def _check_invocation(tokens: Any, gate: Gate, where: str, vocabulary: int | Non
         gate.block(
             "config-invocation", f"its invocation is 1 to {MAX_INVOCATION} token numbers", where
         )
-    elif min(tokens) < 0 or (vocabulary is not None and max(tokens) >= vocabulary):
+    elif min(tokens) < 0 or (vocab_size is not None and max(tokens) >= vocab_size):
         gate.block(
             "config-invocation",
             f"its invocation {tokens[:8]} is not in the base's vocabulary",

@@ -1,49 +1,49 @@
-"""The file gate: what lies in an adapter's folder, before anything of it is loaded. No torch, no network, no pickle.
+"""The file gate: the content of an adapter's folder, before any of it is loaded.
 
-    adapter_config.json, adapter_model.safetensors      must be there
-    afina.json, afina.manifest.json, afina.sig,         may be
-    profile.safetensors (what the adapter is for),
+    adapter_config.json, adapter_model.safetensors      required
+    afina.json, afina.manifest.json, afina.sig,         optional
+    profile.safetensors (routing profile),
     README.md, LICENSE, .gitattributes
-    everything else                                     blocks: code and templates by name, the rest as unknown
+    everything else                                     blocks: code and templates by name, the rest
+                                                        as unknown
 
-Each tensor is read once, in pieces; in the same pass it is hashed, and its numbers are looked at.
+No torch, no network, no pickle. Each tensor is read once, in pieces; the same pass hashes it and
+checks its values.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from afina.audit.base_files import BaseFiles, widened
-from afina.audit.configuration import PEFT_TYPES, check_configuration
-from afina.audit.header import TensorEntry, read_header
+from afina.audit.configuration import check_configuration
+from afina.audit.metadata_check import check_metadata
 from afina.audit.report import Gate
-from afina.audit.story import check_story
-from afina.errors import AuditError
-from afina.io.atomic import open_regular_file
-from afina.io.name_patterns import Patterns
-from afina.io.strict_json import read_json_object
-
-CONFIG, WEIGHTS, STORY, MANIFEST, SIGNATURE, PROFILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "afina.json",
-    "afina.manifest.json",
-    "afina.sig",
-    "profile.safetensors",
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import (
+    CONFIG_FILE,
+    TENSOR_NAME,
+    WEIGHTS_FILE,
+    AdapterFolder,
 )
-ALLOWED = {
-    CONFIG,
-    WEIGHTS,
-    STORY,
+from afina.io.adapter_metadata import METADATA_FILE
+from afina.io.hashing import combine_tensor_hashes, start_tensor_hash
+from afina.io.peft_config import PeftConfig
+from afina.io.regular_file import open_regular_file
+from afina.io.safetensors import TensorEntry, read_chunks, read_open_header
+from afina.io.strict_json import AUDIT_JSON, read_json_object
+
+MANIFEST, SIGNATURE, PROFILE = "afina.manifest.json", "afina.sig", "profile.safetensors"
+ALLOWED_FILES = {
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    METADATA_FILE,
     MANIFEST,
     SIGNATURE,
     PROFILE,
@@ -51,7 +51,7 @@ ALLOWED = {
     "LICENSE",
     ".gitattributes",
 }
-DANGER = (  # what a name tells: (pattern, what it is)
+DANGEROUS_FILES = (  # (pattern of a name, what such a file does)
     (
         r".*\.(bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz|h5|keras|pb|onnx|mar|dill)",
         "it may run code when it is opened",
@@ -63,134 +63,115 @@ DANGER = (  # what a name tells: (pattern, what it is)
         "it would take the place of the base's own",
     ),
 )
-MAX_WEIGHTS, MAX_OTHER = 4 << 30, 1 << 20  # bytes
-PIECE = 1 << 22  # bytes read at a time: what numpy looks at stays in the cache of the hash
-LARGE = 1e3  # no number of an adapter that was trained and works is near this
-PREFIX = "base_model.model."
-NAME = re.compile(
-    r"(base_model\.model\.)?(?P<path>[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*?)\.(?P<part>"
-    r"lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(\.weight)?|mora_M\.weight"
-    r"|accumulated\.weight|token_adapter\.trainable_tokens_delta|base_layer\.weight|weight|bias)"
-)
+MAX_WEIGHTS_BYTES, MAX_OTHER_BYTES = 4 << 30, 1 << 20
+CHUNK_BYTES = 1 << 22  # per read: it stays in the cache between the hash and numpy
+MAX_ABSOLUTE = 1e3  # elements of trained adapters are far below
 
 
 @dataclass
-class AdapterFolder:
-    """An adapter's files as the gate read them. `tensors` is the hash of its tensors, as in `afina.io.safetensors`."""
+class AuditedFolder:
+    """An adapter's files as the gate read them.
+
+    Attributes:
+        folder: The folder.
+        config: The content of adapter_config.json.
+        metadata: The content of afina.json; {} for an adapter that PEFT wrote.
+        opened: The adapter, by the one reader; None until configuration and metadata passed.
+        tensors_hash: Hash of the tensors, as `afina.io.hashing.hash_tensor_files` returns it.
+        digests: SHA-256 (hex) of each tensor's dtype, shape and bytes, by name.
+        norms: Frobenius norm of each tensor, by name.
+    """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
-    story: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, TensorEntry] = field(default_factory=dict)
-    tensors: str = ""
-    digests: dict[str, str] = field(
-        default_factory=dict
-    )  # sha256 of each tensor, of its dtype, shape and bytes
+    metadata: dict[str, Any] = field(default_factory=dict)
+    opened: AdapterFolder | None = None
+    tensors_hash: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
 
     @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """The tensors, by name."""
+        return {} if self.opened is None else self.opened.entries
+
+    @property
     def method(self) -> str:
-        """lora, dora, mora or full, as the configuration tells."""
-        return PEFT_TYPES.get(self.config.get("peft_type", ""), None) or (
-            "dora" if self.config.get("use_dora") else "lora"
-        )
+        """Name of the adapter method that adapter_config.json has."""
+        return PeftConfig.method_of(self.config)
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """The adapter's configuration, without PEFT's trained tokens."""
+        assert self.opened is not None
+        return self.opened.config_without_tokens
 
     def rank_of(self, path: str = "") -> int:
-        """The rank at a layer, as afina.json or PEFT's patterns tell it; patterns were checked to be plain."""
-        return int(self._told(path, "rank", "ranks", "r", "rank_pattern"))
+        """Return the configured rank at the module `path`."""
+        return self.adapter_config.rank_of(path)
 
     def scale_of(self, path: str) -> float:
-        """Factor of the update at a layer: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        rank, alpha = (
-            self.rank_of(path),
-            float(self._told(path, "alpha", "alphas", "lora_alpha", "alpha_pattern")),
-        )
-        rooted = (
-            self.story["spec"].get("scaling") == "rslora"
-            if self.story
-            else self.config.get("use_rslora")
-        )
-        return alpha / (rank**0.5 if rooted else rank)
-
-    def _told(self, path: str, one: str, many: str, theirs: str, pattern: str) -> Any:
-        if self.story:
-            spec = self.story["spec"]
-            return (spec.get(many) or {}).get(path, spec.get(one))
-        return self._patterns[pattern].of(path, self.config[theirs])
-
-    @cached_property
-    def _patterns(self) -> dict[str, Patterns]:
-        return {
-            name: Patterns(self.config.get(name) or {})
-            for name in ("rank_pattern", "alpha_pattern")
-        }
+        """Return the factor of the update at the module `path`."""
+        return self.adapter_config.scale_of(path)
 
     def modules(self) -> dict[str, dict[str, TensorEntry]]:
-        """Tensors by the path of their layer, and there by what they are: {"lora_A.weight": ...}."""
-        found: dict[str, dict[str, TensorEntry]] = {}
-        for name, entry in self.entries.items():
-            match = NAME.fullmatch(name)
-            if match:
-                found.setdefault(match["path"], {})[match["part"]] = entry
-        return found
+        """Return the tensors by module path, and there by kind: {"lora_A.weight": ...}."""
+        return {} if self.opened is None else self.opened.modules()
 
 
-def check_files(folder: Path, base: BaseFiles | None, gate: Gate) -> AdapterFolder:
-    """Look at every file of the adapter in `folder`; what is wrong goes to `gate`. Raises `AuditError` where it must stop."""
-    package = AdapterFolder(folder)
+def check_files(folder: Path, base: BaseFiles | None, gate: Gate) -> AuditedFolder:
+    """Check every file of the adapter in `folder`, and add findings to `gate`.
+
+    Raises:
+        AfinaError: a file is so malformed that nothing after it can be checked.
+    """
+    package = AuditedFolder(folder)
     names = _list(folder, gate)
-    for needed in (CONFIG, WEIGHTS):
+    for needed in (CONFIG_FILE, WEIGHTS_FILE):
         if needed not in names:
             gate.block("missing", f"{needed} is missing", str(folder))
     if gate.blocked:
         return package
-    package.config = read_json_object(folder / CONFIG)
-    check_configuration(package.config, gate, CONFIG, base.vocabulary if base else None)
-    if gate.blocked:  # what was read must not steer what is read next
+    package.config = read_json_object(folder / CONFIG_FILE, AUDIT_JSON)
+    check_configuration(package.config, gate, CONFIG_FILE, base.vocab_size if base else None)
+    if gate.blocked:  # a value that was rejected must not decide what is read next
         return package
-    if STORY in names:
-        package.story = read_json_object(folder / STORY)
-        check_story(package.story, package.config, package.method, gate, STORY)
+    if METADATA_FILE in names:
+        package.metadata = read_json_object(folder / METADATA_FILE, AUDIT_JSON)
+        check_metadata(package.metadata, package.config, package.method, gate, METADATA_FILE)
     elif package.config.get("peft_type") != "LORA":
-        gate.block(
-            "missing", f"{STORY} is missing, which tells what PEFT's format cannot", str(folder)
-        )
+        what = f"{METADATA_FILE} is missing, which holds what PEFT's format cannot"
+        gate.block("missing", what, str(folder))
     if PROFILE in names:
         _check_profile(folder / PROFILE, gate)
     if gate.blocked:
         return package
-    with open_regular_file(folder / WEIGHTS) as stream:
-        package.entries = read_header(stream, WEIGHTS)
+    package.opened = AdapterFolder.read(folder, strict=True)
+    with open_regular_file(folder / WEIGHTS_FILE) as stream:
         _check_names(package, gate)
         if not gate.blocked:
             _check_ranks(package, gate)
         if base is not None and not gate.blocked:
             _check_shapes(package, base, gate)
-        _read_numbers(package, stream, gate)
-    lines = "".join(f"{name} {package.digests[name]}\n" for name in sorted(package.digests))
-    package.tensors = hashlib.sha256(lines.encode()).hexdigest()
+        _check_values(package, stream, gate)
+    package.tensors_hash = combine_tensor_hashes(package.digests)
     gate.measured |= {
         "tensors": len(package.entries),
-        "numbers": sum(e.numbers for e in package.entries.values()),
+        "numbers": sum(entry.num_elements for entry in package.entries.values()),
     }
     return package
 
 
 def _check_profile(file: Path, gate: Gate) -> None:
-    """What "auto" reads when it chooses an adapter: one tensor of points, and nothing else."""
+    """Check the routing profile of an adapter: one tensor of points, and nothing else."""
     with open_regular_file(file) as stream:
-        entries = read_header(stream, PROFILE)
+        entries = read_open_header(stream, PROFILE)
     if list(entries) != ["points"] or len(entries["points"].shape) != 3:
         gate.block("profile", "a profile is one tensor, points (k, parts, d)", PROFILE)
 
 
-def content_hash(tensors: str, spec: dict[str, Any]) -> str:
-    """Identity of an adapter, of the hash of its tensors and its spec: that of `afina.adapters.loading`, without torch."""
-    return hashlib.sha256((tensors + json.dumps(spec, sort_keys=True)).encode()).hexdigest()
-
-
 def _list(folder: Path, gate: Gate) -> set[str]:
-    """Names in the folder; links, folders and files that do not belong there block."""
+    """Return the names in the folder; links, folders and foreign files block."""
     names = set()
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         shown = ascii(entry.name)[1:-1][:80]
@@ -208,35 +189,35 @@ def _list(folder: Path, gate: Gate) -> set[str]:
                 "a file with several names (hard links): it may be changed by another of them",
                 shown,
             )
-        elif about.st_size > (MAX_WEIGHTS if entry.name == WEIGHTS else MAX_OTHER):
+        elif about.st_size > (MAX_WEIGHTS_BYTES if entry.name == WEIGHTS_FILE else MAX_OTHER_BYTES):
             gate.block("size", f"{about.st_size:,} bytes are more than such a file may have", shown)
-        elif entry.name not in ALLOWED:
-            whys = (why for pattern, why in DANGER if re.fullmatch(pattern, entry.name.lower()))
+        elif entry.name not in ALLOWED_FILES:
+            whys = (why for pattern, why in DANGEROUS_FILES if re.fullmatch(pattern, entry.name.lower()))
             why = next(whys, "no adapter has this file")
             gate.block("foreign-file", f"does not belong into an adapter: {why}", shown)
     return names
 
 
-WHOLE = {
+TENSOR_SETS = {
     "lora": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}),
     "dora": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}),
     "mora": ({"mora_M.weight"},),
 }
-LENGTHS = {"lora_magnitude_vector", "lora_magnitude_vector.weight"}
-BESIDE = {"accumulated.weight", "token_adapter.trainable_tokens_delta", "base_layer.weight"}
+MAGNITUDES = {"lora_magnitude_vector", "lora_magnitude_vector.weight"}
+EXTRA_TENSORS = {"accumulated.weight", "token_adapter.trainable_tokens_delta", "base_layer.weight"}
 
 
-def _check_names(package: AdapterFolder, gate: Gate) -> None:
+def _check_names(package: AuditedFolder, gate: Gate) -> None:
     """Every tensor is one that its method has, and has its partner; `modules_to_save` may bring whole ones."""
     for name in package.entries:
-        if not NAME.fullmatch(name):
+        if not TENSOR_NAME.fullmatch(name):
             gate.block(
-                "tensor-name", "not the name of a tensor of an adapter", f"{WEIGHTS}: {name[:120]}"
+                "tensor-name", "not the name of a tensor of an adapter", f"{WEIGHTS_FILE}: {name[:120]}"
             )
     owned = [str(name) for name in package.config.get("modules_to_save") or ()]
     for path, parts in package.modules().items():
-        told = set(parts) - BESIDE
-        place = f"{WEIGHTS}: {path}"
+        told = set(parts) - EXTRA_TENSORS
+        place = f"{WEIGHTS_FILE}: {path}"
         if package.method == "full" or (
             told and told <= {"weight", "bias"} and any(f".{o}." in f".{path}." for o in owned)
         ):
@@ -251,11 +232,11 @@ def _check_names(package: AdapterFolder, gate: Gate) -> None:
                     "vocabulary", "it changes what tokens mean or how they are chosen", place
                 )
             continue
-        if package.method == "dora" and len(told & LENGTHS) == 1:
-            told -= LENGTHS
+        if package.method == "dora" and len(told & MAGNITUDES) == 1:
+            told -= MAGNITUDES
         elif package.method == "dora" and told:
             gate.block("tensor-pair", "no length vector, which dora has at every layer", place)
-        if told and told not in WHOLE[package.method]:
+        if told and told not in TENSOR_SETS[package.method]:
             gate.block(
                 "tensor-pair",
                 f"{package.method} does not have {', '.join(sorted(told))} at a layer",
@@ -264,16 +245,15 @@ def _check_names(package: AdapterFolder, gate: Gate) -> None:
         if _is_vocabulary(path) and told:
             gate.review("vocabulary", "it changes what tokens mean or how they are chosen", place)
     if sum(len(parts) for parts in package.modules().values()) != len(package.entries):
-        gate.block("tensor-name", "two names mean the same tensor", WEIGHTS)
+        gate.block("tensor-name", "two names mean the same tensor", WEIGHTS_FILE)
 
 
-def _check_ranks(package: AdapterFolder, gate: Gate) -> None:
-    """Each layer has the rank that is told: a loader that trusts the one must not read the other."""
-    for path, parts in package.modules().items():
-        a = parts.get("lora_A.weight") or parts.get("lora_embedding_A")
-        if a is not None and a.shape[0] != package.rank_of(path):
-            what = f"rank {a.shape[0]:,} in its tensors, {package.rank_of(path):,} told"
-            gate.block("rank", what, f"{WEIGHTS}: {path}")
+def _check_ranks(package: AuditedFolder, gate: Gate) -> None:
+    """Block where a configured rank is not that of the tensors: loaders trust one or the other."""
+    assert package.opened is not None
+    for name, rank, configured in package.opened.rank_mismatches():
+        what = f"rank {rank:,} in its tensors, {configured:,} in its configuration"
+        gate.block("rank", what, f"{WEIGHTS_FILE}: {name}")
 
 
 def _is_vocabulary(path: str) -> bool:
@@ -287,7 +267,7 @@ def _is_vocabulary(path: str) -> bool:
     )
 
 
-def _check_shapes(package: AdapterFolder, base: BaseFiles, gate: Gate) -> None:
+def _check_shapes(package: AuditedFolder, base: BaseFiles, gate: Gate) -> None:
     """Shapes as the base's weights ask for; ranks as the configuration tells."""
     modules = package.modules()
     known = {path: base.shape(path) for path in modules}
@@ -295,10 +275,10 @@ def _check_shapes(package: AdapterFolder, base: BaseFiles, gate: Gate) -> None:
         what = (
             "none of its layers is in the base's files by that name: shapes could not be compared"
         )
-        gate.review("base-shapes", what, WEIGHTS)
+        gate.review("base-shapes", what, WEIGHTS_FILE)
         return
     for path, parts in modules.items():
-        shape, place = known[path], f"{WEIGHTS}: {path}"
+        shape, place = known[path], f"{WEIGHTS_FILE}: {path}"
         if shape is None:
             if not set(parts) <= {"weight", "bias"}:
                 gate.block("base-layer", "the base has no such layer", place)
@@ -309,7 +289,7 @@ def _check_shapes(package: AdapterFolder, base: BaseFiles, gate: Gate) -> None:
 
 
 def _wrong_shapes(
-    path: str, parts: dict[str, TensorEntry], weight: tuple[int, ...], package: AdapterFolder
+    path: str, parts: dict[str, TensorEntry], weight: tuple[int, ...], package: AuditedFolder
 ) -> str | None:
     """What does not fit a base's weight; convolutions and embeddings have the forms of PEFT."""
     if package.config.get("fan_in_fan_out") and len(weight) == 2:
@@ -333,7 +313,7 @@ def _wrong_shapes(
         )  # for rotation the next even number below
         if m not in ((size, size), (size - size % 2, size - size % 2)):
             return f"M is {list(m)}"
-    for part in LENGTHS & set(shapes):
+    for part in MAGNITUDES & set(shapes):
         if math.prod(shapes[part]) != out:
             return f"{part} is {list(shapes[part])}"
     whole = shapes.get("weight")
@@ -343,44 +323,25 @@ def _wrong_shapes(
     return f"what it accumulated is {list(tall)}" if tall and tall != (out, inner) else None
 
 
-def _read_numbers(package: AdapterFolder, stream: BinaryIO, gate: Gate) -> None:
-    """Hash every tensor, and see that its numbers are finite and not absurd."""
+def _check_values(package: AuditedFolder, stream: BinaryIO, gate: Gate) -> None:
+    """Hash every tensor, and block elements that are not finite or absurdly large."""
     for entry in sorted(package.entries.values(), key=lambda entry: entry.begin):
-        stream.seek(entry.begin)
-        digest = hashlib.sha256(json.dumps([entry.dtype, list(entry.shape)]).encode())
+        place = f"{WEIGHTS_FILE}: {entry.name}"
+        digest = start_tensor_hash(entry)
         squares = largest = 0.0
-        for raw in _pieces(stream, entry):
+        for raw in read_chunks(stream, entry.begin, entry.end, place, CHUNK_BYTES):
             digest.update(raw)
-            numbers = widened(raw, entry.dtype)
+            values = widened(raw, entry.dtype)
             with np.errstate(over="ignore", invalid="ignore"):
-                dot = float(np.dot(numbers, numbers))
+                dot = float(np.dot(values, values))
             if not math.isfinite(dot):
-                if not np.isfinite(numbers).all():
-                    gate.block(
-                        "not-finite",
-                        "it holds a number that is infinite, or none",
-                        f"{WEIGHTS}: {entry.name}",
-                    )
-                dot = float(np.square(numbers.astype(np.float64)).sum())
+                if not np.isfinite(values).all():
+                    gate.block("not-finite", "an element is infinite or NaN", place)
+                dot = float(np.square(values.astype(np.float64)).sum())
             squares += dot
-            largest = max(largest, float(numbers.max()), -float(numbers.min()))
+            largest = max(largest, float(values.max()), -float(values.min()))
         package.digests[entry.name] = digest.hexdigest()
         package.norms[entry.name] = math.sqrt(squares) if math.isfinite(squares) else math.inf
-        if largest > LARGE:
-            gate.block(
-                "too-large",
-                f"a number of {largest:.3g}: it drowns what the base says",
-                f"{WEIGHTS}: {entry.name}",
-            )
-
-
-def _pieces(stream: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
-    left = entry.end - entry.begin
-    while left:
-        raw = stream.read(min(PIECE, left))
-        if not raw:
-            raise AuditError(
-                "it became shorter while it was read", where=f"{WEIGHTS}: {entry.name}"
-            )
-        left -= len(raw)
-        yield raw
+        if largest > MAX_ABSOLUTE:
+            what = f"an element of {largest:.3g}, more than {MAX_ABSOLUTE:g}"
+            gate.block("too-large", what, place)

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import afina
-from afina.adapters.loading import adapter_folder, read_metadata, read_run_record
-from afina.adapters.loading import read_json_object as read_plain_json
-from afina.audit.file_gate import ALLOWED, CONFIG, MANIFEST, SIGNATURE
+from afina.audit.file_gate import ALLOWED_FILES, MANIFEST, SIGNATURE
 from afina.audit.report import Gate
 from afina.audit.results import RevokeResult, SignResult
 from afina.errors import AuditError
 from afina.io import admission
-from afina.io.atomic import atomic_file, open_regular_file, write_json
+from afina.io.adapter_folder import CONFIG_FILE, adapter_folder
+from afina.io.adapter_metadata import read_metadata
+from afina.io.atomic import atomic_file, write_json
 from afina.io.composition import hash_adapter_folder
-from afina.io.strict_json import read_json_object
+from afina.io.regular_file import open_regular_file
+from afina.io.run_record import read_run_record
+from afina.io.strict_json import AUDIT_JSON, read_json_object
 from afina.settings import RevokeSettings, SignSettings, VerifySettings, make_settings
 
 MANIFEST_VERSION = 1
@@ -41,9 +43,9 @@ def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> di
     """What the adapter in `folder` is: its content, files, base, tokenizer (where `base` is there), recipe and parents."""
     story = read_metadata(folder)
     made_for = story.get("base") or {
-        "name": read_plain_json(folder / CONFIG).get("base_model_name_or_path")
+        "name": read_json_object(folder / CONFIG_FILE).get("base_model_name_or_path")
     }
-    files = [name for name in sorted(ALLOWED - {MANIFEST, SIGNATURE}) if (folder / name).is_file()]
+    files = [name for name in sorted(ALLOWED_FILES - {MANIFEST, SIGNATURE}) if (folder / name).is_file()]
     recipe = {
         key: run[key] for key in ("settings", "data", "method", "objective") if key in run
     } or story.get("combination")
@@ -91,7 +93,7 @@ def sign(run: str | Path | SignSettings, **values: Any) -> SignResult:
         else make_settings(SignSettings, {"adapter": run, **values})
     )
     folder = adapter_folder(settings.adapter)
-    foreign = sorted(set(os.listdir(folder)) - ALLOWED)
+    foreign = sorted(set(os.listdir(folder)) - ALLOWED_FILES)
     if foreign:
         raise AuditError(
             f"{foreign[0]!r} is no file of an adapter",
@@ -152,7 +154,7 @@ def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
         with open_regular_file(Path(entry.path)):  # links and hard links are refused
             pass
     check_signature(folder, key)
-    manifest = read_json_object(folder / MANIFEST)
+    manifest = read_json_object(folder / MANIFEST, AUDIT_JSON, AuditError)
     check_manifest(manifest, folder, base)
     return manifest
 
@@ -187,7 +189,7 @@ def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None)
     story = read_metadata(folder)
     now = {
         name: file_hash(folder / name)
-        for name in ALLOWED - {MANIFEST, SIGNATURE}
+        for name in ALLOWED_FILES - {MANIFEST, SIGNATURE}
         if (folder / name).is_file()
     }
     checks = [
@@ -231,7 +233,7 @@ def provenance_gate(
         )
     elif key is None:
         gate.measured["origin"] = "signed, by a key that was not given"
-        check_manifest(read_json_object(folder / MANIFEST), folder, base)
+        check_manifest(read_json_object(folder / MANIFEST, AUDIT_JSON, AuditError), folder, base)
         gate.note("signed-unknown", "it is signed; give --key PUBLIC.pem to check by whom")
     else:
         check_origin(folder, key, base)

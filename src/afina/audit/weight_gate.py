@@ -13,12 +13,13 @@ import numpy as np
 
 from afina.audit.base_files import BaseFiles, widened
 from afina.audit.calibration import Calibration, PopulationKey
-from afina.audit.file_gate import WEIGHTS, AdapterFolder
-from afina.audit.header import TensorEntry
+from afina.audit.file_gate import AuditedFolder
 from afina.audit.report import Gate
 from afina.audit.update_statistics import UpdateSpectrum, coherence, of_dense, of_factors, robust_z
 from afina.errors import AuditError
-from afina.io.atomic import open_regular_file
+from afina.io.adapter_folder import WEIGHTS_FILE
+from afina.io.regular_file import open_regular_file
+from afina.io.safetensors import TensorEntry
 
 ATTENTION = (
     "q_proj",
@@ -61,11 +62,11 @@ class WeightMeasurements:
     left_out: list[str] = field(default_factory=list)  # layers of which nothing could be said
 
 
-def measure(package: AdapterFolder, base: BaseFiles | None) -> WeightMeasurements:
+def measure(package: AuditedFolder, base: BaseFiles | None) -> WeightMeasurements:
     """All statistics of an adapter that has passed the file gate."""
     measured = WeightMeasurements(kind_of(package, base))
     directions: dict[str, tuple[str, UpdateSpectrum]] = {}
-    with open_regular_file(package.folder / WEIGHTS) as stream:
+    with open_regular_file(package.folder / WEIGHTS_FILE) as stream:
         for path, stats, core in _updates(package, base, stream, measured):
             if not stats:
                 measured.zero_layers.append(path)
@@ -80,13 +81,13 @@ def measure(package: AdapterFolder, base: BaseFiles | None) -> WeightMeasurement
     return measured
 
 
-def kind_of(package: AdapterFolder, base: BaseFiles | None) -> PopulationKey:
+def kind_of(package: AuditedFolder, base: BaseFiles | None) -> PopulationKey:
     """What an adapter may be compared with: same base, method, layers and size."""
-    told = package.story.get("base", {}).get("hash") if package.story else None
+    recorded = package.metadata.get("base", {}).get("hash")
     leaves = tuple(sorted({path.rpartition(".")[2] for path in package.modules()}))
     size = 1 << (package.rank_of() - 1).bit_length()
     return PopulationKey(
-        base.hash if base else told or "", package.method, leaves, size, base is not None
+        base.hash if base else recorded or "", package.method, leaves, size, base is not None
     )
 
 
@@ -96,7 +97,7 @@ def group_of(path: str) -> str:
 
 
 def _updates(
-    package: AdapterFolder, base: BaseFiles | None, stream: BinaryIO, measured: WeightMeasurements
+    package: AuditedFolder, base: BaseFiles | None, stream: BinaryIO, measured: WeightMeasurements
 ) -> Iterator[tuple[str, dict[str, float], UpdateSpectrum]]:
     """(path, statistics, core) of each layer."""
 
@@ -240,7 +241,7 @@ def _features(
 
 
 def weight_gate(
-    package: AdapterFolder,
+    package: AuditedFolder,
     base: BaseFiles | None,
     calibrations: list[Calibration],
     alpha: float,
@@ -273,7 +274,7 @@ def weight_gate(
             gate.review(
                 "too-strong",
                 f"its update is {np.exp(stats['rho']):.2f} times the base's weight",
-                f"{WEIGHTS}: {path}",
+                f"{WEIGHTS_FILE}: {path}",
             )
     _show_what_stands_out(measured, gate)
     _compare(measured, calibrations, alpha, gate)
@@ -297,7 +298,7 @@ def _show_what_stands_out(measured: WeightMeasurements, gate: Gate) -> None:
         gate.note(
             "layer-stands-out",
             f"unlike its own other layers in {', '.join(stats)}",
-            f"{WEIGHTS}: {path}",
+            f"{WEIGHTS_FILE}: {path}",
             z=stats,
         )
     for place, tokens in sorted(measured.tokens.items(), key=lambda item: -item[1][0][1])[:3]:
@@ -305,7 +306,7 @@ def _show_what_stands_out(measured: WeightMeasurements, gate: Gate) -> None:
         gate.note(
             "tokens-stand-out",
             f"its strongest direction {side} these tokens",
-            f"{WEIGHTS}: {path}",
+            f"{WEIGHTS_FILE}: {path}",
             tokens=[{"token": token, "z": round(z, 1)} for token, z in tokens],
         )
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
-from afina.adapters.loading import adapter_folder, load_adapter, read_json_object, read_metadata
+from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.data.schemas import PROMPT, PreferenceRow, Prompt
 from afina.data.table import read_table
@@ -30,9 +30,12 @@ from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
 from afina.evaluation.preference_eval import wilson_interval
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
 from afina.io.atomic import translate_os_errors, write_json, write_text
 from afina.io.migrations import migrate_judgement
 from afina.io.result import Content, Result, ResultTable
+from afina.io.strict_json import read_json_object
 from afina.settings import AnnotateSettings
 
 SESSION, JUDGEMENTS, PAIRS = "session.json", "judgements.jsonl", "pairs.jsonl"

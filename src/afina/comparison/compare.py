@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import afina
-from afina.adapters.loading import read_json_object, read_run_record
 from afina.adapters.presets import Preset, get_preset
 from afina.comparison import analysis as findings
 from afina.comparison.cost_probe import STEPS, measure_in_subprocess
@@ -38,6 +37,8 @@ from afina.comparison.split import KINDS, ComparisonSplit, split_rows
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import write_json, write_text
 from afina.io.migrations import migrate_comparison_settings, rename_keys
+from afina.io.run_record import read_run_record
+from afina.io.strict_json import read_json_object
 from afina.settings import CompareSettings, TrainSettings, make_settings, resolved
 from afina.training.setup.set_up import default_learning_rate, set_up_run
 from afina.training.trainer import read_metrics

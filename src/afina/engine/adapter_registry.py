@@ -14,28 +14,15 @@ from pathlib import Path
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import replaces_base_modules
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import (
-    WEIGHTS,
-    adapter_folder,
-    hash_adapter_file,
-    read_adapter_config,
-    read_metadata,
-)
+from afina.adapters.loading import check_base
 from afina.engine.loaded_adapter import AdapterLayout, AdapterLayoutCache
 from afina.engine.request import RegisteredAdapter
 from afina.errors import AdapterError, did_you_mean
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import AdapterFolder
 from afina.io.admission import require_report
-from afina.io.safetensors import read_header
+from afina.io.regular_file import FileFingerprint, fingerprint
 from afina.models.causal_lm import CausalLM
-
-FileFingerprint = tuple[int, int, int, int]  # device, inode, size and time of change (ns) of a file
-
-
-def stamp(file: Path | str) -> FileFingerprint:
-    """What tells that a file is the one that was hashed."""
-    about = os.stat(file)
-    return about.st_dev, about.st_ino, about.st_size, about.st_ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +31,7 @@ class AdapterRecord:
 
     hash: str
     file: str  # a path: thousands are kept
-    stamp: FileFingerprint
+    fingerprint: FileFingerprint
     layout: AdapterLayout
 
     @property
@@ -266,30 +253,16 @@ class AdapterRegistry:
                     )
 
     def _read(self, folder: Path) -> AdapterRecord:
-        folder = adapter_folder(folder)
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise AdapterError(
-                "no adapter_model.safetensors", where=str(folder), hint="only safetensors are read"
-            )
-        made_for = read_metadata(folder).get("base", {}).get("hash")
-        if made_for and self.base.hash and made_for != self.base.hash:
-            why = f"base hash {made_for[:12]}, the one that is served has {self.base.hash[:12]}"
-            raise AdapterError("made for another base", where=str(folder), why=why)
-        before = stamp(file)
-        layout = self._layouts.of(folder, self._spec(folder))
-        digest = hash_adapter_file(file, layout.config.canonical())
-        if stamp(file) != before:
+        opened = AdapterFolder.open(folder)
+        check_base(opened, self.base, require_known=self.require_audit)
+        file, tokenizer = opened.weights_file, self.base.tokenizer
+        before = fingerprint(os.stat(file))
+        layout = self._layouts.of(opened, opened.config(tokenizer))
+        digest = opened.verified_hash(tokenizer)
+        if fingerprint(os.stat(file)) != before:
             raise AdapterError(
                 "the file changed while it was read", where=str(file), hint="load it again"
             )
-        require_report(
-            self.require_audit, digest, str(folder), self.base.hash
-        )  # of what was hashed here: it is what will be served
+        # of the content that was hashed here: it is what will be served
+        require_report(self.require_audit, digest, str(opened.path), self.base.hash)
         return AdapterRecord(digest, str(file), before, layout)
-
-    def _spec(self, folder: Path) -> AdapterConfig:
-        _, header = read_header(folder / WEIGHTS)
-        return read_adapter_config(
-            folder, [name for name in header if name != "__metadata__"], self.base.tokenizer
-        )

@@ -7,14 +7,11 @@
 Adapters of one spec share one `Layout`: which of the file's tensors belongs to which layer, worked out once.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +19,28 @@ from torch import Tensor, nn
 from afina.adapters.attach import (
     Adapter,
     attach,
+    create_layers,
     detach,
     find_wrapper,
     frozen_module,
     insert_wrapper,
 )
-from afina.adapters.base import AdapterConfig, AdapterLayer
-from afina.adapters.loading import PREFIX, WEIGHTS, adapter_hash, assign_state
+from afina.adapters.base import AdapterLayer
+from afina.adapters.loading import (
+    assign_state,
+    check_frozen_copy,
+    check_modules,
+    frozen_copies,
+    matching_views,
+)
 from afina.adapters.modules import LoRAView, ModuleWithAdapters
 from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
-from afina.errors import AdapterError, BaseError
-from afina.io.safetensors import check_safetensors, combine_tensor_hashes, read_header
+from afina.errors import AdapterError
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import PREFIX, AdapterFolder
+from afina.io.hashing import adapter_hash, combine_tensor_hashes, start_tensor_hash
+from afina.io.safetensors import TensorEntry, read_span
 from afina.models.causal_lm import CausalLM
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -60,8 +67,9 @@ class AdapterLayout:
     dtype: torch.dtype
     offset: int
     numbers: int
-    entries: Mapping[str, Any]
+    entries: Mapping[str, TensorEntry]  # offsets from the start of the data
     places: tuple[LoRAOffsets, ...] | None
+    frozen: Mapping[str, str] = field(default_factory=dict)  # copies of base weights: name to path
 
     @cached_property
     def contiguous_groups(self) -> list[tuple[int, int, int, int, int]]:
@@ -93,8 +101,8 @@ class AdapterLayout:
         raw = numbers.view(torch.uint8).numpy().data
         digests = {}
         for name, entry in self.entries.items():
-            digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
-            digest.update(raw[slice(*entry["data_offsets"])])
+            digest = start_tensor_hash(entry)
+            digest.update(raw[entry.begin : entry.end])
             digests[name] = digest.hexdigest()
         return adapter_hash(combine_tensor_hashes(digests), self.config.canonical())
 
@@ -114,48 +122,61 @@ class AdapterLayoutCache:
         self.base = base
         self._known: dict[str, AdapterLayout] = {}
 
-    def of(self, folder: Path, spec: AdapterConfig) -> AdapterLayout:
-        """The layout of the adapter in `folder`; raises `AdapterError` where it does not fit the base or cannot be served."""
-        file = folder / WEIGHTS
-        try:
-            check_safetensors(file)
-            offset, header = read_header(file)
-        except BaseError as error:
-            raise AdapterError(
-                error.what, where=error.where, why=error.why, hint="copy the adapter again"
-            ) from error
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        key = json.dumps([spec.canonical(), entries], sort_keys=True)
+    def of(self, folder: AdapterFolder, spec: AdapterConfig) -> AdapterLayout:
+        """Return the layout of an adapter on disk.
+
+        Raises:
+            AdapterError: the adapter does not fit the base, or cannot be served.
+        """
+        offset = min(entry.begin for entry in folder.entries.values())
+        entries = {
+            name: replace(entry, begin=entry.begin - offset, end=entry.end - offset)
+            for name, entry in folder.entries.items()
+        }
+        described = [[e.name, e.dtype, e.shape, e.begin, e.end] for e in entries.values()]
+        key = json.dumps([spec.canonical(), described], sort_keys=True)
         if key not in self._known:
-            self._known[key] = self._make(spec, entries, offset, str(file))
+            self._known[key] = self._make(spec, entries, offset, str(folder.weights_file))
         known = self._known[key]
+        self._check_frozen_copies(folder, known)
         return known if known.offset == offset else replace(known, offset=offset)
 
+    def _check_frozen_copies(self, folder: AdapterFolder, layout: AdapterLayout) -> None:
+        """Raise `AdapterError` where a copy of a base's weight is not the base's own."""
+        reader = folder.reader()
+        for name, path in layout.frozen.items():
+            raw = torch.frombuffer(reader.read_bytes(name), dtype=layout.dtype)
+            tensor = raw.view(layout.entries[name].shape)
+            check_frozen_copy(name, tensor, self.base, path, str(folder.weights_file))
+
     def _make(
-        self, spec: AdapterConfig, entries: dict[str, Any], offset: int, where: str
+        self, spec: AdapterConfig, entries: dict[str, TensorEntry], offset: int, where: str
     ) -> AdapterLayout:
-        types = {entry["dtype"] for entry in entries.values()}
-        if len(types) != 1 or (dtype := TYPES.get(next(iter(types)))) is None:
+        types = {entry.dtype for entry in entries.values()}
+        dtype = TYPES.get(next(iter(types))) if len(types) == 1 else None
+        if dtype is None:
             raise AdapterError(
                 f"tensors of types {', '.join(sorted(types))}",
                 where=where,
-                why="served are F32, BF16 or F16",
-            )
-        spans = sorted(entry["data_offsets"] for entry in entries.values())
-        if any(one[1] != next_[0] for one, next_ in pairwise(spans)):
-            raise AdapterError(
-                "tensors overlap, or leave holes", where=where, hint="save the adapter again"
+                why="all tensors F32, all BF16 or all F16 can be served",
             )
         self._check_servable(spec, where)
-        numbers = spans[-1][1] // dtype.itemsize
-        return AdapterLayout(
-            spec,
-            dtype,
-            offset,
-            numbers,
-            entries,
-            self._places(spec, entries, dtype.itemsize, where),
-        )
+        check_modules(spec, entries, self.base, where)
+        frozen = frozen_copies(spec, entries, self.base)
+        own = {name: entry for name, entry in entries.items() if name not in frozen}
+        places = self._places(spec, own, dtype.itemsize, where)
+        if places is None:
+            self._check_shapes(spec, own, where)
+        numbers = max(entry.end for entry in entries.values()) // dtype.itemsize
+        return AdapterLayout(spec, dtype, offset, numbers, entries, places, frozen)
+
+    def _check_shapes(
+        self, spec: AdapterConfig, entries: dict[str, TensorEntry], where: str
+    ) -> None:
+        """Raise `AdapterError` where the adapter's layers, built aside, have other tensors."""
+        layers = create_layers(self.base.model, spec)
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        matching_views(Adapter("unattached", spec, layers), shapes, where)
 
     def _check_servable(self, spec: AdapterConfig, where: str) -> None:
         if get_method(spec.method).replaces_base or spec.modules_to_save:
@@ -174,7 +195,7 @@ class AdapterLayoutCache:
             )
 
     def _places(
-        self, spec: AdapterConfig, entries: dict[str, Any], size: int, where: str
+        self, spec: AdapterConfig, entries: dict[str, TensorEntry], size: int, where: str
     ) -> tuple[LoRAOffsets, ...] | None:
         """Where A and B of each layer lie; None where the method is more than low rank."""
         kind = get_method(spec.method)
@@ -194,16 +215,16 @@ class AdapterLayoutCache:
             at = {}
             for name in ("a", "b"):
                 key = f"{PREFIX}{path}.{delta.names_on_disk(layer)[name]}"
-                shape = list(getattr(delta, name).shape)
-                if key not in left or entries[key]["shape"] != shape:
-                    found = entries[key]["shape"] if key in entries else "missing"
+                shape = tuple(getattr(delta, name).shape)
+                if key not in left or entries[key].shape != shape:
+                    found = entries[key].shape if key in entries else "missing"
                     raise AdapterError(
                         f"{key}: {found}",
                         where=where,
                         why=f"this base and configuration want {shape}",
                     )
                 left.remove(key)
-                at[name] = entries[key]["data_offsets"][0] // size
+                at[name] = entries[key].begin // size
             rank = spec.rank_of(path)
             places.append(
                 LoRAOffsets(
@@ -217,7 +238,7 @@ class AdapterLayoutCache:
                 )
             )
         if left:
-            raise AdapterError(f"a tensor without a place: {min(left)}", where=where)
+            raise AdapterError(f"a tensor without a module: {min(left)}", where=where)
         return tuple(places)
 
 
@@ -257,15 +278,20 @@ class LoadedAdapter:
         """Let the layers see it."""
         if self._present:
             return
-        self._present = True
         if self.layout.places is None:
-            self._adapter = attach(base.model, base.forward_context, self.name, self.layout.config)
+            adapter = attach(base.model, base.forward_context, self.name, self.layout.config)
             flat = self.memory.view(torch.uint8)[
                 : self.layout.numbers * self.layout.dtype.itemsize
             ].view(self.layout.dtype)
-            assign_state(self._adapter, self._tensors(flat), self.name)
-            self._adapter.train(False)
+            try:
+                assign_state(adapter, self._tensors(flat), self.name)
+            except AdapterError:
+                detach(base.model, adapter)
+                raise
+            adapter.train(False)
+            self._adapter, self._present = adapter, True
             return
+        self._present = True
         for place in self.layout.places:
             a = self.memory[place.a : place.a + place.rank * place.inputs].view(
                 place.rank, place.inputs
@@ -280,8 +306,9 @@ class LoadedAdapter:
     def _tensors(self, flat: Tensor) -> dict[str, Tensor]:
         size, tensors = self.layout.dtype.itemsize, {}
         for name, entry in self.layout.entries.items():
-            begin, end = (at // size for at in entry["data_offsets"])
-            tensors[name] = flat[begin:end].view(entry["shape"])
+            if name not in self.layout.frozen:
+                stretch = flat[entry.begin // size : entry.end // size]
+                tensors[name] = stretch.view(entry.shape)
         return tensors
 
     def deactivate(self, base: CausalLM, evicted: bool = False) -> None:
@@ -308,11 +335,6 @@ def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
 
 def read_numbers(file: Path, layout: AdapterLayout) -> Tensor:
     """The file's stretch of numbers, in its own dtype, on the host."""
-    data = bytearray(layout.numbers * layout.dtype.itemsize)
-    with file.open("rb") as stream:
-        stream.seek(layout.offset)
-        if stream.readinto(data) != len(data):
-            raise AdapterError(
-                "the file is shorter than it was", where=str(file), hint="load the adapter again"
-            )
+    end = layout.offset + layout.numbers * layout.dtype.itemsize
+    data = read_span(file, layout.offset, end, str(file))
     return torch.frombuffer(data, dtype=layout.dtype)

@@ -8,17 +8,19 @@ What nobody is using stays until its place is wanted; then the longest unused go
 adapter. Before an adapter go the pages that it made: without it nobody can use them.
 """
 
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
-from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry, LiveAdapter, stamp
+from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry, LiveAdapter
 from afina.engine.block_pool import BlockPool, ignore_move
 from afina.engine.loaded_adapter import LoadedAdapter, read_numbers
 from afina.engine.prefix_cache import PrefixCache
 from afina.errors import AdapterError
+from afina.io.regular_file import fingerprint
 from afina.models.causal_lm import CausalLM
 
 MAX_PREFETCHED = 8  # adapters that are read, or were, before their turn
@@ -206,15 +208,15 @@ def _read(content: AdapterRecord, sealed: bool) -> Tensor:
     `sealed`: these very numbers are hashed again; without it a file that tells an old time of change may pass.
     """
     try:
-        before = stamp(content.file)
+        before = fingerprint(os.stat(content.file))
         numbers = read_numbers(Path(content.file), content.layout)
-        after = stamp(content.file)
+        after = fingerprint(os.stat(content.file))
     except OSError as error:
         why = error.strerror or str(error)
         raise AdapterError(
             "the adapter's file is gone", where=content.file, why=why, hint="load it again"
         ) from error
-    if not before == after == content.stamp or (
+    if not before == after == content.fingerprint or (
         sealed and content.layout.hash_of(numbers) != content.hash
     ):
         why = "it was changed after it was loaded, and nobody is answered with what was not checked"

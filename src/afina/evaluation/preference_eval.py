@@ -11,13 +11,15 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
-from afina.adapters.loading import adapter_folder, load_adapter, read_metadata
+from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.data.schemas import PAIRS, PREFERENCE, split_pairs
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError, pluralize
 from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import BATCH_TOKENS, retention_loss
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
 from afina.models.causal_lm import CausalLM
 from afina.objectives.preference import PairwiseObjective, PreferenceObjective, tokenize_preferences
 from afina.objectives.preference_losses import NEEDS_REFERENCE

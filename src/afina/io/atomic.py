@@ -1,16 +1,15 @@
-"""Files that are there whole or not at all: written beside their place, then renamed. And files that are what they seem."""
+"""Files that are there whole or not at all: written beside their place, then renamed."""
 
 import errno
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from afina.errors import AfinaError, AuditError
+from afina.errors import AfinaError
 
 
 @contextmanager
@@ -123,43 +122,3 @@ def recover_interrupted_replace(path: Path) -> None:
             old.rename(path)
     for new in path.parent.glob(f".{path.name}.new-*"):
         shutil.rmtree(new, ignore_errors=True)
-
-
-@contextmanager
-def open_regular_file(file: Path) -> Iterator[BinaryIO]:
-    """A regular file with one name, opened without following a link; raises `AuditError` where it is something else.
-
-    The checks are of what was opened, not of its name; that it did not change while it was read is checked at the end.
-    """
-    flags = (
-        os.O_RDONLY
-        | getattr(os, "O_NOFOLLOW", 0)
-        | getattr(os, "O_NONBLOCK", 0)
-        | getattr(os, "O_BINARY", 0)
-    )
-    try:
-        if file.is_symlink():  # where the system has no O_NOFOLLOW
-            raise AuditError(
-                "a link, not a file", where=str(file), hint="copy the file itself (cp -L)"
-            )
-        number = os.open(file, flags)
-    except OSError as error:
-        raise AuditError(
-            "cannot be opened as a plain file", where=str(file), why=os.strerror(error.errno or 0)
-        ) from error
-    with os.fdopen(number, "rb") as stream:
-        before = os.fstat(number)
-        if not stat.S_ISREG(before.st_mode):
-            raise AuditError("not a regular file", where=str(file))
-        if before.st_nlink > 1:
-            raise AuditError(
-                "a file with several names (hard links)", where=str(file), hint="copy it"
-            )
-        yield stream
-        if fingerprint(os.fstat(number)) != fingerprint(before):
-            raise AuditError("it changed while it was read", where=str(file))
-
-
-def fingerprint(about: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file does."""
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns

@@ -1,8 +1,8 @@
-"""What was audited is what is read: adapters copied, once, to where nobody else writes, and hashed and read there.
+"""Adapters that are read are the ones that were audited: private copies, hashed and read there.
 
-    RUN/adapter/...   --copied, link by link refused-->   PRIVATE/1/RUN/adapter/...   --hashed, asked for, loaded-->
+    RUN/adapter/...   --copied, links rejected-->   PRIVATE/1/RUN/adapter/...   --hashed, loaded-->
 
-Without this somebody could change a file after it was hashed and before it is read.
+Without the copy a file could be changed after it was hashed and before it is read.
 """
 
 import shutil
@@ -11,63 +11,72 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from afina.adapters.loading import CONFIG, METADATA_FILE, WEIGHTS, adapter_folder
+from afina.io.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, adapter_folder
+from afina.io.adapter_metadata import METADATA_FILE
 from afina.io.admission import require_report
-from afina.io.atomic import open_regular_file, translate_os_errors
+from afina.io.atomic import translate_os_errors
 from afina.io.composition import (
+    composition_parts,
     display_name,
     expand_composition,
-    hash_adapter_folder,
     is_composition,
     parse_weighted,
 )
+from afina.io.regular_file import open_regular_file
+from afina.io.run_record import RUN_FILE
 
-READ = (CONFIG, WEIGHTS, METADATA_FILE, "README.md")
+COPIED_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, "README.md")
+COPY_CHUNK_BYTES = 1 << 22
 
 
 @contextmanager
 def verified_copies(require_audit: bool, named: Sequence[str | Path]) -> Iterator[list[str]]:
-    """The adapters "FOLDER:weight": as they are, or where an audit is required as private copies that have a report.
+    """Yield the adapters "FOLDER:weight", as private copies with a report where one is required.
 
-    The copies are gone when the block ends. Raises `AuditError` where one has no report that lets it through (of a
-    composition: each part), or a file is a link.
+    The copies are deleted when the block ends.
+
+    Raises:
+        AuditError: a report is required and one adapter (of a composition: one part) has none that
+            approves it, or a file is a link.
     """
     if not require_audit:
         yield [str(name) for name in named]
         return
-    place = Path(tempfile.mkdtemp(prefix="afina-"))  # for this user alone
+    private = Path(tempfile.mkdtemp(prefix="afina-"))  # readable by this user only
     try:
         copies = []
         for number, name in enumerate(named):
             folder, weight = parse_weighted(name)
-            with translate_os_errors(place):
-                copy = _copy(folder, place / str(number) / display_name(folder))
+            with translate_os_errors(private):
+                copy = _copy(folder, private / str(number) / display_name(folder))
             for part in expand_composition(copy):
-                require_report(require_audit, hash_adapter_folder(part.folder), str(folder))
+                digest = AdapterFolder.open(part.folder).verified_hash()
+                require_report(require_audit, digest, str(folder))
             copies.append(str(copy) if str(name) == str(folder) else f"{copy}:{weight!r}")
         yield copies
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
-def _copy(source: Path, to: Path) -> Path:
-    """The files of a run, an adapter or a composition that a loader reads; nothing else."""
+def _copy(source: Path, target: Path) -> Path:
+    """Copy the files of a run, an adapter or a composition that a loader reads; nothing else."""
     if is_composition(source):
-        _copy_files(source, to, (METADATA_FILE,))
-        for part in expand_composition(source):
-            _copy_files(part.folder, to / part.folder.relative_to(source), READ)
-        return to
+        _copy_files(source, target, (METADATA_FILE,))
+        for folder, _, _ in composition_parts(source):
+            part = adapter_folder(folder)
+            _copy_files(part, target / part.relative_to(source), COPIED_FILES)
+        return target
     folder = adapter_folder(source)
-    inside = folder != source
-    _copy_files(folder, to / "adapter" if inside else to, READ)
-    if inside:
-        _copy_files(source, to, ("run.json",))
-    return to
+    is_run = folder != source
+    _copy_files(folder, target / "adapter" if is_run else target, COPIED_FILES)
+    if is_run:
+        _copy_files(source, target, (RUN_FILE,))
+    return target
 
 
-def _copy_files(source: Path, to: Path, names: Sequence[str]) -> None:
-    to.mkdir(parents=True, exist_ok=True)
+def _copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).exists():
-            with open_regular_file(source / name) as stream, (to / name).open("wb") as copy:
-                shutil.copyfileobj(stream, copy, 1 << 22)
+            with open_regular_file(source / name) as stream, (target / name).open("wb") as copy:
+                shutil.copyfileobj(stream, copy, COPY_CHUNK_BYTES)

@@ -5,26 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from afina.adapters.loading import (
-    METADATA_FILE,
-    WEIGHTS,
-    adapter_folder,
-    read_metadata,
-    read_run_record,
-)
 from afina.adapters.target_selection import layer_index
+from afina.io.adapter_folder import AdapterFolder, adapter_folder
+from afina.io.adapter_metadata import METADATA_FILE, read_metadata
 from afina.io.composition import (
     WeightedAdapter,
+    as_plain_values,
     expand_composition,
-    hash_adapter_folder,
     is_composition,
-    read_config,
-    recorded_base,
 )
+from afina.io.run_record import read_run_record
 from afina.merging import low_rank as lowrank
 from afina.merging.results import AdapterInfo, CompositionInfo, ShowResult
 from afina.merging.sources import AdapterSource
-from afina.merging.stream import SafetensorsReader
+from afina.merging.stream import TensorReader
 from afina.settings import ShowSettings, make_settings
 
 
@@ -59,10 +53,10 @@ def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
 
 def adapter_info(folder: Path) -> AdapterInfo:
     """The facts about one adapter folder."""
-    spec, story = read_config(folder), read_metadata(folder)
-    reader, digest = SafetensorsReader(folder / WEIGHTS), hash_adapter_folder(folder)
-    source = AdapterSource(WeightedAdapter(folder), spec, digest, reader)
-    shapes = [entry["shape"] for entry in reader.entries.values()]
+    opened, story = AdapterFolder.open(folder), read_metadata(folder)
+    spec, digest = opened.config(), opened.hash()
+    reader = TensorReader(opened.weights_file, entries=opened.entries)
+    source = AdapterSource(WeightedAdapter(folder), opened, spec, digest, reader)
     return AdapterInfo(
         folder=str(folder),
         hash=digest,
@@ -77,9 +71,9 @@ def adapter_info(folder: Path) -> AdapterInfo:
         layers=len(spec.target_modules),
         where=_where(spec.target_modules),
         modules=list(spec.modules_to_save),
-        numbers=sum(_product(shape) for shape in shapes),
-        bytes=(folder / WEIGHTS).stat().st_size,
-        base=recorded_base(folder),
+        numbers=sum(entry.num_elements for entry in opened.entries.values()),
+        bytes=opened.weights_file.stat().st_size,
+        base=as_plain_values(opened.base),
         parents=story.get("parents", []),
         combination=story.get("combination"),
         made_by=f"afina {story['afina']}"
@@ -102,13 +96,6 @@ def _norm(source: AdapterSource, path: str) -> float:
         )
         ** 0.5
     )
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def _where(paths: tuple[str, ...]) -> dict[str, list[int]]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afina.adapters.loading import adapter_folder, read_json_object
 from afina.errors import SettingsError
+from afina.io.adapter_folder import AdapterFolder, adapter_folder
 from afina.io.atomic import atomic_directory
 from afina.io.verified_copy import verified_copies
 from afina.merging.gguf import export_adapter, export_model
@@ -68,12 +68,13 @@ def _gguf(settings: ExportSettings) -> ExportResult:
 def _peft(run: Path, settings: ExportSettings) -> ExportResult:
     check_out(settings.output)
     with verified_copies(settings.require_audit, [run]) as [copy]:
-        source = adapter_folder(Path(copy))
-        kind = read_json_object(source / "adapter_config.json").get("peft_type")
-        if kind != "LORA":
+        opened = AdapterFolder.open(Path(copy))
+        source, kind = opened.path, opened.peft.peft_type
+        if not opened.peft.is_lora:
             raise SettingsError(
                 f"PEFT does not know adapters of type {kind}", where=str(run), hint="--format hf"
             )
+        _check_recorded_hash(opened)
         with atomic_directory(settings.output) as folder:
             for file in sorted(source.iterdir()):
                 if file.name in (
@@ -86,3 +87,9 @@ def _peft(run: Path, settings: ExportSettings) -> ExportResult:
     return ExportResult(
         out=str(settings.output), format="peft", adapter=str(adapter_folder(run))
     )
+
+
+def _check_recorded_hash(opened: AdapterFolder) -> None:
+    """Raise `AdapterError` where a file was changed; PEFT's adapters record no hash."""
+    if opened.metadata is not None:
+        opened.verified_hash()

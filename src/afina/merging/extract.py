@@ -17,7 +17,7 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import frozen_module
-from afina.adapters.loading import load_adapter, read_run_record
+from afina.adapters.loading import load_adapter
 from afina.adapters.target_module import TargetModule, as_matrix
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT
@@ -26,15 +26,17 @@ from afina.errors import AdapterError, SettingsError
 from afina.evaluation.evaluate import HELD_OUT
 from afina.evaluation.retention import BATCH_TOKENS, retention_examples
 from afina.io.composition import common_base
+from afina.io.run_record import read_run_record
 from afina.merging.combine import RetainedEnergy, best_low_rank
 from afina.merging.low_rank import LowRankUpdate, truncate_dense
 from afina.merging.results import ExtractResult
 from afina.merging.sources import adapted_modules, attach_to_base, open_sources
-from afina.merging.stream import SafetensorsReader
+from afina.merging.stream import TensorReader
 from afina.merging.write import (
     LoRATensorLayout,
+    PeftContext,
     base_config,
-    form_of_layer,
+    layout_of_module,
     parent_config,
     tensor_layout,
     write_lora,
@@ -181,7 +183,7 @@ def _from_models(
         _tensors(str(settings.finetuned_model), None),
     )
     if set(before) != set(after) or any(
-        before[n].entries[n]["shape"] != after[n].entries[n]["shape"] for n in before
+        before[n].entries[n].shape != after[n].entries[n].shape for n in before
     ):
         raise AdapterError(
             "these two models have different tensors",
@@ -206,14 +208,14 @@ def _from_models(
                 as_matrix(modules[path], new - old), settings.max_rank, settings.retained_energy
             )
             kept.retained_energy[path] = made.retained_energy
-            yield path, made.low, form_of_layer(TargetModule(path, modules[path]))
+            yield path, made.low, layout_of_module(TargetModule(path, modules[path]))
             if (
                 head is not None and head != path and modules[head].weight is modules[path].weight
             ):  # tied: both changed
                 yield (
                     head,
                     LowRankUpdate(made.low.a.T, made.low.b.T),
-                    form_of_layer(TargetModule(head, modules[head])),
+                    layout_of_module(TargetModule(head, modules[head])),
                 )
 
     story = {
@@ -241,10 +243,10 @@ def _from_models(
     return written, losses
 
 
-def _tensors(name: str, revision: str | None) -> dict[str, SafetensorsReader]:
+def _tensors(name: str, revision: str | None) -> dict[str, TensorReader]:
     """The file that holds each tensor of a model."""
     readers = [
-        SafetensorsReader(file) for file in checked_weight_files(resolve_model_dir(name, revision))
+        TensorReader(file) for file in checked_weight_files(resolve_model_dir(name, revision))
     ]
     return {tensor: reader for reader in readers for tensor in reader.entries}
 
@@ -253,7 +255,7 @@ def _write(
     settings: ExtractSettings,
     layers: Layers,
     paths: list[str],
-    config: dict[str, Any],
+    config: PeftContext,
     base: dict[str, Any],
     story: dict[str, Any],
     invocation: tuple[int, ...],

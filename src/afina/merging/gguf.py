@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from afina.adapters.load_run import load_run
-from afina.adapters.loading import WEIGHTS
 from afina.data.renderer import Renderer
 from afina.errors import AdapterError, BaseError, MergeError, SettingsError
 from afina.io.atomic import atomic_file
@@ -27,7 +26,6 @@ from afina.io.composition import (
     expand_composition,
     hash_adapter_folder,
     parse_weighted_list,
-    read_config,
     recorded_base,
 )
 from afina.merging.gguf_tokenizer import add_tokens
@@ -42,7 +40,6 @@ from afina.merging.merge_into_base import (
 )
 from afina.merging.results import ExportResult
 from afina.merging.sources import AdapterSource
-from afina.merging.stream import SafetensorsReader
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_config, resolve_model_dir
 from afina.models.nf4 import dequantize_model
@@ -355,10 +352,8 @@ def _source(settings: ExportSettings) -> tuple[AdapterSource, PretrainedConfig]:
             hint=hint,
         )
     folder = parts[0].folder
-    spec = read_config(folder)
-    source = AdapterSource(
-        parts[0], spec, hash_adapter_folder(folder), SafetensorsReader(folder / WEIGHTS)
-    )
+    source = AdapterSource.open(parts[0])
+    spec = source.config
     if spec.modules_to_save or spec.trainable_tokens:
         owned = next(iter(spec.modules_to_save or spec.trainable_tokens))
         raise AdapterError(

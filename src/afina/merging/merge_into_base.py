@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, detach, frozen_module
 from afina.adapters.load_run import load_run
-from afina.adapters.loading import adapter_folder, read_metadata
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_module import FreeParameter, as_matrix, as_stored
 from afina.data import RETENTION_TEXT
 from afina.errors import MergeError, SettingsError
 from afina.evaluation.retention import retention_examples
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
 from afina.io.atomic import atomic_directory, write_json
 from afina.io.verified_copy import verified_copies
 from afina.merging.results import MergeResult

@@ -13,22 +13,21 @@ import torch
 from torch import Tensor
 
 from afina.adapters.attach import Adapter, frozen_module
-from afina.adapters.base import AdapterConfig
 from afina.adapters.load_run import load_run
-from afina.adapters.loading import PREFIX, WEIGHTS, load_adapter
+from afina.adapters.loading import load_adapter
 from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError, SettingsError
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import PREFIX, AdapterFolder
 from afina.io.composition import (
     WeightedAdapter,
     display_name,
     expand_composition,
-    hash_adapter_folder,
     parse_weighted,
-    read_config,
 )
 from afina.merging.low_rank import LowRankUpdate
-from afina.merging.stream import SafetensorsReader
+from afina.merging.stream import TensorReader
 from afina.models.frozen import FrozenModel
 from afina.settings import ModelSettings
 
@@ -38,12 +37,20 @@ class AdapterSource:
     """One adapter to be combined: who it is, its weight, and its update at each layer."""
 
     part: WeightedAdapter
+    folder: AdapterFolder
     config: AdapterConfig
     hash: str
-    reader: SafetensorsReader
+    reader: TensorReader
     attached: Adapter | None = None
     base: FrozenModel | None = None
     _names: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, part: WeightedAdapter) -> "AdapterSource":
+        """Open an adapter; raise `AdapterError` where its files are damaged or were changed."""
+        folder = AdapterFolder.open(part.folder)
+        reader = TensorReader(folder.weights_file, entries=folder.entries)
+        return cls(part, folder, folder.config(), folder.verified_hash(), reader)
 
     @property
     def weight(self) -> float:
@@ -141,7 +148,8 @@ def open_sources(texts: Sequence[str | Path]) -> list[AdapterSource]:
 
 def open_source(part: WeightedAdapter) -> AdapterSource:
     """One adapter, read strictly; raises `AdapterError` where it owns more than updates, of which there is no weighted sum."""
-    spec = read_config(part.folder)
+    source = AdapterSource.open(part)
+    spec = source.config
     if spec.modules_to_save:
         why = "a head learned from its own random start: a weighted sum of heads is no head"
         raise AdapterError(
@@ -154,9 +162,7 @@ def open_source(part: WeightedAdapter) -> AdapterSource:
             where=str(part.folder),
             why=why,
         )
-    return AdapterSource(
-        part, spec, hash_adapter_folder(part.folder), SafetensorsReader(part.folder / WEIGHTS)
-    )
+    return source
 
 
 def attach_to_base(sources: Sequence[AdapterSource], settings: ModelSettings) -> FrozenModel:

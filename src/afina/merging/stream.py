@@ -1,22 +1,17 @@
-"""Safetensors read and written one tensor at a time: what does not fit in memory whole still passes through.
+"""Safetensors as torch tensors, read and written one at a time: larger files than memory work."""
 
-Reading goes by offset and not by memory map, so that the pages of a large file do not count as memory in use.
-"""
-
-import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from afina.errors import AdapterError
-from afina.io.safetensors import read_header
+from afina.io.safetensors import SafetensorsReader, SafetensorsWriter, header_size
 
-DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -27,73 +22,36 @@ DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-ENTRY = 96  # bytes of the header beside a tensor's name, at most: dtype, shape, offsets
 
 
-class SafetensorsReader:
-    """The tensors of one safetensors file by name, each read when asked for."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._offset, header = read_header(file)
-        self.entries: Mapping[str, dict[str, Any]] = {
-            k: v for k, v in header.items() if k != "__metadata__"
-        }
+class TensorReader(SafetensorsReader):
+    """The tensors of one safetensors file by name, each read on request."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor `name`, in its own dtype."""
+        """Return the tensor `name` in its own dtype."""
         entry = self.entries[name]
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise AdapterError(
-                f"tensors of type {entry['dtype']} are not read", where=f"{self.file}: {name}"
-            )
-        data = bytearray(end - begin)
-        with self.file.open("rb") as stream:
-            stream.seek(self._offset + begin)
-            stream.readinto(data)
-        dtype = DTYPES[entry["dtype"]]
-        return (
-            torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-            if data
-            else torch.empty(entry["shape"], dtype=dtype)
-        )
+        if entry.dtype not in TORCH_DTYPES:
+            where = f"{self.file}: {name}"
+            raise AdapterError(f"dtype {entry.dtype} is not supported", where=where)
+        dtype = TORCH_DTYPES[entry.dtype]
+        if not entry.num_bytes:
+            return torch.empty(entry.shape, dtype=dtype)
+        return torch.frombuffer(self.read_bytes(name), dtype=dtype).view(entry.shape)
 
 
-class SafetensorsWriter:
-    """A safetensors file that grows tensor by tensor; its header is filled in at the end, in the room kept for it."""
-
-    def __init__(self, stream: IO[bytes], names: int) -> None:
-        """`names`: upper bound on the characters of all names and, ENTRY each, of what is said about them."""
-        self._stream, self._room, self._at = stream, 8 * (names // 8 + 8), 0
-        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        stream.write(bytes(8 + self._room))
+class TensorWriter(SafetensorsWriter):
+    """A safetensors file that grows by one tensor at a time."""
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a float32 tensor."""
+        """Append a tensor as float32."""
         data: Any = tensor.detach().float().contiguous().numpy()
-        self._stream.write(memoryview(data).cast("B"))
-        self._header[name] = {
-            "dtype": "F32",
-            "shape": list(data.shape),
-            "data_offsets": [self._at, self._at + data.nbytes],
-        }
-        self._at += data.nbytes
-
-    def close(self) -> None:
-        """Write the header over the room kept for it; blanks fill what is left, as the format allows."""
-        text = json.dumps(self._header, separators=(",", ":")).encode()
-        assert len(text) <= self._room, "the room kept for the header was counted wrong"
-        self._stream.seek(0)
-        self._stream.write(struct.pack("<Q", self._room) + text.ljust(self._room))
+        self.add_bytes(name, "F32", data.shape, memoryview(data).cast("B"))
 
 
 @contextmanager
-def writing(file: Path, names: list[str]) -> Iterator[SafetensorsWriter]:
-    """A `Writer` to `file` for tensors of at most these names."""
+def open_tensor_writer(file: Path, names: list[str]) -> Iterator[TensorWriter]:
+    """Open a `TensorWriter` to `file` for tensors of at most these names."""
     with file.open("wb") as stream:
-        writer = SafetensorsWriter(
-            stream, sum(len(json.dumps(name)) + ENTRY for name in names) + 64
-        )
+        writer = TensorWriter(stream, header_size(names))
         yield writer
         writer.close()

@@ -1,9 +1,9 @@
-"""A lora adapter written layer by layer from thin factors: alpha equals the rank everywhere, so that its scale is 1.
+"""Write a LoRA adapter module by module from low-rank factors, with alpha equal to the rank.
 
-The scale and the weights are in the factors, once; `rank_pattern` and `alpha_pattern` tell PEFT of layers that differ.
+So the scale is 1 at each module: scale and weights are in the factors, once. `rank_pattern` and
+`alpha_pattern` record the modules that differ.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,36 +15,39 @@ from torch import Tensor
 
 import afina
 from afina.adapters.attach import frozen_module
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import (
-    CONFIG,
-    FORMAT_VERSION,
-    METADATA_FILE,
-    PREFIX,
-    WEIGHTS,
-    hash_adapter_file,
-    read_json_object,
-)
 from afina.adapters.lora import LoRA
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from afina.io.adapter_metadata import FORMAT_VERSION, METADATA_FILE
 from afina.io.atomic import atomic_directory, write_json
+from afina.io.hashing import hash_adapter_file
+from afina.io.peft_config import PEFT_METHODS, peft_config_json
 from afina.merging.low_rank import LowRankUpdate
 from afina.merging.sources import AdapterSource
-from afina.merging.stream import writing
+from afina.merging.stream import open_tensor_writer
 from afina.models.frozen import FrozenModel
 
 
 @dataclass(frozen=True)
+class PeftContext:
+    """What PEFT's configuration records about the base: task type, weights stored as (in, out)."""
+
+    task_type: str | None = None
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True)
 class LoRATensorLayout:
-    """How PEFT keeps the factors of one layer: names after its path, and the shapes of a kernel behind (r, in)."""
+    """PEFT's names of the two factors of one module, and the kernel's shape of a convolution."""
 
     a: str = "lora_A.weight"
     b: str = "lora_B.weight"
     kernel: tuple[int, ...] = ()  # (in channels, height, width) of a convolution
 
     def tensors(self, path: str, low: LowRankUpdate) -> dict[str, Tensor]:
-        """The two tensors on disk, float32."""
+        """Return the two tensors on disk, float32: A (r, in) and B (out, r), by name."""
         a, b = low.a.float(), low.b.float()
         if self.kernel:
             a, b = a.view(-1, *self.kernel), b.view(*b.shape, *(1 for _ in self.kernel[1:]))
@@ -52,7 +55,7 @@ class LoRATensorLayout:
 
 
 def tensor_layout(path: str, sources: Sequence[AdapterSource]) -> LoRATensorLayout:
-    """The form at a layer: as a lora among the sources has it, else as the base's layer asks for."""
+    """Return the layout at `path`: that of a LoRA among the sources, else that of the base's module."""
     for source in sources:
         if source.base is None:
             names = {
@@ -60,13 +63,13 @@ def tensor_layout(path: str, sources: Sequence[AdapterSource]) -> LoRATensorLayo
                 for name in source.tensors_by_module[path]
             }
             a, b = sorted(names)
-            shape = source.reader.entries[names[a]]["shape"]
+            shape = source.reader.entries[names[a]].shape
             return LoRATensorLayout(a, b, tuple(shape[1:]) if len(shape) > 2 else ())
-    return form_of_layer(sources[0].layer(path))
+    return layout_of_module(sources[0].layer(path))
 
 
-def form_of_layer(layer: TargetModule) -> LoRATensorLayout:
-    """The form that a layer of the base asks for."""
+def layout_of_module(layer: TargetModule) -> LoRATensorLayout:
+    """Return the layout of a LoRA on a module of the base."""
     names, sizes = LoRA.names_on_disk(layer), layer.sizes(rank=1)
     kernel = (sizes.channels, *sizes.kernel) if sizes.kernel else ()
     return LoRATensorLayout(names["a"], names["b"], kernel)
@@ -76,92 +79,86 @@ def write_lora(
     out: Path,
     layers: Iterable[tuple[str, LowRankUpdate, LoRATensorLayout]],
     paths: Sequence[str],
-    config: Mapping[str, Any],
+    context: PeftContext,
     base: Mapping[str, Any],
-    story: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     invocation: tuple[int, ...] = (),
 ) -> tuple[str, AdapterConfig]:
-    """Write a lora adapter of these layers to `out`, whole or not at all; returns its hash and spec.
+    """Write a LoRA adapter to `out`, completely or not at all.
 
-    `paths` are all that may come; `config` is a parent's PEFT configuration, for what does not change. Raises
-    `AdapterError` where a factor is not finite.
+    Args:
+        out: The folder.
+        layers: Path, factors and layout of each module.
+        paths: All paths that `layers` may have; space for their header is reserved.
+        context: Task type and storage order, as a parent or the base has them.
+        base: The base, as afina.json records it.
+        metadata: Further keys of afina.json.
+        invocation: Token ids of an activated LoRA.
+
+    Returns:
+        The adapter's hash and configuration.
+
+    Raises:
+        AdapterError: a factor is not finite.
     """
     names = [f"{PREFIX}{path}.lora_embedding_A" for path in paths for _ in range(2)]
     ranks: dict[str, int] = {}
     with atomic_directory(out) as folder:
-        with writing(folder / WEIGHTS, names) as writer:
-            for path, low, form in layers:
-                for name, tensor in form.tensors(path, low).items():
+        with open_tensor_writer(folder / WEIGHTS_FILE, names) as writer:
+            for path, low, layout in layers:
+                for name, tensor in layout.tensors(path, low).items():
                     if not bool(torch.isfinite(tensor).all()):
-                        raise AdapterError(
-                            "a number of the combination is not finite",
-                            where=name,
-                            hint="look at its parts",
-                        )
+                        raise AdapterError("an element of the combination is not finite", where=name)
                     writer.add(name, tensor)
                 ranks[path] = low.rank
-        usual = Counter(ranks.values()).most_common(1)[0][0]
-        others = {path: rank for path, rank in ranks.items() if rank != usual}
+        most_common = Counter(ranks.values()).most_common(1)[0][0]
+        others = {path: rank for path, rank in ranks.items() if rank != most_common}
         alphas = {path: float(rank) for path, rank in others.items()}
-        spec = AdapterConfig(
+        config = AdapterConfig(
             "lora",
             tuple(ranks),
-            usual,
-            float(usual),
+            most_common,
+            float(most_common),
             rank_pattern=others,
             alpha_pattern=alphas,
             invocation=invocation,
         )
-        digest = hash_adapter_file(folder / WEIGHTS, spec.canonical())
-        write_json(folder / CONFIG, peft_config(spec, config, base))
+        digest = hash_adapter_file(folder / WEIGHTS_FILE, config.canonical())
+        config_json = peft_config_json(
+            config,
+            PEFT_METHODS["lora"],
+            target_modules=config.target_modules,
+            task_type=context.task_type,
+            base=base.get("name"),
+            revision=base.get("revision"),
+            is_transposed=context.is_transposed,
+        )
+        write_json(folder / CONFIG_FILE, config_json)
         about = {
             "format_version": FORMAT_VERSION,
             "afina": afina.__version__,
             "hash": digest,
-            "spec": spec.canonical(),
+            "spec": config.canonical(),
         }
-        write_json(folder / METADATA_FILE, about | {"base": dict(base)} | dict(story))
-    return digest, spec
+        write_json(folder / METADATA_FILE, about | {"base": dict(base)} | dict(metadata))
+    return digest, config
 
 
-def peft_config(
-    spec: AdapterConfig, parent: Mapping[str, Any], base: Mapping[str, Any]
-) -> dict[str, Any]:
-    """adapter_config.json for PEFT; what depends on the base's kind (task, stored transposed) is as the parent has it."""
-    return {
-        "peft_type": "LORA",
-        "task_type": parent.get("task_type"),
-        "base_model_name_or_path": base.get("name"),
-        "revision": base.get("revision"),
-        "target_modules": list(spec.target_modules),
-        "inference_mode": True,
-        "r": spec.rank,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {re.escape(path): rank for path, rank in spec.rank_pattern.items()},
-        "alpha_pattern": {re.escape(path): alpha for path, alpha in spec.alpha_pattern.items()},
-        "bias": "none",
-        "fan_in_fan_out": parent.get("fan_in_fan_out", False),
-        "alora_invocation_tokens": list(spec.invocation) or None,
-        "init_lora_weights": True,
-    }
-
-
-def parent_config(sources: Sequence[AdapterSource]) -> dict[str, Any]:
-    """A parent's PEFT configuration: the first that PEFT knows, else what the base says."""
+def parent_config(sources: Sequence[AdapterSource]) -> PeftContext:
+    """Return what PEFT's configuration of a parent says about the base, else what the base says."""
     for source in sources:
-        config = read_json_object(source.part.folder / CONFIG)
-        if config.get("peft_type") == "LORA":
-            return config
+        peft = source.folder.peft
+        if peft.is_lora:
+            return PeftContext(peft.task_type, peft.fan_in_fan_out)
     base = sources[0].base
     assert base is not None
     return base_config(base, sources[0].config.target_modules)
 
 
-def base_config(base: FrozenModel, paths: Sequence[str]) -> dict[str, Any]:
-    """What a configuration says about the base: the task, and whether the weights lie transposed."""
-    transposed = any(type(frozen_module(base.model, path)).__name__ == "Conv1D" for path in paths)
+def base_config(base: FrozenModel, paths: Sequence[str]) -> PeftContext:
+    """Return the task type of a base, and whether its weights are stored transposed."""
+    is_transposed = any(
+        type(frozen_module(base.model, path)).__name__ == "Conv1D" for path in paths
+    )
     task = "CAUSAL_LM" if hasattr(base.model, "prepare_inputs_for_generation") else None
-    return {"task_type": task, "fan_in_fan_out": transposed}
+    return PeftContext(task, is_transposed)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from afina.errors import BaseError
-from afina.io.safetensors import hash_tensor_files
+from afina.io.hashing import hash_tensor_files
 from afina.models.frozen import FrozenModel
 from afina.models.loading import (
     checked_weight_files,

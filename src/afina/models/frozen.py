@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from afina.adapters.segments import ForwardContext
 from afina.errors import BaseError
-from afina.io.safetensors import hash_tensor_files
+from afina.io.hashing import hash_tensor_files
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from afina.errors import BaseError, SettingsError, pluralize
-from afina.io.safetensors import check_safetensors, hash_tensor_files
+from afina.io.hashing import hash_tensor_files
+from afina.io.safetensors import check_safetensors
 from afina.models.bnb_format import is_quantised
 from afina.models.causal_lm import CausalLM
 from afina.models.fast_llama import install_fast_modules

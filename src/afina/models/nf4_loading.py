@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from afina.errors import AfinaError, BaseError, pluralize
 from afina.io.atomic import atomic_directory, write_json
-from afina.io.safetensors import hash_tensor_files, read_header
+from afina.io.hashing import hash_tensor_files
+from afina.io.safetensors import read_header
 from afina.kernels.nf4 import NF4Weight
 from afina.models.bnb_format import from_files, quantised_paths, tied_names
 from afina.models.nf4 import (
@@ -89,10 +90,9 @@ def load_nf4(
     be built without weights, and those that keep some modules in float32.
     """
     places = {
-        n: (file, e["shape"])
+        name: (file, list(entry.shape))
         for file in files
-        for n, e in read_header(file)[1].items()
-        if n != "__metadata__"
+        for name, entry in read_header(file).items()
     }
     try:
         with _NoWeights():
@@ -133,10 +133,9 @@ def read_nf4(
 ) -> PreTrainedModel:
     """A causal language model whose files hold NF4 codes; raises `BaseError` where a tensor is missing or of another kind."""
     places = {
-        n: (file, e["shape"])
+        name: (file, list(entry.shape))
         for file in files
-        for n, e in read_header(file)[1].items()
-        if n != "__metadata__"
+        for name, entry in read_header(file).items()
     }
     plain = copy.deepcopy(config)
     del plain.quantization_config

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.loading import adapter_folder, load_adapter, read_metadata, read_run_record
+from afina.adapters.loading import load_adapter
 from afina.data.packing import group_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.data.schemas import PromptRow
 from afina.errors import SettingsError, TrainingError, did_you_mean
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
+from afina.io.run_record import read_run_record
 from afina.models.causal_lm import CausalLM
 from afina.objectives.graders import Grader, read_grader
 from afina.objectives.reward_model import score_sequences

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method, registered_methods
 from afina.data.packing import BatchSampler
 from afina.data.renderer import Example
 from afina.errors import AfinaError, SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import choose_device
 from afina.planning.estimates import MachineRates, MemoryEstimate, Workload
 from afina.planning.machine_rates import known_rates, measured_rates

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from afina.adapters.attach import frozen_module, vocabulary_layers
-from afina.adapters.base import AdapterConfig
 from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import layer_index
 from afina.adapters.trainable_tokens import TrainableTokens
 from afina.errors import BaseError
+from afina.io.adapter_config import AdapterConfig
 from afina.kernels.int8_blockwise import BLOCK as NESTED_BLOCK
 from afina.kernels.nf4 import BLOCK
 from afina.models.bnb_format import is_quantised

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from afina.adapters.base import AdapterConfig
 from afina.adapters.registry import get_method
 from afina.adapters.target_selection import layer_index
 from afina.data.packing import BatchSampler
@@ -18,6 +17,7 @@ from afina.data.renderer import Example
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
 from afina.models.nf4 import NF4Linear
 from afina.objectives.language_modeling import LanguageModelingObjective

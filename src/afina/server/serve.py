@@ -8,10 +8,10 @@ from typing import IO, Any
 
 import uvicorn
 
-from afina.adapters.loading import CONFIG
 from afina.data.renderer import Renderer
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AfinaError, SettingsError
+from afina.io.adapter_folder import CONFIG_FILE
 from afina.io.result import Result
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
@@ -183,7 +183,7 @@ def _fits(state: ServerState, folder: Path) -> bool:
 
 
 def _holds_adapter(folder: Path) -> bool:
-    return any((place / CONFIG).is_file() for place in (folder, folder / "adapter"))
+    return any((place / CONFIG_FILE).is_file() for place in (folder, folder / "adapter"))
 
 
 def _take(folder: Path) -> IO[str]:

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from afina.adapters.attach import Adapter, attach, detach
-from afina.adapters.base import AdapterConfig, AdapterLayer
+from afina.adapters.base import AdapterLayer
 from afina.adapters.formats import format_of
-from afina.adapters.loading import load_state, tensors_of
+from afina.adapters.loading import load_state
 from afina.adapters.registry import get_method, register_method, registered_methods
+from afina.adapters.saving import tensors_of
 from afina.adapters.segments import NO_ADAPTERS, ForwardContext, Segment, Segments
 from afina.adapters.target_module import TargetModule, as_stored
 from afina.errors import AfinaError, SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.nf4 import NF4Linear
 
 NUM_TOKENS = 6

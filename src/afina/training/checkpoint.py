@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from afina.adapters.loading import read_json_object
 from afina.errors import TrainingError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
 from afina.io.migrations import migrate_settings
+from afina.io.strict_json import read_json_object
 from afina.settings import TrainSettings, resolved
 from afina.training.setup.optimizer import AdapterOptimizer
 

@@ -28,15 +28,10 @@ from torch import Tensor
 import afina
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, detach
-from afina.adapters.loading import (
-    FORMAT_VERSION,
-    WEIGHTS,
-    load_adapter,
-    read_json_object,
-    save_adapter,
-)
+from afina.adapters.loading import load_adapter
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method
+from afina.adapters.saving import save_adapter
 from afina.data.renderer import Renderer
 from afina.engine.routing_profile import ChatFrame, PromptEmbedder, build_profile, write_profile
 from afina.errors import SettingsError, TrainingError
@@ -46,7 +41,10 @@ from afina.evaluation.policy_eval import judge_policy
 from afina.evaluation.preference_eval import HELD_OUT, judge_preferences
 from afina.evaluation.retention import perplexity, retention_loss
 from afina.evaluation.verdict import LossReport, forgetting_sentence, verdict
+from afina.io.adapter_folder import WEIGHTS_FILE
+from afina.io.adapter_metadata import FORMAT_VERSION
 from afina.io.atomic import recover_interrupted_replace, write_json, write_text
+from afina.io.strict_json import read_json_object
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.fsdp import shard_model
@@ -451,7 +449,7 @@ def _profile(setup: RunSetup) -> tuple[Tensor | None, str]:
 def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:
     """What was run, on what, with what."""
     base, source = setup.prepared.base, setup.prepared.data_info
-    weights = folder / "adapter" / WEIGHTS
+    weights = folder / "adapter" / WEIGHTS_FILE
     return {
         "format_version": FORMAT_VERSION,
         "settings": resolved(setup.settings),

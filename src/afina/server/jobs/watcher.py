@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from afina.adapters.loading import read_json_object
 from afina.errors import AfinaError
 from afina.io.atomic import atomic_directory
+from afina.io.strict_json import read_json_object
 
 EVERY = 50  # steps between two events, apart from checks
 

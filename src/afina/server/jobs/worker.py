@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete
 
-from afina.adapters.loading import read_json_object
 from afina.errors import AfinaError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
+from afina.io.strict_json import read_json_object
 from afina.server.jobs.process import ERROR, GRADER, JOB, RUN
 from afina.server.jobs.watcher import RunWatcher
 from afina.server.logs import LOG

@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
-from afina.adapters.loading import adapter_folder
 from afina.engine.request import RegisteredAdapter
 from afina.errors import AdapterError, AuditError
+from afina.io.adapter_folder import adapter_folder
 from afina.server.auth import Principal, current_principal, require_admin
 from afina.server.errors import APIError, not_found, to_api_error
 from afina.server.schemas import StrictRequest

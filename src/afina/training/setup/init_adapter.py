@@ -11,16 +11,13 @@ from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, attach, detach
-from afina.adapters.base import AdapterConfig
-from afina.adapters.loading import (
-    adapter_folder,
-    load_adapter,
-    load_state,
-    read_metadata,
-    tensors_of,
-)
+from afina.adapters.loading import load_adapter, load_state
 from afina.adapters.presets import get_preset
+from afina.adapters.saving import tensors_of
 from afina.errors import SettingsError
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
 from afina.settings import TrainSettings
 from afina.training.setup.prepared import PreparedData
 

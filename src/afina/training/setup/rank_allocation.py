@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from afina.adapters.attach import attach, detach
-from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import resolve_target_modules
 from afina.errors import SettingsError
+from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.settings import TrainSettings
 from afina.training.setup.prepared import PreparedData

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from afina.adapters.attach import Adapter, attach
-from afina.adapters.base import AdapterConfig
 from afina.adapters.presets import get_preset
 from afina.adapters.target_selection import layer_index, match_patterns, resolve_target_modules
+from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.objectives.policy import PolicyObjective
