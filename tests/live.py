@@ -58,7 +58,7 @@ def live(**settings: Any) -> Iterator[Live]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        state.worker.start(state)
+        state.worker.start()
         thread.start()
         while not server.started:
             time.sleep(0.01)

@@ -278,7 +278,7 @@ def test_replacing_while_it_runs(tiny: Path, adapters: dict[str, Path], alone: A
         assert tokens == alone.answer(prompt, ((name, 1.0),), 10)
     engine.registry.remove("tone")
     engine.step()
-    assert engine.stats()["adapters_resident"] == 0
+    assert engine.stats()["adapters_loaded"] == 0
 
 
 def test_a_file_that_changes_is_not_served(

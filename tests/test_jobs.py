@@ -340,7 +340,7 @@ def test_code_in_graders_is_for_the_operator_to_allow(
         lambda: graders.run(grader=CODE, model_sample="four"),
         lambda: alice.fine_tuning.jobs.create(**job, method=reinforcement(CODE)),
     ):
-        with pytest.raises(openai.PermissionDeniedError, match="--python-graders"):
+        with pytest.raises(openai.PermissionDeniedError, match="--allow-python-graders"):
             asked()
     monkeypatch.setattr(
         server.state, "settings", server.state.settings.model_copy(update={"python_graders": True})
@@ -575,7 +575,7 @@ def test_kill_dash_nine_loses_nothing_that_was_acknowledged(
         assert set(before) <= {
             event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
         }
-        assert any("goes on from its last checkpoint" in message for message in messages)
+        assert any("resumes from its last checkpoint" in message for message in messages)
         log = (state / "jobs" / job.id / "run" / "metrics.jsonl").read_text()
         assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 41))
         running.send_signal(signal.SIGTERM)

@@ -153,7 +153,9 @@ def _decomposed(
 def _project_randomly(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U `(out, n)`, S `(n,)`, V^T `(n, in)` of the largest n = rank + 16 directions."""
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(matrix.shape[1], rank + OVERSAMPLE, generator=generator, dtype=matrix.dtype)
+    random = torch.randn(
+        matrix.shape[1], rank + OVERSAMPLE, generator=generator, dtype=matrix.dtype
+    )
     basis = torch.linalg.qr(matrix @ random)[0]
     for _ in range(POWERS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
@@ -205,9 +207,7 @@ def svd(updates: Sequence[WeightedUpdate], settings: NoSettings) -> LowRankUpdat
     return torch.stack(matrices).sum(0) if matrices else weighted_sum(updates, settings)
 
 
-@register_merge_method(
-    "slerp", form="low_rank", precision="float64", reference="Shoemake 1985"
-)
+@register_merge_method("slerp", form="low_rank", precision="float64", reference="Shoemake 1985")
 def slerp(updates: Sequence[WeightedUpdate], settings: NoSettings) -> LowRankUpdate:
     """Spherical interpolation of two loras, module by module, at t = w2 / (w1 + w2)."""
     if len(updates) > 2 or any(u.weight < 0 for u in updates):

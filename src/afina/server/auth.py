@@ -1,10 +1,11 @@
-"""Keys: who is asking, what they may do, and what they may see.
+"""API keys: the principal of a request, its rights, and what it can see.
 
-    no key        asks, where no keys for use were given
-    a key         asks; its files, jobs and adapters are its own, and nobody else's
-    an admin key  sees everything, and loads, replaces, renames and unloads adapters
+    no key        may send requests to models, where the server has no keys for use
+    a key         may send requests; its files, jobs and adapters are visible to itself only
+    an admin key  can see everything, and load, replace, rename and unload adapters
 
-Keys are compared by their SHA-256, so that no time taken tells how much of a guess was right.
+Keys are compared by their SHA-256, so that the time of a comparison does not depend on how many
+characters of a guess are right.
 """
 
 import hashlib
@@ -26,13 +27,16 @@ ADMIN = "admin"
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks. `name` is that of the key, None without one; what they make belongs to `name`."""
+    """The sender of a request: the name of its key (None without one) and its rights.
+
+    Files, jobs and adapters that it creates belong to `name`.
+    """
 
     name: str | None = None
     admin: bool = False
 
     def can_see(self, owner: str | None) -> bool:
-        """Whether something of `owner` (None: public) is there for them."""
+        """Return whether something that belongs to `owner` (None: public) is visible."""
         return self.admin or owner is None or owner == self.name
 
 
@@ -44,18 +48,25 @@ class APIKeys:
     """All keys of a server."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        """Read `settings.keys`, AFINA_ADMIN_KEY, or the key made at the first start, in `state`/admin.key (mode 600)."""
+        """Read the keys of `settings.api_key_file`, and the admin key.
+
+        Without an admin key in the file it is AFINA_ADMIN_KEY, or a key generated at the first
+        start and stored in `state_dir`/admin.key (mode 600).
+        """
         self.insecure = settings.insecure
-        self._callers = _read(settings.api_key_file) if settings.api_key_file else {}
-        self.closed = any(not caller.admin for caller in self._callers.values())
+        self._callers = _read_keys(settings.api_key_file) if settings.api_key_file else {}
+        self.needs_key = any(not caller.admin for caller in self._callers.values())
         if any(caller.admin for caller in self._callers.values()) or self.insecure:
             return
-        self._callers[
-            _digest(os.environ.get("AFINA_ADMIN_KEY") or _made(settings.state_dir / "admin.key"))
-        ] = Principal(ADMIN, True)
+        key = os.environ.get("AFINA_ADMIN_KEY") or _stored_key(settings.state_dir / "admin.key")
+        self._callers[_digest(key)] = Principal(ADMIN, True)
 
     def caller(self, headers: Any) -> Principal:
-        """Who sends these headers (Authorization: Bearer KEY, or Azure's api-key); raises 401 where a key is needed."""
+        """Return the sender of these headers (Authorization: Bearer KEY, or Azure's api-key).
+
+        Raises:
+            APIError: 401 where a key is needed and none or an unknown one is given.
+        """
         bearer = headers.get("authorization", "")
         key = bearer[7:].strip() if bearer[:7].lower() == "bearer " else headers.get("api-key", "")
         known = self._callers.get(_digest(key)) if key else None
@@ -63,17 +74,14 @@ class APIKeys:
             return known
         if self.insecure:
             return Principal(None, True)
-        if self.closed:
-            raise APIError(
-                401,
-                "this server wants a key that it knows: Authorization: Bearer KEY",
-                code="invalid_api_key",
-            )
+        if self.needs_key:
+            what = "the API key is missing or unknown: Authorization: Bearer KEY"
+            raise APIError(401, what, code="invalid_api_key")
         return Principal()
 
 
-def _made(file: Path) -> str:
-    """The key in `file`, which is made if there is none."""
+def _stored_key(file: Path) -> str:
+    """Return the key in `file`, generated where the file is missing."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
@@ -82,11 +90,14 @@ def _made(file: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _read(file: Path) -> dict[str, Principal]:
-    """A YAML file of keys: `NAME: KEY`, or `NAME: {key: KEY, admin: true}`; sha256 in place of key hides it."""
+def _read_keys(file: Path) -> dict[str, Principal]:
+    """Read a YAML file of keys: `NAME: KEY`, or `NAME: {key: KEY, admin: true}`.
+
+    `sha256: DIGEST` in place of `key` keeps the key out of the file.
+    """
     callers: dict[str, Principal] = {}
-    for name, told in read_yaml(file).items():
-        entry = {"key": told} if isinstance(told, str) else told
+    for name, value in read_yaml(file).items():
+        entry = {"key": value} if isinstance(value, str) else value
         if not isinstance(entry, dict) or not set(entry) <= {"key", "sha256", "admin"}:
             raise SettingsError(
                 "expected NAME: KEY, or NAME: {key: KEY, admin: true}", where=f"{file}:{name}"
@@ -94,33 +105,33 @@ def _read(file: Path) -> dict[str, Principal]:
         digest = _digest(str(entry["key"])) if entry.get("key") else str(entry.get("sha256", ""))
         if len(digest) != 64:
             raise SettingsError(
-                "a key, or the sha256 of one in hex, is missing", where=f"{file}:{name}"
+                "key is missing, or sha256 is not 64 hex digits", where=f"{file}:{name}"
             )
         callers[digest] = Principal(str(name), entry.get("admin") is True)
     return callers
 
 
 def current_principal(request: Request) -> Principal:
-    """For reading and asking: anybody, or any key where keys are wanted."""
+    """Return the sender of a request, which the middleware has checked."""
     caller: Principal = request.state.caller
     return caller
 
 
 def require_key(request: Request) -> Principal:
-    """For what is kept (files, jobs): a key, whose they will be."""
+    """Return the sender of a request about files or jobs; raise `APIError` 401 without a key."""
     caller = current_principal(request)
     if caller.name is None and not caller.admin:
         raise APIError(
             401,
-            "this needs a key: Authorization: Bearer KEY (the server's own is in its admin.key)",
+            "this path needs a key: Authorization: Bearer KEY (see admin.key of the server)",
             code="no_key",
         )
     return caller
 
 
 def require_admin(request: Request) -> Principal:
-    """For what changes the server: an admin key."""
+    """Return the sender of a request that changes the server; raise 401 or 403 without an admin key."""
     caller = require_key(request)
     if not caller.admin:
-        raise APIError(403, "this needs a key for administration", code="not_admin")
+        raise APIError(403, "this path needs an admin key", code="not_admin")
     return caller

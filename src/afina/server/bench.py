@@ -1,7 +1,8 @@
-"""`afina bench-serve`: requests as people send them, at rising rates, and a picture of how long they wait.
+"""`afina bench-serve`: latency of a server at rising request rates, with a plot.
 
-Arrivals are a Poisson process (independent of what is still running, so that a slow server cannot slow its load down);
-the k-th model is asked as often as 1/k^zipf. A run ends when all its requests have ended.
+Arrivals are a Poisson process, independent of running requests, so that a slow server does not
+reduce its own load. The k-th model has a share of requests proportional to 1/k^zipf_exponent. A run
+ends when all of its requests have ended.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class RequestTiming:
-    """One request: seconds to its first text and to its last, or why there is none."""
+    """Seconds from a request to its first and last text chunk, or its error."""
 
     first: float = 0.0
     last: float = 0.0
@@ -71,16 +72,15 @@ def _latency_row(run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def bench(settings: BenchServeSettings) -> BenchResult:
-    """Load the server at each rate; returns the figures of each, and writes the picture."""
+    """Load the server at each rate; return the latencies of each, and write the plot."""
     return asyncio.run(_bench(settings))
 
 
 async def _bench(settings: BenchServeSettings) -> BenchResult:
     async with Client(settings.base_url, settings.api_key) as client:
         models = settings.models or await client.models()
-        await _ask(
-            client, settings, models[0], random.Random(0)
-        )  # the first request of a server pays for much
+        # warm-up: the first request of a server is slower
+        await _time_request(client, settings, models[0], random.Random(0))
         runs = []
         for rate in settings.request_rates:
             outcomes, seconds = await _run(client, settings, models, rate)
@@ -94,7 +94,7 @@ async def _bench(settings: BenchServeSettings) -> BenchResult:
 async def _run(
     client: Client, settings: BenchServeSettings, models: Sequence[str], rate: float
 ) -> tuple[list[RequestTiming], float]:
-    """All requests that arrive within the run's length, to their ends."""
+    """Send the requests that arrive within the duration; return their timings and the seconds."""
     chance, began, at = random.Random(f"{settings.seed} {rate}"), time.perf_counter(), 0.0
     weights = [1.0 / rank**settings.zipf_exponent for rank in range(1, len(models) + 1)]
     tasks = []
@@ -102,21 +102,23 @@ async def _run(
         await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
         [model] = chance.choices(models, weights)
         tasks.append(
-            asyncio.create_task(_ask(client, settings, model, random.Random(chance.random())))
+            asyncio.create_task(
+                _time_request(client, settings, model, random.Random(chance.random()))
+            )
         )
     if not tasks:
-        hint = "--rates or --seconds, higher"
+        hint = "increase --request-rates or --duration-seconds"
         raise SettingsError(
-            f"no request arrives within {settings.duration_seconds:g} s at {rate:g} a second",
+            f"no request arrives within {settings.duration_seconds:g} s at {rate:g} per second",
             hint=hint,
         )
     return list(await asyncio.gather(*tasks)), time.perf_counter() - began
 
 
-async def _ask(
+async def _time_request(
     client: Client, settings: BenchServeSettings, model: str, chance: random.Random
 ) -> RequestTiming:
-    """One request; its prompt shares no beginning with another, so that no cache makes it look faster than it is."""
+    """Time one request; its random prompt shares no prefix that a cache could speed up."""
     text = " ".join(chance.choices(WORDS, k=settings.prompt_words))
     body = {
         "model": model,
@@ -135,9 +137,9 @@ async def _ask(
 
 
 def summarize(rate: float, outcomes: Sequence[RequestTiming], seconds: float) -> dict[str, Any]:
-    """Latencies in seconds: medians and the 95th and 99th of a hundred."""
+    """Return percentiles of the latencies, in seconds."""
     good = [one for one in outcomes if one.error is None]
-    told: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "rate": rate,
         "requests": len(outcomes),
         "failed": len(outcomes) - len(good),
@@ -148,26 +150,29 @@ def summarize(rate: float, outcomes: Sequence[RequestTiming], seconds: float) ->
         ("first", sorted(one.first for one in good)),
         ("whole", sorted(one.last for one in good)),
     ):
-        told |= {f"{name}_p{share}": _quantile(values, share / 100) for share in (50, 95, 99)}
+        summary |= {f"{name}_p{share}": _quantile(values, share / 100) for share in (50, 95, 99)}
     between = sorted((one.last - one.first) / (one.pieces - 1) for one in good if one.pieces > 1)
-    return told | {
+    return summary | {
         "between_p50": _quantile(between, 0.5),
         "errors": sorted({one.error for one in outcomes if one.error}),
     }
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float | None:
-    """The value below which `share` of them lie; of few ones, the nearest above."""
+    """Return the quantile `share` of sorted values: the nearest value above."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
 def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
-    """Latency against rate: to the first text, and to the last. PNG."""
+    """Plot latency against request rate, to the first and to the last text chunk, as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name, title in zip(
-        figure.subplots(1, 2), ("first", "whole"), ("first text", "whole answer"), strict=True
+        figure.subplots(1, 2),
+        ("first", "whole"),
+        ("first text chunk", "last text chunk"),
+        strict=True,
     ):
         for share, style in ((50, "o-"), (95, "s--"), (99, "^:")):
             seen = [
@@ -177,11 +182,11 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
             ]
             axes.plot([x for x, _ in seen], [y for _, y in seen], style, label=f"{share}%")
         axes.set_title(f"time to the {title}")
-        axes.set_xlabel("requests a second")
+        axes.set_xlabel("requests per second")
         axes.set_ylabel("seconds")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, title="of the requests within")
+        axes.legend(frameon=False, title="percentile")
     with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120)

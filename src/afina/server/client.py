@@ -1,4 +1,4 @@
-"""Talking to a server, ours or another that speaks OpenAI's API: an answer as it comes, with its times."""
+"""A streaming client of a server with OpenAI's API, with the time of each chunk."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from afina.errors import AfinaError
 
 
 class ServerError(AfinaError):
-    """The server refused, or is not there."""
+    """The server returned an error, or cannot be reached."""
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Some text of an answer, and when it came: seconds since the request was sent."""
+    """Some text of a completion, and its time of arrival in seconds after the request."""
 
     text: str
     seconds: float
 
 
 class Client:
-    """A server at `url`, asked with `key` (by default AFINA_KEY or OPENAI_API_KEY)."""
+    """A client of the server at `url`; `key` is by default AFINA_KEY or OPENAI_API_KEY."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         key = key or os.environ.get("AFINA_KEY") or os.environ.get("OPENAI_API_KEY")
@@ -44,16 +44,16 @@ class Client:
         await self._http.aclose()
 
     async def models(self) -> list[str]:
-        """The names that may be asked; the base first."""
+        """Return the names of the models; the base first."""
         try:
             response = await self._http.get("/v1/models")
             await self._check(response)
             return [model["id"] for model in response.json()["data"]]
         except httpx.TransportError as error:
-            raise self._away(error) from None
+            raise self._unreachable(error) from None
 
     async def chat(self, body: dict[str, Any]) -> AsyncIterator[TextChunk]:
-        """The pieces of one answer; raises `ServerError`."""
+        """Yield the text chunks of one completion; raise `ServerError` where there is none."""
         began = time.perf_counter()
         try:
             async with self._http.stream(
@@ -63,16 +63,15 @@ class Client:
                 async for line in response.aiter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
-                    told = json.loads(line[6:])
-                    if "error" in told:
-                        raise ServerError(told["error"]["message"], where=self.url)
-                    text = "".join(
-                        choice["delta"].get("content") or "" for choice in told["choices"]
-                    )
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise ServerError(event["error"]["message"], where=self.url)
+                    deltas = [choice["delta"] for choice in event["choices"]]
+                    text = "".join(delta.get("content") or "" for delta in deltas)
                     if text:
                         yield TextChunk(text, time.perf_counter() - began)
         except httpx.TransportError as error:
-            raise self._away(error) from None
+            raise self._unreachable(error) from None
 
     async def _check(self, response: httpx.Response) -> None:
         if response.status_code < 400:
@@ -82,12 +81,12 @@ class Client:
             message = response.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = response.text[:200]
-        hint = "--key KEY, or AFINA_KEY" if response.status_code in (401, 403) else None
+        hint = "--api-key KEY, or AFINA_KEY" if response.status_code in (401, 403) else None
         raise ServerError(f"{response.status_code}: {message}", where=self.url, hint=hint)
 
-    def _away(self, error: Exception) -> ServerError:
+    def _unreachable(self, error: Exception) -> ServerError:
         return ServerError(
-            "the server does not answer",
+            "the server cannot be reached",
             where=self.url,
             why=str(error) or type(error).__name__,
             hint="afina serve",

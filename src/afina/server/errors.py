@@ -1,4 +1,4 @@
-"""A request that is refused, in the form that OpenAI's clients read: {"error": {message, type, param, code}}."""
+"""API errors in the form of OpenAI's API: {"error": {message, type, param, code}}."""
 
 import math
 from typing import Any
@@ -23,7 +23,12 @@ ERROR_TYPES = {
 
 
 class APIError(HTTPException):
-    """A status from 400 to 503 with its reason; `param` is the field that is at fault, `retry_after` is in seconds."""
+    """An error response with a status from 400 to 503.
+
+    Args:
+        param: The field of the request that is wrong.
+        retry_after: Seconds after which another attempt may succeed.
+    """
 
     def __init__(
         self,
@@ -35,26 +40,26 @@ class APIError(HTTPException):
     ) -> None:
         super().__init__(status, message)
         self.message, self.param, self.code, self.retry_after = message, param, code, retry_after
-        # Retry-After in whole seconds, at least one, where another try may help
+        # the header takes integer seconds
         self.headers = (
             {} if retry_after is None else {"retry-after": str(max(1, math.ceil(retry_after)))}
         )
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the client reads."""
+        """The JSON body of the response."""
         kind = ERROR_TYPES.get(self.status_code, "invalid_request_error")
         return {
             "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         }
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """Return the response."""
         return JSONResponse(self.body, self.status_code, self.headers)
 
 
 def to_api_error(error: AfinaError, param: str | None = None) -> APIError:
-    """An error of afina as a refusal: 503 where another try may help, else 400."""
+    """Convert an error of afina: 503 for `BusyError`, else 400."""
     if isinstance(error, BusyError):
         return APIError(503, error.what, code="server_busy", retry_after=error.retry_after)
     parts = [error.what, error.why, error.hint and f"next: {error.hint}"]
@@ -62,5 +67,5 @@ def to_api_error(error: AfinaError, param: str | None = None) -> APIError:
 
 
 def not_found(what: str, name: str) -> APIError:
-    """404: there is no such thing, or it belongs to somebody else, which is told alike."""
-    return APIError(404, f"no {what} {name!r} here", code=f"{what}_not_found")
+    """Return a 404 error, equal for names that do not exist and names of other owners."""
+    return APIError(404, f"{what} {name!r} does not exist", code=f"{what}_not_found")

@@ -1,4 +1,4 @@
-"""Tokens in words: how the two APIs write a token's text, its bytes and its log-probability."""
+"""Log-probabilities in the form of OpenAI's two APIs: text, bytes and logprob of each token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from afina.engine.request import Logprob
 from afina.models.causal_lm import CausalLM
 
-MIN_LOGPROB = -9999.0  # how OpenAI writes a probability of nothing, since JSON has no infinity
+MIN_LOGPROB = -9999.0  # OpenAI's value for probability 0, since JSON has no infinity
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes, as byte-level vocabularies write them: visible ones stand for themselves."""
+    """Return GPT-2's character for each byte, inverted: the alphabet of byte-level vocabularies."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {
@@ -22,7 +22,7 @@ BYTE_DECODER = _byte_letters()
 
 
 def token_bytes(base: CausalLM, token: int) -> bytes:
-    """The bytes of one token, which may be a part of a character."""
+    """Return the bytes of one token, which may be part of a UTF-8 character."""
     text = str(base.tokenizer.decode([token], skip_special_tokens=False))
     raw = str(base.tokenizer.convert_ids_to_tokens(token))
     if "\N{REPLACEMENT CHARACTER}" in text:
@@ -31,7 +31,7 @@ def token_bytes(base: CausalLM, token: int) -> bytes:
         if all(letter in BYTE_DECODER for letter in raw):
             return bytes(BYTE_DECODER[letter] for letter in raw)
     elif raw.startswith("\u2581") and not text.startswith(" "):
-        text = f" {text}"  # SentencePiece's decoder leaves out the space before a word that stands alone
+        text = f" {text}"  # SentencePiece drops the space before a single token
     return text.encode()
 
 
@@ -45,7 +45,7 @@ def _one(base: CausalLM, token: int, logprob: float) -> dict[str, Any]:
 
 
 def chat_logprobs(base: CausalLM, logprobs: Sequence[Logprob]) -> dict[str, Any]:
-    """As chat completions have them."""
+    """Return `logprobs` of a choice of chat completions."""
     content = [
         _one(base, p.token, p.logprob)
         | {"top_logprobs": [_one(base, token, value) for token, value in p.top]}
@@ -55,7 +55,7 @@ def chat_logprobs(base: CausalLM, logprobs: Sequence[Logprob]) -> dict[str, Any]
 
 
 def text_logprobs(base: CausalLM, logprobs: Sequence[Logprob], start: int = 0) -> dict[str, Any]:
-    """As completions have them; `text_offset` counts the characters from `start` on."""
+    """Return `logprobs` of a choice of completions; `start` is the first `text_offset`."""
     pieces = [token_bytes(base, p.token).decode(errors="replace") for p in logprobs]
     offsets = [start + sum(len(piece) for piece in pieces[:n]) for n in range(len(pieces))]
     top = [

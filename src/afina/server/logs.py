@@ -1,4 +1,4 @@
-"""What happens, as one JSON object a line on standard error; never a prompt, an answer or a key."""
+"""Logs on standard error, one JSON object per line; never a prompt, a completion or a key."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName
 
 
 class JsonLines(logging.Formatter):
-    """A record as JSON: time, level, event, whatever was given as `extra`, and where it failed."""
+    """A formatter of records as JSON: time, level, event, the fields of `extra`, the traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the line of a record."""
         when = (
             time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03}Z"
@@ -35,7 +35,7 @@ class JsonLines(logging.Formatter):
 
 
 def set_up_logs() -> None:
-    """Send our records and uvicorn's to standard error, all in the same form."""
+    """Log afina's and uvicorn's records to standard error, in the same form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("afina.server", "uvicorn", "uvicorn.error"):

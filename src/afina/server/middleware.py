@@ -1,7 +1,8 @@
-"""The door: every request comes in here, as plain ASGI, before anything of it is read.
+"""ASGI middleware around every request: paths, keys, size of the body, one line of the log.
 
-Azure's paths become ours, the key is looked at, the body is measured while it comes in, and when the answer is out
-one line goes into the log. `unless_gone` stops work for a client that has hung up.
+Azure's paths are rewritten, the API key is checked, the body is counted while it is received, and
+after the response one line is logged. `cancel_on_disconnect` stops work for a client that has
+disconnected.
 """
 
 import asyncio
@@ -19,120 +20,118 @@ from afina.server.logs import LOG
 from afina.server.state import ServerState
 
 DEPLOYMENT = re.compile(r"/openai/deployments/(.+?)/(chat/completions|completions|embeddings)")
-PUBLIC_PATHS = ("/healthz", "/readyz")  # what a balancer asks, without a key
+PUBLIC_PATHS = ("/healthz", "/readyz")  # requested by load balancers, without a key
 UPLOAD = "/v1/files"
-BODY_SECONDS = 120.0  # a body that takes longer to come in is refused
+BODY_SECONDS = 120.0  # a body that takes longer to arrive is rejected
+FORM_BYTES = 65_536  # of an upload besides the file: multipart boundaries and fields
 Result = TypeVar("Result")
 
 
 class ClientDisconnected(Exception):
-    """The client has hung up: nobody is there to answer."""
+    """The client disconnected before the response was complete."""
 
 
 class RequestMiddleware:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the application."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self.app, self.state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let one request in."""
+        """Handle one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, number, status = time.perf_counter(), f"req-{uuid.uuid4().hex}", 500
-        scope.setdefault("state", {})["log"] = log = {
-            "request": number,
-            "method": scope["method"],
-            "path": scope["path"],
-        }
+        began, request_id, status = time.perf_counter(), f"req-{uuid.uuid4().hex}", 500
+        log = {"request": request_id, "method": scope["method"], "path": scope["path"]}
+        scope.setdefault("state", {})["log"] = log
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = number
+                MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:
             try:
                 limit = self._admit(scope)
                 await self.app(scope, _measured(receive, limit), answer)
-            except APIError as refusal:
-                await refusal.response()(scope, receive, answer)
+            except APIError as error:
+                await error.response()(scope, receive, answer)
         except ClientDisconnected:
-            status = 499
+            status = 499  # as in nginx: client closed request
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.state.metrics.requests.labels(route, status).inc()
-            LOG.info(
-                "request",
-                extra={**log, "status": status, "seconds": round(time.perf_counter() - began, 4)},
-            )
+            seconds = round(time.perf_counter() - began, 4)
+            LOG.info("request", extra={**log, "status": status, "seconds": seconds})
 
     def _admit(self, scope: Scope) -> int:
-        """Rewrite the path, find out who asks, and how long the body may be; raises `Refusal`."""
-        _translate(scope)
+        """Rewrite the path, check the key, and return the largest size of the body in bytes.
+
+        Raises:
+            APIError: 400, 401 or 413.
+        """
+        _rewrite_azure_path(scope)
         path, headers = scope["path"], Headers(scope=scope)
         upload = path == UPLOAD and scope["method"] == "POST"
-        limit = (
-            self.state.settings.max_file_bytes + 65_536
-            if upload
-            else self.state.settings.max_body_bytes
-        )
+        settings = self.state.settings
+        limit = settings.max_file_bytes + FORM_BYTES if upload else settings.max_body_bytes
         if path not in PUBLIC_PATHS:
             caller = self.state.keys.caller(headers)
             scope["state"]["caller"], scope["state"]["log"]["key"] = caller, caller.name
             if upload and caller.name is None and not caller.admin:
-                raise APIError(401, "this needs a key: Authorization: Bearer KEY", code="no_key")
-        told = headers.get("content-length", "0")
-        if not told.isdigit() or len(told) > 18:
-            raise APIError(400, "content-length is no number")
-        if int(told) > limit:
-            raise _too_long(limit)
+                what = "an upload needs a key: Authorization: Bearer KEY"
+                raise APIError(401, what, code="no_key")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or len(length) > 18:
+            raise APIError(400, f"content-length {length[:20]!r} is not a number of bytes")
+        if int(length) > limit:
+            raise _body_too_long(limit)
         return limit
 
 
-def _translate(scope: Scope) -> None:
-    """The paths of Azure's clients: /openai/v1/..., and /openai/deployments/NAME/... or /openai/... with api-version."""
+def _rewrite_azure_path(scope: Scope) -> None:
+    """Rewrite the paths of Azure's clients to /v1/...
+
+    They are /openai/v1/..., and with api-version /openai/deployments/NAME/... or /openai/...
+    """
     path: str = scope["path"]
     if not path.startswith("/openai/"):
         return
     if not path.startswith("/openai/v1/"):
         if b"api-version=" not in scope["query_string"]:
-            raise APIError(
-                400,
-                "api-version is missing: these are Azure's paths, others are under /v1",
-                "api-version",
-            )
-        if found := DEPLOYMENT.fullmatch(path):
+            what = "api-version is missing: Azure's paths need it, paths under /v1 do not"
+            raise APIError(400, what, "api-version")
+        found = DEPLOYMENT.fullmatch(path)
+        if found:
             scope["state"]["deployment"] = found[1]
             path = f"/openai/{found[2]}"
     path = path.removeprefix("/openai").removeprefix("/v1")
     scope["path"], scope["raw_path"] = f"/v1{path}", f"/v1{path}".encode()
 
 
-def _too_long(limit: int) -> APIError:
+def _body_too_long(limit: int) -> APIError:
     return APIError(413, f"the body is longer than {limit:,} bytes", code="body_too_long")
 
 
 def _measured(receive: Receive, limit: int) -> Receive:
-    """`receive` that raises 413 when more than `limit` bytes come in, and 408 when they take too long."""
-    size, whole, latest = 0, False, time.monotonic() + BODY_SECONDS
+    """Wrap `receive`: raises 413 beyond `limit` bytes, and 408 after `BODY_SECONDS`."""
+    size, is_complete, latest = 0, False, time.monotonic() + BODY_SECONDS
 
     async def measured() -> Message:
-        nonlocal size, whole
-        if whole:
+        nonlocal size, is_complete
+        if is_complete:
             return await receive()
         try:
             message = await asyncio.wait_for(receive(), latest - time.monotonic())
         except TimeoutError:
-            raise APIError(
-                408, f"the body did not come in within {BODY_SECONDS:.0f} s", code="slow_body"
-            ) from None
+            what = f"the body did not arrive within {BODY_SECONDS:.0f} s"
+            raise APIError(408, what, code="slow_body") from None
         size += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
+        is_complete = not message.get("more_body", False)
         if size > limit:
-            raise _too_long(limit)
+            raise _body_too_long(limit)
         return message
 
     return measured
@@ -141,19 +140,23 @@ def _measured(receive: Receive, limit: int) -> Receive:
 async def cancel_on_disconnect(
     receive: Receive, work: Coroutine[Any, Any, Result] | Awaitable[Result]
 ) -> Result:
-    """The result of `work`, which is cancelled when the client hangs up; then `Gone` is raised."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hangs_up(receive))
+    """Return the result of `work`; cancel it when the client disconnects.
+
+    Raises:
+        ClientDisconnected: The client disconnected before `work` was done.
+    """
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected
         return task.result()
     finally:
-        for future in (task, gone):
+        for future in (task, disconnect):
             future.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
-async def _hangs_up(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Lists in pages, as OpenAI's API gives them: newest first, so many, after the one that was last."""
+"""Pagination as in OpenAI's API: newest first, `limit` items, after the id `after`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +14,17 @@ def paginate(
     store: Store,
     caller: Principal,
     table: type[FileRow] | type[JobRow],
-    tell: Callable[[Any], dict[str, Any]],
+    to_response: Callable[[Any], dict[str, Any]],
     limit: int,
     after: str | None = None,
     *where: Any,
     newest_first: bool = True,
 ) -> dict[str, Any]:
-    """A page of the files or jobs that the caller may see; raises 404 for an `after` that is none of them."""
+    """Return a page of the files or jobs that the caller can see.
+
+    Raises:
+        APIError: 404 where `after` is not one of them.
+    """
     conditions = list(where)
     if not caller.admin:
         conditions.append(or_(table.owner == caller.name, table.owner.is_(None)))
@@ -29,17 +33,18 @@ def paginate(
         if last is None or not caller.can_see(last.owner):
             raise not_found("object", after)
         earlier = table.created < last.created if newest_first else table.created > last.created
-        beside = table.id < last.id if newest_first else table.id > last.id
-        conditions.append(or_(earlier, and_(table.created == last.created, beside)))
+        same_time = table.id < last.id if newest_first else table.id > last.id
+        conditions.append(or_(earlier, and_(table.created == last.created, same_time)))
     columns = (table.created, table.id)
     order = [column.desc() for column in columns] if newest_first else list(columns)
     return list_page(
-        [tell(row) for row in store.query(table, *conditions, order=order, limit=limit + 1)], limit
+        [to_response(row) for row in store.query(table, *conditions, order=order, limit=limit + 1)],
+        limit,
     )
 
 
 def list_page(rows: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """The first `limit` of `rows` as a page; of one more is told that it is there."""
+    """Return the first `limit` of `rows` as a page; `has_more` where there are more rows."""
     data = list(rows[:limit])
     ends = (
         {"first_id": data[0]["id"], "last_id": data[-1]["id"]}

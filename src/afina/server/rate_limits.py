@@ -1,6 +1,6 @@
-"""How much one key may ask at once and a minute; who has asked too much is told when to come back (429).
+"""Rate limits per key: concurrent requests and tokens per minute (429 with Retry-After).
 
-How much a body may hold is the door's to check, how many may wait is the engine's.
+The middleware limits the size of a body, and the engine the number of waiting requests.
 """
 
 import threading
@@ -14,37 +14,39 @@ from afina.server.errors import APIError
 
 
 @dataclass
-class _Use:
-    """What a key is doing: its running requests, and the tokens it may still use, as of `seen`."""
+class _Usage:
+    """Running requests of a key, and the tokens that it may still use, as of `updated`."""
 
     tokens: float
     running: int = 0
-    seen: float = 0.0
+    updated: float = 0.0
 
 
 class RateLimiter:
-    """Requests at once and tokens a minute, for each key; None: no limit. Any thread.
+    """Concurrent requests and tokens per minute of each key; None: no limit. Thread-safe.
 
-    Tokens come back evenly. A request is let in while there are any, and what it used is taken off when it has ended:
-    how long an answer will be is not known before.
+    Tokens are refilled evenly. A request is accepted while there are any, and its tokens are
+    subtracted when it has ended, since the length of a completion is not known before.
     """
 
     def __init__(self, requests: int | None, tokens: int | None) -> None:
         self.requests, self.tokens = requests, tokens
-        self._uses: dict[str | None, _Use] = {}
+        self._uses: dict[str | None, _Usage] = {}
         self._lock = threading.Lock()
 
     @contextmanager
     def running(self, caller: Principal) -> Iterator[None]:
-        """Count one request of the caller while the block runs; raises 429."""
+        """Count one request of the caller while the block runs; raise `APIError` 429 at a limit."""
         with self._lock:
             use = self._current(caller)
             if self.requests is not None and use.running >= self.requests:
-                message = f"{use.running} requests of this key are running; it may have {self.requests} at once"
+                message = (
+                    f"{use.running} requests of this key are running; the limit is {self.requests}"
+                )
                 raise APIError(429, message, code="too_many_requests", retry_after=1.0)
             if self.tokens is not None and use.tokens <= 0:
                 wait = 60.0 * (1.0 - use.tokens) / self.tokens
-                message = f"this key has used its {self.tokens:,} tokens a minute"
+                message = f"this key has used its {self.tokens:,} tokens per minute"
                 raise APIError(429, message, code="rate_limit_exceeded", retry_after=wait)
             use.running += 1
         try:
@@ -54,16 +56,14 @@ class RateLimiter:
                 use.running -= 1
 
     def spend(self, caller: Principal, tokens: int) -> None:
-        """Take off what a request has read and written."""
+        """Subtract the prompt and completion tokens of a request."""
         with self._lock:
             self._current(caller).tokens -= tokens
 
-    def _current(self, caller: Principal) -> _Use:
-        """The use of the caller's key now."""
-        use = self._uses.setdefault(
-            caller.name, _Use(float(self.tokens or 0), seen=time.monotonic())
-        )
-        now, most = time.monotonic(), float(self.tokens or 0)
-        use.tokens = min(most, use.tokens + (now - use.seen) * most / 60.0)
-        use.seen = now
+    def _current(self, caller: Principal) -> _Usage:
+        """Return the usage of the caller's key, refilled up to now."""
+        now, limit = time.monotonic(), float(self.tokens or 0)
+        use = self._uses.setdefault(caller.name, _Usage(limit, updated=now))
+        use.tokens = min(limit, use.tokens + (now - use.updated) * limit / 60.0)
+        use.updated = now
         return use

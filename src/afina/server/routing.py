@@ -1,14 +1,15 @@
-"""`model="auto"`: the adapter whose own prompts are closest to the query, among those that the caller may see.
+"""Routing for `model="auto"`: the adapter whose training prompts are closest to the prompt.
 
-Profiles are read from the adapters' folders when they are first needed, and again when a name points at another adapter.
+Routing profiles are read from the adapters' folders when the first request needs them, and again
+when a name is given to another adapter.
 """
 
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from afina.data.renderer import Renderer
+from afina.engine.adapter_registry import AdapterRegistry
 from afina.engine.adapter_router import AdapterRouter, RoutingDecision
 from afina.engine.request import RegisteredAdapter
 from afina.engine.routing_profile import ChatFrame, read_profile
@@ -16,50 +17,41 @@ from afina.errors import AfinaError
 from afina.models.causal_lm import CausalLM
 from afina.server.logs import LOG
 
-if TYPE_CHECKING:
-    from afina.engine.adapter_registry import AdapterRegistry
-
 
 class ServedAdapterRouter:
-    """Keeps the profiles in step with the shelf. Any thread may call."""
+    """An adapter router whose profiles are those of the registered adapters. Thread-safe."""
 
-    def __init__(self, base: CausalLM, renderer: Renderer, shelf: "AdapterRegistry") -> None:
-        self._base, self._renderer, self._shelf = base, renderer, shelf
-        self._choosing: AdapterRouter | None = None
-        self._known: dict[str, str] = {}  # name -> hash, of all that was looked at
+    def __init__(self, base: CausalLM, renderer: Renderer, registry: AdapterRegistry) -> None:
+        self._base, self._renderer, self._registry = base, renderer, registry
+        self._router: AdapterRouter | None = None
+        self._known: dict[str, str] = {}  # name -> hash, of adapters whose profile was looked up
         self._lock = threading.Lock()
 
-    def choose(
-        self, prompt: Sequence[int], entries: Sequence[RegisteredAdapter]
-    ) -> RoutingDecision:
-        """The adapter for a prompt's tokens among `entries`, or the base."""
+    def route(self, prompt: Sequence[int], entries: Sequence[RegisteredAdapter]) -> RoutingDecision:
+        """Return the routing decision for a prompt's token ids, among `entries` and the base."""
         with self._lock:
-            if (
-                self._choosing is None
-            ):  # it reads general text once: only servers that are asked for "auto" do
-                self._choosing = AdapterRouter(self._base, ChatFrame.of(self._renderer))
-            self._follow(self._choosing)
-            resident = {entry.name for entry in entries if entry.state != "disk"}
-            return self._choosing.route(prompt, resident, {entry.name for entry in entries})
+            if self._router is None:
+                # embeds general text once; servers without requests for "auto" never do
+                self._router = AdapterRouter(self._base, ChatFrame.of(self._renderer))
+            self._update_profiles(self._router)
+            loaded = {entry.name for entry in entries if entry.state != "disk"}
+            return self._router.route(prompt, loaded, {entry.name for entry in entries})
 
-    def _follow(self, choosing: AdapterRouter) -> None:
-        """Learn the profiles of what is new on the shelf, forget what is gone."""
-        there = {entry.name: entry for entry in self._shelf.list_adapters()}
-        for name in [
-            name
-            for name, digest in self._known.items()
-            if name not in there or there[name].hash != digest
-        ]:
-            choosing.remove_profile(name)
+    def _update_profiles(self, router: AdapterRouter) -> None:
+        """Add the profiles of newly registered adapters and remove those of unregistered ones."""
+        registered = {entry.name: entry for entry in self._registry.list_adapters()}
+        current = {name: entry.hash for name, entry in registered.items()}
+        for name in [n for n, digest in self._known.items() if current.get(n) != digest]:
+            router.remove_profile(name)
             del self._known[name]
-        for name, entry in there.items():
+        for name, entry in registered.items():
             if name in self._known:
                 continue
             self._known[name] = entry.hash
             try:
-                profile = read_profile(Path(entry.folder), choosing.embedding.key)
+                profile = read_profile(Path(entry.folder), router.embedding.key)
                 if profile is not None:
-                    choosing.add_profile(name, profile)
+                    router.add_profile(name, profile)
             except AfinaError as error:
                 LOG.warning(
                     "an adapter's profile cannot be used",

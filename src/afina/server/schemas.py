@@ -1,6 +1,6 @@
-"""What a client may ask for: OpenAI's parameters, checked; nothing that is sent is left unread.
+"""Request bodies: OpenAI's parameters, validated; every parameter is used or an error.
 
-A parameter that asks for something this server does not do is refused, unless its value asks for nothing.
+A parameter that this server does not support is rejected, unless its value is a no-op.
 """
 
 import json
@@ -13,39 +13,39 @@ from pydantic_core import PydanticCustomError
 
 from afina.engine.request import SamplingParams
 
-# what is not done here, and the values that ask for nothing
+# parameters that are not supported: the reason, and the values that are no-ops
 UNSUPPORTED_PARAMETERS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "tools": ("this server calls no tools", ([],)),
-    "tool_choice": ("this server calls no tools", ("none",)),
-    "parallel_tool_calls": ("this server calls no tools", ()),
-    "functions": ("this server calls no functions", ([],)),
-    "function_call": ("this server calls no functions", ("none",)),
-    "audio": ("this server speaks no audio", ()),
-    "modalities": ("this server writes text only", (["text"],)),
-    "prediction": ("predicted outputs are not used here", ()),
-    "web_search_options": ("this server searches nothing", ()),
-    "service_tier": ("there is one tier here", ("auto", "default")),
-    "store": ("answers are not kept", (False,)),
-    "metadata": ("answers are not kept", ({},)),
-    "moderation": ("nothing is moderated here", ()),
-    "reasoning_effort": ("the base decides how it reasons", ("none",)),
-    "verbosity": ("the base decides how much it says", ("medium",)),
-    "prompt_cache_retention": ("the cache holds what there is room for", ("in_memory",)),
-    "prompt_cache_options": ("the cache holds what there is room for", ()),
-    "suffix": ("this server continues a text and does not fill gaps", ("",)),
+    "tools": ("tool calls are not supported", ([],)),
+    "tool_choice": ("tool calls are not supported", ("none",)),
+    "parallel_tool_calls": ("tool calls are not supported", ()),
+    "functions": ("function calls are not supported", ([],)),
+    "function_call": ("function calls are not supported", ("none",)),
+    "audio": ("audio is not supported", ()),
+    "modalities": ("only text is generated", (["text"],)),
+    "prediction": ("predicted outputs are not supported", ()),
+    "web_search_options": ("web search is not supported", ()),
+    "service_tier": ("there is one service tier", ("auto", "default")),
+    "store": ("completions are not stored", (False,)),
+    "metadata": ("completions are not stored", ({},)),
+    "moderation": ("moderation is not supported", ()),
+    "reasoning_effort": ("reasoning effort depends on the base", ("none",)),
+    "verbosity": ("verbosity depends on the base", ("medium",)),
+    "prompt_cache_retention": ("the cache evicts by available memory only", ("in_memory",)),
+    "prompt_cache_options": ("the cache evicts by available memory only", ()),
+    "suffix": ("filling in the middle is not supported", ("",)),
 }
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 
 class StrictRequest(BaseModel):
-    """A body that is read strictly."""
+    """A request body in which unknown parameters are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _asks_for_nothing_else(cls, values: Any) -> Any:
-        """Drop what asks for nothing; refuse what is not done here, and half of a surrogate pair, which is no text."""
+    def _check_supported(cls, values: Any) -> Any:
+        """Drop no-op values; reject unsupported parameters and strings that are not valid Unicode."""
         if not isinstance(values, Mapping):
             return values
         try:
@@ -61,10 +61,10 @@ class StrictRequest(BaseModel):
             ):
                 continue
             if name in UNSUPPORTED_PARAMETERS and name not in cls.model_fields:
-                why, nothing = UNSUPPORTED_PARAMETERS[name]
-                if value not in nothing or (isinstance(value, int) and not isinstance(value, bool)):
+                why, no_ops = UNSUPPORTED_PARAMETERS[name]
+                if value not in no_ops or (isinstance(value, int) and not isinstance(value, bool)):
                     raise PydanticCustomError(
-                        "not_here", "{name}: {why}", {"name": name, "why": why}
+                        "unsupported", "{name}: {why}", {"name": name, "why": why}
                     )
                 continue
             kept[name] = value
@@ -72,7 +72,7 @@ class StrictRequest(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells besides the text. Obfuscation pads a stream against listeners of its sizes: never done here."""
+    """Options of a stream. Obfuscation (padding that hides the sizes of chunks) is not supported."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
@@ -80,10 +80,13 @@ class StreamOptions(BaseModel):
 
 
 class SamplingRequest(StrictRequest):
-    """What chats and completions share. top_k, min_p, repetition_penalty and ignore_eos are ours, as in other servers."""
+    """Parameters of chats and completions.
+
+    top_k, min_p, repetition_penalty and ignore_eos are extensions of OpenAI's API, as in vLLM.
+    """
 
     model: str = Field(
-        "", max_length=1000, description="who shall answer; Azure's paths say it themselves"
+        "", max_length=1000, description="base or adapters; Azure's paths contain it instead"
     )
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
@@ -99,39 +102,38 @@ class SamplingRequest(StrictRequest):
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
     ignore_eos: bool = False
-    user: str | None = None  # these three say who asks: they go into the log
+    user: str | None = None  # these three identify the end user: they are logged
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @field_validator("stop")
     @classmethod
-    def _few(cls, stop: str | list[str]) -> list[str]:
+    def _check_stop(cls, stop: str | list[str]) -> list[str]:
         stops = [stop] if isinstance(stop, str) else stop
         if len(stops) > 16 or not all(stops):
-            raise PydanticCustomError("stop", "stop: at most 16 texts, none of them empty")
+            raise PydanticCustomError("stop", "stop: at most 16 strings, none of them empty")
         return stops
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> "SamplingRequest":
+    def _check_stream_options(self) -> "SamplingRequest":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options: only with stream")
+            raise PydanticCustomError("stream_options", "stream_options: only valid with stream")
         return self
 
     def to_sampling_params(
         self, max_new_tokens: int, vocabulary: int, choice: int, **more: Any
     ) -> SamplingParams:
-        """The engine's words for it; each of n choices has its own seed. Without one it is drawn."""
+        """Return the engine's sampling parameters of one of n choices.
+
+        Choice i uses seed + i; without a seed a random one is used.
+        """
         bias = {}
         for token, value in self.logit_bias.items():
-            if (
-                not token.isascii()
-                or not token.isdigit()
-                or len(token) > 9
-                or int(token) >= vocabulary
-            ):
+            is_number = token.isascii() and token.isdigit() and len(token) <= 9
+            if not is_number or int(token) >= vocabulary:
                 raise PydanticCustomError(
                     "bias",
-                    "logit_bias: {token} is no token of this base",
+                    "logit_bias: {token} is not a token id of this base",
                     {"token": repr(token[:40])},
                 )
             bias[int(token)] = value
@@ -154,7 +156,7 @@ class SamplingRequest(StrictRequest):
 
 
 class TextPart(BaseModel):
-    """A piece of a message."""
+    """A text part of a message."""
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
@@ -162,7 +164,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a chat. What an answer carries besides its text (refusal, annotations) may come back, empty."""
+    """One message of a chat. Empty fields of a returned answer (refusal, annotations) are accepted."""
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
@@ -171,24 +173,19 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_empty(cls, values: Any) -> Any:
-        return (
-            {k: v for k, v in values.items() if v not in (None, []) or k == "content"}
-            if isinstance(values, Mapping)
-            else values
-        )
+        if not isinstance(values, Mapping):
+            return values
+        return {k: v for k, v in values.items() if v not in (None, []) or k == "content"}
 
     def plain(self) -> dict[str, str]:
-        """Role and text, as chat templates want them."""
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
+        """Return role and text, as chat templates need them."""
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content]
+        text = "".join(parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class JsonSchema(BaseModel):
-    """A named schema; `strict` or not, the answer satisfies it."""
+    """A named JSON schema; the completion satisfies it, `strict` or not."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     name: str = Field(max_length=64)
@@ -205,17 +202,19 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _together(self) -> "ResponseFormat":
+    def _check_schema(self) -> "ResponseFormat":
         if (self.json_schema is not None) != (self.type == "json_schema"):
             raise PydanticCustomError(
                 "format",
-                "response_format: json_schema goes with type json_schema, and with no other",
+                "response_format: json_schema is valid with type json_schema only",
             )
         return self
 
     def json_schema_or_none(self) -> Mapping[str, Any] | None:
-        """What the engine is told: None for text, {} for any JSON object."""
-        return None if self.type == "text" else self.json_schema.content if self.json_schema else {}
+        """Return the JSON schema of the completion: None for text, {} for any JSON object."""
+        if self.type == "text":
+            return None
+        return self.json_schema.content if self.json_schema else {}
 
 
 class ChatCompletionRequest(SamplingRequest):
@@ -231,13 +230,12 @@ class ChatCompletionRequest(SamplingRequest):
     response_format: ResponseFormat = ResponseFormat(type="text")
 
     @model_validator(mode="after")
-    def _fits(self) -> "ChatCompletionRequest":
+    def _check_parameters(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("top_logprobs", "top_logprobs: only with logprobs")
+            raise PydanticCustomError("top_logprobs", "top_logprobs: only valid with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise PydanticCustomError(
-                "max_tokens", "max_tokens: max_completion_tokens is there already"
-            )
+            what = "max_tokens: max_completion_tokens is given too, and replaces it"
+            raise PydanticCustomError("max_tokens", what)
         return self
 
 
@@ -261,19 +259,19 @@ class CompletionRequest(SamplingRequest):
     best_of: int | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> "CompletionRequest":
+    def _check_parameters(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
             raise PydanticCustomError(
                 "best_of",
-                "best_of: all answers that are made are given; leave it out, or set it to n",
+                "best_of: must equal n, since all completions are returned",
             )
         if self.echo and self.logprobs is not None:
             raise PydanticCustomError(
                 "echo",
-                "echo: the prompt's own log-probabilities are not computed; leave out one of the two",
+                "echo: logprobs of the prompt are not computed; leave out echo or logprobs",
             )
         if self.n * len(prompts_of(self.prompt)) > 256:
-            raise PydanticCustomError("prompt", "prompt: at most 256 answers in one request")
+            raise PydanticCustomError("prompt", "prompt: at most 256 completions in one request")
         return self
 
 
@@ -281,7 +279,7 @@ class EmbeddingRequest(StrictRequest):
     """POST /v1/embeddings."""
 
     model: str = Field(
-        "", max_length=1000, description="who shall answer; Azure's paths say it themselves"
+        "", max_length=1000, description="base or adapters; Azure's paths contain it instead"
     )
     input: Prompts
     encoding_format: Literal["float", "base64"] = "float"
@@ -290,5 +288,5 @@ class EmbeddingRequest(StrictRequest):
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """One or several texts or lists of tokens, as a list of them."""
+    """Return one or several prompts (text or token ids) as a list."""
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)

@@ -1,4 +1,4 @@
-"""`afina serve`: settings into base, engine, tables, worker and application; then uvicorn, until it is told to stop."""
+"""`afina serve`: builds base, engine, store, job worker and application, and runs uvicorn."""
 
 import signal
 import time
@@ -27,7 +27,8 @@ from afina.server.state import ServerState, served_name
 from afina.server.store import AdapterRow, Store
 from afina.settings import ServeSettings, make_settings
 
-LOCK_SECONDS = 15.0  # a killed server's jobs take a moment to see that it is gone
+# wait for the lock on the state directory: the jobs of a killed server end after some seconds
+LOCK_SECONDS = 15.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +40,21 @@ class ServeResult(Result):
 
 
 def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
-    """Serve until SIGTERM or Ctrl-C; running requests are then given `drain` seconds."""
+    """Serve until SIGTERM or Ctrl-C; running requests then have `shutdown_timeout` seconds.
+
+    Returns:
+        The name of the base and the number of adapters that were served.
+
+    Raises:
+        AfinaError: The base, an adapter, the database or the keys cannot be used.
+
+    Example:
+        serve(base="HuggingFaceTB/SmolLM2-135M", adapters=["runs"], port=8000)
+    """
     settings = settings or make_settings(ServeSettings, values)
     set_up_logs()
-    lock = _take(settings.state_dir)
+    lock = _lock_state_dir(settings.state_dir)
     state = build_server(settings)
-    state.inherited_fds = (lock.fileno(),)
     app = make_app(state, lambda: close(state))
     config = uvicorn.Config(
         app,
@@ -56,7 +66,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
         server_header=False,
     )
-    state.worker.start(state)
+    state.worker.start(inherited_fds=(lock.fileno(),))
     count = len(state.engine.registry.list_adapters())
     LOG.info(
         "serving",
@@ -67,10 +77,8 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
             "adapters": count,
         },
     )
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # uvicorn stops at these, and sends them once more when it has
+    # uvicorn stops at these signals, and raises them once more after it has stopped
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     try:
         uvicorn.Server(config).run()
@@ -81,7 +89,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
 
 
 def build_server(settings: ServeSettings) -> ServerState:
-    """Everything but the network; the engine is running."""
+    """Return the state of a server whose engine runs; only the network is missing."""
     base = load_base(
         settings.base,
         settings.revision,
@@ -96,24 +104,29 @@ def build_server(settings: ServeSettings) -> ServerState:
     store = Store(
         settings.database_url or f"sqlite:///{(settings.state_dir / 'state.db').resolve()}"
     )
+    renderer = Renderer(base.tokenizer, settings.chat_template, base.max_positions)
+    metrics = ServerMetrics(engine, name)
     state = ServerState(
         settings=settings,
         engine=engine,
-        renderer=(renderer := Renderer(base.tokenizer, settings.chat_template, base.max_positions)),
+        renderer=renderer,
         store=store,
         keys=APIKeys(settings),
         limits=RateLimiter(settings.max_requests_per_key, settings.max_tokens_per_minute),
-        metrics=ServerMetrics(engine, name),
-        worker=JobWorker(settings, store),
-        choosing=ServedAdapterRouter(base, renderer, engine.registry),
+        metrics=metrics,
+        worker=JobWorker(settings, store, engine, metrics),
+        router=ServedAdapterRouter(base, renderer, engine.registry),
     )
-    _fill(state)
+    _register_adapters(state)
     engine.start()
     return state
 
 
 def engine_settings(settings: ServeSettings, base: CausalLM) -> EngineConfig:
-    """How much the engine takes. What adapters need of the host's memory before a GPU's is a quarter as much."""
+    """Return the sizes of the engine's memory, in bytes.
+
+    On a GPU, adapters are cached in host memory too, in a quarter of `memory_gb`.
+    """
     size = round(settings.memory_gb * 1e9)
     weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
     host = 0 if base.device.type == "cpu" else size // 4
@@ -127,7 +140,7 @@ def engine_settings(settings: ServeSettings, base: CausalLM) -> EngineConfig:
 
 
 def close(state: ServerState) -> None:
-    """End jobs (they go on after the next start), then the engine; once."""
+    """Stop the jobs (they resume after the next start), then the engine; only once."""
     if state.ready:
         state.ready = False
         state.worker.stop()
@@ -136,24 +149,21 @@ def close(state: ServerState) -> None:
         state.tokenizer_pool.shutdown()
 
 
-def _fill(state: ServerState) -> None:
-    """Adapters as they were when the server stopped, then those of the folders that it was given."""
-    shelf = state.engine.registry
+def _register_adapters(state: ServerState) -> None:
+    """Register the adapters of the store, then those of the folders in the settings."""
+    registry = state.engine.registry
     for row in state.store.query(AdapterRow):
         try:
-            shelf.add(row.name, Path(row.folder), row.owner)
-        except AfinaError as error:  # its files are gone or changed: the others answer all the same
+            registry.add(row.name, Path(row.folder), row.owner)
+        except AfinaError as error:  # files deleted or changed: the other adapters are served
             LOG.error("an adapter cannot be loaded", extra={"adapter": row.name, "why": str(error)})
     for root in state.settings.adapters:
-        if _holds_adapter(root):
-            _place(state, root)
-        elif not sum(
-            [
-                _fits(state, folder)
-                for folder in sorted(root.expanduser().glob("*"))
-                if _holds_adapter(folder)
-            ]
-        ):
+        if _has_adapter(root):
+            _register_folder(state, root)
+            continue
+        folders = [folder for folder in sorted(root.expanduser().glob("*")) if _has_adapter(folder)]
+        registered = [_register_if_compatible(state, folder) for folder in folders]
+        if not any(registered):
             raise SettingsError(
                 "no adapter of this base in the folder",
                 where=str(root),
@@ -161,8 +171,8 @@ def _fill(state: ServerState) -> None:
             )
 
 
-def _place(state: ServerState, folder: Path) -> None:
-    """Serve one adapter under the name of its folder, unless that name is taken from before."""
+def _register_folder(state: ServerState, folder: Path) -> None:
+    """Register an adapter under the name of its folder, unless that name is registered already."""
     name = folder.resolve().name
     if not NAME.fullmatch(name):
         raise SettingsError(
@@ -172,27 +182,31 @@ def _place(state: ServerState, folder: Path) -> None:
         state.engine.registry.add(name, folder)
 
 
-def _fits(state: ServerState, folder: Path) -> bool:
-    """Serve one of a folder's adapters; one that is for another base, or damaged, is left out, and said."""
+def _register_if_compatible(state: ServerState, folder: Path) -> bool:
+    """Register an adapter; log one that is damaged or of another base, and return False."""
     try:
-        _place(state, folder)
+        _register_folder(state, folder)
     except AfinaError as error:
         LOG.warning("not served", extra={"adapter": folder.name, "why": str(error)})
         return False
     return True
 
 
-def _holds_adapter(folder: Path) -> bool:
-    return any((place / CONFIG_FILE).is_file() for place in (folder, folder / "adapter"))
+def _has_adapter(folder: Path) -> bool:
+    return any((path / CONFIG_FILE).is_file() for path in (folder, folder / "adapter"))
 
 
-def _take(folder: Path) -> IO[str]:
-    """Lock the state folder for this process and the jobs that it begins; raises `SettingsError` where another has it."""
+def _lock_state_dir(folder: Path) -> IO[str]:
+    """Lock the state directory for this process and its jobs.
+
+    Raises:
+        SettingsError: Another server has the lock.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stream = (folder / "lock").open("w")
     try:
         import fcntl
-    except ImportError:  # Windows: nobody checks
+    except ImportError:  # Windows: not locked
         return stream
     until = time.monotonic() + LOCK_SECONDS
     while True:
@@ -202,6 +216,8 @@ def _take(folder: Path) -> IO[str]:
         except OSError:
             if time.monotonic() > until:
                 raise SettingsError(
-                    "another server uses this folder", where=str(folder), hint="--state FOLDER"
+                    "another server uses this state directory",
+                    where=str(folder),
+                    hint="--state-dir FOLDER",
                 ) from None
             time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""What must outlive the process: files, jobs, their events and checkpoints, adapters. SQLite, or PostgreSQL by URL.
+"""The database: files, jobs, their events and checkpoints, adapters. SQLite, or PostgreSQL by URL.
 
-What a request was told is on the disk before it was told: each `write` is one transaction, committed when it ends.
-The tables are made and changed by the migrations beside this file.
+A response is sent after its changes are on the disk: each `write` is one transaction, committed at
+the end of the block. The tables are created and changed by the migrations in `migrations/`.
 """
 
 import time
@@ -30,22 +30,21 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from afina.errors import SettingsError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-ACTIVE = ("queued", "running")
 
 
 def now() -> int:
-    """Seconds since 1970, as OpenAI's API counts."""
+    """Return the current Unix time in seconds, as in OpenAI's API."""
     return int(time.time())
 
 
 class BaseRow(DeclarativeBase):
-    """All tables."""
+    """The base class of all tables."""
 
     type_annotation_map = {dict[str, Any]: JSON, int: BigInteger}
 
 
 class FileRow(BaseRow):
-    """An uploaded file; its bytes are in the state folder, files/ID."""
+    """An uploaded file; its bytes are in the state directory, files/ID."""
 
     __tablename__ = "files"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -63,11 +62,11 @@ class JobRow(BaseRow):
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str | None] = mapped_column(index=True)
     status: Mapped[str] = mapped_column(default="queued", index=True)
-    request: Mapped[dict[str, Any]] = mapped_column("asked")  # the request as it came
+    request: Mapped[dict[str, Any]] = mapped_column("asked")  # body, settings
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
     seed: Mapped[int]
-    model: Mapped[str]  # the name under which its adapter will answer
+    model: Mapped[str]  # the name under which its adapter will be served
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     tokens: Mapped[int | None]
     created: Mapped[int] = mapped_column(default=now)
@@ -75,7 +74,7 @@ class JobRow(BaseRow):
 
 
 class JobEvent(BaseRow):
-    """Something that happened to a job, in order of `number`."""
+    """An event of a job; events are ordered by `number`."""
 
     __tablename__ = "events"
     number: Mapped[int] = mapped_column(
@@ -90,7 +89,7 @@ class JobEvent(BaseRow):
 
 
 class JobCheckpoint(BaseRow):
-    """A job's adapter as it was after `step`, the best until then; it answers under `model`."""
+    """The best adapter of a job up to `step`, served under `model`."""
 
     __tablename__ = "checkpoints"
     model: Mapped[str] = mapped_column(primary_key=True)
@@ -101,7 +100,7 @@ class JobCheckpoint(BaseRow):
 
 
 class AdapterRow(BaseRow):
-    """A name under which an adapter answers, and the folder that it lies in."""
+    """The name under which an adapter is served, and its folder."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -114,10 +113,10 @@ Row = TypeVar("Row", bound=BaseRow)
 
 
 class Store:
-    """The tables behind one URL; any thread."""
+    """The tables of one database URL. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        """Connect and bring the tables up to date; raises `SettingsError` where that cannot be."""
+        """Connect and migrate the tables; raise `SettingsError` where the database cannot be used."""
         try:
             self.engine: Engine = create_engine(
                 url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True
@@ -131,36 +130,39 @@ class Store:
                 )
             migrate(self.engine)
         except (SQLAlchemyError, ImportError) as error:
-            hint = "--database sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/NAME (pip install 'afina[postgres]')"
+            hint = (
+                "--database-url sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/NAME "
+                "(pip install 'afina[postgres]')"
+            )
             raise SettingsError(
                 "cannot open the database", why=str(error).splitlines()[0], hint=hint
             ) from None
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A session whose changes are on the disk when the block ends well, and never happened when it does not."""
+        """Yield a session that is committed at the end of the block, and rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     def add(self, *rows: BaseRow) -> None:
-        """Keep new rows."""
+        """Insert rows."""
         with self.write() as session:
             session.add_all(rows)
 
     def get(self, table: type[Row], key: Any) -> Row | None:
-        """One row by its primary key; a key that cannot be one (PostgreSQL takes no NUL) has none."""
+        """Return a row by its primary key, or None; PostgreSQL has no keys that contain NUL."""
         with self.write() as session:
             return None if "\0" in str(key) else session.get(table, key)
 
     def query(
         self, table: type[Row], *where: Any, order: Sequence[Any] = (), limit: int | None = None
     ) -> list[Row]:
-        """The rows that fulfil `where`."""
+        """Return the rows that satisfy `where`."""
         with self.write() as session:
             return list(session.scalars(select(table).where(*where).order_by(*order).limit(limit)))
 
     def transition(self, job: str, of: tuple[str, ...], **values: Any) -> bool:
-        """Change a job if its status is one of `of`; tells whether it was."""
+        """Update a job if its status is one of `of`; return whether it was."""
         with self.write() as session:
             changed = session.execute(
                 update(JobRow).where(JobRow.id == job, JobRow.status.in_(of)).values(**values)
@@ -168,14 +170,12 @@ class Store:
             return bool(changed.rowcount)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         self.engine.dispose()
 
 
 def _durable(connection: Any, _: Any) -> None:
-    connection.isolation_level = (
-        None  # transactions are begun by us, at once and not at the first write
-    )
+    connection.isolation_level = None  # SQLAlchemy begins transactions, not the driver
     for setting in (
         "journal_mode=WAL",
         "synchronous=FULL",
@@ -186,7 +186,7 @@ def _durable(connection: Any, _: Any) -> None:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the tables to the newest form."""
+    """Migrate the tables to the newest version."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     with engine.begin() as connection:

@@ -1,8 +1,8 @@
-"""From the engine's thread to a client: n sequences of one request, their events in the order in which they come.
+"""Completions of one request, from the engine's thread to the client, in order of arrival.
 
-    engine's thread   on_event ---> call_soon_threadsafe ---> queue ---> events()   the server's loop
+    engine's thread   on_output ---> call_soon_threadsafe ---> queue ---> events()   event loop
 
-Whatever happens (an error, a client that is gone, too much time) what is still running is cancelled, once.
+After an error, a disconnect or a timeout, sequences that still run are aborted, once.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from afina.server.state import ResolvedModel, ServerState
 
 @dataclass
 class CompletionBuffer:
-    """One whole answer."""
+    """One completion so far."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class CompletionBuffer:
 
 
 class CompletionStream:
-    """The running answers of one request."""
+    """The running completions of one request."""
 
     def __init__(
         self,
@@ -53,23 +53,14 @@ class CompletionStream:
         requests: Sequence[GenerationRequest],
         log: dict[str, Any],
     ) -> None:
-        self.state, self.caller, self.chosen, self.requests, self.log = (
-            state,
-            caller,
-            chosen,
-            requests,
-            log,
-        )
+        self.state, self.caller, self.chosen = state, caller, chosen
+        self.requests, self.log = requests, log
         self.written = [CompletionBuffer() for _ in requests]
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, OutputChunk] | None] = asyncio.Queue()
         self._running: dict[int, RequestHandle] = {}
-        self._began, self._closed, self._asked, self._stack = (
-            time.perf_counter(),
-            False,
-            0,
-            ExitStack(),
-        )
+        self._began, self._closed, self._num_prompt_tokens = time.perf_counter(), False, 0
+        self._stack = ExitStack()
 
     @classmethod
     async def start(
@@ -80,36 +71,38 @@ class CompletionStream:
         requests: Sequence[GenerationRequest],
         log: dict[str, Any],
     ) -> "CompletionStream":
-        """Queue all of them, or none; raises `Refusal`."""
+        """Queue all requests, or none.
+
+        Raises:
+            APIError: 429, 503 or what the engine rejects.
+        """
         if not state.engine.alive:
-            raise APIError(
-                503, "the engine has broken; its log says why", code="broken", retry_after=10.0
-            )
+            what = "the engine has stopped after an error; see the server's log"
+            raise APIError(503, what, code="broken", retry_after=10.0)
         answers = cls(state, caller, chosen, requests, log)
         answers._stack.enter_context(state.limits.running(caller))
-        submitted = answers._loop.run_in_executor(
-            None, answers._submit
-        )  # a grammar may take a while
+        # in a thread: compiling a grammar may take seconds
+        submitted = answers._loop.run_in_executor(None, answers._submit)
         try:
             await asyncio.shield(submitted)
         except AfinaError as error:
             answers.close()
             raise to_api_error(error) from None
-        except BaseException:  # gone while they were being queued: what was, is cancelled
-            submitted.add_done_callback(answers._queued_for_nobody)
+        except BaseException:  # disconnected while requests were being queued: abort those queued
+            submitted.add_done_callback(answers._close_after_disconnect)
             raise
         answers._stack.callback(
-            answers._loop.call_later(state.settings.request_timeout, answers._too_late).cancel
+            answers._loop.call_later(state.settings.request_timeout, answers._time_out).cancel
         )
         return answers
 
-    def _queued_for_nobody(self, submitted: "asyncio.Future[None]") -> None:
-        submitted.exception()  # looked at, so that asyncio does not complain of it
+    def _close_after_disconnect(self, submitted: "asyncio.Future[None]") -> None:
+        submitted.exception()  # retrieved, so that asyncio does not log it
         self.close()
 
     def _submit(self) -> None:
         for number, request in enumerate(self.requests):
-            self._asked += len(request.prompt)
+            self._num_prompt_tokens += len(request.prompt)
             self._running[number] = self.state.engine.add_request(request, self._listener(number))
 
     def _listener(self, number: int) -> Callable[[OutputChunk], None]:
@@ -119,17 +112,18 @@ class CompletionStream:
         return listen
 
     async def events(self) -> AsyncIterator[tuple[int, OutputChunk]]:
-        """(which, event) until all have ended; raises `Refusal` where one cannot be ended well."""
+        """Yield (index of the completion, output chunk) until all have ended.
+
+        Raises:
+            APIError: 500 for an error of the engine, 503 after a timeout or while stopping.
+        """
         left, first = len(self.requests), True
         while left:
             item = await self._queue.get()
             if item is None:
-                raise APIError(
-                    503,
-                    f"no answer within {self.state.settings.request_timeout:.0f} s",
-                    code="timeout",
-                    retry_after=10.0,
-                )
+                seconds = self.state.settings.request_timeout
+                what = f"the request was not complete after {seconds:.0f} s"
+                raise APIError(503, what, code="timeout", retry_after=10.0)
             number, event = item
             if event.finish_reason == "error":
                 raise APIError(500, event.error or "the engine failed")
@@ -137,7 +131,7 @@ class CompletionStream:
                 raise APIError(503, "the server is stopping", code="stopping", retry_after=10.0)
             if first and event.token_ids:
                 first = False
-                self._seen_first()
+                self._record_first_token()
             written = self.written[number]
             written.text += event.text
             written.tokens += event.token_ids
@@ -149,7 +143,7 @@ class CompletionStream:
             yield number, event
 
     async def collect(self, receive: Receive) -> list[CompletionBuffer]:
-        """The whole answers, for as long as the client waits; nothing runs on afterwards."""
+        """Return the finished completions; abort them when the client disconnects."""
         try:
             await cancel_on_disconnect(receive, self._all())
         finally:
@@ -161,30 +155,29 @@ class CompletionStream:
             pass
 
     def usage(self, prompts: int = 1) -> dict[str, Any]:
-        """Tokens as they are counted for the client; the n answers to one prompt count it once."""
+        """Return the token counts for the client; a prompt with n completions counts once."""
         each = len(self.requests) // prompts
-        read = sum(len(request.prompt) for request in self.requests[::each])
-        wrote = sum(len(written.tokens) for written in self.written)
+        prompt_tokens = sum(len(request.prompt) for request in self.requests[::each])
+        completion_tokens = sum(len(written.tokens) for written in self.written)
         cached = sum(written.cached for written in self.written[::each])
         return {
-            "prompt_tokens": read,
-            "completion_tokens": wrote,
-            "total_tokens": read + wrote,
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def close(self) -> None:
-        """Cancel what is still running, and write down what was used."""
+        """Abort what still runs, and record the usage; only once."""
         if self._closed:
             return
         self._closed = True
         for ticket in self._running.values():
             self.state.engine.abort(ticket)
         self._stack.close()
-        metrics, read = self.state.metrics, self._asked
-        wrote, cached = (
-            sum(n) for n in zip(*((len(w.tokens), w.cached) for w in self.written), strict=True)
-        )
+        metrics, read = self.state.metrics, self._num_prompt_tokens
+        wrote = sum(len(written.tokens) for written in self.written)
+        cached = sum(written.cached for written in self.written)
         for name in metrics.models(self.chosen.names):
             metrics.read.labels(name).inc(read)
             metrics.cached.labels(name).inc(cached)
@@ -198,21 +191,21 @@ class CompletionStream:
             "cached_tokens": cached,
         }
 
-    def _seen_first(self) -> None:
+    def _record_first_token(self) -> None:
         seconds = time.perf_counter() - self._began
         self.log["first_token"] = round(seconds, 4)
         for name in self.state.metrics.models(self.chosen.names):
             self.state.metrics.first.labels(name).observe(seconds)
 
-    def _too_late(self) -> None:
-        """Cancel in the engine now, whether somebody still reads or not."""
+    def _time_out(self) -> None:
+        """Abort in the engine, whether the client still reads or not."""
         for ticket in self._running.values():
             self.state.engine.abort(ticket)
         self._queue.put_nowait(None)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, for as long as somebody listens."""
+    """A response of server-sent events, until the client disconnects."""
 
     def __init__(
         self, answers: CompletionStream, content: AsyncIterator[str], headers: dict[str, str]
@@ -225,7 +218,7 @@ class EventStream(StreamingResponse):
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until the end, or until the client hangs up."""
+        """Send the events until the end, or until the client disconnects."""
         try:
             await cancel_on_disconnect(receive, self.stream_response(send))
         finally:
@@ -237,21 +230,24 @@ def requests_for(
     body: SamplingRequest,
     chosen: ResolvedModel,
     prompts: Sequence[Sequence[int]],
-    most: int | None,
+    max_tokens: int | None,
     **more: Any,
 ) -> list[GenerationRequest]:
-    """n requests to the engine for each prompt; raises `Refusal` where prompt and answer do not fit the base's context."""
+    """Return n requests to the engine for each prompt.
+
+    Raises:
+        APIError: 400 where a prompt and `max_tokens` exceed the context of the base.
+    """
     context, made = state.base.max_positions, []
     for prompt in prompts:
-        if len(prompt) + (most or 1) > context:
-            told = f"the prompt's {len(prompt):,} tokens and {most or 1:,} for the answer"
-            raise APIError(
-                400,
-                f"{told} are more than the {context:,} that the base reads",
-                "messages",
-                "context_length_exceeded",
+        needed = len(prompt) + (max_tokens or 1)
+        if needed > context:
+            what = (
+                f"the prompt ({len(prompt):,} tokens) and the completion ({max_tokens or 1:,}) "
+                f"exceed the context of the base ({context:,} tokens)"
             )
-        limit = most or context - len(prompt)
+            raise APIError(400, what, "messages", "context_length_exceeded")
+        limit = max_tokens or context - len(prompt)
         sampling: list[SamplingParams] = [
             body.to_sampling_params(limit, state.base.vocab_size, choice, **more)
             for choice in range(body.n)

@@ -1,9 +1,11 @@
 """Settings of `afina combine`, and of its merge methods."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from afina.settings.common import ModelSettings, Settings, setting
+from afina.settings.common import Settings, setting
+from afina.settings.groups import GroupedSettings, MergeMethodSettings
 
 
 class SeedSettings(Settings):
@@ -39,8 +41,13 @@ class WeightSearchSettings(SeedSettings):
     max_evals: int = setting("search: largest number of loss evaluations", 60, ge=5)
 
 
-class CombineSettings(WeightSearchSettings, RandomDensitySettings, ModelSettings):
-    """Settings of `afina combine`."""
+class CombineSettings(WeightSearchSettings, RandomDensitySettings, GroupedSettings):
+    """Settings of `afina combine`.
+
+    The settings of this package's merge methods are its own; those of other packages are groups.
+    """
+
+    group_fields: ClassVar[Mapping[type[Settings], str]] = {MergeMethodSettings: "merge_method"}
 
     base: str | None = setting(
         "the frozen model; by default the one that the adapters were trained on"
@@ -57,8 +64,5 @@ class CombineSettings(WeightSearchSettings, RandomDensitySettings, ModelSettings
     )
     rank: int | None = setting(
         "largest rank of the result (not of sum); by default the sum of the adapters' ranks", ge=1
-    )
-    merge_settings: dict[str, Any] = setting(
-        "parameters of a merge method of another package: {name: value}", {}
     )
     require_audit: bool = setting("accept only adapters that `afina audit` has approved", False)

@@ -1,14 +1,15 @@
-"""A job's own process: `python -m afina.server.jobs.process FOLDER`, begun, followed and stopped by the server's worker.
+"""The process of a job, started by the job worker: `python -m afina.server.jobs.process FOLDER`.
 
-    FOLDER/job.json      what to do: settings of `afina train`, threads, niceness
-    FOLDER/grader.json   who judges its answers, where it learns from rewards
-    FOLDER/run/          the run folder, with the checkpoint from which it goes on
-    FOLDER/error.json    what was wrong, where it is somebody's to mend
+    FOLDER/job.json      settings of `afina train`, number of threads, niceness
+    FOLDER/grader.json   the grader of a reinforcement job
+    FOLDER/run/          the run folder, with the checkpoint from which the job resumes
+    FOLDER/error.json    the error of a failed run
 
-It is a process of its own because a backward pass would hold up every answer in the engine's thread, because what it
-takes of the machine is then the system's to share out (threads, niceness), and because it may die without taking the
-server along. When the server dies, the pipe to it closes, and the process ends at once; its checkpoint stays. That is looked
-at before torch is imported, which takes a while, and during which the state folder would stay locked.
+Training runs in a separate process because a backward pass would delay every completion in the
+engine's thread, because the operating system then shares the machine (threads, niceness), and
+because a crash does not end the server. When the server ends, the pipe to standard input closes and
+the process ends at once; its checkpoint is kept. The pipe is watched before torch is imported, which
+takes seconds, during which the state directory would stay locked.
 """
 
 import json
@@ -29,12 +30,11 @@ JOB, GRADER, RUN, ERROR = "job.json", "grader.json", "run", "error.json"
 
 
 def main(folder: Path) -> int:
-    """Train what job.json says, or go on with it; returns the exit status."""
-    threading.Thread(target=_end_with_the_server, daemon=True).start()
+    """Start or resume the run of job.json; return the exit status."""
+    threading.Thread(target=_exit_with_server, daemon=True).start()
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    with suppress(
-        AttributeError, OSError
-    ):  # Windows has no niceness, and a container may forbid it
+    # Windows has no niceness, and a container may forbid it
+    with suppress(AttributeError, OSError):
         os.nice(job["nice"])
     import torch
 
@@ -43,20 +43,18 @@ def main(folder: Path) -> int:
     torch.set_num_threads(job["threads"])
     (folder / ERROR).unlink(missing_ok=True)
     if (folder / RUN / "README.md").is_file():
-        return 0  # it was done, and the server died before it was told
+        return 0  # the run was complete, and the server ended before the job was
     try:
         train(_settings(folder / RUN, job))
     except AfinaError as error:
-        write_json(
-            folder / ERROR,
-            {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint},
-        )
+        fields = ("what", "where", "why", "hint")
+        write_json(folder / ERROR, {name: getattr(error, name) for name in fields})
         return 1
     return 0
 
 
 def _settings(run: Path, job: dict[str, Any]) -> TrainSettings:
-    """The settings as told, or those of the run that has begun."""
+    """Return the settings of job.json, or those of a run that has begun."""
     if (run / "settings.yaml").is_file():
         return make_settings(
             TrainSettings,
@@ -70,12 +68,12 @@ def _settings(run: Path, job: dict[str, Any]) -> TrainSettings:
     if job["batch_size"] is None:
         return settings
     return settings.model_copy(
-        update={"max_tokens_per_batch": _tokens_of(settings, job["batch_size"])}
+        update={"max_tokens_per_batch": _tokens_per_batch(settings, job["batch_size"])}
     )
 
 
-def _tokens_of(settings: TrainSettings, rows: int) -> int:
-    """About as many tokens as so many rows have: afina's batches are measured in tokens."""
+def _tokens_per_batch(settings: TrainSettings, rows: int) -> int:
+    """Return about the number of tokens of `rows` rows: batches are measured in tokens."""
     from afina.data.renderer import Renderer
     from afina.data.schemas import SFT
     from afina.data.table import read_table
@@ -102,9 +100,9 @@ def _examples(renderer: Any, row: Any) -> list[Any]:
     )
 
 
-def _end_with_the_server() -> None:
-    """Standard input is a pipe from the server: when it closes, nobody waits for this any more."""
-    while os.read(0, 1024):  # not sys.stdin, whose lock would stop Python from ending by itself
+def _exit_with_server() -> None:
+    """End the process when standard input, a pipe from the server, closes."""
+    while os.read(0, 1024):  # not sys.stdin, whose lock would keep Python from exiting
         pass
     os._exit(75)
 

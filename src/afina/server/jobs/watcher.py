@@ -1,7 +1,8 @@
-"""Following a run from outside: its metrics as they are written, its best adapter as it changes."""
+"""A watcher of a run folder: its metrics as they are written, its best adapter as it changes."""
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,87 +10,93 @@ from afina.errors import AfinaError
 from afina.io.atomic import atomic_directory
 from afina.io.strict_json import read_json_object
 
-EVERY = 50  # steps between two events, apart from checks
+EVENT_STEPS = 50  # steps between two events without an evaluation
 
 
 class RunWatcher:
-    """What a run folder has to tell, each thing once. Steps up to `told` were told before."""
+    """Reads new events of a run folder, each once.
 
-    def __init__(self, run: Path, told: int = 0) -> None:
-        self.run, self._told = run, told
-        self._file, self._place = 0, 0  # the metrics' inode, and how far they are read
-        self._checks: dict[int, dict[str, Any]] = {}
+    Args:
+        run: The run folder.
+        last_step: The last step of which there is an event already.
+    """
+
+    def __init__(self, run: Path, last_step: int = 0) -> None:
+        self.run, self._last_step = run, last_step
+        self._inode, self._offset = 0, 0  # of the metrics file, up to which it was read
+        self._evals: dict[int, dict[str, Any]] = {}
 
     def events(self) -> list[tuple[str, dict[str, Any]]]:
-        """New steps that are worth telling, as (message, figures)."""
+        """Return new events as (message, metrics): evaluations, and every 50th step."""
         found = []
         for line in self._new_lines():
-            step, held = line["step"], line.get("held_out_loss")
-            figures = {
-                "step": step,
-                "train_loss": line["loss"],
-                "learning_rate": line["learning_rate"],
-            }
-            message = f"Step {step}: training loss={line['loss']:.4f}"
-            if (reward := line.get("reward")) is not None:
-                figures["train_mean_reward"] = reward
-                message = f"Step {step}: training reward={reward:.4f}"
-            if (
-                held is not None and reward is not None
-            ):  # what is held out is judged by its reward, of which this is minus
-                figures |= {"valid_mean_reward": -held, "full_valid_mean_reward": -held}
-                message += f", validation reward={-held:.4f}"
-            if held is not None:
-                figures |= {"valid_loss": held, "full_valid_loss": held}
-                message += "" if reward is not None else f", validation loss={held:.4f}"
-                self._checks[step] = {
-                    name: figures[name]
-                    for name in ("step", "train_loss", "valid_loss", "full_valid_loss")
-                }
-            if step > self._told and (held is not None or step % EVERY == 0):
-                found.append((message, figures))
-                self._told = step
+            step, is_eval = line["step"], line.get("eval_loss") is not None
+            message, metrics = _event(line)
+            if is_eval:
+                names = ("step", "train_loss", "valid_loss", "full_valid_loss")
+                self._evals[step] = {name: metrics[name] for name in names}
+            if step > self._last_step and (is_eval or step % EVENT_STEPS == 0):
+                found.append((message, metrics))
+                self._last_step = step
         return found
 
     def metrics_at(self, step: int) -> dict[str, Any]:
-        """What the check after `step` measured."""
-        return self._checks.get(step, {"step": step})
+        """Return the metrics of the evaluation after `step`."""
+        return self._evals.get(step, {"step": step})
 
     def best_step(self) -> int | None:
-        """The step of the adapter that the run keeps now, once its check has been read too."""
-        step = self._story().get("step")
-        return step if step in self._checks else None
+        """Return the step of the run's best adapter, once the metrics of that step are read."""
+        step = self._metadata().get("step")
+        return step if step in self._evals else None
 
-    def copy(self, place: Path, step: int) -> bool:
-        """Copy the best adapter, if it is that of `step` before and afterwards: the run may replace it meanwhile."""
-        before = self._story()
+    def copy(self, target: Path, step: int) -> bool:
+        """Copy the best adapter to `target`; return False where the run has replaced it meanwhile."""
+        before = self._metadata()
         try:
-            with atomic_directory(place) as new:
+            with atomic_directory(target) as new:
                 shutil.copytree(self.run / "adapter", new, dirs_exist_ok=True)
-                if before.get("step") != step or self._story() != before:
+                if before.get("step") != step or self._metadata() != before:
                     raise FileNotFoundError
         except (OSError, shutil.Error):
             return False
         return True
 
-    def _story(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         try:
             return read_json_object(self.run / "adapter" / "afina.json")
-        except AfinaError:  # not there yet, or being replaced at this moment
+        except AfinaError:  # not written yet, or being replaced
             return {}
 
     def _new_lines(self) -> list[dict[str, Any]]:
-        """Whole lines that were not read yet; a run that went on from a checkpoint has written the file anew."""
+        """Return complete lines not read yet; a run that was resumed has rewritten the file."""
         file = self.run / "metrics.jsonl"
         try:
             with file.open("rb") as stream:
                 number = file.stat().st_ino
-                if number != self._file:
-                    self._file, self._place = number, 0
-                stream.seek(self._place)
+                if number != self._inode:
+                    self._inode, self._offset = number, 0
+                stream.seek(self._offset)
                 data = stream.read()
         except OSError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._place += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line]
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines() if line]
+
+
+def _event(line: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return (message, metrics) of a line of metrics.jsonl, with the names of OpenAI's API."""
+    step, loss, eval_loss = line["step"], line["loss"], line.get("eval_loss")
+    reward = line.get("reward")
+    metrics = {"step": step, "train_loss": loss, "learning_rate": line["learning_rate"]}
+    if eval_loss is not None:
+        metrics |= {"valid_loss": eval_loss, "full_valid_loss": eval_loss}
+    if reward is None:
+        validation = "" if eval_loss is None else f", validation loss={eval_loss:.4f}"
+        return f"Step {step}: training loss={loss:.4f}{validation}", metrics
+    metrics["train_mean_reward"] = reward
+    validation = ""
+    if eval_loss is not None:  # of policy objectives the eval loss is minus the mean reward
+        metrics |= {"valid_mean_reward": -eval_loss, "full_valid_mean_reward": -eval_loss}
+        validation = f", validation reward={-eval_loss:.4f}"
+    return f"Step {step}: training reward={reward:.4f}{validation}", metrics

@@ -21,7 +21,7 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatCompletionRequest, request: Request) -> Response:
-    """Go on with a conversation."""
+    """Generate the next message of a conversation."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
     model = requested_model(request, body.model)
     messages = [message.plain() for message in body.messages]
@@ -29,13 +29,12 @@ async def chat(body: ChatCompletionRequest, request: Request) -> Response:
     chosen = await state.run_in_tokenizer_thread(lambda: state.resolve_model(caller, model, prompt))
     log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    most = body.max_completion_tokens or body.max_tokens
     requests = requests_for(
         state,
         body,
         chosen,
         [prompt],
-        most,
+        body.max_completion_tokens or body.max_tokens,
         logprobs=logprobs,
         json_schema=body.response_format.json_schema_or_none(),
     )
@@ -69,9 +68,9 @@ async def _stream(
     answers: CompletionStream,
     head: dict[str, Any],
 ) -> AsyncIterator[str]:
-    """The chunks: who speaks, then text as it comes, then why it ended; at last the usage, where it is wanted."""
-    counts = body.stream_options is not None and body.stream_options.include_usage
-    head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if counts else {})
+    """Yield the chunks: role, text, finish reason, and the usage where it is requested."""
+    has_usage = body.stream_options is not None and body.stream_options.include_usage
+    head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if has_usage else {})
     if answers.chosen.choice:
         head["afina"] = answers.chosen.choice
 
@@ -86,17 +85,17 @@ async def _stream(
     try:
         async for number, event in answers.events():
             if event.text or event.logprobs:
-                told = chat_logprobs(state.base, event.logprobs) if body.logprobs else None
-                yield chunk(number, {"content": event.text}, told)
+                logprobs = chat_logprobs(state.base, event.logprobs) if body.logprobs else None
+                yield chunk(number, {"content": event.text}, logprobs)
             if event.finish_reason is not None:
                 yield chunk(number, {}, finish=event.finish_reason)
-        if counts:
+        if has_usage:
             yield sse(head | {"choices": [], "usage": answers.usage()})
-    except APIError as refusal:  # the status is out already: the error comes in its place
-        yield sse(refusal.body)
+    except APIError as error:  # the status was sent already: the error is an event
+        yield sse(error.body)
     yield "data: [DONE]\n\n"
 
 
 def sse(value: dict[str, Any]) -> str:
-    """One server-sent event."""
+    """Return a server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

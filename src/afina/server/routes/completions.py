@@ -1,4 +1,4 @@
-"""POST /v1/completions: go on with texts, or with tokens."""
+"""POST /v1/completions: continue texts or token ids."""
 
 import time
 import uuid
@@ -21,7 +21,7 @@ router = APIRouter()
 
 @router.post("/v1/completions")
 async def complete(body: CompletionRequest, request: Request) -> Response:
-    """Go on with each of the prompts, n times."""
+    """Generate n completions of each prompt."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
     model, prompts = requested_model(request, body.model), prompts_of(body.prompt)
     tokens = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts))
@@ -49,9 +49,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         {
             "index": number,
             "text": echoes[number] + one.text,
-            "logprobs": text_logprobs(state.base, one.logprobs)
-            if body.logprobs is not None
-            else None,
+            "logprobs": None if body.logprobs is None else text_logprobs(state.base, one.logprobs),
             "finish_reason": one.finish,
         }
         for number, one in enumerate(written)
@@ -70,47 +68,44 @@ async def _stream(
     echoes: list[str],
     prompts: int,
 ) -> AsyncIterator[str]:
-    """The chunks of all answers, as they come."""
-    counts = body.stream_options is not None and body.stream_options.include_usage
-    head = head | ({"usage": None} if counts else {})
+    """Yield the chunks of all completions in order of arrival."""
+    has_usage = body.stream_options is not None and body.stream_options.include_usage
+    head = head | ({"usage": None} if has_usage else {})
     offsets = [0] * len(echoes)
     try:
         async for number, event in answers.events():
             text, echoes[number] = echoes[number] + event.text, ""
-            told = None
+            logprobs = None
             if body.logprobs is not None:
-                told = text_logprobs(state.base, event.logprobs, offsets[number])
-                offsets[number] += sum(map(len, told["tokens"]))
+                logprobs = text_logprobs(state.base, event.logprobs, offsets[number])
+                offsets[number] += sum(map(len, logprobs["tokens"]))
             choice = {
                 "index": number,
                 "text": text,
-                "logprobs": told,
+                "logprobs": logprobs,
                 "finish_reason": event.finish_reason,
             }
             if text or event.logprobs or event.finish_reason:
                 yield sse(head | {"choices": [choice]})
-        if counts:
+        if has_usage:
             yield sse(head | {"choices": [], "usage": answers.usage(prompts)})
-    except APIError as refusal:
-        yield sse(refusal.body)
+    except APIError as error:
+        yield sse(error.body)
     yield "data: [DONE]\n\n"
 
 
 def tokens_of(state: ServerState, prompts: list[str | list[int]]) -> list[list[int]]:
-    """Each prompt as tokens; a text is tokenized as it is, without a chat template."""
+    """Return the token ids of each prompt; a text is tokenized without a chat template."""
     made = [
         state.renderer.prompt(prompt, raw=True) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
     for tokens in made:
         if not tokens:
-            raise APIError(400, "there is nothing to go on from: the prompt has no token", "prompt")
+            raise APIError(400, "the prompt has no tokens: at least one is needed", "prompt")
         if max(tokens) >= state.base.vocab_size:
-            raise APIError(
-                400,
-                f"{max(tokens)} is no token of this base, which has {state.base.vocab_size:,}",
-                "prompt",
-            )
+            what = f"token id {max(tokens)} is out of range: the base has {state.base.vocab_size:,}"
+            raise APIError(400, what, "prompt")
     return made
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: texts as vectors, by the base or by an adapter on it."""
+"""POST /v1/embeddings: a vector per text, by the base or with adapters."""
 
 import asyncio
 import base64
@@ -21,13 +21,12 @@ router = APIRouter()
 
 @router.post("/v1/embeddings")
 async def embed(body: EmbeddingRequest, request: Request) -> Response:
-    """One vector for each input; as base64, its numbers are float32, the lowest byte first."""
+    """Return a vector for each input; base64 encodes float32 values, little-endian."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
     prompts = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts_of(body.input)))
-    if longest := max(
-        (len(tokens) for tokens in prompts if len(tokens) > state.base.max_positions), default=0
-    ):
-        message = f"an input has {longest:,} tokens; the base reads {state.base.max_positions:,}"
+    longest = max(len(tokens) for tokens in prompts)
+    if longest > state.base.max_positions:
+        message = f"an input has {longest:,} tokens; the limit is {state.base.max_positions:,}"
         raise APIError(400, message, "input", "context_length_exceeded")
     model = requested_model(request, body.model)
     chosen = await state.run_in_tokenizer_thread(
@@ -45,23 +44,16 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
         except AfinaError as error:
             raise to_api_error(error, "input") from None
         except TimeoutError:
-            raise APIError(
-                503,
-                f"no answer within {state.settings.request_timeout:.0f} s",
-                code="timeout",
-                retry_after=10.0,
-            ) from None
+            what = f"the request was not complete after {state.settings.request_timeout:.0f} s"
+            raise APIError(503, what, code="timeout", retry_after=10.0) from None
     state.limits.spend(caller, used)
     for name in state.metrics.models(chosen.names):
         state.metrics.read.labels(name).inc(used)
     if body.dimensions not in (None, len(vectors[0])):
-        raise APIError(
-            400,
-            f"this base gives {len(vectors[0])} dimensions, and a part of them means nothing",
-            "dimensions",
-        )
+        what = f"dimensions must be {len(vectors[0])}: vectors of this base cannot be shortened"
+        raise APIError(400, what, "dimensions")
     data = [
-        {"object": "embedding", "index": n, "embedding": _written(v, body)}
+        {"object": "embedding", "index": n, "embedding": _encoded(v, body)}
         for n, v in enumerate(vectors)
     ]
     usage = {"prompt_tokens": used, "total_tokens": used}
@@ -71,7 +63,7 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
     )
 
 
-def _written(vector: list[float], body: EmbeddingRequest) -> Any:
+def _encoded(vector: list[float], body: EmbeddingRequest) -> Any:
     if body.encoding_format == "float":
         return vector
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,4 +1,4 @@
-"""/v1/files: rows to learn from, uploaded. A file is acknowledged when its bytes and its row are on the disk."""
+"""/v1/files: uploaded training data. The response follows when bytes and row are on the disk."""
 
 import os
 import shutil
@@ -24,40 +24,33 @@ Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 
 def path_of(state: ServerState, file: FileRow) -> Path:
-    """Where a file's bytes are; its ending says how they are to be read."""
+    """Return the path of a file's bytes; its suffix selects the reader."""
     suffix = Path(file.name).suffix.lower()
-    return (
-        state.settings.state_dir
-        / "files"
-        / (file.id + (suffix if suffix in SUFFIXES else ".jsonl"))
-    )
+    name = file.id + (suffix if suffix in SUFFIXES else ".jsonl")
+    return state.settings.state_dir / "files" / name
 
 
 @router.post("/v1/files")
 def upload(
     request: Request, caller: Owner, file: UploadFile, purpose: Annotated[str, Form()]
 ) -> dict[str, Any]:
-    """Keep a file of rows, for jobs to learn from."""
+    """Store a file of rows for fine-tuning jobs."""
     state = get_state(request)
     if purpose != PURPOSE:
-        raise APIError(400, f"files are for {PURPOSE} here", "purpose")
-    name = (
-        Path((file.filename or "rows.jsonl").replace("\\", "/")).name.replace("\0", "")[:200]
-        or "rows.jsonl"
-    )
+        raise APIError(
+            400, f"purpose {purpose[:50]!r} is not supported: it must be {PURPOSE}", "purpose"
+        )
+    path = Path((file.filename or "").replace("\\", "/"))
+    name = path.name.replace("\0", "")[:200] or "rows.jsonl"
     row = FileRow(
         id=f"file-{uuid.uuid4().hex}", owner=caller.name, name=name, purpose=purpose, bytes=0
     )
-    with atomic_file(path_of(state, row)) as beside, beside.open("wb") as stream:
+    with atomic_file(path_of(state, row)) as new, new.open("wb") as stream:
         shutil.copyfileobj(file.file, stream)
         row.bytes = stream.tell()
         if row.bytes > state.settings.max_file_bytes:
-            raise APIError(
-                413,
-                f"the file is longer than {state.settings.max_file_bytes:,} bytes",
-                "file",
-                "file_too_long",
-            )
+            what = f"the file is longer than {state.settings.max_file_bytes:,} bytes"
+            raise APIError(413, what, "file", "file_too_long")
         stream.flush()
         os.fsync(stream.fileno())
     state.store.add(row)
@@ -73,7 +66,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> dict[str, Any]:
-    """The caller's files, newest first."""
+    """Return the caller's files, newest first."""
     if purpose not in (None, PURPOSE):
         return list_page([], limit)
     return paginate(
@@ -89,13 +82,13 @@ def list_files(
 
 @router.get("/v1/files/{file_id}")
 def get_file(file_id: str, request: Request, caller: Owner) -> dict[str, Any]:
-    """One file."""
+    """Return one file."""
     return to_response(find(get_state(request), caller, file_id))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
 def content(file_id: str, request: Request, caller: Owner) -> FileResponse:
-    """Its bytes."""
+    """Return the bytes of a file."""
     state = get_state(request)
     row = find(state, caller, file_id)
     return FileResponse(
@@ -105,14 +98,14 @@ def content(file_id: str, request: Request, caller: Owner) -> FileResponse:
 
 @router.delete("/v1/files/{file_id}")
 def delete(file_id: str, request: Request, caller: Owner) -> dict[str, Any]:
-    """Forget a file that no waiting or running job needs."""
+    """Delete a file that no queued, running or paused job uses."""
     state = get_state(request)
     row = find(state, caller, file_id)
     needs = (JobRow.training_file == row.id) | (JobRow.validation_file == row.id)
-    if jobs := state.store.query(JobRow, needs, JobRow.status.in_(("queued", "running", "paused"))):
-        raise APIError(
-            409, f"{jobs[0].id} learns from it; cancel the job first", "file_id", "file_in_use"
-        )
+    jobs = state.store.query(JobRow, needs, JobRow.status.in_(("queued", "running", "paused")))
+    if jobs:
+        what = f"the file is used by {jobs[0].id}: cancel the job first"
+        raise APIError(409, what, "file_id", "file_in_use")
     with state.store.write() as session:
         session.delete(row)
     path_of(state, row).unlink(missing_ok=True)
@@ -120,7 +113,7 @@ def delete(file_id: str, request: Request, caller: Owner) -> dict[str, Any]:
 
 
 def find(state: ServerState, caller: Principal, file: str) -> FileRow:
-    """A file that the caller may see; raises 404."""
+    """Return a file that the caller can see; raise `APIError` 404 where there is none."""
     row = state.store.get(FileRow, file)
     if row is None or not caller.can_see(row.owner):
         raise not_found("file", file)
@@ -128,7 +121,7 @@ def find(state: ServerState, caller: Principal, file: str) -> FileRow:
 
 
 def to_response(row: FileRow) -> dict[str, Any]:
-    """A file as OpenAI's API tells of it."""
+    """Return the response object of a file, as in OpenAI's API."""
     return {
         "id": row.id,
         "object": "file",

@@ -1,6 +1,7 @@
-"""/v1/fine_tuning/alpha/graders: is this a grader, and what would it say of an answer?
+"""/v1/fine_tuning/alpha/graders: validate a grader, and grade a completion.
 
-Code in a grader is run in a process of its own, for `SECONDS` at most, and only where the server's operator has allowed it.
+Code of a grader runs in a subprocess, for `GRADER_SECONDS` at most, and only on servers that
+allow it (--allow-python-graders).
 """
 
 import json
@@ -20,9 +21,10 @@ from afina.server.schemas import StrictRequest
 from afina.server.state import ServerState, get_state
 
 router = APIRouter()
-SECONDS = 30.0
-LONGEST = 20_000  # characters of what is compared: some similarities take as long as the product of two lengths
-WRONG = (  # what may be wrong with an answer, by OpenAI's names
+GRADER_SECONDS = 30.0
+# characters of a compared text: the time of some similarities is the product of two lengths
+MAX_CHARACTERS = 20_000
+GRADER_ERRORS = (  # names of OpenAI's API
     "formula_parse_error",
     "sample_parse_error",
     "truncated_observation_error",
@@ -44,46 +46,53 @@ class ValidateGraderRequest(StrictRequest):
 
 
 class RunGraderRequest(StrictRequest):
-    """POST /v1/fine_tuning/alpha/graders/run: an answer, and the row that it answers."""
+    """POST /v1/fine_tuning/alpha/graders/run: a completion and its row."""
 
     grader: dict[str, Any]
-    model_sample: Annotated[str, Field(max_length=LONGEST)]
+    model_sample: Annotated[str, Field(max_length=MAX_CHARACTERS)]
     item: dict[str, Any] = {}
 
 
-def grader_of(state: ServerState, told: Any, param: str) -> Grader:
-    """The grader that is meant; nothing of it is run. Raises `Refusal`: 400 where it is none, 403 where it is code."""
+def grader_of(state: ServerState, definition: Any, param: str) -> Grader:
+    """Return the grader of a definition, without running any of its code.
+
+    Raises:
+        APIError: 400 for an invalid definition, 403 for code where it is not allowed.
+    """
     try:
-        grader = parse_grader(told, True, param)
+        grader = parse_grader(definition, True, param)
     except SettingsError as error:
         raise to_api_error(error, param) from None
     if grader.is_code and not state.settings.allow_python_graders:
-        what = "python graders run code on this machine, which its operator has not allowed (afina serve --allow-python-graders)"
+        what = "python graders are off: they run code on the server (--allow-python-graders)"
         raise APIError(403, what, param, "python_graders_off")
     return grader
 
 
 @router.post("/v1/fine_tuning/alpha/graders/validate")
 def validate(body: ValidateGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
-    """The grader again, if it is one."""
+    """Return the grader if it is valid."""
     grader_of(get_state(request), body.grader, "grader")
     return {"grader": body.grader}
 
 
 @router.post("/v1/fine_tuning/alpha/graders/run")
 def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
-    """The number that the grader gives an answer, and those of its parts."""
+    """Return the reward of a completion, and the scores of the grader's parts."""
     grader = grader_of(get_state(request), body.grader, "grader")
-    if len(json.dumps(body.item)) > LONGEST:
-        raise APIError(400, f"item: longer than {LONGEST:,} characters", "item")
-    start, wrong, details = time.perf_counter(), dict.fromkeys(WRONG, False), None
+    if len(json.dumps(body.item)) > MAX_CHARACTERS:
+        raise APIError(400, f"item: longer than {MAX_CHARACTERS:,} characters", "item")
+    start, errors, details = time.perf_counter(), dict.fromkeys(GRADER_ERRORS, False), None
     reward, parts = 0.0, dict[str, float]()
     try:
         grader.check(body.item, "item")
-        reward, parts = (_apart if grader.is_code else _here)(grader, body)
+        if grader.is_code:
+            reward, parts = _grade_in_subprocess(grader, body)
+        else:
+            reward, parts = grader.grade(body.model_sample, body.item)
     except AfinaError as error:
         details = "; ".join(part for part in (error.where, error.what, error.why) if part)
-        wrong["python_grader_runtime_error" if grader.is_code else "other_error"] = True
+        errors["python_grader_runtime_error" if grader.is_code else "other_error"] = True
     metadata = {
         "name": grader.name,
         "type": body.grader["type"],
@@ -91,7 +100,7 @@ def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, An
         "scores": parts,
         "token_usage": None,
         "sampled_model_name": None,
-        "errors": wrong
+        "errors": errors
         | {
             "python_grader_runtime_error_details": details,
             "python_grader_server_error_type": None,
@@ -106,23 +115,21 @@ def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, An
     }
 
 
-def _here(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
-    return grader.grade(body.model_sample, body.item)
-
-
-def _apart(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
-    """The same by another process."""
+def _grade_in_subprocess(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
+    """Return (reward, scores of the parts), computed in a subprocess."""
     given = json.dumps(
         {"grader": grader.definition, "answer": body.model_sample, "item": body.item}
     )
     command = [sys.executable, "-m", "afina.objectives.graders"]
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=GRADER_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise SettingsError(
-            "the grader's code took too long", why=f"more than {SECONDS:.0f} s"
+            "the grader's code took too long", why=f"more than {GRADER_SECONDS:.0f} s"
         ) from None
     if done.returncode:
         raise SettingsError((done.stderr.strip().splitlines() or ["the grader's code failed"])[-1])
-    told = json.loads(done.stdout.splitlines()[-1])
-    return told["reward"], told["parts"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result["reward"], result["parts"]

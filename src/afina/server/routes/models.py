@@ -1,4 +1,4 @@
-"""Who can be body: GET /v1/models; and for administration, adapters coming, changing and going while others are body."""
+"""/v1/models, and for administrators /v1/adapters: load, replace, rename and unload adapters."""
 
 import re
 import time
@@ -21,18 +21,18 @@ from afina.server.store import AdapterRow
 
 router = APIRouter()
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,199}")
-STARTED = int(time.time())
+STARTED = int(time.time())  # `created` of the base and of adapters given at the start
 Admin = Annotated[Principal, Depends(require_admin)]
 Folder = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
 class LoadAdapterRequest(StrictRequest):
-    """An adapter to load: a folder below one of those that the server was given, as it is called from there."""
+    """POST /v1/adapters: a folder, relative to one of the server's adapter folders."""
 
     name: str
     folder: Folder
     owner: str | None = Field(
-        None, max_length=200, description="the key that it belongs to; by default it is public"
+        None, max_length=200, description="name of the owner's key; public by default"
     )
 
     @field_validator("name")
@@ -42,13 +42,13 @@ class LoadAdapterRequest(StrictRequest):
 
 
 class ReplaceAdapterRequest(StrictRequest):
-    """What an adapter's name shall point at from now on."""
+    """PUT /v1/adapters/NAME: the new folder of an adapter."""
 
     folder: Folder
 
 
 class RenameAdapterRequest(StrictRequest):
-    """An adapter's new name."""
+    """POST /v1/adapters/NAME/rename: the new name of an adapter."""
 
     name: str
 
@@ -59,40 +59,40 @@ class RenameAdapterRequest(StrictRequest):
 
 
 def checked_name(name: str) -> str:
-    """A name that may stand in a request's model: no comma, no slash, and none that means something else."""
+    """Return a name that is valid in `model`: without comma and slash, and not "auto"."""
     if not NAME.fullmatch(name) or name == AUTO:
         raise PydanticCustomError(
-            "name", "name: letters, digits and _ . : @ -, at most 200, and not 'auto'"
+            "name", "name: must be 1 to 200 letters, digits and _ . : @ -, and not 'auto'"
         )
     return name
 
 
 def resolve_adapter_path(state: ServerState, folder: str) -> Path:
-    """The folder `folder` below an allowed root; raises `Refusal` where it, or a link in it, leads out of there."""
+    """Return the path of `folder` below one of the server's adapter folders.
+
+    Raises:
+        APIError: 400 where the folder, or a link in it, leads out of the adapter folders.
+    """
     path = Path(folder)
     if path.is_absolute() or ".." in path.parts or "\0" in folder or "\\" in folder:
-        raise APIError(
-            400,
-            "a folder is given as it is called below the server's adapters: no / before it, no ..",
-            "folder",
-        )
-    for root in (
-        place.expanduser().resolve()
-        for place in [*state.settings.adapters, state.settings.state_dir / "adapters"]
-    ):
-        there = (root / path).resolve()
-        if there.is_dir():
-            if not all(file.resolve().is_relative_to(root) for file in (there, *there.rglob("*"))):
-                raise APIError(
-                    400, f"{folder}: a link in it leads out of the adapters' folder", "folder"
-                )
-            return there
-    raise APIError(400, f"no folder {folder!r} below the server's adapters", "folder")
+        what = "folder: must be relative to the server's adapter folders, without / before it or .."
+        raise APIError(400, what, "folder")
+    for parent in [*state.settings.adapters, state.settings.state_dir / "adapters"]:
+        root = parent.expanduser().resolve()
+        found = (root / path).resolve()
+        if not found.is_dir():
+            continue
+        if not all(file.resolve().is_relative_to(root) for file in (found, *found.rglob("*"))):
+            what = f"folder: {folder} contains a link out of the adapter folder"
+            raise APIError(400, what, "folder")
+        return found
+    what = f"folder: {folder!r} does not exist below the server's adapter folders"
+    raise APIError(400, what, "folder")
 
 
 @router.get("/v1/models")
 def list_models(request: Request) -> dict[str, Any]:
-    """The base, and the adapters that the caller may see."""
+    """Return the base and the adapters that the caller can see."""
     state, caller = get_state(request), current_principal(request)
     base = {
         "id": state.base_name,
@@ -110,14 +110,14 @@ def list_models(request: Request) -> dict[str, Any]:
             "owned_by": entry.owner or "afina",
             "parent": state.base_name,
         }
-        for entry in state.entries(caller)
+        for entry in state.visible_adapters(caller)
     ]
     return {"object": "list", "data": [base, *adapters]}
 
 
 @router.get("/v1/models/{model:path}")
 def get_model(model: str, request: Request) -> dict[str, Any]:
-    """One of them."""
+    """Return one model."""
     for one in list_models(request)["data"]:
         if one["id"] == model:
             return dict(one)
@@ -126,41 +126,46 @@ def get_model(model: str, request: Request) -> dict[str, Any]:
 
 @router.delete("/v1/models/{model:path}")
 def delete_model(model: str, request: Request) -> dict[str, Any]:
-    """Take a fine-tuned model away: its owner may, and an administrator."""
+    """Unregister a fine-tuned model; for its owner and administrators."""
     state, caller = get_state(request), current_principal(request)
     entry = state.visible_adapter(caller, model)
     if entry is None:
         raise not_found("model", model)
     if not caller.admin and (caller.name is None or entry.owner != caller.name):
-        raise APIError(403 if caller.name else 401, f"{model} is not yours", code="not_owner")
+        raise APIError(
+            403 if caller.name else 401, f"{model} belongs to another key", code="not_owner"
+        )
     _remove(state, model)
     return {"id": model, "object": "model", "deleted": True}
 
 
 @router.get("/v1/adapters")
 def list_adapters(request: Request) -> dict[str, Any]:
-    """The adapters that the caller may see, with what they are and where they are now."""
+    """Return the adapters that the caller can see, with method, size and location."""
     return {
         "object": "list",
         "data": [
-            to_response(entry) for entry in get_state(request).entries(current_principal(request))
+            to_response(entry)
+            for entry in get_state(request).visible_adapters(current_principal(request))
         ],
     }
 
 
 @router.post("/v1/adapters", status_code=201)
 def load(body: LoadAdapterRequest, request: Request, caller: Admin) -> JSONResponse:
-    """Put an adapter on the shelf."""
+    """Register an adapter."""
     state = get_state(request)
     folder = resolve_adapter_path(state, body.folder)
     return JSONResponse(to_response(register_adapter(state, body.name, folder, body.owner)), 201)
 
 
 @router.put("/v1/adapters/{name}")
-def replace(name: str, body: ReplaceAdapterRequest, request: Request, caller: Admin) -> dict[str, Any]:
-    """Let a name point at another adapter; who asked before gets the old one to the end."""
+def replace(
+    name: str, body: ReplaceAdapterRequest, request: Request, caller: Admin
+) -> dict[str, Any]:
+    """Give a name to another adapter; requests that run keep the previous one to their end."""
     state = get_state(request)
-    _known(state, name)
+    _check_registered(state, name)
     folder = resolve_adapter_path(state, body.folder)
     try:
         entry = state.engine.registry.replace(name, folder)
@@ -172,16 +177,19 @@ def replace(name: str, body: ReplaceAdapterRequest, request: Request, caller: Ad
 
 
 @router.post("/v1/adapters/{name}/rename")
-def rename(name: str, body: RenameAdapterRequest, request: Request, caller: Admin) -> dict[str, Any]:
-    """Another name for an adapter."""
+def rename(
+    name: str, body: RenameAdapterRequest, request: Request, caller: Admin
+) -> dict[str, Any]:
+    """Rename an adapter."""
     state = get_state(request)
-    _known(state, name)
+    _check_registered(state, name)
     try:
         entry = state.engine.registry.rename(name, body.name)
     except AdapterError as error:
         raise to_api_error(error, "name") from None
     with state.store.write() as session:
-        if (row := session.get(AdapterRow, name)) is not None:
+        row = session.get(AdapterRow, name)
+        if row is not None:
             session.delete(row)
             session.add(
                 AdapterRow(name=body.name, folder=row.folder, owner=row.owner, created=row.created)
@@ -192,9 +200,9 @@ def rename(name: str, body: RenameAdapterRequest, request: Request, caller: Admi
 
 @router.delete("/v1/adapters/{name}")
 def unload(name: str, request: Request, caller: Admin) -> dict[str, Any]:
-    """Take an adapter off the shelf; its files stay."""
+    """Unregister an adapter; its files are kept."""
     state = get_state(request)
-    _known(state, name)
+    _check_registered(state, name)
     _remove(state, name)
     return {"id": name, "object": "adapter", "deleted": True}
 
@@ -202,9 +210,13 @@ def unload(name: str, request: Request, caller: Admin) -> dict[str, Any]:
 def register_adapter(
     state: ServerState, name: str, folder: Path, owner: str | None
 ) -> RegisteredAdapter:
-    """Put an adapter on the shelf, and into the tables, so that it is there after a restart; raises `Refusal`."""
+    """Register an adapter in the engine, and in the store for the time after a restart.
+
+    Raises:
+        APIError: 400 where the adapter cannot be served under this name.
+    """
     if name == state.base_name:
-        raise APIError(400, f"{name} is the base", "name")
+        raise APIError(400, f"name: {name} is the name of the base", "name")
     try:
         entry = state.engine.registry.add(name, adapter_folder(folder), owner)
     except (AdapterError, AuditError) as error:
@@ -224,18 +236,19 @@ def _remove(state: ServerState, name: str) -> None:
     except AdapterError as error:
         raise to_api_error(error, "name") from None
     with state.store.write() as session:
-        if (row := session.get(AdapterRow, name)) is not None:
+        row = session.get(AdapterRow, name)
+        if row is not None:
             session.delete(row)
     state.metrics.forget(name)
 
 
-def _known(state: ServerState, name: str) -> None:
+def _check_registered(state: ServerState, name: str) -> None:
     if state.engine.registry.get(name) is None:
         raise not_found("adapter", name)
 
 
 def to_response(entry: RegisteredAdapter) -> dict[str, Any]:
-    """An adapter for people and machines; where it lies on this machine is not told."""
+    """Return the response object of an adapter, without its path on this machine."""
     return {
         "id": entry.name,
         "object": "adapter",
