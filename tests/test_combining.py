@@ -687,10 +687,6 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
             "rank is not a setting of merge method 'sum'",
             lambda: combine([lora], rank=3, output_dir=out),
         ),
-        (
-            "unknown setting 'window'",
-            lambda: combine([lora], merge_settings={"window": 1}, output_dir=out),
-        ),
         ("data is missing", lambda: combine([lora], merge_method="search", output_dir=out)),
     ]
     for words, call in cases:
@@ -783,16 +779,19 @@ def test_a_convolution_and_a_transposed_layer(tmp_path: Path) -> None:
 # ---- merge methods of other packages
 
 
+PLUGIN_SETTINGS = """
+from afina.settings import MergeMethodSettings, setting
+
+
+class ScaleSettings(MergeMethodSettings):
+    scale: float = setting("factor of the mean", 1.0)
+"""
 PLUGIN = """
 import torch
 
+from afina_mean_settings import ScaleSettings
+
 from afina.merging.registry import register_merge_method
-from afina.settings import Settings
-from afina.settings.common import setting
-
-
-class ScaleSettings(Settings):
-    scale: float = setting("factor of the mean", 1.0)
 
 
 @register_merge_method("scaled_mean", form="entrywise", precision="float32", settings=ScaleSettings)
@@ -808,9 +807,11 @@ def test_merge_method_of_an_installed_package_is_found(tiny: Path, tmp_path: Pat
     info = site / "afina_mean-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "afina_mean.py").write_text(PLUGIN)
+    (site / "afina_mean_settings.py").write_text(PLUGIN_SETTINGS)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: afina-mean\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[afina.merge_methods]\nscaled_mean = afina_mean:scaled_mean\n"
+        "[afina.settings]\nscaled_mean = afina_mean_settings:ScaleSettings\n"
     )
     folders = make(tiny, "lora", "rslora")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
@@ -821,13 +822,16 @@ def test_merge_method_of_an_installed_package_is_found(tiny: Path, tmp_path: Pat
 
     parts = [f"{folders['lora']}", f"{folders['rslora']}"]
     words = ["--merge-method", "scaled_mean", "--rank", "64"]
-    done = afina(*parts, *words, "--output-dir", str(tmp_path / "a"), "--merge-settings", "scale: 2")
+    done = afina(*parts, *words, "--output-dir", str(tmp_path / "a"), "--scaled-mean.scale", "2")
     assert done.returncode == 0, done.stderr
     exact = weighted([(updates(tiny, folders["lora"]), 1.0), (updates(tiny, folders["rslora"]), 1.0)])
     assert close(updates(tiny, tmp_path / "a"), exact, 2e-5)
     story = json.loads((tmp_path / "a" / "afina.json").read_text())
     assert story["combination"] == {"how": "scaled_mean", "rank": 64, "seed": 0, "scale": 2.0}
-    assert "scaled_mean" in afina("--help").stdout
+    text = afina("--help").stdout
+    assert "installed: scaled_mean" in " ".join(text.split()) and "--scaled-mean.scale" in text
+    done = afina(*parts, "--output-dir", str(tmp_path / "b"), "--scaled-mean.scale", "2")
+    assert done.returncode == 2 and "scaled_mean.scale has no effect" in done.stderr
     (info / "entry_points.txt").write_text("[afina.merge_methods]\nties = afina_mean:scaled_mean\n")
     done = afina(*parts, *words, "--output-dir", str(tmp_path / "b"))
     assert done.returncode == 2 and "'ties' is registered twice" in done.stderr

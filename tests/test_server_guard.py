@@ -323,7 +323,7 @@ def test_a_full_queue_is_503_with_a_time(
 
 def test_an_answer_that_takes_too_long_is_cancelled(open_server: Live) -> None:
     state, settings = open_server.state, open_server.state.settings
-    state.settings = settings.model_copy(update={"timeout": 0.05})
+    state.settings = settings.model_copy(update={"request_timeout": 0.05})
     slow = {**BODY, "max_tokens": 150, "ignore_eos": True}
     try:
         with open_server.http() as http:

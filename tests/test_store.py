@@ -53,7 +53,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 def job(number: int = 0, **values: object) -> JobRow:
     values = {
         "id": f"ftjob-{number}",
-        "asked": {},
+        "request": {},
         "training_file": "file-0",
         "seed": 0,
         "model": "ft:x",
