@@ -343,7 +343,7 @@ def test_code_in_graders_is_for_the_operator_to_allow(
         with pytest.raises(openai.PermissionDeniedError, match="--allow-python-graders"):
             asked()
     monkeypatch.setattr(
-        server.state, "settings", server.state.settings.model_copy(update={"python_graders": True})
+        server.state, "settings", server.state.settings.model_copy(update={"allow_python_graders": True})
     )
     assert graders.validate(grader=CODE).grader.name == "code"  # type: ignore[union-attr]
     assert graders.run(grader=CODE, model_sample="four").reward == 4.0
@@ -353,7 +353,7 @@ def test_code_in_graders_is_for_the_operator_to_allow(
     assert broken.metadata.errors.python_grader_runtime_error and "KeyError" in (
         broken.metadata.errors.python_grader_runtime_error_details or ""
     )
-    monkeypatch.setattr(grading, "SECONDS", 0.5)
+    monkeypatch.setattr(grading, "GRADER_SECONDS", 0.5)
     slow = graders.run(
         grader=CODE | {"source": "def grade(sample, item):\n    while True: pass"},
         model_sample="four",

@@ -19,7 +19,7 @@ from afina.server.auth import APIKeys, Principal
 from afina.server.errors import APIError
 from afina.server.logs import JsonLines
 from afina.server.rate_limits import RateLimiter
-from afina.server.serve import _take
+from afina.server.serve import _lock_state_dir
 from afina.settings import ServeSettings
 from live import KEYS, Live, live, make_adapters
 
@@ -364,12 +364,12 @@ def _until_idle(server: Live) -> None:
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afina.server.serve.LOCK_SECONDS", 0.2)
-    first = _take(tmp_path)
+    first = _lock_state_dir(tmp_path)
     with pytest.raises(SettingsError, match="another server"):
-        _take(tmp_path)
+        _lock_state_dir(tmp_path)
     os.close(os.dup(first.fileno()))
     first.close()
-    _take(tmp_path).close()
+    _lock_state_dir(tmp_path).close()
 
 
 def test_an_engine_that_broke_is_told_and_asked_nothing(

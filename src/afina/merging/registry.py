@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from afina.errors import SettingsError
-from afina.settings import CombineSettings, Settings, make_settings
+from afina.settings import CombineSettings, Settings, make_settings, settings_groups
 from afina.settings.combine import RandomDensitySettings, WeightSearchSettings
 from afina.settings.registry import Registry
 
