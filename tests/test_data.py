@@ -801,7 +801,7 @@ def test_sampler_goes_over_every_row_each_epoch_and_resumes_anywhere() -> None:
     first = list(epoch_of(sampler, 0, steps))
     assert sorted(chain.from_iterable(first)) == list(range(1, 61))
     assert all(len(sampler.step_batches(step)) == 3 for step in range(steps - 1))
-    end = next(n for n in range(steps, 3 * steps) if n + 1 == sampler._start(2))
+    end = next(n for n in range(steps, 3 * steps) if n + 1 == sampler._first_step_of(2))
     second = list(epoch_of(sampler, steps, end + 1 - steps))
     assert sorted(chain.from_iterable(second)) == list(range(1, 61))
     assert second != first
