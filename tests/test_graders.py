@@ -338,5 +338,5 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
     found = evaluate(EvalSettings(adapter=run.folder))  # from its own held-out rows
     assert found["after"]["reward"] == pytest.approx(run.record["policy"]["after"]["reward"])
     bad = write_rows(tmp_path / "bad.jsonl", *({"prompt": f"say {n}"} for n in range(10)))
-    with pytest.raises(AfinaError, match="asks for a field"):
+    with pytest.raises(AfinaError, match="reads a field that the row does not have"):
         train(bad, output_dir=tmp_path / "other", **values)

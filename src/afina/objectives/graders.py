@@ -1,16 +1,19 @@
-"""Graders as OpenAI's API describes them: a JSON object that says how good an answer is, as a number.
+"""Graders as OpenAI's API describes them: a JSON object that scores an answer with a number.
 
-    {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
-     "operation": "eq"}
-    {"type": "multi", "name": "both", "graders": {"same": {...}, "close": {...}}, "calculate_output": "same + 0.3 * close"}
+    {"type": "string_check", "name": "same", "input": "{{ sample.output_text }}",
+     "reference": "{{ item.answer }}", "operation": "eq"}
+    {"type": "multi", "name": "both", "graders": {"same": {...}, "close": {...}},
+     "calculate_output": "same + 0.3 * close"}
 
-    string_check       eq, ne, like (input contains reference), ilike (the same, whatever the case): 1 or 0
-    text_similarity    fuzzy_match (edits, by rapidfuzz), bleu (sacrebleu), gleu (nltk), rouge_1 to rouge_5, rouge_l: 0 to 1
-    python             the code's own grade(sample, item); only where it was allowed, for it may do anything
-    multi              a formula over the numbers of others: + - * / ^, min, max, abs, floor, ceil, exp, sqrt, log
+    string_check       eq, ne, like (input contains reference), ilike (like, ignoring case): 1 or 0
+    text_similarity    fuzzy_match (edit distance, by rapidfuzz), bleu (sacrebleu), gleu (nltk),
+                       rouge_1 to rouge_5, rouge_l: 0 to 1
+    python             the code's own grade(sample, item); only where allowed, as it can do anything
+    multi              a formula over the scores of other graders: + - * / ^, min, max, abs, floor,
+                       ceil, exp, sqrt, log
 
-`item` is the row of the data, `sample` the answer: output_text, and output_json where it is JSON. An answer that is not, or
-has not what is asked of it, is worth 0 to the grader that asks. Nothing here needs torch.
+`item` is the row of the data, `sample` the answer: output_text, and output_json where it is JSON.
+An answer that lacks what a template reads scores 0. Nothing here needs torch.
 """
 
 import ast
@@ -28,17 +31,21 @@ from typing import Any
 
 from afina.errors import AfinaError, DataError, SettingsError, TrainingError, did_you_mean
 
-FIELDS = {
+GRADER_FIELDS = {
     "string_check": {"input", "reference", "operation"},
     "text_similarity": {"input", "reference", "evaluation_metric"},
     "python": {"source"},
     "multi": {"graders", "calculate_output"},
 }
-NOT_HERE = {
-    "score_model": "no model here is asked to judge in words; the run of a reward model can be a reward of afina train",
-    "label_model": "no model here is asked to judge in words; the run of a reward model can be a reward of afina train",
-    "meteor": "meteor needs a dictionary of synonyms that is not here",
-    "cosine": "cosine needs a model of embeddings that is not here",
+NO_MODEL_GRADERS = (
+    "afina has no graders by a language model; "
+    "the run of a reward model can be a reward function of afina train"
+)
+UNSUPPORTED_GRADERS = {
+    "score_model": NO_MODEL_GRADERS,
+    "label_model": NO_MODEL_GRADERS,
+    "meteor": "meteor needs a dictionary of synonyms, which afina does not include",
+    "cosine": "cosine needs a model of embeddings, which afina does not include",
 }
 OPERATIONS: dict[str, Callable[[str, str], bool]] = {
     "eq": lambda text, reference: text == reference,
@@ -56,55 +63,61 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
     "sqrt": math.sqrt,
     "log": math.log,
 }
-VARIADIC_FUNCTIONS = (
-    "min",
-    "max",
-)  # of these, those that take two values or more; the others take one
+VARIADIC_FUNCTIONS = ("min", "max")  # two or more arguments; the others have one
 VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 PATH = re.compile(r"\s*(item|sample)((?:\.[^\s.\[\]{}]+|\[\d+\])+)\s*")
-LONGEST = 500  # characters of a formula
+MAX_FORMULA_LENGTH = 500  # characters
 Scope = Mapping[str, Any]  # {"item": {...}, "sample": {...}}
 
 
-class _Unreadable(Exception):
-    """The answer has not what a template asks of it."""
+class _MissingValueError(Exception):
+    """The answer or the row lacks what a template reads."""
 
 
 @dataclass(frozen=True)
 class Grader:
-    """A grader that can be asked. `judge` gives its number, and under their names those of its parts."""
+    """A parsed grader.
+
+    Attributes:
+        name: Its name.
+        definition: The JSON object that describes it.
+        score: Returns its score, and those of its parts by name.
+        templates: Templates that it fills, those of its parts included.
+    """
 
     name: str
     definition: Mapping[str, Any]
-    judge: Callable[[Scope], tuple[float, dict[str, float]]]
+    score: Callable[[Scope], tuple[float, dict[str, float]]]
     templates: tuple["GraderTemplate", ...]
 
     @property
     def content(self) -> str:
-        """What tells that it is the same grader."""
+        """Hash of the definition; equal for equal graders."""
         return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode()).hexdigest()
 
     @property
     def is_code(self) -> bool:
-        """Whether it runs Python of whoever wrote it."""
-        return any(one.get("type") == "python" for one in _all(self.definition))
+        """Whether it, or one of its parts, runs Python code from its definition."""
+        return any(part.get("type") == "python" for part in _walk(self.definition))
 
     def grade(self, answer: str, item: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
-        """The number of an answer to the row `item`, and those of its parts; raises `TrainingError` where it has none."""
+        """Return the score of an answer to the row `item`, and those of its parts.
+
+        Raises:
+            TrainingError: the score is not finite, a formula has no value, or the grader's code
+                failed.
+        """
         sample: dict[str, Any] = {"output_text": answer}
-        with suppress(ValueError, RecursionError):  # no JSON
+        with suppress(ValueError, RecursionError):  # not JSON
             sample["output_json"] = json.loads(answer)
-        number, parts = self.judge({"item": item, "sample": sample})
+        number, parts = self.score({"item": item, "sample": sample})
         if not math.isfinite(number):
-            raise TrainingError(
-                "a reward has to be a finite number",
-                where=self.name,
-                why=f"{number}; answer {answer[:80]!r}",
-            )
+            why = f"{number}; answer {answer[:80]!r}"
+            raise TrainingError("a reward has to be a finite number", where=self.name, why=why)
         return number, parts
 
     def check(self, item: Mapping[str, Any], where: str) -> None:
-        """Raise `DataError` where a row has not what the templates ask of it."""
+        """Raise `DataError` where a row lacks a field that the templates read."""
         for template in self.templates:
             template.check(item, where)
 
@@ -118,50 +131,48 @@ class GraderTemplate:
 
     @classmethod
     def of(cls, text: Any, where: str) -> "GraderTemplate":
-        """The template; raises `SettingsError` on a variable that there never is."""
+        """Return the template of a text; raises `SettingsError` for an unknown variable."""
         if not isinstance(text, str):
             raise SettingsError("expected a text", where=where)
         paths = []
-        for told in VARIABLE.findall(text):
-            found = PATH.fullmatch(told)
+        for variable in VARIABLE.findall(text):
+            found = PATH.fullmatch(variable)
             if found is None or (
                 found[1] == "sample" and not re.match(r"\.(output_text$|output_json\b)", found[2])
             ):
                 hint = "{{ item.NAME }}, {{ sample.output_text }} or {{ sample.output_json.NAME }}"
-                raise SettingsError(
-                    f"no such variable: {told.strip()[:60]!r}", where=where, hint=hint
-                )
+                what = f"unknown variable {variable.strip()[:60]!r}"
+                raise SettingsError(what, where=where, hint=hint)
             steps = re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", found[2])
             paths.append((found[1], *(name or int(number) for name, number in steps)))
         return cls(text, tuple(paths))
 
-    def filled(self, scope: Scope) -> str:
-        """The text with its variables; what is no text is written as JSON."""
+    def fill(self, scope: Scope) -> str:
+        """Return the text with the values of its variables; other types than text as JSON."""
         values = iter([_look(scope, path) for path in self.paths])
         return VARIABLE.sub(lambda _: _as_text(next(values)), self.text)
 
     def check(self, item: Mapping[str, Any], where: str) -> None:
-        """Raise `DataError` where a row has not what is asked of it."""
+        """Raise `DataError` where a row lacks a field that the template reads."""
         for path in self.paths:
             if path[0] == "item":
                 try:
                     _look({"item": item}, path)
-                except _Unreadable:
+                except _MissingValueError:
                     name = ".".join(map(str, path[1:]))
-                    raise DataError(
-                        "the grader asks for a field that is not here", where=f"{where}:{name}"
-                    ) from None
+                    what = "the grader reads a field that the row does not have"
+                    raise DataError(what, where=f"{where}:{name}") from None
 
 
 def _look(scope: Scope, path: tuple[str | int, ...]) -> Any:
     value: Any = scope
     for step in path:
         if not isinstance(value, list if isinstance(step, int) else Mapping):
-            raise _Unreadable
+            raise _MissingValueError
         try:
             value = value[step]  # type: ignore[index]
         except LookupError:
-            raise _Unreadable from None
+            raise _MissingValueError from None
     return value
 
 
@@ -169,102 +180,111 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def read_grader(path: Path, run_python: bool) -> Grader:
-    """The grader of a JSON file; raises `SettingsError`."""
+def read_grader(path: Path, allow_python: bool) -> Grader:
+    """Return the grader of a JSON file; raises `SettingsError`."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        definition = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read the grader: {error.strerror}", where=str(path)) from None
     except ValueError as error:
-        raise SettingsError("the grader is no JSON", where=str(path), why=str(error)) from None
-    return parse_grader(told, run_python)
+        raise SettingsError("the grader is not JSON", where=str(path), why=str(error)) from None
+    return parse_grader(definition, allow_python)
 
 
 def parse_grader(
-    told: Any, run_python: bool, where: str = "grader", within: bool = False
+    definition: Any, allow_python: bool, where: str = "grader", within: bool = False
 ) -> Grader:
-    """The grader that a JSON object describes; raises `SettingsError`, naming what is wrong.
+    """Return the grader that a JSON object describes.
 
-    Code is refused without `run_python`. `within` another one, there is no third level.
+    Args:
+        definition: The object.
+        allow_python: Whether graders of type python may run their code.
+        where: Where the object is, for error messages.
+        within: Whether it is part of another grader; such a part has no parts itself.
+
+    Raises:
+        SettingsError: a type, field or name is unknown, missing or not allowed.
     """
-    if not isinstance(told, Mapping):
+    if not isinstance(definition, Mapping):
         raise SettingsError("expected an object with a type and a name", where=where)
-    kind, name = told.get("type"), told.get("name")
-    if kind in NOT_HERE:
+    kind, name = definition.get("type"), definition.get("name")
+    if kind in UNSUPPORTED_GRADERS:
         raise SettingsError(
-            f"{kind} cannot be had here",
+            f"{kind} is not supported",
             where=where,
-            why=NOT_HERE[str(kind)],
-            hint=", ".join(FIELDS),
+            why=UNSUPPORTED_GRADERS[str(kind)],
+            hint=", ".join(GRADER_FIELDS),
         )
-    if kind not in FIELDS or (within and kind == "multi"):
+    if kind not in GRADER_FIELDS or (within and kind == "multi"):
         raise SettingsError(
-            f"type cannot be {str(kind)[:40]!r}", where=where, hint=did_you_mean(str(kind), FIELDS)
+            f"type cannot be {str(kind)[:40]!r}",
+            where=where,
+            hint=did_you_mean(str(kind), GRADER_FIELDS),
         )
     if not isinstance(name, str) or not 0 < len(name) <= 100:
-        raise SettingsError("a grader has a name", where=where)
-    wanted = FIELDS[str(kind)]
-    for field in told:
-        if field not in wanted | {"type", "name"} and not (
-            field == "image_tag" and told[field] is None
+        raise SettingsError("a grader needs a name of 1 to 100 characters", where=where)
+    required = GRADER_FIELDS[str(kind)]
+    for field in definition:
+        if field not in required | {"type", "name"} and not (
+            field == "image_tag" and definition[field] is None
         ):
             raise SettingsError(
-                f"{kind} has no field {field!r}", where=where, hint=did_you_mean(field, wanted)
+                f"{kind} has no field {field!r}", where=where, hint=did_you_mean(field, required)
             )
-    for field in sorted(wanted - set(told)):
+    for field in sorted(required - set(definition)):
         raise SettingsError(f"{field} is missing", where=where)
     make = {"string_check": _string_check, "text_similarity": _similarity, "multi": _multi}
     if kind == "python":
-        if not run_python:
-            why = "the code of such a grader may do anything that this process may"
-            raise SettingsError(
-                "Python in a grader is not run here", where=where, why=why, hint="run_python: true"
-            )
-        return Grader(name, told, _python(told["source"], name, where), ())
-    return make[str(kind)](told, name, where, run_python)
+        if not allow_python:
+            what = "Python in a grader is not run here"
+            why = "such code can do anything that this process can"
+            hint = "allow_python_graders: true"
+            raise SettingsError(what, where=where, why=why, hint=hint)
+        return Grader(name, definition, _python(definition["source"], name, where), ())
+    return make[str(kind)](definition, name, where, allow_python)
 
 
-def _texts(told: Mapping[str, Any], where: str) -> tuple[GraderTemplate, GraderTemplate]:
-    return GraderTemplate.of(told["input"], f"{where}.input"), GraderTemplate.of(
-        told["reference"], f"{where}.reference"
+def _texts(definition: Mapping[str, Any], where: str) -> tuple[GraderTemplate, GraderTemplate]:
+    return GraderTemplate.of(definition["input"], f"{where}.input"), GraderTemplate.of(
+        definition["reference"], f"{where}.reference"
     )
 
 
 def _compared(
-    told: Mapping[str, Any], name: str, where: str, compare: Callable[[str, str], float]
+    definition: Mapping[str, Any], name: str, where: str, compare: Callable[[str, str], float]
 ) -> Grader:
-    """A grader that compares two texts; an answer from which they cannot be made is worth nothing."""
-    templates = _texts(told, where)
+    """Return a grader that compares two texts; an answer that lacks one of them scores 0."""
+    templates = _texts(definition, where)
 
-    def judge(scope: Scope) -> tuple[float, dict[str, float]]:
+    def score(scope: Scope) -> tuple[float, dict[str, float]]:
         try:
-            text, reference = (template.filled(scope) for template in templates)
-        except _Unreadable:
+            text, reference = (template.fill(scope) for template in templates)
+        except _MissingValueError:
             return 0.0, {}
         return float(compare(text, reference)), {}
 
-    return Grader(name, told, judge, templates)
+    return Grader(name, definition, score, templates)
 
 
-def _string_check(told: Mapping[str, Any], name: str, where: str, _: bool) -> Grader:
-    if told["operation"] not in OPERATIONS:
-        hint = did_you_mean(str(told["operation"]), OPERATIONS)
+def _string_check(definition: Mapping[str, Any], name: str, where: str, _: bool) -> Grader:
+    if definition["operation"] not in OPERATIONS:
+        hint = did_you_mean(str(definition["operation"]), OPERATIONS)
         raise SettingsError(
-            f"operation cannot be {str(told['operation'])[:40]!r}", where=where, hint=hint
+            f"operation cannot be {str(definition['operation'])[:40]!r}", where=where, hint=hint
         )
-    return _compared(told, name, where, OPERATIONS[told["operation"]])
+    return _compared(definition, name, where, OPERATIONS[definition["operation"]])
 
 
 # ---- similarity
 
 
-def _similarity(told: Mapping[str, Any], name: str, where: str, _: bool) -> Grader:
-    metric = str(told["evaluation_metric"])
-    if metric in NOT_HERE:
+def _similarity(definition: Mapping[str, Any], name: str, where: str, _: bool) -> Grader:
+    metric = str(definition["evaluation_metric"])
+    if metric in UNSUPPORTED_GRADERS:
         raise SettingsError(
-            f"{metric} cannot be had here",
+            f"{metric} is not supported",
             where=where,
-            why=NOT_HERE[metric],
+            why=UNSUPPORTED_GRADERS[metric],
             hint=", ".join(METRICS),
         )
     if metric not in METRICS:
@@ -273,7 +293,7 @@ def _similarity(told: Mapping[str, Any], name: str, where: str, _: bool) -> Grad
             where=where,
             hint=did_you_mean(metric, METRICS),
         )
-    return _compared(told, name, where, METRICS[metric])
+    return _compared(definition, name, where, METRICS[metric])
 
 
 def _fuzzy(text: str, reference: str) -> float:
@@ -314,7 +334,7 @@ def _rouge_scorer(kind: str) -> Any:
 
 
 class _Words:
-    """rouge-score's own tokenizer keeps only a to z."""
+    """Tokenizer of words in any alphabet; rouge-score's own one keeps only a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+", text.casefold())
@@ -335,77 +355,78 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 def _python(
     source: Any, name: str, where: str
 ) -> Callable[[Scope], tuple[float, dict[str, float]]]:
-    """grade(sample, item) of the source, which is run when the first answer comes: who checks a grader runs nothing."""
+    """Return grade(sample, item) of the source, which first runs with the first answer."""
     try:
         tree = ast.parse(source)
         code = compile(tree, f"<{name}>", "exec")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise SettingsError("the source is no Python", where=where, why=str(error)) from None
+        raise SettingsError("the source is not valid Python", where=where, why=str(error)) from None
     if not any(isinstance(node, ast.FunctionDef) and node.name == "grade" for node in tree.body):
         raise SettingsError(
             "the source has no function `grade`", where=where, hint="def grade(sample, item):"
         )
     space: dict[str, Any] = {}
 
-    def judge(scope: Scope) -> tuple[float, dict[str, float]]:
+    def score(scope: Scope) -> tuple[float, dict[str, float]]:
         try:
             if not space:
                 space["__name__"] = "grader"
                 exec(code, space)
             return float(space["grade"](dict(scope["sample"]), dict(scope["item"]))), {}
-        except Exception as error:  # likewise
+        except Exception as error:  # any error of the grader's own code
             why = f"{type(error).__name__}: {error}; answer {scope['sample']['output_text'][:80]!r}"
             raise TrainingError("the grader's code failed", where=name, why=why) from error
 
-    return judge
+    return score
 
 
-def _multi(told: Mapping[str, Any], name: str, where: str, run_python: bool) -> Grader:
-    given = told["graders"]
+def _multi(definition: Mapping[str, Any], name: str, where: str, allow_python: bool) -> Grader:
+    given = definition["graders"]
     if isinstance(given, Mapping) and isinstance(given.get("type"), str):
-        given = {given.get("name"): given}  # one alone
+        given = {given.get("name"): given}  # a single grader, as OpenAI's client writes it
     if not isinstance(given, Mapping) or not 0 < len(given) <= 32:
-        raise SettingsError("expected graders by their names", where=f"{where}.graders")
+        raise SettingsError("expected 1 to 32 graders by name", where=f"{where}.graders")
     for key in given:
         if not isinstance(key, str) or not key.isidentifier() or key in FUNCTIONS:
-            hint = "letters, digits and _, and no function of formulas"
+            hint = "letters, digits and _, and not the name of a function of formulas"
             raise SettingsError(
                 f"a formula cannot name {str(key)[:40]!r}", where=f"{where}.graders", hint=hint
             )
     parts = {
-        key: parse_grader(one, run_python, f"{where}.graders.{key}", True)
+        key: parse_grader(one, allow_python, f"{where}.graders.{key}", True)
         for key, one in given.items()
     }
-    formula = make_formula(told["calculate_output"], parts, f"{where}.calculate_output")
+    formula = make_formula(definition["calculate_output"], parts, f"{where}.calculate_output")
 
-    def judge(scope: Scope) -> tuple[float, dict[str, float]]:
-        numbers = {key: part.judge(scope)[0] for key, part in parts.items()}
+    def score(scope: Scope) -> tuple[float, dict[str, float]]:
+        numbers = {key: part.score(scope)[0] for key, part in parts.items()}
         try:
             found = formula(numbers)
-        except (
-            ArithmeticError,
-            ValueError,
-            TypeError,
-        ) as error:  # a root of -1 is no number that can be compared
-            raise TrainingError(
-                "the formula has no value", where=name, why=f"{error}; at {numbers}"
-            ) from error
+        except (ArithmeticError, ValueError, TypeError) as error:  # TypeError: complex numbers
+            why = f"{error}; at {numbers}"
+            raise TrainingError("the formula has no value", where=name, why=why) from error
         return found, numbers
 
     return Grader(
-        name, told, judge, tuple(template for part in parts.values() for template in part.templates)
+        name,
+        definition,
+        score,
+        tuple(template for part in parts.values() for template in part.templates),
     )
 
 
 def make_formula(
     text: Any, names: Mapping[str, Any], where: str
 ) -> Callable[[Mapping[str, float]], float]:
-    """Arithmetic over `names`, and nothing else, as a function of their numbers; raises `SettingsError`.
+    """Return a formula over `names` as a function of their values; raises `SettingsError`.
 
-    It is walked, never run; all numbers are floats, so that no power takes long.
+    Only arithmetic is accepted. The syntax tree is evaluated node by node and never executed; all
+    values are floats, so that no power takes long.
     """
-    if not isinstance(text, str) or not 0 < len(text) <= LONGEST:
-        raise SettingsError(f"expected a formula of up to {LONGEST} characters", where=where)
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_FORMULA_LENGTH:
+        raise SettingsError(
+            f"expected a formula of up to {MAX_FORMULA_LENGTH} characters", where=where
+        )
     try:
         tree = ast.parse(text.strip().replace("^", "**"), mode="eval").body
         _check(tree, names, where)
@@ -444,13 +465,13 @@ def _check(node: ast.expr, names: Mapping[str, Any], where: str) -> None:
         and not node.keywords
     ):
         if (len(node.args) < 2) if node.func.id in VARIADIC_FUNCTIONS else len(node.args) != 1:
-            raise SettingsError(f"{node.func.id} takes another number of values", where=where)
+            raise SettingsError(f"{node.func.id} has the wrong number of arguments", where=where)
         for part in node.args:
             _check(part, names, where)
     else:
         hint = "numbers, names of graders, + - * / ^, and " + ", ".join(FUNCTIONS)
         raise SettingsError(
-            f"no part of a formula: {ast.unparse(node)[:60]}", where=where, hint=hint
+            f"not allowed in a formula: {ast.unparse(node)[:60]}", where=where, hint=hint
         )
 
 
@@ -469,24 +490,23 @@ def _value(node: ast.expr, numbers: Mapping[str, float]) -> float:
     return OPERATORS[type(node.op)](*(_value(part, numbers) for part in _parts(node)))
 
 
-def _all(told: Any) -> Iterator[Mapping[str, Any]]:
-    """A grader as it was told, and all within it."""
-    if isinstance(told, Mapping):
-        yield told
-        for one in told.values():
-            yield from _all(one)
+def _walk(definition: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield a grader's definition and those of all its parts."""
+    if isinstance(definition, Mapping):
+        yield definition
+        for value in definition.values():
+            yield from _walk(value)
 
 
 def main() -> int:
-    """One answer by one grader, as JSON from standard input to standard output: for code that is to run apart."""
-    asked = json.load(sys.stdin)
+    """Grade one answer in a subprocess, from JSON on standard input to JSON on standard output."""
+    request = json.load(sys.stdin)
     try:
-        reward, parts = parse_grader(asked["grader"], True).grade(asked["answer"], asked["item"])
+        grader = parse_grader(request["grader"], allow_python=True)
+        reward, parts = grader.grade(request["answer"], request["item"])
     except AfinaError as error:
-        print(
-            "; ".join(part for part in (error.what, error.why) if part).replace("\n", " "),
-            file=sys.stderr,
-        )
+        reasons = "; ".join(part for part in (error.what, error.why) if part)
+        print(reasons.replace("\n", " "), file=sys.stderr)
         return 1
     print("\n" + json.dumps({"reward": reward, "parts": parts}))
     return 0
