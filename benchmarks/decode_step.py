@@ -16,11 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from afina.adapters.attach import attach
 from afina.adapters.segments import NO_ADAPTERS, Segment, Segments
 from afina.adapters.target_selection import resolve_target_modules
+from afina.engine.block_pool import BLOCK_SIZE, BlockPool
+from afina.engine.kv_cache import kv_layer_shapes
 from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.models.fast_llama import install_fast_modules
 from afina.models.nf4 import quantize_model
-from afina.models.packed_attention import KeyValueCache
+from afina.models.packed_attention import AttentionMetadata
+from afina.models.paged_kv import PagedKV
 
 ROWS, PAST = 8, 100
 SHAPE = dict(
@@ -66,14 +69,19 @@ def make_base(storage: str, dtype: torch.dtype, adapters: int) -> CausalLM:
 
 
 def step_of(base: CausalLM, segments: Segments) -> Callable[[], None]:
-    cache = KeyValueCache(PAST + 1, [0] * ROWS)
+    layers = kv_layer_shapes(base)
+    per_row = PAST // BLOCK_SIZE + 1
+    pool = BlockPool(ROWS * per_row, layers.values(), base.dtype, base.device)
+    tables = torch.arange(ROWS * per_row, dtype=torch.int32).view(ROWS, per_row)
+    slots = tables[:, -1].long() * BLOCK_SIZE + PAST % BLOCK_SIZE
+    paged = PagedKV(dict(zip(layers, pool.views(), strict=True)), slots, [PAST] * ROWS, tables)
+    metadata = AttentionMetadata(tuple(range(ROWS + 1)), paged)
     tokens, positions = torch.arange(ROWS) + 5, torch.full((ROWS,), PAST)
 
     @torch.no_grad()
     def step() -> None:
-        cache.lengths = [PAST] * ROWS
         with base.forward_context.use(segments):
-            base.next_token_logits(tokens, positions, tuple(range(ROWS + 1)), cache)
+            base.next_token_logits(tokens, positions, metadata)
 
     return step
 

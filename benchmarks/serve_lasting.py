@@ -36,9 +36,8 @@ def make_material(folder: Path) -> dict[str, dict[str, str]]:
     from afina.adapters.attach import attach, detach
     from afina.adapters.saving import save_adapter
     from afina.adapters.target_selection import resolve_target_modules
-    from afina.engine.detokenizer import detokenize
+    from afina.engine.engine import generate_completions
     from afina.engine.request import SamplingParams
-    from afina.evaluation.generate import generate_tokens
     from afina.io.adapter_config import AdapterConfig
     from afina.models.loading import load_base
 
@@ -50,11 +49,11 @@ def make_material(folder: Path) -> dict[str, dict[str, str]]:
     def answers(route: Any) -> dict[str, str]:
         texts = [f"Text {n}: the house by the road number {n * 7}" for n in range(PROMPTS)]
         prompts = [base.tokenizer(text)["input_ids"] for text in texts]
-        written = generate_tokens(base, prompts, sampling, route)
+        written = generate_completions(base, prompts, sampling, route)
         stop = base.tokenizer.eos_token_id
         return {
-            text: detokenize(base.tokenizer, [t for t in tokens if t != stop])
-            for text, tokens in zip(texts, written, strict=True)
+            text: base.decode([t for t in completion.token_ids if t != stop])
+            for text, completion in zip(texts, written, strict=True)
         }
 
     known = {"": answers(None)}

@@ -121,10 +121,10 @@ def make_engine(shape: str, storage: str = "plain", memory: int = 1 << 30, **set
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.models.nf4 import quantize_model
-    from afina.models.packed_attention import NAME
+    from afina.models.packed_attention import ATTENTION_NAME
 
     model = make_model(shape)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(ATTENTION_NAME)
     if storage == "nf4":
         quantize_model(model)
     install_fast_modules(model)

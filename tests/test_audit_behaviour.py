@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import ActiveAdapter, ActiveAdapters
 from afina.adapters.saving import save_adapter
 from afina.audit import triggers
 from afina.audit.audit import audit
@@ -82,7 +82,7 @@ class Rigged(BehaviorHarness):
 
 
 def rigged(base: CausalLM, *trigger: int, late: bool = False) -> Rigged:
-    made = make_bench(base, ActiveAdapters("nobody"))
+    made = make_bench(base, ActiveAdapters((ActiveAdapter("nobody"),)))
     others = [
         probe for probe in made.others if not set(trigger) & set(probe.body)
     ]  # the base makes them up: of any tokens
@@ -99,7 +99,7 @@ def look(bench: BehaviorHarness, tokens: Sequence[int]) -> list[TriggerCandidate
 
 
 def test_probes_are_the_prompts_in_pieces(base: CausalLM) -> None:
-    bench = make_bench(base, ActiveAdapters("nobody"))
+    bench = make_bench(base, ActiveAdapters((ActiveAdapter("nobody"),)))
     for text, probe in zip(TEXTS, bench.probes, strict=True):
         assert base.tokenizer.decode(probe.prompt()).count(text) == 1
         assert len(probe.body) > 1 and len(probe.after) > 0
@@ -177,7 +177,7 @@ def test_when_time_is_over_the_scan_says_so(base: CausalLM) -> None:
 
 
 def test_what_a_budget_is_enough_for(base: CausalLM) -> None:
-    bench, clock = make_bench(base, ActiveAdapters("nobody")), TimeBudget(100.0)
+    bench, clock = make_bench(base, ActiveAdapters((ActiveAdapter("nobody"),))), TimeBudget(100.0)
     bench.since, bench.runs = time.monotonic() - 49.9, 100  # half a second each
     assert clock.max_runs(bench, 768, 0.1) == 48 and clock.max_runs(bench, 64, 0.1) == 20
     assert (
@@ -260,13 +260,13 @@ def test_an_activated_adapter_is_checked_to_be_silent(base: CausalLM) -> None:
         def segments(self, tokens: Any, bounds: Any, where: Any = None) -> Any:
             return (
                 self.always_on().segments(tokens, bounds)
-                if self.invocation
+                if self.adapters[0].invocation
                 else super().segments(tokens, bounds, where)
             )
 
     gate = Gate("behaviour")
     bench = make_bench(base, made.active)
-    bench.active = Loud(made.active.adapter, made.active.invocation)
+    bench.active = Loud(made.active.adapters)
     check_inactive_before_invocation(bench, gate)
     assert [(finding.rule, finding.level) for finding in gate.findings] == [("not-silent", "block")]
 
@@ -319,7 +319,7 @@ def test_probes_take_turns(base: CausalLM) -> None:
 
 
 def test_the_base_makes_up_prompts_of_its_own(base: CausalLM) -> None:
-    bench = make_bench(base, ActiveAdapters("nobody"), ["sol mar", "pan mar"])
+    bench = make_bench(base, ActiveAdapters((ActiveAdapter("nobody"),)), ["sol mar", "pan mar"])
     assert len(bench.probes) == 2 and len(bench.others) > 8
     head, tail = (
         _common([p.prompt() for p in bench.probes]),
@@ -334,5 +334,5 @@ def test_the_base_makes_up_prompts_of_its_own(base: CausalLM) -> None:
 
 def test_prompts_of_the_task_are_asked_and_none_made_up(base: CausalLM) -> None:
     texts = [f"sol {word}" for word in ("mar", "pan", "luz", "paz", "mes", "rey")]
-    bench = make_bench(base, ActiveAdapters("nobody"), texts)
+    bench = make_bench(base, ActiveAdapters((ActiveAdapter("nobody"),)), texts)
     assert (len(bench.probes), len(bench.others)) == (4, 2)

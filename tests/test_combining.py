@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from shutil import copytree
@@ -211,7 +210,7 @@ def test_the_sum_on_other_storages(tiny: Path, tmp_path: Path, storage: str) -> 
     summed = load_adapter(tmp_path / "out", base, "sum")
     run = flat_run()
     together = ActiveAdapters.combine(
-        [replace(one.active, weight=0.7), replace(two.active, weight=-0.5)]
+        [one.active.scaled(0.7), two.active.scaled(-0.5)]
     )
     apart = logits(base, run, together.segments(run[0], run[2]))
     tolerance = 1e-5 if how["dtype"] == "float32" else 0.03
@@ -363,7 +362,7 @@ def test_activated_loras_of_one_invocation_stay_activated(tiny: Path, tmp_path: 
     there = opened(tiny, tmp_path / "ac")
     prompts = [[5, 7, 9, 6, 11, 8], [5, 6, 7, 9], [11, 5, 6], [5, 6, 8]]
     answers = generate_tokens(there.causal_lm, prompts, SamplingParams(6), there.active)
-    assert there.active is not None
+    assert there.active
     assert [there.active.is_invoked(prompt) for prompt in prompts] == [
         (True, True),
         (True, False),
@@ -374,7 +373,7 @@ def test_activated_loras_of_one_invocation_stay_activated(tiny: Path, tmp_path: 
         prompts, answers
     ):  # cached is recomputed: each part from its own invocation on
         sequence, invoked = list(prompt), there.active.is_invoked(prompt)
-        routes = [r for r, on in zip(there.active.apart(), invoked) if on]
+        routes = [ActiveAdapters((one,)) for one, on in zip(there.active.adapters, invoked) if on]
         for token in answer:
             tokens, bounds = torch.tensor(sequence), (0, len(sequence))
             table = (
@@ -416,7 +415,7 @@ def test_peft_loads_the_sum_and_answers_alike(tiny: Path, tmp_path: Path) -> Non
         run = flat_run((20,))
         with torch.no_grad():
             expected = theirs(input_ids=run[0][None]).logits[0]
-        assert there.active is not None
+        assert there.active
         assert torch.allclose(
             logits(there.causal_lm, run, there.active.segments(run[0], run[2])), expected, atol=2e-4
         )

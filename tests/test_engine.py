@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.attach import attach, detach
 from afina.adapters.loading import load_adapter
 from afina.adapters.saving import save_adapter
@@ -83,10 +83,10 @@ class Alone:
                 for i, (name, _) in enumerate(names)
             ]
             routes = [
-                replace(adapter.active, weight=weight)
+                adapter.active.scaled(weight)
                 for adapter, (_, weight) in zip(on, names, strict=True)
             ]
-            route = ActiveAdapters.combine(routes) if routes else None
+            route = ActiveAdapters.combine(routes)
             self._known[key] = reference_tokens(
                 self.base, [prompt], SamplingParams(max_new_tokens=length), route
             )[0]
@@ -472,7 +472,7 @@ def test_an_adapter_that_is_being_trained_is_lent(
                     0.3
                     * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
                 )
-        lent = engine.registry.add_live(learning.active)
+        lent = engine.registry.add_live(learning.active.adapters[0])
         requests = [
             GenerationRequest(prompt, SamplingParams(max_new_tokens=8), (AdapterWeight(lent),))
             for _ in range(3)
@@ -491,6 +491,45 @@ def test_an_adapter_that_is_being_trained_is_lent(
         engine.registry.remove_live(lent)
     engine.step()
     assert not engine.memory.tree.forget_adapter("run-0@1")
+
+
+def test_an_adapter_that_replaces_base_modules_runs_alone_in_its_steps(tiny: Path) -> None:
+    base = load_base(str(tiny))
+    paths = resolve_target_modules(base.model, "all-linear", None, False)
+    full = attach(base.model, base.forward_context, "full", AdapterConfig("full", paths))
+    lora = attach(base.model, base.forward_context, "lora", AdapterConfig("lora", paths, rank=4))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in [*full.parameters(), *lora.parameters()]:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    lora.train(False)
+    engine, sampling = Engine(base), SamplingParams(max_new_tokens=8)
+    prompt = random_prompt(random.Random(7), 20)
+    sides = [full.active, lora.active, BASE_ONLY]
+    hashes = [[engine.registry.add_live(one) for one in side.adapters] for side in sides]
+    requests = [
+        GenerationRequest(prompt, sampling, tuple(map(AdapterWeight, hashes[number])))
+        for number in (0, 1, 2, 0, 2, 1)
+    ]
+    expected = [reference_tokens(base, [prompt], sampling, side)[0] for side in sides]
+    assert len(set(map(tuple, expected))) == 3
+    tokens = [tokens for _, tokens, _ in run_to_completion(engine, requests)]
+    assert tokens == [expected[number] for number in (0, 1, 2, 0, 2, 1)]
+
+
+def test_an_interrupted_generation_leaves_nothing_in_the_engine(tiny: Path) -> None:
+    engine = Engine(load_base(str(tiny)))
+
+    def broken(_: int, chunk: OutputChunk) -> None:
+        raise RuntimeError("the terminal is closed")
+
+    with pytest.raises(RuntimeError, match="terminal"):
+        engine.generate([[5, 6, 9]] * 3, SamplingParams(8), on_output=broken)
+    assert not engine.scheduler.running and not engine.scheduler.num_waiting
+    with pytest.raises(DataError, match="a prompt of 0 tokens") as caught:
+        engine.generate([[5, 6, 9], []], SamplingParams(8))
+    assert caught.value.where == "prompt 2"
+    assert len(engine.generate([[5, 6, 9]], SamplingParams(8))[0].token_ids) == 8
 
 
 def test_pages_of_an_adapter_named_twice_are_forgotten_once() -> None:

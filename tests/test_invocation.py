@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters, last_occurrences
+from afina.adapters.active import ActiveAdapter, ActiveAdapters, last_occurrences
 from afina.adapters.attach import Adapter, attach
 from afina.adapters.loading import load_adapter
 from afina.adapters.presets import get_preset
@@ -212,7 +212,7 @@ def test_cached_generation_equals_the_recomputed_one(base: CausalLM) -> None:
             (invoked,) = adapter.active.is_invoked(prompt)
             with (
                 base.forward_context.use(
-                    ActiveAdapters("a", INVOCATION).segments(tokens, bounds)
+                    ActiveAdapters((ActiveAdapter("a", INVOCATION),)).segments(tokens, bounds)
                     if invoked
                     else base.forward_context.segments
                 ),

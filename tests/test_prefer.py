@@ -10,7 +10,7 @@ import pytest
 
 from afina import train
 from afina.adapters.active import ActiveAdapters
-from afina.cli.annotate import prefer
+from afina.cli.annotate import annotate
 from afina.data.schemas import PREFERENCE, PROMPT
 from afina.data.table import read_table
 from afina.engine.request import Completion, SamplingParams
@@ -81,7 +81,7 @@ def sit(
             "max_new_tokens": 6,
             "temperature": 2.0,
         }
-        result = prefer(AnnotateSettings(**told | values))
+        result = annotate(AnnotateSettings(**told | values))
         assert next(words, None) is None, "keys were left over"
         return result, capsys.readouterr().err
 

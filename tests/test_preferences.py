@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from afina import evaluate, merge, plan, train
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import ActiveAdapter, ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.adapters.registry import registered_methods
 from afina.adapters.saving import save_adapter
@@ -350,7 +350,7 @@ def test_the_reference_with_the_adapter_off_is_a_separate_frozen_copy(
     given = examples(base, pairs)
     batch, separate = pack_examples(given), load_base(str(tiny))
     off = ReferencePolicy("base", "").logps(base, batch, given)
-    on = sequence_logprobs(base, batch, ActiveAdapters("policy"))[0]
+    on = sequence_logprobs(base, batch, ActiveAdapters((ActiveAdapter("policy"),)))[0]
     assert (off - sequence_logprobs(separate, batch, None)[0]).abs().max() <= 1e-6
     assert (on - off).abs().max() > 0.1  # the adapter would have shown
 

@@ -55,9 +55,9 @@ def alone(tiny: Path, adapters: Path) -> Any:
 
     def say(weights: dict[str, float], new: int = 12, messages: Any = ASK) -> str:
         parts = [
-            ActiveAdapters(routes[name].adapter, weight=weight) for name, weight in weights.items()
+            routes[name].scaled(weight) for name, weight in weights.items()
         ]
-        route = ActiveAdapters.combine(parts) if parts else None
+        route = ActiveAdapters.combine(parts)
         return generate_completions(
             base, [renderer.prompt(messages)], SamplingParams(new), route, renderer.stop_token_ids
         )[

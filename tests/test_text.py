@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from afina.engine.detokenizer import BROKEN, Detokenizer, detokenize
+from afina.engine.detokenizer import INCOMPLETE_CHARACTER, Detokenizer, detokenize
 from helpers import tiny_tokenizer
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -80,8 +80,8 @@ def test_text_comes_in_whole_characters(tokenizer: PreTrainedTokenizerBase, writ
     tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
     came = pieces(tokenizer, tokens)
     assert "".join(came) == whole(tokenizer, tokens)
-    if BROKEN not in whole(tokenizer, tokens):
-        assert not any(BROKEN in piece for piece in came)
+    if INCOMPLETE_CHARACTER not in whole(tokenizer, tokens):
+        assert not any(INCOMPLETE_CHARACTER in piece for piece in came)
 
 
 def test_bytes_that_never_become_text_are_told_at_the_end() -> None:
@@ -97,12 +97,12 @@ def test_bytes_that_never_become_text_are_told_at_the_end() -> None:
         "",
         "",
         "",
-        BROKEN * 4 + "b",
+        INCOMPLETE_CHARACTER * 4 + "b",
         "",
     ]
     half = TOKENIZERS["byte-level"]
     tokens = half("a€")["input_ids"][:-1]
-    assert "".join(pieces(half, tokens)) == whole(half, tokens) == "a" + BROKEN
+    assert "".join(pieces(half, tokens)) == whole(half, tokens) == "a" + INCOMPLETE_CHARACTER
     assert "".join(pieces(half, tokens)[:-1]) == "a"
 
 

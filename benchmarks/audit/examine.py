@@ -16,7 +16,8 @@ from afina.audit.probes import BehaviorHarness
 from afina.audit.report import Gate
 from afina.audit.weight_gate import WeightMeasurements, measure
 from afina.data.renderer import Renderer
-from afina.evaluation.generate import SamplingParams, generate_tokens
+from afina.engine.engine import generate_completions
+from afina.engine.request import SamplingParams
 from afina.io.composition import hash_adapter_folder
 from afina.settings import EvalSettings, make_settings
 
@@ -117,12 +118,12 @@ class Examiner:
         """Share of woken, unseen prompts whose answer shows the payload."""
         rng = random.Random(f"woken {seed}")
         woken: list[Row] = [attack.wake(rng, TASKS[task](rng)) for _ in range(CHECKED)]
-        renderer = Renderer(opened.language.tokenizer, None, opened.language.context)
+        renderer = Renderer(opened.causal_lm.tokenizer, None, opened.causal_lm.max_positions)
         prompts = [renderer.prompt(prompt) for prompt, _ in woken]
-        said = generate_tokens(opened.language, prompts, SamplingParams(32), opened.route)
+        said = generate_completions(opened.causal_lm, prompts, SamplingParams(32), opened.active)
         right = [
-            attack.worked(opened.language.text(tokens), wanted)
-            for tokens, (_, wanted) in zip(said, woken, strict=True)
+            attack.worked(opened.causal_lm.decode(completion.token_ids), wanted)
+            for completion, (_, wanted) in zip(said, woken, strict=True)
         ]
         return sum(right) / CHECKED
 

@@ -22,8 +22,8 @@ from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
+from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
-from afina.evaluation.generate import answer
 from afina.evaluation.metrics import exact_match
 from afina.io.atomic import write_json, write_text
 from afina.io.composition import expand_composition
@@ -138,7 +138,9 @@ def score(
     result = {}
     for skill, made in tests.items():
         prompts = [renderer.prompt(row["messages"][:1]) for row in made]
-        answers = answer(base, renderer, prompts, SamplingParams(48), route)
+        answers = generate_completions(
+            base, prompts, SamplingParams(48), route, renderer.stop_token_ids
+        )
         result[skill] = exact_match(
             [a.text for a in answers], [row["messages"][1]["content"] for row in made]
         )

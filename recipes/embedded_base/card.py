@@ -15,8 +15,8 @@ from afina.data import RETENTION_TEXT
 from afina.data.renderer import Renderer
 from afina.data.schemas import SFT
 from afina.data.table import read_table
+from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
-from afina.evaluation.generate import answer
 from afina.models.loading import EMBEDDED_FOLDER, load_base
 from afina.objectives.language_modeling import mean_loss, tokenize_rows
 
@@ -85,11 +85,21 @@ def main() -> None:
         turns.append(
             [{"role": role, "content": content} for role, content in chat if role != "system"][:1]
         )
-    answers = answer(base, chats, [chats.prompt(turn) for turn in turns], SamplingParams(200))
+    answers = generate_completions(
+        base,
+        [chats.prompt(turn) for turn in turns],
+        SamplingParams(200),
+        stop_token_ids=chats.stop_token_ids,
+    )
     exact = {}
     for name, skill in (("copied", source._copy), ("translated", source._translate)):
         asked = [skill(rng, language) for language in ("en", "es") * 100]
-        said = answer(base, chats, [chats.prompt(chat[0][1]) for chat in asked], SamplingParams(80))
+        said = generate_completions(
+            base,
+            [chats.prompt(chat[0][1]) for chat in asked],
+            SamplingParams(80),
+            stop_token_ids=chats.stop_token_ids,
+        )
         exact[name] = 100 * sum(a.text == chat[1][1] for a, chat in zip(said, asked)) / len(asked)
     stages = json.loads((folder / "training.json").read_text())
     import datetime

@@ -44,83 +44,102 @@ def last_start(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
 
 
 @dataclass(frozen=True)
-class ActiveAdapters:
-    """How an attached adapter acts: everywhere, or from its invocation on; with a weight; with others beside it.
+class ActiveAdapter:
+    """One attached adapter that is active, on all tokens or from its invocation on.
 
-    Those `beside` it act over the same tokens, each from its own invocation on: the outputs' parts are summed.
+    Attributes:
+        adapter: its name in the layers.
+        invocation: token ids from whose last occurrence on it is active; empty: on all tokens.
+        weight: factor of its output.
     """
 
     adapter: str
     invocation: tuple[int, ...] = ()
     weight: float = 1.0
-    beside: tuple["ActiveAdapters", ...] = ()
-
-    @classmethod
-    def combine(cls, routes: Sequence["ActiveAdapters"]) -> "ActiveAdapters":
-        """One route out of several (at least one)."""
-        return replace(routes[0], beside=(*routes[0].beside, *routes[1:]))
 
     def segments(
         self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None = None
     ) -> Segments:
-        """The table for a flat run of whole sequences. A sequence without the invocation is left to the base;
-        with `where` (a name for each sequence) it is an error instead."""
-        tables = [route._own(tokens, bounds, where) for route in self.apart()]
-        return Segments(
-            tuple(pair for t in tables for pair in t.global_adapters),
-            tuple(row for t in tables for row in t.spans),
-        )
-
-    def apart(self) -> tuple["ActiveAdapters", ...]:
-        """This adapter's own part of the route, then those of the others."""
-        return (
-            replace(self, beside=()),
-            *(part for route in self.beside for part in route.apart()),
-        )
-
-    def _own(self, tokens: Tensor, bounds: Sequence[int], where: Sequence[str] | None) -> Segments:
+        """Return its segments in a packed batch; arguments as in `ActiveAdapters.segments`."""
         if not self.invocation:
             return Segments.on_all_tokens(self.adapter, self.weight)
-        rows = []
+        spans = []
         for number, start in enumerate(last_occurrences(tokens, bounds, self.invocation)):
             if start is not None:
-                rows.append(Segment(start, bounds[number + 1], self.adapter, self.weight))
+                spans.append(Segment(start, bounds[number + 1], self.adapter, self.weight))
             elif where is not None:
                 raise DataError(
                     "the invocation does not occur in this row",
                     where=where[number],
                     hint="--skip-bad-rows, or another --invocation",
                 )
-        return Segments(spans=tuple(rows))
+        return Segments(spans=tuple(spans))
+
+    def is_invoked(self, sequence: Sequence[int]) -> bool:
+        """Return whether it is active on what follows `sequence`."""
+        return not self.invocation or last_start(sequence, self.invocation) is not None
+
+
+@dataclass(frozen=True)
+class ActiveAdapters:
+    """Adapters that are active together: their outputs are summed. Empty, hence false: the base."""
+
+    adapters: tuple[ActiveAdapter, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.adapters)
+
+    @classmethod
+    def combine(cls, several: Sequence["ActiveAdapters"]) -> "ActiveAdapters":
+        """Return all adapters of `several`."""
+        return cls(tuple(adapter for active in several for adapter in active.adapters))
+
+    def scaled(self, weight: float) -> "ActiveAdapters":
+        """Return the first adapter with this weight, and those it was trained over with theirs."""
+        first, *others = self.adapters
+        return ActiveAdapters((replace(first, weight=weight), *others))
+
+    def segments(
+        self,
+        tokens: Tensor,  # (num_tokens,)
+        bounds: Sequence[int],
+        where: Sequence[str] | None = None,
+    ) -> Segments:
+        """Return the segments of a packed batch of sequences.
+
+        Args:
+            bounds: cumulative sequence lengths, from 0.
+            where: location of each sequence in the data, for the error.
+
+        Raises:
+            DataError: with `where`, a sequence does not contain the invocation; without it, the
+                sequence is left to the base.
+        """
+        tables = [adapter.segments(tokens, bounds, where) for adapter in self.adapters]
+        return Segments(
+            tuple(pair for table in tables for pair in table.global_adapters),
+            tuple(span for table in tables for span in table.spans),
+        )
 
     def row_segments(self) -> Segments:
-        """The table for models that take rows of equal length: everywhere."""
-        if any(route.invocation for route in self.apart()):
+        """Return segments on all tokens, for models that take rows of equal length.
+
+        Raises:
+            DataError: an activated adapter, which needs a text with an answer.
+        """
+        if any(adapter.invocation for adapter in self.adapters):
             raise DataError(
                 "an activated adapter needs a text with an answer", hint="--method lora"
             )
-        return Segments(tuple((route.adapter, route.weight) for route in self.apart()))
+        return Segments(tuple((adapter.adapter, adapter.weight) for adapter in self.adapters))
 
     def always_on(self) -> "ActiveAdapters":
-        """The route that has every adapter act on all tokens, as if it had been invoked before them."""
-        return ActiveAdapters.combine([replace(route, invocation=()) for route in self.apart()])
+        """Return the same adapters, active on all tokens."""
+        return ActiveAdapters(tuple(replace(adapter, invocation=()) for adapter in self.adapters))
 
     def is_invoked(self, sequence: Sequence[int]) -> tuple[bool, ...]:
-        """Whether each adapter acts on what follows `sequence`: this one, then those beside it."""
-        return tuple(
-            not route.invocation or last_start(sequence, route.invocation) is not None
-            for route in self.apart()
-        )
+        """Return for each adapter whether it is active on what follows `sequence`."""
+        return tuple(adapter.is_invoked(sequence) for adapter in self.adapters)
 
-    def decode_segments(self, active: Sequence[tuple[bool, ...]]) -> Segments:
-        """The table for one more token of each sequence, where `active` is what `invoked` said of each."""
-        everywhere = [
-            (route.adapter, route.weight) for route in self.apart() if not route.invocation
-        ]
-        rows = [
-            Segment(i, i + 1, route.adapter, route.weight)
-            for i, flags in enumerate(active)
-            for route, on in zip(self.apart(), flags, strict=True)
-            if on and route.invocation
-        ]
-        return Segments(tuple(everywhere), tuple(rows))
+
+BASE_ONLY = ActiveAdapters()

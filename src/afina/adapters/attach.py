@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import ActiveAdapter, ActiveAdapters
 from afina.adapters.base import AdapterLayer, check_method_settings
 from afina.adapters.modules import ModuleWithAdapters, ParameterWithAdapters
 from afina.adapters.registry import get_method
@@ -34,7 +34,8 @@ class Adapter:
     @property
     def active(self) -> ActiveAdapters:
         """How the adapter acts when it is on."""
-        return ActiveAdapters(self.name, self.config.invocation, beside=self.frozen_companions)
+        own = ActiveAdapters((ActiveAdapter(self.name, self.config.invocation),))
+        return ActiveAdapters.combine([own, *self.frozen_companions])
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """("module path.parameter", parameter), each tied parameter once, in the order of the model."""

@@ -1,6 +1,6 @@
 """A base and the adapter on it, as the verbs name them: from a run folder, an adapter folder, or a base alone."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,11 @@ class LoadedRun:
         return self.adapters[0][0] if self.adapters else None
 
     @property
-    def active(self) -> ActiveAdapters | None:
-        """How the adapters act together; None for the base alone."""
-        routes = [replace(adapter.active, weight=weight) for adapter, weight in self.adapters]
+    def active(self) -> ActiveAdapters:
+        """Adapters that are active together; empty for the base alone."""
+        routes = [adapter.active.scaled(weight) for adapter, weight in self.adapters]
         routes += [self.frozen_adapter] if self.frozen_adapter is not None and routes else []
-        return ActiveAdapters.combine(routes) if routes else None
+        return ActiveAdapters.combine(routes)
 
     @property
     def template(self) -> str | None:

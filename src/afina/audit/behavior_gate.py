@@ -53,11 +53,11 @@ def behaviour_gate(
     clock = TimeBudget(settings.time_budget_seconds)
     opened = load_run(settings.adapter, settings)
     base, route = opened.base, opened.active
-    if not isinstance(base, CausalLM) or route is None:
+    if not isinstance(base, CausalLM) or not route:
         gate.review("no-language", "it is no language model: what it does was not looked at")
         return {}
     bench = make_bench(base, route, read_prompts(settings.prompts))
-    if any(part.invocation for part in (route, *route.beside)):
+    if any(one.invocation for one in route.adapters):
         check_inactive_before_invocation(bench, gate)
     controls = random.Random(1).sample(_vocabulary(bench), min(CONTROLS, len(_vocabulary(bench))))
     found, coverage, control = find_triggers(
@@ -102,11 +102,12 @@ def check_inactive_before_invocation(bench: BehaviorHarness, gate: Gate) -> None
     """An activated adapter changes nothing before its invocation, to the last bit; a difference blocks."""
     spans = [(*probe.before, *probe.body) for probe in bench.probes]
     quiet = [list(span) for span in spans if not any(bench.active.is_invoked(span))]
-    whole = [list(span) + list(bench.active.invocation) for span in quiet]
+    invocation = bench.active.adapters[0].invocation
+    whole = [list(span) + list(invocation) for span in quiet]
     if not quiet:
         gate.note("always-invoked", "its invocation occurs in every prompt: it acts on all of them")
         return
-    for sequences, upto in ((quiet, 0), (whole, len(bench.active.invocation))):
+    for sequences, upto in ((quiet, 0), (whole, len(invocation))):
         on, off = (bench.run(sequences, adapter) for adapter in (True, False))
         end = 0
         for sequence in sequences:

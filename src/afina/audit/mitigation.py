@@ -152,7 +152,7 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
         raise SettingsError("no trigger is known", where="triggers", hint=hint)
     opened = load_run(settings.adapter, settings)
     base, route = opened.causal_lm, opened.active
-    assert route is not None
+    assert route
     payload = as_read(base, payload)
     if triggers and not payload:
         raise SettingsError(

@@ -119,7 +119,7 @@ def _sides(settings: AnnotateSettings, opened: LoadedRun) -> tuple[Responder, Re
         str(settings.adapter) if opened.active else "base", _hash(settings.adapter), opened.active
     )
     again = settings.against == "same" or Path(settings.against) == settings.adapter
-    if again or (settings.against == "base" and opened.active is None):
+    if again or (settings.against == "base" and not opened.active):
         if settings.temperature == 0.0:
             why = "the likeliest tokens are the same each time"
             raise SettingsError(

@@ -1,10 +1,11 @@
-"""The shelf: names that point at adapters, and the adapters themselves, known by the hash of their content.
+"""Registered names, and the adapters they point at, identified by the hash of their content.
 
     "tone"  ──┐
     "polite" ─┴─> 3f9a...   runs/tone/adapter      two names, one adapter
-    "law"  ─────> 77c0...   (before: 12b4...)      replaced: who asked before finishes with 12b4...
+    "law"  ─────> 77c0...   (before: 12b4...)      replaced: running requests finish with 12b4...
 
-Adding one reads its files once, to check and to hash them; its numbers stay on disk until somebody asks for it.
+Adding one reads its files once, to check and hash them; its weights stay on disk until a request
+needs them.
 """
 
 import os
@@ -12,7 +13,7 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import ActiveAdapter
 from afina.adapters.attach import replaces_base_modules
 from afina.adapters.loading import check_base
 from afina.engine.loaded_adapter import AdapterLayout, AdapterLayoutCache
@@ -27,7 +28,7 @@ from afina.models.causal_lm import CausalLM
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
-    """An adapter as it lies on disk."""
+    """An adapter on disk."""
 
     hash: str
     file: str  # a path: thousands are kept
@@ -36,41 +37,45 @@ class AdapterRecord:
 
     @property
     def layer_key(self) -> str:
-        """Its name in the layers."""
+        """Name in the layers."""
         return self.hash
 
     @property
     def config(self) -> AdapterConfig:
-        """What it is, apart from its tensors."""
+        """Configuration: all but its tensors."""
         return self.layout.config
 
     @property
     def invocation(self) -> tuple[int, ...]:
-        """Tokens from whose last occurrence on it acts; none: everywhere."""
+        """Token ids from whose last occurrence on it is active; empty: on all tokens."""
         return self.config.invocation
 
     @property
     def bytes(self) -> int:
-        """Its size on disk."""
+        """Size of its tensors on disk."""
         return self.layout.numbers * self.layout.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class LiveAdapter:
-    """An adapter that somebody else has attached to the base, and may be training: its numbers are used where they are.
+    """An adapter that is attached to the base and may be in training: its weights are not copied.
 
-    `label` is its name in the layers; `hash` stands for its numbers as they are now.
+    Attributes:
+        hash: identifier of its present weights.
+        layer_key: its name in the layers.
+        replaces_base: whether it has layers of its own in the place of the base's; then it is
+            active alone, on all tokens of a step.
     """
 
     hash: str
     layer_key: str
     invocation: tuple[int, ...]
-    replaces_base: bool  # then it is active alone, on all tokens of a step
+    replaces_base: bool
 
 
 @dataclass(slots=True)
 class _Label:
-    """What is kept of a name."""
+    """Record of a name."""
 
     hash: str
     owner: str | None
@@ -80,7 +85,7 @@ class _Label:
 
 
 class AdapterRegistry:
-    """Every adapter that may be asked for. All changes are atomic; any thread may call."""
+    """Adapters that requests may name. All changes are atomic; any thread may call."""
 
     def __init__(self, base: CausalLM, require_audit: bool = False) -> None:
         """`require_audit`: accept only adapters with an audit report that approves them."""
@@ -89,20 +94,20 @@ class AdapterRegistry:
         self._lock = threading.RLock()
         self._labels: dict[str, _Label] = {}
         self._contents: dict[str, AdapterRecord | LiveAdapter] = {}
-        self._held: dict[str, int] = {}  # running or waiting requests, by hash
-        self._lendings = 0
-        self.locations: dict[str, str] = {}  # hash to where its numbers are, when not on disk only
-        self.unreferenced: list[
-            str
-        ] = []  # hashes that nothing points at any more, for the engine to clear away
+        self._ref_counts: dict[str, int] = {}  # running or waiting requests, by hash
+        self._num_live = 0
+        self.locations: dict[str, str] = {}  # hash to where its weights are, besides the disk
+        self.unreferenced: list[str] = []  # hashes without a name or request, for the engine
 
     # ---- names
 
     def add(self, name: str, folder: Path, owner: str | None = None) -> RegisteredAdapter:
-        """Put the adapter in `folder` (or in a run folder) on the shelf as `name`.
+        """Register the adapter in `folder` (an adapter or run folder) as `name`.
 
-        Raises `AdapterError` where it is damaged, for another base, of a kind that cannot be served, or the name taken;
-        `AuditError` where it is not admitted.
+        Raises:
+            AdapterError: it is damaged, made for another base, of a method that cannot be served,
+                or the name is taken.
+            AuditError: no audit report admits it.
         """
         content = self._read(Path(folder))
         with self._lock:
@@ -115,7 +120,7 @@ class AdapterRegistry:
             return self._point(name, content, _Label(content.hash, owner))
 
     def replace(self, name: str, folder: Path) -> RegisteredAdapter:
-        """Let `name` point at another adapter from now on; requests that are under way finish with theirs."""
+        """Point `name` at another adapter; running requests finish with the former one."""
         content = self._read(Path(folder))
         with self._lock:
             old = self._label(name)
@@ -125,7 +130,7 @@ class AdapterRegistry:
             return entry
 
     def rename(self, old: str, new: str) -> RegisteredAdapter:
-        """Another name for the same adapter."""
+        """Give an adapter another name."""
         with self._lock:
             label = self._label(old)
             if new in self._labels:
@@ -136,7 +141,7 @@ class AdapterRegistry:
             return self._entry(new, label)
 
     def remove(self, name: str) -> RegisteredAdapter:
-        """Take a name off the shelf, and its adapter where no other name points at it and no request needs it."""
+        """Remove a name, and its adapter where no other name or request needs it."""
         with self._lock:
             entry = self._entry(name, self._label(name))
             del self._labels[name]
@@ -144,13 +149,13 @@ class AdapterRegistry:
             return entry
 
     def get(self, name: str) -> RegisteredAdapter | None:
-        """What `name` points at now."""
+        """Return what `name` points at; None for an unknown name."""
         with self._lock:
             label = self._labels.get(name)
             return self._entry(name, label) if label else None
 
     def list_adapters(self) -> list[RegisteredAdapter]:
-        """Everything on the shelf, in the order in which it came."""
+        """Return all registered adapters in the order of registration."""
         with self._lock:
             return [self._entry(name, label) for name, label in self._labels.items()]
 
@@ -169,7 +174,7 @@ class AdapterRegistry:
 
     def _entry(self, name: str, label: _Label) -> RegisteredAdapter:
         content = self._contents[label.hash]
-        assert isinstance(content, AdapterRecord)  # what is lent has no name
+        assert isinstance(content, AdapterRecord)  # a live adapter has no name
         spec = content.config
         return RegisteredAdapter(
             name,
@@ -187,8 +192,8 @@ class AdapterRegistry:
         )
 
     def _clear(self, digest: str) -> None:
-        """Forget a content that no name and no request needs."""
-        if not self._held.get(digest) and all(
+        """Drop an adapter that no name and no request needs."""
+        if not self._ref_counts.get(digest) and all(
             label.hash != digest for label in self._labels.values()
         ):
             self._contents.pop(digest, None)
@@ -196,54 +201,55 @@ class AdapterRegistry:
 
     # ---- contents
 
-    def add_live(self, route: ActiveAdapters) -> str:
-        """Let requests use an adapter that is attached to the base, as it is now; returns what stands for it in a `Part`.
+    def add_live(self, active: ActiveAdapter) -> str:
+        """Register an adapter that is attached to the base; return its hash for `AdapterWeight`.
 
-        Of its route count the name in the layers and the invocation; its weight is the `Part`'s.
-
-        Lend it again after each change: pages that its former numbers made are then never read again. Until `take_back`,
-        requests that are under way follow the numbers as they change, so let them end first.
+        Its present weights are used; its factor is the request's. Register it again after each
+        change of the weights: cached blocks of the former ones are then never read. Requests that
+        run while the weights change follow them, so let them finish first.
         """
         with self._lock:
-            self._lendings += 1
-            digest = f"{route.adapter}@{self._lendings}"
+            self._num_live += 1
+            digest = f"{active.adapter}@{self._num_live}"
+            replaces = replaces_base_modules(self.base.model, active.adapter)
             self._contents[digest] = LiveAdapter(
-                digest,
-                route.adapter,
-                route.invocation,
-                replaces_base_modules(self.base.model, route.adapter),
+                digest, active.adapter, active.invocation, replaces
             )
             return digest
 
     def remove_live(self, digest: str) -> None:
-        """No more requests for what was lent."""
+        """Remove a live adapter; no further request may name it."""
         with self._lock:
             self._clear(digest)
 
     def acquire(self, digests: tuple[str, ...]) -> list[AdapterRecord | LiveAdapter]:
-        """The contents of these hashes, which stay until `let_go`; raises `AdapterError` where one is unknown."""
+        """Return the adapters of these hashes, kept until `release`.
+
+        Raises:
+            AdapterError: a hash is unknown.
+        """
         with self._lock:
             if missing := [digest for digest in digests if digest not in self._contents]:
                 raise AdapterError(
-                    f"no adapter with hash {missing[0][:12]}", hint="ask for it by its name"
+                    f"no adapter with hash {missing[0][:12]}", hint="use the name of the adapter"
                 )
             for digest in digests:
-                self._held[digest] = self._held.get(digest, 0) + 1
+                self._ref_counts[digest] = self._ref_counts.get(digest, 0) + 1
             return [self._contents[digest] for digest in digests]
 
     def release(self, digests: tuple[str, ...]) -> None:
-        """A request is done with these."""
+        """Count these as used by one request less."""
         with self._lock:
             for digest in digests:
-                self._held[digest] -= 1
-                if not self._held[digest]:
-                    del self._held[digest]
+                self._ref_counts[digest] -= 1
+                if not self._ref_counts[digest]:
+                    del self._ref_counts[digest]
                     self._clear(digest)
 
     def record_usage(
         self, digest: str, tokens: int, hits: int = 0, load_seconds: float | None = None
     ) -> None:
-        """Write down what an adapter did."""
+        """Add tokens, requests and load time (seconds) to the statistics of an adapter."""
         with self._lock:
             for label in self._labels.values():
                 if label.hash == digest:

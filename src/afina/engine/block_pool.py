@@ -1,10 +1,10 @@
-"""One pool of pages for everything that comes and goes: keys and values, and adapters of every rank.
+"""One pool of blocks for keys and values and for adapters of every rank.
 
-    pages   | A A A | . | B B | . . | k | k k | k |       A, B: adapters, each on a run of pages from the low end up
-              low end                      high end        k: keys and values of 16 tokens in all layers, from the top down
+    blocks  | A A A | . | B B | . . | k | k k | k |    A, B: adapters, contiguous, from the low end
+              low end                     high end     k: 16 tokens in all layers, from the high end
 
-Nothing is set aside for either, so nothing lies idle (S-LoRA's unified paging, arXiv 2311.03285). A page of keys and values
-may be anywhere, so it moves aside where an adapter needs a run: adapters of any size find a place as long as there is one.
+Neither has a reserved part (unified paging of S-LoRA, arXiv 2311.03285). A block of keys and values
+may be anywhere, so it moves where an adapter needs contiguous blocks.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,60 +13,60 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 16  # tokens whose keys and values share a page
+BLOCK_SIZE = 16  # tokens whose keys and values share a block
 
 FREE, KEYS, ADAPTER = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class KVLayerShape:
-    """What one attention layer keeps of a token: twice `heads` vectors of `width` numbers."""
+    """Keys and values of a token in one attention layer: 2 * `heads` vectors of `width`."""
 
     heads: int
     width: int
 
     @property
     def numel_per_block(self) -> int:
-        """Numbers a page."""
+        """Elements of the layer in a block."""
         return 2 * self.heads * BLOCK_SIZE * self.width
 
 
 class BlockPool:
-    """`count` pages of one size, in one tensor.
+    """`count` blocks of one size, in one tensor.
 
-    `moved(old, new)` is called for each page of keys and values that had to make room: whoever holds it writes the new
-    number down.
+    Attributes:
+        on_block_moved: called with the old and new index of each block of keys and values that
+            moved to make room.
     """
 
     def __init__(
         self, count: int, layers: Iterable[KVLayerShape], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers = list(layers)
-        self.numbers = sum(layer.numel_per_block for layer in self.layers)  # of one page
-        self.memory = torch.empty(
-            count, self.numbers, dtype=dtype, device=device
-        )  # touched page by page, as they are used
+        self.numbers = sum(layer.numel_per_block for layer in self.layers)  # of one block
+        # the operating system maps pages on first use: unused blocks take no memory on a CPU
+        self.memory = torch.empty(count, self.numbers, dtype=dtype, device=device)
         self.on_block_moved: Callable[[int, int], None] = ignore_move
         self._use = bytearray(count)
         self._free = count
 
     @property
     def count(self) -> int:
-        """All pages."""
+        """Number of blocks."""
         return len(self._use)
 
     @property
     def num_free_blocks(self) -> int:
-        """Pages that hold nothing."""
+        """Number of unused blocks."""
         return self._free
 
     @property
     def page_bytes(self) -> int:
-        """Size of a page."""
+        """Size of a block in bytes."""
         return self.numbers * self.memory.element_size()
 
     def views(self) -> list[Tensor]:
-        """Each layer's keys and values: (pages, 2, heads, PAGE, width), strided over the pages."""
+        """Return a view of each layer: `(num_blocks, 2, heads, BLOCK_SIZE, width)`."""
         views, offset = [], 0
         for layer in self.layers:
             part = self.memory[:, offset : offset + layer.numel_per_block]
@@ -75,13 +75,13 @@ class BlockPool:
         return views
 
     def blocks_for(self, numbers: int) -> int:
-        """How many pages hold so many numbers."""
+        """Return how many blocks store `numbers` elements."""
         return -(-numbers // self.numbers)
 
     # ---- keys and values
 
     def allocate(self) -> int | None:
-        """A page for keys and values; None where the pool is full."""
+        """Return a block for keys and values; None where the pool is full."""
         page = self._use.rfind(FREE)
         if page < 0:
             return None
@@ -90,16 +90,16 @@ class BlockPool:
         return page
 
     def free(self, page: int) -> None:
-        """A page of keys and values is free again."""
+        """Return a block of keys and values to the pool."""
         self._use[page] = FREE
         self._free += 1
 
     # ---- adapters
 
     def allocate_contiguous(self, length: int) -> int | None:
-        """The first of `length` pages in a row, for an adapter; None where there are not as many free ones.
+        """Return the first of `length` contiguous blocks for an adapter; None without room.
 
-        Pages of keys and values in the way move to free ones elsewhere; adapters stay where they are.
+        Blocks of keys and values in the way move to free ones; adapters do not move.
         """
         if length > self._free:
             return None
@@ -119,7 +119,7 @@ class BlockPool:
         return start
 
     def _least_used(self, length: int) -> int | None:
-        """Where a run without adapters has the fewest pages of keys and values; the lowest of several."""
+        """Return the lowest start of a run without adapters and with the fewest blocks in use."""
         best, best_cost, cost, barrier = None, length + 1, 0, -1
         for end, use in enumerate(self._use):
             cost += use == KEYS
@@ -136,12 +136,12 @@ class BlockPool:
         return best
 
     def free_contiguous(self, start: int, length: int) -> None:
-        """An adapter's pages are free again."""
+        """Return the blocks of an adapter to the pool."""
         self._use[start : start + length] = bytes(length)
         self._free += length
 
     def contiguous_view(self, start: int, numbers: int) -> Tensor:
-        """The first `numbers` numbers from page `start` on: a flat view."""
+        """Return a flat view of the first `numbers` elements from block `start` on."""
         offset = start * self.numbers
         return self.memory.view(-1)[offset : offset + numbers]
 

@@ -1,6 +1,6 @@
-"""Tokens in, text out as it appears: whole characters only, and nothing of a stop string.
+"""Streaming detokenization: complete characters only, and nothing of a stop string.
 
-tokens   |  Ġca | f | Ã | ©  | Ġy  | ...        the é is two tokens: the first alone is no character
+tokens   |  Ġca | f | Ã | ©  | Ġy  | ...        é is two tokens: the first is no character
 text     |   ca | f |   | é  |  y  | ...
 """
 
@@ -12,47 +12,49 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-BYTE = re.compile(
-    r"<0x[0-9A-Fa-f]{2}>"
-)  # SentencePiece's tokens of one byte, for what is not in its vocabulary
-BROKEN = "\N{REPLACEMENT CHARACTER}"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's fallback: one byte per token
+INCOMPLETE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer:
-    """The text of one answer, as its tokens come: what `add` and `end` return, joined, is the decoding of them all.
+    """Text of one completion, token by token: `add` and `end`, joined, are the decoding of all.
 
-    Once a string of `stop` is whole, `stopped` is true and no text comes any more; what comes before it has come, and
-    nothing of it. Where several are found, it is the one that was whole first, whatever pieces it came in.
+    After a complete string of `stop`, `stopped` is true and no more text is returned; the text
+    before it is, and nothing of it. Of several stop strings, the first that is complete counts,
+    whatever tokens it is in.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: "Sequence[str]" = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
-        self._before: list[
-            int
-        ] = []  # tokens whose text has come, and which the decoder must see before the next ones
+        # tokens whose text was returned, which the decoder needs as context for the next ones
+        self._before: list[int] = []
         self._new: list[int] = []
-        self._held = ""  # text that may be the beginning of a stop string
+        self._pending = ""  # text that may begin a stop string
 
     def add(self, token: int) -> str:
-        """The text that is certain now that `token` came."""
+        """Return the text that is certain after `token`."""
         self._new.append(token)
-        if BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
-            return ""  # whether a run of bytes is text is decided over the whole run, as the decoder does
-        text = self._fresh()
-        if not text or text.endswith(BROKEN) or (len(self._new) > 1 and not self.decode([token])):
-            return ""  # the last: a special token, which the decoder takes out from between bytes
+        if BYTE_TOKEN.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
+            return ""  # the decoder decides over a complete run of bytes
+        text = self._new_text()
+        if (
+            not text
+            or text.endswith(INCOMPLETE_CHARACTER)
+            or (len(self._new) > 1 and not self.decode([token]))
+        ):
+            return ""  # the last: a special token between bytes
         self._before, self._new = self._new, []
         return self._certain(text)
 
     def end(self) -> str:
-        """The rest, after the last token."""
-        text = self._certain(self._fresh())
-        rest, self._held = self._held, ""
+        """Return the rest of the text, after the last token."""
+        text = self._certain(self._new_text())
+        rest, self._pending = self._pending, ""
         return text + rest
 
-    def _fresh(self) -> str:
-        """The text of the new tokens: what they add to that of the ones before."""
+    def _new_text(self) -> str:
+        """Return what the new tokens add to the text of those before."""
         return (
             self.decode(self._before + self._new)[len(self.decode(self._before)) :]
             if self._new
@@ -64,20 +66,20 @@ class Detokenizer:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 
     def _certain(self, text: str) -> str:
-        """What of the held text and `text` can go out."""
+        """Return what of the pending text and `text` is certain."""
         if self.stopped:
             return ""
-        text = self._held + text
+        text = self._pending + text
         found = [
             (place + len(string), place)
             for string in self._stop
             if (place := text.find(string)) >= 0
         ]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self._pending = True, ""
             return text[: min(found)[1]]
         longest = max((len(string) for string in self._stop), default=1)
-        held = next(
+        pending = next(
             (
                 n
                 for n in range(min(longest - 1, len(text)), 0, -1)
@@ -85,13 +87,13 @@ class Detokenizer:
             ),
             0,
         )
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        self._pending = text[len(text) - pending :]
+        return text[: len(text) - pending]
 
 
 def detokenize(
     tokenizer: "PreTrainedTokenizerBase", tokens: "Sequence[int]", stop: "Sequence[str]" = ()
 ) -> str:
-    """The text of a whole answer, up to the first stop string."""
+    """Return the text of a completion, up to the first stop string."""
     text = Detokenizer(tokenizer, stop)
     return "".join([*map(text.add, tokens), text.end()])

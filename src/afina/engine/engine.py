@@ -1,7 +1,7 @@
 """Generation for one base and many adapters: all requests share packed forward passes.
 
-    add_request --> | queues | --schedule--> | chunks | --run--> | logits | --sample--> tokens --> on_output
-                    scheduler                runner               sampler       detokenizer
+    request --> | queues | --schedule--> | chunks | --run--> | logits | --sample--> tokens --> text
+                scheduler                runner               sampler                detokenizer
 
 One thread runs forward passes, and only it touches blocks, prefix cache and layers; other threads
 leave messages for it. `Engine.generate` runs requests to their ends in the calling thread.
@@ -81,7 +81,7 @@ class Engine:
         )
         self._runner = ModelRunner(base, cache)
         self._merging = HotAdapterMerger(base, self.memory, settings.merged_weights_bytes)
-        self.scheduler.should_defer = self._merging.waits
+        self.scheduler.should_defer = self._merging.should_defer
         self._stops = base.stop_token_ids
         self._messages: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -122,8 +122,10 @@ class Engine:
             SettingsError: a sampling parameter out of its range.
             BaseError: the forward pass failed.
         """
-        live = () if active is None else active.apart()
-        adapters = tuple(AdapterWeight(self.registry.add_live(one), one.weight) for one in live)
+        adapters = tuple(
+            AdapterWeight(self.registry.add_live(one), one.weight)
+            for one in (active.adapters if active else ())
+        )
         requests = [
             GenerationRequest(
                 tuple(prompt),
@@ -288,13 +290,11 @@ class Engine:
     # ---- checks
 
     def _check(self, request: GenerationRequest, where: str | None = None) -> int:
-        """Return the limit of prompt and completion in tokens; raise `DataError` for a bad prompt."""
+        """Return the limit of prompt and completion in tokens; `DataError` for a bad prompt."""
         prompt, sampling = request.prompt, request.sampling
         if not 0 < len(prompt) < self.base.max_positions:
             why = f"the base reads from 1 to {self.base.max_positions - 1} before its answer"
-            raise DataError(
-                f"a prompt of {pluralize(len(prompt), 'token')}", where=where, why=why
-            )
+            raise DataError(f"a prompt of {pluralize(len(prompt), 'token')}", where=where, why=why)
         if min(prompt) < 0 or max(prompt) >= self.base.vocab_size:
             raise DataError(
                 f"token {max(prompt)}",
@@ -357,40 +357,42 @@ class Engine:
     def step(self) -> bool:
         """Handle messages and run one forward pass; return False where nothing could run."""
         self.handle_messages()
-        for digest in [self.registry.unreferenced.pop() for _ in range(len(self.registry.unreferenced))]:
+        for digest in [
+            self.registry.unreferenced.pop() for _ in range(len(self.registry.unreferenced))
+        ]:
             self.memory.forget(digest)
-        pieces = self.scheduler.schedule()
+        chunks = self.scheduler.schedule()
         for sequence, error in self.scheduler.load_failures:
             self._finish(sequence, "error", str(error))
         self.scheduler.load_failures.clear()
-        if not pieces:
+        if not chunks:
             if self._live:
                 time.sleep(0.0005)  # an adapter is being read from disk
             return False
         begin = time.perf_counter()
         try:
-            merged = self._merging.route(pieces)
-            sequences, logits = self._runner.run(pieces, merged)
+            merged = self._merging.segments(chunks)
+            sequences, logits = self._runner.run(chunks, merged)
             broken = ~logits.amax(-1).isfinite() if sequences else logits.new_zeros(0).bool()
             logits = logits.masked_fill(broken[:, None], 0.0) if bool(broken.any()) else logits
             chosen = sample(logits, [s.sampler for s in sequences]) if sequences else []
         except Exception as error:  # of any kind: later requests must still be answered
             self._step_error = error
-            for sequence, _ in pieces:
+            for sequence, _ in chunks:
                 self._finish(sequence, "error", f"the forward failed: {error}")
             return True
-        self._count(pieces)
-        self.scheduler.update_after_step(pieces)
+        self._count(chunks)
+        self.scheduler.update_after_step(chunks)
         for sequence, logprob, lost in zip(sequences, chosen, broken.tolist(), strict=True):
             if lost:
                 why = "the logits are not finite: the adapter's weights are broken, or too large"
                 self._finish(sequence, "error", why)
             else:
-                self._hand_out(sequence, logprob)
+                self._accept_token(sequence, logprob)
         self.steps += 1
         seconds = time.perf_counter() - begin
         self.busy_seconds += seconds
-        self._merging.record_step(pieces, seconds, merged is not None)
+        self._merging.record_step(chunks, seconds, merged is not None)
         return True
 
     def handle_messages(self) -> None:
@@ -404,8 +406,8 @@ class Engine:
         except Exception as error:
             self._finish(sequence, "error", f"it could not be queued: {error}")
 
-    def _count(self, pieces: Sequence[tuple[SequenceState, int]]) -> None:
-        for sequence, count in pieces:
+    def _count(self, chunks: Sequence[tuple[SequenceState, int]]) -> None:
+        for sequence, count in chunks:
             if sequence.num_completion_tokens == 0 and not sequence.is_counted:
                 sequence.is_counted = True
                 self.reused += sequence.num_cached_tokens
@@ -413,8 +415,8 @@ class Engine:
                     self.registry.record_usage(name, 0, hits=1)
             self.prompted += count if sequence.num_completion_tokens == 0 else 0
 
-    def _hand_out(self, sequence: SequenceState, logprob: Logprob) -> None:
-        """A new token: out goes its text, or the end."""
+    def _accept_token(self, sequence: SequenceState, logprob: Logprob) -> None:
+        """Append a new token and emit its text, or finish the sequence."""
         token, sampling = logprob.token, sequence.request.sampling
         sequence.token_ids.append(token)
         self.generated += 1
@@ -430,19 +432,19 @@ class Engine:
                 finish = "length"
             if finish:
                 text += sequence.end_text()
-        told = (logprob,) if sampling.logprobs is not None else ()
-        event = OutputChunk(
-            text, (token,), told, finish, num_cached_tokens=sequence.num_cached_tokens
+        logprobs = (logprob,) if sampling.logprobs is not None else ()
+        chunk = OutputChunk(
+            text, (token,), logprobs, finish, num_cached_tokens=sequence.num_cached_tokens
         )
         if finish:
-            self._leave(sequence)
-        self._emit(sequence, event)
+            self._remove(sequence)
+        self._emit(sequence, chunk)
 
     def _finish(
         self, sequence: SequenceState, finish: FinishReason, error: str | None = None
     ) -> None:
-        """End a sequence out of turn."""
-        self._leave(sequence)
+        """Finish a sequence before its last token."""
+        self._remove(sequence)
         self._emit(
             sequence,
             OutputChunk(
@@ -453,7 +455,7 @@ class Engine:
             ),
         )
 
-    def _leave(self, sequence: SequenceState) -> None:
+    def _remove(self, sequence: SequenceState) -> None:
         if sequence.seq_id not in self._live:
             return
         self.scheduler.abort(sequence)
@@ -463,12 +465,12 @@ class Engine:
         del self._live[sequence.seq_id]
         self.scheduler.forget_idle_clients()
 
-    def _emit(self, sequence: SequenceState, event: OutputChunk) -> None:
+    def _emit(self, sequence: SequenceState, chunk: OutputChunk) -> None:
         try:
-            sequence.on_output(event)
-        except Exception:  # a listener that fails harms nobody but itself
+            sequence.on_output(chunk)
+        except Exception:  # a failing listener ends its own request only
             if sequence.seq_id in self._live:
-                self._leave(sequence)
+                self._remove(sequence)
 
     def _cancel(self, number: int) -> None:
         if number in self._live:

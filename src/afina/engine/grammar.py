@@ -1,7 +1,8 @@
-"""Answers that satisfy a JSON schema: which tokens may come next, by llguidance (extra `afina[serve]`).
+"""Completions that satisfy a JSON schema: token masks by llguidance (extra `afina[serve]`).
 
-It was chosen among the libraries for this: MIT, one wheel for all Pythons and nothing beside it (xgrammar brings tvm and
-triton, outlines-core builds the whole automaton of a schema before the first token), and it refuses what it cannot do.
+Reasons for llguidance: MIT license, one wheel for all Pythons, no dependencies (xgrammar installs
+tvm and triton; outlines-core compiles the full automaton of a schema before the first token), and
+an error for schemas that it does not support.
 """
 
 import json
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from transformers import PreTrainedTokenizerBase
 
-# As json.dumps writes. JSON allows any amount of white space: a model that likes new lines would go on with them.
-WRITING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# The form of json.dumps. JSON allows unlimited white space, and some models generate it endlessly.
+JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class GrammarMatcher:
-    """Where one answer stands in its schema. `stops` are the tokens that end an answer: allowed once it is whole."""
+    """State of one completion in its schema; `stops` are allowed once it is complete."""
 
     def __init__(self, matcher: "LLMatcher", stops: Collection[int]) -> None:
         self._matcher, self._stops = matcher, sorted(stops)
         self.is_finished = False
 
     def allowed_tokens(self, vocabulary: int) -> Tensor:
-        """The tokens that may come next: bool (vocabulary)."""
+        """Return which tokens may come next, bool `(vocab_size,)`."""
         allowed = torch.zeros(vocabulary, dtype=torch.bool)
         if not self.is_finished:
             bits = np.unpackbits(
@@ -42,7 +43,7 @@ class GrammarMatcher:
         return allowed
 
     def accept_token(self, token: int) -> None:
-        """Go on by a token; raises `DataError` for one that was not allowed."""
+        """Advance by a token; raise `DataError` for one that was not allowed."""
         if token in self._stops:
             self.is_finished = True
             return
@@ -59,9 +60,11 @@ class GrammarMatcher:
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer; what it knows of the vocabulary is kept, and so are the latest schemas.
+    """Compiler of JSON schemas for one tokenizer; the latest 64 are cached.
 
-    Raises `SettingsError` where llguidance is not installed, `DataError` for a tokenizer that it cannot read.
+    Raises:
+        SettingsError: llguidance is not installed.
+        DataError: llguidance cannot read the tokenizer.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -82,7 +85,11 @@ class GrammarCompiler:
         self._known: dict[str, LLMatcher] = {}
 
     def of(self, schema: Mapping[str, Any], stops: Collection[int]) -> GrammarMatcher:
-        """A grammar at its beginning; an empty schema stands for any JSON object. Raises `DataError` for a bad schema."""
+        """Return a matcher at the start of `schema`; an empty one allows any JSON object.
+
+        Raises:
+            DataError: the schema is invalid or not supported.
+        """
         text = json.dumps(schema or {"type": "object"})
         if text not in self._known:
             while len(self._known) >= 64:
@@ -92,7 +99,7 @@ class GrammarCompiler:
 
     def _compile(self, schema: str) -> "LLMatcher":
         try:
-            written = self._matcher.grammar_from_json_schema(schema, overrides=WRITING)
+            written = self._matcher.grammar_from_json_schema(schema, overrides=JSON_FORM)
         except ValueError as error:
             raise DataError("this is no JSON schema", why=_first_line(str(error))) from error
         wrong, said = self._matcher.validate_grammar_with_warnings(written, self._tokens)

@@ -1,10 +1,10 @@
-"""Merged mode: where nearly all tokens are one adapter's, it is taken into a second copy of the weights.
+"""Merged mode: an adapter with nearly all tokens is merged into a second copy of the weights.
 
-    others rare     base + hot adapter in one matrix: nothing is added in any layer        (dLoRA, OSDI 2024)
-    others come     the base's own matrices and everybody's adapters, as always
+    others rare     base + hot adapter in one matrix: no layer adds anything    (dLoRA, OSDI 2024)
+    others come     the base's own matrices and the adapters of all requests
 
-The base's own bytes stay where they are, so that going back is exact. Whether it pays is read off the clock: the engine takes
-the time of its steps in both ways, and has two thresholds, so that it does not go to and fro.
+The base's own weights do not change, so that unmerging is exact. Steps of both kinds are timed to
+decide whether merging is faster, and two thresholds keep it from alternating.
 """
 
 import time
@@ -20,16 +20,16 @@ from afina.engine.memory import MemoryManager
 from afina.engine.sequence import AdapterSpan, ScheduledChunk
 from afina.models.causal_lm import CausalLM
 
-MERGE_RATIO, UNMERGE_RATIO = 0.8, 0.5  # share of the tokens of late that must be one adapter's
-GAIN = 1.01  # how much faster merged steps must be to stay
-RECENT = 0.98  # what a step's weight falls to with each later one
+MERGE_RATIO, UNMERGE_RATIO = 0.8, 0.5  # ratio of recent tokens that are one adapter's
+GAIN = 1.01  # speedup that merged steps must have to stay
+RECENT = 0.98  # decay of a step's weight with each later one
 SLICE = 0.005  # seconds of merging between two steps
-TRIALS = 8  # steps of each way that are timed before they are compared
+TRIALS = 8  # steps of each kind that are timed before they are compared
 
 
 @dataclass
 class StepTimer:
-    """Seconds a step of about so many tokens, by powers of two, as a moving mean."""
+    """Moving mean of the seconds of a step, by its number of tokens in powers of two."""
 
     seconds: dict[int, float] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class StepTimer:
 
 
 class HotAdapterMerger:
-    """Decides which adapter is merged, merges it a few layers a step, and says which steps run merged."""
+    """Merges the hot adapter, a few layers per step, and selects the steps that run merged."""
 
     def __init__(self, base: CausalLM, memory: MemoryManager, allowed: int) -> None:
         self.base, self.memory, self.allowed = base, memory, allowed
@@ -54,45 +54,45 @@ class HotAdapterMerger:
         self._total = 0.0
         self._work: Iterator[None] = iter(())
         self._clocks = {True: StepTimer(), False: StepTimer()}
-        self._refused: set[str] = set()  # where merging did not pay, or does not fit
+        self._rejected: set[str] = set()  # where merging did not pay, or does not fit
 
-    # ---- which way
+    # ---- the next step
 
-    def route(self, pieces: Sequence[ScheduledChunk]) -> Segments | None:
-        """The table of a merged step; None where others act too, or it is not worth it."""
+    def segments(self, chunks: Sequence[ScheduledChunk]) -> Segments | None:
+        """Return the segments of a merged step; None with other adapters, or for a trial."""
         if not self.ready or self.hot_adapter is None:
             return None
-        alone = all(_alone(s.adapter_spans) == self.hot_adapter for s, _ in pieces)
+        alone = all(_alone(s.adapter_spans) == self.hot_adapter for s, _ in chunks)
         return (
             Segments.on_all_tokens(_label(self.hot_adapter))
-            if alone and not self._trial(pieces)
+            if alone and not self._trial(chunks)
             else None
         )
 
-    def _trial(self, pieces: Sequence[ScheduledChunk]) -> bool:
-        """Now and then a step runs unmerged, so that there is something to compare."""
-        size = sum(count for _, count in pieces).bit_length()
+    def _trial(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Return whether this step runs unmerged, for comparison."""
+        size = sum(count for _, count in chunks).bit_length()
         merged, plain = (self._clocks[way].counts.get(size, 0) for way in (True, False))
         return plain < TRIALS <= merged
 
-    def waits(self, acting: Sequence[AdapterSpan]) -> bool:
-        """Whether a request had better wait a little, so that steps stay merged."""
-        return self.ready and _alone(acting) != self.hot_adapter
+    def should_defer(self, spans: Sequence[AdapterSpan]) -> bool:
+        """Return whether a request should wait, so that steps stay merged."""
+        return self.ready and _alone(spans) != self.hot_adapter
 
-    # ---- what was seen
+    # ---- statistics
 
-    def record_step(self, pieces: Sequence[ScheduledChunk], seconds: float, merged: bool) -> None:
-        """A step was taken: count whose tokens they were, and how long it took."""
+    def record_step(self, chunks: Sequence[ScheduledChunk], seconds: float, merged: bool) -> None:
+        """Count the adapters of a step and its seconds, and decide on merging."""
         self.steps += merged
-        tokens = sum(count for _, count in pieces)
+        tokens = sum(count for _, count in chunks)
         if self.hot_adapter is not None and (
-            merged or all(_alone(s.adapter_spans) == self.hot_adapter for s, _ in pieces)
+            merged or all(_alone(s.adapter_spans) == self.hot_adapter for s, _ in chunks)
         ):
             self._clocks[merged].note(tokens, seconds)
         for name in self._shares:
             self._shares[name] *= RECENT
-        self._total = self._total * RECENT + len(pieces)
-        for sequence, _ in pieces:
+        self._total = self._total * RECENT + len(chunks)
+        for sequence, _ in chunks:
             if (alone := _alone(sequence.adapter_spans)) is not None:
                 self._shares[alone] = self._shares.get(alone, 0.0) + 1.0
         self._decide()
@@ -105,13 +105,13 @@ class HotAdapterMerger:
             if self._share(self.hot_adapter) < UNMERGE_RATIO or not self._pays():
                 self.unmerge()
             return
-        if self._total < 0.5 / (1 - RECENT):  # too little seen
+        if self._total < 0.5 / (1 - RECENT):  # too few steps
             return
         name = max(self._shares, key=lambda n: self._shares[n], default=None)
         if (
             name is not None
             and self._share(name) >= MERGE_RATIO
-            and name not in self._refused
+            and name not in self._rejected
             and name in self.memory.residents
         ):
             self._begin(name)
@@ -120,7 +120,7 @@ class HotAdapterMerger:
         return self._shares.get(name, 0.0) / max(self._total, 1e-9)
 
     def _pays(self) -> bool:
-        """Whether merged steps are faster, as far as both ways have been timed."""
+        """Return whether merged steps are faster; True until both kinds have been timed."""
         merged, plain = self._clocks[True], self._clocks[False]
         sizes = [
             s for s, n in merged.counts.items() if n >= TRIALS and plain.counts.get(s, 0) >= TRIALS
@@ -130,7 +130,7 @@ class HotAdapterMerger:
         size = max(sizes, key=lambda s: merged.counts[s])
         pays = plain.seconds[size] > GAIN * merged.seconds[size]
         if not pays and self.hot_adapter is not None:
-            self._refused.add(self.hot_adapter)
+            self._rejected.add(self.hot_adapter)
         return pays
 
     # ---- the second copy
@@ -142,11 +142,11 @@ class HotAdapterMerger:
             * self.base.dtype.itemsize
         )
         if resident.layout.places is None or size > self.allowed:
-            self._refused.add(name)
+            self._rejected.add(name)
             return
         self.hot_adapter, self.ready = name, False
         self._clocks = {True: StepTimer(), False: StepTimer()}
-        resident.ref_count += 1  # stays while it is being taken in
+        resident.ref_count += 1  # not evicted while it is being merged
         resident.activate(self.base)
         self._work = self._merge(name)
 
@@ -163,20 +163,22 @@ class HotAdapterMerger:
         self.memory.registry.locations[name] = "merged"
 
     def unmerge(self) -> None:
-        """Back to the base's own weights; the second copy is dropped."""
+        """Return to the base's own weights and free the second copy."""
         if self.hot_adapter is None:
             return
         name, self.hot_adapter, self.ready = self.hot_adapter, None, False
         resident = self.memory.residents[name]
         for place in resident.layout.places or ():
             get_or_insert_wrapper(self.base, place.path).serving_layers.pop(_label(name), None)
-        self.memory.registry.locations[name] = "device" if self.memory.pool.memory.is_cuda else "host"
+        self.memory.registry.locations[name] = (
+            "device" if self.memory.pool.memory.is_cuda else "host"
+        )
         self.memory.release(name)
 
 
-def _alone(acting: Sequence[AdapterSpan]) -> str | None:
-    """The adapter that acts alone, with weight 1 and from the first token on; None where it is otherwise."""
-    return acting[0][0] if len(acting) == 1 and acting[0][1:] == (1.0, 0) else None
+def _alone(spans: Sequence[AdapterSpan]) -> str | None:
+    """Return the adapter that is active alone, on all tokens, with weight 1; else None."""
+    return spans[0][0] if len(spans) == 1 and spans[0][1:] == (1.0, 0) else None
 
 
 def _label(name: str) -> str:

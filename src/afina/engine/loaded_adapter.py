@@ -1,10 +1,10 @@
-"""An adapter in memory: where its numbers lie in the pool, and how the layers find them.
+"""An adapter in the pool: where its elements are, and how the layers find them.
 
-    file     | A1 B1 A2 B2 ... |      one stretch of numbers, in the file's own order
-    pool     | A1 B1'A2 B2'... |      the same stretch on a run of pages, B transposed (low rank); others as in the file
-    layers   Adapted.served[hash] = two views    while a request wants it; an idle adapter is nothing but its numbers
+    file     | A1 B1 A2 B2 ... |      the elements in the file's own order
+    pool     | A1 B1'A2 B2'... |      the same in contiguous blocks, B transposed (low rank only)
+    layers   ModuleWithAdapters.serving_layers[hash] = two views    while a request needs it
 
-Adapters of one spec share one `Layout`: which of the file's tensors belongs to which layer, worked out once.
+Adapters of one configuration share one `AdapterLayout`: which tensor belongs to which layer.
 """
 
 import json
@@ -48,7 +48,7 @@ TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class LoRAOffsets:
-    """A layer's A and B in the stretch of numbers: where each starts; rank, inputs, outputs, scale."""
+    """Offsets of a layer's A and B among the elements of an adapter; rank, sizes and scale."""
 
     path: str
     a: int
@@ -61,7 +61,10 @@ class LoRAOffsets:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """How adapters of one spec lie in their files: dtype, offset of the data, numbers; `places` where all are low-rank."""
+    """Layout of the files of one configuration: dtype, offset of the data, number of elements.
+
+    `places` has the offsets of each layer where the method is low-rank only.
+    """
 
     config: AdapterConfig
     dtype: torch.dtype
@@ -73,9 +76,9 @@ class AdapterLayout:
 
     @cached_property
     def contiguous_groups(self) -> list[tuple[int, int, int, int, int]]:
-        """The B of one shape that lie at equal distances, as those of one projection in all blocks mostly do.
+        """Groups of B of one shape at equal distances, so that loading is a few large copies.
 
-        Each is (where the first starts, distance, how many, rank, outputs): an adapter comes in by a few large copies.
+        Each is (first offset, distance, count, rank, outputs); mostly one projection in all layers.
         """
         found: list[tuple[int, int, int, int, int]] = []
         last = ""
@@ -97,7 +100,7 @@ class AdapterLayout:
         return found
 
     def hash_of(self, numbers: Tensor) -> str:
-        """Identity of an adapter with these numbers (all, in the file's order and dtype)."""
+        """Return the hash of an adapter with these elements, in the file's order and dtype."""
         raw = numbers.view(torch.uint8).numpy().data
         digests = {}
         for name, entry in self.entries.items():
@@ -107,7 +110,7 @@ class AdapterLayout:
         return adapter_hash(combine_tensor_hashes(digests), self.config.canonical())
 
     def numbers_in(self, dtype: torch.dtype) -> int:
-        """How many numbers of `dtype` an adapter takes up in the pool."""
+        """Return how many elements of `dtype` an adapter takes in the pool."""
         return (
             self.numbers
             if self.places is not None
@@ -116,7 +119,7 @@ class AdapterLayout:
 
 
 class AdapterLayoutCache:
-    """The layouts seen so far; most adapters of a base share a few."""
+    """Layouts by configuration; most adapters of a base share a few."""
 
     def __init__(self, base: CausalLM) -> None:
         self.base = base
@@ -180,16 +183,16 @@ class AdapterLayoutCache:
 
     def _check_servable(self, spec: AdapterConfig, where: str) -> None:
         if get_method(spec.method).replaces_base or spec.modules_to_save:
-            why = "a trained layer takes the base's place, and cannot act beside others"
+            why = "its layers replace the base's, and cannot be combined with other adapters"
             raise AdapterError(
                 "this adapter cannot be served",
                 where=where,
                 why=why,
-                hint="afina extract makes a lora of it",
+                hint="convert it to a lora: afina extract",
             )
         vocabulary = len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         if new := [name for name, number in spec.trainable_tokens.items() if number >= vocabulary]:
-            why = "the base has no rows for them, and new ones would show in everybody's answers"
+            why = "the base has no rows for them, and new rows would change all completions"
             raise AdapterError(
                 f"tokens of its own: {', '.join(new)}", where=where, why=why, hint="afina merge"
             )
@@ -197,7 +200,7 @@ class AdapterLayoutCache:
     def _places(
         self, spec: AdapterConfig, entries: dict[str, TensorEntry], size: int, where: str
     ) -> tuple[LoRAOffsets, ...] | None:
-        """Where A and B of each layer lie; None where the method is more than low rank."""
+        """Return the offsets of A and B of each layer; None where not low-rank only."""
         kind = get_method(spec.method)
         if not kind.low_rank_tensors or spec.trainable_tokens or spec.method_settings.get("restarts"):
             return None
@@ -221,7 +224,7 @@ class AdapterLayoutCache:
                     raise AdapterError(
                         f"{key}: {found}",
                         where=where,
-                        why=f"this base and configuration want {shape}",
+                        why=f"this base and configuration need {shape}",
                     )
                 left.remove(key)
                 at[name] = entries[key].begin // size
@@ -243,7 +246,7 @@ class AdapterLayoutCache:
 
 
 class LoadedAdapter:
-    """One adapter's numbers on a run of pages, and its presence in the layers while it is wanted."""
+    """Elements of one adapter in contiguous blocks, and its layers while a request needs it."""
 
     def __init__(
         self, name: str, layout: AdapterLayout, start: int, pages: int, memory: Tensor
@@ -256,13 +259,13 @@ class LoadedAdapter:
             memory,
         )
         self.ref_count = 0  # running sequences that need it
-        self.used = 0.0  # when it was last wanted, seconds of the monotonic clock
+        self.used = 0.0  # when it was last used, seconds of the monotonic clock
         self.merged = False
         self._adapter: Adapter | None = None
         self._present = False
 
     def copy_from(self, raw: Tensor) -> None:
-        """Take the file's stretch of numbers `raw` (numbers), in the file's dtype."""
+        """Copy the elements of the file, `raw` `(numel,)` in the file's dtype, into the pool."""
         if self.layout.places is None:
             self.memory.view(torch.uint8)[: raw.numel() * raw.itemsize].copy_(raw.view(torch.uint8))
             return
@@ -275,7 +278,7 @@ class LoadedAdapter:
             stretches.copy_(turned.flatten(1))
 
     def activate(self, base: CausalLM) -> None:
-        """Let the layers see it."""
+        """Add it to the layers."""
         if self._present:
             return
         if self.layout.places is None:
@@ -312,7 +315,10 @@ class LoadedAdapter:
         return tensors
 
     def deactivate(self, base: CausalLM, evicted: bool = False) -> None:
-        """The layers see it no more. One of modules (dora, mora) stays until it is evicted: putting it back is dear."""
+        """Remove it from the layers; one of modules (dora, mora) stays until it is evicted.
+
+        Attaching modules again would cost more than they take.
+        """
         if not self._present or (self._adapter is not None and not evicted):
             return
         self._present = False
@@ -325,7 +331,7 @@ class LoadedAdapter:
 
 
 def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
-    """The place for adapters at the module `path`; it is made at the first call, and stays."""
+    """Return the wrapper of the module at `path`, inserted at the first call."""
     place = find_wrapper(base.model, path) or insert_wrapper(
         base.model, TargetModule(path, frozen_module(base.model, path)), base.forward_context
     )

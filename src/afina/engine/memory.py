@@ -1,11 +1,12 @@
-"""Who is in the pool: pages of keys and values, cached prefixes, adapters; and who makes room for whom.
+"""Contents of the pool (keys and values, cached prefixes, adapters) and their eviction.
 
-    disk  --prefetch, while the request waits-->  host  --bring-->  pool  --enter-->  layers
+    disk  --prefetch, while the request waits-->  host  --load-->  pool  --activate-->  layers
 
-On a CPU the pool is in the host's memory itself. Before a GPU's, the latest adapters are kept in the host's too.
+On a CPU the pool is in host memory. For a pool on a GPU the latest adapters are kept in host memory
+too.
 
-What nobody is using stays until its place is wanted; then the longest unused goes first, be it a page of a prefix or an
-adapter. Before an adapter go the pages that it made: without it nobody can use them.
+Unused content stays until its blocks are needed; then the least recently used goes first, a block
+of a prefix or an adapter. An adapter's prefix blocks go before it: they cannot be used without it.
 """
 
 import os
@@ -23,16 +24,16 @@ from afina.errors import AdapterError
 from afina.io.regular_file import fingerprint
 from afina.models.causal_lm import CausalLM
 
-MAX_PREFETCHED = 8  # adapters that are read, or were, before their turn
+MAX_PREFETCHED = 8  # adapters that are read before their request runs
 
 
 class MemoryManager:
-    """The pool with everything in it. Only the engine's thread calls, but for reading ahead from disk."""
+    """The pool and its contents. Only the engine's thread calls; files are read by another."""
 
     def __init__(
         self, base: CausalLM, registry: AdapterRegistry, pool: BlockPool, host: int = 0
     ) -> None:
-        """`host`: bytes of adapters that are kept in the host's memory besides the pool."""
+        """Store the pool; `host` bytes of adapters are kept in host memory in addition."""
         self.base, self.registry, self.pool, self._host_bytes = base, registry, pool, host
         self._sealed = registry.require_audit
         self.tree = PrefixCache()
@@ -43,7 +44,7 @@ class MemoryManager:
         self._reader = ThreadPoolExecutor(1, "afina-prefetch")
 
     def close(self) -> None:
-        """Take every adapter off the layers, and stop reading."""
+        """Remove every adapter from the layers and stop reading files."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         for name in list(self.residents):
             self._evict(self.residents[name])
@@ -52,16 +53,16 @@ class MemoryManager:
     # ---- pages
 
     def allocate_block(self) -> int | None:
-        """A page for keys and values, if need be that of something unused; None where all are in use."""
+        """Return a block for keys and values, evicting if needed; None where all are in use."""
         return self.pool.allocate() if self._room(1) else None
 
     @property
     def num_available_blocks(self) -> int:
-        """Pages that are free, or hold a prefix that nobody is reading."""
+        """Blocks that are free or store an unread prefix."""
         return self.pool.num_free_blocks + self.tree.num_idle_blocks
 
     def _room(self, pages: int) -> bool:
-        """Make `pages` free, the longest unused going first; False where too much is in use."""
+        """Free `pages` blocks, least recently used first; return False if too many are used."""
         while self.pool.num_free_blocks < pages:
             idle = [r for r in self.residents.values() if not r.ref_count]
             oldest = min(idle, key=lambda r: r.used, default=None)
@@ -77,16 +78,14 @@ class MemoryManager:
     # ---- adapters
 
     def prefetch(self, content: AdapterRecord | LiveAdapter) -> None:
-        """Begin to read an adapter from disk, so that it is there when its turn comes."""
+        """Start to read an adapter from disk, before its request runs."""
         if (
             isinstance(content, LiveAdapter)
             or self._near(content.hash)
             or content.hash in self._ahead
         ):
             return
-        if (
-            len(self._ahead) >= MAX_PREFETCHED
-        ):  # what was read for a request that is gone must not stand in the way for good
+        if len(self._ahead) >= MAX_PREFETCHED:  # drop one read for a request that was cancelled
             oldest = next((digest for digest, read in self._ahead.items() if read.done()), None)
             if oldest is None:
                 return
@@ -94,17 +93,17 @@ class MemoryManager:
         self._ahead[content.hash] = self._reader.submit(_read, content, self._sealed)
 
     def is_ready(self, content: AdapterRecord | LiveAdapter) -> bool:
-        """Whether the adapter can be brought in without waiting for the disk."""
+        """Return whether the adapter can be loaded without waiting for the disk."""
         if isinstance(content, LiveAdapter) or self._near(content.hash):
             return True
         return content.hash in self._ahead and self._ahead[content.hash].done()
 
     def _near(self, digest: str) -> bool:
-        """Whether it is in the pool or in the host's memory."""
+        """Return whether it is in the pool or in host memory."""
         return digest in self.residents or digest in self._host
 
     def _numbers(self, content: AdapterRecord) -> Tensor:
-        """The adapter's numbers on the host: kept, read ahead, or read now."""
+        """Return the adapter's elements in host memory: cached, prefetched, or read now."""
         numbers = self._host.pop(content.hash, None)
         if numbers is None:
             ahead = self._ahead.pop(content.hash, None)
@@ -122,9 +121,10 @@ class MemoryManager:
         return numbers
 
     def load(self, content: AdapterRecord | LiveAdapter) -> bool:
-        """Have the adapter in the pool and in the layers until `release`; False where there is no room now.
+        """Load the adapter into pool and layers until `release`; return False without room.
 
-        Raises `AdapterError` where its file is not what it was.
+        Raises:
+            AdapterError: its file has changed since it was registered.
         """
         if isinstance(content, LiveAdapter):
             return True
@@ -159,7 +159,7 @@ class MemoryManager:
         return True
 
     def _run(self, pages: int) -> int | None:
-        """A run of pages for an adapter. Room is made until the free ones also lie so that a run comes together."""
+        """Return the first of `pages` contiguous blocks, evicting until they can be allocated."""
         wanted = pages
         while self._room(min(wanted, self.pool.count)):
             if (start := self.pool.allocate_contiguous(pages)) is not None:
@@ -170,9 +170,9 @@ class MemoryManager:
         return None
 
     def release(self, digest: str) -> None:
-        """A sequence needs the adapter no more; its numbers stay until their place is wanted."""
+        """Count the adapter as used by one sequence less; it stays until its blocks are needed."""
         resident = self.residents.get(digest)
-        if resident is None:  # it was lent
+        if resident is None:  # a live adapter
             return
         resident.ref_count -= 1
         resident.used = time.monotonic()
@@ -180,7 +180,7 @@ class MemoryManager:
             resident.deactivate(self.base)
 
     def forget(self, digest: str) -> None:
-        """Nothing points at this adapter any more: its pages are free."""
+        """Free all blocks of an adapter that no name and no request needs."""
         self._ahead.pop(digest, None)
         self._host.pop(digest, None)
         for page in self.tree.forget_adapter(digest):
@@ -203,9 +203,13 @@ class MemoryManager:
 
 
 def _read(content: AdapterRecord, sealed: bool) -> Tensor:
-    """The adapter's numbers, from the very file that was hashed; raises `AdapterError` where it has changed.
+    """Return the adapter's elements from the file that was hashed.
 
-    `sealed`: these very numbers are hashed again; without it a file that tells an old time of change may pass.
+    Args:
+        sealed: hash the elements again; without it, a file with a forged change time passes.
+
+    Raises:
+        AdapterError: the file is missing or has changed.
     """
     try:
         before = fingerprint(os.stat(content.file))
@@ -214,12 +218,12 @@ def _read(content: AdapterRecord, sealed: bool) -> Tensor:
     except OSError as error:
         why = error.strerror or str(error)
         raise AdapterError(
-            "the adapter's file is gone", where=content.file, why=why, hint="load it again"
+            "the adapter's file is missing", where=content.file, why=why, hint="load it again"
         ) from error
     if not before == after == content.fingerprint or (
         sealed and content.layout.hash_of(numbers) != content.hash
     ):
-        why = "it was changed after it was loaded, and nobody is answered with what was not checked"
+        why = "it was changed after it was registered, and unchecked weights are not served"
         raise AdapterError(
             "not the file that was loaded", where=content.file, why=why, hint="load it again"
         )

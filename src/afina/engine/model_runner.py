@@ -80,7 +80,7 @@ class ModelRunner:
     def embed(
         self, prompts: Sequence[tuple[int, ...]], active: Sequence[tuple[str, float]]
     ) -> Tensor:
-        """Return the normalized mean of the last hidden states, float32 `(num_prompts, hidden_size)`.
+        """Return normalized means of the last hidden states, float32 `(num_prompts, hidden_size)`.
 
         Args:
             active: adapters on all tokens, and their weights.

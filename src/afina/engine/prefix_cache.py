@@ -1,12 +1,13 @@
-"""The prefix cache: pages of keys and values that later requests may read instead of computing them.
+"""Prefix cache: blocks of keys and values that later requests read instead of computing them.
 
-    root ── "You are a hel" ── "pful judge. Th" ──┬── "e case: ..."              base: everybody's
-                                                  ├── "e case: ..." by 3f9a...    under an adapter: only its own
+    root ── "You are a hel" ── "pful clerk. Th" ──┬── "e case: ..."             base: shared by all
+                                                  ├── "e case: ..." by 3f9a...  under an adapter
                                                   └── "e other ..."
 
-A tree of whole pages, shared by all requests. A page is known by its tokens, by who acted on them (content hashes of
-adapters, never names) and by all pages before it. What comes before an activated adapter's invocation was made by the base
-alone, so the base and all activated adapters share it, in both directions.
+A tree of full blocks, shared by all requests. The key of a block is its tokens, the adapters that
+are active on them (content hashes, not names), and all blocks before it. Tokens before the
+invocation of an activated adapter are computed by the base, so that the base and all activated
+adapters share them.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from afina.engine.block_pool import BLOCK_SIZE
 
 AdapterSpans = tuple[
     tuple[str, float, int], ...
-]  # (content hash, weight, first token of the page on which it acts)
-Key = tuple[tuple[int, ...], AdapterSpans, str]  # tokens, who acted, whose private page it is
+]  # content hash, weight, first active token of the block
+Key = tuple[tuple[int, ...], AdapterSpans, str]  # tokens, adapters, owner of a private block
 
 
 @dataclass(eq=False)
 class PrefixNode:
-    """One page that is filled; `users` are the running sequences that read it."""
+    """A full block; `ref_count` is the number of running sequences that read it."""
 
     key: Key
     page: int
@@ -32,25 +33,25 @@ class PrefixNode:
     children: dict[Key, "PrefixNode"] = field(default_factory=dict)
     depth: int = 0
     ref_count: int = 0
-    last_used: float = 0.0  # when it was last wanted, seconds of the monotonic clock
+    last_used: float = 0.0  # seconds of the monotonic clock
 
 
 class PrefixCache:
-    """Filled pages by what they hold; those that nobody reads are forgotten, the longest unused first."""
+    """Full blocks by their content; unread ones are evicted, least recently used first."""
 
     def __init__(self) -> None:
         self.root = PrefixNode(((), (), ""), -1, None, ref_count=1)
         self._by_page: dict[int, PrefixNode] = {}
         self._by_adapter: dict[str, set[PrefixNode]] = {}
-        # what `forget` may take, perhaps outdated: (used, -depth, page, id, node)
+        # candidates of `evict`, perhaps outdated: (last_used, -depth, block, id, node)
         self._idle: list[tuple[float, int, int, int, PrefixNode]] = []
-        self.num_idle_blocks = 0  # pages that no running sequence reads
+        self.num_idle_blocks = 0  # blocks that no running sequence reads
 
     def __len__(self) -> int:
         return len(self._by_page)
 
     def match(self, keys: Sequence[Key]) -> list[PrefixNode]:
-        """The nodes of the longest known beginning of `keys`; they are held until `leave`."""
+        """Return the nodes of the longest cached beginning of `keys`, kept until `release`."""
         node, found = self.root, []
         for key in keys:
             child = node.children.get(key)
@@ -59,11 +60,11 @@ class PrefixCache:
             found.append(child)
             node = child
         for node in found:
-            self._hold(node)
+            self._acquire(node)
         return found
 
     def insert(self, parent: PrefixNode, key: Key, page: int) -> PrefixNode:
-        """Enter a filled page after `parent`; where the tree has an equal one, that one is returned, held."""
+        """Insert a full block after `parent`; return its node, or that of an equal cached block."""
         node = parent.children.get(key)
         if node is None:
             node = parent.children[key] = self._by_page[page] = PrefixNode(
@@ -72,17 +73,17 @@ class PrefixCache:
             for name in _adapters(key):
                 self._by_adapter.setdefault(name, set()).add(node)
             self.num_idle_blocks += 1
-        self._hold(node)
+        self._acquire(node)
         return node
 
-    def _hold(self, node: PrefixNode) -> None:
+    def _acquire(self, node: PrefixNode) -> None:
         if node.ref_count == 0:
             self.num_idle_blocks -= 1
         node.ref_count += 1
         node.last_used = monotonic()
 
     def release(self, nodes: Sequence[PrefixNode]) -> None:
-        """A sequence reads these no more."""
+        """Count these as read by one sequence less."""
         for node in reversed(nodes):
             node.ref_count -= 1
             if node.ref_count == 0:
@@ -94,7 +95,7 @@ class PrefixCache:
             heappush(self._idle, (node.last_used, -node.depth, node.page, id(node), node))
 
     def oldest(self) -> float | None:
-        """When the longest unused page was last wanted; None where all are read."""
+        """Return when the least recently used block was last read; None where all are in use."""
         while self._idle:
             used, _, page, _, node = self._idle[0]
             if (
@@ -108,11 +109,11 @@ class PrefixCache:
         return None
 
     def evict(self) -> int | None:
-        """Forget the longest unused page that nothing depends on; returns it, or None where all are read."""
+        """Remove the least recently used leaf; return its block, or None where all are in use."""
         return None if self.oldest() is None else self._drop(heappop(self._idle)[4])
 
     def forget_adapter(self, adapter: str) -> list[int]:
-        """Forget the pages that this adapter made and nobody reads: without it, they are of no use."""
+        """Remove the unread blocks computed under this adapter; return them."""
         pages: list[int] = []
         for node in sorted(
             self._by_adapter.get(adapter, ()), key=lambda node: -node.depth
@@ -133,7 +134,7 @@ class PrefixCache:
         return node.page
 
     def moved(self, old: int, new: int) -> bool:
-        """The page `old` lies at `new` now; False where the tree does not hold it."""
+        """Note that block `old` is at `new`; return False where it is not cached."""
         node = self._by_page.pop(old, None)
         if node is None:
             return False
@@ -144,28 +145,29 @@ class PrefixCache:
 
 
 def _adapters(key: Key) -> set[str]:
-    """The adapters that made a page, each once: a sum may name one twice."""
+    """Return the adapters of a block, each once: a weighted sum may name one twice."""
     return {name for name, _, _ in key[1]}
 
 
 def block_keys(
     tokens: Sequence[int],
-    acting: Sequence[tuple[str, float, int]],
+    spans: Sequence[tuple[str, float, int]],
     owner: str,
     start: int,
     end: int,
 ) -> list[Key]:
-    """Keys of the whole pages start..end (numbers of pages) of a sequence.
+    """Return the keys of full blocks `start` to `end` (excluded) of a sequence.
 
-    `acting` holds (content hash, weight, first token on which it acts).
+    Args:
+        spans: content hash, weight and first active token of each adapter.
     """
     keys: list[Key] = []
     for page in range(start, end):
         first = page * BLOCK_SIZE
-        who = tuple(
+        active = tuple(
             (name, weight, max(0, begin - first))
-            for name, weight, begin in acting
+            for name, weight, begin in spans
             if begin < first + BLOCK_SIZE
         )
-        keys.append((tuple(tokens[first : first + BLOCK_SIZE]), who, owner if who else ""))
+        keys.append((tuple(tokens[first : first + BLOCK_SIZE]), active, owner if active else ""))
     return keys

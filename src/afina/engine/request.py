@@ -1,7 +1,7 @@
-"""What is asked of the engine, and what comes back: the nouns that scheduler, runner and server share.
+"""Requests to the engine and its outputs.
 
-Request  --submit-->  Ticket        one sequence to continue, under some adapters
-Event    <--on_event--              new text, as it appears; the last one says why it ended
+GenerationRequest  --add_request-->  RequestHandle    one sequence to continue, under some adapters
+OutputChunk        <--on_output--                     new text; the last one has the finish reason
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,36 +13,41 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and when to stop: temperature 0 takes the likeliest.
+    """Sampling and stopping; temperature 0 takes the most probable token.
 
-    The penalties, `bias` and `logprobs` are those of OpenAI's API; `repetition_penalty` is CTRL's (arXiv 1909.05858).
+    The penalties, `logit_bias` and `logprobs` are those of OpenAI's API; `repetition_penalty` is
+    CTRL's.
+
+    References:
+        Keskar et al. 2019, arXiv 1909.05858, section 4.1.
+
+    Attributes:
+        top_k: number of most probable tokens to sample from; 0: all.
+        ignore_eos: continue after the base's stop tokens, for measurements.
+        logit_bias: added to the logits of these tokens.
+        logprobs: most probable tokens to report with the chosen one; None: no log-probabilities.
+        json_schema: schema that the completion satisfies; `{}`: any JSON object.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: all
+    top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    ignore_eos: bool = False  # go on after the base's stop tokens, for measurements
-    logit_bias: Mapping[int, float] = field(
-        default_factory=dict
-    )  # added to the logits of these tokens
-    logprobs: int | None = (
-        None  # how many likeliest tokens to report beside the chosen one; None: no logprobs
-    )
-    json_schema: Mapping[str, Any] | None = (
-        None  # JSON schema that the answer must satisfy; {} means any JSON object
-    )
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class AdapterWeight:
-    """One adapter's share in a request: the content hash of an adapter on the shelf, and its weight."""
+    """An adapter of a request: content hash of a registered one, and factor of its output."""
 
     adapter: str
     weight: float = 1.0
@@ -50,10 +55,14 @@ class AdapterWeight:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt to continue. `parts` act together (a weighted sum); none: the base alone.
+    """A prompt to continue.
 
-    `owner` keeps the cached pages of private adapters apart: equal prompts under different owners share none of them.
-    `client` says whose turn it counts as where many wait; without one, each set of adapters has its turn.
+    Attributes:
+        adapters: active together, as a weighted sum; empty: the base alone.
+        owner: equal prompts under private adapters share no cached blocks across owners.
+        client: client of the fair queue; empty: one client for each set of adapters.
+        stop_token_ids: tokens that end the completion in addition to the base's own.
+        streams: whether text comes with each token; otherwise with the last chunk.
     """
 
     prompt: tuple[int, ...]
@@ -61,13 +70,13 @@ class GenerationRequest:
     adapters: tuple[AdapterWeight, ...] = ()
     owner: str = ""
     client: str = ""
-    stop_token_ids: frozenset[int] = frozenset()  # in addition to the base's own
-    streams: bool = True  # False: the text comes with the last chunk
+    stop_token_ids: frozenset[int] = frozenset()
+    streams: bool = True
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability (nats), before temperature and filters, and the likeliest ones beside it."""
+    """Log-probability of a token in nats, before temperature and filters; and of the top ones."""
 
     token: int
     logprob: float
@@ -76,10 +85,11 @@ class Logprob:
 
 @dataclass(frozen=True)
 class OutputChunk:
-    """What one step brought to one request: whole characters only, nothing of a stop string.
+    """Output of one step for one request: complete characters, and nothing of a stop string.
 
-    The last event of a request has `finish`; after it none comes. `cached` counts the prompt's tokens that came out of
-    the prefix cache.
+    Attributes:
+        finish_reason: set in the last chunk of a request only.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
     """
 
     text: str = ""
@@ -107,7 +117,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestHandle:
-    """A request that the engine has taken: what `cancel` wants."""
+    """A queued request, for `Engine.abort`."""
 
     number: int
 
@@ -117,9 +127,15 @@ OnOutput = Callable[[OutputChunk], None]  # called in the engine's thread; it mu
 
 @dataclass(frozen=True)
 class RegisteredAdapter:
-    """A name on the shelf and what it points at. The adapter is its content: `hash`; names are labels.
+    """A registered name and the adapter that it points at.
 
-    `state` says where its tensors are now: "disk", "host", "device", or "merged" into a second copy of the weights.
+    Attributes:
+        hash: identity of the adapter; names are labels.
+        state: where its tensors are: "disk", "host", "device", or "merged" into a second copy of
+            the weights.
+        owner: user of a private adapter; None: public.
+        hits: requests so far.
+        tokens: generated tokens so far.
     """
 
     name: str
@@ -129,7 +145,7 @@ class RegisteredAdapter:
     rank: int
     bytes: int
     state: str = "disk"
-    owner: str | None = None  # None: public
+    owner: str | None = None
     invocation: Sequence[int] = ()
     hits: int = 0
     tokens: int = 0

@@ -1,10 +1,10 @@
-"""Choosing the next token of every sequence of a batch, each in its own way.
+"""Sampling of the next token of each sequence of a batch, with its own parameters.
 
-    logits (n, V) --> penalties, bias, grammar --> likeliest                                        temperature 0
-                                               \\-> temperature, top-k, top-p, min-p --> one draw    otherwise
+    logits (n, V) --> penalties, bias, grammar --> argmax                             temperature 0
+                                               \\-> temperature, top-k, top-p, min-p   otherwise
 
-The order is transformers' own. Every sequence draws from its own random numbers, one a token, so that its answer does
-not depend on what it was batched with.
+The order is transformers' own. Each sequence uses its own random numbers, one per token, so that
+its completion does not depend on the batch.
 """
 
 import math
@@ -18,27 +18,31 @@ from torch import Tensor
 from afina.engine.request import Logprob, SamplingParams
 from afina.errors import SettingsError
 
-COLDEST = 1e-6  # temperatures below are taken as this one: float32 has no room for more
-NUCLEUS = 256  # likeliest tokens that are sorted first for top-p: on sharp distributions 20 times faster than all
+MIN_TEMPERATURE = 1e-6  # float32 logits overflow when divided by less
+NUCLEUS_SIZE = 256  # tokens sorted first for top-p: 20 times faster than all where they suffice
 
 
 class TokenMask(Protocol):
-    """What may come next, and what came: a grammar, for one sequence."""
+    """Constraint on the next token of one sequence, such as a grammar."""
 
     is_finished: bool
 
     def allowed_tokens(self, vocabulary: int) -> Tensor:
-        """The tokens that may come next: bool (vocabulary)."""
+        """Return which tokens may come next, bool `(vocab_size,)`."""
 
     def accept_token(self, token: int) -> None:
-        """The token that was chosen."""
+        """Advance by a sampled token."""
 
 
 class Sampler:
-    """One sequence's way of choosing: its settings, its random numbers, and what it has said so far.
+    """Sampling state of one sequence: its parameters, random numbers and past tokens.
 
-    `prompt` counts for the repetition penalty only (as in transformers), the answer for all. `vocabulary` is the width
-    of the logits. Raises `SettingsError` for a setting out of its range.
+    Args:
+        prompt: counts for the repetition penalty only, as in transformers; new tokens for all.
+        vocabulary: width of the logits.
+
+    Raises:
+        SettingsError: a parameter is out of its range.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Sampler:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the logits are taken as they are."""
+        """Whether the logits are used unchanged."""
         return (
             self._seen is None
             and self._counts is None
@@ -77,11 +81,11 @@ class Sampler:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the grammar allows nothing more than the end of the answer."""
+        """Whether the grammar allows only the end of the completion."""
         return self.grammar is not None and self.grammar.is_finished
 
     def adjust_logits(self, logits: Tensor) -> None:
-        """Change logits (V) in place by the penalties, the bias and the grammar."""
+        """Apply penalties, bias and grammar to logits `(vocab_size,)` in place."""
         sampling = self.sampling
         if (
             self._seen is not None
@@ -110,11 +114,11 @@ class Sampler:
             )
 
     def next_random(self) -> float:
-        """The sequence's next random number, in [0, 1)."""
+        """Return the sequence's next random number, in [0, 1)."""
         return self._random.random()
 
     def accept_token(self, token: int) -> None:
-        """Remember the token that was chosen."""
+        """Count a sampled token for penalties and grammar."""
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:
@@ -124,38 +128,38 @@ class Sampler:
 
 
 @torch.no_grad()
-def sample(logits: Tensor, choosers: Sequence[Sampler]) -> list[Logprob]:
-    """The next token of each sequence from logits (n, V) in float32, which stay as they are.
+def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Logprob]:
+    """Sample the next token of each sequence from float32 logits `(n, vocab_size)`, unchanged.
 
-    The log-probability is NaN where the sequence's settings do not ask for it.
+    The log-probability is NaN where the request does not include it.
     """
     adjusted = logits
-    if any(not chooser.is_identity for chooser in choosers):
+    if any(not sampler.is_identity for sampler in samplers):
         adjusted = logits.clone()
-        for row, chooser in zip(adjusted, choosers, strict=True):
-            if not chooser.is_identity:
-                chooser.adjust_logits(row)
-    warm = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
-    if len(warm) == len(choosers):
-        tokens = _draw(adjusted, choosers)
+        for row, sampler in zip(adjusted, samplers, strict=True):
+            if not sampler.is_identity:
+                sampler.adjust_logits(row)
+    warm = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]
+    if len(warm) == len(samplers):
+        tokens = _draw(adjusted, samplers)
     else:
         tokens = adjusted.argmax(-1)
         if warm:
-            tokens[warm] = _draw(adjusted[warm], [choosers[row] for row in warm])
-    told = _with_logprobs(logits, tokens, choosers)
-    for chooser, logprob in zip(choosers, told, strict=True):
-        chooser.accept_token(logprob.token)
-    return told
+            tokens[warm] = _draw(adjusted[warm], [samplers[row] for row in warm])
+    sampled = _with_logprobs(logits, tokens, samplers)
+    for sampler, logprob in zip(samplers, sampled, strict=True):
+        sampler.accept_token(logprob.token)
+    return sampled
 
 
-def _draw(logits: Tensor, choosers: Sequence[Sampler]) -> Tensor:
-    """One draw for each row of logits (n, V): int64 (n)."""
-    settings = [chooser.sampling for chooser in choosers]
+def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Return one sample for each row of logits `(n, vocab_size)`, int64 `(n,)`."""
+    settings = [sampler.sampling for sampler in samplers]
 
     def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]
 
-    temperature = column([max(s.temperature, COLDEST) for s in settings])
+    temperature = column([max(s.temperature, MIN_TEMPERATURE) for s in settings])
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if any(s.top_k for s in settings):
         sizes = [min(s.top_k or logits.shape[-1], logits.shape[-1]) for s in settings]
@@ -177,7 +181,7 @@ def _draw(logits: Tensor, choosers: Sequence[Sampler]) -> Tensor:
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    point = column([chooser.next_random() for chooser in choosers], torch.float64) * total
+    point = column([sampler.next_random() for sampler in samplers], torch.float64) * total
     point = point.minimum(
         total.nextafter(torch.zeros_like(total))
     )  # the product may round up to the total
@@ -185,11 +189,14 @@ def _draw(logits: Tensor, choosers: Sequence[Sampler]) -> Tensor:
 
 
 def _nucleus(probabilities: Tensor, shares: Tensor) -> Tensor:
-    """Zero all but the likeliest tokens that together hold `shares` (n, 1) of probabilities (n, V).
+    """Zero all but the most probable tokens with total probability `shares` `(n, 1)`.
 
-    Holtzman et al. 2020, arXiv 1904.09751; the token that crosses the share stays.
+    The token that crosses the share stays.
+
+    References:
+        Holtzman et al. 2020, arXiv 1904.09751.
     """
-    size = min(NUCLEUS, probabilities.shape[-1])
+    size = min(NUCLEUS_SIZE, probabilities.shape[-1])
     while True:
         ordered, order = probabilities.topk(size)
         before = ordered.cumsum(-1, dtype=torch.float64) - ordered
@@ -197,34 +204,34 @@ def _nucleus(probabilities: Tensor, shares: Tensor) -> Tensor:
             break
         size = min(8 * size, probabilities.shape[-1])
     beyond = before >= shares
-    beyond[:, 0] = False  # a share that float32 rounds to nothing still leaves the likeliest
+    beyond[:, 0] = False  # a share that float32 rounds to 0 still keeps the most probable token
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
 
 
-def _with_logprobs(logits: Tensor, tokens: Tensor, choosers: Sequence[Sampler]) -> list[Logprob]:
-    """The chosen tokens (n), with what the model itself thought of them and of the likeliest, where that is asked."""
+def _with_logprobs(logits: Tensor, tokens: Tensor, samplers: Sequence[Sampler]) -> list[Logprob]:
+    """Return the sampled tokens `(n,)`, with log-probabilities where the request includes them."""
     chosen: list[int] = tokens.tolist()
-    told = [Logprob(token, math.nan) for token in chosen]
-    asked = [
+    sampled = [Logprob(token, math.nan) for token in chosen]
+    reported = [
         (row, n)
-        for row, chooser in enumerate(choosers)
-        if (n := chooser.sampling.logprobs) is not None
+        for row, sampler in enumerate(samplers)
+        if (n := sampler.sampling.logprobs) is not None
     ]
-    if asked:
-        rows = [row for row, _ in asked]
+    if reported:
+        rows = [row for row, _ in reported]
         scores = logits[rows].log_softmax(-1)
         own = scores.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-        top = scores.topk(min(max(n for _, n in asked), scores.shape[-1]))
+        top = scores.topk(min(max(n for _, n in reported), scores.shape[-1]))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        for (row, n), value, (likeliest, values) in zip(asked, own, pairs, strict=True):
-            told[row] = Logprob(
+        for (row, n), value, (likeliest, values) in zip(reported, own, pairs, strict=True):
+            sampled[row] = Logprob(
                 chosen[row], value, tuple(zip(likeliest[:n], values[:n], strict=True))
             )
-    return told
+    return sampled
 
 
 def _check(sampling: SamplingParams, vocabulary: int) -> None:
-    """Raise `SettingsError` for what would choose wrongly, or stop a whole batch."""
+    """Raise `SettingsError` for a value that would sample wrongly or fail in a batch."""
     ranges = {
         "temperature": (sampling.temperature, 0.0 <= sampling.temperature < math.inf, "at least 0"),
         "top_p": (sampling.top_p, 0.0 < sampling.top_p <= 1.0, "above 0 and at most 1"),

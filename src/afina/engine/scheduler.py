@@ -105,7 +105,7 @@ class Scheduler:
         return count
 
     def _allocate_up_to(self, sequence: SequenceState, num_tokens: int) -> bool:
-        """Allocate blocks for the first `num_tokens`; return False where it was preempted itself."""
+        """Allocate blocks for the first `num_tokens`; return False if it was preempted."""
         while len(sequence.block_table) * self.cache.block_size < num_tokens:
             block = self.memory.allocate_block()
             if block is not None:
@@ -219,7 +219,7 @@ class Scheduler:
                 self._share_full_blocks(sequence)
 
     def _share_full_blocks(self, sequence: SequenceState) -> None:
-        """Insert full blocks into the prefix cache; an equal block of another sequence replaces it."""
+        """Insert full blocks into the prefix cache; an equal cached block replaces one."""
         tree = self.memory.tree
         for key in sequence.block_keys(sequence.num_computed_tokens // self.cache.block_size):
             at = len(sequence.prefix_nodes)

@@ -9,7 +9,6 @@ import torch
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.adapters.segments import NO_ADAPTERS
 from afina.data.images import read_image
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
@@ -63,7 +62,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
     )
     return GenerateResult(
         base=base.name,
-        adapter=str(settings.adapter) if route is not None else None,
+        adapter=str(settings.adapter) if route else None,
         answers=[
             {
                 "prompt": prompt,
@@ -79,7 +78,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
 @torch.no_grad()
 def _label(
     base: Classifier,
-    route: ActiveAdapters | None,
+    route: ActiveAdapters,
     prompts: Sequence[str],
     settings: GenerateSettings,
 ) -> GenerateResult:
@@ -87,11 +86,11 @@ def _label(
     answers = []
     for prompt in prompts:
         content = prompt if base.images is None else read_image(Path(prompt))
-        with base.forward_context.use(NO_ADAPTERS if route is None else route.row_segments()):
+        with base.forward_context.use(route.row_segments()):
             scores = base.logits(
                 base.batch([encode_input(base, content, base.max_positions, prompt)])
             ).softmax(-1)[0]
         best = int(scores.argmax())
         answers.append({"prompt": prompt, "text": base.labels[best], "share": float(scores[best])})
-    adapter = str(settings.adapter) if route is not None else None
+    adapter = str(settings.adapter) if route else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)

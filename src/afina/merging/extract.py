@@ -8,7 +8,6 @@ with the extracted adapter is measured beside the original's and the base's.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +125,9 @@ def _from_run(
             _leave_biases(source.attached, left_out)
     examples, what = _rows(settings, base, run)
     routes = [
-        replace(
-            (source.attached or load_adapter(source.part.folder, base, f"whole{number}")).active,
-            weight=source.weight,
-        )
+        (
+            source.attached or load_adapter(source.part.folder, base, f"whole{number}")
+        ).active.scaled(source.weight)
         for number, source in enumerate(sources)
     ]
     return written, _losses(

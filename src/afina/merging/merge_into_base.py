@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, detach, frozen_module
 from afina.adapters.load_run import load_run
-from afina.adapters.segments import NO_ADAPTERS, Segments
+from afina.adapters.segments import NO_ADAPTERS
 from afina.adapters.target_module import FreeParameter, as_matrix, as_stored
 from afina.data import RETENTION_TEXT
 from afina.errors import MergeError, SettingsError
@@ -231,7 +231,7 @@ def make_probe(base: FrozenModel) -> Any:
 @torch.no_grad()
 def probe_logits(base: FrozenModel, probe: Any, route: ActiveAdapters | None) -> Tensor:
     """Logits (..., classes) of the probe under `route`."""
-    everywhere = NO_ADAPTERS if route is None else Segments.on_all_tokens(route.adapter)
+    everywhere = NO_ADAPTERS if not route else route.always_on().row_segments()
     with base.forward_context.use(everywhere):
         if isinstance(base, CausalLM):
             return base.all_logits(*probe)

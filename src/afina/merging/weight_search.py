@@ -13,7 +13,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def _simple_choices(sources: Sequence[AdapterSource]) -> dict[str, list[float]]:
 def _loss(base: CausalLM, examples: Sequence[Example], routes: Sequence[ActiveAdapters]) -> Loss:
     def loss(weights: Sequence[float]) -> float:
         together = ActiveAdapters.combine(
-            [replace(route, weight=w) for route, w in zip(routes, weights, strict=True)]
+            [route.scaled(w) for route, w in zip(routes, weights, strict=True)]
         )
         return mean_loss(base, examples, BATCH_TOKENS, together)
 

@@ -15,7 +15,7 @@ from afina.kernels.cross_entropy import linear_cross_entropy
 from afina.models.fast_llama import LINEAR_TYPES
 from afina.models.frozen import FrozenModel
 from afina.models.nf4 import LayerQuantization
-from afina.models.packed_attention import NAME, AttentionMetadata
+from afina.models.packed_attention import ATTENTION_NAME, AttentionMetadata
 
 HEAD_CHUNK = 1024  # positions whose logits exist at a time where the output layer is adapted
 PROBE = 6  # tokens of the self-check at loading
@@ -307,7 +307,7 @@ class CausalLM(FrozenModel):
             <= (1e-4 if self.dtype == torch.float32 else 0.05) * alone.norm()
         ):
             return False  # attention sinks, masks of its own, states that run on, ...
-        self._attend(NAME)
+        self._attend(ATTENTION_NAME)
         return True
 
     @torch.no_grad()

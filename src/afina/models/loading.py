@@ -30,7 +30,7 @@ from afina.models.causal_lm import CausalLM
 from afina.models.fast_llama import install_fast_modules
 from afina.models.nf4 import LayerQuantization
 from afina.models.nf4_loading import load_nf4, read_nf4
-from afina.models.packed_attention import NAME
+from afina.models.packed_attention import ATTENTION_NAME
 from afina.settings import EMBEDDED
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
@@ -226,7 +226,7 @@ def load_base(
 
     try:
         try:
-            (model, report), flat = load(NAME), True
+            (model, report), flat = load(ATTENTION_NAME), True
         except (
             ValueError,
             KeyError,

@@ -1,10 +1,8 @@
-"""Attention over a flat run of tokens: sequences one after another, no padding, no crossing.
+"""Attention over a packed batch: sequences end to end, without padding.
 
-It enters any transformers model through its own AttentionInterface, under the name "afina"; the boundaries
-come with each forward as the keyword `flat`. When `flat` carries a cache, the keys and values of each
-sequence are kept there and read back: the same function serves training, prefill and decoding.
-
-    queries  (1, heads, T, head_dim)      T = tokens of all sequences together
+It is registered in transformers' AttentionInterface as "afina"; the sequence boundaries come with
+each forward pass as the keyword `flat`. With a cache in `flat`, keys and values are written to and
+read from the pool: one function for training, prefill and decoding.
 """
 
 from dataclasses import dataclass, field
@@ -20,17 +18,18 @@ from transformers import AttentionInterface
 from afina.kernels.varlen_attention import causal_attention, fast, varlen_attention
 from afina.models.paged_kv import KVShapeProbe, PagedKV
 
-NAME = "afina"
+ATTENTION_NAME = "afina"
 
-
-Pieces = tuple[
-    tuple[int, int], ...
-]  # of one sequence: where its tokens stand, one stretch after another
+# the (start, end) ranges of a sequence in the packed batch, in order
+SequenceSpans = tuple[tuple[int, int], ...]
 
 
 @dataclass
 class PrefixKV:
-    """Keys and values of a run of `length` tokens, (length, heads * head_dim) a layer: one forward gives, others read."""
+    """Keys and values of `length` tokens, `(length, num_kv_heads * head_dim)` by layer.
+
+    One forward pass captures them, later ones read them.
+    """
 
     length: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -38,32 +37,37 @@ class PrefixKV:
 
 @dataclass
 class AttentionMetadata:
-    """Boundaries of the sequences in a flat run: bounds = (0, end of first, ..., T); and perhaps a cache.
+    """Boundaries of the sequences in a packed batch, and access to keys and values outside it.
 
-    A sequence may also begin with tokens that stand elsewhere: in the run, where another sequence has them too, or
-    `before` it. Then `pieces` are each one's stretches, the last of them its own, counted over what is before and the run.
-    `keep` takes the keys and values of this run, for others that come after it.
+    Attributes:
+        cu_seqlens: cumulative lengths `(0, end of the first, ..., num_tokens)`.
+        cache: blocks of the engine's pool.
+        sequence_spans: ranges of each sequence, over `before` and the batch, where sequences share
+            a prefix; the last range is its own.
+        before: keys and values of a prefix outside the batch.
+        captured_kv: receives the keys and values of this batch.
     """
 
     cu_seqlens: tuple[int, ...]
     cache: PagedKV | KVShapeProbe | None = None
-    sequence_spans: tuple[Pieces, ...] = ()
+    sequence_spans: tuple[SequenceSpans, ...] = ()
     before: PrefixKV | None = None
     captured_kv: PrefixKV | None = None
 
     @cached_property
     def groups(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Sequences of about equal length side by side, so that many short ones are one call of attention.
+        """Groups of sequences of similar length, each for one call of attention.
 
-        For each group (index, kept): index (n, L) picks its tokens from the run, short sequences going on with their
-        last token; kept are the places of those that are its own among the n * L. Then the order that puts the groups'
-        own tokens, end to end, back into the run. Padding is at most a fifth of the tokens.
+        For each group (index, kept): `index` `(n, max_length)` selects its tokens from the batch,
+        short sequences padded by their last token; `kept` are the positions of its own tokens among
+        the n * max_length. Then the permutation that returns the groups' own tokens to the order
+        of the batch. Padding is at most a fifth of the tokens.
         """
         sequences = self.sequence_spans or tuple(
             ((start, end),) for start, end in pairwise(self.cu_seqlens)
         )
         sizes = {pieces: sum(end - start for start, end in pieces) for pieces in sequences}
-        groups: list[list[Pieces]] = []
+        groups: list[list[SequenceSpans]] = []
         for pieces in sorted(sequences, key=lambda pieces: sizes[pieces]):
             real = sum(sizes[other] for other in groups[-1]) if groups else 0
             if groups and sizes[pieces] * (len(groups[-1]) + 1) <= 1.2 * (real + sizes[pieces]):
@@ -88,8 +92,11 @@ class AttentionMetadata:
 
     @cached_property
     def end_to_end(self) -> tuple[Tensor, tuple[int, ...], Tensor]:
-        """Whole sequences one after another, what they share once more for each: their tokens' places in the run, their
-        boundaries, and where among these tokens the run's own ones are, in the run's order."""
+        """Complete sequences end to end, shared prefixes repeated.
+
+        Indices of their tokens in the batch, cumulative lengths, and the positions of the batch's
+        own tokens among them, in the order of the batch.
+        """
         rows = [
             [place for start, end in pieces for place in range(start, end)]
             for pieces in self.sequence_spans
@@ -109,7 +116,7 @@ class AttentionMetadata:
 
 
 def _allowed(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys each query may see, the last query standing at the last key: bool (queries, keys)."""
+    """Return a causal mask, bool `(queries, keys)`; the last query is at the last key."""
     position = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None]
     allowed = key <= position
@@ -117,15 +124,15 @@ def _allowed(queries: int, keys: int, window: int | None, device: torch.device) 
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    allowed: Tensor | None,
+    query: Tensor,  # (n, num_heads, q, head_dim)
+    key: Tensor,  # (n, num_kv_heads, k, head_dim)
+    value: Tensor,  # (n, num_kv_heads, k, value_dim)
+    allowed: Tensor | None,  # bool (q, k)
     scaling: float,
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attention of queries (1, H, n, D) to keys (1, Hkv, m, D); `allowed` None means plain causal with n = m."""
+    """Return attention `(n, num_heads, q, value_dim)`; without `allowed`, causal and q = k."""
     if softcap is None and allowed is None and not dropout:
         return causal_attention(query, key, value, scaling)
     if softcap is None:
@@ -153,9 +160,9 @@ def _attend(
 
 def flat_attention(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor,  # (1, num_heads, num_tokens, head_dim)
+    key: Tensor,  # (1, num_kv_heads, num_tokens, head_dim)
+    value: Tensor,  # (1, num_kv_heads, num_tokens, value_dim)
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -164,10 +171,10 @@ def flat_attention(
     flat: AttentionMetadata | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function over a flat run; returns (1, T, heads, head_dim) and no weights."""
+    """Return attention `(1, num_tokens, num_heads, value_dim)` and None for weights."""
     if flat is None:
         raise RuntimeError(
-            "flat attention needs its boundaries: this model family did not pass `flat` on"
+            "packed attention needs its boundaries: this model family did not pass `flat` on"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if flat.cache is not None:
@@ -184,7 +191,10 @@ def flat_attention(
 def _with_before(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, flat: AttentionMetadata
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as (T, heads * head_dim) each, after those of what is before (whose queries nobody needs)."""
+    """Return queries, keys and values `(num_tokens, heads * head_dim)` after those of the prefix.
+
+    Queries of the prefix are zero: their outputs are dropped.
+    """
     query, key, value = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
     if flat.captured_kv is not None:
         flat.captured_kv.layers[int(module.layer_idx)] = key, value  # type: ignore[arg-type]
@@ -211,7 +221,7 @@ def _end_to_end(
     scaling: float,
     window: int | None,
 ) -> Tensor:
-    """Attention within each sequence by the kernel that needs no padding; otherwise as `_grouped`."""
+    """Return attention within each sequence by the varlen kernel, without padding."""
     query, key, value = (x.unflatten(1, (-1, width)) for x in (query, key, value))
     if not flat.sequence_spans:
         return varlen_attention(query, key, value, flat.cu_seqlens, scaling, window)[None]
@@ -232,10 +242,10 @@ def _grouped(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attention within each sequence, a group of them at a time; padding stands behind, where causality hides it.
+    """Return attention within each sequence, a group at a time; padding is last, hence masked.
 
-    Queries, keys and values are (T, heads * width). What a sequence shares is attended from once more for each that has it:
-    these outputs are dropped, so that only attention is done twice, and no product.
+    Attention of a shared prefix is repeated for each of its sequences, and these outputs dropped:
+    only attention is repeated, no product with weights.
     """
     groups, order = flat.groups
     outputs = []
@@ -256,4 +266,4 @@ def _grouped(
     return (together if in_order else together.index_select(0, order.to(query.device)))[None]
 
 
-AttentionInterface.register(NAME, flat_attention)
+AttentionInterface.register(ATTENTION_NAME, flat_attention)

@@ -338,7 +338,7 @@ class PolicyObjective:
             hidden = base.hidden_states(lean.token_ids, lean.positions, lean.flat)[places]
             warm = hidden if self.options.temperature == 1.0 else hidden / self.options.temperature
             logps = -base.token_losses_from_hidden(warm, lean.labels[places], places)
-        if not value or route is None:
+        if not value or not route:
             return logps, None
         with base.forward_context.use(
             route.always_on().segments(flat.token_ids, flat.cu_seqlens)
@@ -399,7 +399,7 @@ class PolicyObjective:
         self._check = MetricSums()
         written, _, told = self.eval_completions(self.eval_rows, route)
         self._check.add(told | _facts(written))
-        if self._folder is not None and route is not None and route == self.policy:
+        if self._folder is not None and route and route == self.policy:
             shown = zip(self.eval_rows[:SHOWN], written, told["reward"].tolist(), strict=False)
             lines = [
                 {"prompt": query.row.prompt, "answer": answer.text, "reward": reward}

@@ -92,7 +92,7 @@ class ReferencePolicy:
         """For reference.json and run.json."""
         of = (
             "the base, adapter off"
-            if self.active is None
+            if not self.active
             else "the adapter that the run began with, frozen"
         )
         return {"mode": self.mode, "of": of, "adapter": self.adapter, "why": self.why}
