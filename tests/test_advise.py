@@ -229,7 +229,7 @@ def test_the_machine_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None
         "detected": True,
     }
     assert ("this machine", "cpu, 16.00 GB") in found.rows()
-    assert ("room", "cpu, 32.00 GB") in advise(
+    assert ("available memory", "cpu, 32.00 GB") in advise(
         goal="domain", num_rows=20000, base="x", memory_gb=32
     ).rows()
 
@@ -256,7 +256,7 @@ def test_preferences_come_after_answers(tiny: Path) -> None:
     with_pairs = advise(goal="behaviour", num_rows=400, has_pairs=True, base=str(tiny))
     assert "--objective dpo" in with_pairs["then"]
     assert (
-        "afina prefer"
+        "afina annotate"
         in advise(goal="behaviour", num_rows=400, base=str(tiny))["reasons"][-1]["text"]
     )
 
@@ -279,7 +279,7 @@ def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_plan_it_still_advises(tmp_path: Path) -> None:
     found = advise(goal="style", num_rows=800, base=str(tmp_path / "nothing"))
     assert found["use"] == "lora" and found["plan"] is None
-    assert any("not known" in r["text"] for r in found["reasons"])
+    assert any("unknown" in r["text"] for r in found["reasons"])
 
 
 def earlier(folder: Path, base: str, shown: bool) -> None:
@@ -317,7 +317,7 @@ def test_a_difference_that_was_not_shown_changes_nothing(tiny: Path, tmp_path: P
     (tmp_path / "runs" / "broken" / "compare.json").write_text("{")
     found = advise(goal="style", num_rows=800, base=str(tiny))
     assert found["use"] == "lora" and "--learning-rate 0.001" in found["command"]
-    assert "does not speak against" in " ".join(r["text"] for r in found["reasons"])
+    assert "shows no significant difference" in " ".join(r["text"] for r in found["reasons"])
 
 
 def test_a_comparison_that_found_nothing_better_than_the_base_is_told(

@@ -175,10 +175,10 @@ def test_done_is_not_done_again(
     """In Spanish, from what is there; other settings are another comparison, and so are other rows."""
     monkeypatch.setattr(runs_module, "train_many", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(module.RunScorer, "run", lambda *_: pytest.fail("judged again"))
-    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text", "out")}
+    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text", "output_dir")}
     again = compare(chats, **(asked | {"lang": "es"}))
     assert again["methods"] == made["methods"]
-    assert "Qué cuesta" in (Path(made["folder"]) / "report.html").read_text()
+    assert "Coste" in (Path(made["folder"]) / "report.html").read_text()
     with pytest.raises(SettingsError, match="rank is 2 in this comparison, 4 now"):
         compare(chats, **(asked | {"rank": 4}))
     rows = write_rows(

@@ -62,7 +62,7 @@ def test_what_the_errors_say_leads_to_a_report(
     assert leave_out
     assert "14 to judge by" not in said(command + " " + leave_out[0], capsys, 0)
     report = (own.parent / "runs" / "compare-mis datos" / "report.md").read_text()
-    assert "2 rows (lines 16, 17)" in report and "left out" in report
+    assert "2 rows (lines 16, 17)" in report and "Skipped rows" in report
 
 
 MISTAKES = [  # (what is typed after the data, what is said, what it says to do)
