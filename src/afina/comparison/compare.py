@@ -328,9 +328,9 @@ class Comparison:
             return None
         shutil.rmtree(run.output_dir / "adapter", ignore_errors=True)
         return min(
-            line["held_out_loss"]
+            line["eval_loss"]
             for line in read_metrics(run.output_dir)
-            if line["held_out_loss"] is not None
+            if line["eval_loss"] is not None
         )
 
     def final_runs(
@@ -446,7 +446,7 @@ class Comparison:
 
 def _curve(folder: Path) -> list[list[float | None]]:
     """[step, loss, held-out loss or None] of a run."""
-    return [[line["step"], line["loss"], line["held_out_loss"]] for line in read_metrics(folder)]
+    return [[line["step"], line["loss"], line["eval_loss"]] for line in read_metrics(folder)]
 
 
 def _examples(
