@@ -19,8 +19,13 @@ from afina.adapters.formats import FORMATS_FILE, format_of, write_formats
 from afina.adapters.loading import load_adapter
 from afina.adapters.registry import METHOD_MODULES, get_method, methods, registered_methods
 from afina.adapters.saving import save_adapter
+from afina.audit.base_files import BaseFiles
+from afina.audit.file_gate import check_files
+from afina.audit.report import Gate
 from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_formats import adapter_formats
+from afina.merging.adapter_info import show
+from afina.merging.combine import combine
 from afina.merging.registry import MERGE_METHODS
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
@@ -238,3 +243,41 @@ def test_each_method_declares_its_settings_group() -> None:
     for name, method in registered_methods().items():
         group = settings_groups.get(name) if name in settings_groups else MethodSettings
         assert method.settings_class is group
+
+
+def check_files_of(name: str, base_folder: Path, folder: Path) -> None:
+    """Save an adapter of the method, then audit its files, show it and combine it with itself."""
+    base: CausalLM = load_base(str(base_folder))
+    path = "model.layers.1.mlp.down_proj"
+    adapter = attach(base.model, base.forward_context, "a", AdapterConfig(name, (path,), rank=2))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    digest = save_adapter(adapter, base, folder / "a")
+    gate = Gate("files")
+    check_files(folder / "a", BaseFiles(base_folder), gate)
+    assert not gate.blocked, gate.findings
+    facts = show(folder / "a")
+    assert (facts["method"], facts["hash"]) == (name, digest)
+    if adapter.layers[path].replaces_base:
+        return  # of trained weights there is no weighted sum
+    settings = {"base": str(base_folder), "output_dir": folder / "half", "merge_method": "svd"}
+    combine([f"{folder / 'a'}:0.5"], rank=48, **settings)
+    half = load_adapter(folder / "half", load_base(str(base_folder)))
+    weight = adapter.layers[path].layer.weight.double()
+    update = adapter.layers[path].double().merged_weight(weight) - weight
+    factors = half.layers[path].double().as_low_rank()
+    assert factors is not None
+    torch.testing.assert_close(factors[0] @ factors[1], 0.5 * update, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(registered_methods()))
+def test_files_pass_audit_show_and_combine(name: str, tiny: Path, tmp_path: Path) -> None:
+    check_files_of(name, tiny, tmp_path)
+
+
+def test_files_of_an_installed_package_pass_audit_show_and_combine(
+    plugin: tuple[str, ...], tiny: Path, tmp_path: Path
+) -> None:
+    for name in plugin:
+        check_files_of(name, tiny, tmp_path / name)

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from afina.audit.report import Gate
+from afina.io.adapter_formats import registered_types
 from afina.io.name_patterns import are_plain_patterns, is_plain_pattern
 from afina.io.peft_config import (
     DANGEROUS_PEFT_KEYS,
     EMPTY_VALUES,
     INERT_PEFT_KEYS,
     LORA,
-    PEFT_TYPES,
     SUPPORTED_INITS,
     UNSUPPORTED_PEFT_KEYS,
     PeftConfig,
@@ -39,8 +39,8 @@ def check_configuration(
         vocab_size: The base's vocabulary size in tokens, where it is known.
     """
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
-        known = ", ".join(sorted(PEFT_TYPES))
+    if not isinstance(peft_type, str) or peft_type not in registered_types():
+        known = ", ".join(sorted(registered_types()))
         what = f"peft_type {str(peft_type)[:40]!r} is not a registered adapter method"
         gate.block("config-type", f"{what} (registered: {known})", where)
     for key, value in config.items():

@@ -28,9 +28,17 @@ from afina.audit.report import Gate
 from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_folder import (
     CONFIG_FILE,
-    TENSOR_NAME,
     WEIGHTS_FILE,
     AdapterFolder,
+)
+from afina.io.adapter_formats import (
+    BASE_TENSORS,
+    EXTRA_TENSORS,
+    PEFT_LORA,
+    AdapterFormat,
+    ModuleSizes,
+    adapter_formats,
+    tensor_name_pattern,
 )
 from afina.io.adapter_metadata import METADATA_FILE
 from afina.io.hashing import combine_tensor_hashes, start_tensor_hash
@@ -198,54 +206,35 @@ def _list(folder: Path, gate: Gate) -> set[str]:
     return names
 
 
-TENSOR_SETS = {
-    "lora": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}),
-    "dora": ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"}),
-    "mora": ({"mora_M.weight"},),
-}
-MAGNITUDES = {"lora_magnitude_vector", "lora_magnitude_vector.weight"}
-EXTRA_TENSORS = {"accumulated.weight", "token_adapter.trainable_tokens_delta", "base_layer.weight"}
-
-
 def _check_names(package: AuditedFolder, gate: Gate) -> None:
-    """Every tensor is one that its method has, and has its partner; `modules_to_save` may bring whole ones."""
+    """Block tensors that the method does not have; `modules_to_save` may bring full modules."""
+    pattern, form = tensor_name_pattern(), adapter_formats()[package.method]
     for name in package.entries:
-        if not TENSOR_NAME.fullmatch(name):
-            gate.block(
-                "tensor-name", "not the name of a tensor of an adapter", f"{WEIGHTS_FILE}: {name[:120]}"
-            )
-    owned = [str(name) for name in package.config.get("modules_to_save") or ()]
+        if not pattern.fullmatch(name):
+            where = f"{WEIGHTS_FILE}: {name[:120]}"
+            gate.block("tensor-name", "not the name of a tensor of an adapter", where)
+    saved = [str(name) for name in package.config.get("modules_to_save") or ()]
     for path, parts in package.modules().items():
-        told = set(parts) - EXTRA_TENSORS
-        place = f"{WEIGHTS_FILE}: {path}"
-        if package.method == "full" or (
-            told and told <= {"weight", "bias"} and any(f".{o}." in f".{path}." for o in owned)
-        ):
-            if not told <= {"weight", "bias"}:
-                gate.block(
-                    "tensor-name",
-                    f"{', '.join(sorted(told))} in an adapter of whole weights",
-                    place,
-                )
-            if package.method == "full" and _is_vocabulary(path):
-                gate.review(
-                    "vocabulary", "it changes what tokens mean or how they are chosen", place
-                )
-            continue
-        if package.method == "dora" and len(told & MAGNITUDES) == 1:
-            told -= MAGNITUDES
-        elif package.method == "dora" and told:
-            gate.block("tensor-pair", "no length vector, which dora has at every layer", place)
-        if told and told not in TENSOR_SETS[package.method]:
-            gate.block(
-                "tensor-pair",
-                f"{package.method} does not have {', '.join(sorted(told))} at a layer",
-                place,
-            )
-        if _is_vocabulary(path) and told:
+        names, place = set(parts) - set(EXTRA_TENSORS), f"{WEIGHTS_FILE}: {path}"
+        is_saved = names <= set(BASE_TENSORS) and any(f".{n}." in f".{path}." for n in saved)
+        if form.replaces_base and not names <= set(BASE_TENSORS):
+            what = f"{', '.join(sorted(names))} in an adapter of full weights"
+            gate.block("tensor-name", what, place)
+        elif names and not form.replaces_base and not is_saved:
+            _check_pair(form, names, gate, place)
+        if names and (form.replaces_base or not is_saved) and _is_vocabulary(path):
             gate.review("vocabulary", "it changes what tokens mean or how they are chosen", place)
     if sum(len(parts) for parts in package.modules().values()) != len(package.entries):
         gate.block("tensor-name", "two names mean the same tensor", WEIGHTS_FILE)
+
+
+def _check_pair(form: AdapterFormat, names: set[str], gate: Gate, place: str) -> None:
+    """Block where the tensors of a module are not exactly those of the method."""
+    own = frozenset(form.aliases.get(name, name) for name in names)
+    if own not in form.tensor_sets() or len(own) != len(names):
+        expected = " or ".join(", ".join(sorted(each)) for each in form.tensor_sets())
+        found = ", ".join(sorted(names))
+        gate.block("tensor-pair", f"{form.method} has {expected} at a module, not {found}", place)
 
 
 def _check_ranks(package: AuditedFolder, gate: Gate) -> None:
@@ -288,6 +277,28 @@ def _check_shapes(package: AuditedFolder, base: BaseFiles, gate: Gate) -> None:
             gate.block("base-shape", f"{wrong}; the base's weight is {list(shape)}", place)
 
 
+def _broken_rule(
+    form: AdapterFormat, shapes: dict[str, tuple[int, ...]], weight: tuple[int, ...], rank: int
+) -> str | None:
+    """Return what breaks the method's shape rules at a module with this weight; None: nothing.
+
+    An embedding's matrix is stored transposed. Configurations of types that PEFT does not have do
+    not record the orientation of the base's weights: either is accepted.
+    """
+    weights = [weight]
+    if len(weight) == 2 and set(shapes) & set(form.embedding_names.values()):
+        weights = [weight[::-1]]
+    elif len(weight) == 2 and form.peft_type != PEFT_LORA:
+        weights.append(weight[::-1])
+    options = [ModuleSizes.from_weight(each, rank) for each in weights]
+    for part, shape in shapes.items():
+        if form.canonical_name(part) in form.tensors:
+            expected = [shape for sizes in options for shape in form.shapes(part, sizes)]
+            if shape not in expected:
+                return f"{part} is {list(shape)}, expected {list(expected[0])}"
+    return None
+
+
 def _wrong_shapes(
     path: str, parts: dict[str, TensorEntry], weight: tuple[int, ...], package: AuditedFolder
 ) -> str | None:
@@ -296,28 +307,11 @@ def _wrong_shapes(
         weight = weight[::-1]
     out, inner = weight[0], math.prod(weight[1:])
     shapes = {part: entry.shape for part, entry in parts.items()}
-    a, b = shapes.get("lora_A.weight"), shapes.get("lora_B.weight")
-    if (
-        a
-        and b
-        and (math.prod(a[1:]) != inner or b[0] != out or a[0] != b[1] or math.prod(b[2:]) != 1)
-    ):
-        return f"A is {list(a)}, B is {list(b)}"
-    a, b = shapes.get("lora_embedding_A"), shapes.get("lora_embedding_B")
-    if a and b and (a[1:] != (weight[0],) or b[:1] != (weight[1],) or a[0] != b[1]):
-        return f"A is {list(a)}, B is {list(b)}"
-    m = shapes.get("mora_M.weight")
-    if m:
-        size = math.isqrt(
-            (out + inner) * package.rank_of(path)
-        )  # for rotation the next even number below
-        if m not in ((size, size), (size - size % 2, size - size % 2)):
-            return f"M is {list(m)}"
-    for part in MAGNITUDES & set(shapes):
-        if math.prod(shapes[part]) != out:
-            return f"{part} is {list(shapes[part])}"
+    form = adapter_formats()[package.method]
+    if wrong := _broken_rule(form, shapes, weight, package.rank_of(path)):
+        return wrong
     whole = shapes.get("weight")
-    if whole and package.method == "full" and whole != weight:
+    if whole and form.replaces_base and whole != weight:
         return f"it brings {list(whole)}"
     tall = shapes.get("accumulated.weight")
     return f"what it accumulated is {list(tall)}" if tall and tall != (out, inner) else None

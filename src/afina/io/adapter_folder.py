@@ -9,7 +9,6 @@ before header, length, names, ranks and shapes are checked.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 
 from afina.errors import AdapterError
 from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_formats import tensor_name_pattern
 from afina.io.adapter_metadata import (
     METADATA_FILE,
     AdapterMetadata,
@@ -54,12 +54,6 @@ RANK_TENSORS = {  # the dimension that is the rank
     "lora_embedding_A": 0,
     "lora_embedding_B": 1,
 }
-TENSOR_NAME = re.compile(
-    r"(base_model\.model\.)?(?P<path>[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*?)\.(?P<part>"
-    r"lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(\.weight)?|mora_M\.weight|accumulated\.weight"
-    r"|token_adapter\.trainable_tokens_delta|base_layer\.weight|weight|bias)"
-)
 
 
 def adapter_folder(path: Path) -> Path:
@@ -173,8 +167,9 @@ class AdapterFolder:
     def modules(self) -> dict[str, dict[str, TensorEntry]]:
         """Return the tensors by module path, and there by kind: {"lora_A.weight": ...}."""
         found: dict[str, dict[str, TensorEntry]] = {}
+        pattern = tensor_name_pattern()
         for name, entry in self.entries.items():
-            match = TENSOR_NAME.fullmatch(name)
+            match = pattern.fullmatch(name)
             if match:
                 found.setdefault(match["path"], {})[match["part"]] = entry
         return found

@@ -22,6 +22,7 @@ import ast
 import json
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,6 +33,9 @@ from typing import Any
 from afina.errors import AfinaError, SettingsError
 
 PEFT_LORA = "LORA"
+BASE_TENSORS = ("weight", "bias")  # of modules that are saved in full
+# what an adapter of any method may have: a restarted run's update, trained tokens, PEFT's base copy
+EXTRA_TENSORS = ("accumulated.weight", "token_adapter.trainable_tokens_delta", "base_layer.weight")
 Shape = tuple[int, ...]
 
 
@@ -132,6 +136,29 @@ def adapter_formats() -> Mapping[str, AdapterFormat]:
 def formats_of_type(peft_type: str) -> list[AdapterFormat]:
     """Return the formats of the methods whose configuration has this `peft_type`."""
     return [each for each in adapter_formats().values() if each.peft_type == peft_type]
+
+
+def registered_types() -> Mapping[str, str | None]:
+    """Return the method of each `peft_type`; None where fields of the configuration decide."""
+    types: dict[str, str | None] = {PEFT_LORA: None, "AFINA_LORA": "lora"}  # the latter: restarted
+    found = adapter_formats().values()
+    return types | {each.peft_type: each.method for each in found if each.peft_type != PEFT_LORA}
+
+
+def tensor_name_pattern() -> re.Pattern[str]:
+    """Return the pattern of a tensor's name: a module's path and the name of one of its parts."""
+    found = adapter_formats().values()
+    parts = {*EXTRA_TENSORS, *BASE_TENSORS}
+    for each in found:
+        parts |= {*each.tensors, *each.embedding_names.values(), *each.aliases}
+    return _name_pattern(frozenset(parts))
+
+
+@cache
+def _name_pattern(parts: frozenset[str]) -> re.Pattern[str]:
+    choices = "|".join(re.escape(part) for part in sorted(parts))
+    path = r"(?P<path>[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*?)"
+    return re.compile(rf"(base_model\.model\.)?{path}\.(?P<part>{choices})")
 
 
 # ---- shape rules

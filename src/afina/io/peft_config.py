@@ -11,12 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from afina.errors import AdapterError
 from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_formats import registered_types
 from afina.io.name_patterns import PatternTable
 from afina.io.strict_json import ADAPTER_JSON, JsonLimits, read_json_object
 
 LORA = "LORA"
-# adapter method by peft_type; None: use_dora decides
-PEFT_TYPES = {LORA: None, "AFINA_LORA": "lora", "AFINA_MORA": "mora", "AFINA_FULL": "full"}
 # fields of a LoraConfig that distinguish methods
 PEFT_METHODS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"use_dora": False},
@@ -134,7 +133,7 @@ class PeftConfig(BaseModel):
         peft_type = str(values.get("peft_type"))
         if peft_type == LORA:
             return "dora" if values.get("use_dora") else "lora"
-        return PEFT_TYPES.get(peft_type) or peft_type.removeprefix("AFINA_").lower()
+        return registered_types().get(peft_type) or peft_type.removeprefix("AFINA_").lower()
 
     @property
     def token_ids(self) -> list[int]:
