@@ -169,14 +169,14 @@ def test_merge_and_combine_demand_a_report(
     adapter: Path, originals: Path, tiny: Path, tmp_path: Path
 ) -> None:
     for call in (
-        lambda: merge(adapter, output_dir=tmp_path / "m", admit="audited"),
-        lambda: combine([adapter], output_dir=tmp_path / "c", admit="audited"),
+        lambda: merge(adapter, output_dir=tmp_path / "m", require_audit=True),
+        lambda: combine([adapter], output_dir=tmp_path / "c", require_audit=True),
     ):
         with pytest.raises(AuditError, match="not been audited"):
             call()
     audit(adapter, base=str(tiny), time_budget_seconds=0)
     with pytest.raises(AuditError, match="verdict is review"):
-        combine([adapter], output_dir=tmp_path / "c", admit="audited")
+        combine([adapter], output_dir=tmp_path / "c", require_audit=True)
     report = audit(
         adapter,
         base=str(tiny),
@@ -185,8 +185,8 @@ def test_merge_and_combine_demand_a_report(
     )
     assert report["exit_status"] == 0
     assert admission.approved_report(hash_adapter_folder(adapter))["accepted"].startswith("ana")
-    assert combine([adapter], output_dir=tmp_path / "c", admit="audited")["kind"] == "adapter"
-    assert merge(adapter, output_dir=tmp_path / "m", admit="audited")["greedy_agreement"] == 1.0
+    assert combine([adapter], output_dir=tmp_path / "c", require_audit=True)["kind"] == "adapter"
+    assert merge(adapter, output_dir=tmp_path / "m", require_audit=True)["greedy_agreement"] == 1.0
     with pytest.raises(
         AuditError, match="not been audited"
     ):  # the result is another adapter: it needs a report of its own

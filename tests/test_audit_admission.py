@@ -26,7 +26,7 @@ from afina.server.serve import build_server, close
 from afina.settings import ServeSettings
 from live import live, make_adapters
 
-ACCEPT = {"budget": 0, "accept": "ana: a test"}
+ACCEPT = {"time_budget_seconds": 0, "accept": "ana: a test"}
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +70,12 @@ def test_files_swapped_after_the_check_are_not_read(
 
     monkeypatch.setattr(admission, "approved_report", admitted)
     calls: dict[str, Callable[[], Any]] = {
-        "combine": lambda: algebra.combine([folder / "one"], output_dir=out, admit="audited")[
+        "combine": lambda: algebra.combine([folder / "one"], output_dir=out, require_audit=True)[
             "parents"
         ][0]["hash"],
-        "merge": lambda: merge.merge(folder / "one", output_dir=out, admit="audited")["adapter"],
+        "merge": lambda: merge.merge(folder / "one", output_dir=out, require_audit=True)["adapter"],
         "export": lambda: [
-            export.export(folder / "one", output=out, format="peft", admit="audited"),
+            export.export(folder / "one", output=out, format="peft", require_audit=True),
             hash_adapter_folder(out),
         ][1],
     }
@@ -139,8 +139,8 @@ def settings(tiny: Path, folder: Path, tmp_path: Path, **more: Any) -> dict[str,
     return {
         "base": str(tiny),
         "adapters": [folder / "one"],
-        "state": tmp_path / "state",
-        "jobs": 0,
+        "state_dir": tmp_path / "state",
+        "max_training_jobs": 0,
         "insecure": True,
     } | more
 
@@ -154,7 +154,7 @@ def state(folder: Path, tiny: Path, tmp_path: Path) -> Iterator[Any]:
         folder,
         tmp_path,
         adapters=[folder / "one", folder / "two"],
-        admit="audited",
+        require_audit=True,
         dtype="float32",
     )
     made = build_server(ServeSettings(**told))
@@ -166,15 +166,15 @@ def test_a_server_starts_with_nothing_that_has_no_report(
     folder: Path, tiny: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AuditError, match="not been audited"):
-        build_server(ServeSettings(**settings(tiny, folder, tmp_path, admit="audited")))
-    open_ = build_server(ServeSettings(**settings(tiny, folder, tmp_path, admit="any")))
+        build_server(ServeSettings(**settings(tiny, folder, tmp_path, require_audit=True)))
+    open_ = build_server(ServeSettings(**settings(tiny, folder, tmp_path, require_audit=False)))
     from afina.server.routes.models import register_adapter
 
     register_adapter(open_, "evil", folder / "evil", None)
     close(open_)
     audit(folder / "one", base=str(tiny), **ACCEPT)
     closed = build_server(
-        ServeSettings(**settings(tiny, folder, tmp_path, admit="audited"))
+        ServeSettings(**settings(tiny, folder, tmp_path, require_audit=True))
     )  # the tables still name the bad one
     assert [entry.name for entry in closed.engine.registry.list_adapters()] == ["one"]
     close(closed)
@@ -240,7 +240,7 @@ def test_numbers_changed_under_an_old_time_are_not_served(
 ) -> None:
     """Where the time of change can be forged, the hash of the numbers that were read says it."""
     audit(folder / "one", base=str(tiny), **ACCEPT)
-    engine = Engine(load_base(str(tiny)), EngineConfig(pool_bytes=1 << 24, admit=admit))
+    engine = Engine(load_base(str(tiny)), EngineConfig(pool_bytes=1 << 24, require_audit=admit == "audited"))
     entry = engine.registry.add("one", folder / "one")
     content = engine.registry.acquire((entry.hash,))[0]
     monkeypatch.setattr("afina.engine.memory.fingerprint", lambda _: content.fingerprint)
@@ -256,7 +256,7 @@ def test_numbers_changed_under_an_old_time_are_not_served(
 def test_over_http(folder: Path, tiny: Path, tmp_path: Path) -> None:
     audit(folder / "one", base=str(tiny), **ACCEPT)
     with (
-        live(**settings(tiny, folder, tmp_path, admit="audited")) as running,
+        live(**settings(tiny, folder, tmp_path, require_audit=True)) as running,
         running.http() as http,
     ):
         body = {"messages": [{"role": "user", "content": "say sol"}], "max_tokens": 2}

@@ -180,10 +180,10 @@ def test_out_of_two_models(kind: str, request: pytest.FixtureRequest, tmp_path: 
 def test_what_extract_refuses(skilled: Path, tmp_path: Path) -> None:
     for words, values in (
         ("how much", {"run": skilled}),
-        ("one thing to extract", {"rank": 2}),
-        ("one thing to extract", {"rank": 2, "run": skilled, "tuned": skilled}),
-        ("tuned from", {"rank": 2, "tuned": skilled}),
-        ("not empty", {"rank": 2, "run": skilled, "out": skilled}),
+        ("one thing to extract", {"max_rank": 2}),
+        ("one thing to extract", {"max_rank": 2, "run": skilled, "finetuned_model": skilled}),
+        ("tuned from", {"max_rank": 2, "finetuned_model": skilled}),
+        ("not empty", {"max_rank": 2, "run": skilled, "output_dir": skilled}),
     ):
         with pytest.raises(AfinaError, match=words):
             extract(**{"output_dir": tmp_path / "out", **values})  # type: ignore[arg-type]
