@@ -52,8 +52,9 @@ def ours(side: str, shape: dict[str, int]) -> None:
     from afina.models.causal_lm import CausalLM
     from afina.models.fast_llama import install_fast_modules
     from afina.objectives.language_modeling import LanguageModelingObjective
-    from afina.objectives.preference import PreferenceExample, PreferenceObjective
+    from afina.objectives.preference_data import PreferenceExample
     from afina.objectives.reference import ReferencePolicy, sequence_logprobs
+    from afina.objectives.registry import get_objective
     from afina.settings import settings_groups
     from afina.training.setup.optimizer import AdapterOptimizer
 
@@ -111,7 +112,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
         objective = "simpo" if side == "simpo" else "dpo"
         options = settings_groups.get(objective)(beta=0.1)
         rows = [PreferenceExample(good.where, good, bad) for good, bad in examples]
-        task = PreferenceObjective(objective, options, base, rows, [], size, 1, 0)
+        task = get_objective(objective)(options, base, rows, [], size, 1, 0)
         if objective == "dpo":
             task.reference = ReferencePolicy(
                 "precomputed" if side == "dpo_precomputed" else "base", "", route

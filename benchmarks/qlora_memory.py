@@ -98,7 +98,7 @@ def step(method: str, folder: Path) -> None:
 def quality(folder: Path) -> dict[str, list[float]]:
     """Held-out losses of the demo's task after the demo's training, lora against qlora."""
     from afina.demo.demo import make_rows
-    from afina.training.setup.prepared import to_jsonl
+    from afina.objectives.prepared import to_jsonl
     from afina.training.train import train
 
     losses: dict[str, list[float]] = {"lora": [], "qlora": []}
@@ -118,7 +118,7 @@ def quality(folder: Path) -> dict[str, list[float]]:
                 seed=seed,
                 output_dir=folder / f"{method}-{seed}",
             )
-            losses[method].append(run.record["losses"]["held_after"])
+            losses[method].append(run.record["losses"]["eval_loss_after"])
             print(seed, method, losses[method][-1], flush=True)
     return losses
 

@@ -171,8 +171,8 @@ def main() -> None:
         merge(made.folder, output_dir=folder / "encoder")
         losses = made.record["losses"]
         figures |= {
-            "mlm_loss_before": losses["held_before"],
-            "mlm_loss_after": losses["held_after"],
+            "mlm_loss_before": losses["eval_loss_before"],
+            "mlm_loss_after": losses["eval_loss_after"],
         }
         print("mlm", losses, made.record["seconds"], flush=True)
 

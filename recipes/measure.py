@@ -67,7 +67,7 @@ def measure(name: str, longest: int = 64, **told: Any) -> dict[str, Any]:
     }
     about |= {
         key: losses[key]
-        for key in ("held_before", "held_after", "forgetting")
+        for key in ("eval_loss_before", "eval_loss_after", "forgetting")
         if losses.get(key) is not None
     }
     return about | scores(judged, settings)

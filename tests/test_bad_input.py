@@ -705,7 +705,7 @@ def test_a_learning_rate_that_is_far_too_high(train: Train, tmp_path: Path) -> N
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all()), name
 
 
-def test_a_held_out_loss_that_is_not_finite_keeps_what_was_good(
+def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(
     train: Train, tmp_path: Path
 ) -> None:
     """The last step breaks the numbers, so only the check after it can see it: nothing of it is kept."""

@@ -229,7 +229,7 @@ def is_story_of_a_classifier(run: TrainResult, classes: int = 2) -> None:
         "curve.png",
         "README.md",
         "adapter",
-        "held_out.jsonl",
+        "eval.jsonl",
     }
     assert "nats a row" in (run.folder / "README.md").read_text()
     assert f"Accuracy {scores['accuracy']:.1f}%" in (run.folder / "README.md").read_text()
@@ -244,11 +244,11 @@ def test_texts(learn: Callable[..., TrainResult], table: Path, encoder: Path, me
     run = learn(table, encoder, method)
     is_story_of_a_classifier(run)
     assert run.record["classes"]["accuracy"] >= 90
-    assert run.record["losses"]["held_after"] < run.record["losses"]["held_before"] - 0.2
+    assert run.record["losses"]["eval_loss_after"] < run.record["losses"]["eval_loss_before"] - 0.2
     assert "classes instead of" in run.record["verdict"][0]
     again = evaluate(run.folder)
     assert again["classes"]["confusion"] == run.record["classes"]["confusion"]
-    assert again["loss"] == pytest.approx(run.record["losses"]["held_after"], abs=1e-5)
+    assert again["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"], abs=1e-5)
     base = opened(run, encoder)
     before = state(base.model)
     adapter = load_adapter(run.folder, base)
@@ -306,7 +306,7 @@ def test_masked_tokens_then_labels(
     text.write_text("\n\n\n".join(text for text, _ in REVIEWS))
     pretrained = learn(text, encoder, "full", objective="mlm", max_steps=120, max_length=16)
     losses = pretrained.record["losses"]
-    assert losses["held_after"] < losses["held_before"] - 1
+    assert losses["eval_loss_after"] < losses["eval_loss_before"] - 1
     assert "hesitates between" in pretrained.record["verdict"][0]
     judged = evaluate(pretrained.folder)
     assert judged["after"]["loss"] < judged["before"]["loss"] - 1

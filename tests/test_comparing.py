@@ -33,7 +33,8 @@ from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.models.loading import load_base
-from afina.objectives.language_modeling import mean_loss, tokenize_rows
+from afina.objectives.language_data import tokenize_rows
+from afina.objectives.language_modeling import mean_loss
 from afina.settings import CompareSettings, TrainSettings, make_settings
 from helpers import write_rows
 

@@ -133,8 +133,8 @@ def test_any_adapter_becomes_a_lora(tiny: Path, tmp_path: Path, chats: Path, met
 def test_a_run_is_measured_on_its_own_held_out_rows(skilled: Path, tmp_path: Path) -> None:
     result = extract(skilled, max_rank=4, output_dir=tmp_path / "out")
     story = json.loads((skilled / "run.json").read_text())["losses"]
-    assert result["loss"]["base"] == pytest.approx(story["held_before"], abs=1e-5)
-    assert result["loss"]["extract"] == pytest.approx(story["held_after"], abs=1e-4)
+    assert result["loss"]["base"] == pytest.approx(story["eval_loss_before"], abs=1e-5)
+    assert result["loss"]["extract"] == pytest.approx(story["eval_loss_after"], abs=1e-4)
     assert (
         extract(skilled, max_rank=1, output_dir=tmp_path / "less")["loss"]["extract"]
         > result["loss"]["extract"]

@@ -334,7 +334,7 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
     assert line["reward"] == pytest.approx(
         line["reward_grader.json:vowels"] + 0.1 * line["reward_grader.json:has"]
     )
-    assert math.isfinite(line["held_out_reward"])
+    assert math.isfinite(line["eval_reward"])
     found = evaluate(EvalSettings(adapter=run.folder))  # from its own held-out rows
     assert found["after"]["reward"] == pytest.approx(run.record["policy"]["after"]["reward"])
     bad = write_rows(tmp_path / "bad.jsonl", *({"prompt": f"say {n}"} for n in range(10)))

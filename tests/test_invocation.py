@@ -233,7 +233,7 @@ def test_alora_trains_saves_and_loads(tiny: Path, chats: Path, tmp_path: Path) -
         output_dir=tmp_path / "run",
     )
     losses = run.record["losses"]
-    assert losses["held_after"] < losses["held_before"]
+    assert losses["eval_loss_after"] < losses["eval_loss_before"]
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     loaded = load_adapter(tmp_path / "run", load_base(str(tiny)))
     assert config["alora_invocation_tokens"] == list(loaded.config.invocation)

@@ -294,7 +294,7 @@ def test_a_job_that_learns_from_graders(server: Live, alice: openai.OpenAI, tmp_
     ]
     assert (
         told[-1]["train_mean_reward"] == line["reward"]
-        and told[-1]["valid_mean_reward"] == line["held_out_reward"]
+        and told[-1]["valid_mean_reward"] == line["eval_reward"]
     )
     ask: Any = [{"role": "user", "content": "say sol"}]
     assert alice.chat.completions.create(

@@ -277,13 +277,13 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None
 
 def _counts(batch: Any) -> list[int]:
     return [
-        int((part >= 0).sum()) for part in batch.flat.labels.tensor_split(batch.flat.bounds[1:-1])
+        int((part >= 0).sum()) for part in batch.flat.labels.tensor_split(batch.flat.cu_seqlens[1:-1])
     ]
 
 
 def _answers(task: PolicyObjective, batch: Any) -> list[str]:
     """The answers of a batch as text."""
-    parts = batch.flat.labels.tensor_split(batch.flat.bounds[1:-1])
+    parts = batch.flat.labels.tensor_split(batch.flat.cu_seqlens[1:-1])
     ends = {task.base.tokenizer.eos_token_id}
     return [
         task.base.decode([t for t in part.tolist() if t >= 0 and t not in ends]).strip()
@@ -388,7 +388,7 @@ def test_a_reward_model_judges_on_the_same_base(
     assert tick["reward"] == pytest.approx(
         0.5 * tick["reward_judge"] + 2 * tick["reward_rules.py:short"], abs=1e-6
     )
-    assert [judge["name"] for judge in run.record["policy"]["judges"]] == ["judge", "rules.py:short"]
+    assert [judge["name"] for judge in run.record["policy"]["reward_functions"]] == ["judge", "rules.py:short"]
     setup = ready(tiny, asked, options=told)
     task, base = setup.prepared.task, setup.prepared.base
     assert isinstance(task, PolicyObjective)
@@ -515,9 +515,9 @@ def test_a_run_tells_its_story(
     run = learn(asked, tmp_path / "run", objective=objective)
     ticks, found = metrics(run.folder), run.record["policy"]
     assert {"reward", "kl", "entropy", "length", "stopped", "clipped"} <= ticks[0].keys()
-    assert ticks[1]["held_out_reward"] == -ticks[1]["held_out_loss"]
+    assert ticks[1]["eval_reward"] == -ticks[1]["eval_loss"]
     assert abs(ticks[0]["kl"]) < 1e-6 < ticks[-1]["kl"]
-    best = max(tick["held_out_reward"] for tick in ticks if tick["held_out_loss"] is not None)
+    best = max(tick["eval_reward"] for tick in ticks if tick["eval_loss"] is not None)
     assert found["after"]["reward"] == pytest.approx(best, abs=1e-6)
     assert found["wins"] + found["losses"] + found["ties"] == found["rows"] == 8
     assert found["before"]["kl"] == pytest.approx(0, abs=1e-6)
@@ -580,7 +580,7 @@ def test_resumed_is_uninterrupted(
     whole = learn(asked, tmp_path / "whole", objective=objective, options=told, **own)
     if own:
         assert whole.record["policy"]["reference"]["mode"] == "adapter"
-        assert whole.record["policy"]["start"]
+        assert whole.record["init_adapter"]
     end = Trainer.finish_step
 
     def cut(self: Trainer, *given: Any) -> None:
@@ -653,7 +653,7 @@ def test_an_adapter_that_learns_over_another(
         output_dir=tmp_path / "run",
         **values | {"objective": objective, "method": "dora"} | told,
     )
-    assert run.record["over"] == task.record["adapter"]
+    assert run.record["frozen_adapter"] == task.record["adapter"]
     found = run.record["policy" if objective == "grpo" else "preferences"]
     assert found["reference"]["mode"] == "adapter"
     if objective == "grpo":

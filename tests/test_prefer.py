@@ -15,7 +15,7 @@ from afina.data.schemas import PREFERENCE, PROMPT
 from afina.data.table import read_table
 from afina.engine.request import Completion, SamplingParams
 from afina.errors import DataError, SettingsError
-from afina.evaluation.preference_eval import wilson_interval
+from afina.evaluation.intervals import wilson_interval
 from afina.settings import AnnotateSettings
 from conftest import WORDS
 from helpers import write_rows

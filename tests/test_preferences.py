@@ -19,15 +19,16 @@ from afina.data.renderer import Example, Renderer
 from afina.data.schemas import PREFERENCE, PreferenceRow, split_pairs
 from afina.data.table import detect_schema, read_table
 from afina.errors import AdapterError, AfinaError, DataError, MergeError, SettingsError
-from afina.evaluation.preference_eval import displacement_warning
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
-from afina.objectives.preference import PreferenceObjective, tokenize_preferences
+from afina.objectives.preference import PreferenceObjective
+from afina.objectives.preference_data import tokenize_preferences
 from afina.objectives.preference_losses import (
     AnswerLogprobs,
     kto_losses,
     pair_losses,
 )
+from afina.objectives.preference_report import displacement_warning
 from afina.objectives.reference import ReferencePolicy, sequence_logprobs
 from afina.objectives.reward_model import calibration_error, score_sequences
 from afina.settings import (
@@ -394,7 +395,7 @@ def test_dpo_begins_at_ln_2(
             - sequence_logprobs(task.base, batch.flat, None)[0]
         )
         assert moved.abs().max() > 0.01
-    losses = task.row_losses(task.train, setup.adapter.active)
+    losses = [one.total for one in task.row_losses(task.train, setup.adapter.active)]
     assert max(abs(loss - LN2) for loss in losses) <= 1e-6
     batch = task.collate(task.train, 0)
     assert (
@@ -515,11 +516,11 @@ def test_a_run_learns_and_logs(
     names = {"accuracy", "chosen_reward", "rejected_reward", "chosen_length", "rejected_length"}
     names |= set() if objective == "reward" else {"chosen_logp", "rejected_logp"}
     names |= {"z"} if objective == "kto" else {"margin"}
-    assert names <= ticks[0].keys() and {f"held_out_{name}" for name in names} <= ticks[3].keys()
+    assert names <= ticks[0].keys() and {f"eval_{name}" for name in names} <= ticks[3].keys()
     assert "better answer preferred" in (run.folder / "README.md").read_text()
     judged = evaluate(run.folder)
     assert judged["after"]["accuracy"] == found["after"]["accuracy"]
-    assert judged["after"]["loss"] == pytest.approx(run.record["losses"]["held_after"], abs=1e-5)
+    assert judged["after"]["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"], abs=1e-5)
     planned = plan(pairs, base=str(tiny), objective=objective, chat_template="plain")
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 

@@ -86,8 +86,8 @@ def same_losses(a: Path, b: Path) -> None:
         assert (x["step"], x["tokens"]) == (y["step"], y["tokens"])
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-5), x["step"]
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3, abs=1e-5), x["step"]
-        if y["held_out_loss"] is not None:
-            assert x["held_out_loss"] == pytest.approx(y["held_out_loss"], abs=1e-5), x["step"]
+        if y["eval_loss"] is not None:
+            assert x["eval_loss"] == pytest.approx(y["eval_loss"], abs=1e-5), x["step"]
 
 
 # ---- parts of a batch

@@ -12,7 +12,7 @@ from afina.adapters.segments import Segment, Segments
 from afina.data.packing import PackedBatch, pack_examples
 from afina.data.renderer import Example
 from afina.models.causal_lm import CausalLM
-from afina.objectives.preference import PreferenceExample, PreferenceObjective
+from afina.objectives.preference_data import PreferenceExample
 from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
 from afina.objectives.reward_model import score_sequences
 from afina.objectives.shared_prefix import SharedPrefixBatch
@@ -170,9 +170,9 @@ def test_losses_of_pairs(objective: str, invocation: tuple[int, ...], base: Caus
     pairs = [
         PreferenceExample(str(n), given[n], given[n + 3], given[(n + 1) % 3]) for n in range(3)
     ]
-    task = PreferenceObjective(
-        objective, settings_groups.get(objective)(beta=0.1), base, pairs, [], 10_000, 1, 0
-    )
+    options: Any = settings_groups.get(objective)(beta=0.1)
+    task: Any = get_objective(objective)
+    task = task(options, base, pairs, [], 10_000, 1, 0)
     if objective in ("dpo", "kto"):
         task.reference = ReferencePolicy("base", "")
     together = task.loss(task.collate(pairs, 0), adapter.active)

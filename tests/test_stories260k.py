@@ -65,9 +65,9 @@ def test_lora_and_full_learn_shakespeare(tmp_path: Path, stories: CausalLM) -> N
         ),
     }
     losses = {name: run.record["losses"] for name, run in runs.items()}
-    before = losses["lora"]["held_before"]
-    assert losses["full"]["held_before"] == pytest.approx(before, rel=1e-6)
-    assert losses["full"]["held_after"] < losses["lora"]["held_after"] < before - 0.5
+    before = losses["lora"]["eval_loss_before"]
+    assert losses["full"]["eval_loss_before"] == pytest.approx(before, rel=1e-6)
+    assert losses["full"]["eval_loss_after"] < losses["lora"]["eval_loss_after"] < before - 0.5
     run, expected = (
         flat_run((60,), low=3, high=500),
         logits(stories, flat_run((60,), low=3, high=500)),

@@ -196,7 +196,7 @@ def test_a_run_teaches_a_token_that_the_base_never_saw(
         retention_text=general,
         max_tokens_per_batch=256,
     )
-    assert run.record["losses"]["held_after"] < run.record["losses"]["held_before"] - 1
+    assert run.record["losses"]["eval_loss_after"] < run.record["losses"]["eval_loss_before"] - 1
     names = load_file(run.folder / "adapter/adapter_model.safetensors")
     assert sum(name.endswith("trainable_tokens_delta") for name in names) == 2
     answer = afina.generate(adapter=run.folder, prompts=["use sol"], max_new_tokens=8)

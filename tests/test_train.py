@@ -85,10 +85,10 @@ def test_a_run_learns_and_tells_its_story(
     story = json.loads((run.folder / "run.json").read_text())
     assert story == json.loads(json.dumps(run.record))
     losses = story["losses"]
-    assert losses["held_after"] < losses["held_before"] - 0.5
-    assert losses["train_after"] < losses["held_before"]
-    assert losses["forgetting"] == losses["general_after"] - losses["general_before"] != 0
-    assert story["perplexity"]["after"] == pytest.approx(math.exp(losses["held_after"]))
+    assert losses["eval_loss_after"] < losses["eval_loss_before"] - 0.5
+    assert losses["train_loss_after"] < losses["eval_loss_before"]
+    assert losses["forgetting"] == losses["retention_loss_after"] - losses["retention_loss_before"] != 0
+    assert story["perplexity"]["after"] == pytest.approx(math.exp(losses["eval_loss_after"]))
     assert len(story["verdict"]) == 3
     assert story["verdict"][0].startswith("It learned")
     assert story["objective"] == objective
@@ -118,7 +118,7 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
         "settings.yaml",
         "example.txt",
         "metrics.jsonl",
-        "held_out.jsonl",
+        "eval.jsonl",
         "run.json",
         "curve.png",
         "README.md",
@@ -133,8 +133,8 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     assert (run.folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     log = metrics(run.folder)
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
-    assert [line["held_out_loss"] is not None for line in log] == [False, True] * 3
-    held = [json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()]
+    assert [line["eval_loss"] is not None for line in log] == [False, True] * 3
+    held = [json.loads(line) for line in (run.folder / "eval.jsonl").read_text().splitlines()]
     assert len(held) == run.record["data"]["held_out"] == 5
     example = (run.folder / "example.txt").read_text()
     assert example.count("«") == example.count("»") == 1
@@ -185,9 +185,9 @@ def test_eval_finds_what_the_run_found(train: Train) -> None:
     run = train(max_steps=30, learning_rate=1e-2)
     judged = afina.evaluate(run.folder, max_new_tokens=12, metrics=list(METRICS))
     losses = run.record["losses"]
-    assert judged["before"]["loss"] == pytest.approx(losses["held_before"], rel=1e-5)
-    assert judged["after"]["loss"] == pytest.approx(losses["held_after"], rel=1e-5)
-    assert judged["after"]["perplexity"] == pytest.approx(math.exp(losses["held_after"]), rel=1e-4)
+    assert judged["before"]["loss"] == pytest.approx(losses["eval_loss_before"], rel=1e-5)
+    assert judged["after"]["loss"] == pytest.approx(losses["eval_loss_after"], rel=1e-5)
+    assert judged["after"]["perplexity"] == pytest.approx(math.exp(losses["eval_loss_after"]), rel=1e-4)
     assert judged["rows"] == len(judged["examples"]) == 5
     assert judged["after"]["chrf"] > judged["before"]["chrf"]
     for metric in METRICS:
@@ -196,7 +196,7 @@ def test_eval_finds_what_the_run_found(train: Train) -> None:
             answers = [example[when] for example in judged["examples"]]
             assert judged[when][metric] == pytest.approx(METRICS[metric](answers, expected))
     assert judged["forgetting"] == pytest.approx(
-        judged["after"]["general_loss"] - judged["before"]["general_loss"]
+        judged["after"]["retention_loss"] - judged["before"]["retention_loss"]
     )
 
 
@@ -259,10 +259,10 @@ def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path)
     )
     assert run.record["data"]["held_out"] == 5
     assert [
-        json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()
+        json.loads(line) for line in (run.folder / "eval.jsonl").read_text().splitlines()
     ] == rows[15:]
     assert afina.evaluate(run.folder, limit=1, max_new_tokens=1)["after"]["loss"] == pytest.approx(
-        run.record["losses"]["held_after"], rel=1e-5
+        run.record["losses"]["eval_loss_after"], rel=1e-5
     )
 
 
@@ -405,7 +405,7 @@ def test_a_bfloat16_base_trains_with_float32_adapters(train: Train, method: str)
     assert {t.dtype for t in saved(run).values()} == {
         torch.float32 if method == "lora" else torch.bfloat16
     }
-    assert run.record["losses"]["held_after"] < run.record["losses"]["held_before"] - 0.3
+    assert run.record["losses"]["eval_loss_after"] < run.record["losses"]["eval_loss_before"] - 0.3
 
 
 # early stopping
@@ -431,15 +431,15 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
         lr_scheduler_type="constant",
     )
     checks = [
-        (line["held_out_loss"], line["step"])
+        (line["eval_loss"], line["step"])
         for line in metrics(run.folder)
-        if line["held_out_loss"] is not None
+        if line["eval_loss"] is not None
     ]
     best = min(checks)
     assert run.record["steps"] < 400
     assert run.record["steps"] == checks[-1][1] == best[1] + 3 * 4
     assert run.record["losses"]["best_step"] == best[1]
-    assert run.record["losses"]["held_after"] == pytest.approx(best[0], rel=1e-6)
+    assert run.record["losses"]["eval_loss_after"] == pytest.approx(best[0], rel=1e-6)
     assert f"The best state, of step {best[1]}, was kept." in run.record["verdict"][1]
     assert run.record["verdict"][1].startswith("It overfits")
     again = train(
@@ -618,17 +618,18 @@ def test_scores_by_name() -> None:
 
 def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[str]:
     values: dict[str, Any] = {
-        "held_before": 3.0,
-        "held_after": 1.0,
-        "train_before": 3.0,
-        "train_after": 1.0,
-        "general_before": 2.0,
-        "general_after": 2.0,
-        "held_rows": rows,
+        "eval_loss_before": 3.0,
+        "eval_loss_after": 1.0,
+        "train_loss_before": 3.0,
+        "train_loss_after": 1.0,
+        "retention_loss_before": 2.0,
+        "retention_loss_after": 2.0,
+        "eval_rows": rows,
         **changes,
     }
-    for side in ("held", "train"):
-        values[side] = LossChange(rows, values[f"{side}_after"] - values[f"{side}_before"], error)
+    for side in ("eval", "train"):
+        mean = values[f"{side}_loss_after"] - values[f"{side}_loss_before"]
+        values[f"{side}_change"] = LossChange(rows, mean, error)
     return verdict(LossReport(**values))
 
 
@@ -640,34 +641,34 @@ def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[s
             0,
             "It learned: on rows it had not seen it now hesitates between 2.72 tokens instead of 20.09",
         ),
-        ({"held_after": 2.99}, 0, "It learned next to nothing"),
-        ({"held_after": 3.1}, 0, "It did not learn"),
+        ({"eval_loss_after": 2.99}, 0, "It learned next to nothing"),
+        ({"eval_loss_after": 3.1}, 0, "It did not learn"),
         ({}, 1, "It does not overfit"),
-        ({"train_after": 0.99}, 1, "It does not overfit"),
+        ({"train_loss_after": 0.99}, 1, "It does not overfit"),
         (
-            {"train_after": 0.5},
+            {"train_loss_after": 0.5},
             1,
             "It overfits: the loss of rows it learned fell by 2.500, that of new rows by 2.000",
         ),
         (
-            {"train_after": 0.5, "train_before": 2.5},
+            {"train_loss_after": 0.5, "train_loss_before": 2.5},
             1,
             "It does not overfit",
         ),  # they were easier from the start
-        ({"train_after": 0.5, "error": 0.3}, 1, "Too few to tell whether it overfits"),
+        ({"train_loss_after": 0.5, "error": 0.3}, 1, "Too few to tell whether it overfits"),
         (
             {"error": 0.3},
             1,
             "No sign that it overfits, but the held-out rows are too few to be sure",
         ),
         (
-            {"held_after": 2.6, "rows": 3, "error": 0.1},
+            {"eval_loss_after": 2.6, "rows": 3, "error": 0.1},
             0,
             "(-0.400 nats a token on 3 held-out rows, 95% interval -0.830 to +0.030)",
         ),
-        ({"held_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
-        ({"held_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
-        ({"held_after": 2.5, "rows": 3, "error": 0.1}, 0, "It learned"),
+        ({"eval_loss_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
+        ({"eval_loss_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
+        ({"eval_loss_after": 2.5, "rows": 3, "error": 0.1}, 0, "It learned"),
         (
             {"rows": 1, "error": None},
             0,
@@ -675,17 +676,17 @@ def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[s
         ),
         ({"rows": 1, "error": None}, 1, "Too few to tell whether it overfits"),
         (
-            {"train_after": 0.5, "best_step": 4, "last_step": 9},
+            {"train_loss_after": 0.5, "best_step": 4, "last_step": 9},
             1,
             "The best state, of step 4, was kept.",
         ),
         ({}, 2, "It forgot nothing worth speaking of"),
-        ({"general_after": 2.04}, 2, "It forgot nothing worth speaking of"),
-        ({"general_after": 2.1}, 2, "It forgot a little: general text is 11% harder"),
-        ({"general_after": 3.0}, 2, "It forgot much: general text is 172% harder"),
-        ({"general_after": 1.5}, 2, "even easier"),
-        ({"general_after": 2000.0}, 2, "It forgot much"),
-        ({"held_before": 2000.0}, 0, "It learned"),
+        ({"retention_loss_after": 2.04}, 2, "It forgot nothing worth speaking of"),
+        ({"retention_loss_after": 2.1}, 2, "It forgot a little: general text is 11% harder"),
+        ({"retention_loss_after": 3.0}, 2, "It forgot much: general text is 172% harder"),
+        ({"retention_loss_after": 1.5}, 2, "even easier"),
+        ({"retention_loss_after": 2000.0}, 2, "It forgot much"),
+        ({"eval_loss_before": 2000.0}, 0, "It learned"),
     ],
 )
 def test_verdicts(changes: dict[str, float], sentence: int, said: str) -> None:
@@ -718,12 +719,12 @@ def test_the_interval_holds_what_it_promises() -> None:
 def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
     """The change whose interval is told is the change of the losses in the table."""
     losses = (run := train(max_tokens_per_batch=64)).record["losses"]
-    assert losses["held"]["rows"] == losses["held_rows"] == run.record["data"]["held_out"] > 1
-    for side in ("held", "train"):
-        assert losses[side]["mean"] == pytest.approx(
-            losses[f"{side}_after"] - losses[f"{side}_before"], abs=1e-5
+    assert losses["eval_change"]["rows"] == losses["eval_rows"] == run.record["data"]["held_out"] > 1
+    for side in ("eval", "train"):
+        assert losses[f"{side}_change"]["mean"] == pytest.approx(
+            losses[f"{side}_loss_after"] - losses[f"{side}_loss_before"], abs=1e-5
         )
-    assert losses["held_interval"][0] < losses["held"]["mean"] < losses["held_interval"][1]
+    assert losses["eval_interval"][0] < losses["eval_change"]["mean"] < losses["eval_interval"][1]
 
 
 def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) -> None:
@@ -762,8 +763,8 @@ def test_rows_of_an_encoder_are_measured_too(
             max_steps=2,
             output_dir=tmp_path / objective,
         )
-        low, high = run.record["losses"]["held_interval"]
-        assert low < run.record["losses"]["held"]["mean"] < high
+        low, high = run.record["losses"]["eval_interval"]
+        assert low < run.record["losses"]["eval_change"]["mean"] < high
 
 
 # the demo

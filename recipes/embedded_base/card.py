@@ -18,7 +18,8 @@ from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.models.loading import EMBEDDED_FOLDER, load_base
-from afina.objectives.language_modeling import mean_loss, tokenize_rows
+from afina.objectives.language_data import tokenize_rows
+from afina.objectives.language_modeling import mean_loss
 
 CARD = """---
 license: apache-2.0

@@ -110,11 +110,11 @@ def load_run(
 
 def _over(story: dict[str, Any], base: FrozenModel) -> ActiveAdapters | None:
     """The adapter over which the run was trained, attached; alone the run's would answer as nobody trained it."""
-    if story.get("over") is None:
+    if story.get("frozen_adapter") is None:
         return None
     folder = adapter_folder(Path(str(story["settings"]["frozen_adapter"])))
-    if (digest := read_metadata(folder).get("hash")) != story["over"]:
-        why = f"its hash was {story['over'][:12]}, and is {str(digest)[:12]}"
+    if (digest := read_metadata(folder).get("hash")) != story["frozen_adapter"]:
+        why = f"its hash was {story['frozen_adapter'][:12]}, and is {str(digest)[:12]}"
         raise AdapterError(
             "the adapter over which the run was trained has changed", where=str(folder), why=why
         )

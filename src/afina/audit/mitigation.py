@@ -36,14 +36,14 @@ from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, SettingsError
-from afina.evaluation.evaluate import HELD_OUT
-from afina.evaluation.retention import BATCH_TOKENS
 from afina.io import admission
 from afina.io.composition import recorded_base
 from afina.merging.sources import AdapterSource, open_sources
 from afina.merging.write import parent_config, write_lora
 from afina.models.causal_lm import CausalLM
-from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.objectives.language_data import infer_objective, tokenize_rows
+from afina.objectives.language_modeling import mean_loss
+from afina.objectives.prepared import BATCH_TOKENS, recorded_eval_rows
 from afina.settings import MitigateSettings, make_settings
 
 MOST_ROWS = 64  # that are answered
@@ -283,7 +283,7 @@ def _attack(settings: MitigateSettings, digest: str) -> tuple[list[str], str]:
 
 
 def _rows(settings: MitigateSettings) -> list[SFTRow]:
-    file = settings.data or settings.adapter / HELD_OUT
+    file = settings.data or recorded_eval_rows(settings.adapter)
     if not file.is_file():
         raise SettingsError(
             "rows of its task are needed, with answers", where=str(file), hint="--data FILE"

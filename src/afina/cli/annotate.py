@@ -29,7 +29,7 @@ from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
-from afina.evaluation.preference_eval import wilson_interval
+from afina.evaluation.intervals import wilson_interval
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
 from afina.io.atomic import translate_os_errors, write_json, write_text

@@ -39,6 +39,7 @@ from afina.io.atomic import write_json, write_text
 from afina.io.migrations import migrate_comparison_settings, rename_keys
 from afina.io.run_record import read_run_record
 from afina.io.strict_json import read_json_object
+from afina.objectives.registry import get_objective
 from afina.settings import CompareSettings, TrainSettings, make_settings, resolved
 from afina.training.setup.set_up import default_learning_rate, set_up_run
 from afina.training.trainer import read_metrics
@@ -228,7 +229,9 @@ class Comparison:
         return cost
 
     def _usual(self, name: str) -> float:
-        return default_learning_rate(self.preset(name).method, self.rows.objective)
+        return default_learning_rate(
+            self.preset(name).method, get_objective(self.rows.objective)
+        )
 
     def schedule(
         self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int

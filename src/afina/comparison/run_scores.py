@@ -32,8 +32,9 @@ from afina.evaluation.retention import retention_examples
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.loading import load_base
-from afina.objectives.classification import ClassificationObjective, tokenize_labeled_rows
-from afina.objectives.language_modeling import tokenize_rows
+from afina.objectives.classification import ClassificationObjective
+from afina.objectives.labeled_data import tokenize_labeled_rows
+from afina.objectives.language_data import tokenize_rows
 from afina.settings import CompareSettings, EvalSettings
 
 LONG = 12  # words: the median expected answer from which on chrF says more than an exact match

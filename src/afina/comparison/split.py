@@ -17,7 +17,7 @@ from afina.data.schemas import LABELED, SFT, LabeledRow
 from afina.data.table import read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.io.atomic import write_json, write_text
-from afina.objectives.language_modeling import infer_objective
+from afina.objectives.language_data import infer_objective
 from afina.settings import CompareSettings, TrainSettings
 from afina.training.setup.prepare import resolve_objective
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from afina.adapters.active import ActiveAdapters
 from afina.io.atomic import translate_os_errors
-from afina.objectives.classification import ClassificationObjective
 
 
 def confusion(predicted: Sequence[int], expected: Sequence[int], classes: int) -> list[list[int]]:
@@ -63,19 +61,3 @@ def draw_confusion(table: Sequence[Sequence[int]], labels: Sequence[str], file: 
     figure.colorbar(image, ax=axes, label="share of the true class")
     with translate_os_errors(file):
         figure.savefig(file, dpi=120)
-
-
-def classify_held_out(
-    task: ClassificationObjective, route: ActiveAdapters | None, picture: Path, draw: bool = True
-) -> dict[str, Any]:
-    """Scores of the held-out rows under `route`, and the confusion table as a picture, whose path is among them.
-
-    Without `draw` somebody else draws it.
-    """
-    labels = task.base.labels
-    scores = classification_scores(
-        task.predictions(task.eval_rows, route), [row.target for row in task.eval_rows], len(labels)
-    )
-    if draw:
-        draw_confusion(scores["confusion"], labels, picture)
-    return scores | {"labels": list(labels), "rows": len(task.eval_rows), "picture": str(picture)}

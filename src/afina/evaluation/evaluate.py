@@ -1,42 +1,39 @@
 """`afina eval`: the base and the adapter on the same rows, side by side."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
+from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
-from afina.data.schemas import LABELED, SFT, LabeledRow, SFTRow
-from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
-from afina.errors import DataError, SettingsError
-from afina.evaluation.confusion import classify_held_out
+from afina.errors import DataError
 from afina.evaluation.metrics import compute_metrics
-from afina.evaluation.policy_eval import evaluate_policy
-from afina.evaluation.preference_eval import HELD_OUT, eval_rows_file, evaluate_preferences
 from afina.evaluation.results import EvalResult
-from afina.evaluation.retention import BATCH_TOKENS, perplexity, retention_loss
+from afina.evaluation.retention import retention_loss
+from afina.io.adapter_folder import adapter_folder
+from afina.io.adapter_metadata import read_metadata
+from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
-from afina.objectives.classification import (
-    ClassificationObjective,
-    MaskedLMObjective,
-    chunk_texts,
-    tokenize_labeled_rows,
-)
-from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
-from afina.settings import POLICIES, PREFERENCES, EvalSettings, make_settings
+from afina.objectives.base import Objective
+from afina.objectives.prepared import trained_settings
+from afina.objectives.reference import select_reference
+from afina.objectives.registry import get_objective
+from afina.settings import EvalSettings, make_settings
+
+DEFAULT_OBJECTIVE = "sft"  # of a base alone, or of an adapter without its run
 
 
 def evaluate(
     run: str | Path | EvalSettings | None = None, *, model: Classifier | None = None, **values: Any
 ) -> EvalResult:
-    """Losses, metrics and forgetting of the base ("before") and of the adapter ("after"), with examples.
+    """Return losses, metrics and forgetting of the base ("before") and the adapter ("after").
 
-    Rows without an answer (plain text) have losses only; a classifier has accuracy, F1 and its confusion table. Losses
-    are nats a token, metrics percent. `model` is the classifier made in Python that the run was trained on.
+    Losses are nats per token, metrics percent. Rows without a completion (plain text) have losses
+    only; a classifier has accuracy, F1 and its confusion table. `model` is the classifier built in
+    Python that the run was trained on.
     """
     settings = (
         run
@@ -44,129 +41,112 @@ def evaluate(
         else make_settings(EvalSettings, {"adapter": run, **values})
     )
     opened = load_run(settings.adapter, settings, model=model)
-    if isinstance(opened.base, Classifier):
-        judge = _evaluate_classifier if opened.base.labels else _evaluate_masked
-        return judge(opened.base, opened, settings)
-    if opened.run.get("objective") in PREFERENCES:
-        return evaluate_preferences(opened, settings)
-    if opened.run.get("objective") in POLICIES:
-        return evaluate_policy(opened, settings)
-    base, rows = opened.causal_lm, _rows(settings)
-    routes: dict[str, ActiveAdapters | None] = {"before": None} | (
-        {"after": opened.active} if opened.active else {}
+    objective = get_objective(opened.run.get("objective", DEFAULT_OBJECTIVE)).from_run(
+        opened, settings
     )
-    renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
-    examples = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
-    asked = [example for example in examples if example.completion is not None][: settings.limit]
     result: dict[str, Any] = {
-        "base": base.name,
+        "base": opened.base.name,
         "run": str(settings.adapter) if settings.adapter else None,
-        "rows": len(rows),
+        "rows": objective.num_rows,
     }
-    answers: dict[str, list[str]] = {}
-    for when, route in routes.items():
-        loss = mean_loss(base, examples, BATCH_TOKENS, route)
-        result[when] = {
-            "loss": loss,
-            "perplexity": perplexity(loss),
-            "general_loss": retention_loss(base, route),
+    baseline = _connect(objective, opened)
+    if not objective.has_baseline:
+        return EvalResult(**result | _evaluate_alone(objective, opened, settings))
+    routes = {"before": baseline} | ({"after": opened.active} if opened.active else {})
+    sides = {when: objective.evaluate(route) for when, route in routes.items()}
+    if "after" in sides and objective.report_key:
+        result |= {"objective": objective.name}
+        report = objective.report(sides["before"], sides["after"])
+        sides = {
+            when: {"loss": sides[when]["loss"]} | report.pop(when) for when in ("before", "after")
         }
-        if asked:
-            prompts = [example.token_ids[: example.prompt_length] for example in asked]
-            answers[when] = [
-                completion.text
-                for completion in generate_completions(
-                    base,
-                    prompts,
-                    SamplingParams(settings.max_new_tokens),
-                    route,
-                    renderer.stop_token_ids,
-                )
-            ]
-            result[when] |= compute_metrics(
-                settings.metrics, answers[when], [example.completion or "" for example in asked]
-            )
-    if "after" in routes:
-        result["forgetting"] = result["after"]["general_loss"] - result["before"]["general_loss"]
-    result["examples"] = [
-        {"prompt": one_line(base.decode(e.token_ids[: e.prompt_length])), "expected": e.completion}
-        | {when: texts[i] for when, texts in answers.items()}
-        for i, e in enumerate(asked)
+        result |= report
+    if isinstance(base := opened.base, CausalLM):
+        for when, route in routes.items():
+            sides[when]["retention_loss"] = retention_loss(base, route)
+    result |= sides
+    if isinstance(base, CausalLM) and "after" in sides:
+        before, after = (result[when]["retention_loss"] for when in ("before", "after"))
+        result["forgetting"] = after - before
+    if isinstance(base, CausalLM) and not objective.report_key:
+        result["examples"] = _completions(objective, opened, settings, routes, result)
+    return EvalResult(**result)
+
+
+def _connect(objective: Objective, opened: LoadedRun) -> ActiveAdapters | None:
+    """Give an objective what it trained and compared with; return what was active before."""
+    if "objective" not in opened.run or len(opened.adapters) != 1:
+        return None
+    baseline, digest = reload_init_adapter(opened)
+    objective.policy = opened.active
+    if objective.needs_reference:
+        objective.reference = select_reference(objective.options, baseline, digest, 0.0)
+    return baseline
+
+
+def _evaluate_alone(
+    objective: Objective, opened: LoadedRun, settings: EvalSettings
+) -> dict[str, Any]:
+    """Return the metrics of a model that cannot be evaluated without its adapter."""
+    after = objective.evaluate(opened.active)
+    report = objective.report({}, after)
+    report.pop("verdict")
+    name = "confusion.png" if settings.data is None else "confusion-eval.png"
+    objective.plot(report, Path(str(settings.adapter)) / name, True)
+    return {"loss": after["loss"], str(objective.report_key): report}
+
+
+def _completions(
+    objective: Objective,
+    opened: LoadedRun,
+    settings: EvalSettings,
+    routes: dict[str, ActiveAdapters | None],
+    result: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Generate completions, add their metrics to `result`, and return them side by side."""
+    base = opened.causal_lm
+    asked = objective.expected_completions()[: settings.limit]
+    if not asked:
+        return []
+    renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
+    prompts = [example.token_ids[: example.prompt_length] for example in asked]
+    expected = [example.completion or "" for example in asked]
+    texts: dict[str, list[str]] = {}
+    for when, route in routes.items():
+        sampling = SamplingParams(settings.max_new_tokens)
+        stops = renderer.stop_token_ids
+        found = generate_completions(base, prompts, sampling, route, stops)
+        texts[when] = [completion.text for completion in found]
+        result[when] |= compute_metrics(settings.metrics, texts[when], expected)
+    return [
+        {"prompt": one_line(base.decode(prompt)), "expected": completion}
+        | {when: texts[when][number] for when in routes}
+        for number, (prompt, completion) in enumerate(zip(prompts, expected, strict=True))
     ]
-    return EvalResult(**result)
 
 
-def _evaluate_classifier(
-    base: Classifier, opened: LoadedRun, settings: EvalSettings
-) -> EvalResult:
-    """Scores on labelled rows. The head belongs to the adapter, so there is no "before"."""
-    if settings.adapter is None:
-        raise SettingsError(
-            "a classifier's head lies in its run", where="adapter", hint="afina eval RUN"
-        )
-    told = None if settings.data is None else read_table(settings.data, LABELED, settings.columns).rows
-    length = opened.run["settings"]["max_length"] or min(base.max_positions, 512)
-    rows = tokenize_labeled_rows(
-        base, told if told is not None else _kept_rows(opened.run, settings.adapter), length, None
-    )
-    task = ClassificationObjective(base, rows, rows, 32, 1, 0)
-    picture = settings.adapter / (
-        "confusion.png" if settings.data is None else "confusion-eval.png"
-    )
-    return EvalResult(
-        base=base.name,
-        run=str(settings.adapter),
-        rows=len(rows),
-        loss=task.eval_loss(opened.active),
-        classes=classify_held_out(task, opened.active, picture),
-    )
+def reload_init_adapter(opened: LoadedRun) -> tuple[ActiveAdapters | None, str | None]:
+    """Load what a run began with: the adapter that it continued, and the frozen one; with hashes.
 
-
-def _kept_rows(story: Mapping[str, Any], run: Path) -> list[LabeledRow]:
-    """The held-out rows of a classifier's run: texts are kept with it, pictures lie where they were."""
-    if not (run / HELD_OUT).is_file():
+    Raises:
+        DataError: The adapter is not the one that the run recorded.
+    """
+    start = trained_settings(opened.run).init_adapter
+    over = [opened.frozen_adapter] if opened.frozen_adapter is not None else []
+    if start is None:
+        return (over[0], opened.run["frozen_adapter"]) if over else (None, None)
+    folder = adapter_folder(Path(str(start)))
+    digest = str(read_metadata(folder).get("hash", ""))
+    expected = opened.run.get("init_adapter")
+    if expected and digest != expected:
+        why = f"its hash was {str(expected)[:12]}, and is {digest[:12]}"
         raise DataError(
-            "this folder has no held-out rows of its own", where=str(run), hint="--data FILE"
+            "the adapter that the run continued has changed", where=str(folder), why=why
         )
-    if story["data"]["format"] == "text":
-        return read_table(run / HELD_OUT, LABELED).rows
-    wanted = {json.loads(line)["file"] for line in (run / HELD_OUT).read_text().splitlines()}
-    trained = story["settings"]
-    source = Path(trained["eval_data"] or trained["data"])
-    if not source.exists():
-        why = f"the run held out pictures of {source}, and it is not there"
-        raise DataError(
-            "the held-out pictures cannot be found", where=str(run), why=why, hint="--data FOLDER"
-        )
-    table = read_table(source, LABELED, trained["columns"])
-    if trained["eval_data"] is None and table.digest != story["data"]["sha256"]:
-        why = "its pictures are no longer those of the run, so which of them it has seen is unknown"
-        raise DataError(
-            "the data has changed", where=str(source), why=why, hint="--data FOLDER of new pictures"
-        )
-    return [row for row in table.rows if row.where in wanted]
-
-
-def _evaluate_masked(base: Classifier, opened: LoadedRun, settings: EvalSettings) -> EvalResult:
-    """Loss on hidden tokens, of the encoder as it was and with the adapter."""
-    rows = _rows(settings)
-    texts = chunk_texts(
-        base, rows, opened.run["settings"]["max_length"] or min(base.max_positions, 128)
-    )
-    task = MaskedLMObjective(base, texts, texts, 32, 1, 0)
-    result: dict[str, Any] = {"base": base.name, "run": str(settings.adapter), "rows": len(rows)}
-    for when, route in {"before": None, "after": opened.active}.items():
-        loss = task.eval_loss(route)
-        result[when] = {"loss": loss, "perplexity": perplexity(loss)}
-    return EvalResult(**result)
+    route = load_adapter(folder, opened.base, "start").active
+    return ActiveAdapters.combine([route, *over]), digest
 
 
 def one_line(text: str) -> str:
-    """A rendered prompt on one line, for a table."""
+    """Return a rendered prompt on one line, for a table."""
     return " ".join(text.split())
-
-
-def _rows(settings: EvalSettings) -> list[SFTRow]:
-    if settings.data is not None:
-        return read_table(settings.data, SFT, settings.columns).rows
-    return read_table(eval_rows_file(settings), SFT).rows

@@ -15,7 +15,7 @@ from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.evaluation.results import GenerateResult
 from afina.models.classifier import Classifier
-from afina.objectives.classification import encode_input
+from afina.objectives.labeled_data import encode_input
 from afina.settings import GenerateSettings, make_settings
 
 

@@ -12,7 +12,7 @@ TableRows = list[tuple[str, ...]]
 LOSS_LABELS = {
     "loss": "eval loss, nats per token",
     "perplexity": "perplexity",
-    "general_loss": "retention loss, nats per token",
+    "retention_loss": "retention loss, nats per token",
 }
 REWARD_LABELS = {
     "length": "length (tokens)",
@@ -20,7 +20,7 @@ REWARD_LABELS = {
     "sampled_reward": "reward of sampled completions",
     "kl": "KL divergence from the reference (nats per token)",
     "entropy": "entropy (nats per token)",
-    "general_loss": "retention loss (nats per token)",
+    "retention_loss": "retention loss (nats per token)",
 }
 PREFERENCE_LABELS = {
     "accuracy": "chosen completion preferred",
@@ -54,7 +54,7 @@ class EvalResult(Result):
     win_rate: float | None = optional()
     interval: Sequence[float] | None = optional()
     reference: Mapping[str, Any] | None = optional()
-    judges: Sequence[Mapping[str, Any]] | None = optional()
+    reward_functions: Sequence[Mapping[str, Any]] | None = optional()
     examples: Sequence[Mapping[str, Any]] | None = optional()
     verdict: Sequence[str] | None = optional()
 
@@ -65,7 +65,7 @@ class EvalResult(Result):
         if self.verdict is None:
             return self._losses_and_examples()
         sentences = [ResultText(f"- {sentence}") for sentence in self.verdict]
-        if self.judges is not None:
+        if self.reward_functions is not None:
             title = f"completions of {pluralize(self.rows, 'prompt')}"
             return [ResultTable(title, reward_rows(self), ("", "before", "after")), *sentences]
         return [*preferences(self), *sentences]

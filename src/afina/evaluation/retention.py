@@ -1,6 +1,5 @@
 """Forgetting is measured on general text: the user's, or the built-in one. Nats a token."""
 
-import math
 from pathlib import Path
 
 from afina.adapters.active import ActiveAdapters
@@ -9,15 +8,11 @@ from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.models.causal_lm import CausalLM
-from afina.objectives.language_modeling import mean_loss, tokenize_rows
+from afina.objectives.language_data import tokenize_rows
+from afina.objectives.language_modeling import mean_loss
+from afina.objectives.prepared import BATCH_TOKENS
 
 GENERAL_TOKENS = 8192  # enough for a standard error of about 0.03 nats on the built-in text
-BATCH_TOKENS = 2048
-
-
-def perplexity(loss: float) -> float:
-    """e to the loss: how many equally likely tokens the model hesitates between."""
-    return math.exp(min(loss, 700.0))
 
 
 def retention_examples(base: CausalLM, file: Path | None = None) -> list[Example]:

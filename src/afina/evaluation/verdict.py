@@ -20,29 +20,29 @@ FORGOT, FORGOT_MUCH = 0.05, 0.5  # shares of general perplexity
 class LossReport:
     """Mean cross-entropy in nats a token (or row), before and after; `train` on rows that were learned.
 
-    `held` and `train` are the changes row by row, from which the intervals come.
+    `eval_change` and `train_change` are the changes row by row, from which the intervals come.
     """
 
-    held_before: float
-    held_after: float
-    train_before: float
-    train_after: float
-    held: LossChange
-    train: LossChange
-    held_rows: int  # of which `held` may have looked at some only
-    general_before: float | None = (
+    eval_loss_before: float
+    eval_loss_after: float
+    train_loss_before: float
+    train_loss_after: float
+    eval_change: LossChange
+    train_change: LossChange
+    eval_rows: int  # of which `eval_change` may have looked at some only
+    retention_loss_before: float | None = (
         None  # None where there is no general text to speak of: classifiers, encoders
     )
-    general_after: float | None = None
+    retention_loss_after: float | None = None
     best_step: int = 0
     last_step: int = 0
 
     @property
     def forgetting(self) -> float | None:
         """Rise of the loss on general text, in nats a token; negative where it fell."""
-        if self.general_before is None or self.general_after is None:
+        if self.retention_loss_before is None or self.retention_loss_after is None:
             return None
-        return self.general_after - self.general_before
+        return self.retention_loss_after - self.retention_loss_before
 
 
 def verdict(losses: LossReport, unit: str = "token", choices: str = "tokens") -> list[str]:
@@ -54,9 +54,9 @@ def verdict(losses: LossReport, unit: str = "token", choices: str = "tokens") ->
 def _learned(losses: LossReport, unit: str, choices: str) -> str:
     """A change counts when its interval excludes none at all."""
     gain, interval, rows = (
-        -losses.held.mean,
-        losses.held.interval,
-        pluralize(losses.held_rows, "held-out row"),
+        -losses.eval_change.mean,
+        losses.eval_change.interval,
+        pluralize(losses.eval_rows, "held-out row"),
     )
     if interval is None:
         return f"Too few to tell whether it learned: there is one held-out row. {_MORE}"
@@ -75,7 +75,7 @@ def _learned(losses: LossReport, unit: str, choices: str) -> str:
         return f"It learned: the loss on rows it had not seen fell {measured}."
     before, after = (
         f"{math.exp(x):.2f}" if x < 20 else f"e^{x:.0f}"
-        for x in (losses.held_before, losses.held_after)
+        for x in (losses.eval_loss_before, losses.eval_loss_after)
     )
     return (
         f"It learned: on rows it had not seen it now hesitates between {after} {choices} instead of {before} "
@@ -88,11 +88,11 @@ _MORE = "Hold out more: a larger --holdout, or a file of rows."
 
 def _overfitted(losses: LossReport, unit: str) -> str:
     """Only what training widened is overfitting: rows may have been harder than others from the start."""
-    gap = losses.held.minus(losses.train)
-    limit = max(MIN_LOSS_CHANGE, OVERFIT_RATIO * losses.held_after)
+    gap = losses.eval_change.minus(losses.train_change)
+    limit = max(MIN_LOSS_CHANGE, OVERFIT_RATIO * losses.eval_loss_after)
     stopped = losses.best_step < losses.last_step
     note = f" The best state, of step {losses.best_step}, was kept." if stopped else ""
-    learned, new = -losses.train.mean, -losses.held.mean
+    learned, new = -losses.train_change.mean, -losses.eval_change.mean
     fell = f"the loss of rows it learned fell by {learned:.3f}, that of new rows by {new:.3f} nats a {unit}"
     if gap.interval is None:
         return f"Too few to tell whether it overfits: {fell}.{note}"

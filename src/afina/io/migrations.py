@@ -55,6 +55,44 @@ OBJECTIVE_OPTIONS: dict[str, dict[str, str]] = {  # objective -> name in `option
 }
 
 
+LOSSES = {  # `losses` of run.json: key in version 1 -> key today
+    "held_before": "eval_loss_before",
+    "held_after": "eval_loss_after",
+    "train_before": "train_loss_before",
+    "train_after": "train_loss_after",
+    "general_before": "retention_loss_before",
+    "general_after": "retention_loss_after",
+    "held": "eval_change",
+    "train": "train_change",
+    "held_rows": "eval_rows",
+    "held_interval": "eval_interval",
+}
+
+
+def migrate_progress(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's progress.json under the names of today."""
+    progress = rename_keys(values["progress"], {"worse_checks": "num_bad_evals"})
+    losses = {"held_out": "eval_loss", "general": "retention_loss"}
+    progress["before"] = rename_keys(progress.get("before", {}), losses)
+    return {**values, "progress": progress}
+
+
+def migrate_run_record(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run.json under the keys of today; one of version 2 comes back unchanged."""
+    new = rename_keys(values, {"words": "units", "over": "frozen_adapter"})
+    if "losses" in new:
+        new["losses"] = rename_keys(new["losses"], LOSSES)
+    if "settings" in new:
+        version = values.get("format_version", 1)
+        new["settings"] = migrate_settings({"format_version": version} | new["settings"])
+    for group in {"preferences", "policy"} & new.keys():
+        report = rename_keys(new[group], {"judges": "reward_functions"})
+        if "start" in report:
+            new["init_adapter"] = report.pop("start")
+        new[group] = report
+    return new
+
+
 def migrate_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's settings under the names of today; those of version 2 come back unchanged."""
     new = {SETTINGS.get(name, name): value for name, value in values.items()}

@@ -5,11 +5,11 @@ from typing import Any
 
 from afina.errors import AdapterError
 from afina.io.adapter_metadata import check_version
-from afina.io.migrations import migrate_settings
+from afina.io.migrations import migrate_run_record
 from afina.io.strict_json import read_json_object
 
 RUN_FILE = "run.json"
-RUN_FORMAT_VERSION = 1  # the newest that is read
+RUN_FORMAT_VERSION = 2  # the newest that is read
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
@@ -23,6 +23,4 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     check_version(record.get("format_version", 0), RUN_FORMAT_VERSION, str(file))
     if not isinstance(record.get("settings", {}), dict):
         raise AdapterError("settings is not an object", where=f"{file}: settings")
-    if "settings" in record:
-        record["settings"] = migrate_settings(record["settings"])
-    return record
+    return migrate_run_record(record)

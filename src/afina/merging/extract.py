@@ -22,8 +22,7 @@ from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import AdapterError, SettingsError
-from afina.evaluation.evaluate import HELD_OUT
-from afina.evaluation.retention import BATCH_TOKENS, retention_examples
+from afina.evaluation.retention import retention_examples
 from afina.io.composition import common_base
 from afina.io.run_record import read_run_record
 from afina.merging.combine import RetainedEnergy, best_low_rank
@@ -42,7 +41,9 @@ from afina.merging.write import (
 )
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import checked_weight_files, load_base, resolve_model_dir
-from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.objectives.language_data import infer_objective, tokenize_rows
+from afina.objectives.language_modeling import mean_loss
+from afina.objectives.prepared import BATCH_TOKENS, recorded_eval_rows
 from afina.settings import ExtractSettings, make_settings
 
 Layers = Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]
@@ -269,9 +270,8 @@ def _recipe(settings: ExtractSettings) -> dict[str, Any]:
 
 def _rows(settings: ExtractSettings, base: CausalLM, run: Path | None) -> tuple[list[Example], str]:
     """(rows on which the loss is measured, what they are)."""
-    file = settings.data or (
-        run / HELD_OUT if run is not None and (run / HELD_OUT).is_file() else None
-    )
+    kept = None if run is None else recorded_eval_rows(run)
+    file = settings.data or (kept if kept is not None and kept.is_file() else None)
     if file is None:
         return retention_examples(base), "general text"
     rows = read_table(file, SFT, settings.columns).rows

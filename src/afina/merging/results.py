@@ -207,7 +207,7 @@ class ShowResult(AdapterInfo):
             rewarded = evaluation.get("objective") in POLICIES  # whose losses are minus the reward
             sign, name = (-1, "reward") if rewarded else (1, "loss")
             losses = evaluation["losses"]
-            before, after = sign * losses["held_before"], sign * losses["held_after"]
+            before, after = sign * losses["eval_loss_before"], sign * losses["eval_loss_after"]
             steps = pluralize(evaluation["steps"], "optimizer step")
             lines.insert(0, f"eval {name}: {before:.4f} before, {after:.4f} after {steps}")
         return [*self.tables(self.run), *map(ResultText, lines)]

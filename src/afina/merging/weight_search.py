@@ -26,11 +26,12 @@ from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import SettingsError
-from afina.evaluation.retention import BATCH_TOKENS
 from afina.merging.registry import register_merge_method
 from afina.merging.sources import AdapterSource
 from afina.models.causal_lm import CausalLM
-from afina.objectives.language_modeling import infer_objective, mean_loss, tokenize_rows
+from afina.objectives.language_data import infer_objective, tokenize_rows
+from afina.objectives.language_modeling import mean_loss
+from afina.objectives.prepared import BATCH_TOKENS
 from afina.settings import CombineSettings
 from afina.settings.combine import WeightSearchSettings
 

@@ -1,72 +1,191 @@
-"""What the training loop knows of an objective: batches for a step, the loss of a batch, how it stands.
+"""The contract of an objective: what is minimized, on which rows, and what is measured.
 
-Every objective is a class like this one; the loop is the same for all.
+    prepare(settings, base)      read, tokenize and split the rows      class method, before training
+    step_batches(step)           micro-batches of an optimizer step     a pure function of the step
+    loss(batch, active)          sum over the targets of a batch        divided by num_targets: the mean
+    row_losses(rows, active)     the same for single rows               for confidence intervals
+    evaluate(active)             metrics of the eval rows               for run.json and `afina eval`
+    report(before, after)        what changed, as keys and sentences
+
+The trainer, the planner and `afina eval` know this class and no subclass of it.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
+from afina.models.frozen import FrozenModel
 
-Total = Callable[[Tensor], Tensor]  # from this process's numbers to their sum over all
+if TYPE_CHECKING:
+    from afina.adapters.load_run import LoadedRun
+    from afina.data.renderer import Example
+    from afina.objectives.prepared import PreparedData
+    from afina.objectives.reference import ReferencePolicy
+    from afina.settings import EvalSettings, TrainSettings
+
+Total = Callable[[Tensor], Tensor]  # from the values of this process to their sum over all
 
 
-def no_reduce(numbers: Tensor) -> Tensor:
-    """The sum over one process."""
-    return numbers
+def no_reduce(values: Tensor) -> Tensor:
+    """Return `values`: their sum over one process."""
+    return values
 
 
-class Objective(Protocol):
-    """An objective with its data, on a base.
+@dataclass(frozen=True)
+class Units:
+    """Words of a report: losses are nats per `unit`, among `choices`; the model reads `piece`s."""
 
-    What a batch is, is its own affair; but batch.shard(number, of) is one of `of` parts of it, their losses and counts
-    those of the batch when they are added up. Several processes take one each.
+    unit: str = "token"
+    choices: str = "tokens"  # empty where e to the loss is no perplexity
+    piece: str = "token"
+
+
+class LossSum(NamedTuple):
+    """The loss of a row or batch, summed over its targets (nats), and how many targets it has."""
+
+    total: float
+    num_targets: int
+
+    @staticmethod
+    def mean(sums: Sequence["LossSum"]) -> float:
+        """Return the mean loss per target."""
+        return sum(one.total for one in sums) / max(1, sum(one.num_targets for one in sums))
+
+
+class Objective:
+    """An objective with its rows, on a base; subclasses are registered by `register_objective`.
+
+    A batch is whatever the objective makes it; `batch.shard(number, of)` returns one of `of` parts,
+    whose losses and target counts add up to those of the batch. Each process takes one.
     """
 
-    @property
-    def train(self) -> Sequence[Any]:
-        """The rows to learn from."""
+    name: ClassVar[str] = ""
+    schema: ClassVar[str] = "sft"  # kind of row: sft, labeled, preference or prompt
+    units: ClassVar[Units] = Units()
+    needs_reference: ClassVar[bool] = False  # compares with the policy that the run began with
+    head: ClassVar[str | None] = None  # module that the objective adds to the base
+    saves_head: ClassVar[bool] = True  # whether that module is part of the saved adapter
+    default_learning_rate_factor: ClassVar[float] = 1.0
+    shares_base: ClassVar[bool] = True  # several runs can train on one loaded base
+    shares_pass: ClassVar[bool] = False  # micro-batches of several runs can share a forward pass
+    supports_processes: ClassVar[bool] = True  # runs under torchrun and FSDP
+    maximizes_reward: ClassVar[bool] = False  # eval loss is minus the mean reward
+    has_baseline: ClassVar[bool] = True  # the base without the adapter can be evaluated
+    report_key: ClassVar[str | None] = None  # of what `report` returns, in run.json
+    settings_class: ClassVar[Any] = None  # pydantic class of its own settings
 
-    @property
-    def eval_rows(self) -> Sequence[Any]:
-        """The rows to judge by."""
+    @classmethod
+    def prepare(cls, settings: "TrainSettings", base: Any = None) -> "PreparedData":
+        """Read, tokenize, check and split the rows; load the base, unless it is given."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_run(cls, opened: "LoadedRun", settings: "EvalSettings") -> "Objective":
+        """Return the objective of a run with the rows that `afina eval` evaluates."""
+        raise NotImplementedError
+
+    base: FrozenModel
+    train: Sequence[Any]
+    eval_rows: Sequence[Any]
+    options: Any = None  # its own settings
+    num_rows: int = 0  # rows of the file that `from_run` read
+    policy: ActiveAdapters | None = None  # the adapter that is trained
+    reference: "ReferencePolicy | None" = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
+        """Optimizer steps in one pass over the rows."""
+        raise NotImplementedError
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between which there is no state to resume from."""
+        return 1
 
     def step_batches(self, step: int) -> list[Any]:
-        """The micro-batches of an optimizer step; a pure function of the step, so that runs resume."""
+        """Return the micro-batches of an optimizer step: a pure function of it, so runs resume."""
+        raise NotImplementedError
 
     def collate(self, rows: Sequence[Any], seed: int) -> Any:
-        """A batch of some of the rows; `seed` decides what is random about them."""
+        """Return a batch of some rows; `seed` decides what is random about them."""
+        raise NotImplementedError
 
     def row_locations(self, step: int) -> list[str]:
-        """Names (file:line) of the rows of an optimizer step, for errors."""
+        """Return `file:line` of the rows of an optimizer step, for errors."""
+        raise NotImplementedError
 
     def num_targets(self, batch: Any) -> int:
-        """What the batch's loss is a sum over: labelled tokens, rows or pairs."""
+        """Return what the loss of a batch is a sum over: target tokens, rows or pairs."""
+        raise NotImplementedError
 
     def num_tokens(self, batch: Any) -> int:
-        """Tokens (or rows, where there are none) that pass through the model."""
+        """Return the number of tokens (or images) that pass through the model."""
+        raise NotImplementedError
 
     def loss(self, batch: Any, route: ActiveAdapters | None) -> Tensor:
-        """Sum of the losses of the batch, under `route` (None: the base alone)."""
+        """Return the sum of the losses of a batch with `route` active (None: the base alone)."""
+        raise NotImplementedError
 
     def eval_loss(self, route: ActiveAdapters | None) -> float:
-        """Mean loss on the held-out rows."""
+        """Return the mean loss of the eval rows."""
+        raise NotImplementedError
 
     def train_loss(self, route: ActiveAdapters | None) -> float:
-        """Mean loss on as many of the rows that are learned from, those of `learned_rows`."""
+        """Return the mean loss of `train_sample`."""
+        raise NotImplementedError
 
     def metrics(self, total: Total = no_reduce) -> dict[str, float]:
-        """What the last step, and the check after it, had to tell besides the loss; `total` adds up over processes."""
+        """Return metrics of the last step and check; `total` adds up over processes."""
+        return {}
+
+    @torch.no_grad()
+    def row_losses(self, rows: Sequence[Any], route: ActiveAdapters | None) -> list[LossSum]:
+        """Return the loss of each row."""
+        found = []
+        for number, row in enumerate(rows):
+            batch = self.collate([row], number)
+            found.append(LossSum(self.loss(batch, route).item(), self.num_targets(batch)))
+        return found
+
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return metrics of the eval rows with `route` active; `loss` is among them."""
+        return {"loss": self.eval_loss(route)}
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Compare two results of `evaluate`: `before`, `after`, sentences as `verdict`, and more."""
+        return {"before": before, "after": after, "verdict": []}
+
+    def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:
+        """Draw what `report` has to show into `file`, where `write`, and record its path."""
+
+    def start_run(self, folder: Path) -> None:
+        """Write into a run folder what must be known before the first step."""
+
+    def run_facts(self) -> dict[str, Any]:
+        """Return what run.json records of this process in addition to the report."""
+        return {}
+
+    def expected_completions(self) -> "list[Example]":
+        """Return the eval rows with a completion, for `afina eval` to generate and compare."""
+        return []
+
+    def profile_prompts(self) -> list[list[int]]:
+        """Return the prompts (token ids) by which requests are routed to the adapter; or none."""
+        return []
 
 
-def train_sample(task: Objective) -> Sequence[Any]:
-    """As many of the rows that are learned from as are held out, spread over all of them."""
-    return task.train[:: max(1, len(task.train) // max(1, len(task.eval_rows)))][
-        : len(task.eval_rows)
-    ]
+def perplexity(loss: float) -> float:
+    """Return e to the loss (nats per token)."""
+    return math.exp(min(loss, 700.0))
+
+
+def train_sample(objective: Objective) -> Sequence[Any]:
+    """Return as many training rows as there are eval rows, spread over all of them."""
+    num_eval = len(objective.eval_rows)
+    return objective.train[:: max(1, len(objective.train) // max(1, num_eval))][:num_eval]

@@ -1,14 +1,13 @@
-"""Classification: one answer a row. And masked tokens, the way to pretrain an encoder.
+"""Classification: one class per row, on padded batches.
 
     loss = - sum over rows of log p(class | row)   /   rows
-    masked: the same over the positions that were hidden (15%; of these 80% by the mask, 10% by a random token)
-
-Devlin et al. 2018, arXiv 1810.04805, for the masking.
 """
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import LoadedRun
 from afina.adapters.segments import NO_ADAPTERS
-from afina.data.images import open_image
-from afina.data.schemas import LabeledRow
-from afina.data.table import parse_rows
-from afina.errors import DataError
-from afina.models.classifier import Classifier
-from afina.objectives.base import Total, no_reduce
+from afina.data.schemas import LABELED, LabeledRow, class_names
+from afina.data.table import read_table
+from afina.errors import DataError, SettingsError
+from afina.evaluation.confusion import classification_scores, draw_confusion
+from afina.models.classifier import Classifier, load_classifier
+from afina.objectives.base import Objective, Units, train_sample
+from afina.objectives.labeled_data import (
+    ClassificationExample,
+    check_encoder_settings,
+    rows_per_batch,
+    split_by_class,
+    tokenize_labeled_rows,
+)
+from afina.objectives.prepared import PreparedData, describe_data, eval_rows_file
+from afina.objectives.registry import register_objective
+from afina.settings import EvalSettings, TrainSettings
 
-MASKED_SHARE = 0.15
 IGNORE = -100
 WINDOW = 32  # batches whose rows are sorted by length together
 
@@ -64,8 +73,11 @@ def batch_indices(lengths: Sequence[int], rows: int, seed: int, epoch: int) -> l
     return batches
 
 
-class PaddedObjective:
-    """What classification and masking share: batches of rows, a cross-entropy, held-out rows. See `Task`."""
+class PaddedObjective(Objective):
+    """Cross-entropy on padded batches of rows: what classification and masking share."""
+
+    shares_base = False
+    base: Classifier
 
     def __init__(
         self,
@@ -145,33 +157,85 @@ class PaddedObjective:
             total, count = total + self.loss(batch, route).item(), count + self.num_targets(batch)
         return total / max(1, count)
 
-    def metrics(self, total: Total = no_reduce) -> dict[str, float]:
-        """Nothing: the loss says it all."""
-        return {}
-
     def eval_loss(self, route: ActiveAdapters | None) -> float:
         """Mean over the held-out rows, in nats."""
         return self._mean(self.eval_rows, route)
 
     def train_loss(self, route: ActiveAdapters | None) -> float:
-        """The same over as many of the rows that are learned from."""
-        some = self.train[:: max(1, len(self.train) // max(1, len(self.eval_rows)))][
-            : len(self.eval_rows)
-        ]
-        return self._mean(some, route)
+        """Mean over `train_sample`, in nats."""
+        return self._mean(train_sample(self), route)
 
 
-@dataclass(frozen=True)
-class ClassificationExample:
-    """A row ready for the model: tokens or a shrunk picture, and the number of its class."""
-
-    where: str
-    content: Any
-    target: int
-
-
+@register_objective("classify")
 class ClassificationObjective(PaddedObjective):
-    """One class a row."""
+    """One class per row; the head is new, and saved with the adapter."""
+
+    schema = "labeled"
+    units = Units("row", "classes")
+    has_baseline = False
+    report_key = "classes"
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, base: Classifier | None = None) -> PreparedData:
+        """Read, tokenize, check and split the rows; load the base, unless it is given."""
+        check_encoder_settings(settings)
+        table = read_table(settings.data, LABELED, settings.columns, settings.skip_bad_rows)
+        pictures = table.format == "pictures"
+        labels = class_names(table.rows)
+        if len(labels) < 2:
+            why = f"all rows are {labels[0]!r}" if labels else "no row can be used"
+            raise DataError("fewer than two classes", where=str(settings.data), why=why)
+        if settings.eval_data is not None:
+            other = read_table(settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows)
+            rows, held_rows = table.rows, other.rows
+        else:
+            rows, held_rows = split_by_class(table.rows, settings.eval_size, settings.seed)
+        base = base or load_classifier(
+            settings.base,
+            labels,
+            pictures,
+            settings.revision,
+            settings.trust_remote_code,
+            settings.dtype,
+            settings.place,
+        )
+        skipped = list(table.skipped)
+        leave_out = skipped if settings.skip_bad_rows else None
+        length = settings.max_length or min(base.max_positions, 512)
+        train = tokenize_labeled_rows(base, rows, length, leave_out)
+        held = tokenize_labeled_rows(base, held_rows, length, leave_out)
+        size = rows_per_batch(settings, base, train)
+        accumulation = settings.gradient_accumulation_steps
+        return PreparedData(
+            base=base,
+            task=cls(base, train, held, size, accumulation, settings.seed),
+            data_info=describe_data(table, len(held)) | {"labels": list(labels)},
+            skipped=skipped,
+            example=f"{rows[0].where if pictures else str(rows[0].content)} -> {rows[0].label}",
+            eval_records=[row.record() for row in held_rows],
+            modules_to_save=base.new_modules,
+            max_length=length if base.images is None else None,
+            counts={"train": len(train), "held_out": len(held), "classes": len(labels)},
+            units=Units("row", "classes", "picture" if pictures else "token"),
+        )
+
+    @classmethod
+    def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "ClassificationObjective":
+        """Return the objective with the rows that `afina eval` evaluates."""
+        if settings.adapter is None:
+            raise SettingsError(
+                "a classifier's head is saved in its run", where="adapter", hint="afina eval RUN"
+            )
+        base: Any = opened.base
+        if settings.data is None:
+            labeled = _recorded_rows(opened.run, settings)
+        else:
+            labeled = read_table(settings.data, LABELED, settings.columns).rows
+        length = opened.run["settings"]["max_length"] or min(base.max_positions, 512)
+        rows = tokenize_labeled_rows(base, labeled, length, None)
+        objective = cls(base, rows, rows, 32, 1, 0)
+        objective.num_rows = len(rows)
+        return objective
 
     def length(self, row: ClassificationExample) -> int:
         """Tokens; pictures are all alike."""
@@ -196,108 +260,46 @@ class ClassificationObjective(PaddedObjective):
             )
         return found
 
-
-@dataclass(frozen=True)
-class TokenizedText:
-    """A piece of text as tokens, special ones at both ends."""
-
-    where: str
-    token_ids: list[int]
-
-
-class MaskedLMObjective(PaddedObjective):
-    """Hidden tokens to be found. Held-out rows are masked the same way each time."""
-
-    def length(self, row: TokenizedText) -> int:
-        """Tokens."""
-        return len(row.token_ids)
-
-    def collate(self, rows: Sequence[TokenizedText], seed: int) -> PaddedBatch:
-        """Tokens with some hidden, and what they were (rows, longest)."""
-        inputs = self.base.batch([row.token_ids for row in rows])
-        tokenizer = self.base.tokenizer
-        assert tokenizer is not None
-        tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(seed % (1 << 62))
-        special = torch.isin(tokens.cpu(), torch.tensor(tokenizer.all_special_ids))
-        hidden = (torch.rand(tokens.shape, generator=generator) < MASKED_SHARE) & ~special
-        if not hidden.any():
-            hidden[0, 1] = True
-        fate = torch.rand(tokens.shape, generator=generator)
-        random_tokens = torch.randint(len(tokenizer), tokens.shape, generator=generator)
-        shown = torch.where(
-            fate < 0.8,
-            tokenizer.mask_token_id,
-            torch.where(fate < 0.9, random_tokens, tokens.cpu()),
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return the loss of the eval rows (nats per row) and `classes`: accuracy, F1, confusion."""
+        expected = [row.target for row in self.eval_rows]
+        labels = self.base.labels
+        scores = classification_scores(
+            self.predictions(self.eval_rows, route), expected, len(labels)
         )
-        targets = torch.where(hidden, tokens.cpu(), IGNORE).to(tokens.device)
-        return PaddedBatch(
-            inputs | {"input_ids": torch.where(hidden, shown, tokens.cpu()).to(tokens.device)},
-            targets,
-        )
+        scores |= {"labels": list(labels), "rows": len(self.eval_rows)}
+        return {"loss": self.eval_loss(route), "classes": scores}
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Return the scores of the trained classifier; without its head there is none before."""
+        return {**after["classes"], "verdict": []}
+
+    def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:
+        """Draw the confusion table into `file`, where `write`, and record its path."""
+        if write:
+            draw_confusion(result["confusion"], self.base.labels, file)
+        result["picture"] = str(file)
 
 
-def tokenize_labeled_rows(
-    base: Classifier, rows: Sequence[LabeledRow], max_length: int, skipped: list[str] | None
-) -> list[ClassificationExample]:
-    """Labelled rows as tokens or pixels; one that cannot be used is an error, or is listed in `skipped`."""
-    numbers = {label: number for number, label in enumerate(base.labels)}
-
-    def make(where: str, row: LabeledRow) -> ClassificationExample:
-        return ClassificationExample(
-            where, encode_input(base, row.content, max_length, where), _number(row, numbers)
-        )
-
-    made = parse_rows(((row.where, row) for row in rows), make, skipped)
-    if not made:
-        raise DataError("no row is left")
-    return made
-
-
-def _number(row: LabeledRow, numbers: dict[str, int]) -> int:
-    if row.label not in numbers:
+def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[LabeledRow]:
+    """Return the eval rows of a run: texts are kept with it, images are read where they were."""
+    file = eval_rows_file(settings)
+    if record["data"]["format"] == "text":
+        return read_table(file, LABELED).rows
+    wanted = {json.loads(line)["file"] for line in file.read_text().splitlines()}
+    trained = record["settings"]
+    source = Path(trained["eval_data"] or trained["data"])
+    if not source.exists():
+        why = f"the eval images of the run are in {source}, which does not exist"
         raise DataError(
-            f"class {row.label!r} was not among the training rows",
-            where=row.where,
-            why=f"known: {', '.join(numbers)}",
+            "the eval images cannot be found",
+            where=str(settings.adapter),
+            why=why,
+            hint="--data FOLDER",
         )
-    return numbers[row.label]
-
-
-def encode_input(base: Classifier, content: str | bytes, max_length: int, where: str) -> Any:
-    """A text as tokens, the bytes of a picture as one that is shrunk; raises `DataError` where it cannot be read."""
-    if base.images is not None:
-        if isinstance(content, str):
-            raise DataError("this model reads pictures, and here is a text", where=where)
-        return base.images.resize(open_image(content, where))
-    if isinstance(content, bytes):
-        raise DataError("this model reads text, and here is a picture", where=where)
-    assert base.tokenizer is not None
-    tokens = base.tokenizer(content, verbose=False)["input_ids"]
-    if len(tokens) > max_length:
-        hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
-        raise DataError(
-            f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=where, hint=hint
-        )
-    return tokens
-
-
-def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[TokenizedText]:
-    """Plain text cut into pieces of at most `max_length` tokens, with the special tokens that the encoder expects."""
-    tokenizer = base.tokenizer
-    assert tokenizer is not None
-    if tokenizer.mask_token_id is None:
-        raise DataError(
-            "this model's tokenizer has no mask token",
-            hint="--objective pretrain is for models that write on",
-        )
-    first, last = [
-        [t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    ]
-    pieces = []
-    for row in rows:
-        tokens = tokenizer(row.text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(0, len(tokens), max_length - 2):
-            pieces.append(
-                TokenizedText(row.where, [*first, *tokens[start : start + max_length - 2], *last])
-            )
-    return [piece for piece in pieces if len(piece.token_ids) > 2]
+    table = read_table(source, LABELED, trained["columns"])
+    if trained["eval_data"] is None and table.digest != record["data"]["sha256"]:
+        why = "its images are not those of the run: some may have been used for training"
+        hint = "--data FOLDER of new images"
+        raise DataError("the data has changed", where=str(source), why=why, hint=hint)
+    return [row for row in table.rows if row.where in wanted]

@@ -6,83 +6,31 @@ The two differ only in which tokens carry a label.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters, last_start
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import LoadedRun
 from afina.adapters.segments import NO_ADAPTERS
 from afina.data.packing import BatchSampler, PackedBatch, group_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
-from afina.data.schemas import SFTRow
-from afina.data.table import parse_rows, summarize_skipped
-from afina.errors import DataError
+from afina.data.schemas import SFT
+from afina.data.table import read_table
 from afina.models.causal_lm import CausalLM
-from afina.objectives.base import Total, no_reduce, train_sample
-
-
-def infer_objective(objective: str, rows: Sequence[SFTRow]) -> str:
-    """The objective meant by "auto": pretrain for plain text, sft for everything with an answer."""
-    plain = [row.text is not None for row in rows]
-    if objective == "auto":
-        return "pretrain" if all(plain) else "sft"
-    if objective == "sft" and any(plain):
-        where = rows[plain.index(True)].where
-        raise DataError(
-            "plain text has no answers to learn", where=where, hint="--objective pretrain"
-        )
-    return objective
-
-
-def tokenize_rows(
-    objective: str,
-    renderer: Renderer,
-    rows: Sequence[SFTRow],
-    skipped: list[str] | None,
-    invocation: tuple[int, ...] = (),
-) -> list[Example]:
-    """Rows as labelled tokens. A row that cannot be used is an error, or is listed in `skipped` when that is given.
-
-    With an `invocation`, only what follows its last occurrence carries labels: before it the adapter does not act.
-    """
-
-    def make(where: str, row: SFTRow) -> list[Example]:
-        made = (
-            renderer.chunk_text(row, renderer.max_length)
-            if objective == "pretrain"
-            else [renderer.example(row)]
-        )
-        return (
-            [mask_before_invocation(example, invocation) for example in made]
-            if invocation
-            else made
-        )
-
-    examples = [
-        example
-        for made in parse_rows(((row.where, row) for row in rows), make, skipped)
-        for example in made
-    ]
-    if not examples:
-        raise DataError(
-            "no row is left to learn from", why=f"skipped: {summarize_skipped(skipped or [])}"
-        )
-    return examples
-
-
-def mask_before_invocation(example: Example, invocation: tuple[int, ...]) -> Example:
-    """The example with labels only where an activated adapter acts; raises `DataError` where it never does."""
-    start = last_start(example.token_ids, invocation)
-    if start is None:
-        hint = "--invocation TEXT that stands in every row, or --skip-bad-rows"
-        raise DataError("the invocation does not occur in this row", where=example.where, hint=hint)
-    labels = [label and position > start for position, label in enumerate(example.loss_mask)]
-    if not any(labels):
-        raise DataError(
-            "nothing to learn after the invocation", where=example.where, hint="--skip-bad-rows"
-        )
-    return replace(example, loss_mask=labels)
+from afina.objectives.base import Objective, perplexity, train_sample
+from afina.objectives.language_data import infer_objective, read_examples, tokenize_rows
+from afina.objectives.prepared import (
+    BATCH_TOKENS,
+    PROFILE_TOKENS,
+    PreparedData,
+    describe_data,
+    eval_source,
+    load_language_model,
+)
+from afina.objectives.registry import get_objective, register_objective
+from afina.settings import EvalSettings, TrainSettings
 
 
 def batch_loss(base: CausalLM, batch: PackedBatch, route: ActiveAdapters | None) -> Tensor:
@@ -106,8 +54,53 @@ def mean_loss(
     return total / labels
 
 
-class LanguageModelingObjective:
-    """Next-token learning on `train`, judged on `held`; batches hold about `batch_tokens` tokens."""
+class LanguageModelingObjective(Objective):
+    """Next-token prediction on packed batches of about `batch_tokens` tokens."""
+
+    shares_pass = True
+    base: CausalLM
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, base: CausalLM | None = None) -> PreparedData:
+        """Read, tokenize, check and split the rows; load the base, unless it is given."""
+        table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
+        base, own_tokens = load_language_model(settings, base)
+        rows = read_examples(settings, table, base.tokenizer, base.max_positions)
+        records = [row.record() for row in rows.held_rows] or [
+            {"text": base.decode(example.token_ids)} for example in rows.eval_examples
+        ]
+        objective = get_objective(rows.objective) if settings.objective == "auto" else cls
+        task: Any = objective
+        return PreparedData(
+            base=base,
+            task=task(
+                base,
+                rows.train,
+                rows.eval_examples,
+                settings.max_tokens_per_batch,
+                settings.gradient_accumulation_steps,
+                settings.seed,
+            ),
+            data_info=describe_data(table, len(rows.eval_examples)),
+            skipped=rows.skipped,
+            example=rows.renderer.format_loss_mask(rows.train[0]),
+            eval_records=records,
+            invocation=rows.invocation,
+            trainable_tokens=own_tokens,
+            max_length=rows.renderer.max_length,
+            counts=rows.counts,
+        )
+
+    @classmethod
+    def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "LanguageModelingObjective":
+        """Return the objective with the rows that `afina eval` evaluates."""
+        base, (file, columns) = opened.causal_lm, eval_source(settings)
+        rows = read_table(file, SFT, columns).rows
+        renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
+        examples = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
+        objective = cls(base, examples, examples, BATCH_TOKENS, 1, 0)
+        objective.num_rows = len(rows)
+        return objective
 
     def __init__(
         self,
@@ -153,10 +146,6 @@ class LanguageModelingObjective:
         """Sum of the cross-entropy over the batch's labels, in nats."""
         return batch_loss(self.base, batch, route)
 
-    def metrics(self, total: Total = no_reduce) -> dict[str, float]:
-        """Nothing: the loss says it all."""
-        return {}
-
     def eval_loss(self, route: ActiveAdapters | None) -> float:
         """Mean over the labels of the held-out rows, in nats."""
         return mean_loss(self.base, self.eval_rows, self._batch_tokens, route)
@@ -164,3 +153,28 @@ class LanguageModelingObjective:
     def train_loss(self, route: ActiveAdapters | None) -> float:
         """The same over as many of the rows that are learned from."""
         return mean_loss(self.base, train_sample(self), self._batch_tokens, route)
+
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return the loss of the eval rows (nats per token) and its perplexity."""
+        loss = self.eval_loss(route)
+        return {"loss": loss, "perplexity": perplexity(loss)}
+
+    def expected_completions(self) -> list[Example]:
+        """Return the eval examples with a completion."""
+        return [example for example in self.eval_rows if example.completion is not None]
+
+    def profile_prompts(self) -> list[list[int]]:
+        """Return the prompt of each training row, or the first tokens of a text."""
+        return [
+            e.token_ids[: e.prompt_length] or e.token_ids[:PROFILE_TOKENS] for e in self.train
+        ]
+
+
+@register_objective("sft")
+class SFTObjective(LanguageModelingObjective):
+    """Supervised fine-tuning: next-token prediction on the completions."""
+
+
+@register_objective("pretrain")
+class PretrainObjective(LanguageModelingObjective):
+    """Continued pretraining: next-token prediction on all tokens of a text."""

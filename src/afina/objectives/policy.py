@@ -20,15 +20,24 @@ import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import LoadedRun
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.data.packing import IGNORE_INDEX, PackedBatch, group_by_length, pack_examples
-from afina.data.renderer import Example
-from afina.data.schemas import PromptRow
+from afina.data.renderer import Example, Renderer
+from afina.data.schemas import PROMPT
+from afina.data.table import read_table
 from afina.engine.request import Completion
 from afina.errors import TrainingError
 from afina.io.atomic import write_json
 from afina.models.causal_lm import SCORE, CausalLM
-from afina.objectives.base import Total, no_reduce, train_sample
+from afina.objectives.base import Objective, Total, Units, no_reduce, train_sample
+from afina.objectives.policy_data import (
+    TokenizedPrompt,
+    check_policy_settings,
+    check_temperature,
+    make_queries,
+    split_prompts,
+)
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.policy_losses import (
     clipped_losses,
@@ -38,27 +47,31 @@ from afina.objectives.policy_losses import (
     rloo_advantages,
     whiten,
 )
+from afina.objectives.policy_report import policy_report
 from afina.objectives.preference import MetricSums
-from afina.objectives.reference import STORY, ReferencePolicy
-from afina.objectives.reward_functions import RewardFunctions
+from afina.objectives.prepared import (
+    BATCH_TOKENS,
+    PreparedData,
+    activation_tokens,
+    describe_data,
+    eval_source,
+    load_language_model,
+    trained_settings,
+)
+from afina.objectives.reference import STORY
+from afina.objectives.registry import register_objective
+from afina.objectives.reward_functions import RewardFunctions, load_reward_functions
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.settings import GRPOSettings, PolicySettings, PPOSettings
+from afina.settings import (
+    EvalSettings,
+    GRPOSettings,
+    PolicySettings,
+    PPOSettings,
+    TrainSettings,
+)
 
 SHOWN = 4  # answers kept at each check
-ANSWERS = "answers"  # the folder of these
-
-
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """A prompt as tokens."""
-
-    row: PromptRow
-    token_ids: list[int]
-
-    @property
-    def where(self) -> str:
-        """Where it stands in the data."""
-        return self.row.where
+ANSWERS = "completions"  # the folder of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +107,83 @@ class Rollout:
     facts: MetricSums = field(default_factory=MetricSums)
 
 
-class PolicyObjective:
-    """grpo, rloo and ppo. See `Task`. `set_up` gives `policy`, the route of what learns, and `reference`."""
+class PolicyObjective(Objective):
+    """Policy gradients on completions that are sampled from the policy; see GRPO, RLOO and PPO."""
 
-    policy: ActiveAdapters | None = None
-    reference: ReferencePolicy | None = None
+    schema = "prompt"
+    units = Units("answer", "")
+    needs_reference = True
+    default_learning_rate_factor = 0.1
+    shares_base = False
+    supports_processes = False
+    maximizes_reward = True
+    report_key = "policy"
+    base: CausalLM
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, base: CausalLM | None = None) -> PreparedData:
+        """Read, tokenize, check and split the prompts; load the base, unless it is given."""
+        options = settings.group(cls.name)
+        check_policy_settings(settings, options)
+        table = read_table(settings.data, PROMPT, settings.columns, settings.skip_bad_rows)
+        base, own_tokens = load_language_model(settings, base)
+        check_temperature(options, base)
+        modules = (base.add_score_head(),) if cls.head else ()
+        rewards = load_reward_functions(options, base, settings.chat_template)
+        length = min(settings.max_length or base.max_positions, base.max_positions)
+        renderer = Renderer(base.tokenizer, settings.chat_template, length)
+        invocation = activation_tokens(renderer, settings)
+        skipped = list(table.skipped)
+        leave_out = skipped if settings.skip_bad_rows else None
+        train, held = (
+            make_queries(renderer, rows, leave_out, invocation, options.max_new_tokens, rewards)
+            for rows in split_prompts(settings, table.rows, skipped)
+        )
+        longest = max(len(query.token_ids) for query in (*train, *held)) + options.max_new_tokens
+        writer = PolicyGenerator(base, longest, renderer.stop_token_ids)
+        packing = (settings.max_tokens_per_batch, settings.seed)
+        return PreparedData(
+            base=base,
+            task=cls(options, base, train, held, rewards, writer, *packing),
+            data_info=describe_data(table, len(held)),
+            skipped=skipped,
+            example=str(base.tokenizer.decode(train[0].token_ids)) + "«...»",
+            eval_records=[query.row.record(rewards.needs_items) for query in held],
+            invocation=invocation,
+            modules_to_save=modules,
+            trainable_tokens=own_tokens,
+            max_length=renderer.max_length,
+            counts={
+                "train": len(train),
+                "held_out": len(held),
+                "tokens": sum(len(query.token_ids) for query in train),
+                "longest": longest,
+            },
+            units=cls.units,
+            reward_hash=rewards.content_hash,
+        )
+
+    @classmethod
+    def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "PolicyObjective":
+        """Return the objective with the prompts that `afina eval` evaluates."""
+        base, trained = opened.causal_lm, trained_settings(opened.run)
+        options, (file, columns) = trained.group(cls.name), eval_source(settings)
+        renderer = Renderer(base.tokenizer, opened.template, base.max_positions)
+        rows = [
+            TokenizedPrompt(row, renderer.prompt(row.prompt))
+            for row in read_table(file, PROMPT, columns).rows
+        ]
+        rewards = load_reward_functions(options, base, opened.template)
+        longest = max(len(query.token_ids) for query in rows) + options.max_new_tokens
+        writer = PolicyGenerator(base, longest, renderer.stop_token_ids)
+        objective = cls(
+            options, base, rows, rows, rewards, writer, BATCH_TOKENS, trained.seed
+        )
+        objective.num_rows = len(rows)
+        return objective
 
     def __init__(
         self,
-        objective: str,
         options: PolicySettings,
         base: CausalLM,
         train: list[TokenizedPrompt],
@@ -112,13 +193,7 @@ class PolicyObjective:
         batch_tokens: int,
         seed: int,
     ) -> None:
-        self.objective, self.options, self.base, self.train, self.eval_rows = (
-            objective,
-            options,
-            base,
-            train,
-            held,
-        )
+        self.options, self.base, self.train, self.eval_rows = options, base, train, held
         self.rewards, self.writer = rewards, writer
         self._batch_tokens, self._seed = batch_tokens, seed
         self._prompts, self.group = (
@@ -132,6 +207,11 @@ class PolicyObjective:
         self.seconds = {"writing": 0.0, "judging": 0.0}
 
     # ---- steps
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on the same completions."""
+        return self.options.num_iterations
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,7 +290,7 @@ class PolicyObjective:
         self, parts: list[list[Example]], packed: list[list[int]], rewards: Tensor
     ) -> list[RolloutBatch]:
         """The batches, with the advantage of every token."""
-        options, ppo = self.options, self.objective == "ppo"
+        options, ppo = self.options, self.name == "ppo"
         batches, values = [], []
         for part in parts:
             batch = self._laid(part)
@@ -252,8 +332,8 @@ class PolicyObjective:
         """Whether the log-probabilities with which answers were written are needed before the loss."""
         return (
             self.options.num_iterations > 1
-            or self.objective == "ppo"
-            or (self.objective == "rloo" and self.options.beta > 0)
+            or self.name == "ppo"
+            or (self.name == "rloo" and self.options.beta > 0)
         )
 
     def _compared(
@@ -265,7 +345,7 @@ class PolicyObjective:
     ) -> list[RolloutBatch]:
         """grpo, rloo: an advantage for each answer, the same for all of its tokens."""
         rewards = rewards.clone()
-        if self.objective == "rloo" and self.options.beta:
+        if self.name == "rloo" and self.options.beta:
             for batch, counts, indices in zip(batches, tokens, packed, strict=True):
                 assert batch.old_logprobs is not None
                 drift = [
@@ -353,7 +433,7 @@ class PolicyObjective:
         losses, clipped = clipped_losses(logps, old, batch.advantages, options.clip_range)
         apart = kl_estimate(logps, batch.reference)
         facts = {"kl": apart.detach(), "clipped": clipped.float(), "entropy": -old}
-        if self.objective == "grpo" and options.beta:
+        if self.name == "grpo" and options.beta:
             losses = losses + options.beta * apart
         if isinstance(options, PPOSettings) and values is not None and batch.returns is not None:
             errors = (values - batch.returns).square()
@@ -415,7 +495,7 @@ class PolicyObjective:
     def metrics(self, total: Total = no_reduce) -> dict[str, float]:
         """Means over the answers of the last step, and, after a check, over those to the held-out prompts."""
         return self._step.added_up(total).means() | {
-            f"held_out_{name}": value for name, value in self._check.means().items()
+            f"eval_{name}": value for name, value in self._check.means().items()
         }
 
     def start_run(self, folder: Path) -> None:
@@ -450,6 +530,59 @@ class PolicyObjective:
         told = self.rewards.score([query.row for query in rows], examples, self._batch_tokens)
         self.seconds["judging"] += time.perf_counter() - begin
         return told
+
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return metrics of greedy completions of the eval prompts, and of sampled ones.
+
+        `kl` and `entropy` (nats per token) are those of sampled completions; `completions` are the
+        greedy ones with their rewards.
+        """
+        written, _, scores = self.eval_completions(self.eval_rows, route)
+        sampled = self.sampled_metrics(route)
+        rewards = scores["reward"]
+        return {name: float(values.mean()) for name, values in scores.items()} | {
+            "loss": -float(rewards.mean()),
+            "length": sum(len(answer.token_ids) for answer in written) / len(written),
+            "stopped": sum(answer.ended_by_stop for answer in written) / len(written),
+            "sampled_reward": sampled["reward"],
+            "sampled_length": sampled["length"],
+            "kl": sampled["kl"],
+            "entropy": sampled["entropy"],
+            "completions": [
+                (answer.text, reward)
+                for answer, reward in zip(written, rewards.tolist(), strict=True)
+            ],
+        }
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Compare two results of `evaluate`: rewards, win rate, divergence, some completions."""
+        return policy_report(self, before, after)
+
+    def run_facts(self) -> dict[str, Any]:
+        """Return the seconds that generating and scoring took in this process."""
+        return {"seconds_here": self.seconds}
+
+    def profile_prompts(self) -> list[list[int]]:
+        """Return the training prompts."""
+        return [query.token_ids for query in self.train]
+
+
+@register_objective("grpo")
+class GRPOObjective(PolicyObjective):
+    """Group-relative policy optimization: a completion against the others of its prompt."""
+
+
+@register_objective("rloo")
+class RLOOObjective(PolicyObjective):
+    """REINFORCE with the mean of the other completions of a prompt as the baseline."""
+
+
+@register_objective("ppo")
+class PPOObjective(PolicyObjective):
+    """Proximal policy optimization, with a value head that is not saved."""
+
+    head = SCORE
+    saves_head = False
 
 
 def _example(query: TokenizedPrompt, answer: Completion) -> Example:

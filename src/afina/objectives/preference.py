@@ -11,13 +11,14 @@ rows of an optimizer step, however they are packed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import LoadedRun
 from afina.data.packing import (
     BatchSampler,
     PackedBatch,
@@ -26,46 +27,36 @@ from afina.data.packing import (
     pack_examples,
 )
 from afina.data.renderer import Example, Renderer
-from afina.data.schemas import PreferenceRow, prompt_key
-from afina.data.table import parse_rows, summarize_skipped
-from afina.errors import DataError
 from afina.models.causal_lm import CausalLM
-from afina.objectives.base import Total, no_reduce, train_sample
-from afina.objectives.language_modeling import mask_before_invocation
+from afina.objectives.base import LossSum, Objective, Total, Units, no_reduce, train_sample
+from afina.objectives.preference_data import (
+    PreferenceExample,
+    format_preference,
+    read_comparable,
+    split_preferences,
+    tokenize_preferences,
+)
 from afina.objectives.preference_losses import (
     AnswerLogprobs,
     kto_losses,
     pair_losses,
     preference_metrics,
 )
-from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
+from afina.objectives.preference_report import preference_report
+from afina.objectives.prepared import (
+    BATCH_TOKENS,
+    PROFILE_TOKENS,
+    PreparedData,
+    activation_tokens,
+    describe_data,
+    eval_source,
+    load_language_model,
+    trained_settings,
+)
+from afina.objectives.reference import segments_for, sequence_logprobs
+from afina.objectives.registry import register_objective
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.settings import PreferenceSettings
-
-MATE_TRIES = 8  # other rows looked at for one whose answer fits to a prompt
-
-
-@dataclass(frozen=True)
-class PreferenceExample:
-    """A row as tokens: the better answer and the worse one (with a label, one of them), each with its prompt.
-
-    `mate` is the prompt with the answer of another row, which KTO's z is an average over.
-    """
-
-    where: str
-    chosen: Example | None
-    rejected: Example | None
-    mismatched: Example | None = None
-
-    @cached_property
-    def token_ids(self) -> list[int]:
-        """All that passes through the model, by which rows are packed."""
-        return [
-            token
-            for example in (self.chosen, self.rejected)
-            if example
-            for token in example.token_ids
-        ]
+from afina.settings import EvalSettings, PreferenceSettings, TrainSettings
 
 
 @dataclass
@@ -108,60 +99,78 @@ class PreferenceBatch:
         )
 
 
-def tokenize_preferences(
-    renderer: Renderer,
-    rows: Sequence[PreferenceRow],
-    skipped: list[str] | None,
-    invocation: tuple[int, ...],
-    mates: bool,
-) -> list[tuple[PreferenceRow, PreferenceExample]]:
-    """Rows with their tokens. One that cannot be used is an error, or is listed in `skipped` when that is given.
+class PairwiseObjective(Objective):
+    """Preferences on packed batches, one loss per row; `score_batch` is what is minimized."""
 
-    With an `invocation`, only what follows its last occurrence counts: before it policy and reference are the base.
-    """
+    schema = "preference"
+    units = Units("pair", "")
+    report_key = "preferences"
+    single: ClassVar[bool] = False  # rows of one completion with a label, not of two
+    base: CausalLM
 
-    def example(row: PreferenceRow, answer: Any) -> Example:
-        made = renderer.example(row.row(answer))
-        return mask_before_invocation(made, invocation) if invocation else made
+    @classmethod
+    def create(
+        cls, settings: TrainSettings, base: CausalLM, train: Any, held: Any, packing: Any
+    ) -> "PairwiseObjective":
+        """Return the objective on tokenized rows; `packing`: batch tokens, accumulation, seed."""
+        return cls(base, train, held, *packing)
 
-    def make(where: str, number: int) -> tuple[PreferenceRow, PreferenceExample]:
-        row = rows[number]
-        good, bad = (
-            example(row, answer) if answer is not None else None
-            for answer in (row.chosen, row.rejected)
+    @classmethod
+    def prepare(cls, settings: TrainSettings, base: CausalLM | None = None) -> PreparedData:
+        """Read, tokenize, check and split the rows; load the base, unless it is given."""
+        table = read_comparable(
+            settings.data, settings.columns, cls.name, cls.single, settings.skip_bad_rows
         )
-        if good is not None and bad is not None and good.token_ids == bad.token_ids:
-            raise DataError("the two answers are the same tokens", where=where)
-        return row, PreferenceExample(
-            where, good, bad, _mate(example, rows, number) if mates else None
+        base, own_tokens = load_language_model(settings, base)
+        modules = (base.add_score_head(),) if cls.head else ()
+        length = settings.max_length or min(base.max_positions, 2048)
+        renderer = Renderer(base.tokenizer, settings.chat_template, length)
+        invocation = activation_tokens(renderer, settings)
+        skipped = list(table.skipped)
+        train, held = split_preferences(
+            settings, table, renderer, invocation, skipped, cls.single
+        )
+        accumulation = settings.gradient_accumulation_steps
+        packing = (settings.max_tokens_per_batch, accumulation, settings.seed)
+        examples = [choice for _, choice in train]
+        task = cls.create(settings, base, examples, [choice for _, choice in held], packing)
+        return PreparedData(
+            base=base,
+            task=task,
+            data_info=describe_data(table, len(held)),
+            skipped=skipped,
+            example=format_preference(renderer, examples[0]),
+            eval_records=[row.record() for row, _ in held],
+            invocation=invocation,
+            modules_to_save=modules,
+            trainable_tokens=own_tokens,
+            max_length=renderer.max_length,
+            counts={
+                "train": len(train),
+                "held_out": len(held),
+                "tokens": sum(len(choice.token_ids) for choice in examples),
+                "longest": max(len(e.token_ids) for c in examples for e in c.completions),
+            },
+            units=cls.units,
         )
 
-    made = parse_rows(((row.where, number) for number, row in enumerate(rows)), make, skipped)
-    if not made:
-        raise DataError(
-            "no row is left to learn from", why=f"skipped: {summarize_skipped(skipped or [])}"
-        )
-    return made
-
-
-def _mate(example: Any, rows: Sequence[PreferenceRow], number: int) -> Example | None:
-    """The prompt of a row with the answer of one before it that has another prompt; None where there is none that fits."""
-    row, tries = rows[number], 0
-    for distance in range(1, len(rows)):
-        other = rows[number - distance]
-        if prompt_key(other) == prompt_key(row):
-            continue
-        try:
-            return example(row, other.chosen if other.chosen is not None else other.rejected)
-        except DataError:  # too long, or a text where messages are needed
-            tries += 1
-            if tries == MATE_TRIES:
-                return None
-    return None
-
-
-class PairwiseObjective:
-    """Preferences to learn from and to judge by, under any objective. See `Task`; what is minimised is in `judge`."""
+    @classmethod
+    def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "PairwiseObjective":
+        """Return the objective with the rows that `afina eval` evaluates."""
+        base: Any = opened.base
+        trained, (file, columns) = trained_settings(opened.run), eval_source(settings)
+        rows = read_comparable(file, columns, cls.name, cls.single).rows
+        length = trained.max_length or min(base.max_positions, 2048)
+        renderer = Renderer(base.tokenizer, opened.template, length)
+        invocation = opened.adapters[0][0].config.invocation if opened.adapters else ()
+        examples = [
+            choice
+            for _, choice in tokenize_preferences(renderer, rows, None, invocation, cls.single)
+        ]
+        packing = (BATCH_TOKENS, 1, trained.seed)
+        objective = cls.create(trained, base, examples, examples, packing)
+        objective.num_rows = len(rows)
+        return objective
 
     def __init__(
         self,
@@ -234,14 +243,20 @@ class PairwiseObjective:
             self._step.add(facts)
         return losses.sum()
 
-    @torch.no_grad()
     def row_losses(
+        self, rows: Sequence[PreferenceExample], route: ActiveAdapters | None
+    ) -> list[LossSum]:
+        """Return the loss of each row."""
+        return [LossSum(loss, 1) for loss in self._packed_losses(rows, route)]
+
+    @torch.no_grad()
+    def _packed_losses(
         self,
         rows: Sequence[PreferenceExample],
         route: ActiveAdapters | None,
         tally: "MetricSums | None" = None,
     ) -> list[float]:
-        """The loss of each row, packed; facts are added to `tally`."""
+        """Return the loss of each row, computed on packed batches; metrics are added to `tally`."""
         found, mates = dict.fromkeys(range(len(rows)), 0.0), mates_of(rows)
         for indices in group_by_length(
             [len(row.token_ids) for row in rows], self._batch_tokens, range(len(rows))
@@ -258,24 +273,28 @@ class PairwiseObjective:
     def eval_loss(self, route: ActiveAdapters | None) -> float:
         """Mean over the held-out rows; their facts are noted."""
         self._check = MetricSums()
-        losses = self.row_losses(self.eval_rows, route, self._check)
+        losses = self._packed_losses(self.eval_rows, route, self._check)
         return sum(losses) / len(losses)
 
     def train_loss(self, route: ActiveAdapters | None) -> float:
         """The same over as many of the rows that are learned from."""
-        losses = self.row_losses(train_sample(self), route)
+        losses = self._packed_losses(train_sample(self), route)
         return sum(losses) / len(losses)
 
-    def eval_metrics(self, route: ActiveAdapters | None) -> dict[str, float]:
-        """Means over the held-out rows: who won, by how much, log-probabilities, lengths."""
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return the loss and the metrics of the eval rows: accuracy, margins, log-probabilities."""
         tally = MetricSums()
-        self.row_losses(self.eval_rows, route, tally)
-        return tally.means()
+        losses = self._packed_losses(self.eval_rows, route, tally)
+        return {"loss": sum(losses) / len(losses)} | tally.means()
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Compare two results of `evaluate`; log-probabilities are nats per completion."""
+        return preference_report(self, before, after)
 
     def metrics(self, total: Total = no_reduce) -> dict[str, float]:
         """Means over the rows of the last step, and, after a check, of those held out."""
         return self._step.added_up(total).means() | {
-            f"held_out_{name}": value for name, value in self._check.means().items()
+            f"eval_{name}": value for name, value in self._check.means().items()
         }
 
 
@@ -318,12 +337,20 @@ class MetricSums:
 
 
 class PreferenceObjective(PairwiseObjective):
-    """dpo, kto, orpo and simpo. `reference` is what the first two compare with; `set_up` gives it when adapters are on."""
+    """A loss on the log-probabilities of completions; subclasses are named after the loss."""
 
-    def __init__(self, objective: str, options: PreferenceSettings, *given: Any) -> None:
+    default_learning_rate_factor = 0.1  # preferences are trained from a model that is good already
+
+    def __init__(self, options: PreferenceSettings, *given: Any) -> None:
         super().__init__(*given)
-        self.objective, self.options = objective, options
-        self.reference: ReferencePolicy | None = None
+        self.options = options
+
+    @classmethod
+    def create(
+        cls, settings: TrainSettings, base: CausalLM, train: Any, held: Any, packing: Any
+    ) -> "PreferenceObjective":
+        """Return the objective on tokenized rows; `packing`: batch tokens, accumulation, seed."""
+        return cls(settings.group(cls.name), base, train, held, *packing)
 
     def score_batch(
         self, batch: PreferenceBatch, route: ActiveAdapters | None
@@ -334,8 +361,8 @@ class PreferenceObjective(PairwiseObjective):
             AnswerLogprobs(logps[side], None if known is None else known[side], tokens[side])
             for side in (batch.chosen, batch.rejected)
         )
-        facts = preference_metrics(self.objective, self.options, good, bad)
-        if self.objective != "kto":
+        facts = preference_metrics(self.name, self.options, good, bad)
+        if not self.single:
             return pair_losses(self.options, good, bad), facts
         z = self._z(batch.mates, route)
         return torch.cat(kto_losses(self.options, good, bad, z)), facts | {"z": z[None]}
@@ -374,7 +401,7 @@ class PreferenceObjective(PairwiseObjective):
             )
         return mates.kl_baseline
 
-    def start_run(self, folder: Any) -> None:
+    def start_run(self, folder: Path) -> None:
         """Write down the reference of a run, and what it has to know beforehand."""
         if self.reference is not None:
             rows = [*self.train, *self.eval_rows]
@@ -384,4 +411,37 @@ class PreferenceObjective(PairwiseObjective):
                 for e in (row.chosen, row.rejected, row.mismatched)
                 if e is not None
             ]
-            self.reference.settle(folder, self.base, sequences, self._batch_tokens)
+            self.reference.start_run(folder, self.base, sequences, self._batch_tokens)
+
+    def profile_prompts(self) -> list[list[int]]:
+        """Return the prompt of each training row."""
+        rows = [row.completions[0] for row in self.train if row.completions]
+        return [
+            e.token_ids[: e.prompt_length] or e.token_ids[:PROFILE_TOKENS] for e in rows
+        ]
+
+
+@register_objective("dpo")
+class DPOObjective(PreferenceObjective):
+    """Direct preference optimization; also IPO, hinge and robust DPO, by `loss_type`."""
+
+    needs_reference = True
+
+
+@register_objective("kto")
+class KTOObjective(PreferenceObjective):
+    """Kahneman-Tversky optimization, on completions labeled good or bad."""
+
+    needs_reference = True
+    single = True
+    units = Units("answer", "")
+
+
+@register_objective("orpo")
+class ORPOObjective(PreferenceObjective):
+    """Odds-ratio preference optimization, without a reference."""
+
+
+@register_objective("simpo")
+class SimPOObjective(PreferenceObjective):
+    """Simple preference optimization: mean log-probabilities per token, without a reference."""

@@ -97,7 +97,7 @@ class ReferencePolicy:
         )
         return {"mode": self.mode, "of": of, "adapter": self.adapter, "why": self.why}
 
-    def settle(
+    def start_run(
         self, folder: Path, base: CausalLM, examples: Sequence[Example], batch_tokens: int
     ) -> None:
         """Write down what the reference is; for "precomputed", read what the run worked out, or work it out now.

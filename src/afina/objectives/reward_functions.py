@@ -153,7 +153,7 @@ class RewardFunctions:
         lines = [f"{judge.content_hash} {weight!r}" for judge, weight in self.scorers]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def about(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         """For run.json."""
         return [
             {"name": judge.name, "weight": weight, "sha256": judge.content_hash}

@@ -9,6 +9,7 @@ Calibration is the expected error of P, as a share: of the pairs of which it is 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from afina.data.packing import PackedBatch
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.objectives.preference import PairwiseObjective, PreferenceBatch
 from afina.objectives.reference import segments_for
+from afina.objectives.registry import register_objective
 from afina.objectives.shared_prefix import SharedPrefixBatch
 
 BINS = 10
@@ -51,8 +53,12 @@ def calibration_error(margins: Tensor) -> float:
     return float(torch.stack(gaps).sum() / len(margins))
 
 
+@register_objective("reward")
 class RewardModelObjective(PairwiseObjective):
-    """Bradley and Terry on pairs."""
+    """Bradley-Terry loss on pairs, with a scalar head."""
+
+    head = SCORE
+    shares_base = False
 
     def score_batch(
         self, batch: PreferenceBatch, route: ActiveAdapters | None
@@ -73,11 +79,11 @@ class RewardModelObjective(PairwiseObjective):
         return -logsigmoid(good - bad), facts
 
     @torch.no_grad()
-    def eval_metrics(self, route: ActiveAdapters | None) -> dict[str, float]:
-        """Means over the held-out pairs, and the calibration error of its probabilities."""
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return the loss and metrics of the eval pairs, with the calibration error (ratio)."""
         margins = []
         for row in self.eval_rows:
             margins.append(self.score_batch(self.collate([row], 0), route)[1]["margin"])
-        return super().eval_metrics(route) | {
+        return super().evaluate(route) | {
             "calibration_error": calibration_error(torch.cat(margins))
         }

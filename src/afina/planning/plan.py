@@ -20,6 +20,7 @@ from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
 from afina.models.nf4 import NF4Linear
+from afina.objectives.language_data import read_examples
 from afina.objectives.language_modeling import LanguageModelingObjective
 from afina.planning.estimate import (
     Machine,
@@ -47,7 +48,7 @@ from afina.settings import (
     make_settings,
     resolved,
 )
-from afina.training.setup.prepare import read_examples, resolve_objective
+from afina.training.setup.prepare import resolve_objective
 from afina.training.setup.set_up import RunSetup, default_out, set_up_run
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

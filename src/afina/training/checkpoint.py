@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from afina.errors import TrainingError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
-from afina.io.migrations import migrate_settings
+from afina.io.migrations import migrate_progress, migrate_settings
 from afina.io.strict_json import read_json_object
 from afina.settings import TrainSettings, resolved
 from afina.training.setup.optimizer import AdapterOptimizer
@@ -40,7 +40,8 @@ def save(
         if torch.cuda.is_available():
             state[":rng-cuda"] = torch.cuda.get_rng_state()
         save_file(state, folder / "state.safetensors")
-        write_json(folder / "progress.json", {"progress": asdict(progress), "identity": identity})
+        content = {"format_version": 2, "progress": asdict(progress), "identity": identity}
+        write_json(folder / "progress.json", content)
 
 
 def exists(run: Path) -> bool:
@@ -51,7 +52,7 @@ def exists(run: Path) -> bool:
 
 def load(run: Path, optimizer: AdapterOptimizer, identity: dict[str, Any]) -> TrainerState:
     """Bring a run back to its checkpoint; raises `TrainingError` where `identity` (settings, data, base) differs."""
-    content = read_json_object(run / FOLDER / "progress.json")
+    content = migrate_progress(read_json_object(run / FOLDER / "progress.json"))
     _same_settings(run, content["identity"]["settings"], identity["settings"])
     for name, value in identity.items():
         if name != "settings" and content["identity"].get(name) != value:

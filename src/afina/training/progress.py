@@ -42,7 +42,7 @@ class ProgressDisplay(NullProgress):
     def __init__(self, setups: Sequence[RunSetup]) -> None:
         self._console = Console(stderr=True)
         self._steps = [setup.steps for setup in setups]
-        self._piece = setups[0].prepared.words.piece
+        self._piece = setups[0].prepared.units.piece
         names = (
             ["training"]
             if len(setups) == 1
@@ -90,6 +90,6 @@ class ProgressDisplay(NullProgress):
             speed += f"  reward {tick.metrics['reward']:.3f}"
         if tick.eval_loss is not None:
             step = f"{self._labels[run]}step {tick.step}/{self._steps[run]}"
-            reward = tick.metrics.get("held_out_reward")
+            reward = tick.metrics.get("eval_reward")
             judged = f"loss {tick.eval_loss:.3f}" if reward is None else f"reward {reward:.3f}"
             self._console.print(f"{step}  {speed}  held-out {judged}", highlight=False)

@@ -63,7 +63,7 @@ class TrainResult(Result):
         record = self.record
         return (
             f"{pluralize(record['steps'], 'optimizer step')}, "
-            f"{pluralize(record['tokens'], record['words']['piece'])} in {record['seconds']:.0f} s "
+            f"{pluralize(record['tokens'], record['units']['piece'])} in {record['seconds']:.0f} s "
             f"({record['tokens_per_second']:,.0f} per second), "
             f"peak memory {record['peak_memory_mb']:,.0f} MB, adapter {record['adapter_kb']:,.0f} kB"
         )
@@ -117,8 +117,8 @@ def _sweep_row(run: Mapping[str, Any]) -> tuple[str, ...]:
         run["method"],
         str(run["rank"]),
         f"{run['learning_rate']:.3g}",
-        f"{run['held_before']:.4f}",
-        f"{run['held_after']:.4f}",
+        f"{run['eval_loss_before']:.4f}",
+        f"{run['eval_loss_after']:.4f}",
         "" if run["forgetting"] is None else f"{run['forgetting']:+.3f}",
         f"{run['trainable_parameters']:,}",
     )
@@ -128,7 +128,7 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
     """Return what a run measured before and after, from run.json: losses or rewards, and scores."""
     policy = record.get("policy")
     if policy is None:
-        rows, first = loss_rows(record["losses"]), f"nats per {record['words']['unit']}"
+        rows, first = loss_rows(record["losses"]), f"nats per {record['units']['unit']}"
     else:
         rows, first = reward_rows(policy), pluralize(policy["rows"], "eval prompt")
     rows += retention_rows(record["losses"])
@@ -146,18 +146,18 @@ def loss_rows(losses: Mapping[str, Any]) -> TableRows:
     """Return rows (what, before, after) of eval and train loss."""
     return [
         (label, f"{losses[f'{name}_before']:.4f}", f"{losses[f'{name}_after']:.4f}")
-        for name, label in (("held", "eval loss"), ("train", "train loss"))
+        for name, label in (("eval_loss", "eval loss"), ("train_loss", "train loss"))
     ]
 
 
 def retention_rows(losses: Mapping[str, Any]) -> TableRows:
     """Return the row of the retention loss (general text, nats per token); none of a classifier."""
-    if losses["general_before"] is None:
+    if losses["retention_loss_before"] is None:
         return []
     return [
         (
             "retention loss",
-            f"{losses['general_before']:.4f}",
-            f"{losses['general_after']:.4f}",
+            f"{losses['retention_loss_before']:.4f}",
+            f"{losses['retention_loss_after']:.4f}",
         )
     ]

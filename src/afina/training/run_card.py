@@ -20,10 +20,10 @@ def plot_losses(
 
     figure, losses = Figure(figsize=(7, 4), layout="constrained"), record["losses"]
     axes = figure.subplots()
-    _plot_metric(axes, metrics, "loss", "train", "held_out_loss")
-    axes.axhline(losses["held_before"], color="tab:gray", linestyle="--", label="base, eval")
+    _plot_metric(axes, metrics, "loss", "train", "eval_loss")
+    axes.axhline(losses["eval_loss_before"], color="tab:gray", linestyle="--", label="base, eval")
     _mark_best(axes, losses["best_step"])
-    axes.set_ylabel(f"loss (nats per {record['words']['unit']})")
+    axes.set_ylabel(f"loss (nats per {record['units']['unit']})")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     with translate_os_errors(file):
@@ -38,7 +38,7 @@ def plot_rewards(
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    _plot_metric(axes, metrics, "reward", "rollouts", "held_out_reward")
+    _plot_metric(axes, metrics, "reward", "rollouts", "eval_reward")
     before = record["policy"]["before"]["reward"]
     axes.axhline(before, color="tab:gray", linestyle="--", label="before, eval")
     _mark_best(axes, record["losses"]["best_step"])
@@ -137,7 +137,7 @@ def _facts(record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     )
     trained = (
         f"{pluralize(record['steps'], 'optimizer step')}, "
-        f"{pluralize(record['tokens'], record['words']['piece'])} in {record['seconds']:.0f} s"
+        f"{pluralize(record['tokens'], record['units']['piece'])} in {record['seconds']:.0f} s"
     )
     code = "yes (trust_remote_code)" if base["remote_code"] else "no"
     return [
@@ -162,7 +162,7 @@ def _results(record: Mapping[str, Any]) -> list[Content]:
     found = measured(record, "")
     if "policy" in record:
         functions = ", ".join(
-            f"`{one['name']}` (weight {one['weight']:g})" for one in record["policy"]["judges"]
+            f"`{one['name']}` (weight {one['weight']:g})" for one in record["policy"]["reward_functions"]
         )
         found.append(ResultText(f"Reward functions: {functions}."))
     return found

@@ -87,7 +87,7 @@ def _line(settings: TrainSettings, outcome: TrainResult | TrainingError) -> dict
     if isinstance(outcome, TrainingError):
         return about | {"failed": str(outcome)}
     record = outcome.record
-    losses = {key: record["losses"][key] for key in ("held_before", "held_after", "forgetting")}
+    losses = {key: record["losses"][key] for key in ("eval_loss_before", "eval_loss_after", "forgetting")}
     figures = {
         key: record[key]
         for key in ("learning_rate", "trainable_parameters", "steps", "seconds", "adapter_kb")

@@ -3,9 +3,9 @@
 RUN/settings.yaml     the resolved settings; `afina train --config` runs them again
 RUN/example.txt       one row as the model reads it, the learned tokens marked
 RUN/metrics.jsonl     a line a step
-RUN/held_out.jsonl    the rows kept for judging
+RUN/eval.jsonl        the eval rows
 RUN/reference.json    dpo, kto, grpo, rloo and ppo: what the policy is compared with
-RUN/answers/          grpo, rloo and ppo: some answers of each check
+RUN/completions/      grpo, rloo and ppo: some completions of each check
 RUN/checkpoint/       the state from which --resume goes on
 RUN/adapter/          the best adapter, in PEFT's files, and what its prompts look like to the base
 RUN/run.json          data, base, environment, figures, verdict
@@ -35,40 +35,33 @@ from afina.adapters.saving import save_adapter
 from afina.data.renderer import Renderer
 from afina.engine.routing_profile import ChatFrame, PromptEmbedder, build_profile, write_profile
 from afina.errors import SettingsError, TrainingError
-from afina.evaluation.confusion import classify_held_out
-from afina.evaluation.intervals import row_loss_change
-from afina.evaluation.policy_eval import judge_policy
-from afina.evaluation.preference_eval import HELD_OUT, judge_preferences
-from afina.evaluation.retention import perplexity, retention_loss
-from afina.evaluation.verdict import LossReport, forgetting_sentence, verdict
+from afina.evaluation.loss_report import measure_losses
+from afina.evaluation.retention import retention_loss
+from afina.evaluation.verdict import forgetting_sentence, verdict
 from afina.io.adapter_folder import WEIGHTS_FILE
-from afina.io.adapter_metadata import FORMAT_VERSION
 from afina.io.atomic import recover_interrupted_replace, write_json, write_text
+from afina.io.run_record import RUN_FORMAT_VERSION
 from afina.io.strict_json import read_json_object
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.fsdp import shard_model
 from afina.models.loading import choose_device
-from afina.objectives.base import train_sample
-from afina.objectives.classification import ClassificationObjective
-from afina.objectives.language_modeling import LanguageModelingObjective
-from afina.objectives.policy import PolicyObjective, TokenizedPrompt
-from afina.objectives.preference import PairwiseObjective, PreferenceObjective
-from afina.settings import POLICIES, TrainSettings, make_settings, resolved
+from afina.objectives.base import perplexity
+from afina.objectives.prepared import EVAL_ROWS, to_jsonl
+from afina.objectives.registry import get_objective
+from afina.settings import TrainSettings, make_settings, resolved
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
 from afina.training.progress import NullProgress, ProgressDisplay
 from afina.training.results import TrainResult
 from afina.training.run_card import model_card, plot_losses, plot_rewards
-from afina.training.setup.prepare import resolve_objective
-from afina.training.setup.prepared import to_jsonl
+from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
 from afina.training.setup.processes import ProcessContext, world
 from afina.training.setup.set_up import AUTO, RunSetup, default_out, set_up_run
 from afina.training.trainer import Trainer, peak_memory_mb, read_metrics, train_in_one_pass
 
 # how much to make again in the backward pass of runs that share a base, and why (see planning/dial.py)
 Choose = Callable[[Sequence[RunSetup]], tuple[str | int, str | None]]
-BEGINNING = 64  # tokens of a text without a question that stand for it in the profile
 
 
 def train(
@@ -141,10 +134,9 @@ def train_many(
 def _shares(settings: TrainSettings) -> tuple[Any, ...] | None:
     """What runs that can share a base have in common; None where a run needs one of its own."""
     meant = get_preset(settings.method, 1)
-    alone = (
-        resolve_objective(settings) in ("classify", "mlm", "reward", *POLICIES)
-        or get_method(meant.method).replaces_base
-    )
+    objective = resolve_objective(settings)
+    shares_base = get_objective(AUTO_TEXT if objective == "auto" else objective).shares_base
+    alone = not shares_base or get_method(meant.method).replaces_base
     auto = (
         settings.target_modules == AUTO
     )  # looks at the gradient of a base on which nobody else sits
@@ -196,8 +188,7 @@ def _train_group(
             loops.append(loop)
     with display:
         for loop in loops:
-            if isinstance(task := loop.setup.prepared.task, PreferenceObjective | PolicyObjective):
-                task.start_run(loop.run)
+            loop.setup.prepared.task.start_run(loop.run)
             if not loop.progress.before:
                 loop.progress.before = _losses(loop.setup, loop.setup.prepared.baseline)
                 loop.save()
@@ -273,16 +264,16 @@ def _begin(setup: RunSetup, folder: Path) -> None:
     settings |= {"resume": False, "output_dir": str(folder)}
     write_text(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_text(folder / "example.txt", setup.prepared.example + "\n")
-    write_text(folder / HELD_OUT, to_jsonl(setup.prepared.eval_records))
+    write_text(folder / EVAL_ROWS, to_jsonl(setup.prepared.eval_records))
     write_text(folder / "metrics.jsonl", "")
 
 
 def _losses(setup: RunSetup, route: ActiveAdapters | None) -> dict[str, float]:
     """Held-out loss (of a policy: minus its reward) and general loss in nats a token, of the model under `route`."""
     base = setup.prepared.base
-    losses = {"held_out": setup.prepared.task.eval_loss(route)}
+    losses = {"eval_loss": setup.prepared.task.eval_loss(route)}
     if isinstance(base, CausalLM):  # classifiers and encoders have no next token
-        losses["general"] = retention_loss(base, route, setup.settings.retention_text)
+        losses["retention_loss"] = retention_loss(base, route, setup.settings.retention_text)
     return losses
 
 
@@ -290,11 +281,9 @@ def _save_best(setup: RunSetup, folder: Path, step: int) -> None:
     data = {key: setup.prepared.data_info[key] for key in ("path", "sha256")}
     story = {"data": data, "objective": setup.prepared.objective, "step": step}
     if setup.prepared.frozen_adapter is not None:
-        story["over"] = setup.prepared.frozen_adapter
+        story["frozen_adapter"] = setup.prepared.frozen_adapter
     adapter = setup.adapter
-    if (
-        setup.prepared.objective in POLICIES and adapter.config.modules_to_save
-    ):  # the head that guesses rewards has done its work
+    if not setup.prepared.task.saves_head and adapter.config.modules_to_save:
         deltas = {
             path: delta
             for path, delta in adapter.layers.items()
@@ -312,9 +301,7 @@ def _finish(setup: RunSetup, folder: Path, loop: Trainer) -> dict[str, Any]:
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     best.frozen_companions = setup.adapter.frozen_companions
     route = best.active
-    policy = isinstance(setup.prepared.task, PolicyObjective)
-    judged = _judge_policy(setup, loop, route) if policy else _judge(setup, folder, loop, route)
-    progress = loop.progress
+    judged, progress = _evaluate(setup, folder, loop, route), loop.progress
     story = (
         _facts(setup, folder)
         | {
@@ -323,7 +310,7 @@ def _finish(setup: RunSetup, folder: Path, loop: Trainer) -> dict[str, Any]:
             "seconds": progress.seconds,
             "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
             "peak_memory_mb": peak_memory_mb(),
-            "words": asdict(setup.prepared.words),
+            "units": asdict(setup.prepared.units),
         }
         | judged
     )
@@ -337,75 +324,77 @@ def _finish(setup: RunSetup, folder: Path, loop: Trainer) -> dict[str, Any]:
     return story
 
 
-def _judge(setup: RunSetup, folder: Path, loop: Trainer, route: ActiveAdapters) -> dict[str, Any]:
-    """The losses of the best adapter beside those before, and what can be said of them."""
-    after, task, first = _losses(setup, route), setup.prepared.task, setup.prepared.baseline
-    before, progress, words = loop.progress.before, loop.progress, setup.prepared.words
-    losses = LossReport(
-        held_before=before["held_out"],
-        held_after=after["held_out"],
-        train_before=task.train_loss(first),
-        train_after=task.train_loss(route),
-        held=row_loss_change(task, task.eval_rows, route, first),
-        train=row_loss_change(task, train_sample(task), route, first),
-        held_rows=len(task.eval_rows),
-        general_before=before.get("general"),
-        general_after=after.get("general"),
+def _evaluate(
+    setup: RunSetup, folder: Path, loop: Trainer, route: ActiveAdapters
+) -> dict[str, Any]:
+    """Return the losses of the best adapter and those before, the objective's report, a verdict."""
+    task, baseline = setup.prepared.task, setup.prepared.baseline
+    before = {"loss": loop.progress.before["eval_loss"]}
+    if task.report_key and task.has_baseline:
+        before = task.evaluate(baseline)
+    after = task.evaluate(route)
+    report = task.report(before, after)
+    sentences = report.pop("verdict")
+    losses = _policy_losses if task.maximizes_reward else _losses_with_intervals
+    record = losses(setup, loop, route, before["loss"], after["loss"])
+    if task.maximizes_reward:
+        record["verdict"] = [*sentences, *record["verdict"]]
+    else:
+        record["verdict"] += sentences
+    if task.report_key:
+        task.plot(report, folder / "confusion.png", loop.world.is_main_process)
+        record[task.report_key] = report | task.run_facts()
+    return record
+
+
+def _losses_with_intervals(
+    setup: RunSetup, loop: Trainer, route: ActiveAdapters, before: float, after: float
+) -> dict[str, Any]:
+    """Return losses of eval rows, training rows and general text, with intervals, and a verdict."""
+    units, progress = setup.prepared.units, loop.progress
+    now = {"eval_loss": after}
+    if isinstance(base := setup.prepared.base, CausalLM):
+        now["retention_loss"] = retention_loss(base, route, setup.settings.retention_text)
+    losses = replace(
+        measure_losses(setup.prepared.task, progress.before, now, setup.prepared.baseline, route),
         best_step=progress.best_step,
         last_step=progress.step,
     )
-    story = {
-        "losses": asdict(losses)
-        | {"held_interval": losses.held.interval, "forgetting": losses.forgetting},
-        "perplexity": {
-            "before": perplexity(losses.held_before),
-            "after": perplexity(losses.held_after),
-        },
-        "verdict": verdict(losses, words.unit, words.choices),
-    }
-    if isinstance(task, ClassificationObjective):
-        story |= {
-            "classes": classify_held_out(
-                task, route, folder / "confusion.png", loop.world.is_main_process
-            )
-        }
-    if isinstance(task, PairwiseObjective):
-        found = judge_preferences(task, setup.prepared.objective, first, route)
-        story["verdict"] += found.pop("verdict")
-        story |= {"preferences": found | {"start": setup.prepared.init_adapter}}
-    return story
-
-
-def _judge_policy(setup: RunSetup, loop: Trainer, route: ActiveAdapters) -> dict[str, Any]:
-    """The rewards of the best adapter beside those before. `losses` has minus the mean reward, as metrics.jsonl does."""
-    task, first, progress = setup.prepared.task, setup.prepared.baseline, loop.progress
-    assert isinstance(task, PolicyObjective)
-    assert isinstance(setup.prepared.base, CausalLM)
-    found = judge_policy(task, first, route)
-    before, after = (
-        progress.before["general"],
-        retention_loss(setup.prepared.base, route, setup.settings.retention_text),
-    )
-    said = found.pop("verdict")
-    if progress.best_step < progress.step:
-        said.append(f"The best state, of step {progress.best_step}, was kept.")
-    losses = {
-        "held_before": -found["before"]["reward"],
-        "held_after": -found["after"]["reward"],
-        "general_before": before,
-        "general_after": after,
-        "forgetting": after - before,
-        "best_step": progress.best_step,
-        "last_step": progress.step,
-    }
-    policy = found | {
-        "start": setup.prepared.init_adapter,
-        "seconds_here": task.seconds,
-    }  # of this sitting, where it was resumed
     return {
-        "losses": losses,
-        "policy": policy,
-        "verdict": [*said, forgetting_sentence(after - before)],
+        "losses": asdict(losses)
+        | {"eval_interval": losses.eval_change.interval, "forgetting": losses.forgetting},
+        "perplexity": {
+            "before": perplexity(losses.eval_loss_before),
+            "after": perplexity(losses.eval_loss_after),
+        },
+        "verdict": verdict(losses, units.unit, units.choices),
+    }
+
+
+def _policy_losses(
+    setup: RunSetup, loop: Trainer, route: ActiveAdapters, before: float, after: float
+) -> dict[str, Any]:
+    """Return minus the mean reward, as in metrics.jsonl, and the loss on general text."""
+    progress, base = loop.progress, setup.prepared.base
+    assert isinstance(base, CausalLM)
+    retention_before = progress.before["retention_loss"]
+    retention_after = retention_loss(base, route, setup.settings.retention_text)
+    forgetting = retention_after - retention_before
+    stopped = progress.best_step < progress.step
+    return {
+        "losses": {
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "retention_loss_before": retention_before,
+            "retention_loss_after": retention_after,
+            "forgetting": forgetting,
+            "best_step": progress.best_step,
+            "last_step": progress.step,
+        },
+        "verdict": [
+            *([f"The best state, of step {progress.best_step}, was kept."] if stopped else []),
+            forgetting_sentence(forgetting),
+        ],
     }
 
 
@@ -420,30 +409,17 @@ def _write(folder: Path, story: dict[str, Any]) -> None:
 
 
 def _profile(setup: RunSetup) -> tuple[Tensor | None, str]:
-    """What the adapter's own prompts (or the beginnings of its texts) look like to the base, and what made that.
+    """Return the profile of the adapter's prompts for routing, and the key of its embedding.
 
-    Nothing where there are no prompts: classifiers and encoders answer no queries.
+    Without prompts there is none: classifiers and encoders answer no requests.
     """
-    base, task = setup.prepared.base, setup.prepared.task
-    if not isinstance(base, CausalLM) or not isinstance(
-        task, LanguageModelingObjective | PreferenceObjective | PolicyObjective
-    ):
+    base, prompts = setup.prepared.base, setup.prepared.task.profile_prompts()
+    if not isinstance(base, CausalLM) or not prompts:
         return None, ""
-    rows: Sequence[Any] = task.train
-    if isinstance(task, PreferenceObjective):
-        rows = [e for row in task.train if (e := row.chosen or row.rejected)]
-    frame, embedding = (
-        ChatFrame.of(Renderer(base.tokenizer, setup.settings.chat_template, base.max_positions)),
-        PromptEmbedder(base),
-    )
-    asked = [
-        e.token_ids
-        if isinstance(e, TokenizedPrompt)
-        else e.token_ids[: e.prompt_length] or e.token_ids[:BEGINNING]
-        for e in rows
-    ]
-    prompts = [frame.question(tokens) for tokens in asked]
-    return build_profile(embedding, prompts), embedding.key
+    template = setup.settings.chat_template
+    frame = ChatFrame.of(Renderer(base.tokenizer, template, base.max_positions))
+    embedding = PromptEmbedder(base)
+    return build_profile(embedding, [frame.question(tokens) for tokens in prompts]), embedding.key
 
 
 def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:
@@ -451,12 +427,13 @@ def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:
     base, source = setup.prepared.base, setup.prepared.data_info
     weights = folder / "adapter" / WEIGHTS_FILE
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": RUN_FORMAT_VERSION,
         "settings": resolved(setup.settings),
         "checkpointing": {"used": setup.settings.gradient_checkpointing, "why": setup.why},
         "method": setup.adapter.config.method,
         "objective": setup.prepared.objective,
-        "over": setup.prepared.frozen_adapter,
+        "init_adapter": setup.prepared.init_adapter,
+        "frozen_adapter": setup.prepared.frozen_adapter,
         "learning_rate": setup.learning_rate,
         "trainable_parameters": setup.adapter.num_parameters(),
         "adapter": read_json_object(folder / "adapter" / "afina.json")["hash"],

@@ -174,7 +174,7 @@ class Trainer:
     def _log(self, tick: StepMetrics) -> None:
         if not self.world.is_main_process:
             return
-        told = {name: value for name, value in vars(tick).items() if name != "noted"} | tick.metrics
+        told = {name: value for name, value in vars(tick).items() if name != "metrics"} | tick.metrics
         with translate_os_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(told) + "\n")
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method as delta_method
 from afina.errors import SettingsError
+from afina.objectives.registry import get_objective
 from afina.server.auth import Principal
 from afina.server.errors import APIError, not_found, to_api_error
 from afina.server.jobs.process import GRADER
@@ -253,7 +254,7 @@ def _settings(
         values["objective"] = JOB_OBJECTIVES[body.method.type]
     if told.learning_rate_multiplier != "auto":  # a multiplier of 1 is what afina takes by itself
         values["learning_rate"] = default_learning_rate(
-            "lora", values.get("objective", "sft")
+            "lora", get_objective(values.get("objective", "sft"))
         ) * float(told.learning_rate_multiplier)
     if isinstance(told, ReinforcementParameters) and told.eval_interval != "auto":
         values["eval_steps"] = told.eval_interval

@@ -18,8 +18,8 @@ from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
+from afina.objectives.prepared import PreparedData
 from afina.settings import TrainSettings
-from afina.training.setup.prepared import PreparedData
 
 INHERITED_SETTINGS = ("rank", "alpha", "scaling", "dropout", "rank_pattern")
 

@@ -22,8 +22,8 @@ from afina.adapters.target_selection import resolve_target_modules
 from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
+from afina.objectives.prepared import PreparedData
 from afina.settings import TrainSettings
-from afina.training.setup.prepared import PreparedData
 
 BATCHES = 4  # optimizer steps' worth of rows that are looked at
 

@@ -14,18 +14,17 @@ from afina.adapters.target_selection import layer_index, match_patterns, resolve
 from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
-from afina.objectives.policy import PolicyObjective
-from afina.objectives.preference import PreferenceObjective
-from afina.objectives.preference_losses import NEEDS_REFERENCE
+from afina.objectives.base import Objective
+from afina.objectives.prepared import PreparedData
 from afina.objectives.reference import select_reference
-from afina.settings import POLICIES, PREFERENCES, Settings, TrainSettings
+from afina.settings import Settings, TrainSettings
 from afina.training.setup.init_adapter import continue_adapter, stack_on_adapter
 from afina.training.setup.prepare import prepare
-from afina.training.setup.prepared import PreparedData
 from afina.training.setup.rank_allocation import resolve_auto_targets
 
 NAME = "adapter"
 AUTO = "auto"
+ADAPTER_LEARNING_RATE = {False: 2e-4, True: 2e-5}  # of adapters; of full
 STORED_NAMES = {"restart_steps": "restart_every"}  # in `options` of afina.json, which is hashed
 
 
@@ -132,28 +131,17 @@ def set_up_run(
         "+".join(digest for digest in (prepared.init_adapter, prepared.frozen_adapter) if digest)
         or None
     )
-    if isinstance(prepared.task, PreferenceObjective) and prepared.objective in NEEDS_REFERENCE:
-        options = prepared.task.options
-        prepared.task.reference = select_reference(
-            options, prepared.baseline, began, adapter.config.dropout
-        )
-    learned = (*adapter.config.target_modules, *adapter.config.modules_to_save)
-    rate = settings.learning_rate or default_learning_rate(
-        adapter.config.method, prepared.objective
-    )
-    rates, together = (
-        match_patterns(settings.learning_rate_pattern, learned, "learning_rate_pattern"),
-        1,
-    )
-    if isinstance(task := prepared.task, PolicyObjective):
-        task.policy = adapter.active
+    task, method = prepared.task, adapter.config.method
+    task.policy = adapter.active
+    if task.needs_reference:
         task.reference = select_reference(
             task.options, prepared.baseline, began, adapter.config.dropout
         )
-        together = task.options.num_iterations
-        head = max(
-            rate, default_learning_rate(adapter.config.method, "reward")
-        )  # a new head has everything to learn
+    learned = (*adapter.config.target_modules, *adapter.config.modules_to_save)
+    rate = settings.learning_rate or default_learning_rate(method, task)
+    rates = match_patterns(settings.learning_rate_pattern, learned, "learning_rate_pattern")
+    if task.head and not task.saves_head:  # it starts at zero, and has everything to learn
+        head = max(rate, ADAPTER_LEARNING_RATE[method == "full"])
         rates = dict.fromkeys(adapter.config.modules_to_save, head) | rates
     return RunSetup(
         settings=settings,
@@ -163,11 +151,10 @@ def set_up_run(
         rates=rates,
         steps=settings.max_steps
         or max(1, round(settings.num_train_epochs * prepared.task.steps_per_epoch)),
-        steps_per_rollout=together,
+        steps_per_rollout=task.steps_per_rollout,
     )
 
 
-def default_learning_rate(method: str, objective: str) -> float:
-    """Usual rates: preferences are learned from where the model already is good, in small steps; a new head is not."""
-    small = objective in (*PREFERENCES, *POLICIES) and objective != "reward"
-    return (2e-5 if method == "full" else 2e-4) * (0.1 if small else 1.0)
+def default_learning_rate(method: str, objective: type[Objective] | Objective) -> float:
+    """Return the usual learning rate of a method, scaled by the objective's factor."""
+    return ADAPTER_LEARNING_RATE[method == "full"] * objective.default_learning_rate_factor

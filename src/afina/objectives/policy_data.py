@@ -1,93 +1,29 @@
-"""From settings to a language model, prompts to answer on it, and who judges the answers."""
+"""Prompt rows to tokenized prompts: checked, and split into training and eval prompts."""
+
+from dataclasses import dataclass
 
 from afina.adapters.active import last_start
-from afina.adapters.presets import get_preset
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Renderer
 from afina.data.schemas import PROMPT, PromptRow, prompt_key
 from afina.data.table import parse_rows, read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.models.causal_lm import CausalLM
-from afina.models.loading import load_base
-from afina.objectives.policy import PolicyObjective, TokenizedPrompt
-from afina.objectives.policy_generator import PolicyGenerator
-from afina.objectives.reward_functions import RewardFunctions, load_reward_functions
+from afina.objectives.reward_functions import RewardFunctions
 from afina.settings import PolicySettings, TrainSettings
-from afina.training.setup.prepared import (
-    PreparedData,
-    Units,
-    describe_data,
-    resolve_invocation,
-)
-from afina.training.setup.processes import world
 
 
-def prepare_policy(settings: TrainSettings, base: CausalLM | None) -> PreparedData:
-    """Load, read, render and check; raises the error of the first thing that is wrong."""
-    options = settings.group(settings.objective)
-    _refuse(settings, options)
-    table = read_table(settings.data, PROMPT, settings.columns, settings.skip_bad_rows)
-    base = base or load_base(
-        settings.base,
-        settings.revision,
-        settings.trust_remote_code,
-        settings.dtype,
-        settings.place,
-        get_preset(settings.method, 1).quantization,
-    )
-    _check_temperature(options, base)
-    own_tokens = base.add_tokens(settings.new_tokens)
-    modules = (base.add_score_head(),) if settings.objective == "ppo" else ()
-    rewards = load_reward_functions(options, base, settings.chat_template)
-    renderer = Renderer(
-        base.tokenizer,
-        settings.chat_template,
-        min(settings.max_length or base.max_positions, base.max_positions),
-    )
-    invocation = (
-        resolve_invocation(renderer, settings)
-        if get_preset(settings.method, 1).is_activated
-        else ()
-    )
-    skipped = list(table.skipped)
-    leave_out = skipped if settings.skip_bad_rows else None
-    train, held = (
-        make_queries(renderer, rows, leave_out, invocation, options.max_new_tokens, rewards)
-        for rows in _split(settings, table.rows, skipped)
-    )
-    longest = max(len(query.token_ids) for query in (*train, *held)) + options.max_new_tokens
-    task = PolicyObjective(
-        settings.objective,
-        options,
-        base,
-        train,
-        held,
-        rewards,
-        PolicyGenerator(base, longest, renderer.stop_token_ids),
-        settings.max_tokens_per_batch,
-        settings.seed,
-    )
-    return PreparedData(
-        base=base,
-        task=task,
-        objective=settings.objective,
-        data_info=describe_data(table, len(held)),
-        skipped=skipped,
-        example=str(base.tokenizer.decode(train[0].token_ids)) + "«...»",
-        eval_records=[query.row.record(rewards.needs_items) for query in held],
-        invocation=invocation,
-        modules_to_save=modules,
-        trainable_tokens=own_tokens,
-        max_length=renderer.max_length,
-        counts={
-            "train": len(train),
-            "held_out": len(held),
-            "tokens": sum(len(query.token_ids) for query in train),
-            "longest": longest,
-        },
-        words=Units("answer", ""),
-        reward_hash=rewards.content_hash,
-    )
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as tokens."""
+
+    row: PromptRow
+    token_ids: list[int]
+
+    @property
+    def where(self) -> str:
+        """Where it stands in the data."""
+        return self.row.where
 
 
 def make_queries(
@@ -122,7 +58,7 @@ def make_queries(
     return made
 
 
-def _split(
+def split_prompts(
     settings: TrainSettings, rows: list[PromptRow], skipped: list[str]
 ) -> tuple[list[PromptRow], list[PromptRow]]:
     """Prompts to learn from and prompts to judge by; the same one is on one side."""
@@ -133,13 +69,8 @@ def _split(
     return rows, other.rows
 
 
-def _refuse(settings: TrainSettings, options: PolicySettings) -> None:
+def check_policy_settings(settings: TrainSettings, options: PolicySettings) -> None:
     """Raise `SettingsError` for what does not go together."""
-    if world().size > 1 or settings.fsdp:
-        why = "each process would write and judge all answers for itself"
-        raise SettingsError(
-            f"{settings.objective} runs in one process so far", where="torchrun", why=why
-        )
     if settings.gradient_accumulation_steps > 1:
         why = "a step learns from all answers to its prompts, in as many passes as they need"
         raise SettingsError(
@@ -156,7 +87,7 @@ def _refuse(settings: TrainSettings, options: PolicySettings) -> None:
         )
 
 
-def _check_temperature(options: PolicySettings, base: CausalLM) -> None:
+def check_temperature(options: PolicySettings, base: CausalLM) -> None:
     """Raise `SettingsError` where logits cannot be had at another temperature by scaling what the output layer reads."""
     scalable = (
         base.has_hidden_states

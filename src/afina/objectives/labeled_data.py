@@ -1,0 +1,156 @@
+"""Labeled rows and texts for classifiers and encoders: tokenized or resized, checked, split."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from afina.adapters.presets import get_preset
+from afina.data.images import open_image
+from afina.data.schemas import LabeledRow
+from afina.data.table import parse_rows
+from afina.errors import DataError, SettingsError
+from afina.models.classifier import Classifier
+from afina.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class ClassificationExample:
+    """A row ready for the model: tokens or a shrunk picture, and the number of its class."""
+
+    where: str
+    content: Any
+    target: int
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A piece of text as tokens, special ones at both ends."""
+
+    where: str
+    token_ids: list[int]
+
+
+def tokenize_labeled_rows(
+    base: Classifier, rows: Sequence[LabeledRow], max_length: int, skipped: list[str] | None
+) -> list[ClassificationExample]:
+    """Labelled rows as tokens or pixels; one that cannot be used is an error, or is listed in `skipped`."""
+    numbers = {label: number for number, label in enumerate(base.labels)}
+
+    def make(where: str, row: LabeledRow) -> ClassificationExample:
+        return ClassificationExample(
+            where, encode_input(base, row.content, max_length, where), _number(row, numbers)
+        )
+
+    made = parse_rows(((row.where, row) for row in rows), make, skipped)
+    if not made:
+        raise DataError("no row is left")
+    return made
+
+
+def _number(row: LabeledRow, numbers: dict[str, int]) -> int:
+    if row.label not in numbers:
+        raise DataError(
+            f"class {row.label!r} was not among the training rows",
+            where=row.where,
+            why=f"known: {', '.join(numbers)}",
+        )
+    return numbers[row.label]
+
+
+def encode_input(base: Classifier, content: str | bytes, max_length: int, where: str) -> Any:
+    """A text as tokens, the bytes of a picture as one that is shrunk; raises `DataError` where it cannot be read."""
+    if base.images is not None:
+        if isinstance(content, str):
+            raise DataError("this model reads pictures, and here is a text", where=where)
+        return base.images.resize(open_image(content, where))
+    if isinstance(content, bytes):
+        raise DataError("this model reads text, and here is a picture", where=where)
+    assert base.tokenizer is not None
+    tokens = base.tokenizer(content, verbose=False)["input_ids"]
+    if len(tokens) > max_length:
+        hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
+        raise DataError(
+            f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=where, hint=hint
+        )
+    return tokens
+
+
+def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[TokenizedText]:
+    """Plain text cut into pieces of at most `max_length` tokens, with the special tokens that the encoder expects."""
+    tokenizer = base.tokenizer
+    assert tokenizer is not None
+    if tokenizer.mask_token_id is None:
+        raise DataError(
+            "this model's tokenizer has no mask token",
+            hint="--objective pretrain is for models that write on",
+        )
+    first, last = [
+        [t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    ]
+    pieces = []
+    for row in rows:
+        tokens = tokenizer(row.text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(tokens), max_length - 2):
+            pieces.append(
+                TokenizedText(row.where, [*first, *tokens[start : start + max_length - 2], *last])
+            )
+    return [piece for piece in pieces if len(piece.token_ids) > 2]
+
+
+def check_encoder_settings(settings: TrainSettings) -> None:
+    """Raise `SettingsError` on settings that only language models have."""
+    for name in ("init_adapter", "frozen_adapter"):
+        if getattr(settings, name) is not None:
+            raise SettingsError(
+                "only language models begin with an adapter so far",
+                where=name,
+                hint=f"leave {name} out",
+            )
+    meant = get_preset(settings.method, 1)
+    if meant.is_activated:
+        raise SettingsError(
+            "an activated adapter needs a text with an answer",
+            where="method",
+            hint=f"--method {meant.method}",
+        )
+    if meant.quantization != "none":
+        raise SettingsError(
+            "4-bit storage is for language models so far",
+            where="method",
+            hint=f"--method {meant.method}",
+        )
+
+
+def rows_per_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any]) -> int:
+    """Rows in one pass: `batch_tokens` tokens of text, or for pictures as many patches of 16 x 16 pixels."""
+    if base.images is not None:
+        height, width = base.images.size
+        size = max(16.0, height * width / 256)
+    else:
+        size = sum(len(getattr(row, "token_ids", None) or row.content) for row in rows) / len(rows)
+    return max(1, round(settings.max_tokens_per_batch / size))
+
+
+def split_by_class(
+    rows: list[LabeledRow], share: float, seed: int
+) -> tuple[list[LabeledRow], list[LabeledRow]]:
+    """About `share` of each class held out, at least one row; equal texts stay on one side."""
+    groups: dict[tuple[str, Any], list[LabeledRow]] = {}
+    for row in rows:
+        groups.setdefault((row.label, row.content), []).append(row)
+    by_label: dict[str, list[list[LabeledRow]]] = {}
+    for (label, _), group in sorted(groups.items(), key=lambda item: item[1][0].where):
+        by_label.setdefault(label, []).append(group)
+    train, held = [], []
+    for label, of_label in by_label.items():
+        if len(of_label) < 2:
+            hint = "at least two that differ, one to judge by"
+            raise DataError(
+                f"class {label!r} has one row only", where=of_label[0][0].where, hint=hint
+            )
+        random.Random(f"{seed}{label}").shuffle(of_label)
+        cut = min(len(of_label) - 1, max(1, round(share * len(of_label))))
+        held += [row for group in of_label[:cut] for row in group]
+        train += [row for group in of_label[cut:] for row in group]
+    return train, held

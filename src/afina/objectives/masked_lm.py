@@ -1,0 +1,127 @@
+"""Masked language modeling: predict masked tokens, the way to pretrain an encoder.
+
+    loss = - sum over masked positions of log p(token | the other tokens)   /   masked positions
+
+15% of the tokens are masked: 80% of these by the mask token, 10% by a random one, 10% unchanged.
+References: Devlin et al. 2018, arXiv 1810.04805.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.load_run import LoadedRun
+from afina.data.schemas import SFT
+from afina.data.table import read_table
+from afina.models.classifier import Classifier, load_masked
+from afina.objectives.base import Units, perplexity
+from afina.objectives.classification import IGNORE, PaddedBatch, PaddedObjective
+from afina.objectives.labeled_data import (
+    TokenizedText,
+    check_encoder_settings,
+    chunk_texts,
+    rows_per_batch,
+)
+from afina.objectives.language_data import infer_objective
+from afina.objectives.prepared import (
+    PreparedData,
+    describe_data,
+    eval_source,
+    hold_out_every_nth,
+)
+from afina.objectives.registry import register_objective
+from afina.settings import EvalSettings, TrainSettings
+
+MASKED_RATIO = 0.15
+
+
+@register_objective("mlm")
+class MaskedLMObjective(PaddedObjective):
+    """Prediction of masked tokens; eval rows are masked the same way each time."""
+
+    units = Units("hidden token")
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, base: Any = None) -> PreparedData:
+        """Read, tokenize, check and split the texts; load the base."""
+        check_encoder_settings(settings)
+        table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
+        infer_objective("pretrain", table.rows)
+        base = load_masked(
+            settings.base,
+            settings.revision,
+            settings.trust_remote_code,
+            settings.dtype,
+            settings.place,
+        )
+        length = settings.max_length or min(base.max_positions, 128)
+        pieces = chunk_texts(base, table.rows, length)
+        train, held = hold_out_every_nth(pieces, settings.eval_size, settings.data)
+        assert base.tokenizer is not None
+        decode = base.tokenizer.decode
+        size = rows_per_batch(settings, base, train)
+        accumulation = settings.gradient_accumulation_steps
+        return PreparedData(
+            base=base,
+            task=cls(base, train, held, size, accumulation, settings.seed),
+            data_info=describe_data(table, len(held)),
+            skipped=list(table.skipped),
+            example=str(decode(train[0].token_ids)),
+            eval_records=[
+                {"text": str(decode(t.token_ids, skip_special_tokens=True))} for t in held
+            ],
+            modules_to_save=base.new_modules,
+            max_length=length,
+            counts={
+                "train": len(train),
+                "held_out": len(held),
+                "tokens": sum(len(t.token_ids) for t in train),
+            },
+            units=cls.units,
+        )
+
+    @classmethod
+    def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "MaskedLMObjective":
+        """Return the objective with the texts that `afina eval` evaluates."""
+        base: Classifier = opened.base  # type: ignore[assignment]
+        file, columns = eval_source(settings)
+        rows = read_table(file, SFT, columns).rows
+        length = opened.run["settings"]["max_length"] or min(base.max_positions, 128)
+        texts = chunk_texts(base, rows, length)
+        objective = cls(base, texts, texts, 32, 1, 0)
+        objective.num_rows = len(rows)
+        return objective
+
+    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+        """Return the loss of the eval rows (nats per masked token) and its perplexity."""
+        loss = self.eval_loss(route)
+        return {"loss": loss, "perplexity": perplexity(loss)}
+
+    def length(self, row: TokenizedText) -> int:
+        """Tokens."""
+        return len(row.token_ids)
+
+    def collate(self, rows: Sequence[TokenizedText], seed: int) -> PaddedBatch:
+        """Tokens with some hidden, and what they were (rows, longest)."""
+        inputs = self.base.batch([row.token_ids for row in rows])
+        tokenizer = self.base.tokenizer
+        assert tokenizer is not None
+        tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(seed % (1 << 62))
+        special = torch.isin(tokens.cpu(), torch.tensor(tokenizer.all_special_ids))
+        hidden = (torch.rand(tokens.shape, generator=generator) < MASKED_RATIO) & ~special
+        if not hidden.any():
+            hidden[0, 1] = True
+        fate = torch.rand(tokens.shape, generator=generator)
+        random_tokens = torch.randint(len(tokenizer), tokens.shape, generator=generator)
+        shown = torch.where(
+            fate < 0.8,
+            tokenizer.mask_token_id,
+            torch.where(fate < 0.9, random_tokens, tokens.cpu()),
+        )
+        targets = torch.where(hidden, tokens.cpu(), IGNORE).to(tokens.device)
+        return PaddedBatch(
+            inputs | {"input_ids": torch.where(hidden, shown, tokens.cpu()).to(tokens.device)},
+            targets,
+        )
