@@ -14,6 +14,7 @@ from afina.data.renderer import Example
 from afina.models.causal_lm import CausalLM
 from afina.objectives.preference_data import PreferenceExample
 from afina.objectives.reference import ReferencePolicy, segments_for, sequence_logprobs
+from afina.objectives.registry import get_objective
 from afina.objectives.reward_model import score_sequences
 from afina.objectives.shared_prefix import SharedPrefixBatch
 from afina.settings import settings_groups

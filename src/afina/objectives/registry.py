@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from afina.objectives.base import Objective
+from afina.settings.objectives import declare_objective
 from afina.settings.registry import Registry
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
@@ -38,6 +39,7 @@ def register_objective(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
     def decorate(objective: ObjectiveClass) -> ObjectiveClass:
         objective.name = name
         OBJECTIVES.register(name)(objective)
+        declare_objective(name)
         return objective
 
     return decorate

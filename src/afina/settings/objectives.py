@@ -17,7 +17,17 @@ ANSWERS_PER_STEP = 64  # sampled answers of a step, where prompts_per_step is no
 
 def objective_names() -> list[str]:
     """Return the objectives of this package and of others, whose code is not imported."""
-    return [*OBJECTIVES, *(point.name for point in entry_points(group="afina.objectives"))]
+    plugins = (point.name for point in entry_points(group="afina.objectives"))
+    return list(dict.fromkeys([*OBJECTIVES, *plugins, *_declared]))
+
+
+_declared: list[str] = []  # objectives that were registered in this process
+
+
+def declare_objective(name: str) -> None:
+    """Accept `name` as an objective: its class is registered in this process."""
+    if name not in _declared:
+        _declared.append(name)
 
 
 class PreferenceSettings(ObjectiveSettings):

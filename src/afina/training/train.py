@@ -48,7 +48,7 @@ from afina.models.fsdp import shard_model
 from afina.models.loading import choose_device
 from afina.objectives.base import perplexity
 from afina.objectives.prepared import EVAL_ROWS, to_jsonl
-from afina.objectives.registry import get_objective
+from afina.objectives.registry import get_objective, register_objective
 from afina.settings import TrainSettings, make_settings, resolved
 from afina.training import checkpoint
 from afina.training.checkpoint import SETTINGS
@@ -78,6 +78,9 @@ def train(
     of checkpointing where that is "auto"; without it nothing is made again.
     Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
     """
+    if isinstance(objective := values.get("objective"), type):
+        name = objective.name or objective.__name__.lower()
+        values["objective"] = register_objective(name)(objective).name
     settings = (
         data
         if isinstance(data, TrainSettings)
