@@ -153,5 +153,4 @@ def eval_source(settings: EvalSettings) -> tuple[Path, dict[str, str]]:
 
 def trained_settings(record: Mapping[str, Any]) -> TrainSettings:
     """Return the settings of a run from its run.json."""
-    known = {k: v for k, v in record["settings"].items() if k in TrainSettings.model_fields}
-    return TrainSettings(**known | {"objective": record["objective"]})
+    return TrainSettings(**record["settings"] | {"objective": record["objective"]})
