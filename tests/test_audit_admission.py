@@ -87,7 +87,7 @@ def test_files_swapped_after_the_check_are_not_read(
 
 def test_sealed_copies_are_private_gone_and_no_links(folder: Path, tiny: Path) -> None:
     audit(folder / "one", base=str(tiny), **ACCEPT)
-    with verified_copies("audited", [f"{folder / 'one'}:0.5"]) as [copy]:
+    with verified_copies(True, [f"{folder / 'one'}:0.5"]) as [copy]:
         place = Path(copy.rpartition(":")[0])
         assert (
             copy.endswith(":0.5")
@@ -96,16 +96,16 @@ def test_sealed_copies_are_private_gone_and_no_links(folder: Path, tiny: Path) -
         )
         assert place.parents[1].stat().st_mode & 0o77 == 0
     assert not place.exists()
-    with verified_copies("any", [folder / "two"]) as same:
+    with verified_copies(False, [folder / "two"]) as same:
         assert same == [str(folder / "two")]
     with (
         pytest.raises(AuditError, match="not been audited"),
-        verified_copies("audited", [folder / "two"]),
+        verified_copies(True, [folder / "two"]),
     ):
         pass
     (folder / "one" / WEIGHTS_FILE).rename(folder / "kept")
     (folder / "one" / WEIGHTS_FILE).symlink_to(folder / "kept")
-    with pytest.raises(AuditError, match="link"), verified_copies("audited", [folder / "one"]):
+    with pytest.raises(AuditError, match="link"), verified_copies(True, [folder / "one"]):
         pass
 
 
