@@ -104,7 +104,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], bool]] = {
             moe_intermediate_size=16,
             first_k_dense_replace=1,
         ),
-        True,
+        False,
     ),
     "falcon": (lambda: T.FalconConfig(**WIDE, alibi=False), False),
     "falcon_alibi": (lambda: T.FalconConfig(**WIDE, alibi=True), False),
