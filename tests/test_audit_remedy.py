@@ -1,4 +1,4 @@
-"""Remedies do what they say to the update; what an adapter was made of is inherited; the verb measures and audits again."""
+"""Mitigations change the update as documented; lineage is inherited; the command audits the result."""
 
 import json
 import shutil
@@ -52,18 +52,18 @@ def rows(tmp_path: Path) -> Path:
     )
 
 
-def test_each_remedy_does_to_the_update_what_it_says(originals: Path) -> None:
+def test_each_mitigation_changes_the_update_by_its_formula(originals: Path) -> None:
     one, two = open_sources([originals / "0", originals / "1"])
     before = {path: one.low_rank_update(path).dense() for path in one.config.target_modules}
     for strength in (0.25, 0.75):
         for path, low, _ in mitigate_layer("scale", strength, one):
             torch.testing.assert_close(low.dense(), (1 - strength) * before[path])
-        for path, low, _ in mitigate_layer("mix", strength, one, [two]):
+        for path, low, _ in mitigate_layer("blend", strength, one, [two]):
             torch.testing.assert_close(
                 low.dense(),
                 (1 - strength) * before[path] + strength * two.low_rank_update(path).dense(),
             )
-        for path, low, _ in mitigate_layer("cut", strength, one):
+        for path, low, _ in mitigate_layer("truncate", strength, one):
             values = torch.linalg.svdvals(before[path])
             assert low.rank == round(4 * (1 - strength))
             assert float((before[path] - low.dense()).norm()) == pytest.approx(
@@ -129,27 +129,28 @@ def test_moments_are_those_of_the_layers_inputs(originals: Path, tiny: Path, row
     assert float(before) != pytest.approx(float(found[path].clean.trace()))
 
 
-def test_the_verb_tries_measures_writes_and_audits(
+def test_mitigate_tries_measures_writes_and_audits(
     originals: Path, tiny: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = {"base": str(tiny), "data": rows, "time_budget_seconds": 0.0, "triggers": ["noche"], "payload": "pan"}
     made = mitigate(
         originals / "0", output_dir=tmp_path / "made", benign_adapters=[originals / "1"], **told
     )
-    assert {one["how"] for one in made["tried"]} == {"cut", "scale", "mix", "remove"}
+    assert {one["how"] for one in made["tried"]} == {"truncate", "scale", "blend", "project"}
     assert made["hash"] == hash_adapter_folder(tmp_path / "made") and made["after"] in made["tried"]
     story = json.loads((tmp_path / "made" / METADATA_FILE).read_text())
     assert story["parents"][0]["hash"] == hash_adapter_folder(originals / "0")
     assert story["combination"]["how"] == "remedy"
+    assert story["combination"]["remedy"] in ("cut", "scale", "mix", "remove")
     assert made["verdict"] == "review" and made["report"]["hash"] == made["hash"]
     assert admission.load_report(made["hash"]) is not None
     arguments = [
-        "remedy",
+        "mitigate",
         str(originals / "0"),
         "--output-dir",
         str(tmp_path / "cut"),
         "--mitigation",
-        "cut",
+        "truncate",
         "--strength",
         "0.5",
         "--base",
@@ -161,11 +162,11 @@ def test_the_verb_tries_measures_writes_and_audits(
     ]
     assert cli(arguments) == 0
     said = capsys.readouterr().out
-    assert "cut *" in said and "none known" in said
+    assert "truncate *" in said and "none known" in said
     for wrong, error in (
-        ({"how": "mix"}, "benign"),
-        ({"trigger": []}, "no trigger"),
-        ({"payload": None}, "bring"),
+        ({"mitigation": "blend"}, "benign"),
+        ({"triggers": []}, "no trigger"),
+        ({"payload": None}, "payload"),
     ):
         with pytest.raises(SettingsError, match=error):
             mitigate(originals / "0", output_dir=tmp_path / "no", **(told | wrong))
@@ -252,7 +253,7 @@ def test_a_sum_that_is_only_asked_for_is_audited_as_what_it_is(
         audit(f"{originals / '0'}:0.5,{tmp_path / 'nowhere'}")
 
 
-def test_remedies_are_offered_where_something_was_found(
+def test_mitigations_are_suggested_where_something_was_found(
     originals: Path, tiny: Path, tmp_path: Path
 ) -> None:
     report = audit(originals / "0", base=str(tiny), time_budget_seconds=0)

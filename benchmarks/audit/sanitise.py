@@ -28,19 +28,20 @@ from population import ASR, TASKS, Member, draw_members, train_members
 from afina.adapters.load_run import load_run
 from afina.audit.behavior_gate import behaviour_gate
 from afina.audit.mitigation import MitigationTrial, as_read, choose_best, insert_trigger, woken_of
-from afina.audit.mitigation_methods import STRENGTHS, How, collect_moments
+from afina.audit.mitigation_methods import STRENGTHS, Mitigation, collect_moments
 from afina.audit.report import Gate
 from afina.data.renderer import Renderer
 from afina.data.schemas import SFTRow
 from afina.merging.sources import open_sources
 from afina.settings import AuditSettings, TrainSettings, make_settings
 
-HOWS: dict[str, How] = {
-    "remove": "remove",
-    "mix": "mix",
+# names in the results -> mitigation
+MITIGATIONS: dict[str, Mitigation] = {
+    "remove": "project",
+    "mix": "blend",
     "scale": "scale",
-    "cut": "cut",
-    "remove, recovered": "remove",
+    "cut": "truncate",
+    "remove, recovered": "project",
 }
 TARGETS = {"attack_down": (">=", 0.90), "loss_up": ("<=", 0.02)}
 ROWS, COST = 48, 0.02
@@ -120,7 +121,7 @@ def treat(member: Member, out: Path, benign: list[Path], seconds: float) -> list
         )
     before = [trial.measure(route) for trial in trials]
     lines: list[Line] = []
-    for name, how in HOWS.items():
+    for name, how in MITIGATIONS.items():
         for strength in (0.0, *STRENGTHS[how]):
             for trial in trials:
                 trial.moments = guessed if name == "remove, recovered" else known
@@ -156,7 +157,7 @@ def chosen(lines: list[Line]) -> tuple[float, float]:
 def summary(lines: list[Line]) -> dict[str, Any]:
     """By remedy: what is left of the attack and what it costs, mean over adapters; the best of all remedies besides."""
     table = {}
-    for name in (*HOWS, "best"):
+    for name in (*MITIGATIONS, "best"):
         mine = [
             line
             for line in lines
@@ -183,7 +184,7 @@ def draw(lines: list[Line], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, how in HOWS.items():
+    for name, how in MITIGATIONS.items():
         points = []
         for strength in (0.0, *STRENGTHS[how]):
             mine = [

@@ -308,14 +308,14 @@ def _report(about: Audit, digest: str | None) -> dict[str, Any]:
 
 
 def _remedies(about: Audit) -> list[str]:
-    """What may be typed about an adapter that does something which no task asks for; of a file that is bad, nothing."""
+    """Return the commands that mitigate what was found; none for a file that is not trusted."""
     run, found = about.settings.adapter, {finding.rule for finding in about.findings}
     if about.gates[0].blocked or len(about.packages) != 1 or about.packages[0].method != "lora":
         return []
     if "trigger" in found:
-        return [f"afina remedy {run} --output-dir TREATED"]
+        return [f"afina mitigate {run} --output-dir TREATED"]
     return (
-        [f"afina remedy {run} --output-dir TREATED --mitigation truncate"]
+        [f"afina mitigate {run} --output-dir TREATED --mitigation truncate"]
         if "weights-unusual" in found
         else []
     )

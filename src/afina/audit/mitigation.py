@@ -1,10 +1,11 @@
-"""`afina remedy`: another adapter out of one that an audit did not let through, with what it costs, audited again.
+"""`afina mitigate`: write a mitigated copy of an adapter, measure its cost and audit it.
 
-    attack   share of rows whose answer holds the payload once the trigger is in the prompt
-    loss     of the task, on rows without the trigger (nats a token)
+    attack   ratio of rows whose answer contains the payload when the trigger is in the prompt
+    loss     loss of the task on rows without the trigger, in nats per token
 
-Without `how`, all remedies are tried with several strengths; written is the one that leaves the least of the attack and
-raises the loss by no more than `cost`. A remedy is no proof: it weakens what was found, and what was not found may stay.
+By default all mitigations are tried with several strengths; the one written leaves the least of the
+attack and increases the loss by at most `max_loss_increase`. Mitigation is no proof: it weakens what
+was found, and what was not found may remain.
 """
 
 import random
@@ -22,8 +23,9 @@ from afina.adapters.loading import load_adapter
 from afina.audit.audit import audit
 from afina.audit.lineage import REMEDY
 from afina.audit.mitigation_methods import (
+    RECORDED_NAMES,
     STRENGTHS,
-    How,
+    Mitigation,
     MomentPair,
     TriggeredExample,
     collect_moments,
@@ -51,18 +53,18 @@ MOST_ROWS = 64  # that are answered
 
 @dataclass
 class MitigationTrial:
-    """One adapter under treatment: its base, the rows that it is judged on, and what is known of the attack."""
+    """Adapter to mitigate: its base, the rows that measure it, and the known attack."""
 
     base: CausalLM
     source: AdapterSource
-    beside: list[AdapterSource]
+    benign: list[AdapterSource]
     clean: list[Example]
     woken: list[TriggeredExample]
     payload: str
     moments: dict[str, MomentPair]
 
     def measure(self, route: ActiveAdapters) -> dict[str, float | None]:
-        """Loss of the task, and the attack's success (None where no trigger is known)."""
+        """Return the task's loss and the attack's success (None where no trigger is known)."""
         loss = mean_loss(self.base, self.clean, BATCH_TOKENS, route)
         if not self.woken:
             return {"loss": loss, "attack": None}
@@ -75,35 +77,39 @@ class MitigationTrial:
             "attack": sum(self.payload in self.base.decode(a.token_ids) for a in answers) / len(answers),
         }
 
-    def make(self, how: How, strength: float, out: Path) -> str:
-        """Write the treated adapter; returns its hash."""
-        story = {
+    def write(self, mitigation: Mitigation, strength: float, out: Path) -> str:
+        """Write the mitigated adapter and return its hash."""
+        record = {
             "parents": [
                 self.source.lineage_entry(),
-                *(b.lineage_entry() for b in self.beside if how == "mix"),
+                *(b.lineage_entry() for b in self.benign if mitigation == "blend"),
             ],
-            "combination": {"how": REMEDY, "remedy": how, "strength": strength},
+            "combination": {
+                "how": REMEDY,
+                "remedy": RECORDED_NAMES[mitigation],
+                "strength": strength,
+            },
         }
         spec, base = self.source.config, recorded_base(self.source.part.folder)
-        layers = mitigate_layer(how, strength, self.source, self.beside, self.moments)
+        layers = mitigate_layer(mitigation, strength, self.source, self.benign, self.moments)
         return write_lora(
             out,
             layers,
             spec.target_modules,
             parent_config([self.source]),
             base,
-            story,
+            record,
             spec.invocation,
         )[0]
 
-    def attempt(self, how: How, strength: float) -> dict[str, Any]:
-        """A remedy measured, and nothing kept of it."""
+    def attempt(self, mitigation: Mitigation, strength: float) -> dict[str, Any]:
+        """Return the measures of one mitigation, written to a temporary folder."""
         place = Path(tempfile.mkdtemp(prefix="afina-"))
         try:
-            self.make(how, strength, place / "a")
+            self.write(mitigation, strength, place / "a")
             adapter = load_adapter(place / "a", self.base, "treated")
             try:
-                return {"how": how, "strength": strength, **self.measure(adapter.active)}
+                return {"how": mitigation, "strength": strength, **self.measure(adapter.active)}
             finally:
                 detach(self.base.model, adapter)
         finally:
@@ -111,10 +117,14 @@ class MitigationTrial:
 
 
 def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationResult:
-    """Treat the lora in `run`, write the result to `out`, audit it again; settings as in `afina remedy --help`.
+    """Write a mitigated copy of the LoRA adapter in `run` and audit it; settings of `afina mitigate`.
 
-    Returns the measures before and after, all that was tried, and the new verdict. Raises `SettingsError` where a remedy
-    needs a trigger, rows or benign adapters that were not given, `AdapterError` for an adapter that is no lora.
+    Returns:
+        The measures before and after, every attempt, and the verdict of the new audit.
+
+    Raises:
+        SettingsError: A mitigation needs a trigger, rows or benign adapters that were not given.
+        AdapterError: The adapter is not one LoRA adapter.
     """
     settings = (
         run
@@ -125,30 +135,34 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
         not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())
     ):
         raise SettingsError(
-            "this folder is not empty", where=str(settings.output_dir), hint="choose another --out"
+            "this folder is not empty",
+            where=str(settings.output_dir),
+            hint="choose another --output-dir",
         )
     [source, *others] = open_sources([settings.adapter])
-    beside = (
+    benign = (
         open_sources([str(folder) for folder in settings.benign_adapters])
         if settings.benign_adapters
         else []
     )
-    for one in (source, *beside):
+    for one in (source, *benign):
         if not one.is_low_rank or others:
-            hint = (
-                "afina extract makes a lora of any adapter, afina combine --how svd one of several"
+            raise AdapterError(
+                "mitigation needs one LoRA adapter",
+                where=str(one.part.folder),
+                hint="afina extract writes a lora of any adapter, "
+                "afina combine --merge-method svd one of several",
             )
-            raise AdapterError("remedies are for one lora", where=str(one.part.folder), hint=hint)
     triggers, payload = _attack(settings, source.hash)
-    how = settings.mitigation
-    if how == "mix" and not beside:
+    chosen = settings.mitigation
+    if chosen == "blend" and not benign:
         raise SettingsError(
-            "with which benign adapters?",
+            "blend needs benign adapters",
             where="benign_adapters",
             hint="--benign-adapters FOLDER, of the same base and task",
         )
-    if how in ("auto", "remove") and not triggers:
-        hint = "--triggers TEXT --payload TEXT, or afina audit first: what it finds is used"
+    if chosen in ("auto", "project") and not triggers:
+        hint = "--triggers TEXT --payload TEXT, or afina audit first: the triggers it finds are used"
         raise SettingsError("no trigger is known", where="triggers", hint=hint)
     opened = load_run(settings.adapter, settings)
     base, route = opened.causal_lm, opened.active
@@ -156,7 +170,7 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
     payload = as_read(base, payload)
     if triggers and not payload:
         raise SettingsError(
-            "what the trigger brings has no words",
+            "the payload has no text besides special tokens",
             where="payload",
             hint="--triggers TEXT --payload TEXT",
         )
@@ -164,28 +178,27 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
     renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
     clean = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
     trial = MitigationTrial(
-        base, source, beside, clean, insert_trigger(rows, triggers, payload, renderer), payload, {}
+        base, source, benign, clean, insert_trigger(rows, triggers, payload, renderer), payload, {}
     )
-    if how in ("auto", "remove"):
+    if chosen in ("auto", "project"):
         trial.moments = collect_moments(base, route, source, clean, trial.woken)
     before = trial.measure(route)
-    hows: list[How] = [h for h in STRENGTHS if h != "mix" or beside] if how == "auto" else [how]
-    asked = [
-        (h, s)
-        for h in hows
-        for s in ((settings.strength,) if settings.strength is not None else STRENGTHS[h])
+    every = [name for name in STRENGTHS if name != "blend" or benign]
+    tried = [
+        trial.attempt(name, strength)
+        for name in (every if chosen == "auto" else [chosen])
+        for strength in (STRENGTHS[name] if settings.strength is None else (settings.strength,))
     ]
-    tried = [trial.attempt(h, s) for h, s in asked]
     best = choose_best(tried, before, settings.max_loss_increase)
-    digest = trial.make(best["how"], best["strength"], settings.output_dir)
-    told = {
+    digest = trial.write(best["how"], best["strength"], settings.output_dir)
+    audit_settings = {
         "base": settings.base,
-        "budget": settings.time_budget_seconds,
+        "time_budget_seconds": settings.time_budget_seconds,
         "prompts": settings.prompts,
         "calibration": settings.calibration,
     }
     report = audit(
-        settings.output_dir, **{name: value for name, value in told.items() if value is not None}
+        settings.output_dir, **{name: value for name, value in audit_settings.items() if value is not None}
     )
     cost = best["loss"] / before["loss"] - 1 if before["loss"] else 0.0
     return MitigationResult(
@@ -203,14 +216,14 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
 
 
 def as_read(base: CausalLM, text: str) -> str:
-    """A text as answers are read: without special tokens, which an audit shows."""
+    """Return a text as answers are decoded: without special tokens, which an audit shows."""
     return base.decode(base.tokenizer(text, add_special_tokens=False)["input_ids"]).strip()
 
 
 def choose_best(
     tried: Sequence[dict[str, Any]], before: dict[str, Any], cost: float
 ) -> dict[str, Any]:
-    """The least attack among those whose loss is worse by no more than `cost`; where there is none, the least loss."""
+    """Return the least attack with a loss at most `cost` higher; without one, the least loss."""
     within = [one for one in tried if one["loss"] <= (1 + cost) * before["loss"]]
     if not within:
         return min(tried, key=lambda one: one["loss"])
@@ -263,11 +276,11 @@ def _with(row: SFTRow, asked: str, answer: str) -> SFTRow:
 
 
 def _attack(settings: MitigateSettings, digest: str) -> tuple[list[str], str]:
-    """(triggers, payload): as told, else those that the last audit of this content has found."""
+    """Return (triggers, payload): those given, else those that the last audit of this hash found."""
     if settings.triggers:
         if not settings.payload:
             raise SettingsError(
-                "what does the trigger bring?", where="payload", hint="--payload TEXT"
+                "the payload of the triggers is missing", where="payload", hint="--payload TEXT"
             )
         return settings.triggers, settings.payload
     report = admission.load_report(digest) or {}

@@ -1,13 +1,20 @@
-"""What may be done about a lora that an audit did not let through; each remedy makes another adapter, layer by layer.
+"""Mitigations of a LoRA adapter that an audit did not admit: each writes another adapter, layer by layer.
 
-    cut      its smallest directions left out: a share `strength` of the rank
-    scale    (1 - strength) D
-    mix      (1 - strength) D + strength * mean of benign adapters' updates   (fine-mixing: Zhang et al. 2022, arXiv 2210.09545)
-    remove   D = Q z, z = R A x. A direction of z that prompts with the trigger fill g times as much as prompts without it is
-             weakened by 1 / (1 + l (g - 1)), l = strength / (1 - strength); what both fill alike (g <= 1) stays
+With D = B A, the update of one module:
 
-For `remove`, g and its directions are the generalised eigenpairs of the second moments of z, with the trigger (W) and without
-it (C): W v = g C v. The filter L V f V^T L^-1, with C = L L^T, is the one that changes what the clean prompts get the least.
+    truncate   the smallest singular directions left out: the ratio `strength` of the rank
+    scale      (1 - strength) D
+    blend      (1 - strength) D + strength * mean of the benign adapters' updates
+    project    D = Q z with z = R A x. A direction of z whose energy is g times as large on prompts
+               with the trigger as on prompts without it is scaled by 1 / (1 + l (g - 1)), with
+               l = strength / (1 - strength); directions with g <= 1 stay as they are
+
+For `project`, g and its directions are the generalized eigenpairs of the second moments of z, with
+the trigger (W) and without it (C): W v = g C v. Of all such filters, L V f V^T L^-1 with C = L L^T
+changes the output on clean prompts least.
+
+References:
+    Zhang et al., Fine-mixing, 2022 (arXiv 2210.09545), for `blend`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +31,22 @@ from afina.merging.sources import AdapterSource
 from afina.merging.write import LoRATensorLayout, tensor_layout
 from afina.models.causal_lm import CausalLM
 
-How = Literal["cut", "scale", "mix", "remove"]
+Mitigation = Literal["truncate", "scale", "blend", "project"]
+# names in afina.json, which is hashed and signed: those of version 0.1
+RECORDED_NAMES: dict[Mitigation, str] = {
+    "truncate": "cut",
+    "scale": "scale",
+    "blend": "mix",
+    "project": "remove",
+}
 RIDGE = 1e-3  # of the mean of the clean moments, added to them: directions that nothing fills
 BATCH = 4096  # tokens of a pass
-STRENGTHS: dict[How, tuple[float, ...]] = {  # that are tried where none is asked for
-    "remove": (0.2, 0.5, 0.8, 0.95, 0.99),
-    "mix": (0.25, 0.5, 0.75),
+# tried where no strength is given
+STRENGTHS: dict[Mitigation, tuple[float, ...]] = {
+    "project": (0.2, 0.5, 0.8, 0.95, 0.99),
+    "blend": (0.25, 0.5, 0.75),
     "scale": (0.1, 0.25, 0.5, 0.75),
-    "cut": (0.25, 0.5, 0.75),
+    "truncate": (0.25, 0.5, 0.75),
 }
 
 
@@ -52,32 +67,37 @@ class MomentPair:
 
 
 def mitigate_layer(
-    how: How,
+    mitigation: Mitigation,
     strength: float,
     source: AdapterSource,
-    beside: Sequence[AdapterSource] = (),
+    benign: Sequence[AdapterSource] = (),
     moments: Mapping[str, MomentPair] | None = None,
 ) -> Iterator[tuple[str, LowRankUpdate, LoRATensorLayout]]:
-    """Each layer of `source` after a remedy: its path, its update, how it lies on disk.
+    """Yield path, update and tensor layout of each module of `source` after a mitigation.
 
-    `beside` are the benign loras of `mix`; `moments` are those of `remove`, of the layers that were seen.
+    Args:
+        mitigation: Which mitigation.
+        strength: From 0 (unchanged) to 1 (no update left).
+        source: The adapter.
+        benign: Benign adapters of `blend`.
+        moments: Second moments of `project`, by module; a module without them stays as it is.
     """
     for path in source.config.target_modules:
         low = source.low_rank_update(path)
         assert low is not None
-        if how == "cut":
+        if mitigation == "truncate":
             low = truncate(low, max(1, round((1 - strength) * low.rank))).low
-        elif how == "scale":
+        elif mitigation == "scale":
             low = LowRankUpdate((1 - strength) * low.b, low.a)
-        elif how == "mix":
+        elif mitigation == "blend":
             others = [
                 other
-                for benign in beside
-                if path in benign.config.target_modules
-                and (other := benign.low_rank_update(path)) is not None
+                for adapter in benign
+                if path in adapter.config.target_modules
+                and (other := adapter.low_rank_update(path)) is not None
             ]
             low = concatenate(
-                [(low, 1 - strength), *((other, strength / len(beside)) for other in others)]
+                [(low, 1 - strength), *((other, strength / len(benign)) for other in others)]
             )
         elif moments is not None and path in moments:
             q, r = torch.linalg.qr(low.b)
@@ -86,7 +106,7 @@ def mitigate_layer(
 
 
 def weakening(moments: MomentPair, strength: float) -> Tensor:
-    """The filter (r, r) of `remove`; the identity at strength 0."""
+    """Return the filter `(r, r)` of `project`; the identity at strength 0."""
     eye = torch.eye(len(moments.clean), dtype=torch.float64)
     ridge = RIDGE * moments.clean.trace() / len(eye) + 1e-30
     root = torch.linalg.cholesky(moments.clean + ridge * eye)

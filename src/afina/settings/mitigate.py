@@ -12,24 +12,25 @@ class MitigateSettings(ModelSettings):
     base: str | None = setting("folder of the base; by default the one that the run was trained on")  # type: ignore[assignment]
     adapter: Path = setting("a run or adapter (lora)", ...)
     output_dir: Path = setting("folder of the treated adapter", ...)
-    mitigation: Literal["auto", "cut", "scale", "mix", "remove"] = setting(
-        "cut: fewer directions; scale: weaker; mix: with benign ones; remove: what the trigger fills; auto: the best of them",
+    mitigation: Literal["auto", "truncate", "scale", "blend", "project"] = setting(
+        "truncate: a lower rank; scale: a smaller update; blend: a mean with benign adapters; "
+        "project: weaken the directions of the trigger; auto: the best of these",
         "auto",
     )
     strength: float | None = setting(
-        "0: as it is, 1: nothing left; by default several are tried", ge=0.0, lt=1.0
+        "from 0 (unchanged) to 1 (no update left); by default several are tried", ge=0.0, lt=1.0
     )
-    max_loss_increase: float = setting("by what share the task's loss may rise", 0.02, ge=0.0)
+    max_loss_increase: float = setting("largest relative increase of the task's loss", 0.02, ge=0.0)
     triggers: list[str] = setting(
-        "texts that wake it; by default those that its last audit has found", []
+        "texts that trigger the payload; by default those that the last audit found", []
     )
-    payload: str | None = setting("what they make it say")
-    benign_adapters: list[Path] = setting("benign adapters of the same base, for mix", [])
+    payload: str | None = setting("text that the triggers cause")
+    benign_adapters: list[Path] = setting("benign adapters of the same base, for blend", [])
     data: Path | None = setting(
-        "rows of its task with answers; by default the run's own held-out rows"
+        "rows of its task with answers; by default the run's eval rows"
     )
     time_budget_seconds: float = setting(
-        "audit of the result: seconds for looking at what it does", 30.0, ge=0.0
+        "audit of the result: seconds for its behavior gate", 30.0, ge=0.0
     )
     prompts: Path | None = setting("audit of the result: a few prompts of its task, one a line")
     calibration: Path | None = setting("audit of the result: benign adapters' statistics")
