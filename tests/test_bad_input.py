@@ -427,7 +427,7 @@ def test_a_run_is_never_written_over(train: Train, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     with pytest.raises(SettingsError, match="a run in this folder already") as caught:
         train()
-    assert caught.value.hint == "choose another --out"
+    assert caught.value.hint == "choose another --output-dir"
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SettingsError, match="not a run folder"):
@@ -534,7 +534,7 @@ def test_a_file_where_a_folder_should_be(train: Train, tmp_path: Path) -> None:
         train(output_dir=tmp_path / "file" / "run")
     assert (caught.value.why, caught.value.hint) == (
         "Not a directory",
-        "choose another folder with --out",
+        "choose another folder with --output-dir",
     )
     with (
         pytest.raises(AfinaError, match="cannot write here"),

@@ -168,7 +168,7 @@ def _same_session(
             "these judgements are about other answers",
             where=str(folder),
             why=why,
-            hint="another --out",
+            hint="another --output-dir",
         )
 
 

@@ -83,7 +83,7 @@ def _learned(losses: LossReport, unit: str, choices: str) -> str:
     )
 
 
-_MORE = "Hold out more: a larger --holdout, or a file of rows."
+_MORE = "Use more eval rows: a larger --eval-size, or --eval-data FILE."
 
 
 def _overfitted(losses: LossReport, unit: str) -> str:

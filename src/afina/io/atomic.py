@@ -29,7 +29,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
             raise AfinaError(
                 "not allowed to write here",
                 where=str(path),
-                hint="choose another folder with --out",
+                hint="choose another folder with --output-dir",
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
             why = os.strerror(error.errno)
@@ -37,7 +37,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 "cannot write here",
                 where=str(path),
                 why=why,
-                hint="choose another folder with --out",
+                hint="choose another folder with --output-dir",
             ) from error
         raise
     except Exception as error:  # safetensors wraps the system's error in one of its own

@@ -63,7 +63,7 @@ def extract(run: str | Path | ExtractSettings | None = None, **values: Any) -> E
         not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())
     ):
         raise SettingsError(
-            "this folder is not empty", where=str(settings.output_dir), hint="choose another --out"
+            "this folder is not empty", where=str(settings.output_dir), hint="choose another --output-dir"
         )
     if settings.max_rank is None and settings.retained_energy is None:
         raise SettingsError(

@@ -119,7 +119,7 @@ def _reload(base: FrozenModel, folder: Path, settings: MergeSettings) -> FrozenM
 def check_out(out: Path) -> None:
     """Raise `SettingsError` where something lies in the folder `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError("this folder is not empty", where=str(out), hint="choose another --out")
+        raise SettingsError("this folder is not empty", where=str(out), hint="choose another --output-dir")
 
 
 def check_mergeable(base: FrozenModel, adapter: Adapter, where: str) -> None:

@@ -242,7 +242,7 @@ class PolicyObjective(Objective):
             if step != first:
                 why = f"step {step + 1} learns from answers that were drawn at step {first + 1}"
                 raise TrainingError(
-                    "these answers are gone", why=why, hint="start again with another --out"
+                    "these answers are gone", why=why, hint="start again with another --output-dir"
                 )
             self._drawn = self._draw(self.prompts_for_step(step), first)
         facts = self._drawn.facts

@@ -111,7 +111,7 @@ def hold_out_every_nth(
         raise DataError(
             "too little text to hold some out",
             where=str(where),
-            hint="a smaller --max-length, or --holdout FILE",
+            hint="a smaller --max-length, or --eval-data FILE",
         )
     step = min(len(pieces), max(2, round(1 / share)))
     held = pieces[step - 1 :: step]

@@ -147,7 +147,7 @@ def _read(file: Path, of: str) -> dict[str, float]:
 
     with safe_open(file, "pt") as content:
         if (content.metadata() or {}).get("of") != of:
-            hint = "start a new run with another --out"
+            hint = "start a new run with another --output-dir"
             raise TrainingError(
                 "these reference log-probabilities are of another base or adapter",
                 where=str(file),

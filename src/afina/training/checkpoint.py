@@ -59,7 +59,7 @@ def load(run: Path, optimizer: AdapterOptimizer, identity: dict[str, Any]) -> Tr
             raise TrainingError(
                 f"cannot go on: the {name} {'are' if name.endswith('s') else 'is'} not what the run began with",
                 where=str(run),
-                hint="bring it back, or start a new run with another --out",
+                hint="bring it back, or start a new run with another --output-dir",
             )
     state = load_file(run / FOLDER / "state.safetensors")
     torch.set_rng_state(state.pop(":rng"))

@@ -112,7 +112,7 @@ def train_many(
             raise SettingsError(
                 "two runs would share a folder",
                 where=str(folder),
-                hint="give each an --out of its own",
+                hint="give each an --output-dir of its own",
             )
         if settings.fsdp and get_method(get_preset(settings.method, 1).method).replaces_base:
             why = "it trains the weights themselves, and each process holds what it trains whole"
@@ -222,7 +222,7 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
     """A new run never writes over an old one; a resumed one must have begun."""
     if folder.exists() and not folder.is_dir():
         raise SettingsError(
-            "this is a file, not a run folder", where=str(folder), hint="choose another --out"
+            "this is a file, not a run folder", where=str(folder), hint="choose another --output-dir"
         )
     begun = (folder / SETTINGS).is_file()
     if settings.resume and not begun:
@@ -233,9 +233,9 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
         unfinished = begun and not (folder / "README.md").exists()
         what = "there is a run in this folder already" if begun else "this folder is not empty"
         hint = (
-            "add --resume to go on with it, or choose another --out"
+            "add --resume to go on with it, or choose another --output-dir"
             if unfinished
-            else "choose another --out"
+            else "choose another --output-dir"
         )
         raise SettingsError(what, where=str(folder), hint=hint)
 
