@@ -148,10 +148,10 @@ def main() -> None:
             },
             1,
         )
-        side = lambda which: (
-            sys.executable,
-            [__file__, "--side", which, "--folder", f"{name}/base"],
-        )
+
+        def side(which: str) -> tuple[str, list[str]]:
+            return sys.executable, [__file__, "--side", which, "--folder", f"{name}/base"]
+
         runs = interleave({method: side(method) for method in ("lora", "qlora")}, arguments.repeats)
     lora, qlora = statistics.mean(losses["lora"]), statistics.mean(losses["qlora"])
     figures = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
+from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.cli.serve import missing_extra_error
 from afina.data.renderer import Renderer
@@ -49,7 +50,7 @@ class ChatBackend(Protocol):
 class LocalBackend:
     """A base in this process; `/on` and `/off` switch the adapter."""
 
-    commands = ("/on", "/off")
+    commands: tuple[str, ...] = ("/on", "/off")
 
     def __init__(self, settings: ChatSettings) -> None:
         opened = load_run(settings.adapter, settings)
@@ -68,7 +69,7 @@ class LocalBackend:
 
     def command(self, word: str, argument: str) -> str | None:
         """Switch the adapter on or off."""
-        self._active = self._adapters if word == "/on" else None
+        self._active = self._adapters if word == "/on" else ActiveAdapters()
         return None
 
     def complete(self, messages: list[dict[str, str]], write: Callable[[str], None]) -> None:
@@ -92,7 +93,7 @@ class LocalBackend:
 class ServerBackend:
     """A server that implements OpenAI's API; `/model NAME` selects another model."""
 
-    commands = ("/model",)
+    commands: tuple[str, ...] = ("/model",)
 
     def __init__(self, settings: ChatSettings) -> None:
         try:
@@ -152,7 +153,8 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
     Returns:
         `{"messages": [...]}` with the model: "base" and "run", or "url" and "model".
     """
-    backend = LocalBackend(settings) if settings.base_url is None else ServerBackend(settings)
+    is_local = settings.base_url is None
+    backend: ChatBackend = LocalBackend(settings) if is_local else ServerBackend(settings)
     try:
         messages = _converse(backend, settings.system_prompt)
         return backend.result() | {"messages": messages}

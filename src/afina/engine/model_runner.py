@@ -36,7 +36,9 @@ class ModelRunner:
             The sequences whose last token was computed, and float32 logits after it
             `(num_complete, vocab_size)`.
         """
-        device, tokens, positions = self.base.device, [], []
+        device = self.base.device
+        tokens: list[int] = []
+        positions: list[int] = []
         for sequence, count in chunks:
             first = sequence.num_computed_tokens
             tokens += sequence.token_ids[first : first + count]

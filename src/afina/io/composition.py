@@ -116,7 +116,8 @@ def composition_parts(path: Path) -> list[tuple[Path, str, float]]:
 
 def _parse_part(path: Path, line: Any, where: str) -> tuple[Path, str, float]:
     fields = line if isinstance(line, dict) else {}
-    place, digest, weight = (fields.get(key) for key in ("path", "hash", "weight"))
+    place, digest = fields.get("path"), fields.get("hash")
+    weight: Any = fields.get("weight")
     is_finite = type(weight) in (int, float) and math.isfinite(weight)
     if not isinstance(place, str) or not isinstance(digest, str) or not is_finite:
         why = "path, hash and a finite weight are expected"

@@ -172,7 +172,8 @@ class _Matcher:
         if op is _constants.BRANCH:
             return frozenset().union(*(self.sequence(branch, starts) for branch in value[1]))
         if op in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-            return self._repeat(*value, starts)
+            low, high, nodes = value
+            return self._repeat(low, high, nodes, starts)
         if op in (_constants.ASSERT, _constants.ASSERT_NOT):
             wanted = op is _constants.ASSERT
             found = (s for s in starts if bool(self.sequence(value[1], frozenset([s]))) is wanted)

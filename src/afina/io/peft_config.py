@@ -61,7 +61,7 @@ DANGEROUS_PEFT_KEYS = {
     "layer_replication": "it rebuilds the base out of repeated layers",
 }
 MAX_RANK = 1 << 20
-EMPTY_VALUES = (None, False, "", [], {})
+EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
 
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 # an integer stays an integer: the adapter's hash is made of the number as it is written

@@ -148,7 +148,7 @@ def _combine(settings: CombineSettings) -> CombineResult:
     return CombineResult(
         out=str(settings.output_dir),
         how=settings.merge_method,
-        parents=lineage["parents"],
+        parents=lineage["parents"],  # type: ignore[arg-type]
         **_write(used, merge, settings, base, lineage),
         **found,
     )

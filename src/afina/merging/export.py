@@ -16,7 +16,7 @@ from afina.settings import ExportSettings, MergedModelSettings, MergeSettings, m
 
 
 def export(run: str | Path | ExportSettings | None = None, **values: Any) -> ExportResult:
-    """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora") to `output`; returns what was written."""
+    """Write the merged model ("hf", "gguf") or the adapter alone ("peft", "gguf-lora")."""
     settings = (
         run
         if isinstance(run, ExportSettings)

@@ -181,7 +181,7 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
         proof = kl_and_agreement(adapted, probe_logits(base, probe, None))
         rounded = TOLERANCE[torch.float32 if kind == "f32" else torch.bfloat16]
         check_tolerance(proof, settings.max_kl or max(rounded, TOLERANCE[base.dtype]))
-    return ExportResult(out=str(file), format="gguf", weights=kind, **about, **proof)
+    return ExportResult(out=str(file), format="gguf", weights=kind, **about, **proof)  # type: ignore[arg-type]
 
 
 def _describe(writer: Any, gguf: Any, base: CausalLM, kind: str) -> None:

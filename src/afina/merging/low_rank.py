@@ -221,5 +221,6 @@ def slerp(updates: Sequence[WeightedUpdate], settings: NoSettings) -> LowRankUpd
     parts = [u.update for u in updates if isinstance(u.update, LowRankUpdate)]
     coefficients = [u.weight / total for u in updates]
     if all(part.rank for part in parts) and len(parts) == 2:  # rank 0: no direction to rotate from
-        coefficients = list(slerp_coefficients(*parts, coefficients[1]))
+        first, second = parts
+        coefficients = list(slerp_coefficients(first, second, coefficients[1]))
     return concatenate(list(zip(parts, coefficients, strict=True)))

@@ -90,7 +90,7 @@ def _merge(settings: MergeSettings, where: str) -> MergeResult:
             "adapter": read_metadata(adapter_folder(settings.adapter)).get("hash"),
         }
         write_json(folder / "merge.json", about | proof)
-    return MergeResult(out=str(settings.output_dir), **about, **proof)
+    return MergeResult(out=str(settings.output_dir), **about, **proof)  # type: ignore[arg-type]
 
 
 def _copy_reading(base: FrozenModel, folder: Path) -> None:

@@ -60,7 +60,7 @@ class MergeMethod:
     composes: bool
 
     def __post_init__(self) -> None:
-        functools.update_wrapper(self, self.function)
+        functools.update_wrapper(self, self.function)  # type: ignore[arg-type]
 
     @property
     def summary(self) -> str:

@@ -45,5 +45,5 @@ def multi_adapter_losses(parts: Sequence[Part]) -> list[Tensor]:
         for name in ("token_ids", "positions", "labels")
     )
     with base.forward_context.use(Segments.concat(tables, lengths)):
-        losses = base.token_losses(tokens, positions, tuple(bounds), labels)
+        losses = base.token_losses(tokens, positions, tuple(bounds), labels)  # type: ignore[attr-defined]
     return [part.sum() for part in losses.split([batch.num_targets for batch in batches])]

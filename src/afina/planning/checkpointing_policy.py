@@ -41,8 +41,8 @@ def choose(setups: Sequence[RunSetup]) -> tuple[str | int, str | None]:
     place = detect_machine(settings, measure=False)
     shape, quantization = (
         read_model_shape(settings, place.device),
-        setups[0].prepared.base.quantization,
-    )  # type: ignore[attr-defined]
+        setups[0].prepared.base.quantization,  # type: ignore[attr-defined]
+    )
     steps = [
         StepCost(
             shape, count_parameters(shape, s.adapter.config), s.settings, quantization, place.device

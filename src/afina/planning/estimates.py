@@ -61,7 +61,8 @@ class Workload:
     mean_labels: float
     mean_length: float  # tokens that a token's sequence has
     num_micro_batches: int = 1  # before each optimizer step
-    attention_ratio: float = 1.0  # tokens of all sequences over those computed, where sequences share some: attention takes them all
+    # tokens of all sequences over those computed: attention reads shared prefixes once each
+    attention_ratio: float = 1.0
 
     @classmethod
     def full(cls, tokens: int, length: int, passes: int = 1, labelled: float = 1.0) -> "Workload":

@@ -267,7 +267,7 @@ def _rows(setup: RunSetup) -> _Data:
     """The rows of a run that is set up."""
     task = setup.prepared.task
     assert isinstance(task, LanguageModelingObjective)
-    return _Data(train=task.train, held_tokens=sum(len(e.token_ids) for e in task.eval_rows))
+    return _Data(train=list(task.train), held_tokens=sum(len(e.token_ids) for e in task.eval_rows))
 
 
 def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Data:

@@ -72,11 +72,11 @@ class MethodCase:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         make, inputs = MODULE_KINDS[self.kind]
-        model = nn.Sequential()
+        model: Any = nn.Sequential()
         model.add_module("layer", make())
         model.add_module("after", nn.Tanh())
-        self.model = model.to(self.dtype).eval().requires_grad_(False)
-        self.frozen = self.model.layer
+        self.model: Any = model.to(self.dtype).eval().requires_grad_(False)
+        self.frozen: Any = self.model.layer
         x = inputs()
         self.x = x.to(self.dtype) if x.is_floating_point() else x
         self.board = ForwardContext()
@@ -135,7 +135,7 @@ def only_the_declared_parameters_train(case: MethodCase) -> None:
     assert {name for name, _ in delta.named_parameters()} == set(delta.names_on_disk(delta.layer))
     gradients = [parameter.grad for parameter in adapter.parameters()]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-    assert any(gradient.abs().max() > 0 for gradient in gradients)
+    assert any(g is not None and g.abs().max() > 0 for g in gradients)
     own = {id(parameter) for parameter in adapter.parameters()}
     assert not [
         name for name, p in case.model.named_parameters() if p.requires_grad and id(p) not in own
@@ -173,7 +173,7 @@ def merged_module(case: MethodCase, adapter: Adapter) -> nn.Module:
     """Return a copy of the frozen module with the adapter merged into its weight."""
     delta, frozen = case.delta(adapter), case.frozen
     if isinstance(frozen, NF4Linear):
-        plain = nn.Linear(
+        plain: Any = nn.Linear(
             frozen.in_features, frozen.out_features, dtype=frozen.dtype
         ).requires_grad_(False)
         plain.weight.copy_(frozen.weight)

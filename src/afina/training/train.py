@@ -78,7 +78,8 @@ def train(
     of checkpointing where that is "auto"; without it nothing is made again.
     Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
     """
-    if isinstance(objective := values.get("objective"), type):
+    if isinstance(values.get("objective"), type):
+        objective: Any = values["objective"]
         name = objective.name or objective.__name__.lower()
         values["objective"] = register_objective(name)(objective).name
     settings = (

@@ -1,4 +1,4 @@
-"""`--target-modules auto`: which layers, and how much of a rank each? By the gradient of a few batches, before anything is learned.
+"""`--target-modules auto`: modules and their ranks, from the gradients of a few batches.
 
 The loss falls first along the gradient G = dL/dW (out, in). An adapter of rank r can follow at most r of its singular
 directions, which hold the energy sum of sigma_i², i <= r (Eckart and Young). One rank at a layer costs in + out numbers.
