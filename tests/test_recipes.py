@@ -150,7 +150,7 @@ def test_the_page_is_that_of_the_results() -> None:
         told = {
             "method": settings.method,
             "rank": settings.rank,
-            "steps": settings.steps,
+            "steps": settings.max_steps,
             "what": measure.described(name),
         }
         assert told.items() <= result.items()
