@@ -172,26 +172,26 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_understood(line: str, workplace: Path) -> None:
-    verb, settings, _ = parse(shlex.split(line)[1:])
+    command, settings, _ = parse(shlex.split(line)[1:])
     data = getattr(settings, "data", None)
-    assert verb == line.split()[1] and (data is None or Path(data).is_file())
+    assert command == line.split()[1] and (data is None or Path(data).is_file())
 
 
 def test_what_a_command_needs_was_made_before(workplace: Path) -> None:
-    made: set[str] = set()
+    written: set[str] = set()
     for line in commands():
-        verb, settings, _ = parse(shlex.split(line)[1:])
-        run = getattr(settings, "run", None)
-        assert run is None or str(run) in made, line
-        if verb == "train":
-            made.add(str(settings.out))
+        command, settings, _ = parse(shlex.split(line)[1:])
+        adapter = getattr(settings, "adapter", None)
+        assert adapter is None or str(adapter) in written, line
+        if command == "train":
+            written.add(str(settings.output_dir))
 
 
 def few_steps(line: str) -> str:
     """The command with two steps in the place of its own."""
     if line.startswith("afina train"):
-        return f"{line} --steps 2"
-    return re.sub(r"--steps \d+", "--steps 2", line)
+        return f"{line} --max-steps 2"
+    return re.sub(r"--max-steps \d+", "--max-steps 2", line)
 
 
 @pytest.mark.slow
@@ -204,9 +204,9 @@ def test_the_reader_who_types_everything(workplace: Path, request: pytest.Fixtur
     assert len(typed) > 12
     for line, following in pairwise([*typed, ""]):
         if line.startswith("afina serve"):
-            with served(line, environment, workplace / "runs" / "serve" / "admin.key"):
+            with served(line, workplace):
                 run(following, environment)
-        elif "--url" not in line:
+        elif "--base-url" not in line:
             run(few_steps(line), environment)
     assert (workplace / "runs" / "compare-sentiment" / "report.html").is_file()
 
