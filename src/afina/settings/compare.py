@@ -27,29 +27,29 @@ class CompareSettings(ModelSettings):
 
     data: Path = setting("a file of rows, as for train: answers, plain text, or labels", ...)
     output_dir: Path | None = setting(
-        "folder of the comparison; by default runs/compare-DATA. Run again, it goes on"
+        "folder of the comparison, resumed when run again; by default runs/compare-DATA"
     )
     methods: list[str] = setting(
         "the methods to compare", ["full", "freeze", "lora", "qlora", "mora", "dora"]
     )
     variants: dict[str, dict[str, Any]] = setting(
-        "methods with settings of their own, under a name that methods may list: {attention: {method: lora, targets: "
-        "[q_proj, v_proj], rank: 16}}",
+        "methods with settings of their own, under a name that methods may list: "
+        "{attention: {method: lora, target_modules: [q_proj, v_proj], rank: 16}}",
         {},
     )
-    num_seeds: int = setting("runs of each method, each with a seed of its own", 3, ge=1)
+    num_seeds: int = setting("runs of each method, each with another seed", 3, ge=1)
     time_budget: str = setting(
-        "longest time: 90s, 30m, 2h; trials, steps or seeds are cut to keep it, and it says so",
+        "longest time: 90s, 30m, 2h; trials, steps or seeds are reduced to keep it, and reported",
         "30m",
     )
     num_trials: int = setting(
-        "learning rates to try for each method; the better half goes on, with twice the steps",
+        "learning rates to try for each method; the better half continues with twice the steps",
         4,
         ge=1,
     )
     lr_search_range: list[float] = setting(
-        "learning rates are tried from the first to the second of these, times the method's usual one: small models like "
-        "far larger ones",
+        "first and last learning rate that are tried, as factors of the method's default: small "
+        "models need far larger ones",
         [0.35, 35.0],
     )
     max_steps: int | None = setting(
@@ -57,11 +57,12 @@ class CompareSettings(ModelSettings):
     )
     rank: int = setting("rank of the adapters", 8, ge=1)
     metric: Literal["auto", "exact_match", "accuracy", "chrf", "rouge", "loss"] = setting(
-        "what decides; auto: exact_match for short answers, chrf for long ones, accuracy for labels, loss for plain text",
+        "metric that decides; auto: exact_match for short answers, chrf for long ones, accuracy "
+        "for labels, loss for plain text",
         "auto",
     )
     test_size: float = setting(
-        "share of the rows that only judge; half as many choose rates and states",
+        "ratio of test rows; half as many (dev rows) choose learning rates and checkpoints",
         0.2,
         gt=0.0,
         lt=0.6,
@@ -73,13 +74,13 @@ class CompareSettings(ModelSettings):
         "names of your columns, e.g. {prompt: question, completion: answer}", {}
     )
     skip_bad_rows: bool = setting(
-        "leave out rows that cannot be used, and say so in the report", False
+        "leave out rows that cannot be used, and list them in the report", False
     )
     chat_template: str | None = setting(
         "chat template: the tokenizer's own by default, 'plain', 'chatml' or a file"
     )
     retention_text: Path | None = setting(
-        "general text on which forgetting is measured; one is built in"
+        "general text of the retention loss; by default the built-in one"
     )
     max_length: int | None = setting(
         "longest sequence in tokens; by default what the base can read, up to 2,048"
@@ -91,7 +92,7 @@ class CompareSettings(ModelSettings):
     @field_validator("methods", mode="before")
     @classmethod
     def _each_once(cls, value: Any) -> Any:
-        """Raises where a method stands twice: the two would share a line."""
+        """Raise where a method is listed twice: both would share a row of the report."""
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
         if isinstance(names, list) and (not names or len(set(names)) < len(names)):
             raise ValueError("at least one method, each once")
@@ -100,7 +101,7 @@ class CompareSettings(ModelSettings):
     @field_validator("lr_search_range")
     @classmethod
     def _rises(cls, value: list[float]) -> list[float]:
-        """Raises where it is no range."""
+        """Raise where the value is no range."""
         if len(value) != 2 or not 0.0 < value[0] < value[1]:
             raise ValueError("two numbers above 0, the smaller one first: 0.35,35")
         return value
@@ -108,23 +109,23 @@ class CompareSettings(ModelSettings):
     @field_validator("variants")
     @classmethod
     def _of_methods(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Raises where a variant has no method, or a setting that a comparison holds equal for all."""
-        for name, told in value.items():
-            if "method" not in told:
+        """Raise where a variant has no method, or sets what is equal for all methods."""
+        for name, settings in value.items():
+            if "method" not in settings:
                 raise ValueError(f"{name} needs a method: {{{name}: {{method: lora, rank: 16}}}}")
             allowed = (*VARIED, *TrainSettings.group_names())
-            if other := next((key for key in told if key not in allowed), None):
+            if other := next((key for key in settings if key not in allowed), None):
                 raise ValueError(f"{name} cannot have {other} of its own, only {', '.join(VARIED)}")
         return value
 
     def settings_for(self, name: str) -> dict[str, Any]:
-        """What a run of `name`, a method or a variant, is told besides what all are."""
+        """Return the settings of a method or variant besides those of all methods."""
         return {"rank": self.rank} | self.variants.get(name, {"method": name})
 
     @field_validator("time_budget")
     @classmethod
     def _is_time(cls, value: str) -> str:
-        """Raises where it is no time."""
+        """Raise where the value is no time."""
         if not re.fullmatch(r"\d+(\.\d+)?\s*[smh]", value.strip()):
             raise ValueError("a number and s, m or h: 90s, 30m, 2h")
         return value.strip()

@@ -9,8 +9,8 @@ class EvalSettings(ModelSettings):
     """Settings of `afina eval`."""
 
     base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
-    adapter: Path | None = setting("a run or adapter folder; without it the base alone is judged")
-    data: Path | None = setting("rows to judge on; by default the run's own held-out rows")
+    adapter: Path | None = setting("a run or adapter folder; without it the base is evaluated")
+    data: Path | None = setting("rows to evaluate on; by default the run's eval rows")
     columns: dict[str, str] = setting(
         "names of your columns, e.g. {prompt: question, completion: answer}", {}
     )

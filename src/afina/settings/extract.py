@@ -11,15 +11,17 @@ class ExtractSettings(ModelSettings):
     base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
     adapter: Path | None = setting("a run or adapter of any method")
     finetuned_model: Path | None = setting(
-        "in its place: the folder of a model that was fine-tuned from --base"
+        "instead of an adapter: the folder of a model that was fine-tuned from --base"
     )
     output_dir: Path = setting("folder of the low-rank adapter", ...)
     max_rank: int | None = setting("largest rank of a layer", ge=1)
     retained_energy: float | None = setting(
-        "share of each layer's squared change to keep, e.g. 0.9; ranks follow", gt=0.0, le=1.0
+        "ratio of each module's squared update to retain, e.g. 0.9; it determines the ranks",
+        gt=0.0,
+        le=1.0,
     )
     data: Path | None = setting(
-        "rows to measure the loss on; by default the run's own held-out rows, or general text"
+        "rows to measure the loss on; by default the run's eval rows, or general text"
     )
     columns: dict[str, str] = setting(
         "names of your columns, e.g. {prompt: question, completion: answer}", {}

@@ -170,7 +170,7 @@ def _base_name(choice: str) -> str:
 
 
 def _nearest(group: str, key: str, kind: type[Settings]) -> str:
-    """Return a hint for a name that a group does not have: another group that has it, or the nearest."""
+    """Return a hint for an unknown name of a group: a group that has it, or the nearest name."""
     owners = [
         other
         for other in settings_groups.names()

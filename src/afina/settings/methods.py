@@ -1,4 +1,4 @@
-"""Settings of the adapter methods, one class each; methods without a class have none of their own."""
+"""Settings of the adapter methods, one class each; other methods have no settings."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Settings and commands that were renamed after version 0.1: old names are errors with the new flag.
+"""Settings and commands renamed after version 0.1: old names are errors with the new flag.
 
 Settings in files that version 0.1 wrote are translated by `io/migrations.py`.
 """

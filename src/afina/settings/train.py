@@ -163,7 +163,7 @@ class TrainSettings(GroupedSettings):
 
     @property
     def place(self) -> str:
-        """The device that the base is loaded to; with FSDP each layer is moved when it is sharded."""
+        """Device that the base is loaded to; with FSDP each layer moves when it is sharded."""
         return "cpu" if self.fsdp else self.device
 
     @field_validator("target_modules")
