@@ -119,10 +119,10 @@ def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
     )
 
 
-def test_a_holdout_file_with_bad_rows(train: Train, tmp_path: Path) -> None:
+def test_eval_data_with_bad_rows(train: Train, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
     held = write_rows(tmp_path / "held.jsonl", CHAT, {"messages": []}, long)
-    run = train(eval_size=held, skip_bad_rows=True)
+    run = train(eval_data=held, skip_bad_rows=True)
     assert [
         line.partition(": ")[0].rpartition("/")[2] for line in run.record["data"]["skipped"]
     ] == [
@@ -147,10 +147,10 @@ def test_a_base_without_chat_template(
     train(pairs, base=str(bare), output_dir=tmp_path / "pairs")
 
 
-@pytest.mark.parametrize("holdout", [0, 1.5, -0.1])
-def test_a_share_held_out_that_makes_no_sense(train: Train, holdout: float) -> None:
-    with pytest.raises(SettingsError, match="holdout cannot be"):
-        train(eval_size=holdout)
+@pytest.mark.parametrize("eval_size", [0, 1.5, -0.1])
+def test_eval_size_out_of_range_is_an_error(train: Train, eval_size: float) -> None:
+    with pytest.raises(SettingsError, match="eval_size cannot be"):
+        train(eval_size=eval_size)
 
 
 def test_too_little_text_to_hold_some_out(train: Train, tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_resume_needs_a_checkpoint_and_the_same_run(
     assert "leave out --resume" in str(caught.value.hint)
     held = write_rows(tmp_path / "held.jsonl", CHAT, CHAT)
     mine = shutil.copy(chats, tmp_path / "mine.jsonl")
-    train(Path(mine), eval_size=held)
+    train(Path(mine), eval_data=held)
     for part, change in (
         ("data is", lambda: Path(mine).write_text(chats.read_text().replace("sol", "mar"))),
         ("held-out rows are", lambda: held.write_text(held.read_text().replace("a a", "b b"))),
@@ -450,15 +450,15 @@ def test_resume_needs_a_checkpoint_and_the_same_run(
         keep = {path: path.read_bytes() for path in (Path(mine), held)}
         change()
         with pytest.raises(TrainingError, match=f"the {part} not what the run began with"):
-            train(Path(mine), eval_size=held, resume=True)
+            train(Path(mine), eval_data=held, resume=True)
         for path, content in keep.items():
             path.write_bytes(content)
     with pytest.raises(TrainingError, match="the base is not what the run began with"):
-        train(Path(mine), eval_size=held, resume=True, base=str(tied))
+        train(Path(mine), eval_data=held, resume=True, base=str(tied))
     shutil.copy(
         mine, tmp_path / "elsewhere.jsonl"
     )  # the same rows under another name are the same data
-    train(tmp_path / "elsewhere.jsonl", eval_size=held, resume=True)
+    train(tmp_path / "elsewhere.jsonl", eval_data=held, resume=True)
 
 
 def test_settings_that_changed_are_named_with_both_values(
@@ -711,7 +711,7 @@ def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(
     """The last step breaks the numbers, so only the check after it can see it: nothing of it is kept."""
     good = train(output_dir=tmp_path / "good", max_steps=4, eval_steps=2)
     state = load_file(good.folder / "checkpoint" / "state.safetensors")
-    with pytest.raises(TrainingError, match="held-out loss is not finite at step 1") as caught:
+    with pytest.raises(TrainingError, match="eval loss is not finite at step 1") as caught:
         train(learning_rate=1e30, max_steps=8, eval_steps=1)
     assert "chats.jsonl:" in str(caught.value.why)
     assert not (tmp_path / "run" / "adapter").exists()
@@ -756,12 +756,12 @@ def test_a_poisoned_parameter_stops_the_run_at_its_step(
 # evaluating and generating
 
 
-def test_nothing_to_judge_on(train: Train, tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="nothing to judge on") as caught:
+def test_evaluation_without_rows_is_an_error(train: Train, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="there are no rows to evaluate") as caught:
         afina.evaluate(base=str(tiny))
     assert "--data" in str(caught.value.hint)
     run = train()
-    with pytest.raises(DataError, match="no held-out rows of its own"):
+    with pytest.raises(DataError, match="this folder has no eval rows"):
         afina.evaluate(run.folder / "adapter")
     with pytest.raises(SettingsError, match="unknown metric 'chrff'") as caught:
         afina.evaluate(run.folder, metrics=["chrff"], limit=1, max_new_tokens=1)

@@ -429,7 +429,7 @@ def test_pictures_in_parquet(
     with pytest.raises(DataError, match="the data has changed"):
         evaluate(runs[0].folder)
     (tmp_path / "struct.parquet").unlink()
-    with pytest.raises(DataError, match="the held-out pictures cannot be found"):
+    with pytest.raises(DataError, match="the eval images cannot be found"):
         evaluate(runs[0].folder)
     assert evaluate(runs[0].folder, data=pictures)["rows"] == 120
 
@@ -676,7 +676,7 @@ def test_models_that_do_not_fit(
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     with pytest.raises(BaseError, match="the weights do not fit config.json"):
         learn(table, damaged)
-    with pytest.raises(SettingsError, match="a classifier cannot learn by mlm"):
+    with pytest.raises(SettingsError, match="a classifier cannot be trained by mlm"):
         train(pictures, model=opened_net(), objective="mlm", output_dir=tmp_path / "x")
 
 

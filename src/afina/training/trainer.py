@@ -156,13 +156,13 @@ class Trainer:
         )
 
     def _check(self, tick: StepMetrics) -> StepMetrics:
-        """Judge on the held-out rows; keep the adapter if it is the best so far."""
+        """Evaluate on the eval rows; save the adapter if it is the best so far."""
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
         loss = self.world.broadcast(setup.prepared.task.eval_loss(setup.adapter.active))
         if not math.isfinite(loss):  # before anything is saved: what was kept stays good
             progress.step -= 1
-            raise self.not_finite("held-out loss")
+            raise self.not_finite("eval loss")
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.num_bad_evals = loss, progress.step, 0
             if self.world.is_main_process:
