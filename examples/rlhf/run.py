@@ -28,7 +28,7 @@ from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
 from afina.io.atomic import write_json, write_text
 from afina.io.strict_json import read_json_object
 from afina.models.loading import load_base
-from afina.objectives.policy import PolicyObjective, TokenizedPrompt
+from afina.objectives.policy import GRPOObjective, TokenizedPrompt
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.reference import ReferencePolicy
 from afina.objectives.reward_functions import load_reward_functions
@@ -170,8 +170,7 @@ def judge(sft: Path, runs: dict[str, Path], test: Path) -> dict[str, dict[str, A
     )
     longest = max(len(query.token_ids) for query in queries) + NEW_TOKENS
     writer = PolicyGenerator(base, longest, renderer.stop_token_ids)
-    task = PolicyObjective(
-        "grpo",
+    task = GRPOObjective(
         options,
         base,
         queries,
