@@ -1,4 +1,4 @@
-"""`--targets auto`: ranks by the energy of the gradient; the allocation against brute force, the energies against autograd."""
+"""`--target-modules auto`: ranks by the energy of the gradient; the allocation against brute force, the energies against autograd."""
 
 from itertools import pairwise, product
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from afina.errors import SettingsError
 from afina.models.loading import load_base
-from afina.settings import TrainSettings
+from afina.settings import TrainSettings, make_settings
 from afina.training.setup.prepare import prepare
 from afina.training.setup.rank_allocation import BATCHES, allocate_ranks, gradient_spectra
 from afina.training.setup.set_up import set_up_run
@@ -46,7 +46,7 @@ def test_a_layer_that_is_too_dear_makes_room_for_others() -> None:
     energies = {"large": torch.tensor([100.0, 1.0]), "small": torch.tensor([1.0, 0.5])}
     assert allocate_ranks(energies, {"large": 10, "small": 1}, 11) == {"large": 1, "small": 1}
     assert allocate_ranks(energies, {"large": 10, "small": 1}, 3) == {"small": 2}
-    with pytest.raises(SettingsError, match="buys no rank"):
+    with pytest.raises(SettingsError, match="too small for a single rank"):
         allocate_ranks(energies, {"large": 10, "small": 5}, 3)
 
 
@@ -62,8 +62,8 @@ def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
     loss = torch.zeros(())
     for step in range(min(BATCHES, prepared.task.steps_per_epoch)):
         for batch in prepared.task.step_batches(step):
-            rows = [slice(a, b) for a, b in pairwise(batch.bounds)]
-            logits = torch.cat([plain(batch.tokens[None, row]).logits[0] for row in rows])
+            rows = [slice(a, b) for a, b in pairwise(batch.cu_seqlens)]
+            logits = torch.cat([plain(batch.token_ids[None, row]).logits[0] for row in rows])
             loss = loss + torch.nn.functional.cross_entropy(
                 logits, batch.labels
             )  # -100 carries no label
@@ -87,7 +87,8 @@ def test_a_run_learns_within_its_budget(
     )
     told = run.record["settings"]
     assert 1000 < run.record["trainable_parameters"] <= 2000
-    assert set(told["ranks"]) == set(told["targets"]) and len(set(told["ranks"].values())) >= 1
+    assert set(told["rank_pattern"]) == set(told["target_modules"])
+    assert len(set(told["rank_pattern"].values())) >= 1
 
 
 def test_by_itself_it_costs_no_more_than_all_layers(tiny: Path, chats: Path) -> None:
@@ -108,5 +109,5 @@ def test_what_it_cannot_do(tiny: Path, chats: Path) -> None:
         set_up_run(settings(tiny, chats, method="qlora"))
     with pytest.raises(SettingsError, match="only methods with a rank"):
         set_up_run(settings(tiny, chats, method="full"))
-    with pytest.raises(SettingsError, match="budget cannot be"):
-        set_up_run(settings(tiny, chats, parameter_budget="much"))
+    with pytest.raises(SettingsError, match="parameter_budget cannot be"):
+        make_settings(TrainSettings, {"data": chats, "parameter_budget": "much"})

@@ -712,7 +712,8 @@ def test_a_sum_of_adapters_is_the_sum_of_their_updates(base: CausalLM, tiny: Pat
             if isinstance(module, torch.nn.Linear) and path != "lm_head":
                 deltas = base.model.get_submodule(path).deltas  # type: ignore[union-attr]
                 zero = torch.zeros_like(module.weight)
-                module.weight += 0.7 * deltas["a"].merged(zero) - 1.3 * deltas["b"].merged(zero)
+                module.weight += 0.7 * deltas["a"].merged_weight(zero)
+                module.weight -= 1.3 * deltas["b"].merged_weight(zero)
     table = Segments(global_adapters=(("a", 0.7), ("b", -1.3)))
     assert (logits(base, run, table) - logits(plain, run)).abs().max() < 1e-4
 

@@ -1,4 +1,4 @@
-"""`afina prefer`: a person's keys become pairs; blind, in random order, resumable."""
+"""`afina annotate`: a person's keys become pairs; blind, in random order, resumable."""
 
 import json
 import shutil

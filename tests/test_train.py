@@ -145,8 +145,8 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     for told in (
         run.record["base"]["hash"][:16],
         run.record["data"]["sha256"][:16],
-        "licence of the base",
-        "licence of the data",
+        "license of the base",
+        "license of the data",
     ):
         assert told in card
     assert all(sentence in card for sentence in run.record["verdict"])
@@ -175,7 +175,7 @@ def test_a_card_names_the_licence_of_the_base(train: Train, tiny: Path, tmp_path
         (folder / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
         run = train(base=str(folder), max_steps=1, output_dir=tmp_path / f"run{number}")
         assert run.record["base"]["licence"] == expected
-        assert ("| licence of the base | mit |" in (run.folder / "README.md").read_text()) is (
+        assert ("| license of the base | mit |" in (run.folder / "README.md").read_text()) is (
             expected == "mit"
         )
 
@@ -254,7 +254,7 @@ def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path)
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(20)]
     run = train(
         write_rows(tmp_path / "t.jsonl", *rows[:15]),
-        eval_size=write_rows(tmp_path / "h.jsonl", *rows[15:]),
+        eval_data=write_rows(tmp_path / "h.jsonl", *rows[15:]),
         max_steps=1,
     )
     assert run.record["data"]["held_out"] == 5
@@ -382,7 +382,7 @@ def test_the_plan_counts_tokens_and_labels(tiny: Path, tmp_path: Path) -> None:
     planned = afina.plan(
         write_rows(tmp_path / "r.jsonl", *rows),
         base=str(tiny),
-        eval_size=write_rows(tmp_path / "h.jsonl", rows[0]),
+        eval_data=write_rows(tmp_path / "h.jsonl", rows[0]),
     )
     chat = [
         [{"role": "user", "content": f"n{n}"}, {"role": "assistant", "content": f" {n}"}]
@@ -422,7 +422,7 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
     )
     run = train(
         data,
-        eval_size=held,
+        eval_data=held,
         method="full",
         max_steps=400,
         eval_steps=4,
@@ -444,7 +444,7 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
     assert run.record["verdict"][1].startswith("It overfits")
     again = train(
         data,
-        eval_size=held,
+        eval_data=held,
         method="full",
         max_steps=400,
         eval_steps=4,

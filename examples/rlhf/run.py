@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from afina.evaluation.preference_eval import wilson_interval
 from stacked import stack, stack_markdown
 
 from afina.adapters.attach import detach
@@ -25,6 +24,7 @@ from afina.data.renderer import Renderer
 from afina.data.schemas import PromptRow
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
+from afina.evaluation.intervals import wilson_interval
 from afina.io.atomic import write_json, write_text
 from afina.io.strict_json import read_json_object
 from afina.models.loading import load_base

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from afina.evaluation.preference_eval import wilson_interval
 from rules import clean, form, right
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.data.renderer import Renderer
+from afina.evaluation.intervals import wilson_interval
 from afina.merging.combine import combine
 from afina.merging.merge_into_base import merge
 from afina.models.causal_lm import CausalLM

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afina.evaluation.preference_eval import wilson_interval
 from rules import ENDINGS, clean, right
 
 from afina.adapters.attach import detach
@@ -24,6 +23,7 @@ from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.demo.lexicon import LANGUAGES
 from afina.demo.sentences import TAUGHT, corrupt, draw_clause, phrase_words, sentence, write
+from afina.evaluation.intervals import wilson_interval
 from afina.io.atomic import write_json, write_text
 from afina.io.strict_json import read_json_object
 from afina.models.loading import load_base

@@ -1,4 +1,4 @@
-"""`afina prefer`: two answers to each prompt, blind; a person says which is better; pairs come out.
+"""`afina annotate`: two answers to each prompt, blind; a person says which is better; pairs come out.
 
     FOLDER/session.json        who answers, how, with which seed: what a later sitting must agree with
     FOLDER/judgements.jsonl    a line a prompt: both answers, whose they are, which stood first, what was said

@@ -74,7 +74,7 @@ def check_policy_settings(settings: TrainSettings, options: PolicySettings) -> N
     if settings.gradient_accumulation_steps > 1:
         why = "a step learns from all answers to its prompts, in as many passes as they need"
         raise SettingsError(
-            "accumulate means nothing here",
+            f"gradient_accumulation_steps is {settings.gradient_accumulation_steps}",
             where="gradient_accumulation_steps",
             why=why,
             hint=f"--{settings.objective}.prompts-per-step",

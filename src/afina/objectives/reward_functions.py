@@ -172,14 +172,16 @@ def load_reward_functions(
     )
     if not told:
         raise SettingsError(
-            "nobody judges", where="reward_funcs", hint="rules.py:polite"
+            "reward_funcs is empty: at least one reward function is needed",
+            where="reward_funcs",
+            hint="rules.py:polite",
         )
     for name, weight in told.items():
         if not math.isfinite(weight) or not weight:
             raise SettingsError(
-                f"a weight of {weight}",
+                f"the weight is {weight}",
                 where=f"reward_funcs: {name}",
-                hint="a number that is not 0",
+                hint="a finite number other than 0",
             )
     made = [
         _one(name, options.allow_python_graders) or _judge(name, base, template, n)
@@ -237,7 +239,7 @@ def _judge(told: str, base: CausalLM, template: str | None, number: int) -> Rewa
         hint = (
             "FILE.py:FUNCTION, a grader's FILE.json, or the folder of a run of --objective reward"
         )
-        raise SettingsError("nobody judges here", where=f"reward_funcs: {told}", hint=hint)
+        raise SettingsError("no such reward function or reward model", where=f"reward_funcs: {told}", hint=hint)
     story = read_run_record(folder)
     if story.get("objective") != "reward":
         why = f"it is a run of {story.get('objective')}" if story else "it is no run"
