@@ -106,3 +106,19 @@ def test_method_of_the_plugin_goes_through_every_command(
 
     audit = run(installed, "audit", tmp_path / "one", "--json")
     assert not [f for f in audit["findings"] if f["gate"] == "files" and f["level"] == "block"]
+
+
+@pytest.mark.slow
+def test_objective_of_the_plugin_trains(
+    installed: dict[str, str], tiny: Path, chats: Path, tmp_path: Path
+) -> None:
+    assert "halved" in run(installed, "train", "--help")["text"]
+    shared = ("--base", tiny, "--max-steps", 2, "--gradient-checkpointing", "off", "--json")
+    first = []
+    for name in ("sft", "halved"):
+        command = ("train", chats, "--objective", name, *shared, "--output-dir", tmp_path / name)
+        run(installed, *command)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        first.append(json.loads(lines[0])["loss"])
+    assert first[1] == pytest.approx(0.5 * first[0], rel=1e-5)
+    assert run(installed, "eval", tmp_path / "halved", "--json")["after"]
