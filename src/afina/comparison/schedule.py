@@ -1,8 +1,11 @@
-"""How much fits into the budget? Chosen before the first run, the same for every method.
+"""Trials, steps and seeds that fit a time budget; chosen before the first run, equal for all methods.
 
-Successive halving: n rates with few steps, the better half with twice as many, until one is left, which has its runs
-with all steps (Jamieson and Talwalkar, 2016, arXiv 1502.07943; fresh runs, since the schedule of a rate belongs to its
-length). Each method has the same number of trials, over the same range around its usual rate.
+Successive halving: n learning rates with few steps, the better half with twice as many, until one is
+left, whose runs take all steps (new runs, since a learning rate schedule depends on the number of
+steps). Each method has the same number of trials, over the same range around its default rate.
+
+References:
+    Jamieson and Talwalkar, 2016 (arXiv 1502.07943).
 """
 
 import math
@@ -10,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1)  # of the steps
-SPARE = 0.9  # of the budget: what is measured on a few steps is not exact
-SLOWER = 1.3  # judging with an adapter against judging the base
+STEP_RATIOS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1)  # of the requested steps
+USABLE_BUDGET_RATIO = 0.9  # seconds measured on a few steps are not exact
+ADAPTER_EVAL_SLOWDOWN = 1.3  # evaluating with an adapter, relative to the base alone
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Trials of each method, steps of a run, seeds; seconds that it takes as far as is known, and what was cut."""
+    """Trials per method, steps per run, seeds, estimated seconds, and which of them were reduced."""
 
     trials: int
     steps: int
@@ -26,21 +29,22 @@ class Schedule:
     cut: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
 
 def rungs(trials: int, steps: int) -> list[tuple[int, int]]:
-    """(rates, steps of each) of every round of the search: (4, s/4), (2, s/2) for four trials; none for one."""
-    made, rates, rounds = [], trials, math.ceil(math.log2(trials)) if trials > 1 else 0
+    """Return (rates, steps of each) per round of the search: (4, s/4), (2, s/2) for four trials."""
+    found, rates = [], trials
+    rounds = math.ceil(math.log2(trials)) if trials > 1 else 0
     for number in range(rounds):
-        made.append((rates, max(1, steps // 2 ** (rounds - number))))
+        found.append((rates, max(1, steps // 2 ** (rounds - number))))
         rates = math.ceil(rates / 2)
-    return made
+    return found
 
 
 def rates_to_try(usual: float, trials: int, reach: Sequence[float]) -> list[float]:
-    """Rates from reach[0] to reach[1] times the usual one, evenly apart on a log scale; that alone where there is one trial."""
+    """Return rates from reach[0] to reach[1] times `usual`, log-spaced; `usual` for one trial."""
     if trials == 1:
         return [usual]
     lowest, span = usual * reach[0], math.log(reach[1] / reach[0])
@@ -48,15 +52,15 @@ def rates_to_try(usual: float, trials: int, reach: Sequence[float]) -> list[floa
 
 
 def search_seconds(cost: Mapping[str, float], trials: int, steps: int) -> float:
-    """Seconds of a method's search."""
+    """Return the seconds of a method's learning rate search."""
     return sum(
         n * (cost["other_seconds"] + s * cost["step_seconds"]) for n, s in rungs(trials, steps)
     )
 
 
 def seed_seconds(cost: Mapping[str, float], steps: int, judging: float) -> float:
-    """Seconds of one run of a method with all its steps, judged."""
-    return cost["other_seconds"] + steps * cost["step_seconds"] + SLOWER * judging
+    """Return the seconds of one run of a method with all its steps, evaluation included."""
+    return cost["other_seconds"] + steps * cost["step_seconds"] + ADAPTER_EVAL_SLOWDOWN * judging
 
 
 def steps_that_fit(
@@ -66,9 +70,9 @@ def steps_that_fit(
     pace: float,
     seconds: float,
 ) -> int:
-    """As many of `steps`, one at least, as one run of each method has time for in `seconds`.
+    """Return how many of `steps`, at least one, a run of each method has time for in `seconds`.
 
-    `pace` says how much slower the machine turned out to be than it was measured.
+    `pace` is the machine's slowdown since the costs were measured.
     """
     once = pace * sum(seed_seconds(cost, 0, judging) for cost in costs.values())
     each = pace * sum(cost["step_seconds"] for cost in costs.values())
@@ -83,26 +87,25 @@ def choose_schedule(
     seeds: int,
     seconds: float,
 ) -> Schedule:
-    """The most that fits into `seconds`; where nothing does, the least there is, whose seconds then are more.
+    """Return the largest schedule that fits `seconds`, or the smallest one where none fits.
 
-    Cut first are the third and further seeds, then steps down to a half, then trials down to two, then steps down to a
-    tenth, then the second seed, and the search at last. One pass for several adapters is not counted on.
+    Reduced in this order: the third and further seeds, steps to a half, trials to two, steps to a
+    tenth, the second seed, and last the search. Sharing a pass among adapters is not assumed.
     """
     two_seeds, two_trials = min(2, seeds), min(2, trials)
     ways = [(trials, n, 1.0) for n in range(seeds, two_seeds - 1, -1)]
-    ways += [(trials, two_seeds, share) for share in SHARES if share >= 0.5]
-    ways += [(two_trials, two_seeds, share) for share in SHARES if share <= 0.5]
-    ways += [(two_trials, 1, SHARES[-1]), (1, 1, SHARES[-1])]
-    for some, runs, share in ways:
-        length = max(1, round(share * steps))
+    ways += [(trials, two_seeds, ratio) for ratio in STEP_RATIOS if ratio >= 0.5]
+    ways += [(two_trials, two_seeds, ratio) for ratio in STEP_RATIOS if ratio <= 0.5]
+    ways += [(two_trials, 1, STEP_RATIOS[-1]), (1, 1, STEP_RATIOS[-1])]
+    for some, runs, ratio in ways:
+        length = max(1, round(ratio * steps))
         total = sum(
             search_seconds(cost, some, length) + runs * seed_seconds(cost, length, judging)
             for cost in costs.values()
         )
-        if total <= SPARE * seconds:
+        if total <= USABLE_BUDGET_RATIO * seconds:
             break
-    asked, got = (
-        {"trials": trials, "steps": steps, "seeds": seeds},
-        {"trials": some, "steps": length, "seeds": runs},
-    )
-    return Schedule(some, length, runs, total, [name for name in asked if got[name] < asked[name]])
+    requested = {"trials": trials, "steps": steps, "seeds": seeds}
+    chosen = {"trials": some, "steps": length, "seeds": runs}
+    reduced = [name for name in requested if chosen[name] < requested[name]]
+    return Schedule(some, length, runs, total, reduced)

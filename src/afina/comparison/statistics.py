@@ -1,18 +1,22 @@
-"""How sure is a figure that was measured with a few seeds on a few rows? All in float64.
+"""Intervals and tests of a mean over few seeds and few rows, in float64.
 
-A table x (S, N) holds one number a seed and row: a score, or a loss. Both are samples: other seeds and other rows would
-have given another mean. Seeds and rows are crossed, each seed is judged on the same rows:
+A table x `(S, N)` has one value per seed and row: a score, or a loss. Both are samples: other seeds
+and other rows would give another mean. Seeds and rows are crossed, as every seed is evaluated on
+the same rows:
 
     x[s, i] = mean + a[s] + b[i] + e[s, i]
 
     MSs = N sum a² / (S - 1)    MSr = S sum b² / (N - 1)    MSe = sum e² / ((S - 1)(N - 1))
     variance of the mean = (MSr + max(0, MSs - MSe)) / (S N)
 
-(Two-way random effects: Searle, Casella, McCulloch, Variance Components, 1992, section 4.3; the estimate that is cut off
-at zero is a little too large, never too small on average.) The error is the sum of two of Student's t, of the rows with
-N - 1 and of the seeds with S - 1 degrees of freedom, as in Behrens' and Fisher's problem: Satterthwaite's single t gave
-up to 7.7 false alarms in 100 with three seeds that differ much, this one at most 4.9. With two seeds it is up to 6.5.
-With one seed all this is the plain t over rows, and nothing is known of what another seed would do.
+The estimate that is truncated at zero is a little too large, never too small on average. The error
+is a sum of two Student's t variables, of the rows with N - 1 and of the seeds with S - 1 degrees of
+freedom, as in the Behrens-Fisher problem: Satterthwaite's single t gave up to 7.7 false alarms in
+100 with three seeds that differ much, this one at most 4.9; with two seeds it is up to 6.5. With one
+seed the test is the plain t test over rows, and the variance between seeds is unknown.
+
+References:
+    Searle, Casella, McCulloch, Variance Components, 1992, section 4.3 (two-way random effects).
 """
 
 import math
@@ -30,7 +34,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its standard error, and where the true one lies in 95 of 100 cases; no interval with a single row."""
+    """Mean with standard error and 95% interval; both are None with a single row."""
 
     mean: float
     error: float | None
@@ -38,14 +42,19 @@ class Estimate:
     high: float | None
 
     def as_dict(self) -> dict[str, float | None]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"mean": self.mean, "error": self.error, "low": self.low, "high": self.high}
 
 
 def influence(sums: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
-    """A table whose mean is sum(sums) / sum(weights), row by row: the ratio, linearised (Cochran, 1977, section 6.3).
+    """Return a table whose mean is sum(sums) / sum(weights): the linearized ratio, row by row.
 
-    `sums` (S, N) are, say, losses summed over the labels of each row, `weights` (N,) the numbers of labels.
+    Args:
+        sums: Values summed per row, such as losses over target tokens, `(S, N)`.
+        weights: Their counts, such as target tokens, `(N,)`.
+
+    References:
+        Cochran, Sampling Techniques, 1977, section 6.3.
     """
     x, w = np.atleast_2d(np.asarray(sums, float)), np.asarray(weights, float)
     mean = x.sum() / (len(x) * w.sum())
@@ -53,7 +62,7 @@ def influence(sums: ArrayLike, weights: ArrayLike) -> NDArray[np.float64]:
 
 
 def _squares(x: NDArray[np.float64]) -> tuple[float, float, float]:
-    """(MSs, MSr, MSe); those that one seed cannot tell are 0."""
+    """Return (MSs, MSr, MSe); those that one seed cannot determine are 0."""
     seeds, rows = x.shape
     mean = x.mean()
     a, b = x.mean(1) - mean, x.mean(0) - mean
@@ -70,7 +79,7 @@ def _squares(x: NDArray[np.float64]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class VarianceComponents:
-    """Variance of a mean: what comes of the rows, and of the seeds, each with its degrees of freedom."""
+    """Variance of a mean due to rows and due to seeds, each with its degrees of freedom."""
 
     rows: float
     rows_freedom: float
@@ -79,11 +88,11 @@ class VarianceComponents:
 
     @property
     def error(self) -> float:
-        """The standard error."""
+        """Standard error of the mean."""
         return math.sqrt(self.rows + self.seeds)
 
     def two_sided_p(self, distance: float) -> float:
-        """Chance (both sides) that the mean of nothing but noise is so far from 0, or farther."""
+        """Return the two-sided p-value of a mean at this distance from 0."""
         distance = abs(distance)
         if self.seeds == 0.0:
             return float(2 * stats.t.sf(distance / math.sqrt(self.rows), self.rows_freedom))
@@ -95,7 +104,7 @@ class VarianceComponents:
 
     @property
     def reach(self) -> float:
-        """Half of the 95% interval."""
+        """Half the width of the 95% interval."""
         if self.seeds == 0.0:
             return float(stats.t.ppf((1 + LEVEL) / 2, self.rows_freedom)) * math.sqrt(self.rows)
         most = (
@@ -108,13 +117,13 @@ class VarianceComponents:
         )
 
     def around(self, mean: float) -> Estimate:
-        """The figure of which this is the spread."""
+        """Return the estimate of a mean with this variance."""
         reach = self.reach if self.error else 0.0
         return Estimate(mean, self.error, mean - reach, mean + reach)
 
 
 def spread(table: ArrayLike) -> VarianceComponents:
-    """The spread of the mean of a table (S, N); needs two rows at least."""
+    """Return the variance of the mean of a table `(S, N)` with at least two rows."""
     x = np.atleast_2d(np.asarray(table, float))
     of_seeds, of_rows, rest = _squares(x)
     return VarianceComponents(
@@ -123,11 +132,11 @@ def spread(table: ArrayLike) -> VarianceComponents:
 
 
 def figure(table: ArrayLike, seed: int = 0) -> Estimate:
-    """The mean of a table (S, N) with its 95% interval, by a bootstrap over rows and seeds.
+    """Return the mean of a table `(S, N)` with its 95% interval, by a bootstrap over rows and seeds.
 
-    Rows are drawn again with replacement, as they are and all their seeds with them, so that a share near 0 or 100
-    keeps its crooked interval. Two or three seeds cannot be drawn again to any purpose (three values have ten means):
-    what they add is drawn from Student's t with the degrees of freedom that they have.
+    Rows are resampled with all their seeds, so that a percentage near 0 or 100 keeps its asymmetric
+    interval. Resampling two or three seeds is of no use (three values have ten means): their part
+    is sampled from Student's t with their degrees of freedom.
     """
     x = np.atleast_2d(np.asarray(table, float))
     seeds, rows = x.shape
@@ -144,9 +153,9 @@ def figure(table: ArrayLike, seed: int = 0) -> Estimate:
 
 
 def share(table: ArrayLike, seed: int = 0) -> Estimate:
-    """A figure of scores in percent. Where all rows are 0, or all 100, the interval is Clopper and Pearson's for the rows.
+    """Return the mean of scores in percent; Clopper-Pearson's interval where all are 0 or all 100.
 
-    None right of ten is not "0 for sure": up to 31% could be behind it.
+    With 0 of 10 correct the true rate may be up to 31%.
     """
     x = np.atleast_2d(np.asarray(table, float))
     found = figure(x, seed)
@@ -163,15 +172,15 @@ def share(table: ArrayLike, seed: int = 0) -> Estimate:
 
 
 def zero_count_bound(rows: int) -> float:
-    """How many percent may be behind none of so many rows (Clopper and Pearson, 95% with both sides)."""
+    """Return the upper bound, in percent, of a rate of which 0 of `rows` were observed (95%)."""
     return 100.0 * (1 - ((1 - LEVEL) / 2) ** (1 / rows))
 
 
 def difference(one: ArrayLike, other: ArrayLike) -> tuple[Estimate, float]:
-    """(mean difference of two paired tables (S, N) with its interval, two-sided p-value).
+    """Return the mean difference of two paired tables `(S, N)`, and its two-sided p-value.
 
-    The paired test of `Spread`; with one seed, scipy's `ttest_rel`. So many rows that differ can say so much and no
-    more: p is at least 2^(1 - rows that differ), the bound of the exact sign test.
+    With one seed this is scipy's `ttest_rel`. The p-value is at least 2^(1 - rows that differ),
+    the bound of the exact sign test.
     """
     x = np.atleast_2d(np.asarray(one, float) - np.asarray(other, float))
     mean, rows = float(x.mean()), x.shape[1]
@@ -183,7 +192,7 @@ def difference(one: ArrayLike, other: ArrayLike) -> tuple[Estimate, float]:
 
 
 def unpaired_difference(one: ArrayLike, other: ArrayLike) -> Estimate:
-    """The difference of the means of two tables over different rows, with its interval (rows: Welch)."""
+    """Return the difference of the means of two tables over different rows (rows: Welch)."""
     a, b = np.atleast_2d(np.asarray(one, float)), np.atleast_2d(np.asarray(other, float))
     mean = float(a.mean() - b.mean())
     if min(a.shape[1], b.shape[1]) < 2:
@@ -201,16 +210,16 @@ def unpaired_difference(one: ArrayLike, other: ArrayLike) -> Estimate:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """P-values corrected for being several (Holm, 1979): the chance of one false alarm or more stays below the level."""
+    """Return p-values corrected for multiple tests by Holm's method (1979)."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     corrected, largest = [0.0] * len(values), 0.0
-    for place, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
         corrected[i] = largest
     return corrected
 
 
 def pareto(points: Sequence[Sequence[float]]) -> list[int]:
-    """Indices of the points that no other one beats: as low in everything, and lower in something. Lower is better."""
+    """Return the indices of the Pareto-optimal points; lower is better in every coordinate."""
     x = np.asarray(points, float)
     return [i for i, p in enumerate(x) if not np.any(np.all(x <= p, 1) & np.any(x < p, 1))]
