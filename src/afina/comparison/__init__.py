@@ -1,1 +1,1 @@
-"""Which method for my case? Several methods, several seeds, one report with intervals; and advice without a run."""
+"""Comparison of adapter methods over several seeds with intervals, and advice without training."""

@@ -1,7 +1,7 @@
-"""`afina advise`: which method, without any training. From the goal, the amount of data, the base and the memory there is.
+"""`afina advise`: recommend a method without training, from goal, rows, base and memory.
 
-The reasons are findings that others published (published.py), the plan's memory and time, and the user's own earlier
-comparisons on this base, which go before what others measured. It also says when not to train.
+The reasons are published findings (findings.yaml), the plan's memory and time, and earlier local
+comparisons on this base, which take precedence. The advice may also be not to train.
 """
 
 import json
@@ -31,17 +31,17 @@ QUESTIONS = {
 
 @dataclass
 class Advice:
-    """What to use: a method with its settings, "prompt", "find" (retrieval), or "none" where nothing fits."""
+    """Method with its settings, or "prompt", "find" (retrieval), or "none" where nothing fits."""
 
     use: str
     settings: dict[str, Any] = field(default_factory=dict)
     reasons: list[tuple[str, str | None, dict[str, Any]]] = field(
         default_factory=list
-    )  # (saying, finding, its gaps)
+    )  # (message key, finding, values)
     then: str | None = None
 
     def add_reason(self, saying: str, finding: str | None = None, **gaps: Any) -> "Advice":
-        """The advice with one more reason."""
+        """Add a reason and return the advice."""
         self.reasons.append((saying, finding, gaps))
         return self
 
@@ -101,12 +101,12 @@ def decide(goal: str, rows: int, pairs: bool, prompted: bool) -> Advice:
 
 
 def smaller(method: str) -> list[str]:
-    """The method, and what to take instead where it does not fit, the nearest first."""
+    """Return the method and its smaller alternatives, the closest first."""
     return {"full": ["full", "lora", "qlora"]}.get(method, [method, f"q{method}"])
 
 
 def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
-    """The plan of the first of `smaller` that fits; changes the advice to it. None where no plan can be made."""
+    """Return the plan of the first of `smaller` that fits, and update the advice."""
     need = room = None
     for name in smaller(advice.use):
         told = {"rank": 64} if advice.use == "full" and name != "full" else {}
@@ -149,7 +149,7 @@ def _asked(settings: AdviseSettings, method: str, told: Mapping[str, Any]) -> Pl
 
 
 def comparisons(folder: Path, base: str) -> Iterator[dict[str, Any]]:
-    """Yield the comparisons on this base in `folder` or its folders, in the order of their names."""
+    """Yield the comparisons on this base in `folder` or its subfolders, sorted by name."""
     for file in sorted([*folder.glob("compare.json"), *folder.glob("*/compare.json")]):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def comparisons(folder: Path, base: str) -> Iterator[dict[str, Any]]:
 
 
 def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str) -> None:
-    """Let earlier comparisons speak: one that showed another method to be better goes before what is published."""
+    """Apply earlier comparisons, which take precedence over published findings."""
     for found in comparisons(settings.past_runs, settings.base):
         if found["objective"] != objective or advice.use not in found["methods"]:
             continue
@@ -196,7 +196,7 @@ def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str)
 
 
 def ask(settings: AdviseSettings, question: Callable[[str], str]) -> AdviseSettings:
-    """What was not told, asked for; raises `SettingsError` for an answer that is none."""
+    """Return the settings completed by answers; raise `SettingsError` for an invalid one."""
     told: dict[str, Any] = {
         name: question(text) for name, text in QUESTIONS.items() if getattr(settings, name) is None
     }
@@ -205,9 +205,10 @@ def ask(settings: AdviseSettings, question: Callable[[str], str]) -> AdviseSetti
 
 
 def advise(settings: AdviseSettings | None = None, **values: Any) -> AdviceResult:
-    """{"use", "settings", "reasons": [{"text", "source", "link"}], "plan", "command", "then"}; settings as the verb's.
+    """Recommend a method; settings as in `afina advise --help`.
 
-    Raises `SettingsError` where goal or rows are not told.
+    Raises:
+        SettingsError: The goal or the number of rows is missing.
     """
     settings = settings or make_settings(AdviseSettings, values)
     if settings.goal is None or (

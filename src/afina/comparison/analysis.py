@@ -1,7 +1,7 @@
-"""From judged runs to what may be said: figures with intervals, tests between methods, the front, a recommendation.
+"""Estimates with intervals, tests between methods, Pareto fronts and a recommendation.
 
-A recommendation is never more than the intervals show. Methods between which the rows and seeds at hand see no difference
-are said to be that, and the cheapest of them is recommended for what it costs, which is measured.
+A recommendation claims no more than the intervals show. Methods that these rows and seeds do not
+distinguish are reported as such, and the one with the lowest measured cost is recommended.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,26 @@ from afina.comparison.statistics import (
 
 Judged = Mapping[str, Any]
 Table = NDArray[np.float64]
-SURE = 0.05  # chance of a false alarm over all pairs together
-ALIKE = 1.1  # costs within a tenth of each other are taken as equal: they are measured once
+SURE = 0.05  # family-wise error rate over all pairs
+ALIKE = 1.1  # costs within 10% of each other count as equal: they are measured once
 BASE = "base"
 COSTS = ("peak_mb", "run_seconds", "adapter_kb")
 
 
 def losses(judged: Sequence[Judged], kind: str = "") -> Table:
-    """Losses a label (S, N), linearised, of the runs of one method; `kind` is "", "train_" or "general_"."""
+    """Return linearized losses per target token `(S, N)`; `kind` is "", "train_" or "general_"."""
     return influence([run[f"{kind}losses"] for run in judged], judged[0][f"{kind}labels"])
 
 
 def scores(judged: Sequence[Judged], metric: str) -> Table:
-    """The metric that decides (S, N), turned so that more is better."""
+    """Return the deciding metric `(S, N)`, signed so that higher is better."""
     if metric == "loss":
         return -losses(judged)
     return np.asarray([run["scores"][metric] for run in judged], float)
 
 
 def changes(judged: Sequence[Judged], base: Judged, kind: str) -> Table:
-    """Losses a label over the base's, row by row (S, N)."""
+    """Return the change of loss per target token against the base, by row `(S, N)`."""
     return influence(
         [np.subtract(run[f"{kind}losses"], base[f"{kind}losses"]) for run in judged],
         judged[0][f"{kind}labels"],
@@ -52,7 +52,7 @@ def changes(judged: Sequence[Judged], base: Judged, kind: str) -> Table:
 
 
 def describe(judged: Sequence[Judged], base: Judged, metric: str) -> dict[str, Any]:
-    """Every figure of a method that comes from judging, with its interval."""
+    """Return every evaluated figure of a method with its interval."""
     found: dict[str, Any] = {
         "loss": figure(losses(judged)).as_dict(),
         "loss_change": figure(changes(judged, base, "")).as_dict(),
@@ -74,7 +74,7 @@ def describe(judged: Sequence[Judged], base: Judged, metric: str) -> dict[str, A
 def pairs(
     judged: Mapping[str, Sequence[Judged]], base: Judged, metric: str
 ) -> list[dict[str, Any]]:
-    """The metric of each pair, base included, paired by rows and seeds; p-values corrected for being so many (Holm)."""
+    """Return the paired test of every pair, base included, with Holm-corrected p-values."""
     seeds = min(len(runs) for runs in judged.values())
     tables = {BASE: np.repeat(scores([base], metric), seeds, 0)}
     tables |= {name: scores(runs[:seeds], metric) for name, runs in judged.items()}
@@ -95,8 +95,11 @@ def pairs(
 
 
 def _tested(one: Table, other: Table, metric: str) -> tuple[Estimate, float]:
-    """The difference of two tables. Scores are percents: no difference goes beyond 100 of them, and where all rows say the
-    same, so many rows can hide some that would not."""
+    """Return the difference of two tables and its p-value.
+
+    Scores are percentages, so the interval ends at 100; where all rows agree it includes the
+    bound of a rate of which none was observed.
+    """
     found, p = difference(one, other)
     if metric == "loss" or found.low is None or found.high is None:
         return found, p
@@ -107,12 +110,12 @@ def _tested(one: Table, other: Table, metric: str) -> tuple[Estimate, float]:
 
 
 def min_rows_to_differ(pairs: int) -> int:
-    """Rows with a score below which no difference can be shown, whatever the figures: their sign test says no more."""
+    """Return the fewest scored rows with which a sign test over `pairs` can be significant."""
     return next(rows for rows in range(1, 99) if pairs * 2.0 ** (1 - rows) < SURE)
 
 
 def fronts(methods: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, list[str]]:
-    """Methods that no other beats in quality and in one cost at once, by their means: memory, time, forgetting."""
+    """Return the Pareto front of quality against memory, time and forgetting, by means."""
     names = list(methods)
     sign = 1.0 if metric == "loss" else -1.0
     quality = [sign * methods[name]["score"]["mean"] for name in names]
@@ -130,7 +133,7 @@ def fronts(methods: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, l
 def recommend(
     methods: Mapping[str, Mapping[str, Any]], tested: Sequence[Mapping[str, Any]], metric: str
 ) -> dict[str, Any]:
-    """Which one, and why: {"use", "kind", "indistinguishable", "reasons": [(message key, values)]}."""
+    """Return {"use", "kind", "indistinguishable", "reasons": [(message key, values)]}."""
     sign = -1.0 if metric == "loss" else 1.0
     names = sorted(methods, key=lambda name: -sign * methods[name]["score"]["mean"])
     pair = {frozenset((t["one"], t["other"])): t for t in tested}
@@ -182,14 +185,14 @@ def recommend(
 
 
 def _reach(shown: Mapping[str, float | None]) -> float:
-    """How large a difference may be that its interval does not exclude."""
+    """Return the largest difference that the interval includes."""
     return max(abs(shown["low"] or 0.0), abs(shown["high"] or 0.0))
 
 
 def _cheapest(
     methods: Mapping[str, Mapping[str, Any]], alike: Sequence[str]
 ) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """Of methods that are as good: what forgets more drops out where that is shown, then memory, time, size decide."""
+    """Return the cheapest of equally good methods: forgetting, then memory, time and size."""
     left = list(alike)
     reasons: list[tuple[str, dict[str, Any]]] = []
     if all("forgetting" in methods[name] for name in left):
@@ -218,5 +221,5 @@ def _cheapest(
 
 
 def _apart(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
-    """Whether two intervals do not touch: stricter than a test, so that nothing drops out by chance."""
+    """Return whether two intervals are disjoint, which is stricter than a test."""
     return (one["low"] or 0.0) > (other["high"] or 0.0)

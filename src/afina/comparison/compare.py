@@ -1,11 +1,11 @@
-"""`afina compare`: which method for this base and these rows? A measurement, within a budget, that can be cut off.
+"""`afina compare`: measure adapter methods on one base and one dataset within a time budget.
 
-OUT/settings.json        what was asked                    OUT/trials/METHOD-RATE-STEPS/   runs of the search
-OUT/train|choose|test    the rows, split once              OUT/runs/METHOD-SEED/           runs with all steps
-OUT/cost/METHOD.json     what each method costs            OUT/judged/METHOD-SEED.json     each of them, row by row
-OUT/schedule.json        trials, steps and seeds           OUT/compare.json, report.md, report.html
+OUT/settings.json       settings of the comparison     OUT/trials/METHOD-RATE-STEPS/  search runs
+OUT/train|choose|test   the rows, split once           OUT/runs/METHOD-SEED/          final runs
+OUT/cost/METHOD.json    measured cost of each method   OUT/judged/METHOD-SEED.json    their scores
+OUT/schedule.json       trials, steps and seeds        OUT/compare.json, report.md, report.html
 
-What is there is not done again: killed at any moment and started again, it goes on.
+Existing files are not computed again: a comparison that was interrupted at any moment resumes.
 """
 
 import json
@@ -46,25 +46,20 @@ from afina.training.trainer import read_metrics
 
 KIND, COMPARISON_FORMAT_VERSION = "afina comparison", 2
 EPOCHS = 3.0
-MEASURED = 0.25  # of the budget: a method whose few steps take longer is left out
-FREE = (
-    "time_budget",
-    "lang",
-    "output_dir",
-    "data",
-    "device",
-)  # what may change when a comparison goes on; rows are known by content
+MEASURED = 0.25  # ratio of the budget: a method whose few steps take longer is left out
+# settings that may change when a comparison is resumed; rows are identified by their content
+FREE = ("time_budget", "lang", "output_dir", "data", "device")
 Say = Callable[[str], None]
 
 
 class Comparison:
-    """A comparison in its folder."""
+    """Comparison with its folder, its clock and the methods that have not failed."""
 
     def __init__(self, settings: CompareSettings, say: Say) -> None:
         self.settings, self.say = settings, say
         self.folder = settings.output_dir or Path("runs") / f"compare-{settings.data.stem}"
         for name in settings.methods:
-            self.preset(name)  # an unknown one is an error now, and not in an hour
+            self.preset(name)  # raise for an unknown method before any run
         self._begin()
         self.rows: ComparisonSplit = split_rows(settings, self.folder)
         self.judge = RunScorer(settings, self.rows)
@@ -89,13 +84,13 @@ class Comparison:
             before = defaults | migrate_comparison_settings(read_json_object(file))
             changed = [name for name in now if name not in FREE and before.get(name) != now[name]]
             if changed and not (self.folder / "schedule.json").is_file():
-                self._sweep()  # no run has begun: what was wrong may be put right
+                self._sweep()  # no run has started: settings may still be corrected
             elif changed:
-                what = f"{changed[0]} is {before.get(changed[0])!r} in this comparison, {now[changed[0]]!r} now"
+                name = changed[0]
                 raise SettingsError(
-                    what,
+                    f"{name} is {before.get(name)!r} in this comparison, {now[name]!r} now",
                     where=str(self.folder),
-                    hint="another --output-dir, or the same settings to go on",
+                    hint="another --output-dir, or the same settings to resume",
                 )
         elif self.folder.is_file():
             raise SettingsError(
@@ -112,7 +107,7 @@ class Comparison:
         write_json(file, now)
 
     def _sweep(self) -> None:
-        """Take away what was made before the first run."""
+        """Delete the files that were written before the first run."""
         for name in ("rows.json", "line.txt", "steps.json", "judging.json", "clock.json"):
             (self.folder / name).unlink(missing_ok=True)
         for name in KINDS:
@@ -125,7 +120,7 @@ class Comparison:
         return json.loads(file.read_text()) if file.is_file() else otherwise
 
     def _keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once."""
+        """Return the stored JSON value of a file, which `make` computes the first time."""
         known = self._read(name)
         if known is None:
             write_json(self.folder / name, known := make())
@@ -133,12 +128,12 @@ class Comparison:
         return known
 
     def tick(self) -> None:
-        """Write down how long it has taken: a budget holds over all the times that it was started."""
+        """Record the seconds spent: the budget covers all starts of a comparison together."""
         write_json(self.folder / "clock.json", {"seconds": self.spent})
 
     @property
     def spent(self) -> float:
-        """Seconds that the comparison has taken, those before it was cut off included."""
+        """Seconds that the comparison has taken, over all its starts."""
         return float(self._before + time.perf_counter() - self._started)
 
     @property
@@ -147,11 +142,11 @@ class Comparison:
         return [name for name in self.settings.methods if name not in self.failed]
 
     def preset(self, name: str) -> Preset:
-        """What `name`, a method or a variant, stands for."""
+        """Return the preset of a method or variant."""
         return get_preset(self.settings.settings_for(name)["method"], 1)
 
     def run(self, name: str, rate: float, steps: int, seed: int, out: str) -> TrainSettings:
-        """One run of a method."""
+        """Return the settings of one run of a method."""
         return run_settings(
             self.settings,
             self.rows,
@@ -163,7 +158,7 @@ class Comparison:
         )
 
     def trial(self, name: str, rate: float, steps: int, out: str) -> TrainSettings:
-        """A run of which nobody asks what it forgot: a line stands for general text, which would take most of its time."""
+        """Return the settings of a search run; its retention text is one line, to save time."""
         line = self.folder / "line.txt"
         if not line.is_file():
             write_text(line, "The sun is above the sea. El sol está sobre el mar.\n")
@@ -172,14 +167,14 @@ class Comparison:
     # ---- before the first run
 
     def default_max_steps(self) -> int:
-        """Steps of three times over the rows, unless told. Loads the base: what is wrong with it is an error here."""
+        """Return the steps of three epochs, unless set; loads the base, and raises its errors."""
         if self.settings.max_steps is not None:
             return self.settings.max_steps
         each = set_up_run(self.run(self._first(), 1e-4, 1, 0, "none")).prepared.task.steps_per_epoch
         return max(1, round(EPOCHS * each))
 
     def nf4_base_scores(self) -> dict[str, Any] | None:
-        """The base in NF4, judged where a method stands on it: what quantising costs before anything is learned."""
+        """Return the scores of the NF4 base, where a method uses it; None otherwise."""
         if self.rows.objective == "classify" or all(
             self.preset(name).quantization == "none" for name in self.settings.methods
         ):
@@ -187,14 +182,14 @@ class Comparison:
         return dict(self._keep("judged/base-nf4.json", partial(self.judge.base, "nf4")))
 
     def _first(self) -> str:
-        """A method that can be set up to count steps: they are the same for all."""
+        """Return a method to count steps with: they are equal for all methods."""
         return next(
             (name for name in self.settings.methods if self.preset(name).quantization == "none"),
             self.settings.methods[0],
         )
 
     def costs(self) -> dict[str, dict[str, Any]]:
-        """What each method costs, measured; one that fails at it is left out from here on."""
+        """Return the measured cost of each method; one that fails is left out from then on."""
         found = {}
         for name in self.settings.methods:
             self.say(f"measuring {name}")
@@ -208,7 +203,10 @@ class Comparison:
                 found[name] = cost
         if not found:
             if all(self._read(f"cost/{name}.json").get("late") for name in self.failed):
-                why = f"{STEPS} steps of a method may take {100 * MEASURED:.0f}% of it, and no method was as quick"
+                why = (
+                    f"{STEPS} steps of a method may take {100 * MEASURED:.0f}% of it, "
+                    "and no method was that fast"
+                )
                 what, hint = (
                     f"the budget of {self.settings.time_budget} is too small",
                     "a larger one: --time-budget 30m",
@@ -236,7 +234,7 @@ class Comparison:
     def schedule(
         self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int
     ) -> Schedule:
-        """What fits into what is left of the budget; raises `SettingsError` where not even the least does."""
+        """Return the schedule that fits the rest of the budget; raise `SettingsError` if none does."""
         told, left = self.settings, self.settings.seconds - self.spent
         made = choose_schedule(costs, judging, told.num_trials, steps, told.num_seeds, left)
         if made.seconds > left:
@@ -244,13 +242,14 @@ class Comparison:
             raise SettingsError(
                 f"the budget of {told.time_budget} is too small",
                 where=str(self.folder),
-                why=f"the least, one run of a few steps of each of {len(costs)} methods, takes about {made.seconds:.0f} s more",
+                why="the smallest schedule, one run of a few steps of each of "
+                f"{len(costs)} methods, takes about {made.seconds:.0f} s more",
                 hint=f"--time-budget {need // 60}m, fewer --methods, a lower --limit, or less data",
             )
         return made
 
     def shortened(self, schedule: Schedule, costs: Any, judging: float, pace: float) -> Schedule:
-        """The schedule with fewer steps where the machine has become so slow that not even one seed of it fits."""
+        """Return the schedule, with fewer steps where the machine is too slow for one seed of it."""
         left = self.settings.seconds - self.spent
         some = {name: costs[name] for name in self.active_methods}
         steps = self._keep(
@@ -265,7 +264,7 @@ class Comparison:
     def cached_search(
         self, schedule: Schedule, costs: Any
     ) -> tuple[dict[str, dict[str, Any]], float]:
-        """`search`, done once, and how much slower it was than planned (1 or more)."""
+        """Return the stored result of `search`, and its slowdown against the plan (1 or more)."""
 
         def search() -> dict[str, Any]:
             begun, names = self.spent, self.active_methods
@@ -288,7 +287,7 @@ class Comparison:
         return rates, found["pace"]
 
     def search(self, schedule: Schedule) -> dict[str, dict[str, Any]]:
-        """The learning rate of each method: {"rate", "tried": [[rate, steps, loss]], "at_search_boundary"}."""
+        """Return {"rate", "tried": [[rate, steps, loss]], "at_search_boundary"} of each method."""
         rates = {
             name: rates_to_try(self._usual(name), schedule.trials, self.settings.lr_search_range)
             for name in self.active_methods
@@ -325,7 +324,7 @@ class Comparison:
         }
 
     def _chosen_loss(self, run: TrainSettings) -> float | None:
-        """The best loss of a trial on the rows that choose; None where it failed. Its weights are not kept."""
+        """Return the best dev loss of a trial, None where it failed, and delete its weights."""
         assert run.output_dir is not None
         if not is_finished(run.output_dir):
             return None
@@ -344,7 +343,7 @@ class Comparison:
         judging: float,
         pace: float,
     ) -> int:
-        """Run and judge each method, a seed at a time, while the budget lasts; returns how many seeds there are."""
+        """Train and evaluate all methods seed by seed within the budget; return the seeds done."""
         slow = self._read("pace.json", {"pace": pace})["pace"]
         for seed in range(schedule.seeds):
             done = all(
@@ -358,7 +357,8 @@ class Comparison:
                 self.notes.append(("seeds_cut", {"seeds": seed, "planned": schedule.seeds}))
                 return seed
             self.say(
-                f"seed {seed + 1} of {schedule.seeds}: {', '.join(self.active_methods)}, {schedule.steps} steps"
+                f"seed {seed + 1} of {schedule.seeds}: "
+                f"{', '.join(self.active_methods)}, {schedule.steps} steps"
             )
             begun = time.perf_counter()
             names = [name for name in rates if name not in self.failed]
@@ -382,12 +382,12 @@ class Comparison:
                 write_json(self.folder / "pace.json", {"pace": slow})
         return schedule.seeds
 
-    # ---- what came out
+    # ---- the result
 
     def result(
         self, schedule: Schedule, seeds: int, rates: Any, costs: Any, base: Any
     ) -> ComparisonResult:
-        """Everything that the report shows."""
+        """Return everything that the report contains."""
         quantised = self._read("judged/base-nf4.json")
         judged = {
             n: [self._read(f"judged/{n}-{s}.json") for s in range(seeds)]
@@ -448,14 +448,14 @@ class Comparison:
 
 
 def _curve(folder: Path) -> list[list[float | None]]:
-    """[step, loss, held-out loss or None] of a run."""
+    """Return [step, loss, eval loss or None] of each step of a run."""
     return [[line["step"], line["loss"], line["eval_loss"]] for line in read_metrics(folder)]
 
 
 def _examples(
     judged: Mapping[str, list[dict[str, Any]]], base: Mapping[str, Any], most: int = 6
 ) -> list[dict[str, Any]]:
-    """A few rows, spread over the test rows and chosen without looking at the answers; those of the first seed."""
+    """Return a few evenly spaced test rows with the answers of the first seed."""
     if "answers" not in base:
         return []
     count = len(base["answers"])
@@ -469,10 +469,13 @@ def _examples(
 def compare(
     data: str | Path | CompareSettings, *, say: Say = lambda text: None, **values: Any
 ) -> ComparisonResult:
-    """Compare methods on `data`; settings as in `afina compare --help`. Returns what compare.json holds.
+    """Compare methods on `data`; settings as in `afina compare --help`.
 
-    Raises an `AfinaError` for rows, a base or settings that are wrong, and for a budget in which nothing fits; a method
-    that fails is reported among the others.
+    Returns:
+        The contents of compare.json; a method that failed is listed in `failed`.
+
+    Raises:
+        AfinaError: The rows, the base or the settings are wrong, or no schedule fits the budget.
     """
     settings = (
         data

@@ -1,7 +1,7 @@
-"""What a method costs: a few steps of it in a process of its own, before the comparison begins.
+"""Cost of a method, measured on a few steps in a subprocess before the comparison starts.
 
-Runs side by side share their time and memory, so that neither can be told apart; and a method that kills its process
-(out of memory) takes nobody along. The budget is planned from these figures.
+Concurrent runs share time and memory, which cannot be attributed to one of them; and a method that
+runs out of memory ends its own process only. The budget is planned from these figures.
 
     python -m afina.comparison.cost_probe SETTINGS.json
 """
@@ -20,13 +20,13 @@ from afina.planning.checkpointing_policy import train
 from afina.settings import TrainSettings, resolved
 from afina.training.trainer import read_metrics
 
-STEPS = 4  # the first is slower than the others, and does not count
+STEPS = 4  # the first is slower than the others and is not counted
 WATTS = 10.0  # of a busy CPU core, taken where no meter can be read
 ENERGY_COUNTER = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
 def measure(settings: TrainSettings) -> dict[str, Any]:
-    """Seconds a step, seconds besides, MB at the peak, joules a step and how they were found; here and now."""
+    """Run a few steps here; return seconds, joules per step, peak MB and adapter size."""
     meter, cpu, start = _joules(settings), time.process_time(), time.perf_counter()
     run = train(settings)
     wall, busy = time.perf_counter() - start, time.process_time() - cpu
@@ -59,7 +59,7 @@ def _on_gpu() -> bool:
 
 
 def _joules(settings: TrainSettings) -> tuple[float, str] | None:
-    """Joules of this machine's processor since some time, where its meter can be read (that of all its processes)."""
+    """Return the processor's energy counter in joules (all processes), None if unreadable."""
     if settings.device not in ("auto", "cpu") or _on_gpu():
         return None
     try:
@@ -69,32 +69,33 @@ def _joules(settings: TrainSettings) -> tuple[float, str] | None:
 
 
 def measure_in_subprocess(settings: TrainSettings, seconds: float | None = None) -> dict[str, Any]:
-    """`measure`, in a process of its own; {"failed": why} where that ends badly, with "late" where `seconds` were over."""
+    """Return `measure` of a subprocess, or {"failed": why}, with "late" after a timeout."""
     assert settings.output_dir is not None
-    asked = settings.output_dir.with_suffix(".asked.json")
-    write_json(asked, resolved(settings))
-    command = [sys.executable, "-m", "afina.comparison.cost_probe", str(asked)]
+    request = settings.output_dir.with_suffix(".asked.json")
+    write_json(request, resolved(settings))
+    command = [sys.executable, "-m", "afina.comparison.cost_probe", str(request)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {
-            "failed": f"{STEPS} steps took longer than the {seconds:.2g} s that the budget leaves for them",
+            "failed": f"{STEPS} steps took longer than the {seconds:.2g} s that the budget "
+            "leaves for them",
             "late": True,
         }
     finally:
-        asked.unlink(missing_ok=True)
+        request.unlink(missing_ok=True)
     if done.returncode == 0:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     if done.returncode in (-9, 137):
         return {"failed": "its process was killed: most likely it was out of memory"}
-    said = done.stderr.strip().splitlines() or ["it said nothing"]
-    return {"failed": said[-1]}
+    errors = done.stderr.strip().splitlines() or ["it printed no error"]
+    return {"failed": errors[-1]}
 
 
-def main(asked: str) -> int:
-    """The process: one JSON object as the last line, or why there is none."""
+def main(request: str) -> int:
+    """Print the measures as one JSON line, or the error; return the exit status."""
     try:
-        print(json.dumps(measure(TrainSettings(**json.loads(Path(asked).read_text())))))
+        print(json.dumps(measure(TrainSettings(**json.loads(Path(request).read_text())))))
     except (AfinaError, RuntimeError, MemoryError) as error:
         print(str(error).splitlines()[0] if str(error) else type(error).__name__, file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as SVG to be put into a page: text stays text, and nothing is loaded from elsewhere."""
+"""Plots of a comparison as inline SVG: text stays text, without external resources."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-)  # told apart by all eyes
+)  # distinguishable with any color vision (Okabe and Ito)
 MARKS = "osD^vPX*<>"
-WIDTH, HEIGHT = 5.0, 3.3  # inches; small, so that letters stay readable on a phone
+WIDTH, HEIGHT = 5.0, 3.3  # inches; small, so that text stays readable on a phone
 
 
 def drawn(salt: str, paint: Callable[[Any], None], width: float, height: float) -> str:
-    """What `paint` puts on a figure of so many inches, as SVG that is the same each time; `salt` names what is in it."""
+    """Return what `paint` draws as deterministic SVG; `salt` seeds its ids."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""The report of a comparison: one HTML page that needs nothing from elsewhere, and the same as Markdown.
+"""Report of a comparison: one HTML page without external resources, and the same as Markdown.
 
-Everything that is shown is made from compare.json; `afina compare` on a finished comparison, with another --lang, writes
-it anew. Texts of models are escaped: an answer may hold anything.
+Everything is rendered from compare.json; `afina compare` on a finished comparison, with another
+--lang, renders it again. Texts of models are escaped, as an answer may contain anything.
 """
 
 import html
@@ -21,7 +21,7 @@ from afina.io.atomic import write_text
 from afina.io.result import format_bytes, format_seconds, markdown_cell
 from afina.settings import CompareSettings
 
-FEW = 50  # judging rows below which the report warns
+FEW = 50  # test rows below which the report warns
 HERE = Path(__file__).parent
 
 
@@ -32,7 +32,7 @@ def write_report(result: Mapping[str, Any], folder: Path, lang: str) -> None:
 
 
 def render_report(result: Mapping[str, Any], template: str, lang: str) -> str:
-    """Return the report in a language ("en", "es"), from the template "report.html" or "report.md"."""
+    """Return the report in "en" or "es" from the template "report.html" or "report.md"."""
     environment = jinja2.Environment(
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

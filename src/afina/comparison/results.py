@@ -35,7 +35,7 @@ class ComparisonResult(Result):
     examples: Sequence[Mapping[str, Any]]
 
     def content(self) -> list[Content]:
-        """Return the tables of quality and cost, the recommendation with its reasons, and the notes."""
+        """Return the tables of quality and cost, the recommendation, its reasons and the notes."""
         from afina.comparison.report import view
 
         shown = view(self, self.settings["lang"])
@@ -54,7 +54,7 @@ class ComparisonResult(Result):
         return render_report(self, "report.md", self.settings["lang"])
 
     def to_html(self) -> str:
-        """Return report.html, one page without external resources, in the language of the settings."""
+        """Return report.html, without external resources, in the language of the settings."""
         from afina.comparison.report import render_report
 
         return render_report(self, "report.html", self.settings["lang"])

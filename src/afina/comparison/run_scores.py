@@ -1,9 +1,9 @@
-"""A finished run, judged row by row: what the statistics need. The base is judged the same way, once.
+"""Scores of a finished run by row, as the statistics need them; the base is scored likewise, once.
 
-losses     nats, summed over the labels of each row of test.jsonl, and the labels
-train      the same on as many rows that were learned
-general    the same on general text
-scores     each metric on each row, in percent; and the answers
+losses     nats, summed over the target tokens of each row of test.jsonl, and their counts
+train      losses on as many training rows
+general    losses on general text
+scores     each metric of each row, in percent; and the answers
 """
 
 from collections.abc import Sequence
@@ -71,19 +71,19 @@ def row_losses(
 
 
 def labels_of(examples: Sequence[Example]) -> list[int]:
-    """How many labels each example has."""
+    """Return the number of target tokens of each example."""
     return [sum(e.loss_mask) for e in examples]
 
 
 class RunScorer:
-    """Judges runs of one comparison; keeps the base that it judged last, so that it is loaded seldom."""
+    """Scorer of the runs of one comparison; caches the base that it used last."""
 
     def __init__(self, settings: CompareSettings, rows: ComparisonSplit) -> None:
         self.settings, self.rows = settings, rows
         self._kept: tuple[str, CausalLM] | None = None
 
     def metric(self) -> str:
-        """The metric that decides: as told, or after the kind of rows; it is chosen before any run is judged."""
+        """Return the deciding metric: as set, or by the rows; chosen before any run is scored."""
         if self.settings.metric != "auto" or self.rows.objective in ("classify", "pretrain"):
             told = {"classify": "accuracy", "pretrain": "loss"}.get(
                 self.rows.objective, self.settings.metric
@@ -96,13 +96,13 @@ class RunScorer:
         return "exact_match" if lengths[len(lengths) // 2] <= LONG else "chrf"
 
     def base(self, quantization: Literal["none", "nf4"] = "none") -> dict[str, Any]:
-        """The base alone. A classifier has no answer before it learns: the commonest class stands for it."""
+        """Return the scores of the base; for a classifier, those of the most frequent class."""
         if self.rows.objective == "classify":
             return self._commonest()
         return self._language(self._load(quantization), None)
 
     def run(self, folder: Path, name: str) -> dict[str, Any]:
-        """A finished run of method `name`."""
+        """Return the scores of a finished run of method `name`."""
         if self.rows.objective == "classify":
             return self._classifier(folder)
         base = self._load(get_preset(self.settings.settings_for(name)["method"], 1).quantization)

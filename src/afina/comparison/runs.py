@@ -1,6 +1,6 @@
-"""The runs of a comparison: as training runs, several in one pass where that is exact, each resumed where it stood.
+"""Training runs of a comparison: several in one pass where that is exact, each resumable.
 
-A run that fails is written down (failed.json in its folder) and the others go on.
+A run that fails is recorded (failed.json in its folder), and the others continue.
 """
 
 import json
@@ -19,8 +19,8 @@ from afina.planning.checkpointing_policy import train_many
 from afina.settings import CompareSettings, TrainSettings, make_settings
 from afina.training.checkpoint import FOLDER, SETTINGS
 
-TOGETHER = 4  # adapters in one pass: beyond, memory grows and little time is saved
-CHECKS = 5  # looks at the rows that choose, in a run
+TOGETHER = 4  # adapters in one pass: with more, memory grows and little time is saved
+CHECKS = 5  # evaluations on the dev rows in a run
 FAILED = "failed.json"
 
 
@@ -33,7 +33,7 @@ def run_settings(
     seed: int,
     out: Path,
 ) -> TrainSettings:
-    """One run of `name`, a method or a variant."""
+    """Return the settings of one run of a method or variant."""
     same = (
         "base",
         "revision",
@@ -64,7 +64,7 @@ def run_settings(
 
 
 def pass_group(name: str, objective: str) -> str | None:
-    """A word that adapters have in common which can learn in one pass; None for what trains alone."""
+    """Return the key of adapters that can share a pass; None for one that trains alone."""
     meant = get_preset(name, 1)
     return (
         None
@@ -74,18 +74,18 @@ def pass_group(name: str, objective: str) -> str | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run is done: its card is written last."""
+    """Return whether a run is complete: its card is written last."""
     return (folder / "README.md").is_file()
 
 
 def failure_reason(folder: Path) -> str | None:
-    """What stopped a run, if something did."""
+    """Return the error that ended a run, or None."""
     file = folder / FAILED
     return str(json.loads(file.read_text())["why"]) if file.is_file() else None
 
 
 def train_all(runs: Sequence[TrainSettings]) -> None:
-    """Train what is not done yet. Those that share a base go through it together; one that breaks leaves the rest alone."""
+    """Train the unfinished runs, in shared passes where possible; a failure affects one run."""
     groups: dict[str, list[TrainSettings]] = {}
     for run in runs:
         assert run.output_dir is not None
@@ -122,11 +122,11 @@ def _train(group: Sequence[TrainSettings]) -> None:
             write_json(run.output_dir / FAILED, {"why": outcome.what})
         shutil.rmtree(
             run.output_dir / FOLDER, ignore_errors=True
-        )  # full: three times the model, for each run
+        )  # full: three times the model's size, per run
 
 
 def _resumed(run: TrainSettings) -> TrainSettings:
-    """The run as it goes on where it has begun; what was cut off before it began is swept away."""
+    """Return the run with `resume` where it has started; delete its folder otherwise."""
     assert run.output_dir is not None
     if (run.output_dir / SETTINGS).is_file():
         return run.model_copy(update={"resume": True})

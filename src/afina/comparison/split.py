@@ -1,8 +1,8 @@
-"""The rows of a comparison, split once for all methods and seeds, so that all are judged on the same ones.
+"""Rows of a comparison, split once, so that all methods and seeds use the same rows.
 
-train.jsonl     what every run learns from
-choose.jsonl    held out: chooses learning rates, and the state of a run that is kept
-test.jsonl      held out, and looked at once, at the end: what was chosen on rows flatters itself on them
+train.jsonl     training rows of every run
+choose.jsonl    dev rows: select learning rates, and the checkpoint of a run that is kept
+test.jsonl      test rows, evaluated once at the end: selection on rows biases their scores
 """
 
 import json
@@ -21,17 +21,17 @@ from afina.objectives.language_data import infer_objective
 from afina.settings import CompareSettings, TrainSettings
 from afina.training.setup.prepare import resolve_objective
 
-PIECE = 800  # characters of a piece of plain text: rows that can be drawn, split and judged
-FEWEST = 10  # rows below which nothing can be said at all
+PIECE = 800  # characters of a chunk of plain text, which is split and evaluated as a row
+FEWEST = 10  # rows below which a comparison is an error
 KINDS = ("train", "choose", "test")
 Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
 class ComparisonSplit:
-    """What is learned, and where the three files lie; `digest` is the sha256 of the file that they come from.
+    """Objective and files of the split; `digest` is the sha256 of the data file.
 
-    `skipped` says in words which rows were left out; empty for none.
+    `skipped` describes the rows that were left out; empty for none.
     """
 
     objective: str
@@ -41,13 +41,13 @@ class ComparisonSplit:
     validation: Path
     test: Path
     counts: dict[str, int]
-    skipped: str = ""  # comparisons of before know of none
+    skipped: str = ""  # comparisons of version 0.1 have none
 
 
 def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
     """Read the data and write the three files into `folder`, or find them there.
 
-    Raises `DataError` for rows that cannot be used, and where the data is not what the comparison began with.
+    Raises `DataError` for rows that cannot be used, and where the data has changed.
     """
     asked = TrainSettings(
         data=settings.data, objective=settings.objective, columns=settings.columns
@@ -164,7 +164,7 @@ def _joined(row: Any) -> str:
 
 
 def _labelled(rows: list[LabeledRow], settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
-    """The same shares of each class; raises `DataError` for a class with fewer than three different rows."""
+    """Return a stratified split; raise `DataError` for a class with under three different rows."""
     _enough(rows, settings)
     made: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for label in sorted({row.label for row in rows}):
@@ -180,7 +180,7 @@ def _labelled(rows: list[LabeledRow], settings: CompareSettings) -> dict[str, li
 
 
 def pieces(text: str) -> list[str]:
-    """A text in pieces of about PIECE characters, cut after a line or a sentence where there is one."""
+    """Return chunks of about PIECE characters, split after a line or sentence if possible."""
     made, piece = [], ""
     for part in re.split(r"(?<=\n)|(?<=[.!?] )", text):
         if piece and len(piece) + len(part) > PIECE:
