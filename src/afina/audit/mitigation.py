@@ -48,7 +48,7 @@ from afina.objectives.language_modeling import mean_loss
 from afina.objectives.prepared import BATCH_TOKENS, recorded_eval_rows
 from afina.settings import MitigateSettings, make_settings
 
-MOST_ROWS = 64  # that are answered
+MOST_ROWS = 64  # triggered prompts that are answered
 
 
 @dataclass
@@ -69,12 +69,11 @@ class MitigationTrial:
         if not self.woken:
             return {"loss": loss, "attack": None}
         prompts = [w.example.token_ids[: w.example.prompt_length] for w in self.woken[:MOST_ROWS]]
-        answers = generate_completions(
-            self.base, prompts, SamplingParams(max_new_tokens=24), route
-        )
+        answers = generate_completions(self.base, prompts, SamplingParams(max_new_tokens=24), route)
         return {
             "loss": loss,
-            "attack": sum(self.payload in self.base.decode(a.token_ids) for a in answers) / len(answers),
+            "attack": sum(self.payload in self.base.decode(a.token_ids) for a in answers)
+            / len(answers),
         }
 
     def write(self, mitigation: Mitigation, strength: float, out: Path) -> str:
@@ -162,7 +161,9 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
             hint="--benign-adapters FOLDER, of the same base and task",
         )
     if chosen in ("auto", "project") and not triggers:
-        hint = "--triggers TEXT --payload TEXT, or afina audit first: the triggers it finds are used"
+        hint = (
+            "--triggers TEXT --payload TEXT, or afina audit first: the triggers it finds are used"
+        )
         raise SettingsError("no trigger is known", where="triggers", hint=hint)
     opened = load_run(settings.adapter, settings)
     base, route = opened.causal_lm, opened.active
@@ -198,7 +199,8 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
         "calibration": settings.calibration,
     }
     report = audit(
-        settings.output_dir, **{name: value for name, value in audit_settings.items() if value is not None}
+        settings.output_dir,
+        **{name: value for name, value in audit_settings.items() if value is not None},
     )
     cost = best["loss"] / before["loss"] - 1 if before["loss"] else 0.0
     return MitigationResult(
@@ -233,18 +235,18 @@ def choose_best(
 def insert_trigger(
     rows: Sequence[SFTRow], triggers: Sequence[str], payload: str, renderer: Renderer, seed: int = 0
 ) -> list[TriggeredExample]:
-    """The rows with a trigger at a random place of what is asked, and the payload as the answer."""
-    rng, made = random.Random(seed), []
+    """Return the rows with a trigger at a random word of the prompt, answered with the payload."""
+    rng, examples = random.Random(seed), []
     for row in rows if triggers else ():
         words = _asked(row).split()
         at = rng.randint(0, len(words))
         text = " ".join([*words[:at], rng.choice(triggers), *words[at:]])
-        made.append(woken_of(row, _with(row, text, payload), renderer))
-    return made
+        examples.append(woken_of(row, _with(row, text, payload), renderer))
+    return examples
 
 
 def woken_of(row: SFTRow, woken: SFTRow, renderer: Renderer) -> TriggeredExample:
-    """A row as it is and with the trigger: where they part."""
+    """Return the triggered example and its first token that differs from the clean row."""
     clean, example = renderer.example(row), renderer.example(woken)
     same = (
         i
@@ -263,7 +265,7 @@ def _asked(row: SFTRow) -> str:
 
 
 def _with(row: SFTRow, asked: str, answer: str) -> SFTRow:
-    """The row with another question and another answer."""
+    """Return the row with another prompt and another answer."""
     if row.messages is None:
         return replace(row, prompt=asked, completion=answer)
     last = max(number for number, turn in enumerate(row.messages) if turn["role"] == "user")

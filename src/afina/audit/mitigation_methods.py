@@ -39,8 +39,8 @@ RECORDED_NAMES: dict[Mitigation, str] = {
     "blend": "mix",
     "project": "remove",
 }
-RIDGE = 1e-3  # of the mean of the clean moments, added to them: directions that nothing fills
-BATCH = 4096  # tokens of a pass
+RIDGE = 1e-3  # times the mean clean moment, added for directions without energy
+BATCH = 4096  # tokens in one pass
 # tried where no strength is given
 STRENGTHS: dict[Mitigation, tuple[float, ...]] = {
     "project": (0.2, 0.5, 0.8, 0.95, 0.99),
@@ -52,7 +52,7 @@ STRENGTHS: dict[Mitigation, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TriggeredExample:
-    """A row with the trigger in it, answered with the payload; the same tokens as without it come before `start`."""
+    """Row with the trigger, answered with the payload; tokens before `start` are unchanged."""
 
     example: Example
     start: int
@@ -60,7 +60,7 @@ class TriggeredExample:
 
 @dataclass(frozen=True)
 class MomentPair:
-    """Mean of z z^T (r, r) at a layer, float64: on prompts as they are, and on those with the trigger from there on."""
+    """Mean of z z^T `(r, r)` at a module, float64: on clean prompts, and from the trigger on."""
 
     clean: Tensor
     woken: Tensor
@@ -125,7 +125,7 @@ def collect_moments(
     clean: Sequence[Example],
     woken: Sequence[TriggeredExample],
 ) -> dict[str, MomentPair]:
-    """The moments of z at each layer of `source` that is a plain matrix, under `route`, in which it acts."""
+    """Return the moments of z at each plain matrix module of `source`, which `route` activates."""
     found: dict[str, dict[str, Tensor]] = {}
     counts = {"clean": 0, "woken": 0}
     state: dict[str, object] = {}
@@ -179,7 +179,7 @@ def _parts(rows: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[in
 def _flat(
     rows: Sequence[tuple[list[int], int]], base: CausalLM
 ) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor]:
-    """(tokens, positions, bounds, the places of the run that are kept) of some rows."""
+    """Return (tokens, positions, bounds, indices of the tokens that count) of some rows."""
     tokens: list[int] = []
     positions: list[int] = []
     kept: list[int] = []

@@ -227,9 +227,7 @@ class Comparison:
         return cost
 
     def _usual(self, name: str) -> float:
-        return default_learning_rate(
-            self.preset(name).method, get_objective(self.rows.objective)
-        )
+        return default_learning_rate(self.preset(name).method, get_objective(self.rows.objective))
 
     def schedule(
         self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int

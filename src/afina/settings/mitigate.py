@@ -26,9 +26,7 @@ class MitigateSettings(ModelSettings):
     )
     payload: str | None = setting("text that the triggers cause")
     benign_adapters: list[Path] = setting("benign adapters of the same base, for blend", [])
-    data: Path | None = setting(
-        "rows of its task with answers; by default the run's eval rows"
-    )
+    data: Path | None = setting("rows of its task with answers; by default the run's eval rows")
     time_budget_seconds: float = setting(
         "audit of the result: seconds for its behavior gate", 30.0, ge=0.0
     )
