@@ -1,7 +1,8 @@
-"""How much of a run's activations to make again in the backward pass, where that was left to afina.
+"""Choice of the gradient checkpointing level where the setting is "auto".
 
-Of off, each fourth block, each third, each second and all, the first with which a run fits: each step of the dial takes
-less memory and more time than the one before. `afina plan` shows what it chose, and why; `afina.train` uses the same.
+Of off, every fourth layer, every third, every second and all, the first with which a run fits: each
+level takes less memory and more time than the one before. `afina plan` prints the level and the
+reason; `afina.train` uses the same function.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take? One run, what to change where it does not fit, and all methods side by side."""
+"""Estimates of memory and time of a run, changes that make it fit, and a table of methods."""
 
 import os
 import re
@@ -36,7 +36,7 @@ CHECKPOINTING_LEVELS: tuple[str | int, ...] = ("off", 4, 3, 2, "all")
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run would be: a kind of device, its memory in bytes (None: not here), its rates (None: not measured)."""
+    """Device of a run: its kind, memory in bytes (None: absent) and rates (None: not measured)."""
 
     device: str
     memory: float | None
@@ -56,7 +56,7 @@ class Machine:
 
 
 def detect_machine(settings: TrainSettings, anew: bool = False, measure: bool = True) -> Machine:
-    """The device that the settings mean. A GPU that is not here has no memory and no rates, but can be planned for.
+    """Return the device of the settings; an absent GPU has no memory and no rates.
 
     Without `measure` nothing is measured: rates are those of an earlier plan, if there was one.
     """
@@ -79,7 +79,7 @@ def detect_machine(settings: TrainSettings, anew: bool = False, measure: bool = 
 
 @lru_cache
 def machine_memory() -> float | None:
-    """Bytes of RAM that this process may use: the machine's, or its container's where that is less."""
+    """Return the bytes of RAM available to this process: the machine's, or its container's."""
     try:
         total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (ValueError, AttributeError, OSError):  # Windows
@@ -157,7 +157,7 @@ def peak_memory(step: StepCost, load: Workload, place: Machine) -> MemoryEstimat
 def choose_checkpointing(
     step: StepCost, load: Workload, place: Machine, besides: float = 0.0
 ) -> tuple[StepCost, str | int, str | None]:
-    """The step with the dial where it belongs, its value, and why; as it is where the settings say it.
+    """Return the step at its checkpointing level, the level, and the reason of an automatic one.
 
     `besides` are bytes of other adapters in the same passes.
     """
@@ -231,7 +231,7 @@ def smallest_gpu(peak: float) -> int | None:
 
 
 def largest_batch(step: StepCost, load: Workload, place: Machine) -> int | None:
-    """Most tokens in one pass that fit, rows being alike; 0 where not even a few do, None where memory is not known."""
+    """Return the most tokens per micro-batch that fit: 0 for none, None for unknown memory."""
     if place.memory is None:
         return None
     low, high = 0, SMALLEST
@@ -250,9 +250,10 @@ def largest_batch(step: StepCost, load: Workload, place: Machine) -> int | None:
 def remedies(
     shape: ModelShape, settings: PlanSettings, place: Machine, load: Workload, besides: float = 0.0
 ) -> list[dict[str, Any]]:
-    """What would make it fit: checkpointing, smaller passes, a base in 4 bits, and these together; the gentlest first.
+    """Return changes that make a run fit, the mildest first.
 
-    `besides` are bytes that are there whatever is changed.
+    Tried are checkpointing, smaller micro-batches, a base in 4 bits, and combinations of them;
+    `besides` are bytes that no change reduces.
     """
     if place.memory is None:
         return []

@@ -1,4 +1,4 @@
-"""What a plan is made of: how fast a machine is, what a run's passes hold, and the bytes and seconds that come of it."""
+"""Data of a plan: rates of a machine, sizes of the passes, and bytes and seconds of a run."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ THIN = 8  # columns
 
 @dataclass(frozen=True)
 class MachineRates:
-    """How fast a machine is, measured: operations and bytes a second. `product` is (rows, rate) by dtype, rising."""
+    """Measured rates of a machine in operations and bytes per second; `matmul_rates` by rows."""
 
     matmul_rates: dict[str, Sequence[Sequence[float]]]
     attention: dict[
@@ -52,7 +52,7 @@ def _between(points: Sequence[Sequence[float]], rows: float) -> float:
 
 @dataclass(frozen=True)
 class Workload:
-    """The passes of a run: tokens, labels and longest sequence of the largest one, and what they are on average."""
+    """Sizes of a run's passes: tokens, target tokens and longest sequence, largest and mean."""
 
     tokens: int
     labels: int

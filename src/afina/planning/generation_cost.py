@@ -1,9 +1,12 @@
-"""What a step of preferences or of rewards takes besides learning: reading without gradients, and writing answers.
+"""Cost of preference and policy optimization besides training: forward passes and generation.
 
-    preferences    read by the policy, with gradients | by the reference, unless there is none, or its numbers are known
-    rewards        written | read by the reference, and by the policy where it looks back | read by the policy, with gradients
+    preferences    forward of the reference, if there is one and its log-probabilities unknown;
+                   forward and backward of the policy
+    rewards        generation; forward of the reference, and of the policy with several updates;
+                   forward and backward of the policy
 
-Tokens are those that are computed: a prompt that answers share counts once, and attention takes it once for each of them.
+Tokens are those computed: a prompt that completions share counts once, and attention takes it once
+for each completion.
 """
 
 from dataclasses import dataclass, replace
@@ -30,12 +33,12 @@ from afina.planning.step_cost import StepCost
 from afina.settings import TrainSettings
 from afina.training.setup.set_up import RunSetup
 
-STEPS = 64  # of an epoch, that are looked at
+STEPS = 64  # steps of an epoch whose batches are counted
 
 
 @dataclass(frozen=True)
 class PassSize:
-    """One batch: tokens computed with gradients, those before them that need none, labels, lengths of the sequences."""
+    """Batch: tokens with gradients, shared prefix tokens, target tokens, sequence lengths."""
 
     own: int
     before: int
@@ -45,7 +48,7 @@ class PassSize:
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """Answers that are written at once: so many, of so many tokens, after prompts of so many in all and on average."""
+    """Completions generated at once: number, new tokens, prompt tokens in all and on average."""
 
     answers: int
     new_tokens: int
@@ -53,7 +56,7 @@ class GenerationCost:
     prompt: float
 
     def seconds(self, step: StepCost, rates: MachineRates) -> float:
-        """Reading the prompts, then a pass for each token of as many answers as the engine runs at once."""
+        """Return the seconds of the prefill and of the decode steps of the engine's batches."""
         rows = min(self.answers, MAX_NUM_SEQS)
         load = Workload.full(rows, rows)
         length = self.prompt + self.new_tokens / 2
@@ -68,8 +71,11 @@ class GenerationCost:
 
 @dataclass(frozen=True)
 class StepExtras:
-    """A step's passes, and per optimizer step what is read without gradients (tokens) and written; bytes that it holds
-    besides; `once` and `check`, tokens read before the first step and at each check; and what is not counted, in words."""
+    """Passes and generation of an optimizer step besides training.
+
+    `reading` are tokens of forward passes per step, `besides` bytes, `once` and `check` tokens read
+    before the first step and at each evaluation; `not_counted` describes what is left out.
+    """
 
     load: Workload
     reading: float
@@ -85,7 +91,7 @@ class StepExtras:
 def step_with_generation(
     shape: ModelShape, setup: RunSetup, settings: TrainSettings, device: str
 ) -> tuple[StepCost, StepExtras]:
-    """The learning step of a run that is set up, and learns from preferences or rewards, and what it does besides."""
+    """Return the training step of a preference or policy run, and its other costs."""
     if SCORE in setup.adapter.config.modules_to_save and not hasattr(shape.model, SCORE):
         shape.model.add_module(
             SCORE, nn.Linear(int(shape.config.hidden_size), 1, bias=False, device="meta")
@@ -196,9 +202,9 @@ def _rewards(setup: RunSetup, task: PolicyObjective, step: StepCost, frozen: flo
         updates=options.num_iterations,
         check_writing=GenerationCost(len(task.eval_rows), new, held, held / len(task.eval_rows)),
         not_counted=(
-            "those who judge: functions, graders, reward models",
+            "scoring: reward functions, graders, reward models",
             "what the engine does between two tokens: queues, sampling, text",
-            f"that answers may end before {pluralize(new, 'token')}: each is taken to be as long as it may be",
+            f"completions that end before {pluralize(new, 'token')}: each counts with the most",
         ),
     )
 
@@ -247,7 +253,7 @@ def _load(steps: list[list[PassSize]]) -> tuple[Workload, float]:
 def forecast_answers(
     step: StepCost, answers: StepExtras, place: Machine, steps: int
 ) -> dict[str, Any]:
-    """`forecast`, with what a step and a run take besides learning; seconds by what they go into are in `phases`."""
+    """Return the estimate of a run with these extra costs; `phases` has the seconds by phase."""
     load = answers.load
     made = estimate_run(step, load, place, None, 0) | {
         "not_counted": list(answers.not_counted),

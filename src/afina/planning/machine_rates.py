@@ -1,11 +1,12 @@
-"""How fast is this machine? A few seconds of measuring, in a process of its own, kept on disk for later plans.
+"""Rates of this machine, measured in a subprocess within seconds and cached on disk.
 
     $AFINA_CACHE/probe.json, or ~/.cache/afina/probe.json      a mapping from machine to `Rates`
 
-The machine is its processor, torch's version, the number of threads, the kernels and the device: where one of them
-changes, it is measured anew. Each rate is the best of several tries, since others may be at work. Real steps of the
-embedded base with a lora, one of few tokens and one of many, tell the rest: what the libraries take, what activations take
-over what is counted for them (1 where that is no more), seconds over counted seconds, and seconds a block.
+The machine is its processor, torch's version, the number of threads, the kernels and the device: a
+change of one of them leads to a new measurement. Each rate is the best of several tries, since
+other processes may be running. Two real steps of the embedded base with a lora, of few and of many
+tokens, determine the rest: bytes of the libraries, activations over counted ones (at least 1),
+seconds over counted seconds, and seconds per layer.
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ WIDTH, OUT = 1024, 4096  # of the matrix in the products: 8 MB in 16 bits
 TRIES, SECONDS = 4, 0.25  # of each figure: at least so many tries, and no more once so long
 FEW, MANY = 64, 1024  # tokens of the embedded base's steps, in sequences of FEW
 COMPILED = 2e7  # bytes of products compiled for another shape, which the plan counts apart
-# Least seconds over counted seconds: a step has other weights each time, passes between its products and a warm processor,
-# and the small base's activations fit into caches, as others' do not. Runs of benchmarks/plan_fit.py took 1.1 to 1.5, one 1.8.
+# Least seconds over counted seconds: a step has other weights each time, passes between products
+# and a warm processor, and the small base's activations fit into caches, unlike others. Runs of
+# benchmarks/plan_fit.py took 1.1 to 1.5, one 1.8.
 MIN_TIME_FACTOR = 1.25
 NUM_SETTLING_STEPS = 4  # steps after which a heap has stopped growing
 
@@ -92,7 +95,7 @@ def _read() -> dict[str, Any]:
 
 
 def _measured_apart(device: str) -> dict[str, Any]:
-    """Rates measured by a process of its own: its memory is then that of a training process, and not ours too."""
+    """Return rates measured in a subprocess, whose memory is that of a training process."""
     print("afina: measuring this machine, once, for about ten seconds", file=sys.stderr)
     command = [
         sys.executable,
@@ -165,7 +168,7 @@ def _product(rows: int, out: int, dtype: torch.dtype, device: str) -> float:
 
 
 def _attention(length: int, dtype: torch.dtype, device: str) -> float:
-    """Of 1,024 tokens in sequences of `length`, forwards and backwards, counted without regard to causality."""
+    """Return the rate of attention on 1,024 tokens, forward and backward, counted as non-causal."""
     from afina.kernels.varlen_attention import causal_attention
 
     shape = (1024 // length, HEADS, length, HEAD)
@@ -192,7 +195,7 @@ def _dequantise(device: str) -> float:
 
 
 def _steps(device: str, rates: MachineRates, timed: bool) -> MachineRates:
-    """The rates with what steps of the embedded base with a lora tell of memory, or, `timed`, of seconds.
+    """Return the rates with the memory, or if `timed` the seconds, of steps of the embedded base.
 
     With two loads, t = factor * counted + blocks * overhead has one solution.
     """
@@ -236,7 +239,7 @@ def _steps(device: str, rates: MachineRates, timed: bool) -> MachineRates:
     counted = [
         sum(asdict(step.time(load, rates)).values()) - rates.overlaps for load in (few, many)
     ]
-    seconds = [best(lambda n=load.tokens: run(n), device) for load in (few, many)]  # type: ignore[misc]
+    seconds = [best(partial(run, load.tokens), device) for load in (few, many)]
     factor = (seconds[1] - seconds[0]) / (counted[1] - counted[0])
     factor = (
         1.0 if rates.overlaps else min(4.0, max(MIN_TIME_FACTOR, factor))

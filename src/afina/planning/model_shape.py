@@ -1,7 +1,7 @@
-"""What a model is made of, and what an adapter on it would be, from the configuration alone: no weight is read.
+"""Shapes of a model and of an adapter on it, from config.json alone: no weights are read.
 
-The model is built on PyTorch's "meta" device, where tensors have shapes and no numbers, by the very classes that would
-hold the weights. Layers are then chosen, and numbers counted, by the functions that training uses.
+The model is built on PyTorch's "meta" device, where tensors have shapes and no data, by the classes
+that load it. Modules are then selected, and parameters counted, by the functions of training.
 """
 
 import copy
@@ -38,7 +38,7 @@ TENSOR_HEADER = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal language model without its weights; `dtype` is the one that they would be held in."""
+    """Causal language model without weights; `dtype` is the one that they are loaded in."""
 
     name: str
     folder: Path
@@ -59,12 +59,12 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has; tied ones count once."""
+        """Number of parameters; tied ones count once."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def parameters_by_kind(self) -> dict[str, int]:
-        """The same by kind: matrices of the blocks, embeddings, output layer (0 where it is tied), norms and the rest."""
+        """Parameters by kind: layers, embeddings, output (0 if tied), norms and biases."""
         kinds: Counter[str] = Counter(
             {"blocks": 0, "embeddings": 0, "output": 0, "norms and biases": 0}
         )
@@ -89,7 +89,7 @@ class ModelShape:
 
     @property
     def num_layers(self) -> int:
-        """How many blocks it has."""
+        """Number of decoder layers."""
         return 1 + max(
             (n for path, _ in self.model.named_modules() if (n := layer_index(path)) is not None),
             default=-1,
@@ -97,12 +97,12 @@ class ModelShape:
 
     @property
     def is_exact(self) -> bool:
-        """Whether its blocks are the fast ones, whose saved tensors are counted; others are estimated from above."""
+        """Whether the layers are the fast ones, whose saved tensors are counted, not bounded."""
         names = {type(module).__name__ for module in self.model.modules()}
         return bool(names & ATTENTIONS and names & MLPS and names & NORMS)
 
     def weight_bytes(self, quantization: str) -> int:
-        """Bytes of the weights, held plainly or with the blocks' matrices in NF4 (`quantization` "nf4")."""
+        """Return the bytes of the weights; with "nf4" the layers' matrices are quantized."""
         width = self.dtype.itemsize
         codes = quantizable_modules(self.model) if quantization == "nf4" else {}
         held = sum(width * p.numel() for p in self.model.parameters())
@@ -123,14 +123,14 @@ class ModelShape:
 
 
 def nf4_bytes(layer: TargetModule) -> int:
-    """Bytes of a matrix (out, in) in NF4: half a byte a weight, a byte a block of 64, float32 for 256 of these, an offset."""
+    """Return the bytes of a matrix in NF4: codes, a byte per 64, a float32 per 256 of these."""
     out, width = layer.out_features, layer.in_features
     scales = out * math.ceil(width / BLOCK)
     return out * math.ceil(width / 2) + scales + 4 * math.ceil(scales / NESTED_BLOCK) + 4
 
 
 def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
-    """The shape of the model that the settings name; a folder with config.json alone will do. Raises `BaseError`."""
+    """Return the shape of the settings' base, of which config.json is enough; raise `BaseError`."""
     folder = resolve_model_dir(settings.base, settings.revision, weights=False)
     if not (folder / "config.json").is_file():
         raise BaseError(
@@ -159,7 +159,7 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """What an adapter would learn: numbers by the path of the layer, and in all (tied ones once)."""
+    """Trainable parameters of an adapter by module path, and in all (tied ones once)."""
 
     config: AdapterConfig
     layers: dict[str, int]

@@ -1,7 +1,8 @@
-"""`afina plan`: what would happen, before it does. Settings, data, one example, numbers to learn, memory and time.
+"""`afina plan`: settings, data, one example, trainable parameters, memory and time before a run.
 
-The base is loaded where it is there and fits, so that everything is checked that `afina train` checks before its first
-step. Else its configuration is enough: a model of 70B can be asked about on a laptop.
+The base is loaded where it is present and fits, so that everything is checked that `afina train`
+checks before its first step. Otherwise its configuration is enough: a 70B model can be planned on a
+laptop.
 """
 
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_conf
 
 @dataclass
 class _Data:
-    """What the rows say about a run; nothing of it is known without rows, or without a tokenizer to count them."""
+    """Facts of the rows; unknown without rows, or without a tokenizer to count their tokens."""
 
     about: dict[str, Any] = field(default_factory=dict)
     example: str | None = None
@@ -124,7 +125,7 @@ def _plan_with_rows(
 def _plan_language_modeling(
     settings: PlanSettings, train_settings: TrainSettings | None
 ) -> PlanResult | MethodsPlanResult:
-    """Return the plan of sft or pretrain; the base's weights are loaded where they are here and fit."""
+    """Return the plan of sft or pretrain; the base is loaded where it is present and fits."""
     machine = detect_machine(settings, settings.remeasure)
     shape = read_model_shape(settings, machine.device)
     step = make_step(shape, settings, machine)
@@ -206,7 +207,7 @@ def _cost(
 def _largest_batches(
     step: StepCost, load: Workload, machine: Machine
 ) -> tuple[int | None, int | None]:
-    """Return the largest micro-batch in tokens: at the chosen level of checkpointing, and at "all"."""
+    """Return the largest micro-batch in tokens at the chosen checkpointing level, and at "all"."""
     chosen = choose_checkpointing(step, load, machine)[0]
     return (
         largest_batch(chosen, load, machine),
@@ -329,7 +330,7 @@ def _targets(spec: AdapterConfig) -> dict[str, Any]:
 
 
 def _used(setup: RunSetup) -> dict[str, Any]:
-    """What stands in the place of each setting that was left to afina, or that means more than it says."""
+    """Return the values of the settings that were automatic, or that imply others."""
     settings, prepared = setup.settings, setup.prepared
     return _targets(setup.adapter.config) | {
         "output_dir": str(default_out(settings)),
@@ -345,7 +346,7 @@ def _used(setup: RunSetup) -> dict[str, Any]:
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers the base has, however they are stored; those of adapters on it do not count."""
+    """Return the number of parameters of the base, quantized ones included, without adapters."""
     known: dict[int, int] = {}
     for name, module in model.named_modules():
         if ".deltas." in name:

@@ -28,7 +28,7 @@ UPPER_BOUND = "- this family's layers are estimated from above (an upper bound),
 
 @dataclass(frozen=True, eq=False)
 class PlanResult(Result):
-    """Plan of one run: resolved settings, data, one example, trainable parameters, memory and time."""
+    """Plan of one run: settings, data, one example, trainable parameters, memory and time."""
 
     settings: Mapping[str, Any]
     base: Mapping[str, Any]

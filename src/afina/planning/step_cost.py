@@ -1,31 +1,38 @@
-"""Peak memory and time of a training step, counted from the shape of a model and the code that runs on it.
+"""Peak memory and time of a training step, counted from a model's shape and the code that runs it.
 
-With T tokens in a pass, L labels, d the width, f the feed-forward width, h the width of all heads, e bytes a number:
+With T tokens in a pass, L target tokens, d the hidden size, f the feed-forward size, h the width of
+all heads, e bytes per element:
 
-    kept by a fast block, a token    2 d      inputs of the two norms
-                                     2 f      gate and up (swiglu makes their product again)
-                                     h + 2 g  queries; keys and values, g the width of all their heads
-                                     1        log-sums of attention, a head
-                                     2 (h - g) + h + 1 more where it is PyTorch's: heads repeated, its output
-                                     inputs   of adapted layers, once for those that read the same (q, k, v; gate, up)
-                                     D        what each delta keeps besides (`Delta.cost`)
-    kept where a block is recomputed d, until its turn comes, and then all the above of this one
+    kept per token, fast layer       2 d      inputs of the two norms
+                                     2 f      gate and up (swiglu recomputes their product)
+                                     h + 2 g  queries; keys and values, g the width of their heads
+                                     1        log-sum-exp of attention, per head
+                                     2 (h - g) + h + 1   more with PyTorch's attention: repeated
+                                              heads, its output
+                                     inputs   of adapted modules, once for those with the same
+                                              input (q, k, v; gate, up)
+                                     D        what each adapter layer keeps
+    kept, recomputed layer           d, and all the above while it is recomputed
 
-Blocks below the first adapted one keep nothing. At its largest a step holds, besides libraries, weights and what is
-learned (numbers, their copies in e bytes, float32 masters of 16-bit ones, moments), the most of:
+Layers below the first adapted one keep nothing. The peak of a step is, besides libraries, weights
+and trained values (parameters, their copies in e bytes, float32 masters of 16-bit ones, moments),
+the maximum of:
 
-    loss        what is kept + hidden states with a label and their gradients, 2 L d e + one chunk of logits
-    backward    at each block: what it and those below it keep, gradients of those above it, what lives within it
+    loss        kept + hidden states of target tokens and their gradients, 2 L d e + a logits chunk
+    backward    at each layer: kept by it and those below it, gradients of those above it,
+                temporaries within it
     optimizer   gradients, those of masters in float32
-    the end     the best adapter, read back and attached beside the last one; on a CPU over what the heap has come to
+    the end     the best adapter, loaded and attached next to the last one; on a CPU on top of the
+                heap's size
 
-or what loading needs. A CPU's allocator leaves holes: SLACK is the share that they add to what is kept, HOLES to what
-lives within a block, `Rates.heap` what the probe found over both.
+or what loading needs. A CPU's allocator fragments: HEAP_SLACK is the ratio added to activations,
+BACKWARD_FRAGMENTATION to temporaries within a layer, `MachineRates.allocator_overhead` the measured
+overhead of both.
 
-Time is operations over the rates of this machine (`Rates`): products with the base forwards and, above the first adapted
-layer, backwards (again for the weights' gradients where they are trained, again forwards with checkpointing); attention;
-thin products of the deltas; NF4 written out at each product; passes over activations; the optimizer's; and what Python
-and PyTorch take for a block, however little there is to compute.
+Time is operations over the rates of this machine (`MachineRates`): products with the base forward
+and, above the first adapted layer, backward (again for the gradients of trained weights, again
+forward with checkpointing); attention; low-rank products; NF4 dequantized at each product; passes
+over activations; the optimizer; and the overhead of Python and PyTorch per layer.
 """
 
 from dataclasses import dataclass, replace
@@ -49,7 +56,7 @@ from afina.planning.model_shape import AdapterSize, ModelShape
 from afina.settings import TrainSettings
 from afina.training.setup.adamw_8bit import SMALLEST
 
-# C's malloc on Linux puts tensors of less than 32 MB side by side in one heap, and a hole is not always filled again;
+# malloc on Linux puts tensors of less than 32 MB into one heap, and gaps are not always reused;
 # set by benchmarks/plan_fit.py
 HEAP_SLACK, BACKWARD_FRAGMENTATION = 0.05, 3.25
 PIECE = 1 << 20  # weights
@@ -59,7 +66,7 @@ SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 @dataclass
 class _Block:
-    """One block. Numbers a token, unless it is said otherwise."""
+    """One decoder layer; elements per token, unless stated otherwise."""
 
     matrices: float = 0.0  # weights in products
     largest: int = 0  # weights of the largest matrix
@@ -81,7 +88,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class StepCost:
-    """A training step on `shape`: what `settings` and an adapter of `count` numbers make of it, on a kind of device."""
+    """Cost of a training step on `shape` with an adapter of size `count`, by kind of device."""
 
     shape: ModelShape
     count: AdapterSize
@@ -232,10 +239,14 @@ class StepCost:
         heap: float = 1.0,
         gaps: tuple[float, float] = (HEAP_SLACK, BACKWARD_FRAGMENTATION),
     ) -> MemoryEstimate:
-        """Bytes at the largest moment, in a process whose libraries take `libraries`; never less than it will be.
+        """Return the peak bytes of a process, as an upper bound.
 
-        `heap` is what this machine's allocator takes over what is counted here, as the probe found it; `gaps` are the
-        shares of holes in what is kept and in what lives within a block (benchmarks/plan_fit.py sets them).
+        Args:
+            load: Sizes of the passes.
+            libraries: Bytes of the loaded libraries.
+            heap: Measured overhead of this machine's allocator over the bytes counted here.
+            gaps: Fragmentation of kept activations and of temporaries within a layer, as ratios
+                (set by benchmarks/plan_fit.py).
         """
         e, n, width = self.shape.dtype.itemsize, self.count.trainable, self.count.width
         cpu, masters = self.device == "cpu", self.count.width < 4
@@ -274,7 +285,7 @@ class StepCost:
         return replace(made, other=made.other + missing) if cpu and missing > 0 else made
 
     def _backward(self, each: list[float], unit: float, within: float) -> list[float]:
-        """Bytes at the turn of each block in the backward pass: `each` kept by the blocks, `unit` a number of all tokens."""
+        """Return the bytes at each layer of the backward pass; `each` are those the layers keep."""
         moments, kept, gradients = [], sum(each), float(self.count.width * self.count.trainable)
         gradients -= self.count.width * sum(
             block.learned for block in self._blocks
@@ -291,7 +302,7 @@ class StepCost:
         return bool(self.every) and number % self.every == 0
 
     def _kept(self, load: Workload) -> list[float]:
-        """Numbers a token that each block keeps for the backward pass; `block.kept` are those without recomputation."""
+        """Return the elements per token that each layer keeps for the backward pass."""
         heads, width = self._heads
         logs = heads * 4 / self.shape.dtype.itemsize
         attention = 4.0 * width + 2 * logs
@@ -315,7 +326,7 @@ class StepCost:
 
     @property
     def _packed(self) -> float:
-        """Bytes of a weight written out for one product: dequantised, and put into blocks by the CPU's 16-bit products."""
+        """Bytes of a weight's copy for a product: dequantized, or packed for 16-bit CPUs."""
         largest, e = max(b.largest for b in self._blocks), self.shape.dtype.itemsize
         once = any(
             b.once for b in self._blocks
@@ -345,7 +356,7 @@ class StepCost:
 
     @property
     def _optimizer_work(self) -> float:
-        """Bytes of one tensor's step in 8 bits: float32 moments, gradient, value and what is between."""
+        """Bytes of one tensor's 8-bit step: float32 moments, gradient, value and temporaries."""
         plain = self.settings.optimizer == "adamw" or self._steps_in_cache
         return 0.0 if plain else 24.0 * max(self.count.layers.values(), default=0)
 
@@ -417,13 +428,13 @@ class StepCost:
 
     @property
     def _moved(self) -> float:
-        """Bytes that a number's step reads and writes, or could have in that time: codes take arithmetic too."""
+        """Bytes per parameter of an optimizer step, arithmetic counted as bytes of equal time."""
         if self.settings.optimizer == "adamw":
             return 28.0
         return STEP8 if self._steps_in_cache else STEP8_PLAIN if self.device == "cpu" else 60.0
 
     def forward(self, load: Workload, rates: MachineRates) -> float:
-        """Seconds of one pass without gradients, with the base's work alone: adapters' thin products are little beside it."""
+        """Return the seconds of one forward pass of the base; adapters are negligible."""
         dtype = "bfloat16" if self.shape.dtype == torch.bfloat16 else "float32"
         tokens, blocks = load.mean_tokens, self._blocks
         head = self._width * int(self.shape.config.vocab_size) * load.mean_labels
@@ -453,5 +464,5 @@ class StepCost:
         return 2.0 * width / groups * self.shape.dtype.itemsize * len(self._blocks)
 
     def _passes(self, block: _Block) -> float:
-        """Numbers a token that the parts of a block besides its products read and write, forwards."""
+        """Return the elements per token that a layer's other parts read and write, forward."""
         return 12 * self._width + 3 * block.inner + 6 * self._heads[1] + 2 * block.passes
