@@ -218,7 +218,7 @@ def test_the_page_needs_nothing_from_elsewhere(
     made: dict[str, Any], lang: str, tmp_path: Path
 ) -> None:
     example = made["examples"][0] | {"base": "<script>alert(1)</script> | `x`"}
-    write_report(made | {"examples": [example]}, tmp_path, lang)
+    write_report(dict(made) | {"examples": [example]}, tmp_path, lang)
     text, markdown = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
     page = Page()
     page.feed(text)
@@ -356,7 +356,7 @@ def test_a_budget_in_which_nothing_fits(
             retention_text=general,
             output_dir=tmp_path / "out",
         )
-    assert "--budget" in (caught.value.hint or "")
+    assert "--time-budget" in (caught.value.hint or "")
 
 
 def test_losses_of_rows_are_those_of_the_loss(tiny: Path, chats: Path) -> None:
