@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import common
 import numpy as np
-from packages import CONFIG, PREFIX, STORY, WEIGHTS, write_base, write_valid
+from packages import CONFIG_FILE, METADATA_FILE, PREFIX, WEIGHTS_FILE, write_base, write_valid
 from safetensors.numpy import load_file, save_file
 
 from afina.audit.base_files import BaseFiles
-from afina.audit.file_gate import ALLOWED, check_files
+from afina.audit.file_gate import ALLOWED_FILES, check_files
 from afina.audit.report import Gate, run_gate
 
 Act = Callable[[Path], Any]
@@ -66,8 +66,8 @@ def pickled(place: Path) -> bytes:
 
 def config(**values: Any) -> Act:
     """Set keys of the configuration."""
-    return lambda f: (f / CONFIG).write_text(
-        json.dumps(json.loads((f / CONFIG).read_text()) | values)
+    return lambda f: (f / CONFIG_FILE).write_text(
+        json.dumps(json.loads((f / CONFIG_FILE).read_text()) | values)
     )
 
 
@@ -75,12 +75,12 @@ def story(*path: str, value: Any) -> Act:
     """Set one value of afina.json."""
 
     def act(folder: Path) -> None:
-        tree = json.loads((folder / STORY).read_text())
+        tree = json.loads((folder / METADATA_FILE).read_text())
         inner = tree
         for key in path[:-1]:
             inner = inner[key]
         inner[path[-1]] = value
-        (folder / STORY).write_text(json.dumps(tree))
+        (folder / METADATA_FILE).write_text(json.dumps(tree))
 
     return act
 
@@ -89,9 +89,9 @@ def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Act:
     """Change the tensors, as the format allows."""
 
     def act(folder: Path) -> None:
-        content = dict(load_file(folder / WEIGHTS))
+        content = dict(load_file(folder / WEIGHTS_FILE))
         change(content)
-        save_file(content, folder / WEIGHTS)
+        save_file(content, folder / WEIGHTS_FILE)
 
     return act
 
@@ -100,12 +100,12 @@ def header(change: Callable[[dict[str, Any]], Any]) -> Act:
     """Change the header, as the format does not allow; its length is told rightly."""
 
     def act(folder: Path) -> None:
-        raw = (folder / WEIGHTS).read_bytes()
+        raw = (folder / WEIGHTS_FILE).read_bytes()
         length = struct.unpack("<Q", raw[:8])[0]
         tree = json.loads(raw[8 : 8 + length])
         text = change(tree)
         made = text if isinstance(text, bytes) else json.dumps(tree).encode()
-        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(made)) + made + raw[8 + length :])
+        (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(made)) + made + raw[8 + length :])
 
     return act
 
@@ -137,13 +137,13 @@ def entry(**values: Any) -> Callable[[dict[str, Any]], Any]:
 
 def special(folder: Path) -> None:
     """A pipe in the place of the weights: whoever opens it waits for ever."""
-    (folder / WEIGHTS).unlink()
-    os.mkfifo(folder / WEIGHTS)
+    (folder / WEIGHTS_FILE).unlink()
+    os.mkfifo(folder / WEIGHTS_FILE)
 
 
 def only_pickle(folder: Path) -> None:
     """What PEFT would fall back to."""
-    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS_FILE).unlink()
     (folder / "adapter_model.bin").write_bytes(pickled(folder.parent))
 
 
@@ -181,13 +181,13 @@ MALICE: dict[str, Act] = {
         )
     },
     "only a pickle": only_pickle,
-    "pickle named safetensors": beside(WEIGHTS),
-    "zip named safetensors": raw(WEIGHTS, lambda b: b"PK\x03\x04" + b),
-    "pickle before it": raw(WEIGHTS, lambda b: b"\x80\x04" + b),
-    "pickle behind it": raw(WEIGHTS, lambda b: b + b"cos\nsystem\n."),
-    "link to the weights": link(WEIGHTS),
-    "link to the story": link(STORY),
-    "hard link": link(WEIGHTS, True),
+    "pickle named safetensors": beside(WEIGHTS_FILE),
+    "zip named safetensors": raw(WEIGHTS_FILE, lambda b: b"PK\x03\x04" + b),
+    "pickle before it": raw(WEIGHTS_FILE, lambda b: b"\x80\x04" + b),
+    "pickle behind it": raw(WEIGHTS_FILE, lambda b: b + b"cos\nsystem\n."),
+    "link to the weights": link(WEIGHTS_FILE),
+    "link to the story": link(METADATA_FILE),
+    "hard link": link(WEIGHTS_FILE, True),
     "pipe": special,
     "folder in it": lambda f: (f / "sub").mkdir(),
     "large readme": beside("README.md", b" " * ((1 << 20) + 1)),
@@ -206,20 +206,20 @@ MALICE: dict[str, Act] = {
     "rank as text": config(r="2"),
     "rank too large for its tensors": config(r=3),
     "alpha below 0": config(lora_alpha=-4),
-    "alpha of 1e999": raw(CONFIG, lambda b: b.replace(b'"lora_alpha": 4', b'"lora_alpha": 1e999')),
+    "alpha of 1e999": raw(CONFIG_FILE, lambda b: b.replace(b'"lora_alpha": 4', b'"lora_alpha": 1e999')),
     "exploding pattern": config(target_modules="(a|a)*b"),
     "exploding rank pattern": config(rank_pattern={"(a+)+": 2}),
     "twenty repetitions": config(rank_pattern={r"\d+" * 20 + "b": 2}),
     "invocation beyond the vocabulary": config(alora_invocation_tokens=[10**6]),
     "endless invocation": config(alora_invocation_tokens=[1] * 99),
-    "no JSON": raw(CONFIG, lambda b: b[:-1]),
-    "key twice": raw(CONFIG, lambda b: b.replace(b"{", b'{"r": 2, "r": 3, ', 1)),
-    "NaN": raw(CONFIG, lambda b: b.replace(b"0.0", b"NaN")),
-    "deep": raw(CONFIG, lambda b: b'{"a":' * 500 + b"1" + b"}" * 500),
-    "100,000 brackets": raw(CONFIG, lambda b: b"[" * 100_000),
-    "long number": raw(CONFIG, lambda b: b'{"r": ' + b"9" * 5000 + b"}"),
-    "config of 2 MB": raw(CONFIG, lambda b: b + b" " * (2 << 20)),
-    "no config": lambda f: (f / CONFIG).unlink(),
+    "no JSON": raw(CONFIG_FILE, lambda b: b[:-1]),
+    "key twice": raw(CONFIG_FILE, lambda b: b.replace(b"{", b'{"r": 2, "r": 3, ', 1)),
+    "NaN": raw(CONFIG_FILE, lambda b: b.replace(b"0.0", b"NaN")),
+    "deep": raw(CONFIG_FILE, lambda b: b'{"a":' * 500 + b"1" + b"}" * 500),
+    "100,000 brackets": raw(CONFIG_FILE, lambda b: b"[" * 100_000),
+    "long number": raw(CONFIG_FILE, lambda b: b'{"r": ' + b"9" * 5000 + b"}"),
+    "config of 2 MB": raw(CONFIG_FILE, lambda b: b + b" " * (2 << 20)),
+    "no config": lambda f: (f / CONFIG_FILE).unlink(),
     # afina.json that says something else
     "another method": story("spec", "method", value="dora"),
     "another rank": story("spec", "rank", value=1),
@@ -261,11 +261,11 @@ MALICE: dict[str, Act] = {
         lambda t: json.dumps(t).encode().replace(b"{", b'{"a": 1, "a": 2, ', 1)
     ),
     "blank before it": header(lambda t: b" " + json.dumps(t).encode()),
-    "length of 2^63": raw(WEIGHTS, lambda b: struct.pack("<Q", 2**63) + b[8:]),
-    "length of 1": raw(WEIGHTS, lambda b: struct.pack("<Q", 1) + b[8:]),
-    "header of 5 MB": raw(WEIGHTS, lambda b: struct.pack("<Q", 5 << 20) + b" " * (6 << 20)),
-    "cut short": raw(WEIGHTS, lambda b: b[:-1]),
-    "empty file": raw(WEIGHTS, lambda b: b""),
+    "length of 2^63": raw(WEIGHTS_FILE, lambda b: struct.pack("<Q", 2**63) + b[8:]),
+    "length of 1": raw(WEIGHTS_FILE, lambda b: struct.pack("<Q", 1) + b[8:]),
+    "header of 5 MB": raw(WEIGHTS_FILE, lambda b: struct.pack("<Q", 5 << 20) + b" " * (6 << 20)),
+    "cut short": raw(WEIGHTS_FILE, lambda b: b[:-1]),
+    "empty file": raw(WEIGHTS_FILE, lambda b: b""),
     # tensors
     "NaN in a tensor": tensors(lambda t: t[f"{Q}.lora_A.weight"].__setitem__((0, 0), np.nan)),
     "infinity": tensors(lambda t: t[f"{Q}.lora_B.weight"].__setitem__((-1, -1), -np.inf)),
@@ -314,7 +314,7 @@ def bad(place: Path, base: BaseFiles) -> tuple[list[str], list[str], float]:
             watching
             and event == "open"
             and not isinstance(arguments[0], int)
-            and Path(os.fsdecode(arguments[0])).name not in (*ALLOWED, "model.safetensors")
+            and Path(os.fsdecode(arguments[0])).name not in (*ALLOWED_FILES, "model.safetensors")
         ):
             seen.append(f"open {arguments[0]}")
 
@@ -400,7 +400,7 @@ def speed(place: Path) -> dict[str, float]:
     times = {}
     for name, kind in (("float32", "F32"), ("bfloat16", "BF16")):
         folder = write_large(place / name, kind)
-        size = (folder / WEIGHTS).stat().st_size / 1e7
+        size = (folder / WEIGHTS_FILE).stat().st_size / 1e7
         taken = []
         for _ in range(7):
             start = time.perf_counter()
@@ -434,7 +434,7 @@ def write_large(
                 told[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
                 at += len(data)
     text = json.dumps(told).encode()
-    with (folder / WEIGHTS).open("wb") as stream:
+    with (folder / WEIGHTS_FILE).open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for _ in told:
             stream.write(data)
@@ -444,7 +444,7 @@ def write_large(
         "lora_alpha": rank,
         "target_modules": ["q_proj", "v_proj"],
     }
-    (folder / CONFIG).write_text(json.dumps(values))
+    (folder / CONFIG_FILE).write_text(json.dumps(values))
     return folder
 
 

@@ -38,7 +38,7 @@ if "--child" in sys.argv:  # only what is imported under this can be followed
         import afina.audit.file_gate  # noqa: F401
 import common
 import numpy as np
-from packages import CONFIG, STORY, WEIGHTS, write_base, write_valid
+from packages import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, write_base, write_valid
 
 SECOND, LIMIT_MB = 1.0, 2048
 TARGETS = {"cpu_s": (">=", 3600), "crashes": ("<=", 0), "hangs": ("<=", 0)}
@@ -117,7 +117,7 @@ def parts_of(kind: str, folder: Path) -> list[bytes]:
     write_valid(folder / kind, kind)
     return [
         (folder / kind / name).read_bytes() if (folder / kind / name).exists() else b""
-        for name in (CONFIG, STORY, WEIGHTS)
+        for name in (CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE)
     ]
 
 
@@ -257,12 +257,13 @@ class Target:
             self._package(unpacked(rest))
 
     def _package(self, parts: list[bytes]) -> None:
-        from afina.audit.file_gate import check_files, content_hash
+        from afina.audit.file_gate import check_files
         from afina.audit.report import Gate
         from afina.errors import AfinaError
         from afina.io.composition import hash_adapter_folder, read_config
+        from afina.io.hashing import adapter_hash
 
-        for name, content in zip((CONFIG, STORY, WEIGHTS), parts, strict=True):
+        for name, content in zip((CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE), parts, strict=True):
             if content:
                 (self.place / name).write_bytes(content)
             else:
@@ -274,7 +275,7 @@ class Target:
         for entry in package.entries.values():
             assert np.isfinite(package.norms[entry.name])
         with contextlib.suppress(AfinaError):  # what no loader of ours reads is no danger
-            assert content_hash(
+            assert adapter_hash(
                 package.tensors, read_config(self.place).canonical()
             ) == hash_adapter_folder(self.place)
 

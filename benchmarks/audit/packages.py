@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from afina.audit.file_gate import CONFIG, STORY, WEIGHTS, content_hash
-from afina.io.hashing import hash_tensor_files
+from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from afina.io.adapter_metadata import METADATA_FILE
+from afina.io.hashing import adapter_hash, hash_tensor_files
 
-PREFIX = "base_model.model."
 WIDTH, INNER, BLOCKS, VOCABULARY = 8, 12, 2, 40
 SHAPES = {
     "self_attn.q_proj": (WIDTH, WIDTH),
@@ -63,7 +64,7 @@ def write_valid(
             f"{PREFIX}{path}.{part}": (0.1 * rng.standard_normal(shape)).astype(dtype)
             for part, shape in shapes.items()
         }
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config: dict[str, Any] = {
         "peft_type": "LORA" if method in ("lora", "dora") else f"AFINA_{method.upper()}",
         "base_model_name_or_path": "base",
@@ -81,10 +82,8 @@ def write_valid(
             "rank_pattern": {},
             "alpha_pattern": {},
         }
-    (folder / CONFIG).write_text(json.dumps(config))
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     if kind != "peft":
-        from afina.io.adapter_config import AdapterConfig
-
         invocation = (5, 6) if kind == "alora" else ()
         spec = AdapterConfig(
             method,
@@ -93,13 +92,13 @@ def write_valid(
             float(2 * rank),
             invocation=invocation,
         ).canonical()
-        story = {
+        metadata = {
             "format_version": 1,
             "afina": "0",
-            "hash": content_hash(hash_tensor_files([folder / WEIGHTS]), spec),
+            "hash": adapter_hash(hash_tensor_files([folder / WEIGHTS_FILE]), spec),
             "spec": spec,
             "base": {"name": "base", "hash": None},
             "parents": [],
         }
-        (folder / STORY).write_text(json.dumps(story))
+        (folder / METADATA_FILE).write_text(json.dumps(metadata))
     return folder

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
-from packages import CONFIG, STORY, WEIGHTS, write_base, write_valid
+from packages import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, write_base, write_valid
 
 from afina.audit.base_files import BaseFiles
 from afina.audit.file_gate import MANIFEST, SIGNATURE
@@ -49,13 +49,13 @@ def keys(place: Path) -> tuple[Path, Path]:
 def signable(folder: Path, base: Path, seed: int = 0) -> Path:
     """A valid adapter that tells its base and two parents in afina.json."""
     write_valid(folder, seed=seed)
-    story = json.loads((folder / STORY).read_text())
+    story = json.loads((folder / METADATA_FILE).read_text())
     story["base"]["hash"] = BaseFiles(base).hash
     parents = [
         {"name": name, "hash": digit * 64, "weight": 0.5, "method": "lora"}
         for name, digit in (("a", "1"), ("b", "2"))
     ]
-    (folder / STORY).write_text(json.dumps(story | {"parents": parents}))
+    (folder / METADATA_FILE).write_text(json.dumps(story | {"parents": parents}))
     return folder
 
 
@@ -109,34 +109,34 @@ def others(place: Path, key: tuple[Path, Path], base: Path) -> dict[str, bool]:
     private, public = keys(place)
     acts: dict[str, Callable[[Path], Any]] = {
         "parents in another order, afina.json": lambda f: _json(
-            f / STORY, lambda t: t["parents"].reverse()
+            f / METADATA_FILE, lambda t: t["parents"].reverse()
         ),
         "parents in another order, manifest": lambda f: _json(
             f / MANIFEST, lambda t: t["parents"].reverse()
         ),
         "parents in another order, both": lambda f: [
-            _json(f / name, lambda t: t["parents"].reverse()) for name in (STORY, MANIFEST)
+            _json(f / name, lambda t: t["parents"].reverse()) for name in (METADATA_FILE, MANIFEST)
         ],
         "a parent's weight": lambda f: _json(
-            f / STORY, lambda t: t["parents"][0].update(weight=0.6)
+            f / METADATA_FILE, lambda t: t["parents"][0].update(weight=0.6)
         ),
-        "a parent taken out": lambda f: _json(f / STORY, lambda t: t["parents"].pop()),
+        "a parent taken out": lambda f: _json(f / METADATA_FILE, lambda t: t["parents"].pop()),
         "another base told, afina.json": lambda f: _json(
-            f / STORY, lambda t: t["base"].update(name="evil")
+            f / METADATA_FILE, lambda t: t["base"].update(name="evil")
         ),
         "another base told, manifest": lambda f: _json(
             f / MANIFEST, lambda t: t["base"].update(hash="0" * 64)
         ),
         "a file more": lambda f: (f / "README.md").write_text("x"),
         "a hidden file more": lambda f: (f / ".gitignore").write_text("x"),
-        "a file less": lambda f: (f / CONFIG).unlink(),
-        "a file cut short": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]),
-        "a byte more": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"\0"),
+        "a file less": lambda f: (f / CONFIG_FILE).unlink(),
+        "a file cut short": lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-1]),
+        "a byte more": lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes() + b"\0"),
         "a blank more in the signature": lambda f: (f / SIGNATURE).write_text(
             (f / SIGNATURE).read_text() + "\n"
         ),
         "the weights of another that is signed": lambda f: shutil.copy(
-            stranger / WEIGHTS, f / WEIGHTS
+            stranger / WEIGHTS_FILE, f / WEIGHTS_FILE
         ),
         "manifest and signature of another": lambda f: [
             shutil.copy(stranger / name, f / name) for name in (MANIFEST, SIGNATURE)
@@ -146,13 +146,13 @@ def others(place: Path, key: tuple[Path, Path], base: Path) -> dict[str, bool]:
         "no signature": lambda f: (f / SIGNATURE).unlink(),
         "no manifest": lambda f: (f / MANIFEST).unlink(),
         "two files that have changed names": lambda f: [
-            (f / CONFIG).rename(f / "x"),
-            (f / STORY).rename(f / CONFIG),
-            (f / "x").rename(f / STORY),
+            (f / CONFIG_FILE).rename(f / "x"),
+            (f / METADATA_FILE).rename(f / CONFIG_FILE),
+            (f / "x").rename(f / METADATA_FILE),
         ],
         "a link in the place of a file": lambda f: [
-            (f / WEIGHTS).rename(place / "w"),
-            (f / WEIGHTS).symlink_to(place / "w"),
+            (f / WEIGHTS_FILE).rename(place / "w"),
+            (f / WEIGHTS_FILE).symlink_to(place / "w"),
         ],
     }
     result = {}
