@@ -15,7 +15,7 @@ from afina.adapters.attach import attach
 from afina.adapters.dora import DoRA
 from afina.adapters.loading import load_adapter
 from afina.adapters.mora import MoRA
-from afina.adapters.saving import save_adapter, tensors_of
+from afina.adapters.saving import save_adapter, tensor_name, tensors_of
 from afina.adapters.segments import Segments
 from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError
@@ -79,10 +79,10 @@ def compare(ours: FrozenModel, adapter: Any, theirs: nn.Module) -> None:
     }
     ours_grad = {}
     for path, delta in adapter.layers.items():
+        shapes = delta.tensor_shapes(delta.layer, adapter.config)
         for name, p in delta.named_parameters():
-            ours_grad[f"base_model.model.{path}.{delta.keys[name]}"] = p.grad.view(
-                delta.shapes.get(name, p.shape)
-            )
+            on_disk = tensor_name(path, delta, name)
+            ours_grad[on_disk] = p.grad.view(shapes.get(name, p.shape))
     assert ours_grad.keys() == theirs_grad.keys()
     for name, grad in ours_grad.items():
         torch.testing.assert_close(
