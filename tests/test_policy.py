@@ -524,11 +524,11 @@ def test_a_run_tells_its_story(
     card = (run.folder / "README.md").read_text()
     assert (
         "| reward |" in card
-        and "Rewarded by `rules.py:vowels`" in card
+        and "Reward functions: `rules.py:vowels`" in card
         and "nats a answer" not in card
     )
     assert "reward" in run.record["verdict"][0]
-    kept = json.loads((run.folder / "answers" / "000002.json").read_text())
+    kept = json.loads((run.folder / "completions" / "000002.json").read_text())
     assert kept["step"] == 2 and len(kept["answers"]) == 4 and kept["answers"][0]["answer"]
     assert json.loads((run.folder / "reference.json").read_text())["mode"] == "base"
     assert (

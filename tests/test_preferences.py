@@ -37,6 +37,7 @@ from afina.settings import (
     KTOSettings,
     ORPOSettings,
     TrainSettings,
+    make_settings,
     settings_groups,
 )
 from afina.training.setup.set_up import set_up_run
@@ -472,13 +473,13 @@ def test_what_could_mean_two_things_is_refused(
     with pytest.raises(
         SettingsError if values.get("objective") != "sft" else AfinaError, match=what
     ):
-        set_up_run(TrainSettings(data=pairs, **told))
+        set_up_run(make_settings(TrainSettings, {"data": pairs} | told))
 
 
 def test_an_objective_is_no_method(pairs: Path) -> None:
     for name, hint in (
         ("dpo", "--objective dpo"),
-        ("qipo", "{loss_type: ipo}"),
+        ("qipo", "--objective dpo --dpo.loss-type ipo"),
         ("kto", "--objective kto"),
     ):
         with pytest.raises(SettingsError, match="an objective, not a method") as caught:
@@ -517,7 +518,7 @@ def test_a_run_learns_and_logs(
     names |= set() if objective == "reward" else {"chosen_logp", "rejected_logp"}
     names |= {"z"} if objective == "kto" else {"margin"}
     assert names <= ticks[0].keys() and {f"eval_{name}" for name in names} <= ticks[3].keys()
-    assert "better answer preferred" in (run.folder / "README.md").read_text()
+    assert "chosen completion preferred" in (run.folder / "README.md").read_text()
     judged = evaluate(run.folder)
     assert judged["after"]["accuracy"] == found["after"]["accuracy"]
     assert judged["after"]["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"], abs=1e-5)

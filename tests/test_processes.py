@@ -270,8 +270,8 @@ def test_a_sweep_of_two_bases_and_classifiers_too(
     )
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
-        f"base: {tiny}\ngeneral: {general}\nsteps: 6\nbatch_tokens: 128\nruns:\n"
-        f"  - {{data: {chats}, rank: 2, name: a}}\n  - {{data: {chats}, method: dora, name: b, accumulate: 2}}\n"
+        f"base: {tiny}\nretention_text: {general}\nmax_steps: 6\nmax_tokens_per_batch: 128\nruns:\n"
+        f"  - {{data: {chats}, rank: 2, name: a}}\n  - {{data: {chats}, method: dora, name: b, gradient_accumulation_steps: 2}}\n"
         f"  - {{data: {rows}, name: c}}\n"
     )
     done = torchrun("-m", "afina", "train", sweep, "--output-dir", tmp_path / "two", "--json")

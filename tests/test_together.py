@@ -130,7 +130,7 @@ def test_a_sweep_file_runs_and_resumes(
 ) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
-        f"base: {tiny}\ndata: {chats}\ngeneral: {general}\nsteps: 4\nbatch_tokens: 256\n"
+        f"base: {tiny}\ndata: {chats}\nretention_text: {general}\nmax_steps: 4\nmax_tokens_per_batch: 256\n"
         "runs:\n  - {rank: 2}\n  - {method: dora, name: careful, learning_rate: 1.0e-3}\n"
     )
     done = run_afina("train", sweep, "--max-steps", 6, "--output-dir", tmp_path / "out", "--json")
