@@ -1,7 +1,7 @@
-"""The loop: flat batches in, optimizer steps out; checks, checkpoints, early stop. The same for every method.
+"""Training loop: packed batches, optimizer steps, evaluations, checkpoints, early stopping.
 
-A `Loop` is one adapter's way through its data. `train_together` walks any number of them through one base: what is put
-into one pass is up to their tasks, what each makes of its gradients is its own.
+A `Trainer` trains one adapter. `train_in_one_pass` trains several on one base: their objectives
+decide what shares a forward pass; gradients, optimizer and checkpoints are separate.
 """
 
 import json
@@ -25,12 +25,12 @@ from afina.training.setup.optimizer import AdapterOptimizer, schedule_factor
 from afina.training.setup.processes import SINGLE_PROCESS, ProcessContext
 from afina.training.setup.set_up import RunSetup
 
-RISE_STEPS = 50  # after a restart, as in ReMoRA's paper
+RISE_STEPS = 50  # warmup steps after a restart, as in ReMoRA's paper
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one step has to tell: loss and held-out loss in nats a token, speed in tokens a second."""
+    """Metrics of one optimizer step: loss and eval loss in nats per token, duration in seconds."""
 
     step: int
     loss: float
@@ -39,18 +39,25 @@ class StepMetrics:
     tokens: int
     seconds: float
     eval_loss: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # what else the objective has to tell
+    metrics: dict[str, float] = field(default_factory=dict)  # of the objective
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has held, in MB: on the GPU where there is one in use, else in RAM."""
+    """Return the peak memory of this process in MB: of the GPU if one is in use, else of RAM."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e6
     return process_peak_mb()
 
 
 class Trainer:
-    """One adapter learns on one base. `on_tick` is told of every step, `on_best` of every new best check."""
+    """Trainer of one adapter on one base.
+
+    Args:
+        run: the run folder.
+        identity: what must be unchanged when the run is resumed.
+        on_tick: called with the metrics of each step.
+        on_best: called with the step of each evaluation that is the best so far.
+    """
 
     def __init__(
         self,
@@ -63,14 +70,17 @@ class Trainer:
     ) -> None:
         self.setup, self.run, self.identity, self.world = setup, run, identity, world
         self.on_tick, self.on_best = on_tick, on_best
-        told = setup.settings
         self.optimizer = AdapterOptimizer(
-            setup.adapter, setup.learning_rate, setup.rates, told.weight_decay, told.optimizer
+            setup.adapter,
+            setup.learning_rate,
+            setup.rates,
+            setup.settings.weight_decay,
+            setup.settings.optimizer,
         )
         self.progress = TrainerState()
 
     def resume(self) -> None:
-        """Go back to the run's checkpoint; what was logged after it is forgotten."""
+        """Load the run's checkpoint, and remove the metrics of later steps from metrics.jsonl."""
         self.progress = checkpoint.load(self.run, self.optimizer, self.identity)
         if not self.world.is_main_process:
             return
@@ -80,20 +90,24 @@ class Trainer:
         write_text(log, "".join(line + "\n" for line in kept))
 
     def train(self) -> None:
-        """Run to the last step, or to the early stop. Raises `TrainingError` where a number is no longer finite."""
+        """Train to the last step or until early stopping.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite.
+        """
         for error in train_in_one_pass([self]).values():
             raise error
 
     @property
     def ended(self) -> bool:
-        """Whether there is no step left: the last one is done, or the held-out loss has not improved for long enough."""
+        """Whether the last step is done, or `early_stopping_patience` evaluations brought no gain."""
         patience = self.setup.settings.early_stopping_patience
         return self.progress.step >= self.setup.steps or bool(
             patience and self.progress.num_bad_evals >= patience
         )
 
     def start_step(self) -> tuple[list[Any], int]:
-        """The micro-batches of the next step, and how many labels they have in all; the adapter is set to learn."""
+        """Return the micro-batches of the next step and their number of targets."""
         task = self.setup.prepared.task
         self.world.seed(self.setup.settings.seed, self.progress.step)
         batches = task.step_batches(self.progress.step)
@@ -101,9 +115,14 @@ class Trainer:
         return batches, sum(task.num_targets(batch) for batch in batches)
 
     def finish_step(self, batches: Sequence[Any], loss: float, start: float) -> None:
-        """Take the step that the gradients say; check, log and save where it is time. `start` is when it began.
+        """Update the adapter with the accumulated gradients; evaluate, log and save when due.
 
-        Raises `TrainingError` where the loss or a gradient is not finite; then nothing has changed.
+        Args:
+            loss: the mean loss of the step.
+            start: `time.perf_counter()` at the beginning of the step.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; the adapter is unchanged.
         """
         setup, progress, task = self.setup, self.progress, self.setup.prepared.task
         self.world.all_reduce_gradients(self.optimizer.parameters.values())
@@ -138,12 +157,12 @@ class Trainer:
         self.on_tick(tick)
 
     def save(self) -> None:
-        """Write the state from which the run can go on."""
+        """Write the checkpoint from which the run can be resumed."""
         if self.world.is_main_process:
             checkpoint.save(self.run, self.optimizer, self.progress, self.identity)
 
     def _factor(self) -> float:
-        """Factor of the learning rate at this step: the schedule's, rising again after each restart."""
+        """Return the learning rate factor of this step, with a warmup after each restart."""
         setup, step = self.setup, self.progress.step
         factor = schedule_factor(
             setup.settings.lr_scheduler_type, step, setup.steps, setup.settings.warmup_ratio
@@ -160,7 +179,7 @@ class Trainer:
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
         loss = self.world.broadcast(setup.prepared.task.eval_loss(setup.adapter.active))
-        if not math.isfinite(loss):  # before anything is saved: what was kept stays good
+        if not math.isfinite(loss):  # before saving: the best adapter so far is kept
             progress.step -= 1
             raise self.not_finite("eval loss")
         if progress.best_loss is None or loss < progress.best_loss:
@@ -174,37 +193,38 @@ class Trainer:
     def _log(self, tick: StepMetrics) -> None:
         if not self.world.is_main_process:
             return
-        told = {name: value for name, value in vars(tick).items() if name != "metrics"} | tick.metrics
+        record = {name: value for name, value in vars(tick).items() if name != "metrics"}
         with translate_os_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(told) + "\n")
+            stream.write(json.dumps(record | tick.metrics) + "\n")
 
     def not_finite(self, what: str) -> TrainingError:
-        """Say where the numbers broke: at which step, on which rows, and what to do."""
+        """Return the error for `what` that is not finite: step, rows and hint."""
         step = self.progress.step
         rows = self.setup.prepared.task.row_locations(step)
         return TrainingError(
             f"the {what} is not finite at step {step + 1}",
             where=str(self.run),
             why=f"rows of this step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
-            hint="start again with a lower --learning-rate, or --dtype float32; the best adapter so far is kept in adapter/",
+            hint="start again with a lower --learning-rate, or --dtype float32; "
+            "the best adapter so far is kept in adapter/",
         )
 
 
 def train_in_one_pass(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
-    """Walk each loop, all on one base, to its end; returns what stopped those that could not go on.
+    """Train several adapters on one base to their ends; return the errors of those that failed.
 
-    One that breaks, breaks alone: a loss that is not finite leaves the pass before its gradients reach the others.
+    A run whose loss is not finite is removed from the pass before its gradients reach other runs.
     """
     failed: dict[Trainer, TrainingError] = {}
-    told = [every for loop in loops if (every := loop.setup.settings.recomputed)]
-    with loops[0].setup.prepared.base.gradient_checkpointing(min(told, default=0)):
+    intervals = [loop.setup.settings.recomputed for loop in loops if loop.setup.settings.recomputed]
+    with loops[0].setup.prepared.base.gradient_checkpointing(min(intervals, default=0)):
         while active := [loop for loop in loops if loop not in failed and not loop.ended]:
             failed |= _step(active)
     return failed
 
 
 def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
-    """One step of each loop, their micro-batches side by side in as few passes as their tasks allow."""
+    """Take one step of each run, with their micro-batches in as few passes as possible."""
     start, world = time.perf_counter(), loops[0].world
     begun = {loop: loop.start_step() for loop in loops}
     totals = dict.fromkeys(loops, 0.0)
@@ -222,11 +242,12 @@ def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
                 for loop, loss in zip(present, multi_adapter_losses(parts), strict=True)
             ]
         )
-        told = world.all_reduce(means.detach()).tolist()
-        broken = [loop for loop, mean in zip(present, told, strict=True) if not math.isfinite(mean)]
-        if (
-            broken and len(loops) > 1
-        ):  # again, without them: their numbers must not touch the others' gradients
+        losses = world.all_reduce(means.detach()).tolist()
+        broken = [
+            loop for loop, mean in zip(present, losses, strict=True) if not math.isfinite(mean)
+        ]
+        if broken and len(loops) > 1:
+            # repeat the step without them: non-finite values must not reach other gradients
             for loop in loops:
                 loop.optimizer.zero_grad()
             rest = [loop for loop in loops if loop not in broken]
@@ -234,7 +255,7 @@ def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
                 _step(rest) if rest else {}
             )
         means.sum().backward()
-        for loop, mean in zip(present, told, strict=True):
+        for loop, mean in zip(present, losses, strict=True):
             totals[loop] += mean
     failed: dict[Trainer, TrainingError] = {}
     for loop, (batches, _) in begun.items():
@@ -248,15 +269,11 @@ def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # the line that was being written when the run was killed
-        return 1 << 62
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # an incomplete line: the run was killed while it was written
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The ticks of a run, in order."""
+    """Return the metrics of each step of a run, from metrics.jsonl."""
     log = run / "metrics.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
