@@ -1,24 +1,32 @@
-"""The losses of preferences, as functions of log-probabilities. One number a pair, or a labelled answer.
+"""Preference losses from log-probabilities: one value per pair, or per labeled completion.
 
-    w, l     log p of the better and the worse answer, summed over its tokens; w', l' the same under the reference
-    |w|      tokens of the answer
+    w, l     log-probability of the chosen and the rejected completion, summed over its tokens
+    w', l'   the same under the reference
+    |w|      tokens of the completion
     h        beta ((w - w') - (l - l'))
+    s        the logistic function, e the label smoothing
 
-    dpo sigmoid   -log s(h)                                    Rafailov et al. 2023, arXiv 2305.18290
-                  e of the pairs the wrong way round: -(1 - e) log s(h) - e log s(-h)      (Mitchell's cDPO)
-    dpo robust    (-(1 - e) log s(h) + e log s(-h)) / (1 - 2e)            Chowdhury et al. 2024, arXiv 2403.00409
-    dpo hinge     max(0, 1 - h)                                           Zhao et al. 2023, arXiv 2305.10425
-    dpo ipo       ((w - w')/|w| - (l - l')/|l| - 1 / (2 beta))^2          Azar et al. 2023, arXiv 2310.12036
-    kto           good: 1 - s(beta (w - w' - z))    bad: 1 - s(beta (z - l + l'))    Ethayarajh et al. 2024, arXiv 2402.01306
-    orpo          -w/|w| - beta log s(odds(w/|w|) - odds(l/|l|))          Hong et al. 2024, arXiv 2403.07691
-    simpo         -log s(beta (w/|w| - l/|l|) - gamma)                    Meng et al. 2024, arXiv 2405.14734
-    reward        -log s(r(w) - r(l))                                     Bradley and Terry 1952
+    dpo sigmoid   -(1 - e) log s(h) - e log s(-h)
+    dpo robust    (-(1 - e) log s(h) + e log s(-h)) / (1 - 2e)
+    dpo hinge     max(0, 1 - h)
+    dpo ipo       ((w - w')/|w| - (l - l')/|l| - 1 / (2 beta))^2
+    kto           desirable: 1 - s(beta (w - w' - z))    undesirable: 1 - s(beta (z - l + l'))
+    orpo          -w/|w| - beta log s(odds(w/|w|) - odds(l/|l|))
+    simpo         -log s(beta (w/|w| - l/|l|) - gamma)
+    reward        -log s(r(w) - r(l))
 
     odds(x)      x - log(1 - e^x)
-    z            the mean of log p - log p' over answers to other prompts, at least 0; no gradient
-    sft          dpo and simpo: + sft (-w/|w|), against likelihood displacement (Pang et al. 2024, arXiv 2404.19733)
+    z            mean of log p - log p' over mismatched completions, at least 0; no gradient
+    sft_weight   dpo and simpo: + sft_weight (-w/|w|), against likelihood displacement
 
-IPO is averaged over tokens, as its authors do in what they published.
+IPO is averaged over tokens, as in its authors' published code.
+
+References:
+    dpo: Rafailov et al. 2023, arXiv 2305.18290; label smoothing: Mitchell's cDPO.
+    robust: Chowdhury et al. 2024, arXiv 2403.00409. hinge: Zhao et al. 2023, arXiv 2305.10425.
+    ipo: Azar et al. 2023, arXiv 2310.12036. kto: Ethayarajh et al. 2024, arXiv 2402.01306.
+    orpo: Hong et al. 2024, arXiv 2403.07691. simpo: Meng et al. 2024, arXiv 2405.14734.
+    reward: Bradley and Terry 1952. sft_weight: Pang et al. 2024, arXiv 2404.19733.
 """
 
 from dataclasses import dataclass
@@ -41,7 +49,7 @@ NEEDS_REFERENCE = ("dpo", "kto")  # objectives with a reference
 
 @dataclass(frozen=True)
 class AnswerLogprobs:
-    """Log-probabilities (n) of answers under the policy and under the reference (None without one), and their tokens (n)."""
+    """Log-probabilities `(n,)` of completions by policy and reference, and their token counts."""
 
     policy: Tensor
     reference: Tensor | None
@@ -49,20 +57,18 @@ class AnswerLogprobs:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log p - log p' (n)."""
+        """Log-probability ratio of policy and reference, `(n,)`."""
         assert self.reference is not None
         return self.policy - self.reference
 
     @property
     def mean(self) -> Tensor:
-        """log p a token (n)."""
+        """Mean log-probability per token, `(n,)`."""
         return self.policy / self.tokens
 
 
-def pair_losses(
-    options: PreferenceSettings, good: AnswerLogprobs, bad: AnswerLogprobs
-) -> Tensor:
-    """The loss of each pair (n) under dpo, orpo or simpo."""
+def pair_losses(options: PreferenceSettings, good: AnswerLogprobs, bad: AnswerLogprobs) -> Tensor:
+    """Return the dpo, orpo or simpo loss of each pair, `(num_pairs,)`."""
     beta = options.beta
     if isinstance(options, ORPOSettings):
         odds = [a.mean - torch.log(-torch.expm1(a.mean.clamp(max=-1e-7))) for a in (good, bad)]
@@ -89,7 +95,7 @@ def _dpo(options: DPOSettings, good: AnswerLogprobs, bad: AnswerLogprobs) -> Ten
 def kto_losses(
     options: KTOSettings, good: AnswerLogprobs, bad: AnswerLogprobs, baseline: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KTO's loss of each good answer and of each bad one; `baseline` is z, a number."""
+    """Return the KTO loss of each desirable and of each undesirable completion; `baseline` is z."""
     beta = options.beta
     return (
         options.desirable_weight * (1 - torch.sigmoid(beta * (good.log_ratio - baseline))),
@@ -100,10 +106,10 @@ def kto_losses(
 def preference_metrics(
     objective: str, options: PreferenceSettings, good: AnswerLogprobs, bad: AnswerLogprobs
 ) -> dict[str, Any]:
-    """What is worth knowing besides the loss, a tensor each: rewards, margins, who won, log-probabilities, lengths.
+    """Return rewards, margins, accuracy, log-probabilities and lengths, one tensor each.
 
-    A reward is beta (log p - log p'), without a reference beta log p a token. Margins are of pairs; for labelled
-    answers, accuracy is the share whose reward has the right sign.
+    A reward is beta (log p - log p'), without a reference beta log p per token. Margins are of
+    pairs; the accuracy of labeled completions is the share whose reward has the right sign.
     """
     beta = options.beta
     rewards = [
