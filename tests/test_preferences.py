@@ -1,5 +1,6 @@
 """Preferences: data in every form, each loss, the reference, runs that begin at ln 2, resume and pack exactly."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from afina import evaluate, merge, plan, train
 from afina.adapters.active import ActiveAdapter, ActiveAdapters
@@ -417,7 +419,10 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
         told = json.loads((run.folder / "reference.json").read_text())
         assert told["mode"] == mode and told["of"] == "the base, adapter off" and told["why"]
         assert run.record["preferences"]["reference"] == told
-    assert (runs["precomputed"].folder / "reference.safetensors").is_file()
+    base = runs["precomputed"].record["base"]
+    with safe_open(runs["precomputed"].folder / "reference.safetensors", "pt") as cached:
+        of = f"{base['hash']}plaintorch.{base['dtype']}"  # as version 0.1 wrote it
+        assert cached.metadata()["of"] == hashlib.sha256(of.encode()).hexdigest()
     ours, theirs = (metrics(run.folder) for run in runs.values())
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys() and abs(a["loss"] - b["loss"]) <= 1e-6

@@ -107,9 +107,7 @@ class ReferencePolicy:
         write_json(folder / STORY, self.to_dict())
         if self.mode != "precomputed":
             return
-        of = hashlib.sha256(
-            "".join([base.hash, base.quantization, str(base.dtype), self.adapter or ""]).encode()
-        ).hexdigest()
+        of = _policy_hash(base, self.adapter)
         if (folder / FILE).is_file():
             self.cached_logprobs = _read(folder / FILE, of)
         missing = list(
@@ -133,6 +131,13 @@ class ReferencePolicy:
 def example_key(example: Example) -> str:
     """What tells a sequence apart: its tokens and which of them are answers."""
     return hashlib.sha256(repr((example.token_ids, example.loss_mask)).encode()).hexdigest()[:32]
+
+
+def _policy_hash(base: CausalLM, adapter: str | None) -> str:
+    """Return the identity of cached log-probabilities, with the word that 0.1 wrote for no NF4."""
+    storage = "plain" if base.quantization == "none" else base.quantization
+    content = "".join([base.hash, storage, str(base.dtype), adapter or ""])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _write(file: Path, of: str, known: dict[str, float]) -> None:
