@@ -39,7 +39,7 @@ class LoadedRun:
     def adapter(self) -> Adapter | None:
         """The adapter, if there is one; raises `AdapterError` where there are several, or one that acts in part."""
         if self.frozen_adapter is not None:
-            told = f"{self.run['settings']['options']['over']}:1"
+            told = f"{self.run['settings']['frozen_adapter']}:1"
             why, hint = (
                 "its run trained it over another",
                 f"make one of both: afina combine {told} RUN/adapter:1",
