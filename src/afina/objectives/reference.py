@@ -1,11 +1,11 @@
-"""What a policy is compared with, explicit: one object, three modes, and a rule that chooses.
+"""Reference policy that DPO, KTO and the policy objectives compare with.
 
-    base          the adapter off: right where the adapter begins at zero
-    adapter       a frozen copy of the adapter that the run began with: right where an adapter is gone on with
-    precomputed   the log-probabilities of one of these two, worked out before the first step and kept with the run
+    base          the base without adapters: correct for an adapter that begins at zero
+    adapter       a frozen copy of the initial adapter: correct for a run with init_adapter
+    precomputed   log-probabilities of one of these two, computed before the first step
 
-The wrong one is silent: an adapter that goes on from another and is compared with the bare base begins with a margin that
-nobody trained. What could be either is an error.
+A wrong reference raises no error by itself: an adapter that continues another and is compared with
+the base begins with a margin that no training produced. An ambiguous setting is therefore an error.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ STORY, FILE = "reference.json", "reference.safetensors"
 
 
 def segments_for(batch: PackedBatch, route: ActiveAdapters | None) -> Segments:
-    """Who acts on a batch; nobody without a route."""
+    """Return the adapter segments of a batch under `route`; no adapters if it is None."""
     return NO_ADAPTERS if route is None else route.segments(batch.token_ids, batch.cu_seqlens)
 
 
@@ -42,9 +42,12 @@ def sequence_logprobs(
     route: ActiveAdapters | None,
     reading: SharedPrefixBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each sequence's labelled tokens in nats, float32 (sequences), and how many these are (sequences).
+    """Return log-probability (nats, float32) and count of the targets of each sequence.
 
-    A `reading` of the batch shares with the others that are made of it.
+    Both are `(num_sequences,)`.
+
+    Args:
+        reading: the batch without its repeated prefixes, if the caller has it already.
     """
     table = segments_for(batch, route)
     lean = (reading or SharedPrefixBatch(base, batch, table)).inputs_for(table)
@@ -59,17 +62,23 @@ def sequence_logprobs(
 
 @dataclass
 class ReferencePolicy:
-    """Log-probabilities to compare with. `route` is the frozen adapter's, None for the base; `why` is the rule in words."""
+    """Reference policy: its mode, the reason for it, and its log-probabilities.
+
+    Attributes:
+        active: the frozen adapter, None for the base.
+        adapter: hash of the frozen adapter.
+        cached_logprobs: precomputed log-probabilities in nats, by `example_key`.
+    """
 
     mode: str
     why: str
     active: ActiveAdapters | None = None
-    adapter: str | None = None  # hash of the frozen adapter
-    cached_logprobs: dict[str, float] = field(default_factory=dict)  # precomputed, by `key_of`
+    adapter: str | None = None
+    cached_logprobs: dict[str, float] = field(default_factory=dict)
 
     @property
     def needs_forward(self) -> bool:
-        """Whether batches are read for it, and not remembered."""
+        """Whether log-probabilities are computed, not read from the cache."""
         return not (self.mode == "precomputed" and self.cached_logprobs)
 
     def logps(
@@ -79,7 +88,7 @@ class ReferencePolicy:
         examples: Sequence[Example],
         reading: SharedPrefixBatch | None = None,
     ) -> Tensor:
-        """Log-probabilities (sequences) of the answers in a batch of `examples`; no gradient."""
+        """Return log-probabilities `(num_sequences,)` of completions, without gradient."""
         if not self.needs_forward:
             return torch.tensor(
                 [self.cached_logprobs[example_key(example)] for example in examples],
@@ -89,7 +98,7 @@ class ReferencePolicy:
             return sequence_logprobs(base, batch, self.active, reading)[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """For reference.json and run.json."""
+        """Return the entry of reference.json and run.json."""
         of = (
             "the base, adapter off"
             if not self.active
@@ -100,9 +109,10 @@ class ReferencePolicy:
     def start_run(
         self, folder: Path, base: CausalLM, examples: Sequence[Example], batch_tokens: int
     ) -> None:
-        """Write down what the reference is; for "precomputed", read what the run worked out, or work it out now.
+        """Write reference.json; for "precomputed", load the log-probabilities or compute them.
 
-        Raises `TrainingError` where the kept numbers are not of these rows, this base and this adapter.
+        Raises:
+            TrainingError: the stored ones belong to another base or adapter.
         """
         write_json(folder / STORY, self.to_dict())
         if self.mode != "precomputed":
@@ -129,7 +139,7 @@ class ReferencePolicy:
 
 
 def example_key(example: Example) -> str:
-    """What tells a sequence apart: its tokens and which of them are answers."""
+    """Return the cache key of an example: the hash of its token ids and loss mask."""
     return hashlib.sha256(repr((example.token_ids, example.loss_mask)).encode()).hexdigest()[:32]
 
 
@@ -171,25 +181,31 @@ def select_reference(
     adapter: str | None,
     dropout: float,
 ) -> ReferencePolicy:
-    """The reference of a run by its rule; `start` is the route of the frozen adapter that it goes on from, if it does.
+    """Return the reference policy of a run.
 
-    Raises `SettingsError` where the set-up could mean two things.
+    Args:
+        start: the frozen initial adapter, None if the run begins at zero.
+        adapter: hash of the initial adapter.
+        dropout: dropout of the adapter.
+
+    Raises:
+        SettingsError: the settings are ambiguous, or the adapter has dropout.
     """
-    told = options.reference
-    if told == "base" and start is not None:
-        why = "the policy begins with the adapter and its reference would begin without: a margin that nobody trained"
-        hint = "leave `reference` out; or afina merge the adapter, and train on the merged model"
+    mode = options.reference
+    if mode == "base" and start is not None:
+        why = "the policy begins with the adapter, its reference would not: an untrained margin"
+        hint = "omit `reference`; or afina merge the adapter, and train on the merged model"
         raise SettingsError(
             "the reference of a continued adapter is that adapter",
             where="reference",
             why=why,
             hint=hint,
         )
-    if told == "adapter" and start is None:
+    if mode == "adapter" and start is None:
         hint = "--init-adapter RUN continues from an adapter"
         raise SettingsError("there is no adapter to be the reference", where="reference", hint=hint)
     if dropout:
-        why = "the policy would drop inputs and its reference would not: they would differ before anything is learned"
+        why = "dropout applies to the policy only: it would differ from its reference at step 0"
         raise SettingsError(
             "a reference and dropout do not go together",
             where="dropout",
@@ -197,5 +213,5 @@ def select_reference(
             hint="--dropout 0",
         )
     why = "the run begins with an adapter" if start is not None else "the adapter begins at zero"
-    mode = told if told == "precomputed" else "base" if start is None else "adapter"
+    mode = mode if mode == "precomputed" else "base" if start is None else "adapter"
     return ReferencePolicy(mode, why, start, adapter)

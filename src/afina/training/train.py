@@ -40,6 +40,7 @@ from afina.evaluation.retention import retention_loss
 from afina.evaluation.verdict import forgetting_sentence, verdict
 from afina.io.adapter_folder import WEIGHTS_FILE
 from afina.io.atomic import recover_interrupted_replace, write_json, write_text
+from afina.io.migrations import migrate_settings
 from afina.io.run_record import RUN_FORMAT_VERSION
 from afina.io.strict_json import read_json_object
 from afina.models.causal_lm import CausalLM
@@ -78,6 +79,8 @@ def train(
     of checkpointing where that is "auto"; without it nothing is made again.
     Raises an `AfinaError` that says what is wrong; a run that was interrupted goes on with `resume=True`.
     """
+    if "format_version" in values:  # the settings.yaml of a run, as `--config` reads it
+        values = migrate_settings(values)
     if isinstance(values.get("objective"), type):
         objective: Any = values["objective"]
         name = objective.name or objective.__name__.lower()
