@@ -24,6 +24,7 @@ from afina.adapters.target_module import TargetModule
 from afina.cli.main import run as command_line
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, AfinaError, SettingsError
+from afina.io.hashing import hash_adapter_file
 from afina.merging import entrywise as dense
 from afina.merging import low_rank as lowrank
 from afina.merging.combine import combine
@@ -637,6 +638,8 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
     copytree(lora, tmp_path / "tokens")
     story = json.loads((lora / "afina.json").read_text())
     story["spec"]["tokens"] = {"<x>": 320}
+    weights = tmp_path / "tokens" / "adapter_model.safetensors"
+    story["hash"] = hash_adapter_file(weights, story["spec"])
     (tmp_path / "tokens" / "afina.json").write_text(json.dumps(story))
     copytree(lora, tmp_path / "pefts")
     (tmp_path / "pefts" / "afina.json").unlink()
@@ -645,9 +648,9 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
         json.dumps(config | {"trainable_token_indices": [3]})
     )
     cases: list[tuple[str, Callable[[], object]]] = [
-        ("weight cannot be 'nan'", lambda: combine([f"{lora}:nan"], output_dir=out)),
-        ("weight cannot be 'inf'", lambda: combine([f"{lora}:inf"], output_dir=out)),
-        ("weight cannot be 'much'", lambda: combine([f"{lora}:much"], output_dir=out)),
+        ("weight 'nan' is not a finite number", lambda: combine([f"{lora}:nan"], output_dir=out)),
+        ("weight 'inf' is not a finite number", lambda: combine([f"{lora}:inf"], output_dir=out)),
+        ("weight 'much' is not a finite number", lambda: combine([f"{lora}:much"], output_dir=out)),
         ("no adapter here", lambda: combine([lora, tmp_path / "nothing"], output_dir=out)),
         ("same adapter twice", lambda: combine([lora, f"{lora}:0.5"], output_dir=out)),
         ("all weights are 0", lambda: combine([f"{lora}:0"], output_dir=out)),

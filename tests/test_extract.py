@@ -93,7 +93,7 @@ def test_the_search_keeps_the_skill_and_drops_the_noise(
 def test_the_search_finds_the_least_loss() -> None:
     """On a bowl whose bottom is known, with an L1 penalty whose effect is known: w - penalty / 2 a weight, 0 where it is small."""
     bowl = lambda w: (w[0] - 0.8) ** 2 + (w[1] + 0.6) ** 2 + (w[2] - 0.01) ** 2  # noqa: E731
-    weights, trials = searching._minimise(bowl, [[0.0] * 3, [1.0] * 3], 0.05, 80)
+    weights, trials = searching._minimize(bowl, [[0.0] * 3, [1.0] * 3], 0.05, 80)
     assert weights == pytest.approx([0.775, -0.575, 0.0], abs=0.02)
     assert trials <= 80
 
@@ -227,7 +227,7 @@ def test_show_of_a_composition_and_of_a_changed_file(
         ("mora", 2.0),
     ]
     assert command_line(["show", str(tmp_path / "c")]) == 0
-    assert "act together" in capsys.readouterr().out
+    assert "adapters active together" in capsys.readouterr().out
     file = noise / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     assert show(noise)["unchanged"] is False

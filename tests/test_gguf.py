@@ -202,7 +202,7 @@ def test_a_reader_that_is_not_ours_gives_our_logits(family: str, tmp_path: Path)
 @pytest.mark.parametrize(("weights", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_sixteen_bits(tiny: Path, tmp_path: Path, weights: str, dtype: torch.dtype) -> None:
     afina.export(
-        base=str(tiny), format="gguf", outtype=weights, output=tmp_path / "base.gguf", tolerance=0.1
+        base=str(tiny), format="gguf", outtype=weights, output=tmp_path / "base.gguf", max_kl=0.1
     )
     _, tensors, types = read(tmp_path / "base.gguf")
     for name, tensor in load_base(str(tiny)).model.state_dict().items():
@@ -252,7 +252,7 @@ def test_factors_of_a_lora(family: str, tmp_path: Path) -> None:
             tensors[f"{place(path + '.weight')}.lora_{half}"].astype(np.float64) for half in "ab"
         )
         update = in_our_order(told["adapter.lora.alpha"] / len(a) * b @ a, f"{path}.weight", config)
-        expected = delta.merged(torch.zeros(update.shape, dtype=torch.float64)).detach().numpy()
+        expected = delta.merged_weight(torch.zeros(update.shape, dtype=torch.float64)).detach().numpy()
         assert np.allclose(
             update, expected, rtol=0, atol=1e-7 * max(1.0, np.abs(expected).max())
         ), path
@@ -474,11 +474,11 @@ def test_wrong_settings(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_adapter(put(base, rank=2), base, tmp_path / "a")
     (tmp_path / "there.gguf").write_text("mine")
     for values, message in (
-        (dict(format="gguf", out=tmp_path / "there.gguf"), "there already"),
-        (dict(format="gguf", out=tmp_path / "a"), "not empty"),
-        (dict(format="gguf", out=tmp_path / "x", storage="nf4"), "16 or 32 bits"),
-        (dict(format="gguf-lora", out=tmp_path / "x", weights="f16"), "always float32"),
-        (dict(format="hf", out=tmp_path / "x", weights="f16"), "only GGUF"),
+        (dict(format="gguf", output=tmp_path / "there.gguf"), "there already"),
+        (dict(format="gguf", output=tmp_path / "a"), "not empty"),
+        (dict(format="gguf", output=tmp_path / "x", quantization="nf4"), "16 or 32 bits"),
+        (dict(format="gguf-lora", output=tmp_path / "x", outtype="f16"), "always float32"),
+        (dict(format="hf", output=tmp_path / "x", outtype="f16"), "only GGUF"),
     ):
         with pytest.raises(SettingsError, match=message):
             afina.export(tmp_path / "a", **values)
