@@ -1,12 +1,13 @@
-# The household. `make demo` to see it work; `make test` before a commit; `make help` lists the rest.
-# A Python of your own: make demo PYTHON=python3.12.  Words for the command: make demo ARGS="--steps 100 --json".
-# Tests run in JOBS processes beside each other: make test JOBS=1.
-# Without an NVIDIA card, on Linux: export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu  (GBs less to load).
+# `make demo` shows it at work; `make test` runs the tests; `make help` lists the rest.
+# Another Python: make demo PYTHON=python3.12.  Arguments: make demo ARGS="--max-steps 100 --json".
+# Tests run in JOBS processes: make test JOBS=1 for one.
+# Without an NVIDIA card, on Linux: export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# (several GB less to download).
 
 PYTHON ?= python3
 ARGS ?=
 JOBS ?= 2
-# one thread a process: idle threads of OpenMP spin, and keep the cores from the other processes
+# One thread per process: idle OpenMP threads spin and take the cores from the other processes.
 PYTEST = OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
