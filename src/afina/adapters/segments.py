@@ -1,12 +1,11 @@
-"""Who acts where: the table of segments of one forward, and the switchboard that hands it to the layers.
+"""Active adapters of one forward pass, by token range, and the context that passes them to layers.
 
-    tokens    | a a a a a | b b b | c c c c c c |        one flat run, three sequences
-    segments  |  (0, 5, "tone", 1.0)                     "tone" everywhere on the first
-              |              (6, 8, "judge", 1.0)        an activated adapter, from its invocation on
-              |                      (8, 14, "tone", .5) (8, 14, "law", .5)    a sum of two on the third
+    tokens    | a a a a a | b b b | c c c c c c |    one packed batch, three sequences
+    segments  |  (0, 5, "tone", 1.0)                 "tone" on all tokens of the first
+              |              (6, 8, "law", 1.0)      active from its invocation tokens on
+              |                      (8, 14, "tone", .5) (8, 14, "law", .5)    weighted sum of two
 
-Everything between one adapter and a thousand is this table. The usual case, one adapter on every token, is
-a table that says so and costs nothing.
+The usual case, one adapter on all tokens, is `global_adapters`: layers then index no tokens.
 """
 
 import threading
@@ -20,7 +19,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens start..end (end excluded) of the flat run pass through `adapter` with `weight`."""
+    """Token range of the packed batch with an active adapter.
+
+    Attributes:
+        start: first token.
+        end: token after the last one.
+        adapter: its name in the layers.
+        weight: factor of its update.
+    """
 
     start: int
     end: int
@@ -30,10 +36,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """The table of one forward: nobody, some adapters everywhere, or rows over parts of the run.
+    """Active adapters of one forward pass: none, on all tokens, or on token ranges.
 
-    `everywhere` holds (adapter, weight) pairs that act on all tokens; `rows` the others. Rows count tokens of the
-    flat run, or, for models that take rows of equal length (image models, pooled encoders), rows of the batch.
+    Attributes:
+        global_adapters: pairs (adapter, weight) that are active on all tokens.
+        spans: adapters that are active on ranges.
+        unit: what the ranges count: tokens of the packed batch, or rows of a padded batch for
+            models that take no packed one (image models, pooled encoders).
     """
 
     global_adapters: tuple[tuple[str, float], ...] = ()
@@ -42,11 +51,11 @@ class Segments:
 
     @classmethod
     def on_all_tokens(cls, adapter: str, weight: float = 1.0) -> "Segments":
-        """One adapter on every token."""
+        """Return segments with one adapter on all tokens."""
         return cls(global_adapters=((adapter, weight),))
 
     def slice(self, start: int, end: int) -> "Segments":
-        """The table of tokens start..end alone, counted from there."""
+        """Return the segments of tokens `start` to `end` (excluded), counted from `start`."""
         parts = [
             replace(row, start=max(row.start, start) - start, end=min(row.end, end) - start)
             for row in self.spans
@@ -54,7 +63,7 @@ class Segments:
         return replace(self, spans=tuple(row for row in parts if row.start < row.end))
 
     def common_prefix_length(self, first: int, second: int, length: int) -> int:
-        """How many of `length` tokens from `first` and from `second` on are surely under the same rows."""
+        """Return how many of `length` tokens from `first` and `second` on have equal segments."""
         one, other = (
             {
                 (max(0, r.start - start), min(length, r.end - start), r.adapter, r.weight)
@@ -66,7 +75,7 @@ class Segments:
         return min((start for start, *_ in one ^ other), default=length)
 
     def select(self, tokens: Sequence[int]) -> "Segments":
-        """The table of some tokens alone, given in ascending order: for what is computed at these only."""
+        """Return the segments of `tokens`, ascending indices, counted within `tokens`."""
         if not self.spans:
             return self
         parts = [
@@ -77,7 +86,7 @@ class Segments:
 
     @classmethod
     def concat(cls, tables: Sequence["Segments"], lengths: Sequence[int]) -> "Segments":
-        """The table of several runs laid end to end, each under its own table."""
+        """Return the segments of several batches that are concatenated, `lengths` tokens each."""
         rows: list[Segment] = []
         for table, length, start in zip(
             tables, lengths, accumulate(lengths, initial=0), strict=False
@@ -96,10 +105,11 @@ NO_ADAPTERS = Segments()
 
 
 class ForwardContext:
-    """The segments of the forward that the current thread runs; one a model, none global.
+    """Segments of the forward pass that the current thread runs, one context per model.
 
-    Training and serving may share a model: each thread sees the table that it set. A checkpointed block
-    remembers its table (`remember`) and restores it when its forward is recomputed, in whatever thread.
+    Training and serving may share a model: each thread reads the segments that it set. A
+    checkpointed layer keeps its segments (`checkpoint_contexts`) and restores them when its
+    forward pass is recomputed, in any thread.
     """
 
     def __init__(self) -> None:
@@ -107,12 +117,12 @@ class ForwardContext:
 
     @property
     def segments(self) -> Segments:
-        """The table of this thread's forward; the base alone where none was set."""
+        """Segments of this thread's forward pass; `NO_ADAPTERS` where none were set."""
         return getattr(self._local, "segments", NO_ADAPTERS)
 
     @contextmanager
     def use(self, segments: Segments) -> Iterator[None]:
-        """Within the block, this thread's forwards follow `segments`."""
+        """Set the segments of this thread's forward passes within the `with` statement."""
         before = self.segments
         self._local.segments = segments
         try:
@@ -123,7 +133,7 @@ class ForwardContext:
     def checkpoint_contexts(
         self,
     ) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
-        """For torch.utils.checkpoint(context_fn=...): recomputation follows the table of the first forward."""
+        """Return `context_fn` of `torch.utils.checkpoint`, which recomputes with equal segments."""
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             return nullcontext(), self.use(self.segments)
