@@ -170,7 +170,7 @@ def test_mitigate_tries_measures_writes_and_audits(
     ):
         with pytest.raises(SettingsError, match=error):
             mitigate(originals / "0", output_dir=tmp_path / "no", **(told | wrong))
-    with pytest.raises(AdapterError, match="one lora"):
+    with pytest.raises(AdapterError, match="one LoRA adapter"):
         mitigate(originals / "2", output_dir=tmp_path / "no", **told)
 
 

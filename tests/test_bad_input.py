@@ -200,7 +200,7 @@ def test_an_interrupted_download(broken: Path) -> None:
         shard.write_bytes(whole[:size])
         assert refused(broken).where == str(shard)
     shard.write_bytes(whole + b"x")
-    assert "incomplete weights" in str(refused(broken))
+    assert "incomplete or extended weights" in str(refused(broken))
     shard.write_bytes(whole)
     load_base(str(broken))
 
@@ -385,7 +385,7 @@ def test_a_device_that_is_not_there() -> None:
     [
         ({"target_modules": "q_porj"}, "'q_porj' matches no layer", "'q_proj'"),
         ({"target_modules": ["q_proj", "nothing"]}, "'nothing' matches no layer", None),
-        ({"target_modules": "*_proj"}, "no regular expression", ".*_proj"),
+        ({"target_modules": "*_proj"}, "is not a regular expression", ".*_proj"),
         ({"target_modules": "norms"}, "matches no layer", None),
         ({"target_modules": "lm_head", "layers": "last:1"}, "no layer is left", None),
         ({"layers": [4]}, "no block 4", None),
@@ -568,7 +568,7 @@ AS_SAFETENSORS = SafetensorError(
         ("afina.training.checkpoint.save_file", 2, NO_SPACE, 2),
         ("afina.training.checkpoint.save_file", 2, AS_SAFETENSORS, 2),
         ("afina.training.checkpoint.save_file", 2, OSError(errno.EDQUOT, "Disk quota exceeded"), 2),
-        ("afina.adapters.loading.save_file", 1, NO_SPACE, 2),
+        ("afina.adapters.saving.save_file", 1, NO_SPACE, 2),
         ("afina.io.atomic.os.fsync", 11, NO_SPACE, 2),
         ("matplotlib.figure.Figure.savefig", 0, NO_SPACE, 6),
     ],
