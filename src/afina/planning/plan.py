@@ -100,7 +100,8 @@ def _train_settings(settings: PlanSettings) -> TrainSettings | None:
     if settings.data is None:
         return None
     given = settings.model_fields_set & TrainSettings.model_fields.keys()
-    return TrainSettings(**{name: getattr(settings, name) for name in given})
+    groups = settings.model_extra or {}  # of the method and the objective
+    return TrainSettings(**{name: getattr(settings, name) for name in given}, **groups)
 
 
 def _plan_with_rows(
