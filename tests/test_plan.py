@@ -625,7 +625,7 @@ def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judg
 
     plain = cost()
     assert all(plain["phases"][name] > 0 for name in ("learning", "reading", "writing"))
-    assert any("judge" in what for what in plain["not_counted"]) and any(
+    assert any("scoring" in what for what in plain["not_counted"]) and any(
         "8 tokens" in what for what in plain["not_counted"]
     )
     longer, twice, more = cost(max_new_tokens=16), cost(num_iterations=2), cost(num_generations=8)
