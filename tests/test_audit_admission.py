@@ -186,7 +186,7 @@ def test_sums_need_a_report_of_their_own(state: Any, folder: Path, tiny: Path) -
     caller = Principal(None, True)
 
     def ask(model: str) -> Any:
-        return state.choose(caller, model)
+        return state.resolve_model(caller, model)
 
     assert [part.weight for part in ask("one").parts] == [1.0] and ask(state.base_name).parts == ()
     for model in ("one:0.5,two:0.5", "one:0.5", "one,two"):

@@ -73,7 +73,7 @@ class Rigged(BehaviorHarness):
         """The token that ends an answer."""
         return min(self.special)
 
-    def read(self, prompts: Any, count: int) -> list[list[int]]:
+    def greedy_tokens(self, prompts: Any, count: int) -> list[list[int]]:
         texts: list[list[int]] = [[] for _ in prompts]
         for _ in range(count):
             for prompt, text in zip(prompts, texts, strict=True):
