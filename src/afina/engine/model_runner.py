@@ -68,8 +68,9 @@ class ModelRunner:
         if decoding and self._last_segments[0] == key:
             return self._last_segments[1]
         first = chunks[0][0]
-        if first.is_exclusive and all(start == 0 for _, _, start in first.adapter_spans):
-            segments = _on_all_tokens(first)
+        shared = all(s.adapter_spans == first.adapter_spans for s, _ in chunks)
+        if shared and all(start == 0 for _, _, start in first.adapter_spans):
+            segments = _on_all_tokens(first)  # one product for the batch, not one per sequence
         else:
             spans: list[Segment] = []
             for (sequence, count), start in zip(chunks, cu_seqlens, strict=False):
