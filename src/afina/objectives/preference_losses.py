@@ -44,8 +44,6 @@ from afina.settings import (
     SimPOSettings,
 )
 
-NEEDS_REFERENCE = ("dpo", "kto")  # objectives with a reference
-
 
 @dataclass(frozen=True)
 class AnswerLogprobs:
