@@ -769,7 +769,7 @@ def test_evaluation_without_rows_is_an_error(train: Train, tiny: Path, tmp_path:
 
 
 def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
-    with pytest.raises(DataError, match=r"prompt 2 has 1,215 tokens"):
+    with pytest.raises(DataError, match=r"prompt 2: a prompt of 1,215 tokens"):
         afina.generate(["short", "long " * 400], base=str(tiny))
 
 
