@@ -232,7 +232,7 @@ def is_story_of_a_classifier(run: TrainResult, classes: int = 2) -> None:
         "eval.jsonl",
     }
     assert "nats a row" in (run.folder / "README.md").read_text()
-    assert f"Accuracy {scores['accuracy']:.1f}%" in (run.folder / "README.md").read_text()
+    assert f"accuracy {scores['accuracy']:.1f}%" in (run.folder / "README.md").read_text()
 
 
 # ---- text
