@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import afina
-from afina.evaluation.intervals import LossChange, paired_change, t_quantile
+from afina.evaluation.intervals import LossChange
 from afina.evaluation.metrics import (
     METRICS,
     accuracy,
@@ -691,29 +690,6 @@ def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[s
 )
 def test_verdicts(changes: dict[str, float], sentence: int, said: str) -> None:
     assert said in lost(**changes)[sentence]
-
-
-@pytest.mark.parametrize(
-    ("freedom", "point"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (999, 1.962)],
-)
-def test_students_t(freedom: int, point: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(point, rel=0.01)
-
-
-def test_the_interval_holds_what_it_promises() -> None:
-    """Of 2,000 samples of 6 rows of different lengths, about 95% have the true change in their interval."""
-    draw, hits = random.Random(0), 0
-    for _ in range(2000):
-        labels = [draw.randint(3, 30) for _ in range(6)]
-        after = [
-            sum(draw.gauss(-0.3, 0.5) for _ in range(n)) + n * draw.gauss(0, 0.4) for n in labels
-        ]
-        low, high = paired_change([0.0] * 6, after, labels).interval or (0.0, 0.0)
-        hits += low <= -0.3 <= high
-    assert 0.92 <= hits / 2000 <= 0.97
-    assert paired_change([3.0], [1.0], [2]) == LossChange(1, -1.0, None)
-    assert paired_change([3.0, 3.0], [1.0, 1.0], [2, 2]).interval == (-1.0, -1.0)
 
 
 def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afina.comparison.statistics import (
+from afina.evaluation.intervals import (
     Estimate,
-    difference,
-    figure,
+    crossed_estimate,
     holm,
-    influence,
+    linearized_ratio,
+    paired_difference,
     pareto,
-    share,
+    percentage_estimate,
     unpaired_difference,
     zero_count_bound,
 )
@@ -33,7 +33,7 @@ COSTS = ("peak_mb", "run_seconds", "adapter_kb")
 
 def losses(judged: Sequence[Judged], kind: str = "") -> Table:
     """Return linearized losses per target token `(S, N)`; `kind` is "", "train_" or "general_"."""
-    return influence([run[f"{kind}losses"] for run in judged], judged[0][f"{kind}labels"])
+    return linearized_ratio([run[f"{kind}losses"] for run in judged], judged[0][f"{kind}labels"])
 
 
 def scores(judged: Sequence[Judged], metric: str) -> Table:
@@ -45,7 +45,7 @@ def scores(judged: Sequence[Judged], metric: str) -> Table:
 
 def changes(judged: Sequence[Judged], base: Judged, kind: str) -> Table:
     """Return the change of loss per target token against the base, by row `(S, N)`."""
-    return influence(
+    return linearized_ratio(
         [np.subtract(run[f"{kind}losses"], base[f"{kind}losses"]) for run in judged],
         judged[0][f"{kind}labels"],
     )
@@ -54,20 +54,20 @@ def changes(judged: Sequence[Judged], base: Judged, kind: str) -> Table:
 def describe(judged: Sequence[Judged], base: Judged, metric: str) -> dict[str, Any]:
     """Return every evaluated figure of a method with its interval."""
     found: dict[str, Any] = {
-        "loss": figure(losses(judged)).as_dict(),
-        "loss_change": figure(changes(judged, base, "")).as_dict(),
+        "loss": crossed_estimate(losses(judged)).as_dict(),
+        "loss_change": crossed_estimate(changes(judged, base, "")).as_dict(),
         "overfitting": unpaired_difference(
             changes(judged, base, ""), changes(judged, base, "train_")
         ).as_dict(),
         "others": {
-            name: share([run["scores"][name] for run in judged]).as_dict()
+            name: percentage_estimate([run["scores"][name] for run in judged]).as_dict()
             for name in judged[0].get("scores", {})
         },
         "seeds": len(judged),
     }
     found["score"] = found["loss"] if metric == "loss" else found["others"][metric]
     if "general_losses" in base:
-        found["forgetting"] = figure(changes(judged, base, "general_")).as_dict()
+        found["forgetting"] = crossed_estimate(changes(judged, base, "general_")).as_dict()
     return found
 
 
@@ -100,7 +100,7 @@ def _tested(one: Table, other: Table, metric: str) -> tuple[Estimate, float]:
     Scores are percentages, so the interval ends at 100; where all rows agree it includes the
     bound of a rate of which none was observed.
     """
-    found, p = difference(one, other)
+    found, p = paired_difference(one, other)
     if metric == "loss" or found.low is None or found.high is None:
         return found, p
     reach = zero_count_bound(one.shape[1]) if found.error == 0.0 else 0.0
