@@ -2,15 +2,12 @@
 
 import ast
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "afina"
+from sources import FILES, ROOT, SOURCE, TREES, nodes
 
 # node -> the nodes it may import from directly; their ancestors are allowed too. CONTRIBUTING.md
 # shows the same graph. A node is a package, or a part of one where a single node would be a cycle.
@@ -47,16 +44,6 @@ PENDING: set[tuple[str, str]] = {
     ("planning.machine_rates", "training.train"),
     ("planning.machine_rates", "training.trainer"),
 }
-# classes that are defined twice until then; only shrinks
-PENDING_CLASSES: set[str] = {"_Words"}
-# pairs of equal functions until then, "module:name"; only shrinks
-PENDING_COPIES: set[frozenset[str]] = set()
-
-FILES = {
-    ".".join(("afina", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in sorted(SOURCE.rglob("*.py"))
-}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def node_of(module: str) -> str | None:
@@ -76,7 +63,7 @@ def imports(module: str) -> Iterator[str]:
     """Every module of afina that `module` imports, also inside functions and under TYPE_CHECKING."""
     is_package = FILES[module].name == "__init__.py"
     package = module if is_package else module.rpartition(".")[0]
-    for node in ast.walk(TREES[module]):
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "afina")
         elif isinstance(node, ast.ImportFrom):
@@ -110,46 +97,24 @@ def test_imports_go_one_way() -> None:
 
 
 def test_the_package_itself_imports_nothing_at_once() -> None:
-    at_once = [node for node in TREES["afina"].body if isinstance(node, ast.Import | ast.ImportFrom)]
+    at_once = [
+        node for node in TREES["afina"].body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     names = {getattr(node, "module", None) or node.names[0].name for node in at_once}
     assert names <= {"importlib", "os", "typing"}
 
 
 def test_no_torch_where_help_is_fast() -> None:
-    for module, tree in TREES.items():
+    for module in TREES:
         if not module.removeprefix("afina.").startswith(NO_TORCH):
             continue
-        for node in ast.walk(tree):
+        for node in nodes(module):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            heavy = [n for n in names if n.startswith(("torch", "transformers", "safetensors.torch"))]
+            heavy = [
+                n for n in names if n.startswith(("torch", "transformers", "safetensors.torch"))
+            ]
             assert not heavy, f"{module} imports {heavy}"
-
-
-def test_class_names_are_unique() -> None:
-    places = defaultdict(list)
-    for module, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                places[node.name].append(module)
-    twice = {name: where for name, where in places.items() if len(where) > 1}
-    assert {name: twice[name] for name in twice.keys() - PENDING_CLASSES} == {}
-    assert PENDING_CLASSES - twice.keys() == set(), "finished: remove from PENDING_CLASSES"
-
-
-def test_no_two_functions_are_equal() -> None:
-    bodies = defaultdict(set)
-    for module, tree in TREES.items():
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                continue
-            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-            if body and body[-1].end_lineno - body[0].lineno + 1 > 6:
-                text = "\n".join(ast.dump(statement) for statement in body)
-                bodies[text].add(f"{module.removeprefix('afina.')}:{node.name}")
-    copies = {frozenset(names) for names in bodies.values() if len(names) > 1}
-    assert copies - PENDING_COPIES == set()
-    assert PENDING_COPIES - copies == set(), "finished: remove from PENDING_COPIES"
 
 
 @pytest.fixture(scope="module")
