@@ -17,7 +17,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "io": ("errors",),
     "kernels": ("errors",),
     "adapters.segments": ("errors",),
-    "data": ("errors",),
+    "data": ("io",),
     "models": ("settings", "io", "kernels", "adapters.segments"),
     "adapters": ("models",),
     "engine": ("adapters", "data"),

@@ -1,6 +1,6 @@
 """A base and the adapter on it, as the verbs name them: from a run folder, an adapter folder, or a base alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ from afina.adapters.attach import Adapter
 from afina.adapters.loading import load_adapter
 from afina.errors import AdapterError
 from afina.io.adapter_folder import adapter_folder
-from afina.io.adapter_metadata import read_metadata
+from afina.io.adapter_metadata import METADATA_FILE, read_metadata
+from afina.io.chat_format import CHAT_KEY, ChatFormat
 from afina.io.composition import (
     WeightedAdapter,
     common_base,
@@ -34,6 +35,7 @@ class LoadedRun:
     frozen_adapter: ActiveAdapters | None = (
         None  # the adapter over which that of the run was trained, which acts along with it
     )
+    chat_format: ChatFormat = field(default_factory=ChatFormat)  # as in training
 
     @property
     def adapter(self) -> Adapter | None:
@@ -61,11 +63,6 @@ class LoadedRun:
         routes = [adapter.active.scaled(weight) for adapter, weight in self.adapters]
         routes += [self.frozen_adapter] if self.frozen_adapter is not None and routes else []
         return ActiveAdapters.combine(routes)
-
-    @property
-    def template(self) -> str | None:
-        """The chat template that the run was trained with, where it is not the tokenizer's own."""
-        return self.run.get("settings", {}).get("chat_template")
 
     @property
     def causal_lm(self) -> CausalLM:
@@ -105,7 +102,35 @@ def load_run(
         on.append((load_adapter(part.folder, base, name, allow_other_base), part.weight))
     _check_together(on, parts)
     over = _over(story, base) if on and len(named) == 1 else None
-    return LoadedRun(base, on, story, over)
+    asked = _chat_format(story, parts).with_arguments(getattr(settings, "template_kwargs", {}))
+    return LoadedRun(base, on, story, over, asked)
+
+
+def _chat_format(story: dict[str, Any], parts: list[WeightedAdapter]) -> ChatFormat:
+    """Return how the run, or else its adapters, were asked in training.
+
+    Raises:
+        AdapterError: The adapters were asked in different ways.
+    """
+    recorded = [(part.folder, recorded_format(part.folder)) for part in parts]
+    known = [(folder, found) for folder, found in recorded if found is not None]
+    for folder, found in known:
+        if found.rendering != known[0][1].rendering:
+            raise AdapterError(
+                "its chat template is not that of the other adapters",
+                where=str(folder),
+                why="one prompt cannot be written in two formats",
+                hint="adapters that were trained with the same --chat-template",
+            )
+    return known[0][1] if known else ChatFormat.from_record(story)
+
+
+def recorded_format(folder: Path) -> ChatFormat | None:
+    """Return how an adapter was asked in training; None where its afina.json does not say."""
+    metadata = read_metadata(folder)
+    if CHAT_KEY not in metadata:
+        return None
+    return ChatFormat.from_record(metadata, str(folder / METADATA_FILE))
 
 
 def _over(story: dict[str, Any], base: FrozenModel) -> ActiveAdapters | None:

@@ -176,7 +176,7 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
             hint="--triggers TEXT --payload TEXT",
         )
     rows = _rows(settings)
-    renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
+    renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
     clean = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
     trial = MitigationTrial(
         base, source, benign, clean, insert_trigger(rows, triggers, payload, renderer), payload, {}

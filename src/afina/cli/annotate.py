@@ -187,7 +187,7 @@ def _answers(
 ) -> list[dict[str, str]]:
     """The two answers in the order of `sides`; a pure function of seed, prompt and side."""
     base = opened.causal_lm
-    renderer = Renderer(base.tokenizer, opened.template, base.max_positions)
+    renderer = Renderer(base.tokenizer, opened.chat_format, base.max_positions)
     made = []
     for number, side in enumerate(sides):
         seed = int(hashlib.sha256(f"{settings.seed}:{key}:{number}".encode()).hexdigest()[:8], 16)

@@ -56,7 +56,7 @@ class LocalBackend:
         opened = load_run(settings.adapter, settings)
         self._base, self._adapters = opened.causal_lm, opened.active
         self._active = self._adapters
-        self._renderer = Renderer(self._base.tokenizer, opened.template, self._base.max_positions)
+        self._renderer = Renderer(self._base.tokenizer, opened.chat_format, self._base.max_positions)
         self._sampling = SamplingParams(
             settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed
         )

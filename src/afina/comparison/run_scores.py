@@ -29,6 +29,7 @@ from afina.engine.request import SamplingParams
 from afina.evaluation.evaluate import one_line
 from afina.evaluation.metrics import METRICS
 from afina.evaluation.retention import retention_examples
+from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.loading import load_base
@@ -130,7 +131,9 @@ class RunScorer:
     def _language(self, base: CausalLM, route: ActiveAdapters | None) -> dict[str, Any]:
         told = self.settings
         renderer = Renderer(
-            base.tokenizer, told.chat_template, told.max_length or min(base.max_positions, 2048)
+            base.tokenizer,
+            ChatFormat.from_settings(told),
+            told.max_length or min(base.max_positions, 2048),
         )
         test, train = (
             tokenize_rows(

@@ -41,6 +41,8 @@ def run_settings(
         "dtype",
         "device",
         "chat_template",
+        "template_kwargs",
+        "allow_control_tokens",
         "retention_text",
         "max_length",
         "max_tokens_per_batch",

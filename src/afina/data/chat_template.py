@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 
 from afina.data.schemas import Message
 from afina.errors import DataError
+from afina.io.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +47,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: The base model's tokenizer.
-        template: "plain", "chatml", the path of a jinja file, or None for the tokenizer's own
-            template.
+        chat_format: The template, or its text where a run has recorded it, and its arguments.
         has_bos: Whether built-in templates begin with the tokenizer's first (BOS) token.
 
     Attributes:
@@ -58,11 +58,13 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", template: str | None, has_bos: bool
+        self, tokenizer: "PreTrainedTokenizerBase", chat_format: ChatFormat, has_bos: bool
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.chat_format = tokenizer, chat_format
+        template = chat_format.template
         self.name = f"--chat-template {template}" if template else "the tokenizer's chat template"
-        self.jinja = self._find(template, "{{ bos_token }}" if has_bos else "")
+        found = chat_format.jinja or self._find(template, "{{ bos_token }}" if has_bos else "")
+        self.jinja = found
 
     def _find(self, template: str | None, bos: str) -> str | None:
         if template is None:
@@ -92,7 +94,11 @@ class ChatTemplate:
         given = [dict(message) for message in messages]
         try:
             text: Any = self.tokenizer.apply_chat_template(
-                given, chat_template=self.jinja, add_generation_prompt=opens_answer, tokenize=False
+                given,
+                chat_template=self.jinja,
+                add_generation_prompt=opens_answer,
+                tokenize=False,
+                **self.chat_format.kwargs,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             what = f"{self.name} rejects these messages"

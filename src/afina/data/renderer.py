@@ -6,13 +6,14 @@ an answer is its stop token. A loss mask that would be all on or all off is an e
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from afina.data.chat_template import PROBE, ChatTemplate
 from afina.data.schemas import SFTRow
 from afina.errors import DataError, pluralize
+from afina.io.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,8 +46,8 @@ class Renderer:
 
     Args:
         tokenizer: The base model's tokenizer.
-        template: "plain", "chatml", the path of a jinja file, or None for the tokenizer's own
-            template.
+        template: How the model is asked; a text is the name or path of a template, and None is the
+            tokenizer's own.
         max_length: Length of the longest example, in tokens.
 
     Raises:
@@ -54,13 +55,17 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", template: str | None, max_length: int
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: ChatFormat | str | None,
+        max_length: int,
     ) -> None:
+        asked = template if isinstance(template, ChatFormat) else ChatFormat(template)
         first = tokenizer("a")["input_ids"][:1]
         self._bos = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.template = ChatTemplate(tokenizer, template, self._bos is not None)
-        self.uses_chat_template = self.template.jinja is not None and template != "plain"
+        self.template = ChatTemplate(tokenizer, asked, self._bos is not None)
+        self.uses_chat_template = self.template.jinja is not None and asked.template != "plain"
         """Whether a prompt that is a text becomes a user's message."""
 
     @property
@@ -72,6 +77,13 @@ class Renderer:
             with suppress(DataError):
                 ends.add(self.template.stop_token_id)
         return frozenset(end for end in ends if end is not None)
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model is asked, with the text of the template and its stop tokens."""
+        template = self.template
+        stops = tuple(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.stop_token_ids))))
+        return replace(template.chat_format, jinja=template.jinja, stop_tokens=stops)
 
     def example(self, row: SFTRow) -> Example:
         """Return the tokens of a row, with its answers and their stop tokens as targets.

@@ -108,7 +108,7 @@ def _completions(
     asked = objective.expected_completions()[: settings.limit]
     if not asked:
         return []
-    renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
+    renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
     prompts = [example.token_ids[: example.prompt_length] for example in asked]
     expected = [example.completion or "" for example in asked]
     texts: dict[str, list[str]] = {}

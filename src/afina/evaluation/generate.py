@@ -47,7 +47,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
     base, route = opened.causal_lm, opened.active
     renderer = Renderer(
         base.tokenizer,
-        "plain" if settings.ignore_chat_template else opened.template,
+        "plain" if settings.ignore_chat_template else opened.chat_format,
         base.max_positions,
     )
     sampling = SamplingParams(

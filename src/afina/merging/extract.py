@@ -23,6 +23,7 @@ from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import AdapterError, SettingsError
 from afina.evaluation.retention import retention_examples
+from afina.io.chat_format import ChatFormat
 from afina.io.composition import common_base
 from afina.io.run_record import read_run_record
 from afina.merging.combine import RetainedEnergy, best_low_rank
@@ -63,7 +64,9 @@ def extract(run: str | Path | ExtractSettings | None = None, **values: Any) -> E
         not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())
     ):
         raise SettingsError(
-            "this folder is not empty", where=str(settings.output_dir), hint="choose another --output-dir"
+            "this folder is not empty",
+            where=str(settings.output_dir),
+            hint="choose another --output-dir",
         )
     if settings.max_rank is None and settings.retained_energy is None:
         raise SettingsError(
@@ -126,9 +129,9 @@ def _from_run(
             _leave_biases(source.attached, left_out)
     examples, what = _rows(settings, base, run)
     routes = [
-        (
-            source.attached or load_adapter(source.part.folder, base, f"whole{number}")
-        ).active.scaled(source.weight)
+        (source.attached or load_adapter(source.part.folder, base, f"whole{number}")).active.scaled(
+            source.weight
+        )
         for number, source in enumerate(sources)
     ]
     return written, _losses(
@@ -275,10 +278,8 @@ def _rows(settings: ExtractSettings, base: CausalLM, run: Path | None) -> tuple[
     if file is None:
         return retention_examples(base), "general text"
     rows = read_table(file, SFT, settings.columns).rows
-    template = (
-        read_run_record(run).get("settings", {}).get("chat_template") if run is not None else None
-    )
-    renderer = Renderer(base.tokenizer, template, min(base.max_positions, 2048))
+    asked = ChatFormat() if run is None else ChatFormat.from_record(read_run_record(run), str(run))
+    renderer = Renderer(base.tokenizer, asked, min(base.max_positions, 2048))
     return tokenize_rows(infer_objective("auto", rows), renderer, rows, None), str(file)
 
 

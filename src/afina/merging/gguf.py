@@ -163,7 +163,7 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
         if settings.outtype != "auto"
         else next(name for name in TYPES if TYPES[name] == base.dtype)
     )
-    template = Renderer(base.tokenizer, opened.template, base.max_positions).template.jinja
+    template = Renderer(base.tokenizer, opened.chat_format, base.max_positions).chat_format.exported_jinja
     about = {
         "base": base.name,
         "adapter": hash_adapter_folder(_parts(settings.adapter)[0].folder)

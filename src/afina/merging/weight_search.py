@@ -80,7 +80,7 @@ def search(sources: Sequence[AdapterSource], settings: CombineSettings) -> Found
     mine, kept = train_eval_split(
         read_table(settings.data, SFT, settings.columns).rows, 0.5, settings.seed
     )
-    renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
+    renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
     rows, checked = (
         tokenize_rows(infer_objective("auto", part), renderer, part, None) for part in (mine, kept)
     )

@@ -10,6 +10,7 @@ from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT, SFTRow
 from afina.data.table import parse_rows, read_table, summarize_skipped
 from afina.errors import DataError
+from afina.io.chat_format import ChatFormat
 from afina.objectives.prepared import activation_tokens, hold_out_every_nth
 from afina.settings import TrainSettings
 
@@ -112,7 +113,7 @@ def read_examples(
 ) -> TokenizedRows:
     """The rows of `table` rendered, checked and split, for a model that reads `context` tokens."""
     renderer = Renderer(
-        tokenizer, settings.chat_template, settings.max_length or min(context, 2048)
+        tokenizer, ChatFormat.from_settings(settings), settings.max_length or min(context, 2048)
     )
     objective = infer_objective(settings.objective, table.rows)
     invocation = activation_tokens(renderer, settings)

@@ -96,7 +96,7 @@ class LanguageModelingObjective(Objective):
         """Return the objective with the rows that `afina eval` evaluates."""
         base, (file, columns) = opened.causal_lm, eval_source(settings)
         rows = read_table(file, SFT, columns).rows
-        renderer = Renderer(base.tokenizer, opened.template, min(base.max_positions, 2048))
+        renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
         examples = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
         objective = cls(base, examples, examples, BATCH_TOKENS, 1, 0)
         objective.num_rows = len(rows)

@@ -29,6 +29,7 @@ from afina.data.table import read_table
 from afina.engine.request import Completion
 from afina.errors import TrainingError
 from afina.io.atomic import write_json
+from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.objectives.base import Objective, Total, Units, no_reduce, train_sample
 from afina.objectives.policy_data import (
@@ -129,9 +130,10 @@ class PolicyObjective(Objective):
         base, own_tokens = load_language_model(settings, base)
         check_temperature(options, base)
         modules = (base.add_score_head(),) if cls.head else ()
-        rewards = load_reward_functions(options, base, settings.chat_template)
+        asked = ChatFormat.from_settings(settings)
+        rewards = load_reward_functions(options, base, asked)
         length = min(settings.max_length or base.max_positions, base.max_positions)
-        renderer = Renderer(base.tokenizer, settings.chat_template, length)
+        renderer = Renderer(base.tokenizer, asked, length)
         invocation = activation_tokens(renderer, settings)
         skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
@@ -168,17 +170,15 @@ class PolicyObjective(Objective):
         """Return the objective with the prompts that `afina eval` evaluates."""
         base, trained = opened.causal_lm, trained_settings(opened.run)
         options, (file, columns) = trained.group(cls.name), eval_source(settings)
-        renderer = Renderer(base.tokenizer, opened.template, base.max_positions)
+        renderer = Renderer(base.tokenizer, opened.chat_format, base.max_positions)
         rows = [
             TokenizedPrompt(row, renderer.prompt(row.prompt))
             for row in read_table(file, PROMPT, columns).rows
         ]
-        rewards = load_reward_functions(options, base, opened.template)
+        rewards = load_reward_functions(options, base, opened.chat_format)
         longest = max(len(query.token_ids) for query in rows) + options.max_new_tokens
         writer = PolicyGenerator(base, longest, renderer.stop_token_ids)
-        objective = cls(
-            options, base, rows, rows, rewards, writer, BATCH_TOKENS, trained.seed
-        )
+        objective = cls(options, base, rows, rows, rewards, writer, BATCH_TOKENS, trained.seed)
         objective.num_rows = len(rows)
         return objective
 

@@ -27,6 +27,7 @@ from afina.data.packing import (
     pack_examples,
 )
 from afina.data.renderer import Example, Renderer
+from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
 from afina.objectives.base import LossSum, Objective, Total, Units, no_reduce, train_sample
 from afina.objectives.preference_data import (
@@ -124,12 +125,10 @@ class PairwiseObjective(Objective):
         base, own_tokens = load_language_model(settings, base)
         modules = (base.add_score_head(),) if cls.head else ()
         length = settings.max_length or min(base.max_positions, 2048)
-        renderer = Renderer(base.tokenizer, settings.chat_template, length)
+        renderer = Renderer(base.tokenizer, ChatFormat.from_settings(settings), length)
         invocation = activation_tokens(renderer, settings)
         skipped = list(table.skipped)
-        train, held = split_preferences(
-            settings, table, renderer, invocation, skipped, cls.single
-        )
+        train, held = split_preferences(settings, table, renderer, invocation, skipped, cls.single)
         accumulation = settings.gradient_accumulation_steps
         packing = (settings.max_tokens_per_batch, accumulation, settings.seed)
         examples = [choice for _, choice in train]
@@ -161,7 +160,7 @@ class PairwiseObjective(Objective):
         trained, (file, columns) = trained_settings(opened.run), eval_source(settings)
         rows = read_comparable(file, columns, cls.name, cls.single).rows
         length = trained.max_length or min(base.max_positions, 2048)
-        renderer = Renderer(base.tokenizer, opened.template, length)
+        renderer = Renderer(base.tokenizer, opened.chat_format, length)
         invocation = opened.adapters[0][0].config.invocation if opened.adapters else ()
         examples = [
             choice
@@ -416,9 +415,7 @@ class PreferenceObjective(PairwiseObjective):
     def profile_prompts(self) -> list[list[int]]:
         """Return the prompt of each training row."""
         rows = [row.completions[0] for row in self.train if row.completions]
-        return [
-            e.token_ids[: e.prompt_length] or e.token_ids[:PROFILE_TOKENS] for e in rows
-        ]
+        return [e.token_ids[: e.prompt_length] or e.token_ids[:PROFILE_TOKENS] for e in rows]
 
 
 @register_objective("dpo")

@@ -26,6 +26,7 @@ from afina.data.schemas import PromptRow
 from afina.errors import SettingsError, TrainingError, did_you_mean
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
+from afina.io.chat_format import ChatFormat
 from afina.io.run_record import read_run_record
 from afina.models.causal_lm import CausalLM
 from afina.objectives.graders import Grader, read_grader
@@ -162,7 +163,7 @@ class RewardFunctions:
 
 
 def load_reward_functions(
-    options: PolicySettings, base: CausalLM, template: str | None
+    options: PolicySettings, base: CausalLM, chat_format: ChatFormat
 ) -> RewardFunctions:
     """Load all who judge; raises `SettingsError` where one is none, `AdapterError` where it is another base's."""
     told = (
@@ -184,7 +185,7 @@ def load_reward_functions(
                 hint="a finite number other than 0",
             )
     made = [
-        _one(name, options.allow_python_graders) or _judge(name, base, template, n)
+        _one(name, options.allow_python_graders) or _judge(name, base, chat_format, n)
         for n, name in enumerate(told)
     ]
     return RewardFunctions(tuple(zip(made, told.values(), strict=True)))
@@ -232,14 +233,16 @@ def _function(told: str) -> FunctionScorer:
     return FunctionScorer(told, call, digest + name)
 
 
-def _judge(told: str, base: CausalLM, template: str | None, number: int) -> RewardModelScorer:
+def _judge(told: str, base: CausalLM, chat_format: ChatFormat, number: int) -> RewardModelScorer:
     """The run of a reward model."""
     folder = Path(told)
     if not folder.is_dir():
         hint = (
             "FILE.py:FUNCTION, a grader's FILE.json, or the folder of a run of --objective reward"
         )
-        raise SettingsError("no such reward function or reward model", where=f"reward_funcs: {told}", hint=hint)
+        raise SettingsError(
+            "no such reward function or reward model", where=f"reward_funcs: {told}", hint=hint
+        )
     story = read_run_record(folder)
     if story.get("objective") != "reward":
         why = f"it is a run of {story.get('objective')}" if story else "it is no run"
@@ -249,13 +252,17 @@ def _judge(told: str, base: CausalLM, template: str | None, number: int) -> Rewa
             why=why,
             hint="afina train PAIRS --objective reward",
         )
-    if (other := story["settings"].get("chat_template")) != template:
-        why = f"the reward model learned with the template {other or 'of the tokenizer'}, the policy has {template or 'that'}"
+    learned = ChatFormat.from_record(story, told)
+    if (learned.template, learned.kwargs) != (chat_format.template, chat_format.kwargs):
+        why = (
+            f"the reward model was trained with {_describe(learned)}, "
+            f"and the policy is trained with {_describe(chat_format)}"
+        )
         raise SettingsError(
-            "a judge has to read what it was taught to read",
+            "a reward model scores only the format that it was trained on",
             where=told,
             why=why,
-            hint="the same --template",
+            hint="the same --chat-template and --template-kwargs",
         )
     base.add_score_head()
     adapter = load_adapter(folder, base, f"judge-{number}")
@@ -265,3 +272,8 @@ def _judge(told: str, base: CausalLM, template: str | None, number: int) -> Rewa
     return RewardModelScorer(
         told, base, adapter.active, str(read_metadata(adapter_folder(folder)).get("hash"))
     )
+
+
+def _describe(chat_format: ChatFormat) -> str:
+    arguments = f" and {dict(chat_format.kwargs)}" if chat_format.kwargs else ""
+    return f"the chat template {chat_format.template or 'of the tokenizer'}{arguments}"

@@ -12,6 +12,7 @@ from afina.data.renderer import Renderer
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AfinaError, SettingsError
 from afina.io.adapter_folder import CONFIG_FILE
+from afina.io.chat_format import ChatFormat
 from afina.io.result import Result
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
@@ -104,7 +105,7 @@ def build_server(settings: ServeSettings) -> ServerState:
     store = Store(
         settings.database_url or f"sqlite:///{(settings.state_dir / 'state.db').resolve()}"
     )
-    renderer = Renderer(base.tokenizer, settings.chat_template, base.max_positions)
+    renderer = Renderer(base.tokenizer, ChatFormat.from_settings(settings), base.max_positions)
     metrics = ServerMetrics(engine, name)
     state = ServerState(
         settings=settings,

@@ -1,8 +1,9 @@
 """Settings of `afina annotate`."""
 
 from pathlib import Path
+from typing import Any
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import ModelSettings, setting, template_kwargs_setting
 
 
 class AnnotateSettings(ModelSettings):
@@ -21,6 +22,7 @@ class AnnotateSettings(ModelSettings):
         "whose the other answer is: base, same (a second sample), or another run or adapter", "base"
     )
     output_dir: Path | None = setting("folder of the judgements; by default preferences/PROMPTS")
+    template_kwargs: dict[str, Any] = template_kwargs_setting("those of the run")
     max_new_tokens: int = setting("longest answer in tokens", 128, ge=1)
     temperature: float = setting("0 takes the likeliest token each time", 0.7, ge=0.0)
     top_p: float = setting(

@@ -1,8 +1,9 @@
 """Settings of `afina chat`."""
 
 from pathlib import Path
+from typing import Any
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import ModelSettings, setting, template_kwargs_setting
 
 
 class ChatSettings(ModelSettings):
@@ -18,6 +19,7 @@ class ChatSettings(ModelSettings):
         "with --url: a key of the server; by default what AFINA_KEY or OPENAI_API_KEY says"
     )
     system_prompt: str | None = setting("a first message that sets the scene")
+    template_kwargs: dict[str, Any] = template_kwargs_setting("those of the run")
     max_new_tokens: int = setting("longest answer in tokens", 256, ge=1)
     temperature: float = setting("0 takes the likeliest token each time", 0.0, ge=0.0)
     top_p: float = setting(

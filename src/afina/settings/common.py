@@ -51,6 +51,23 @@ class ModelSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("where to compute", "auto")
 
 
+def template_kwargs_setting(default: str = "none") -> Any:
+    """Declare `template_kwargs`; `default` says what is used without it."""
+    description = (
+        "arguments of the chat template, e.g. {enable_thinking: false}; by default " + default
+    )
+    return setting(description, {})
+
+
+def allow_control_tokens_setting() -> Any:
+    """Declare `allow_control_tokens`."""
+    return setting(
+        "read control tokens such as <|im_end|> in the texts of messages as tokens; by default "
+        "they stay text",
+        False,
+    )
+
+
 def job_settings(kind: type[Settings]) -> list[str]:
     """Return the names of the settings that a fine-tuning job of the server may set."""
     extras = ((name, field.json_schema_extra) for name, field in kind.model_fields.items())

@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import (
+    ModelSettings,
+    allow_control_tokens_setting,
+    setting,
+    template_kwargs_setting,
+)
 from afina.settings.train import TrainSettings
 
 VARIED = (
@@ -79,6 +84,8 @@ class CompareSettings(ModelSettings):
     chat_template: str | None = setting(
         "chat template: the tokenizer's own by default, 'plain', 'chatml' or a file"
     )
+    template_kwargs: dict[str, Any] = template_kwargs_setting()
+    allow_control_tokens: bool = allow_control_tokens_setting()
     retention_text: Path | None = setting(
         "general text of the retention loss; by default the built-in one"
     )

@@ -1,8 +1,9 @@
 """Settings of `afina eval`."""
 
 from pathlib import Path
+from typing import Any
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import ModelSettings, setting, template_kwargs_setting
 
 
 class EvalSettings(ModelSettings):
@@ -18,4 +19,5 @@ class EvalSettings(ModelSettings):
         "exact_match, accuracy, chrf, bleu, rouge", ["exact_match", "chrf"]
     )
     limit: int = setting("most rows for which an answer is generated", 200, ge=1)
+    template_kwargs: dict[str, Any] = template_kwargs_setting("those of the run")
     max_new_tokens: int = setting("longest answer in tokens", 128, ge=1)

@@ -1,8 +1,9 @@
 """Settings of `afina generate`."""
 
 from pathlib import Path
+from typing import Any
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import ModelSettings, setting, template_kwargs_setting
 
 
 class GenerateSettings(ModelSettings):
@@ -15,6 +16,7 @@ class GenerateSettings(ModelSettings):
     ignore_chat_template: bool = setting(
         "continue the text itself instead of asking it as a chat", False
     )
+    template_kwargs: dict[str, Any] = template_kwargs_setting("those of the run")
     max_new_tokens: int = setting("longest answer in tokens", 128, ge=1)
     temperature: float = setting("0 takes the likeliest token each time", 0.0, ge=0.0)
     top_p: float = setting(

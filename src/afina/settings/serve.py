@@ -1,9 +1,14 @@
 """Settings of `afina serve`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from afina.settings.common import ModelSettings, setting
+from afina.settings.common import (
+    ModelSettings,
+    allow_control_tokens_setting,
+    setting,
+    template_kwargs_setting,
+)
 
 
 class ServeSettings(ModelSettings):
@@ -23,8 +28,13 @@ class ServeSettings(ModelSettings):
         "take an adapter that has nearly all requests into a second copy of the weights", False
     )
     chat_template: str | None = setting(
-        "chat template: the tokenizer's own by default, 'plain', 'chatml' or a file"
+        "chat template for all adapters: by default the one that each was trained with, and the "
+        "tokenizer's own for the base; 'plain', 'chatml' or a file"
     )
+    template_kwargs: dict[str, Any] = template_kwargs_setting(
+        "those that each adapter was trained with"
+    )
+    allow_control_tokens: bool = allow_control_tokens_setting()
     state_dir: Path = setting(
         "folder of uploaded files, jobs and their adapters", Path("runs/serve")
     )

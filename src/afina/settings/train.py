@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator
 
 from afina.errors import did_you_mean
-from afina.settings.common import setting
+from afina.settings.common import allow_control_tokens_setting, setting, template_kwargs_setting
 from afina.settings.groups import GroupedSettings, MethodSettings, ObjectiveSettings
 from afina.settings.objectives import objective_names
 
@@ -86,6 +86,8 @@ class TrainSettings(GroupedSettings):
     chat_template: str | None = setting(
         "chat template: the tokenizer's own by default, plain, chatml, or a file"
     )
+    template_kwargs: dict[str, Any] = template_kwargs_setting()
+    allow_control_tokens: bool = allow_control_tokens_setting()
     eval_size: float = setting(
         "ratio of the rows held out for evaluation (eval rows)", 0.1, gt=0.0, lt=1.0
     )

@@ -40,6 +40,7 @@ from afina.evaluation.retention import retention_loss
 from afina.evaluation.verdict import forgetting_sentence, verdict
 from afina.io.adapter_folder import WEIGHTS_FILE
 from afina.io.atomic import recover_interrupted_replace, write_json, write_text
+from afina.io.chat_format import CHAT_KEY, ChatFormat
 from afina.io.migrations import migrate_settings
 from afina.io.run_record import RUN_FORMAT_VERSION
 from afina.io.strict_json import read_json_object
@@ -226,7 +227,9 @@ def _check_folder(folder: Path, settings: TrainSettings) -> None:
     """A new run never writes over an old one; a resumed one must have begun."""
     if folder.exists() and not folder.is_dir():
         raise SettingsError(
-            "this is a file, not a run folder", where=str(folder), hint="choose another --output-dir"
+            "this is a file, not a run folder",
+            where=str(folder),
+            hint="choose another --output-dir",
         )
     begun = (folder / SETTINGS).is_file()
     if settings.resume and not begun:
@@ -287,6 +290,7 @@ def _losses(setup: RunSetup, route: ActiveAdapters | None) -> dict[str, float]:
 def _save_best(setup: RunSetup, folder: Path, step: int) -> None:
     data = {key: setup.prepared.data_info[key] for key in ("path", "sha256")}
     story = {"data": data, "objective": setup.prepared.objective, "step": step}
+    story |= _chat_record(setup)
     if setup.prepared.frozen_adapter is not None:
         story["frozen_adapter"] = setup.prepared.frozen_adapter
     adapter = setup.adapter
@@ -423,10 +427,24 @@ def _profile(setup: RunSetup) -> tuple[Tensor | None, str]:
     base, prompts = setup.prepared.base, setup.prepared.task.profile_prompts()
     if not isinstance(base, CausalLM) or not prompts:
         return None, ""
-    template = setup.settings.chat_template
-    frame = ChatFrame.of(Renderer(base.tokenizer, template, base.max_positions))
+    frame = ChatFrame.of(_renderer(setup, base))
     embedding = PromptEmbedder(base)
     return build_profile(embedding, [frame.question(tokens) for tokens in prompts]), embedding.key
+
+
+def _renderer(setup: RunSetup, base: CausalLM) -> Renderer:
+    """Return what writes the prompts of the run."""
+    return Renderer(base.tokenizer, ChatFormat.from_settings(setup.settings), base.max_positions)
+
+
+def _chat_record(setup: RunSetup) -> dict[str, Any]:
+    """Return how the model is asked, for run.json and afina.json; {} for classifiers and encoders."""
+    base = setup.prepared.base
+    return (
+        {CHAT_KEY: _renderer(setup, base).chat_format.record()}
+        if isinstance(base, CausalLM)
+        else {}
+    )
 
 
 def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:
@@ -437,6 +455,7 @@ def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:
         "format_version": RUN_FORMAT_VERSION,
         "settings": resolved(setup.settings),
         "checkpointing": {"used": setup.settings.gradient_checkpointing, "why": setup.why},
+        **_chat_record(setup),
         "method": setup.adapter.config.method,
         "objective": setup.prepared.objective,
         "init_adapter": setup.prepared.init_adapter,

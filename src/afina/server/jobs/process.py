@@ -77,6 +77,7 @@ def _tokens_per_batch(settings: TrainSettings, rows: int) -> int:
     from afina.data.renderer import Renderer
     from afina.data.schemas import SFT
     from afina.data.table import read_table
+    from afina.io.chat_format import ChatFormat
     from afina.models.loading import load_tokenizer, resolve_model_dir
 
     tokenizer = load_tokenizer(
@@ -85,7 +86,7 @@ def _tokens_per_batch(settings: TrainSettings, rows: int) -> int:
         settings.trust_remote_code,
     )
     renderer, table = (
-        Renderer(tokenizer, settings.chat_template, 1 << 30),
+        Renderer(tokenizer, ChatFormat.from_settings(settings), 1 << 30),
         read_table(settings.data, SFT),
     )
     lengths = [len(example.token_ids) for row in table.rows for example in _examples(renderer, row)]

@@ -243,6 +243,8 @@ def _settings(
         "dtype": serve.dtype,
         "device": serve.device,
         "chat_template": serve.chat_template,
+        "template_kwargs": serve.template_kwargs,
+        "allow_control_tokens": serve.allow_control_tokens,
         "seed": seed,
         "data": str(path_of(state, training).resolve()),
     }
