@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from base64 import b64decode
 from collections.abc import Iterator
@@ -76,6 +77,11 @@ def greedy(client: openai.OpenAI, model: str, **more: Any) -> Any:
     return client.chat.completions.create(
         model=model, messages=ASK, temperature=0, max_completion_tokens=12, **more
     )
+
+
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "f"}}]
+# terms of the validator, which no client should read
+JARGON = re.compile(r"\b(str|int|float|dict|union|extra_forbidden|type=|pydantic|NoneType)\b")
 
 
 # ---- chat
@@ -237,14 +243,15 @@ def test_a_second_question_finds_the_first_ones_prefix(client: openai.OpenAI) ->
 @pytest.mark.parametrize(
     ("values", "word"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"tools": [{"type": "web_search"}]}, "web_search"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
         ({"store": True}, "store"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"service_tier": "flex"}, "service_tier"),
         ({"top_logprobs": 2}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"logit_bias": {"999999": 1}}, "999999"),
         ({"temperature": 3}, "temperature"),
         ({"n": 0}, "n"),
@@ -258,7 +265,8 @@ def test_what_is_not_done_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="one", messages=ASK, **values)
     assert word in str(caught.value.body["message"])  # type: ignore[index]
-    assert caught.value.type == "invalid_request_error"
+    assert caught.value.type == "invalid_request_error" and caught.value.param
+    assert not JARGON.search(str(caught.value.body["message"]))  # type: ignore[index]
 
 
 def test_what_asks_for_nothing_is_no_reason_to_refuse(client: openai.OpenAI) -> None:
@@ -270,9 +278,23 @@ def test_what_asks_for_nothing_is_no_reason_to_refuse(client: openai.OpenAI) -> 
         store=False,
         modalities=["text"],
         user="u",
-        service_tier="auto",
+        service_tier="flex",
+        metadata={"run": "1"},
+        reasoning_effort="low",
+        parallel_tool_calls=False,
+        max_completion_tokens=2,
+        prompt_cache_key="k",
+        extra_body={"top_k": -1, "guided_json": None, "cache_prompt": True},
     )
     assert got.choices
+    raw = client.chat.completions.with_raw_response.create(
+        model="one",
+        messages=[{"role": "user", "name": "kim", "content": "say the sol"}],
+        max_tokens=2,
+        metadata={"run": "1"},
+        verbosity="low",
+    )
+    assert raw.headers["x-afina-ignored"] == "metadata, verbosity"
 
 
 def test_who_is_not_there(client: openai.OpenAI) -> None:

@@ -82,8 +82,19 @@ class ChatTemplate:
             hint = "'plain', 'chatml', or the path of a jinja file"
             raise DataError(what, where=self.name, hint=hint) from None
 
-    def render(self, messages: Sequence[Mapping[str, str]], opens_answer: bool, where: str) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        opens_answer: bool,
+        where: str,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the messages as text; with `opens_answer`, up to where the next answer begins.
+
+        Args:
+            tools: functions in OpenAI's form, for templates that describe them.
+            template_kwargs: further variables of the template.
 
         Raises:
             DataError: there is no template, or it rejects these messages.
@@ -98,7 +109,8 @@ class ChatTemplate:
                 chat_template=self.jinja,
                 add_generation_prompt=opens_answer,
                 tokenize=False,
-                **self.chat_format.kwargs,
+                tools=[dict(tool) for tool in tools] or None,
+                **{**self.chat_format.kwargs, **(template_kwargs or {})},
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             what = f"{self.name} rejects these messages"

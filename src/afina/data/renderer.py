@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from afina.data.chat_template import PROBE, ChatTemplate
 from afina.data.schemas import SFTRow
@@ -100,14 +100,23 @@ class Renderer:
         return example
 
     def prompt(
-        self, messages_or_text: Sequence[Mapping[str, str]] | str, raw: bool = False
+        self,
+        messages_or_text: Sequence[Mapping[str, Any]] | str,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the tokens after which generation starts; raises `DataError`.
 
         A text becomes a user's message where there is a chat template, unless `raw`.
+
+        Args:
+            tools: functions in OpenAI's form, for templates that describe them.
+            template_kwargs: further variables of the template.
         """
         if not isinstance(messages_or_text, str):
-            return self._encode(self.template.render(messages_or_text, True, "the prompt"))
+            given = messages_or_text, True, "the prompt", tools, template_kwargs
+            return self._encode(self.template.render(*given))
         if self.uses_chat_template and not raw:
             return self.prompt([{"role": "user", "content": messages_or_text}])
         return self._with_bos(self._encode(messages_or_text))

@@ -24,8 +24,13 @@ class Detokenizer:
     whatever tokens it is in.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: "Sequence[str]" = ()) -> None:
-        self.stopped = False
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        stop: "Sequence[str]" = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self.stopped, self._skip_special = False, skip_special_tokens
         self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
         # tokens whose text was returned, which the decoder needs as context for the next ones
         self._before: list[int] = []
@@ -62,8 +67,10 @@ class Detokenizer:
         )
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of `tokens` without special ones, whatever came before."""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+        """Return the text of `tokens`, whatever came before."""
+        if not tokens:
+            return ""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special))
 
     def _certain(self, text: str) -> str:
         """Return what of the pending text and `text` is certain."""

@@ -205,10 +205,11 @@ class Engine:
         names = tuple(part.adapter for part in request.adapters)
         contents = self.registry.acquire(names)
         try:
+            sampling, stops = request.sampling, self._stops | request.stop_token_ids
             sampler = Sampler(
-                request.sampling, request.prompt, self.base.vocab_size, self._grammar(request)
+                sampling, request.prompt, self.base.vocab_size, self._grammar(request), stops
             )
-            text = Detokenizer(self.base.tokenizer, request.sampling.stop)
+            text = Detokenizer(self.base.tokenizer, sampling.stop, sampling.skip_special_tokens)
             with self._wake:
                 self._number += 1
                 number = self._number
@@ -328,12 +329,14 @@ class Engine:
             )
 
     def _grammar(self, request: GenerationRequest) -> GrammarMatcher | None:
-        """Return the matcher of the request's JSON schema; None without one."""
-        if request.sampling.json_schema is None:
+        """Return the matcher of the request's grammar or JSON schema; None without one."""
+        sampling = request.sampling
+        schema = sampling.json_schema if sampling.grammar is None else sampling.grammar
+        if schema is None:
             return None
         with self._wake:
             self._grammars = self._grammars or GrammarCompiler(self.base.tokenizer)
-        return self._grammars.of(request.sampling.json_schema, self._stops | request.stop_token_ids)
+        return self._grammars.of(schema, self._stops | request.stop_token_ids)
 
     def _wait(self) -> float:
         """Return the mean seconds per finished request, from 1 to 60."""

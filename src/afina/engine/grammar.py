@@ -84,22 +84,28 @@ class GrammarCompiler:
         self._matcher = LLMatcher
         self._known: dict[str, LLMatcher] = {}
 
-    def of(self, schema: Mapping[str, Any], stops: Collection[int]) -> GrammarMatcher:
-        """Return a matcher at the start of `schema`; an empty one allows any JSON object.
+    def of(self, schema: Mapping[str, Any] | str, stops: Collection[int]) -> GrammarMatcher:
+        """Return a matcher at the start of a JSON schema or of a Lark grammar.
+
+        An empty schema allows any JSON object; a text is a grammar in llguidance's form of Lark.
 
         Raises:
             DataError: the schema is invalid or not supported.
         """
-        text = json.dumps(schema or {"type": "object"})
+        is_lark = isinstance(schema, str)
+        text = schema if isinstance(schema, str) else json.dumps(schema or {"type": "object"})
         if text not in self._known:
             while len(self._known) >= 64:
                 del self._known[next(iter(self._known))]
-            self._known[text] = self._compile(text)
+            self._known[text] = self._compile(text, is_lark)
         return GrammarMatcher(self._known[text].deep_copy(), stops)
 
-    def _compile(self, schema: str) -> "LLMatcher":
+    def _compile(self, text: str, is_lark: bool) -> "LLMatcher":
         try:
-            written = self._matcher.grammar_from_json_schema(schema, overrides=JSON_FORM)
+            if is_lark:
+                written = self._matcher.grammar_from_lark(text)
+            else:
+                written = self._matcher.grammar_from_json_schema(text, overrides=JSON_FORM)
         except ValueError as error:
             raise DataError("this is no JSON schema", why=_first_line(str(error))) from error
         wrong, said = self._matcher.validate_grammar_with_warnings(written, self._tokens)

@@ -27,6 +27,9 @@ class SamplingParams:
         logit_bias: added to the logits of these tokens.
         logprobs: most probable tokens to report with the chosen one; None: no log-probabilities.
         json_schema: schema that the completion satisfies; `{}`: any JSON object.
+        grammar: grammar of the completion in llguidance's form of Lark; replaces `json_schema`.
+        min_tokens: stop tokens are not sampled before this many tokens.
+        skip_special_tokens: whether special tokens are left out of the text.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +46,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True)

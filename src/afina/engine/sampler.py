@@ -9,7 +9,7 @@ its completion does not depend on the batch.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +40,7 @@ class Sampler:
     Args:
         prompt: counts for the repetition penalty only, as in transformers; new tokens for all.
         vocabulary: width of the logits.
+        stop_token_ids: not sampled before `min_tokens` tokens.
 
     Raises:
         SettingsError: a parameter is out of its range.
@@ -51,6 +52,7 @@ class Sampler:
         prompt: Sequence[int],
         vocabulary: int,
         grammar: TokenMask | None = None,
+        stop_token_ids: Collection[int] = (),
     ) -> None:
         _check(sampling, vocabulary)
         self.sampling, self.grammar = sampling, grammar
@@ -58,6 +60,8 @@ class Sampler:
             str(sampling.seed)
         )  # as text, since -1 and 1 would be the same number
         self._seen = self._counts = self._bias = None
+        self._stops = sorted(stop_token_ids) if sampling.min_tokens else []
+        self._num_early = sampling.min_tokens if self._stops else 0  # tokens before any stop token
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool)
             self._seen[list(prompt)] = True
@@ -77,6 +81,7 @@ class Sampler:
             and self._counts is None
             and self._bias is None
             and self.grammar is None
+            and not self._num_early
         )
 
     @property
@@ -108,6 +113,8 @@ class Sampler:
         if self._bias is not None:
             self._bias = self._bias.to(logits.device)
             logits += self._bias
+        if self._num_early:
+            logits[self._stops] = -math.inf
         if self.grammar is not None:
             logits.masked_fill_(
                 ~self.grammar.allowed_tokens(len(logits)).to(logits.device), -math.inf
@@ -118,7 +125,8 @@ class Sampler:
         return self._random.random()
 
     def accept_token(self, token: int) -> None:
-        """Count a sampled token for penalties and grammar."""
+        """Count a sampled token for penalties, grammar and `min_tokens`."""
+        self._num_early = max(0, self._num_early - 1)
         if self._seen is not None:
             self._seen[token] = True
         if self._counts is not None:

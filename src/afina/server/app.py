@@ -1,5 +1,7 @@
 """The FastAPI application: routes, errors in OpenAI's form, health checks, metrics."""
 
+import difflib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -8,15 +10,27 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 import afina
 from afina.errors import AfinaError
 from afina.server.auth import require_admin
-from afina.server.errors import APIError, to_api_error
+from afina.server.errors import APIError, server_fault, to_api_error
 from afina.server.logs import LOG
 from afina.server.middleware import ClientDisconnected, RequestMiddleware
-from afina.server.routes import chat, completions, embeddings, files, graders, jobs, models
+from afina.server.paths import unknown_path, wrong_method
+from afina.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    extensions,
+    files,
+    graders,
+    jobs,
+    models,
+)
 from afina.server.state import ServerState, get_state
+from afina.server.validation import describe_errors
 
 
 def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> FastAPI:
@@ -36,16 +50,26 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
         redoc_url=None,
     )
     app.state.afina = state
-    for module in (chat, completions, embeddings, models, files, jobs, graders):
+    for module in (chat, completions, embeddings, models, files, jobs, graders, extensions):
         app.include_router(module.router)
     app.add_api_route("/healthz", healthz)
+    app.add_api_route("/health", healthz)
     app.add_api_route("/readyz", readyz)
     app.add_api_route("/metrics", metrics, dependencies=[Depends(require_admin)])
     app.add_middleware(RequestMiddleware, state=state)
+    if state.settings.cors_origins:  # outermost: a preflight request has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-afina-adapter", "x-afina-score", "x-afina-ignored"],
+        )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(PydanticCustomError, _parameter_error)
     app.add_exception_handler(AfinaError, _afina_error)
+    app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(Exception, _unexpected_error)
     return app
 
@@ -82,13 +106,20 @@ def _check_query_parameters(request: Request) -> None:
     known = {"api-version", *(parameter.alias for parameter in parameters)}
     for name in request.query_params:
         if name not in known:
-            raise APIError(400, f"unknown query parameter {name!r}", name)
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise APIError(400, f"unknown query parameter {name[:100]!r}{hint}", name[:100])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, APIError):
         return error.response()
+    path = request.scope["path"]
+    if error.status_code == 404:
+        return unknown_path(request.app, path).response()
+    if error.status_code == 405:
+        return wrong_method(request.app, path, request.method).response()
     body = APIError(error.status_code, str(error.detail)).body
     return JSONResponse(body, error.status_code, error.headers)
 
@@ -96,27 +127,35 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """Return the first error of a body or query."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-    message = first["msg"]
-    if first["type"] == "extra_forbidden":
-        message = f"unknown parameter {param!r}"
-    elif first["type"] in ("missing", "json_invalid") or ":" not in message:
-        message = f"{param}: {message}"
+    message, param = describe_errors(error.errors(), error.body)
     return APIError(400, message, param).response()
 
 
 async def _parameter_error(request: Request, error: Exception) -> Response:
-    return APIError(400, str(error)).response()
+    """Return an error that depends on the base, and is therefore raised after validation."""
+    assert isinstance(error, PydanticCustomError)
+    return APIError(400, error.message(), (error.context or {}).get("param")).response()
+
+
+async def _os_error(request: Request, error: Exception) -> Response:
+    """Return 500 for a full disk or another fault of the machine, and log its cause."""
+    LOG.error("request failed", exc_info=error, extra=request.scope["state"]["log"])
+    what = (
+        os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "input/output"
+    )
+    return server_fault(what.lower()).response()
 
 
 async def _afina_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AfinaError)
-    return to_api_error(error).response()
+    answer = to_api_error(error)
+    if answer.status_code == 500:
+        LOG.error("request failed", exc_info=error, extra=request.scope["state"]["log"])
+    return answer.response()
 
 
 async def _unexpected_error(request: Request, error: Exception) -> Response:
     """Log an unexpected error with its traceback, which is not sent to the client."""
     if not isinstance(error, ClientDisconnected):
         LOG.error("request failed", exc_info=error, extra=request.scope["state"]["log"])
-    return APIError(500, "the server failed; see its log").response()
+    return server_fault("an unexpected error").response()

@@ -75,9 +75,16 @@ class APIKeys:
         if self.insecure:
             return Principal(None, True)
         if self.needs_key:
-            what = "the API key is missing or unknown: Authorization: Bearer KEY"
-            raise APIError(401, what, code="invalid_api_key")
+            raise APIError(401, _describe_key(key), code="invalid_api_key")
         return Principal()
+
+
+def _describe_key(key: str) -> str:
+    """Return why a key does not open the server, without the key itself."""
+    if not key:
+        return "no API key was sent: Authorization: Bearer KEY, or the header api-key"
+    shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else f"of {len(key)} characters"
+    return f"the API key {shown} is not among those of --api-key-file"
 
 
 def _stored_key(file: Path) -> str:
@@ -123,7 +130,8 @@ def require_key(request: Request) -> Principal:
     if caller.name is None and not caller.admin:
         raise APIError(
             401,
-            "this path needs a key: Authorization: Bearer KEY (see admin.key of the server)",
+            "this path needs an API key (Authorization: Bearer KEY): one of --api-key-file, or the "
+            "admin key in admin.key of the server's state folder",
             code="no_key",
         )
     return caller
@@ -133,5 +141,6 @@ def require_admin(request: Request) -> Principal:
     """Return the sender of a request that changes the server; raise 401 or 403 without an admin key."""
     caller = require_key(request)
     if not caller.admin:
-        raise APIError(403, "this path needs an admin key", code="not_admin")
+        what = f"this path needs an admin key; the key {caller.name!r} is none"
+        raise APIError(403, what, code="not_admin")
     return caller

@@ -20,7 +20,7 @@ from afina.server.logs import LOG
 from afina.server.state import ServerState
 
 DEPLOYMENT = re.compile(r"/openai/deployments/(.+?)/(chat/completions|completions|embeddings)")
-PUBLIC_PATHS = ("/healthz", "/readyz")  # requested by load balancers, without a key
+PUBLIC_PATHS = ("/", "/docs", "/health", "/healthz", "/readyz")  # without a key
 UPLOAD = "/v1/files"
 BODY_SECONDS = 120.0  # a body that takes longer to arrive is rejected
 FORM_BYTES = 65_536  # of an upload besides the file: multipart boundaries and fields
@@ -45,11 +45,20 @@ class RequestMiddleware:
         log = {"request": request_id, "method": scope["method"], "path": scope["path"]}
         scope.setdefault("state", {})["log"] = log
 
+        is_head = scope["method"] == "HEAD"  # answered like GET, without the body
+        if is_head:
+            scope["method"] = "GET"
+
         async def answer(message: Message) -> None:
             nonlocal status
+            if is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if "ignored" in log:
+                    headers["x-afina-ignored"] = log["ignored"]
             await send(message)
 
         try:
@@ -73,6 +82,9 @@ class RequestMiddleware:
             APIError: 400, 401 or 413.
         """
         _rewrite_azure_path(scope)
+        if scope["path"] != "/" and scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
+            scope["raw_path"] = scope["path"].encode()
         path, headers = scope["path"], Headers(scope=scope)
         upload = path == UPLOAD and scope["method"] == "POST"
         settings = self.state.settings

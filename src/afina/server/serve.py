@@ -21,6 +21,7 @@ from afina.server.auth import APIKeys
 from afina.server.jobs.worker import JobWorker
 from afina.server.logs import LOG, set_up_logs
 from afina.server.metrics import ServerMetrics
+from afina.server.prompts import ChatPrompts
 from afina.server.rate_limits import RateLimiter
 from afina.server.routes.models import NAME
 from afina.server.routing import ServedAdapterRouter
@@ -64,6 +65,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
         log_config=None,
         access_log=False,
         lifespan="on",
+        timeout_keep_alive=round(settings.keep_alive),
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
         server_header=False,
     )
@@ -117,6 +119,7 @@ def build_server(settings: ServeSettings) -> ServerState:
         metrics=metrics,
         worker=JobWorker(settings, store, engine, metrics),
         router=ServedAdapterRouter(base, renderer, engine.registry),
+        prompts=ChatPrompts(renderer),
     )
     _register_adapters(state)
     engine.start()

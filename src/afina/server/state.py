@@ -21,8 +21,10 @@ from afina.server.auth import APIKeys, Principal
 from afina.server.errors import APIError, not_found, to_api_error
 from afina.server.jobs.worker import JobWorker
 from afina.server.metrics import ServerMetrics
+from afina.server.prompts import ChatPrompts
 from afina.server.rate_limits import RateLimiter
 from afina.server.routing import ServedAdapterRouter
+from afina.server.schemas import StrictRequest
 from afina.server.store import Store
 from afina.settings import EMBEDDED, ServeSettings
 
@@ -41,6 +43,11 @@ class ResolvedModel:
     parts: tuple[AdapterWeight, ...] = ()
     owner: str = ""  # of the KV cache blocks; "" where every adapter is public
     choice: dict[str, Any] | None = None  # the routing decision of "auto": adapter, score, why
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """Field of the response with the routing decision of "auto"."""
+        return {"afina": self.choice} if self.choice else {}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -63,6 +70,7 @@ class ServerState:
     metrics: ServerMetrics
     worker: JobWorker
     router: ServedAdapterRouter
+    prompts: ChatPrompts
     ready: bool = True
     # one thread for templates and tokenizing: a long text does not block other requests' streams
     tokenizer_pool: ThreadPoolExecutor = field(
@@ -155,7 +163,7 @@ class ServerState:
             value = math.nan
         entry = self.visible_adapter(caller, name)
         if entry is None or math.isnan(value):
-            raise not_found("model", text)
+            raise not_found("model", text, "model")
         if abs(value) > MAX_WEIGHT:
             what = f"model: the weight {value:g} of {name} is out of range: -100 to 100"
             raise APIError(400, what, "model")
@@ -197,6 +205,24 @@ def requested_model(request: Request, model: str) -> str:
     if not name:
         raise APIError(400, "model is missing: give the base or an adapter", "model")
     return name
+
+
+def note_ignored(request: Request, body: StrictRequest, more: Sequence[str] = ()) -> None:
+    """Record the ignored parameters of a request: for the log, and the header x-afina-ignored.
+
+    Args:
+        more: parameters without effect on this base, where the request has them.
+
+    Raises:
+        APIError: 400 with --strict-requests.
+    """
+    sent = body.model_fields_set
+    ignored = [*body.ignored, *(name for name in more if name in sent)]
+    if ignored and get_state(request).settings.strict_requests:
+        what = f"{ignored[0]} has no effect on this server, which runs with --strict-requests"
+        raise APIError(400, what, ignored[0])
+    if ignored:
+        request.state.log["ignored"] = ", ".join(ignored)
 
 
 def get_state(request: Request) -> ServerState:

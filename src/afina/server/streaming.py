@@ -6,6 +6,7 @@ After an error, a disconnect or a timeout, sequences that still run are aborted,
 """
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ from afina.server.errors import APIError, to_api_error
 from afina.server.middleware import cancel_on_disconnect
 from afina.server.schemas import SamplingRequest
 from afina.server.state import ResolvedModel, ServerState
+
+COMMENT_SECONDS = 10.0  # proxies close silent connections after 30 to 60 seconds
 
 
 @dataclass
@@ -126,12 +129,14 @@ class CompletionStream:
                 raise APIError(503, what, code="timeout", retry_after=10.0)
             number, event = item
             if event.finish_reason == "error":
-                raise APIError(500, event.error or "the engine failed")
+                what = f"{self.chosen.label}: {event.error or 'the engine failed'}"
+                raise APIError(500, what, "model", "engine_error")
             if event.finish_reason == "cancelled":
                 raise APIError(503, "the server is stopping", code="stopping", retry_after=10.0)
             if first and event.token_ids:
                 first = False
                 self._record_first_token()
+            event = self._without_stop_token(event)
             written = self.written[number]
             written.text += event.text
             written.tokens += event.token_ids
@@ -141,6 +146,14 @@ class CompletionStream:
                 left -= 1
                 self._running.pop(number, None)
             yield number, event
+
+    def _without_stop_token(self, event: OutputChunk) -> OutputChunk:
+        """Return an output without the log-probability of the stop token, which is no text."""
+        request = self.requests[0]
+        if not event.logprobs or event.finish_reason != "stop" or request.sampling.ignore_eos:
+            return event
+        stops = self.state.base.stop_token_ids | request.stop_token_ids
+        return replace(event, logprobs=()) if event.token_ids[-1] in stops else event
 
     async def collect(self, receive: Receive) -> list[CompletionBuffer]:
         """Return the finished completions; abort them when the client disconnects."""
@@ -211,9 +224,9 @@ class EventStream(StreamingResponse):
         self, answers: CompletionStream, content: AsyncIterator[str], headers: dict[str, str]
     ) -> None:
         super().__init__(
-            content,
+            with_comments(content),
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", **headers},
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers},
         )
         self._answers = answers
 
@@ -223,6 +236,38 @@ class EventStream(StreamingResponse):
             await cancel_on_disconnect(receive, self.stream_response(send))
         finally:
             self._answers.close()
+
+
+async def with_comments(content: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yield the events, and a comment after each `COMMENT_SECONDS` without one.
+
+    Proxies close a connection that is silent while a long prompt is computed.
+    """
+    iterator = aiter(content)
+    pending = asyncio.ensure_future(_next(iterator))
+    try:
+        while True:
+            done, _ = await asyncio.wait({pending}, timeout=COMMENT_SECONDS)
+            if not done:
+                yield ": waiting\n\n"
+                continue
+            event = pending.result()
+            if event is None:
+                return
+            yield event
+            pending = asyncio.ensure_future(_next(iterator))
+    finally:
+        pending.cancel()
+
+
+async def _next(iterator: AsyncIterator[str]) -> str | None:
+    return await anext(iterator, None)
+
+
+def sse(value: dict[str, Any], event: str | None = None) -> str:
+    """Return a server-sent event, of type `event` where it is given."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
 def requests_for(
@@ -256,7 +301,7 @@ def requests_for(
             tuple(prompt),
             adapters=chosen.parts,
             owner=chosen.owner,
-            stop_token_ids=state.renderer.stop_token_ids,
+            stop_token_ids=state.renderer.stop_token_ids | frozenset(body.stop_token_ids),
         )
         made += [replace(request, sampling=one) for one in sampling]
     return made

@@ -58,6 +58,15 @@ class ServeSettings(ModelSettings):
     shutdown_timeout: float = setting(
         "seconds that running requests get when the server is told to stop", 30.0, ge=0.0
     )
+    strict_requests: bool = setting(
+        "reject parameters without effect, instead of ignoring them by name", False
+    )
+    keep_alive: float = setting(
+        "seconds that an idle connection stays open; longer than a proxy's own", 75.0, gt=0.0
+    )
+    cors_origins: list[str] = setting(
+        "web pages that may send requests from a browser (https://chat.example); '*' for all", []
+    )
     # fine-tuning jobs beside serving
     max_training_jobs: int = setting("jobs that train at once; 0: none, they wait", 1, ge=0)
     job_num_threads: int | None = setting(

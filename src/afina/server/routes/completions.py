@@ -11,10 +11,9 @@ from fastapi.responses import JSONResponse
 from afina.server.auth import current_principal
 from afina.server.errors import APIError
 from afina.server.logprobs import text_logprobs
-from afina.server.routes.chat import sse
 from afina.server.schemas import CompletionRequest, prompts_of
-from afina.server.state import ServerState, get_state, requested_model
-from afina.server.streaming import CompletionStream, EventStream, requests_for
+from afina.server.state import ServerState, get_state, note_ignored, requested_model
+from afina.server.streaming import CompletionStream, EventStream, requests_for, sse
 
 router = APIRouter()
 
@@ -23,13 +22,25 @@ router = APIRouter()
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Generate n completions of each prompt."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
+    note_ignored(request, body)
     model, prompts = requested_model(request, body.model), prompts_of(body.prompt)
-    tokens = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts))
+    tokens = await state.run_in_tokenizer_thread(
+        lambda: tokens_of(state, prompts, body.add_special_tokens)
+    )
     chosen = await state.run_in_tokenizer_thread(
         lambda: state.resolve_model(caller, model, tokens[0])
     )
     log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
-    requests = requests_for(state, body, chosen, tokens, body.max_tokens, logprobs=body.logprobs)
+    requests = requests_for(
+        state,
+        body,
+        chosen,
+        tokens,
+        None if body.max_tokens == -1 else body.max_tokens,
+        logprobs=body.logprobs,
+        json_schema=body.json_schema,
+        skip_special_tokens=body.skip_special_tokens,
+    )
     echoes = [
         _echo(state, prompt) if body.echo else "" for prompt in prompts for _ in range(body.n)
     ]
@@ -94,19 +105,34 @@ async def _stream(
     yield "data: [DONE]\n\n"
 
 
-def tokens_of(state: ServerState, prompts: list[str | list[int]]) -> list[list[int]]:
-    """Return the token ids of each prompt; a text is tokenized without a chat template."""
-    made = [
-        state.renderer.prompt(prompt, raw=True) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
-    for tokens in made:
+def tokens_of(
+    state: ServerState, prompts: list[str | list[int]], has_bos: bool = True
+) -> list[list[int]]:
+    """Return the token ids of each prompt; a text is tokenized without a chat template.
+
+    Args:
+        has_bos: whether a text begins with the tokenizer's first (BOS) token, where it has one.
+    """
+    tokenizer = state.renderer.tokenizer
+
+    def encode(text: str) -> list[int]:
+        if has_bos:
+            return state.renderer.prompt(text, raw=True)
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for tokens in encoded:
         if not tokens:
             raise APIError(400, "the prompt has no tokens: at least one is needed", "prompt")
-        if max(tokens) >= state.base.vocab_size:
-            what = f"token id {max(tokens)} is out of range: the base has {state.base.vocab_size:,}"
-            raise APIError(400, what, "prompt")
-    return made
+        check_token_ids(state, tokens, "prompt")
+    return encoded
+
+
+def check_token_ids(state: ServerState, tokens: list[int], param: str) -> None:
+    """Raise `APIError` 400 for an id beyond the vocabulary of the base."""
+    if max(tokens, default=0) >= state.base.vocab_size:
+        what = f"token id {max(tokens)} is out of range: the base has {state.base.vocab_size:,}"
+        raise APIError(400, what, param)
 
 
 def _echo(state: ServerState, prompt: str | list[int]) -> str:

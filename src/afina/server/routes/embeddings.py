@@ -14,7 +14,7 @@ from afina.server.errors import APIError, to_api_error
 from afina.server.middleware import cancel_on_disconnect
 from afina.server.routes.completions import tokens_of
 from afina.server.schemas import EmbeddingRequest, prompts_of
-from afina.server.state import get_state, requested_model
+from afina.server.state import get_state, note_ignored, requested_model
 
 router = APIRouter()
 
@@ -23,6 +23,11 @@ router = APIRouter()
 async def embed(body: EmbeddingRequest, request: Request) -> Response:
     """Return a vector for each input; base64 encodes float32 values, little-endian."""
     state, caller, log = get_state(request), current_principal(request), request.state.log
+    note_ignored(request, body)
+    size = state.base.model.config.get_text_config().hidden_size
+    if body.dimensions not in (None, size):
+        what = f"dimensions must be {size}: vectors of this base cannot be shortened"
+        raise APIError(400, what, "dimensions")
     prompts = await state.run_in_tokenizer_thread(lambda: tokens_of(state, prompts_of(body.input)))
     longest = max(len(tokens) for tokens in prompts)
     if longest > state.base.max_positions:
@@ -49,9 +54,6 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
     state.limits.spend(caller, used)
     for name in state.metrics.models(chosen.names):
         state.metrics.read.labels(name).inc(used)
-    if body.dimensions not in (None, len(vectors[0])):
-        what = f"dimensions must be {len(vectors[0])}: vectors of this base cannot be shortened"
-        raise APIError(400, what, "dimensions")
     data = [
         {"object": "embedding", "index": n, "embedding": _encoded(v, body)}
         for n, v in enumerate(vectors)

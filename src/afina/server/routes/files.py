@@ -112,11 +112,11 @@ def delete(file_id: str, request: Request, caller: Owner) -> dict[str, Any]:
     return {"id": row.id, "object": "file", "deleted": True}
 
 
-def find(state: ServerState, caller: Principal, file: str) -> FileRow:
+def find(state: ServerState, caller: Principal, file: str, param: str | None = None) -> FileRow:
     """Return a file that the caller can see; raise `APIError` 404 where there is none."""
     row = state.store.get(FileRow, file)
     if row is None or not caller.can_see(row.owner):
-        raise not_found("file", file)
+        raise not_found("file", file, param)
     return row
 
 

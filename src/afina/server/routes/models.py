@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
-from pydantic import Field, StringConstraints, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, StringConstraints
 
 from afina.engine.request import RegisteredAdapter
 from afina.errors import AdapterError, AuditError
@@ -35,11 +34,6 @@ class LoadAdapterRequest(StrictRequest):
         None, max_length=200, description="name of the owner's key; public by default"
     )
 
-    @field_validator("name")
-    @classmethod
-    def _can_be_named(cls, name: str) -> str:
-        return checked_name(name)
-
 
 class ReplaceAdapterRequest(StrictRequest):
     """PUT /v1/adapters/NAME: the new folder of an adapter."""
@@ -52,22 +46,15 @@ class RenameAdapterRequest(StrictRequest):
 
     name: str
 
-    @field_validator("name")
-    @classmethod
-    def _can_be_named(cls, name: str) -> str:
-        return checked_name(name)
+
+def check_name(state: ServerState, name: str, param: str = "name") -> None:
+    """Raise `APIError` 400 for a name that no request could use."""
+    if not NAME.fullmatch(name) or name in (AUTO, state.base_name):
+        what = f"{param} must be 1 to 200 letters, digits and _ . : @ -"
+        raise APIError(400, f"{what}, and not {AUTO!r} or the name of the base", param)
 
 
-def checked_name(name: str) -> str:
-    """Return a name that is valid in `model`: without comma and slash, and not "auto"."""
-    if not NAME.fullmatch(name) or name == AUTO:
-        raise PydanticCustomError(
-            "name", "name: must be 1 to 200 letters, digits and _ . : @ -, and not 'auto'"
-        )
-    return name
-
-
-def resolve_adapter_path(state: ServerState, folder: str) -> Path:
+def resolve_adapter_path(state: ServerState, folder: str, param: str = "folder") -> Path:
     """Return the path of `folder` below one of the server's adapter folders.
 
     Raises:
@@ -75,19 +62,19 @@ def resolve_adapter_path(state: ServerState, folder: str) -> Path:
     """
     path = Path(folder)
     if path.is_absolute() or ".." in path.parts or "\0" in folder or "\\" in folder:
-        what = "folder: must be relative to the server's adapter folders, without / before it or .."
-        raise APIError(400, what, "folder")
+        what = f"{param} must be relative to the server's adapter folders, without .. in it"
+        raise APIError(400, what, param)
     for parent in [*state.settings.adapters, state.settings.state_dir / "adapters"]:
         root = parent.expanduser().resolve()
         found = (root / path).resolve()
         if not found.is_dir():
             continue
         if not all(file.resolve().is_relative_to(root) for file in (found, *found.rglob("*"))):
-            what = f"folder: {folder} contains a link out of the adapter folder"
-            raise APIError(400, what, "folder")
+            what = f"{param}: {folder} contains a link out of the adapter folder"
+            raise APIError(400, what, param)
         return found
-    what = f"folder: {folder!r} does not exist below the server's adapter folders"
-    raise APIError(400, what, "folder")
+    what = f"{param}: {folder!r} does not exist below the server's adapter folders"
+    raise APIError(400, what, param)
 
 
 @router.get("/v1/models")
@@ -135,7 +122,7 @@ def delete_model(model: str, request: Request) -> dict[str, Any]:
         raise APIError(
             403 if caller.name else 401, f"{model} belongs to another key", code="not_owner"
         )
-    _remove(state, model)
+    remove_adapter(state, model)
     return {"id": model, "object": "model", "deleted": True}
 
 
@@ -166,14 +153,7 @@ def replace(
     """Give a name to another adapter; requests that run keep the previous one to their end."""
     state = get_state(request)
     _check_registered(state, name)
-    folder = resolve_adapter_path(state, body.folder)
-    try:
-        entry = state.engine.registry.replace(name, folder)
-    except (AdapterError, AuditError) as error:
-        raise to_api_error(error, "folder") from None
-    with state.store.write() as session:
-        session.merge(AdapterRow(name=name, folder=str(folder), owner=entry.owner))
-    return to_response(entry)
+    return to_response(replace_adapter(state, name, resolve_adapter_path(state, body.folder)))
 
 
 @router.post("/v1/adapters/{name}/rename")
@@ -183,6 +163,7 @@ def rename(
     """Rename an adapter."""
     state = get_state(request)
     _check_registered(state, name)
+    check_name(state, body.name)
     try:
         entry = state.engine.registry.rename(name, body.name)
     except AdapterError as error:
@@ -203,24 +184,30 @@ def unload(name: str, request: Request, caller: Admin) -> dict[str, Any]:
     """Unregister an adapter; its files are kept."""
     state = get_state(request)
     _check_registered(state, name)
-    _remove(state, name)
+    remove_adapter(state, name)
     return {"id": name, "object": "adapter", "deleted": True}
 
 
 def register_adapter(
-    state: ServerState, name: str, folder: Path, owner: str | None
+    state: ServerState,
+    name: str,
+    folder: Path,
+    owner: str | None,
+    params: tuple[str, str] = ("name", "folder"),
 ) -> RegisteredAdapter:
     """Register an adapter in the engine, and in the store for the time after a restart.
+
+    Args:
+        params: how the request calls name and folder.
 
     Raises:
         APIError: 400 where the adapter cannot be served under this name.
     """
-    if name == state.base_name:
-        raise APIError(400, f"name: {name} is the name of the base", "name")
+    check_name(state, name, params[0])
     try:
         entry = state.engine.registry.add(name, adapter_folder(folder), owner)
     except (AdapterError, AuditError) as error:
-        raise to_api_error(error, "folder") from None
+        raise to_api_error(error, params[1]) from None
     try:
         with state.store.write() as session:
             session.merge(AdapterRow(name=name, folder=str(folder), owner=owner))
@@ -230,7 +217,21 @@ def register_adapter(
     return entry
 
 
-def _remove(state: ServerState, name: str) -> None:
+def replace_adapter(
+    state: ServerState, name: str, folder: Path, param: str = "folder"
+) -> RegisteredAdapter:
+    """Give a name to another adapter, in the engine and in the store."""
+    try:
+        entry = state.engine.registry.replace(name, adapter_folder(folder))
+    except (AdapterError, AuditError) as error:
+        raise to_api_error(error, param) from None
+    with state.store.write() as session:
+        session.merge(AdapterRow(name=name, folder=str(folder), owner=entry.owner))
+    return entry
+
+
+def remove_adapter(state: ServerState, name: str) -> None:
+    """Remove a name from the engine and from the store."""
     try:
         state.engine.registry.remove(name)
     except AdapterError as error:
