@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -67,6 +68,7 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
         )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(ValidationError, _inner_validation_error)
     app.add_exception_handler(PydanticCustomError, _parameter_error)
     app.add_exception_handler(AfinaError, _afina_error)
     app.add_exception_handler(OSError, _os_error)
@@ -128,6 +130,14 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     """Return the first error of a body or query."""
     assert isinstance(error, RequestValidationError)
     message, param = describe_errors(error.errors(), error.body)
+    return APIError(400, message, param).response()
+
+
+async def _inner_validation_error(request: Request, error: Exception) -> Response:
+    """Return the first error of an object inside a body, which a route validates itself."""
+    assert isinstance(error, ValidationError)
+    errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+    message, param = describe_errors(errors, await request.json())
     return APIError(400, message, param).response()
 
 
