@@ -374,7 +374,7 @@ def test_faults_of_the_path(tmp_path: Path) -> None:
             "sentence\tlabel\na\t1\n",
             {},
             "sentence, label",
-            "--columns '{prompt: sentence}'",
+            "--objective classify --columns '{text: sentence}'",
         ),
         # what was told is kept where it leads somewhere, and a column is not given twice
         ("x.csv", "Q,A\na,b\n", {"prompt": "Q"}, "Q, A", "--columns '{prompt: Q, completion: A}'"),

@@ -233,7 +233,6 @@ DETECTED: list[tuple[dict[str, Any], dict[str, str], str]] = [
     ({"text": "a", "label": 1, "id": 3}, {}, "classify"),
     ({"sentence": "a", "label": "x"}, {}, "classify"),
     ({"body": "a", "kind": "x"}, {"text": "body", "label": "kind"}, "classify"),
-    ({"text": "a", "class": "x"}, {}, "auto"),
     ({"prompt": "a", "label": 1}, {}, "auto"),
     ({"prompt": "a", "completion": "b", "label": True}, {}, "kto"),
     ({"prompt": "a", "completion": "b", "label": 1}, {}, "auto"),
@@ -262,7 +261,7 @@ def test_the_first_row_selects_the_objective(
 def test_a_value_under_the_fields_own_name_is_preferred(tmp_path: Path) -> None:
     file = write_rows(
         tmp_path / "a.jsonl",
-        {"text": "a", "sentence": "b", "label": "x"},
+        {"text": "a", "sentence": "a", "label": "x"},
         {"text": "", "sentence": "c", "label": "", "class": "y"},
     )
     table = read_table(file, LABELED)
@@ -277,12 +276,67 @@ def test_columns_that_no_row_reads_are_counted(tmp_path: Path) -> None:
         {"text": "the lamp is broken", "team": "repair", "score": 3},
     )
     assert read_table(file, SFT).unused_columns == {"team": 2, "score": 1}
-    both = write_rows(
-        tmp_path / "b.jsonl",
-        {"prompt": "a", "completion": "b", "label": "c"},
-        {"prompt": "d", "label": "e"},
-    )
-    assert read_table(both, SFT).unused_columns == {"label": 1}
+
+
+REFUSED: list[tuple[Schema[Any], dict[str, Any], str, Any, str]] = [
+    (SFT, {"prompt": "a b", "completion": "c"}, "label", True, "--objective kto"),
+    (SFT, {"prompt": "a b", "completion": "c"}, "label", "good", "{label: null}"),
+    (SFT, {"prompt": "a b", "completion": "c"}, "context", "some words", "{context}\\n\\n{prompt}"),
+    (SFT, {"prompt": "a b", "completion": "c"}, "explicación", "some words", "{explicación: null}"),
+    (SFT, {"prompt": "a b", "completion": "c"}, "sample_weight", 0.5, "{sample_weight: null}"),
+    (SFT, {"prompt": "a b", "completion": "c"}, "images", ["a.png"], "{images: null}"),
+    (SFT, {"instruction": "a b", "output": "c"}, "rejected", "some words", "{rejected: null}"),
+    (SFT, {"text": "some words"}, "input_ids", [1, 2], "{input_ids: null}"),
+    (LABELED, {"text": "a b", "label": "x"}, "note_text", "other words", "{text_pair: note_text}"),
+    (PREFERENCE, {"prompt": "a", "chosen": "b", "rejected": "c"}, "margin_weight", 2, "null}"),
+    (
+        PREFERENCE,
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "sys_prompt",
+        "be kind",
+        "system:",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "row", "name", "value", "hint"), REFUSED)
+def test_a_column_whose_name_has_a_meaning_is_not_dropped(
+    schema: Schema[Any], row: dict[str, Any], name: str, value: Any, hint: str, tmp_path: Path
+) -> None:
+    file = write_rows(tmp_path / "a.jsonl", row, row | {name: value})
+    with pytest.raises(DataError) as caught:
+        read_table(file, schema)
+    assert caught.value.where == f"{file}:2:{name}"
+    assert hint in str(caught.value.hint)
+    table = read_table(file, schema, {name: None})  # what the hint says, typed
+    assert len(table.rows) == 2 and table.unused_columns == {}
+
+
+def test_a_column_that_repeats_what_is_read_is_only_named(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "who are you?"}, {"role": "assistant", "content": "me"}]
+    worse = [chat[0], {"role": "assistant", "content": "nobody at all"}]
+    for schema, row, name in (
+        (SFT, {"messages": chat, "prompt": "who are you?"}, "prompt"),
+        (SFT, {"instruction": "add 1 2", "output": "3", "text": "### add 1 2\n### 3"}, "text"),
+        (
+            PREFERENCE,
+            {"prompt": "who are you?", "chosen": chat, "rejected": worse, "messages": chat},
+            "messages",
+        ),
+    ):
+        file = write_rows(tmp_path / "a.jsonl", row)
+        assert read_table(file, schema).unused_columns == {name: 1}
+
+
+def test_keys_of_turns_are_read_named_or_refused(tmp_path: Path) -> None:
+    def read(**more: Any) -> dict[str, int]:
+        file = write_rows(tmp_path / "a.jsonl", {"messages": [USER, ME | more]})
+        return read_table(file, SFT).unused_columns
+
+    assert read(timestamp=12, id="x") == {"messages.timestamp": 1, "messages.id": 1}
+    for name, value in (("thinking", "it is me"), ("images", ["a.png"]), ("train", False)):
+        with pytest.raises(DataError, match=f"messages.{name}"):
+            read(**{name: value})
 
 
 def test_own_schemas_are_registered() -> None:

@@ -5,13 +5,14 @@ bytes --readers--> records --columns--> fields --schema--> rows
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from afina.data.columns import ColumnMapping, RawRecord
+from afina.data.columns import ColumnMapping, Columns, RawRecord
+from afina.data.proposals import SAMPLE, ask_for_reading, propose
 from afina.data.readers import Record, read_bytes, read_records
 from afina.data.schemas import (
     LABELED,
@@ -22,8 +23,10 @@ from afina.data.schemas import (
     SFT,
     Schema,
 )
+from afina.data.unread import check_unread
 from afina.errors import DataError, pluralize
 
+TEXT_FORMAT = "text"
 MAX_PLACES_SHOWN = 3  # places named for each reason why rows were skipped
 RowT = TypeVar("RowT")
 InputT = TypeVar("InputT")
@@ -60,7 +63,7 @@ class DetectedSchema(NamedTuple):
 def read_table(
     path: Path,
     schema: Schema[RowT],
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     skip_bad_rows: bool = False,
 ) -> Table[RowT]:
     """Return the rows of a file or folder.
@@ -68,7 +71,8 @@ def read_table(
     Args:
         path: JSON, JSONL, CSV, TSV, Parquet or plain text, or a folder of images per class.
         schema: The kind of rows that it holds.
-        columns: The file's own column names, {field: column}.
+        columns: The file's own column names, {field: column}; a column can be a template over
+            several, and {column: None} leaves one out.
         skip_bad_rows: Leave out and list rows that cannot be used; without it they are an error.
 
     Returns:
@@ -88,7 +92,8 @@ def read_table(
     broken = next((record for _, record in records if isinstance(record, DataError)), None)
     if broken is not None and not (objects and skip_bad_rows):
         raise broken
-    mapping = mapping.of_file(list(dict.fromkeys(name for record in objects for name in record)))
+    names = list(dict.fromkeys(name for record in objects for name in record))
+    mapping = mapping.of_file(names, objects)
     if not path.is_dir():  # a folder has no columns
         mapping.check_given(path)
     found = schema.find_format(path, mapping)
@@ -106,24 +111,47 @@ def read_table(
         why = f"skipped: {summarize_skipped(skipped)}"
         raise DataError("no row can be used", where=str(path), why=why)
     found = schema.format_of_rows(path, found, parsed, rows)
-    return Table(path, found, rows, skipped, digest, _count_unused(parsed))
+    return Table(path, found, rows, skipped, digest, check_unread(path, schema, found, parsed))
 
 
-def detect_schema(path: Path, columns: Mapping[str, str]) -> DetectedSchema | None:
+def detect_schema(path: Path, columns: Columns) -> DetectedSchema | None:
     """Return the first schema that recognizes a file's first record; None where none does.
 
     A file that cannot be read is not recognized: reading all of it gives the better error.
+
+    Raises:
+        DataError: the file has a column `text` and others that say what the text is for; the hint
+            has the ways to read it.
     """
     if path.is_dir():
         return DetectedSchema(LABELED, PICTURES)
     for schema in _detection_order():
         try:
-            found = schema.recognizes(_first_record(path, schema, columns))
+            found = schema.recognizes(_first_records(path, schema, columns, 1))
         except DataError:
             continue
         if found is not None:
             return DetectedSchema(schema, found)
+    if not columns:
+        _check_text_alone(path)
     return None
+
+
+def _check_text_alone(path: Path) -> None:
+    """Raise `DataError` where a table of texts has columns that may be labels or answers."""
+    try:
+        records = _first_records(path, SFT, {}, SAMPLE)
+    except DataError:
+        return
+    if SFT.recognizes(records[:1]) != TEXT_FORMAT:
+        return
+    raw = [record.raw for record in records]
+    readings = propose(raw)
+    names = list(dict.fromkeys(name for record in raw for name in record))
+    is_plain = len(readings) == 1 and readings[0].columns == {"text": "text"}
+    if readings and not (is_plain and not readings[0].unread):
+        what = "this table can be read in more than one way"
+        raise ask_for_reading(path, records[0].mapping.of_file(names, raw), what)
 
 
 def _detection_order() -> list[Schema[Any]]:
@@ -138,10 +166,12 @@ def _detection_order() -> list[Schema[Any]]:
     return [LABELED, PREFERENCE, *others]
 
 
-def _first_record(path: Path, schema: Schema[Any], columns: Mapping[str, str]) -> list[RawRecord]:
-    known = {name: column for name, column in columns.items() if name in schema.fields}
+def _first_records(
+    path: Path, schema: Schema[Any], columns: Columns, limit: int
+) -> list[RawRecord]:
+    known = {name: c for name, c in columns.items() if c is None or name in schema.fields}
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, known)
-    records, _ = _read_source(path, schema, mapping, only_first=True)
+    records, _ = _read_source(path, schema, mapping, limit)
     return [
         RawRecord(where, record, mapping.of_file(list(record)))
         for where, record in records
@@ -150,31 +180,27 @@ def _first_record(path: Path, schema: Schema[Any], columns: Mapping[str, str]) -
 
 
 def _read_source(
-    path: Path, schema: Schema[Any], mapping: ColumnMapping, only_first: bool = False
+    path: Path, schema: Schema[Any], mapping: ColumnMapping, limit: int | None = None
 ) -> tuple[list[Record], str]:
-    """Return the records of a file or folder, or the first object alone, and its sha256."""
+    """Return the records of a file or folder, or the first `limit` objects, and its sha256."""
     if path.is_dir():
         return schema.read_folder(path)
     data = read_bytes(path)
     usual = ColumnMapping.create(path, schema.fields, schema.aliases, {})
 
     def is_header(names: list[str]) -> bool:
-        has_all_given = bool(mapping.given) and set(mapping.given.values()) <= set(names)
-        return has_all_given or schema.is_header(mapping.fields_in(names) | usual.fields_in(names))
+        own = mapping.of_file(names)
+        given = {column for name in own.given for column in own.candidates[name]}
+        has_all_given = bool(given) and given <= set(names)
+        return has_all_given or schema.is_header(own.fields_in(names) | usual.fields_in(names))
 
     source = read_records(path, data, is_header, schema.text_is_lines)
-    if only_first:
-        first = next((record for record in source if isinstance(record[1], dict)), None)
-        return ([] if first is None else [first]), ""
+    if limit is not None:
+        return list(islice((r for r in source if isinstance(r[1], dict)), limit)), ""
     records = list(source)
     if not records:
         raise DataError("the file has no rows", where=str(path))
     return records, hashlib.sha256(data).hexdigest()
-
-
-def _count_unused(records: Sequence[RawRecord]) -> dict[str, int]:
-    """Return the columns that were not read, with the number of records that have a value there."""
-    return dict(Counter(name for record in records for name in record.unused_columns()))
 
 
 def parse_rows(

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from afina.data.columns import Columns
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import (
@@ -107,7 +108,7 @@ def _mate(example: Any, rows: Sequence[PreferenceRow], number: int) -> Example |
 
 
 def read_comparable(
-    path: Path, columns: dict[str, str], objective: str, single: bool, skip_bad_rows: bool = False
+    path: Path, columns: Columns, objective: str, single: bool, skip_bad_rows: bool = False
 ) -> Table[PreferenceRow]:
     """Return pairs, or with `single` one completion and its label per row (pairs are split)."""
     table = read_table(path, PREFERENCE, columns, skip_bad_rows)

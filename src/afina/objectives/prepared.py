@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.presets import get_preset
+from afina.data.columns import Columns
 from afina.data.renderer import Renderer
 from afina.errors import DataError, SettingsError
 from afina.models.causal_lm import CausalLM
@@ -144,7 +145,7 @@ def recorded_eval_rows(run: Path) -> Path:
     return old if old.is_file() else run / EVAL_ROWS
 
 
-def eval_source(settings: EvalSettings) -> tuple[Path, dict[str, str]]:
+def eval_source(settings: EvalSettings) -> tuple[Path, Columns]:
     """Return the file that `afina eval` reads and the names of its columns."""
     if settings.data is None:
         return eval_rows_file(settings), {}

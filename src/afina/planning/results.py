@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from afina.data.unread import list_unused
 from afina.errors import pluralize
 from afina.io.result import (
     Content,
@@ -20,7 +21,7 @@ DATA_LABELS = {
     "held_out": "eval rows",
     "longest": "longest sequence (tokens)",
     "labelled_percent": "target tokens (%)",
-    "unused_columns": "unused columns",
+    "unused_columns": "columns not used",
 }
 ORDINALS = {2: "nd", 3: "rd"}
 UPPER_BOUND = "- this family's layers are estimated from above (an upper bound), not counted"
@@ -57,11 +58,8 @@ class PlanResult(Result):
         parts: list[Content] = [ResultTable("settings", used)]
         skipped = self.data.get("skipped", [])
         if self.data:
-            unused = [
-                f"{name} ({pluralize(count, 'row')})"
-                for name, count in self.data.get("unused_columns", {}).items()
-            ]
-            columns = {"unused_columns": ", ".join(unused)} if unused else {}
+            unused = list_unused(self.data.get("unused_columns", {}))
+            columns = {"unused_columns": unused} if unused else {}
             kept = {k: v for k, v in self.data.items() if k != "unused_columns"}
             facts = kept | columns | {"skipped": len(skipped)}
             rows = [

@@ -32,7 +32,7 @@ class WeightSearchSettings(SeedSettings):
     data: Path | None = setting(
         "search: a few rows with answers; half of them check what was found on the other half"
     )
-    columns: dict[str, str] = setting(
+    columns: dict[str, str | list[str] | None] = setting(
         "search: names of the columns, e.g. {prompt: question, completion: answer}", {}
     )
     l1_penalty: float = setting(

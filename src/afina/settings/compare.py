@@ -75,7 +75,7 @@ class CompareSettings(ModelSettings):
     limit: int = setting("most rows for which an answer is generated", 100, ge=2)
     max_new_tokens: int = setting("longest answer in tokens", 64, ge=1)
     objective: Literal["auto", "sft", "pretrain", "classify"] = setting("as for train", "auto")
-    columns: dict[str, str] = setting(
+    columns: dict[str, str | list[str] | None] = setting(
         "names of your columns, e.g. {prompt: question, completion: answer}", {}
     )
     skip_bad_rows: bool = setting(

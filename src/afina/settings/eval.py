@@ -12,7 +12,7 @@ class EvalSettings(ModelSettings):
     base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
     adapter: Path | None = setting("a run or adapter folder; without it the base is evaluated")
     data: Path | None = setting("rows to evaluate on; by default the run's eval rows")
-    columns: dict[str, str] = setting(
+    columns: dict[str, str | list[str] | None] = setting(
         "names of your columns, e.g. {prompt: question, completion: answer}", {}
     )
     metrics: list[str] = setting(

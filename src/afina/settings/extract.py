@@ -23,6 +23,6 @@ class ExtractSettings(ModelSettings):
     data: Path | None = setting(
         "rows to measure the loss on; by default the run's eval rows, or general text"
     )
-    columns: dict[str, str] = setting(
+    columns: dict[str, str | list[str] | None] = setting(
         "names of your columns, e.g. {prompt: question, completion: answer}", {}
     )

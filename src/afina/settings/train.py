@@ -80,8 +80,10 @@ class TrainSettings(GroupedSettings):
         "auto",
         plugins="afina.objectives",
     )
-    columns: dict[str, str] = setting(
-        "names of the file's columns, e.g. {prompt: question, completion: answer}", {}
+    columns: dict[str, str | list[str] | None] = setting(
+        "names of the file's columns, e.g. {prompt: question, completion: answer}; several as one "
+        "text: {prompt: '{context}: {question}'}; {notes: null} leaves a column out",
+        {},
     )
     chat_template: str | None = setting(
         "chat template: the tokenizer's own by default, plain, chatml, or a file"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afina.data.unread import list_unused
 from afina.errors import pluralize
 from afina.evaluation.results import (
     TableRows,
@@ -47,6 +48,7 @@ class TrainResult(Result):
         record = self.record
         return [
             *measured(record, f"run {self.folder}"),
+            *unused_columns(record["data"]),
             *(ResultText(f"skipped {line}") for line in record["data"]["skipped"]),
             *(ResultText(f"- {sentence}") for sentence in self.verdict),
             ResultText(self._figures()),
@@ -140,6 +142,12 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
     if "classes" in record:
         parts.append(class_scores(record["classes"], "eval row"))
     return parts
+
+
+def unused_columns(data: Mapping[str, Any]) -> list[Content]:
+    """Return the line that names the columns of the data that were not used."""
+    unused = list_unused(data.get("unused_columns") or {})
+    return [ResultText(f"columns not used: {unused}")] if unused else []
 
 
 def loss_rows(losses: Mapping[str, Any]) -> TableRows:

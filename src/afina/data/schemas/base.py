@@ -23,6 +23,7 @@ class Schema(ABC, Generic[RowT]):
             object `input`. The field's own name is preferred where a record has a value under both.
         text_is_lines: Plain text has one row per line; otherwise one per document.
         reads_folders: A folder with one subfolder of images per class can be read.
+        keeps_record: Rows keep their record, and any of its columns can be read later.
     """
 
     name: ClassVar[str]
@@ -30,6 +31,7 @@ class Schema(ABC, Generic[RowT]):
     aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     text_is_lines: ClassVar[bool] = False
     reads_folders: ClassVar[bool] = False
+    keeps_record: ClassVar[bool] = False
 
     @abstractmethod
     def is_header(self, fields: set[str]) -> bool:

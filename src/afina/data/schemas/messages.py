@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
-from afina.data.columns import RawRecord, kind_of, usable_text
+from afina.data.columns import RawRecord, is_blank, kind_of, usable_text
 from afina.errors import DataError, did_you_mean
 
 ROLES = {
@@ -23,6 +23,10 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+
+SPEAKER_KEYS = {"role", "from"}
+# keys of a turn that `parse_message` reads
+TURN_KEYS = SPEAKER_KEYS | {"content", "value", "weight", "tool_calls", "function_call"}
 
 Message = dict[str, str]
 Prompt = str | tuple[Message, ...]  # a text to continue, or messages to answer
@@ -111,6 +115,18 @@ def parse_message(turn: Any, where: str) -> Message | None:
     return message | {"weight": "0"} if weight == 0 else message
 
 
+def unread_turn_keys(record: RawRecord) -> dict[str, Any]:
+    """Return the keys of turns that were not read, such as "messages.thinking", with a value."""
+    found: dict[str, Any] = {}
+    for column in sorted(record.columns_read):
+        turns = record.value_of(column)
+        for turn in turns if isinstance(turns, list) else [turns]:
+            if isinstance(turn, dict) and turn.keys() & SPEAKER_KEYS:
+                keys = turn.keys() - TURN_KEYS
+                found |= {f"{column}.{key}": turn[key] for key in keys if not is_blank(turn[key])}
+    return {name: v for name, v in found.items() if name not in record.mapping.left_out}
+
+
 def parse_messages(turns: list[Any], where: str) -> list[Message]:
     """Return the messages of a list of turns, without empty system messages; raises `DataError`."""
     messages = [parse_message(turn, f"{where}[{n}]") for n, turn in enumerate(turns)]
@@ -150,12 +166,13 @@ def parse_alpaca_prompt(record: RawRecord) -> tuple[Message, ...]:
     return (*messages, {"role": "user", "content": content})
 
 
-def parse_prompt(record: RawRecord) -> Prompt:
+def parse_prompt(record: RawRecord, has_answers: bool = False) -> Prompt:
     """Return the prompt of a row: messages, a text, or Alpaca's instruction.
 
-    A system message comes first; a text stays a text where the row has none.
+    A system message comes first; a text stays a text where the row has none. Messages beside a
+    prompt and its answers (`has_answers`) are the chat that one of them makes, and no prompt.
     """
-    if record.has("messages"):
+    if record.has("messages") and not (has_answers and record.has("prompt")):
         opening = system_message(record)
         turns = parse_turns(record.get("messages"), record.field_location("messages"), "user")
         return (*opening, *turns)

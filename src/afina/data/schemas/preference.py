@@ -157,7 +157,7 @@ def _parse_pair(record: RawRecord) -> PreferenceRow:
             raise DataError("the field is missing", where=record.field_location(name))
     if not any(record.has(name) for name in ("messages", "prompt", "instruction")):
         return _parse_full_chats(record)
-    prompt = parse_prompt(record)
+    prompt = parse_prompt(record, has_answers=True)
     chosen, rejected = (_parse_answer(record, name, prompt) for name in ANSWER_FIELDS)
     return _check_pair(PreferenceRow(record.where, prompt, chosen, rejected))
 
@@ -203,8 +203,8 @@ def _parse_labeled(record: RawRecord) -> PreferenceRow:
             where=record.field_location("label"),
             why=f"found {label!r}",
         )
-    prompt = parse_prompt(record)
     name = next((name for name in ("output", "completion") if record.has(name)), None)
+    prompt = parse_prompt(record, has_answers=name is not None)
     if name is not None:
         answer = _parse_answer(record, name, prompt)
     else:

@@ -70,6 +70,7 @@ class PromptSchema(Schema[PromptRow]):
     )
     aliases = {"messages": ("conversations", "input.messages")}
     text_is_lines = True
+    keeps_record = True  # a reward function can read any column
 
     def is_header(self, fields: set[str]) -> bool:
         """Return whether a CSV header names the prompt."""

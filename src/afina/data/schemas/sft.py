@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.data.columns import ColumnMapping, RawRecord, kind_of, list_columns, usable_text
+from afina.data.columns import ColumnMapping, RawRecord, kind_of, usable_text
+from afina.data.proposals import ask_for_reading
 from afina.data.schemas.base import Schema, register_schema
 from afina.data.schemas.messages import (
     Message,
@@ -97,14 +98,7 @@ class SFTSchema(Schema[SFTRow]):
             # no other column could be meant: each row's error names the field that is missing
             if required & fields and not spare:
                 return name
-        options = _guess_columns(fields, spare, dict(mapping.given))
-        example = ", ".join(f"{name}: {column[:40]}" for name, column in options.items())
-        raise DataError(
-            "these columns belong to no known format",
-            where=str(path),
-            why=f"columns found: {list_columns(mapping.names)}",
-            hint=f"map yours to fields: --columns '{{{example}}}'",
-        )
+        raise ask_for_reading(path, mapping, "these columns belong to no known format")
 
     def parse(self, record: RawRecord) -> SFTRow:
         """Return the row of a record in the file's format; raises `DataError`."""
@@ -123,22 +117,6 @@ class SFTSchema(Schema[SFTRow]):
         first = turns[0] if isinstance(turns, list) else None
         is_sharegpt = isinstance(first, dict) and first.get("from") is not None
         return "sharegpt" if is_sharegpt else format
-
-
-def _guess_columns(fields: set[str], spare: list[str], given: dict[str, str]) -> dict[str, str]:
-    """Return fields and columns for a hint, with those of `--columns` if they lead to a format."""
-    free = [name for name in spare if name not in given.values()]
-    lacking = [
-        required - fields
-        for _, required in REQUIRED_FIELDS
-        if required & fields and set(given) <= required
-    ]
-    fillable = [sorted(missing) for missing in lacking if len(missing) <= len(free)]
-    if fillable:
-        return given | dict(zip(fillable[0], free, strict=False))
-    if len(spare) > 1:
-        return {"prompt": spare[0], "completion": spare[1]}
-    return {"prompt": "question", "completion": "answer"}
 
 
 def _parse_chat(record: RawRecord) -> SFTRow:
@@ -166,14 +144,21 @@ def _parse_alpaca(record: RawRecord) -> SFTRow:
 
 
 def _parse_completion(record: RawRecord) -> SFTRow:
-    """Return a prompt with its completion, or with its label, which may be a number."""
-    prompt = record.text("prompt")
+    """Return a prompt with its completion, or with its label, which may be a number.
+
+    With a system message the row is a chat.
+    """
+    prompt, opening = record.text("prompt"), system_message(record)
     if record.has("completion") or not record.has("label"):
-        return SFTRow(record.where, prompt=prompt, completion=record.text("completion"))
-    label = record.get("label")
-    value = str(label) if isinstance(label, int) else label
-    completion = usable_text(value, record.field_location("label"))
-    return SFTRow(record.where, prompt=prompt, completion=completion)
+        completion = record.text("completion")
+    else:
+        label = record.get("label")
+        value = str(label) if isinstance(label, int) else label
+        completion = usable_text(value, record.field_location("label"))
+    if not opening:
+        return SFTRow(record.where, prompt=prompt, completion=completion)
+    turns = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
+    return SFTRow(record.where, messages=(*opening, *turns))
 
 
 def _parse_text(record: RawRecord) -> SFTRow:

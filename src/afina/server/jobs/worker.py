@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import delete
 
+from afina.data.unread import list_unused
 from afina.engine.engine import Engine
 from afina.errors import AfinaError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
@@ -215,6 +216,8 @@ class JobWorker:
             self._withdraw(job.model)  # cancelled while its adapter was copied
             return
         self.add_event(job.id, f"New fine-tuned model created: {job.model}")
+        if unused := list_unused(record["data"].get("unused_columns") or {}):
+            self.add_event(job.id, f"Columns not used: {unused}", "warn")
         for sentence in record["verdict"]:
             self.add_event(job.id, sentence)
         self.add_event(job.id, "The job has successfully completed")
