@@ -85,6 +85,17 @@ class ImagePreprocessor:
         return (shrunk.float() / 255.0 - mean) / std
 
 
+@dataclass(frozen=True)
+class TokenPair:
+    """Two texts as one sequence of tokens, and which text each token belongs to, where it counts."""
+
+    token_ids: list[int]
+    token_types: list[int] | None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
 @dataclass
 class Classifier(FrozenModel):
     """A model with one answer a row: `labels` names its classes. It reads text (`tokenizer`) or pictures (`images`).
@@ -131,6 +142,14 @@ class Classifier(FrozenModel):
             return self.model(inputs["pixel_values"]).float()
         return self.model(**inputs).logits.float()
 
+    def encode(self, text: str, pair: str | None = None) -> list[int] | TokenPair:
+        """Return a text, or two, as tokens with the special ones that the tokenizer puts around."""
+        assert self.tokenizer is not None
+        if pair is None:
+            return self.tokenizer(text, verbose=False)["input_ids"]
+        encoded = self.tokenizer(text, pair, verbose=False)
+        return TokenPair(encoded["input_ids"], encoded.get("token_type_ids"))
+
     def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """What the model takes for rows of token lists (padded to the longest) or of shrunk pictures."""
         if self.images is not None:
@@ -142,9 +161,15 @@ class Classifier(FrozenModel):
         assert self.tokenizer is not None
         longest = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id or 0
-        tokens = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
+        ids = [row.token_ids if isinstance(row, TokenPair) else row for row in rows]
+        types = [row.token_types or [] if isinstance(row, TokenPair) else [] for row in rows]
+        columns = {
+            "input_ids": [[*row, *[pad] * (longest - len(row))] for row in ids],
+            "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in ids],
+        }
+        if any(types):
+            columns["token_type_ids"] = [[*row, *[0] * (longest - len(row))] for row in types]
+        return {name: torch.tensor(rows).to(self.device) for name, rows in columns.items()}
 
 
 def load_classifier(

@@ -17,14 +17,15 @@ from torch.nn import functional as F
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.segments import NO_ADAPTERS
-from afina.data.schemas import LABELED, LabeledRow, class_names
+from afina.data.schemas import LABELED, LabeledRow
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import classification_scores, draw_confusion
-from afina.models.classifier import Classifier, load_classifier
+from afina.models.classifier import Classifier, TokenPair, load_classifier
 from afina.objectives.base import Objective, Units, train_sample
 from afina.objectives.labeled_data import (
     ClassificationExample,
+    check_classes,
     check_encoder_settings,
     rows_per_batch,
     split_by_class,
@@ -181,7 +182,7 @@ class ClassificationObjective(PaddedObjective):
         check_encoder_settings(settings)
         table = read_table(settings.data, LABELED, settings.columns, settings.skip_bad_rows)
         pictures = table.format == "pictures"
-        labels = class_names(table.rows)
+        labels = check_classes(table.rows)
         if len(labels) < 2:
             why = f"all rows are {labels[0]!r}" if labels else "no row can be used"
             raise DataError("fewer than two classes", where=str(settings.data), why=why)
@@ -239,7 +240,7 @@ class ClassificationObjective(PaddedObjective):
 
     def length(self, row: ClassificationExample) -> int:
         """Tokens; pictures are all alike."""
-        return len(row.content) if isinstance(row.content, list) else 0
+        return len(row.content) if isinstance(row.content, (list, TokenPair)) else 0
 
     def collate(self, rows: Sequence[ClassificationExample], seed: int) -> PaddedBatch:
         """Padded tokens or stacked pixels, and the classes (rows)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from afina.adapters.presets import get_preset
 from afina.data.images import open_image
-from afina.data.schemas import LabeledRow
+from afina.data.schemas import CLASSES, LabeledRow, class_names, task_of
 from afina.data.table import parse_rows
 from afina.errors import DataError, SettingsError
 from afina.models.classifier import Classifier
@@ -38,9 +38,8 @@ def tokenize_labeled_rows(
     numbers = {label: number for number, label in enumerate(base.labels)}
 
     def make(where: str, row: LabeledRow) -> ClassificationExample:
-        return ClassificationExample(
-            where, encode_input(base, row.content, max_length, where), _number(row, numbers)
-        )
+        content = encode_input(base, row.content, max_length, where, row.pair)
+        return ClassificationExample(where, content, _number(row, numbers))
 
     made = parse_rows(((row.where, row) for row in rows), make, skipped)
     if not made:
@@ -58,22 +57,41 @@ def _number(row: LabeledRow, numbers: dict[str, int]) -> int:
     return numbers[row.label]
 
 
-def encode_input(base: Classifier, content: str | bytes, max_length: int, where: str) -> Any:
-    """A text as tokens, the bytes of a picture as one that is shrunk; raises `DataError` where it cannot be read."""
+def encode_input(
+    base: Classifier, content: str | bytes, max_length: int, where: str, pair: str | None = None
+) -> Any:
+    """Return a text, or a pair of texts, as tokens, or the bytes of an image as a resized image.
+
+    Raises:
+        DataError: the base reads the other kind, the image cannot be read, or the text is longer
+            than `max_length` tokens.
+    """
     if base.images is not None:
         if isinstance(content, str):
             raise DataError("this model reads pictures, and here is a text", where=where)
         return base.images.resize(open_image(content, where))
     if isinstance(content, bytes):
         raise DataError("this model reads text, and here is a picture", where=where)
-    assert base.tokenizer is not None
-    tokens = base.tokenizer(content, verbose=False)["input_ids"]
+    tokens = base.encode(content, pair)
     if len(tokens) > max_length:
         hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
         raise DataError(
             f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=where, hint=hint
         )
     return tokens
+
+
+def check_classes(rows: Sequence[LabeledRow]) -> tuple[str, ...]:
+    """Return the names of the classes of rows; raises `DataError` where labels are no classes."""
+    task = task_of(rows)
+    if task != CLASSES:
+        raise DataError(
+            f"these labels are for another task: {task}",
+            where=f"{rows[0].where}:label",
+            why=f"found {rows[0].label!r}; a class is a text, a whole number or a boolean",
+            hint="one class per row",
+        )
+    return class_names(rows)
 
 
 def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[TokenizedText]:
@@ -136,11 +154,11 @@ def split_by_class(
     rows: list[LabeledRow], share: float, seed: int
 ) -> tuple[list[LabeledRow], list[LabeledRow]]:
     """About `share` of each class held out, at least one row; equal texts stay on one side."""
-    groups: dict[tuple[str, Any], list[LabeledRow]] = {}
+    groups: dict[tuple[Any, ...], list[LabeledRow]] = {}
     for row in rows:
-        groups.setdefault((row.label, row.content), []).append(row)
+        groups.setdefault((row.label, row.content, row.pair), []).append(row)
     by_label: dict[str, list[list[LabeledRow]]] = {}
-    for (label, _), group in sorted(groups.items(), key=lambda item: item[1][0].where):
+    for (label, *_), group in sorted(groups.items(), key=lambda item: item[1][0].where):
         by_label.setdefault(label, []).append(group)
     train, held = [], []
     for label, of_label in by_label.items():

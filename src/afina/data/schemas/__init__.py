@@ -4,7 +4,16 @@ A schema of another package is registered by an entry point of the group `afina.
 """
 
 from afina.data.schemas.base import ROW_SCHEMAS, Schema, register_schema
-from afina.data.schemas.labeled import PICTURES, LabeledRow, LabeledSchema, class_names
+from afina.data.schemas.labeled import (
+    CLASSES,
+    MULTI_LABEL,
+    PICTURES,
+    REGRESSION,
+    LabeledRow,
+    LabeledSchema,
+    class_names,
+    task_of,
+)
 from afina.data.schemas.messages import Message, Prompt, prompt_key
 from afina.data.schemas.preference import (
     LABELS,
@@ -17,12 +26,15 @@ from afina.data.schemas.prompt import PromptRow, PromptSchema
 from afina.data.schemas.sft import SFTRow, SFTSchema
 
 __all__ = [
+    "CLASSES",
     "LABELED",
     "LABELS",
+    "MULTI_LABEL",
     "PAIRS",
     "PICTURES",
     "PREFERENCE",
     "PROMPT",
+    "REGRESSION",
     "ROW_SCHEMAS",
     "SFT",
     "LabeledRow",
@@ -36,6 +48,7 @@ __all__ = [
     "prompt_key",
     "register_schema",
     "split_pairs",
+    "task_of",
 ]
 
 SFT, LABELED, PREFERENCE, PROMPT = SFTSchema(), LabeledSchema(), PreferenceSchema(), PromptSchema()
