@@ -7,18 +7,21 @@ from typing import Any, get_type_hints
 import pytest
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from afina.data.renderer import Renderer
 from afina.engine.grammar import GrammarCompiler
 from afina.server.output_parser import CallParser, ReasoningSplitter
 from afina.server.parameters import PARAMETERS
 from afina.server.prompts import ChatPrompts
+from afina.server.response_input import ResponseRequest, messages_of
 from afina.server.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from afina.server.tool_format import FALLBACK, PROBE_ID
 from afina.server.validation import describe_errors
 
-BODIES = {
+BODIES: dict[str, Any] = {
     "/v1/chat/completions": (
         ChatCompletionRequest,
         chat_create_params.CompletionCreateParamsStreaming,
@@ -28,6 +31,7 @@ BODIES = {
         completion_create_params.CompletionCreateParamsStreaming,
     ),
     "/v1/embeddings": (EmbeddingRequest, embedding_create_params.EmbeddingCreateParams),
+    "/v1/responses": (ResponseRequest, response_create_params.ResponseCreateParamsStreaming),
 }
 
 
@@ -143,7 +147,7 @@ WEATHER = [("weather", ARGUMENTS)]
         (f"<tool_call>{NOW}</tool_call> More words.", "More words.", [("now", "{}")]),
         ('{"a": 1} is JSON', None, []),
         ("[1, 2] a < b {c} \n d ", None, []),
-        (f"<tool_call>{CALL[:50]}", "", [("weather", CALL[34:50])]),
+        (f"<tool_call>{CALL[:50]}", "", [("weather", CALL[33:50])]),
     ],
 )
 def test_calls_are_found_in_every_form_and_in_any_pieces(
@@ -324,3 +328,46 @@ def test_the_last_message_is_continued(tokenizer: Any) -> None:
     tokens = prompts.build(ChatCompletionRequest.model_validate(body)).tokens
     assert str(tokenizer.decode(tokens)).endswith("assistant\nthe sol")
     assert error_of({**body, "messages": messages[:1]})[1] == "continue_final_message"
+
+
+def test_items_of_a_response_are_the_messages_of_a_chat() -> None:
+    items: list[Any] = [
+        user([{"type": "input_text", "text": "Weather?"}]),
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}", "id": "fc"},
+        {"type": "function_call", "call_id": "c2", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "fine"}], "id": "m"},
+    ]
+    messages = messages_of(items, "be brief")
+    roles = ["system", "user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in messages] == roles
+    assert messages[2]["reasoning_content"] == "hm"
+    assert [call["id"] for call in messages[2]["tool_calls"]] == ["c1", "c2"]
+    assert messages[4]["content"] == "fine"
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"previous_response_id": "r"}, "previous_response_id"),
+        ({"input": [{"type": "item_reference", "id": "i"}]}, "input[0].type"),
+        ({"input": [user([{"type": "input_image"}])]}, "input[0].content[0].type"),
+        ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+        ({"include": ["file"]}, "include[0]"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"temperature": 5.0}, "temperature"),
+    ],
+)
+def test_an_invalid_response_is_named_by_its_place(values: dict[str, Any], param: str) -> None:
+    body = {"input": "hi", **values}
+    try:
+        request = ResponseRequest.model_validate(body)
+    except ValidationError:
+        assert error_of(body, ResponseRequest)[1] == param
+    else:
+        with pytest.raises(PydanticCustomError) as caught:
+            request.chat()
+        assert (caught.value.context or {})["param"] == param

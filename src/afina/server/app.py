@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -29,9 +28,12 @@ from afina.server.routes import (
     graders,
     jobs,
     models,
+    responses,
 )
 from afina.server.state import ServerState, get_state
 from afina.server.validation import describe_errors
+
+ROUTES = (chat, completions, embeddings, responses, models, files, jobs, graders, extensions)
 
 
 def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> FastAPI:
@@ -51,7 +53,7 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
         redoc_url=None,
     )
     app.state.afina = state
-    for module in (chat, completions, embeddings, models, files, jobs, graders, extensions):
+    for module in ROUTES:
         app.include_router(module.router)
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/health", healthz)
@@ -68,7 +70,6 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
         )
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(ValidationError, _inner_validation_error)
     app.add_exception_handler(PydanticCustomError, _parameter_error)
     app.add_exception_handler(AfinaError, _afina_error)
     app.add_exception_handler(OSError, _os_error)
@@ -130,14 +131,6 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     """Return the first error of a body or query."""
     assert isinstance(error, RequestValidationError)
     message, param = describe_errors(error.errors(), error.body)
-    return APIError(400, message, param).response()
-
-
-async def _inner_validation_error(request: Request, error: Exception) -> Response:
-    """Return the first error of an object inside a body, which a route validates itself."""
-    assert isinstance(error, ValidationError)
-    errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
-    message, param = describe_errors(errors, await request.json())
     return APIError(400, message, param).response()
 
 

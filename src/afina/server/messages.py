@@ -116,8 +116,8 @@ class ChatMessage(BaseModel):
         return message | {name: value for name, value in optional.items() if value}
 
 
-def join_text(parts: list[Any]) -> str:
-    """Return the text of content parts; raises for a part that is not text."""
+def join_text(parts: list[Any], where: str = "") -> str:
+    """Return the text of content parts; raises for a part that is not text, at `where`[n]."""
     texts = []
     for n, part in enumerate(parts):
         kind = part.get("type", "text") if isinstance(part, Mapping) else None
@@ -125,11 +125,13 @@ def join_text(parts: list[Any]) -> str:
             texts.append(part)
         elif kind not in TEXT_PARTS or not isinstance(part, Mapping):
             kind = str(kind or type(part).__name__)[:40]
-            raise invalid(f"[{n}].type", f"part {n} is {kind!r}: this base reads text parts only")
+            raise invalid(
+                f"{where}[{n}].type", f"part {n} is {kind!r}: this base reads text parts only"
+            )
         else:
             text = part.get("refusal" if kind == "refusal" else "text")
             if not isinstance(text, str):
-                raise invalid(f"[{n}].text", f"part {n}: text must be a text")
+                raise invalid(f"{where}[{n}].text", f"part {n}: text must be a text")
             texts.append(text)
     return "".join(texts)
 

@@ -181,10 +181,55 @@ EMBEDDINGS = (
         truncate_prompt_tokens=("inputs are never cut", ()),
     )
 )
+RESPONSES = (
+    _MODEL
+    | _LOGGED
+    | _CACHE_HINTS
+    | _used(
+        input="a text, or items: messages, function_call, function_call_output, reasoning",
+        instructions="text of the system, before the input",
+        max_output_tokens="most tokens of the output; by default the rest of the context",
+        temperature="0 to 2; 0 takes the most probable token",
+        top_p="nucleus sampling, above 0 to 1",
+        top_logprobs="the most probable tokens at each position, with include",
+        seed="random seed; without it a random one",
+        top_k="tokens to sample from; 0 and -1 mean all",
+        min_p="least probability relative to the most probable token",
+        repetition_penalty="penalty of CTRL; 1 is none",
+        chat_template_kwargs="variables of the chat template",
+        tools="functions that the model may call",
+        tool_choice="auto, none, required, or one function; required is guaranteed by grammar",
+        parallel_tool_calls="false: at most one call",
+        text="format: text, json_object, or json_schema (always followed exactly)",
+        reasoning="effort, for a chat template that has levels",
+        include="message.output_text.logprobs; reasoning.encrypted_content is ignored",
+        stream="server-sent events while tokens are generated",
+        stream_options="include_obfuscation is ignored",
+        metadata="returned with the response",
+        truncation="only disabled: an input beyond the context is an error",
+    )
+    | _ignored(
+        store="responses are never stored: store is false in the response",
+        service_tier="there is one service tier",
+        max_tool_calls="it limits built-in tools, and there are none",
+    )
+    | _rejected(
+        previous_response_id=("responses are not stored: send the earlier items as input", ()),
+        conversation=("conversations are not stored: send the earlier items as input", ()),
+        background=("a response is generated while the client waits", (False,)),
+        background_options=("a response is generated while the client waits", ()),
+        context_management=("contexts are never compacted", ([],)),
+        prompt=("stored prompts are not supported: use instructions and input", ()),
+        moderation=("moderation is not supported", ()),
+        access_programs=("there are no access programs", ()),
+        image=("only text is generated", ()),
+    )
+)
 PARAMETERS: dict[str, Mapping[str, Parameter]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/embeddings": EMBEDDINGS,
+    "/v1/responses": RESPONSES,
 }
 
 

@@ -41,6 +41,9 @@ def unknown_path(app: FastAPI, path: str) -> APIError:
     if segments and segments[0] in NOT_OFFERED:
         what = f"{path} does not exist: this server does not offer {NOT_OFFERED[segments[0]]}"
         return APIError(404, what, code="path_not_found")
+    if segments[:1] == ["responses"]:
+        what = f"{path} does not exist: responses are not stored"
+        return APIError(404, what, code="path_not_found")
     known = list(route_methods(app))
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close and f"/v1{path}" in known:

@@ -4,14 +4,17 @@ pydantic reports one error for each member of a union and for each step inside i
 of one place become one sentence, of the place that got furthest, without pydantic's own terms.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from afina.errors import did_you_mean
 
 Path = tuple[str | int, ...]
+Model = TypeVar("Model", bound=BaseModel)
 
 # by pydantic's error type: what is accepted
 ACCEPTED = {
@@ -57,15 +60,36 @@ def invalid(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("afina", "{message}", {"message": message, "param": param})
 
 
-def check_known(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise for the first name that is not known, with the closest known one."""
+def check_known(names: Iterable[str], known: Iterable[str], where: str = "") -> None:
+    """Raise for the first name, of the object at `where`, that is not among the known ones."""
     known = list(known)
     for name in names:
         if name not in known:
             hint = did_you_mean(str(name), known) if len(str(name)) <= 100 else ""
             hint = hint if hint.startswith("did") else ""
             shown = str(name)[:100]
-            raise invalid(shown, f"unknown parameter {shown!r}" + (f"; {hint}" if hint else ""))
+            param = f"{where}.{shown}" if where else shown
+            raise invalid(param, f"unknown parameter {shown!r}" + (f"; {hint}" if hint else ""))
+
+
+def validate(kind: type[Model], values: Any, names: Mapping[str, str] | None = None) -> Model:
+    """Return `values` as a request of another kind.
+
+    Args:
+        names: parameters of that kind, by the names that the client knows.
+
+    Raises:
+        PydanticCustomError: the first invalid place, under the client's name.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+        message, param = describe_errors(errors, values)
+        for own, theirs in (names or {}).items():
+            if re.match(rf"{own}\b", param):
+                message, param = message.replace(own, theirs), theirs + param[len(own) :]
+        raise invalid(param, message) from None
 
 
 def describe_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str]:

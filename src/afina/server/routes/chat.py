@@ -30,6 +30,7 @@ router = APIRouter()
 async def chat(body: ChatCompletionRequest, request: Request) -> Response:
     """Generate the next message of a conversation."""
     state = get_state(request)
+    note_ignored(request, body, () if state.prompts.uses_effort() else ("reasoning_effort",))
     prompt, answers = await start_chat(body, request)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -55,7 +56,6 @@ async def start_chat(
     """
     state, caller, log = get_state(request), current_principal(request), request.state.log
     model = requested_model(request, body.model)
-    note_ignored(request, body, () if state.prompts.uses_effort() else ("reasoning_effort",))
     log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
     prompt = await state.run_in_tokenizer_thread(lambda: state.prompts.build(body))
     chosen = await state.run_in_tokenizer_thread(

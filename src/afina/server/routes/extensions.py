@@ -21,7 +21,7 @@ from afina.server.routes.models import (
 )
 from afina.server.schemas import ChatCompletionRequest, Model, StrictRequest, TokenId
 from afina.server.state import get_state, requested_model
-from afina.server.validation import invalid
+from afina.server.validation import invalid, validate
 
 router = APIRouter()
 Admin = Annotated[Principal, Depends(require_admin)]
@@ -52,7 +52,7 @@ class TokenizeRequest(StrictRequest):
         names = ("messages", "tools", "chat_template_kwargs", "continue_final_message")
         given = {name: getattr(self, name) for name in names}
         given["add_generation_prompt"] = not self.continue_final_message
-        return ChatCompletionRequest.model_validate(given)
+        return validate(ChatCompletionRequest, given)
 
 
 class DetokenizeRequest(StrictRequest):
