@@ -25,11 +25,12 @@ from transformers import (
 
 from afina.errors import BaseError
 from afina.io.hashing import hash_tensor_files
+from afina.models.dtype import choose_dtype
 from afina.models.frozen import FrozenModel
 from afina.models.loading import (
     checked_weight_files,
     choose_device,
-    choose_dtype,
+    file_bytes,
     load_config,
     load_tokenizer,
     resolve_model_dir,
@@ -222,7 +223,7 @@ def _load(
     config = load_config(folder, base, trust_remote_code)
     place = choose_device(device)
     options = options | {
-        "dtype": choose_dtype(dtype, place, config),
+        "dtype": choose_dtype(dtype, place, config, file_bytes(files)),
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,

@@ -27,6 +27,7 @@ from afina.io.hashing import hash_tensor_files
 from afina.io.safetensors import check_safetensors
 from afina.models.bnb_format import is_quantised
 from afina.models.causal_lm import CausalLM
+from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import install_fast_modules
 from afina.models.nf4 import LayerQuantization
 from afina.models.nf4_loading import load_nf4, read_nf4
@@ -66,16 +67,6 @@ def choose_device(name: str) -> torch.device:
             f"device {name!r} is not available here", hint="--device auto, or --device cpu"
         )
     return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
-    """The dtype meant by `name`; "auto" keeps the stored one, float16 becoming bfloat16."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "mps":
-        return torch.float32
-    stored = getattr(config, "dtype", None) or torch.float32
-    return torch.bfloat16 if stored == torch.float16 else stored
 
 
 def resolve_model_dir(base: str, revision: str | None, weights: bool = True) -> Path:
@@ -191,6 +182,11 @@ def checked_weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def file_bytes(files: list[Path]) -> int:
+    """Return the bytes of some files together."""
+    return sum(file.stat().st_size for file in files)
+
+
 def load_base(
     base: str = EMBEDDED,
     revision: str | None = None,
@@ -208,7 +204,10 @@ def load_base(
     files = checked_weight_files(folder)
     config = load_config(folder, base, trust_remote_code)
     place = choose_device(device)
-    options = {"dtype": choose_dtype(dtype, place, config), "trust_remote_code": trust_remote_code}
+    options = {
+        "dtype": choose_dtype(dtype, place, config, file_bytes(files)),
+        "trust_remote_code": trust_remote_code,
+    }
     transformers.utils.logging.disable_progress_bar()
     written = is_quantised(config, base)
     quantization = "nf4" if written else quantization

@@ -1,11 +1,8 @@
 """Estimates of memory and time of a run, changes that make it fit, and a table of methods."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from afina.data.packing import BatchSampler
 from afina.data.renderer import Example
 from afina.errors import AfinaError, SettingsError
 from afina.io.adapter_config import AdapterConfig
+from afina.models.dtype import machine_memory
 from afina.models.loading import choose_device
 from afina.planning.estimates import MachineRates, MemoryEstimate, Workload
 from afina.planning.machine_rates import known_rates, measured_rates
@@ -75,20 +73,6 @@ def detect_machine(settings: TrainSettings, anew: bool = False, measure: bool = 
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )  # those of torchrun on this machine
     return Machine(device, memory and memory / processes, rates)
-
-
-@lru_cache
-def machine_memory() -> float | None:
-    """Return the bytes of RAM available to this process: the machine's, or its container's."""
-    try:
-        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, AttributeError, OSError):  # Windows
-        import psutil
-
-        return float(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    told = limit.read_text().strip() if limit.exists() else ""
-    return min(total, float(told)) if re.fullmatch(r"\d+", told) else total
 
 
 def load_of(train: Sequence[Example], settings: TrainSettings) -> Workload:

@@ -26,8 +26,9 @@ from afina.io.adapter_config import AdapterConfig
 from afina.kernels.int8_blockwise import BLOCK as NESTED_BLOCK
 from afina.kernels.nf4 import BLOCK
 from afina.models.bnb_format import is_quantised
+from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import ATTENTIONS, MLPS, NORMS
-from afina.models.loading import choose_dtype, load_config, resolve_model_dir
+from afina.models.loading import load_config, resolve_model_dir
 from afina.models.nf4 import quantizable_modules
 from afina.settings import TrainSettings
 
@@ -142,7 +143,6 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
     quantised = is_quantised(config, settings.base)
     if quantised:
         del config.quantization_config
-    dtype = choose_dtype(settings.dtype, torch.device(device), config)
     try:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(
@@ -152,6 +152,8 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
         what = f"{config.model_type} is no language model that reads forwards only"
         raise BaseError(what, where=settings.base, why=str(error).splitlines()[0]) from error
     model.tie_weights()
+    weight_bytes = 2 * sum(p.numel() for p in model.parameters())
+    dtype = choose_dtype(settings.dtype, torch.device(device), config, weight_bytes)
     return ModelShape(
         settings.base, folder, model, dtype, quantised, bool(list(folder.glob("*.safetensors")))
     )

@@ -45,8 +45,10 @@ class ModelSettings(Settings):
     trust_remote_code: bool = setting(
         "run Python code that comes with the model (recorded in the run)", False
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "how the base's weights are held", "auto"
+    dtype: Literal["auto", "stored", "float32", "bfloat16"] = setting(
+        "dtype of the base's weights. stored: that of its files; auto: the same, but float32 on a "
+        "CPU without instructions for bfloat16, where they fit",
+        "auto",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("where to compute", "auto")
 

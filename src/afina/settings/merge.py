@@ -12,6 +12,9 @@ class MergedModelSettings(ModelSettings):
     base: str | None = setting(  # type: ignore[assignment]
         "the frozen model; by default the one that the run was trained on"
     )
+    dtype: Literal["auto", "stored", "float32", "bfloat16"] = setting(
+        "dtype of the merged weights. stored: that of the base's files", "stored"
+    )
     quantization: Literal["none", "nf4"] = setting(
         "none: 16 or 32 bits per weight; nf4: 4 bits, in the format of bitsandbytes", "none"
     )
