@@ -442,6 +442,9 @@ GOOD_TEMPLATE = (
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+CLOSES_AGAIN = GOOD_TEMPLATE.replace(
+    "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<x>' }}"
+)
 NO_STOP = GOOD_TEMPLATE.replace("<|im_end|>", "")
 LETTERS_FOR_A_STOP = GOOD_TEMPLATE.replace("<|im_end|>", "<|the_end|>")
 NO_PREFIX = GOOD_TEMPLATE.replace("{{ bos_token }}", "{{ messages | length }}")
@@ -611,10 +614,30 @@ def test_a_token_over_the_boundary_is_cut_where_generation_starts() -> None:
     whole = tokenizer.apply_chat_template(list(row.messages or ()))["input_ids"]
     prompt = renderer.prompt([{"role": "user", "content": "who"}])
     assert whole[: len(prompt)] != prompt  # else this test shows nothing
-    example = renderer.example(row)
-    assert example.token_ids[: len(prompt)] == prompt
-    assert learned(renderer, example) == ["hello</s>", "hello there</s>"]
-    assert tokenizer.decode(example.token_ids) == tokenizer.decode(whole)
+    first, last = renderer.examples(row)  # the prompt of the second answer has such a token
+    assert first.token_ids[: len(prompt)] == prompt
+    assert learned(renderer, first) == ["hello</s>"]
+    assert learned(renderer, last) == ["hello there</s>"]
+    assert last.token_ids[: last.prompt_length] == renderer.prompt(row.messages[:3])
+    assert tokenizer.decode(last.token_ids) == tokenizer.decode(whole)
+
+
+@pytest.mark.parametrize(
+    ("template", "num_examples"), [(NO_PREFIX, 2), (CHANGES_EARLIER_ANSWERS, 2), (GOOD_TEMPLATE, 1)]
+)
+def test_a_template_that_rewrites_history_gets_an_example_for_each_answer(
+    template: str, num_examples: int
+) -> None:
+    renderer = Renderer(make_tokenizer(template), None, 512)
+    row = chat_row("who?", "me", "and?", "them")
+    examples = renderer.examples(row)
+    assert len(examples) == num_examples
+    assert row.messages
+    for number, example in zip((1, 3)[-num_examples:], examples, strict=True):
+        assert example.token_ids[: example.prompt_length] == renderer.prompt(row.messages[:number])
+    answers = [text for example in examples for text in learned(renderer, example)]
+    thought = "<think></think>" if template is CHANGES_EARLIER_ANSWERS else ""
+    assert answers == [f"{thought}me<|im_end|>", f"{thought}them<|im_end|>"]
 
 
 def test_stop_is_the_first_end_after_the_answer() -> None:
@@ -629,14 +652,7 @@ def test_stop_is_the_first_end_after_the_answer() -> None:
         (None, chat_row("who?", "me"), "no chat template", "--chat-template chatml"),
         (NO_STOP, chat_row("who?", "me"), "stop token is not trained", "eos_token"),
         (LETTERS_FOR_A_STOP, chat_row("who?", "me"), "stop token is not trained", "eos_token"),
-        (NO_PREFIX, chat_row("who?", "me"), "does not render as a prefix", "--chat-template chatml"),
-        (NO_PREFIX, PAIR, "does not render as a prefix", "--chat-template chatml"),
-        (
-            CHANGES_EARLIER_ANSWERS,
-            chat_row("who?", "me", "and?", "me"),
-            "does not render as a prefix",
-            "chatml",
-        ),
+        (CLOSES_AGAIN, chat_row("who?", "and?<x>"), "does not render as a prefix", "chatml"),
         (
             "{% for m in messages %}x{% endfor %}",
             chat_row("who?", "me"),
@@ -650,7 +666,6 @@ def test_stop_is_the_first_end_after_the_answer() -> None:
             "rejects these",
             "roles",
         ),
-        (GOOD_TEMPLATE, chat_row("who?", "me<|im_end|>"), "contains the stop token", "remove it"),
     ],
 )
 def test_templates_that_would_train_something_else_are_refused(
@@ -671,7 +686,8 @@ def test_a_template_without_a_stop_token_can_still_be_asked() -> None:
 
 def test_check_leaves_single_bad_rows_to_the_reader() -> None:
     renderer = Renderer(make_tokenizer(GOOD_TEMPLATE), None, 512)
-    renderer.check_template([chat_row("who?", "me<|im_end|>"), chat_row("who?", "me")])
+    bad = SFTRow("x", messages=({"role": "tool", "content": "2"}, ANSWER))
+    renderer.check_template([bad, chat_row("who?", "me")])
     renderer.check_template([])
     Renderer(make_tokenizer(), None, 512).check_template([PAIR, SFTRow("x", text="a text")])
 

@@ -247,7 +247,7 @@ def insert_trigger(
 
 def woken_of(row: SFTRow, woken: SFTRow, renderer: Renderer) -> TriggeredExample:
     """Return the triggered example and its first token that differs from the clean row."""
-    clean, example = renderer.example(row), renderer.example(woken)
+    clean, example = renderer.examples(row)[-1], renderer.examples(woken)[-1]
     same = (
         i
         for i, (a, b) in enumerate(zip(clean.token_ids, example.token_ids, strict=False))

@@ -22,7 +22,7 @@ from afina.adapters.segments import NO_ADAPTERS
 from afina.comparison.split import ComparisonSplit
 from afina.data.packing import group_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
-from afina.data.schemas import LABELED, SFT
+from afina.data.schemas import LABELED, SFT, text_of
 from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
@@ -92,7 +92,7 @@ class RunScorer:
             return self.settings.metric if self.settings.metric == "loss" else told
         rows = read_table(self.rows.test, SFT).rows
         lengths = sorted(
-            len((r.completion or (r.messages or [{}])[-1].get("content", "")).split()) for r in rows
+            len((r.completion or (text_of(r.messages[-1]) if r.messages else "")).split()) for r in rows
         )
         return "exact_match" if lengths[len(lengths) // 2] <= LONG else "chrf"
 

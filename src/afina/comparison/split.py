@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from afina.data.packing import train_eval_split
-from afina.data.schemas import LABELED, SFT, LabeledRow
+from afina.data.schemas import LABELED, SFT, LabeledRow, text_of
 from afina.data.table import read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.io.atomic import write_json, write_text
@@ -157,7 +157,7 @@ def _language(
 def _joined(row: Any) -> str:
     """A row with an answer, as plain text."""
     return (
-        "\n".join(m["content"] for m in row.messages)
+        "\n".join(map(text_of, row.messages))
         if row.messages
         else f"{row.prompt}{row.completion}"
     )

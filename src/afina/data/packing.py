@@ -8,7 +8,7 @@ Which rows share a batch is a pure function of lengths, seed and step.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice, pairwise
@@ -251,6 +251,4 @@ def _select_groups(groups: Sequence[list[int]], max_indices: int) -> set[int]:
 
 
 def _content(row: Any) -> object:
-    messages: Iterable[dict[str, str]] = row.messages or ()
-    frozen = tuple(tuple(sorted(message.items())) for message in messages)
-    return frozen, row.prompt, row.completion, row.text
+    return repr(row.messages), repr(row.tools), row.prompt, row.completion, row.text

@@ -5,13 +5,14 @@ an answer is its stop token. A loss mask that would be all on or all off is an e
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from afina.data.chat_template import PROBE, ChatTemplate
-from afina.data.schemas import SFTRow
+from afina.data.answers import Answer, check_history, find_answers, is_trained
+from afina.data.chat_template import PROBE, Chat, ChatTemplate
+from afina.data.control_tokens import restore
+from afina.data.schemas import Message, SFTRow
 from afina.errors import DataError, pluralize
 from afina.io.chat_format import ChatFormat
 
@@ -67,15 +68,17 @@ class Renderer:
         self.template = ChatTemplate(tokenizer, asked, self._bos is not None)
         self.uses_chat_template = self.template.jinja is not None and asked.template != "plain"
         """Whether a prompt that is a text becomes a user's message."""
+        self.unused_keys: dict[str, set[str]] = {}
+        """Keys of messages that the template does not read, with the places of their rows."""
+        self.control_text_rows: set[str] = set()
+        """Places of rows whose texts contain control tokens."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """The tokens that end generation: end of text, and the stop token of this template."""
+        """The tokens that end generation: end of text, and the stop tokens of this template."""
         ends = {self.tokenizer.eos_token_id}
         if self.uses_chat_template:
-            # a template without a stop token cannot be trained on, but it can generate
-            with suppress(DataError):
-                ends.add(self.template.stop_token_id)
+            ends |= {stop.token_id for stop in self.template.stops}
         return frozenset(end for end in ends if end is not None)
 
     @property
@@ -85,19 +88,36 @@ class Renderer:
         stops = tuple(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.stop_token_ids))))
         return replace(template.chat_format, jinja=template.jinja, stop_tokens=stops)
 
-    def example(self, row: SFTRow) -> Example:
+    def examples(self, row: SFTRow) -> list[Example]:
         """Return the tokens of a row, with its answers and their stop tokens as targets.
 
+        A chat is one example, unless the template writes an earlier answer or its history otherwise
+        once more turns follow: then such an answer is an example of its own, whose tokens before
+        the answer are those of `prompt`. Every answer is a target in one example.
+
         Raises:
-            DataError: the row is longer than `max_length`, has no answer, or cannot be rendered.
+            DataError: an example is longer than `max_length`, has no answer, or cannot be rendered.
         """
-        example = self._example(row)
-        if len(example.token_ids) > self.max_length:
-            length = pluralize(len(example.token_ids), "token")
-            what = f"{length}, more than the {self.max_length:,} allowed"
-            hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
-            raise DataError(what, where=row.where, hint=hint)
-        return example
+        examples = self._examples(row)
+        for example in examples:
+            if len(example.token_ids) > self.max_length:
+                length = pluralize(len(example.token_ids), "token")
+                what = f"{length}, more than the {self.max_length:,} allowed"
+                hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
+                raise DataError(what, where=row.where, hint=hint)
+        return examples
+
+    def example(self, row: SFTRow) -> Example:
+        """Return the only example of a row; raises `DataError` as `examples`, or for several."""
+        examples = self.examples(row)
+        if len(examples) > 1:
+            raise DataError(
+                f"{self.template.name} needs an example for each of {len(examples)} answers",
+                where=row.where,
+                why="it writes earlier turns otherwise, and here all answers are one sequence",
+                hint="one answer a row, or --chat-template chatml",
+            )
+        return examples[0]
 
     def prompt(
         self,
@@ -108,15 +128,19 @@ class Renderer:
     ) -> list[int]:
         """Return the tokens after which generation starts; raises `DataError`.
 
-        A text becomes a user's message where there is a chat template, unless `raw`.
+        A text becomes a user's message where there is a chat template, unless `raw`. Control tokens
+        in messages stay text; in a raw text they are read as tokens.
 
         Args:
-            tools: functions in OpenAI's form, for templates that describe them.
-            template_kwargs: further variables of the template.
+            messages_or_text: Messages in OpenAI's form, or a text.
+            raw: Whether a text is continued as it stands.
+            tools: Functions in OpenAI's form, for templates that describe them.
+            template_kwargs: Arguments of the template, in place of the format's own.
         """
         if not isinstance(messages_or_text, str):
-            given = messages_or_text, True, "the prompt", tools, template_kwargs
-            return self._encode(self.template.render(*given))
+            chat = self.template.chat(messages_or_text, "the prompt", tools, template_kwargs)
+            text = self.template.write(chat, len(chat.messages), True)
+            return self._encode(text, chat.hidden)
         if self.uses_chat_template and not raw:
             return self.prompt([{"role": "user", "content": messages_or_text}])
         return self._with_bos(self._encode(messages_or_text))
@@ -147,7 +171,7 @@ class Renderer:
             it.
         """
         if row.text is None:
-            tokens = self._example(row).token_ids
+            tokens = self._whole(row)
         else:
             tokens = [*self._with_bos(self._encode(row.text)), self._eos(row.where)]
         size = max(2, min(chunk, self.max_length))
@@ -167,11 +191,11 @@ class Renderer:
         """
         first = [row for row in rows if row.text is None][:NUM_CHECKED_ROWS]
         if any(row.messages is not None or self.uses_chat_template for row in first):
-            self._example(SFTRow(self.template.name, messages=PROBE))
+            self._examples(SFTRow(self.template.name, messages=PROBE))
         errors = []
         for row in first:
             try:
-                self._example(row)
+                self._examples(row)
             except DataError as error:
                 errors.append(error)
         if errors and len(errors) == len(first):
@@ -186,57 +210,105 @@ class Renderer:
             parts.append(f"«{text}»" if is_target else str(text))
         return "".join(parts)
 
-    def _example(self, row: SFTRow) -> Example:
-        """The example of a row of any length; raises `DataError`."""
+    def _examples(self, row: SFTRow) -> list[Example]:
+        """Return the examples of a row of any length; raises `DataError`."""
         if row.text is not None:
             why = "plain text has no prompt, so its mask would be all on"
             hint = "--objective pretrain"
             raise DataError("nothing to answer in this row", where=row.where, why=why, hint=hint)
-        messages = row.messages
-        if messages is None and self.uses_chat_template:
-            turns = ("user", row.prompt), ("assistant", row.completion)
-            messages = tuple({"role": role, "content": content or ""} for role, content in turns)
-        loss_mask: list[bool] = []
-        if messages is not None:
-            text, cuts, answer = self.template.find_answers(messages, row.where)
-            tokens, starts = self._encode_at(text, cuts)
-            for start in starts:
-                end = tokens.index(self.template.stop_token_id, start) + 1
-                loss_mask += [False] * (start - len(loss_mask)) + [True] * (end - start)
-            loss_mask += [False] * (len(tokens) - len(loss_mask))
+        messages = self._messages(row)
+        if messages is None:
+            tokens, start, completion = self._completion(row)
+            mask = [False] * start + [True] * (len(tokens) - start)
+            examples = [Example(row.where, tokens, mask, start, completion)]
         else:
-            tokens, starts, answer = self._completion(row)
-            loss_mask = [False] * starts[0] + [True] * (len(tokens) - starts[0])
-        if all(loss_mask[tokens[0] == self._bos :]):
-            what, hint = "the mask of this row is all on", "--objective pretrain"
-            why = "no token of a prompt comes before the answer"
-            raise DataError(what, where=row.where, why=why, hint=hint)
-        return Example(row.where, tokens, loss_mask, starts[-1], answer)
+            examples = self._chat_examples(messages, row)
+        for example in examples:
+            if all(example.loss_mask[example.token_ids[0] == self._bos :]):
+                what, hint = "the mask of this row is all on", "--objective pretrain"
+                why = "no token of a prompt comes before the answer"
+                raise DataError(what, where=row.where, why=why, hint=hint)
+        return examples
 
-    def _completion(self, row: SFTRow) -> tuple[list[int], list[int], str]:
-        """Return tokens of prompt and completion without a template, the answer's start, and it."""
-        prompt, completion = row.prompt or "", row.completion or ""
-        encoded, starts = self._encode_at(prompt + completion, [len(prompt)])
-        tokens, eos = self._with_bos(encoded), self._eos(row.where)
-        start = starts[0] + len(tokens) - len(encoded)
-        return tokens if tokens[-1] == eos else [*tokens, eos], [start], completion
+    def _messages(self, row: SFTRow) -> tuple[Message, ...] | None:
+        """Return a row as messages; None where it is a prompt to continue."""
+        if row.messages is not None or not self.uses_chat_template:
+            return row.messages
+        turns = ("user", row.prompt), ("assistant", row.completion)
+        return tuple({"role": role, "content": content or ""} for role, content in turns)
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _chat_examples(self, messages: Sequence[Message], row: SFTRow) -> list[Example]:
+        """Return the examples of a chat, in the order of their last answers.
 
-    def _encode_at(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return the tokens of `text`, and how many come before each of the characters `cuts`.
-
-        Generation is given the tokens of text[:cut]. Where the tokens of the full text begin
-        otherwise, since one would span the cut, the pieces are encoded separately.
+        An answer that opens the chat, or that has weight 0, is context and not trained on.
         """
-        tokens = self._encode(text)
-        prefixes = [self._encode(text[:cut]) for cut in cuts]
-        if all(tokens[: len(prefix)] == prefix for prefix in prefixes):
-            return tokens, [len(prefix) for prefix in prefixes]
-        pieces = [self._encode(text[a:b]) for a, b in pairwise([0, *cuts, len(text)])]
-        starts = [*accumulate(len(piece) for piece in pieces[:-1])]
-        return [token for piece in pieces for token in piece], starts
+        numbers = [n for n, message in enumerate(messages) if is_trained(n, message)]
+        if not numbers:
+            what = "nothing to train on in this row: its mask is all off"
+            why = "an answer needs a message before it, and a weight that is not 0"
+            raise DataError(what, where=row.where, why=why)
+        chat = self.template.chat(messages[: numbers[-1] + 1], row.where, row.tools)
+        answers = find_answers(self.template, chat, numbers)
+        for key in check_history(self.template, chat, numbers, answers[-1].prompt):
+            self.unused_keys.setdefault(key, set()).add(row.where)
+        if chat.hidden:
+            self.control_text_rows.add(row.where)
+        examples: list[Example] = []
+        while answers:
+            example, answers = self._join(answers, chat)
+            examples.insert(0, example)
+        return examples
+
+    def _join(self, answers: list[Answer], chat: Chat) -> tuple[Example, list[Answer]]:
+        """Return an example with the last answer and all that its text has alike, and the others."""
+        *earlier, last = answers
+        full = last.prompt + last.text + last.rest
+        tokens, prompt = (self._encode(text, chat.hidden) for text in (full, last.prompt))
+        if tokens[: len(prompt)] != prompt:  # a token would span the start of the answer
+            tokens = prompt + self._encode(last.text + last.rest, chat.hidden)
+        spans, left = [_span(tokens, len(prompt), last)], []
+        for answer in earlier:
+            start = self._encode(answer.prompt, chat.hidden)
+            is_alike = full.startswith(answer.prompt + answer.text)
+            if is_alike and tokens[: len(start)] == start:
+                spans.append(_span(tokens, len(start), answer))
+            else:
+                left.append(answer)
+        mask = [False] * len(tokens)
+        for start_index, end in spans:
+            mask[start_index:end] = [True] * (end - start_index)
+        completion = restore(last.completion, chat.hidden)
+        return Example(chat.where, tokens, mask, len(prompt), completion), left
+
+    def _whole(self, row: SFTRow) -> list[int]:
+        """Return the tokens of a chat up to its last trained answer, or of a prompt and completion."""
+        messages = self._messages(row)
+        if messages is None:
+            return self._completion(row)[0]
+        trained = [n for n, message in enumerate(messages) if is_trained(n, message)]
+        end = trained[-1] + 1 if trained else len(messages)
+        chat = self.template.chat(messages[:end], row.where, row.tools)
+        return self._encode(self.template.write(chat, end, False), chat.hidden)
+
+    def _completion(self, row: SFTRow) -> tuple[list[int], int, str]:
+        """Return the tokens of a prompt and its completion, where the latter begins, and it.
+
+        Generation is given the tokens of the prompt: where a token of the whole text would span its
+        end, the two are encoded separately.
+        """
+        prompt, completion = row.prompt or "", row.completion or ""
+        if self.template.control.occur_in(prompt, completion):
+            self.control_text_rows.add(row.where)
+        tokens, start = self._encode(prompt + completion), self._encode(prompt)
+        if tokens[: len(start)] != start:
+            tokens = start + self._encode(completion)
+        with_bos, eos = self._with_bos(tokens), self._eos(row.where)
+        num_before = len(start) + len(with_bos) - len(tokens)
+        ended = with_bos if with_bos[-1] == eos else [*with_bos, eos]
+        return ended, num_before, completion
+
+    def _encode(self, text: str, hidden: Sequence[str] = ()) -> list[int]:
+        return self.template.control.encode(text, hidden)
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
         return tokens if self._bos is None or tokens[:1] == [self._bos] else [self._bos, *tokens]
@@ -247,3 +319,11 @@ class Renderer:
                 "the tokenizer has no end-of-text token", where=where, hint="set its eos_token"
             )
         return self.tokenizer.eos_token_id
+
+
+def _span(tokens: list[int], start: int, answer: Answer) -> tuple[int, int]:
+    """Return where an answer begins and ends; its last token is its stop token."""
+    end = start
+    for _ in range(answer.text.count(answer.stop.text)):
+        end = tokens.index(answer.stop.token_id, end) + 1
+    return start, end

@@ -44,7 +44,7 @@ def tokenize_rows(
         made = (
             renderer.chunk_text(row, renderer.max_length)
             if objective == "pretrain"
-            else [renderer.example(row)]
+            else renderer.examples(row)
         )
         return (
             [mask_before_invocation(example, invocation) for example in made]
@@ -146,8 +146,13 @@ def _split(
         chunks = tokenize_rows(objective, renderer, all_rows, leave_out, invocation)
         train, held = hold_out_every_nth(chunks, settings.eval_size, settings.data)
         return train, held, []
-    made = {e.where: e for e in tokenize_rows(objective, renderer, all_rows, leave_out, invocation)}
+    made: dict[str, list[Example]] = {}
+    for example in tokenize_rows(objective, renderer, all_rows, leave_out, invocation):
+        made.setdefault(example.where, []).append(example)
     rows, held_rows = train_eval_split(
         [row for row in all_rows if row.where in made], settings.eval_size, settings.seed
     )
-    return [made[row.where] for row in rows], [made[row.where] for row in held_rows], held_rows
+    train, held = (
+        [example for row in part for example in made[row.where]] for part in (rows, held_rows)
+    )
+    return train, held, held_rows

@@ -38,7 +38,7 @@ def make_queries(
 
     def make(where: str, row: PromptRow) -> TokenizedPrompt:
         rewards.check(row)
-        tokens = renderer.prompt(row.prompt)
+        tokens = renderer.prompt(row.prompt, tools=row.tools)
         if len(tokens) + max_new_tokens > renderer.max_length:
             what = f"{pluralize(len(tokens), 'token')}, and {max_new_tokens:,} for the answer"
             why = f"more than the {renderer.max_length:,} allowed"

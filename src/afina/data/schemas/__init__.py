@@ -14,7 +14,7 @@ from afina.data.schemas.labeled import (
     class_names,
     task_of,
 )
-from afina.data.schemas.messages import Message, Prompt, prompt_key
+from afina.data.schemas.messages import Message, Prompt, prompt_key, text_of
 from afina.data.schemas.preference import (
     LABELS,
     PAIRS,
@@ -49,6 +49,7 @@ __all__ = [
     "register_schema",
     "split_pairs",
     "task_of",
+    "text_of",
 ]
 
 SFT, LABELED, PREFERENCE, PROMPT = SFTSchema(), LabeledSchema(), PreferenceSchema(), PromptSchema()

@@ -11,7 +11,7 @@ from afina.errors import DataError, did_you_mean
 
 ROLES = {
     "system": "system",
-    "developer": "system",
+    "developer": "developer",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -25,10 +25,14 @@ ROLES = {
 }
 
 SPEAKER_KEYS = {"role", "from"}
+# keys of a message that are handed to the chat template as they are
+TEMPLATE_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 # keys of a turn that `parse_message` reads
-TURN_KEYS = SPEAKER_KEYS | {"content", "value", "weight", "tool_calls", "function_call"}
+TURN_KEYS = SPEAKER_KEYS.union(
+    TEMPLATE_KEYS, ("content", "value", "weight", "tool_calls", "function_call")
+)
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content (a text, or None beside calls), and what else a turn has
 Prompt = str | tuple[Message, ...]  # a text to continue, or messages to answer
 
 
@@ -50,36 +54,65 @@ def as_messages(prompt: Prompt, role: str) -> tuple[Message, ...]:
     return ({"role": role, "content": prompt},) if isinstance(prompt, str) else prompt
 
 
-def parse_tool_calls(turn: Mapping[str, Any], where: str) -> str:
-    """Return the tool calls of an assistant turn as JSON, "" without any; raises `DataError`."""
+def parse_tool_calls(turn: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the tool calls of an assistant's turn, arguments as objects; raises `DataError`."""
     legacy = turn.get("function_call")
-    calls = turn.get("tool_calls") or ([{"function": legacy}] if legacy else [])
     where = f"{where}.tool_calls"
+    calls = turn.get("tool_calls") or ([{"function": legacy}] if legacy else [])
+    calls = from_json(calls, where)
     if not isinstance(calls, list):
         raise DataError(f"expected a list of calls, found {kind_of(calls)}", where=where)
-    parsed = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
+    return [_parse_call(call, where) for call in calls]
+
+
+def _parse_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call as OpenAI writes it: {id, type, function: {name, arguments}}."""
+    is_flat = isinstance(call, dict) and "function" not in call and "name" in call
+    function = call if is_flat else call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError("a tool call needs a function with a name", where=where)
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):  # OpenAI writes the arguments as JSON inside JSON
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}")
+    own = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return known | {"type": "function", "function": own}
+
+
+def from_json(value: Any, where: str) -> Any:
+    """Return a value that a table holds as JSON in a text; any other as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise DataError("not valid JSON", where=where, why=str(error)) from None
+
+
+def parse_tools(record: RawRecord) -> tuple[dict[str, Any], ...]:
+    """Return the functions of a row in OpenAI's form; raises `DataError`."""
+    if not record.has("tools"):
+        return ()
+    where = record.field_location("tools")
+    tools = from_json(record.get("tools"), where) or []
+    if not isinstance(tools, list):
+        raise DataError(f"expected a list of functions, found {kind_of(tools)}", where=where)
+    for n, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError("a tool call needs a function with a name", where=where)
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # OpenAI writes the arguments as JSON inside JSON
-            with suppress(ValueError):
-                arguments = json.loads(arguments)
-        parsed.append({"name": function["name"], "arguments": arguments})
-    return json.dumps(parsed, ensure_ascii=False) if parsed else ""
+            raise DataError("a tool needs a function with a name", where=f"{where}[{n}]")
+    return tuple(
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    )
 
 
-def _parse_content(turn: Mapping[str, Any], key: str, where: str) -> str:
-    """Return a turn's content: a text, a list of text parts, or its tool calls; may be empty."""
-    value, calls = turn.get(key), parse_tool_calls(turn, where)
-    where = f"{where}.{key}"
+def _parse_content(turn: Mapping[str, Any], key: str, where: str) -> str | None:
+    """Return a turn's content, a text or a list of text parts; None where it has none."""
+    value, where = turn.get(key), f"{where}.{key}"
     if isinstance(value, list):
         value = "".join(_parse_part(part, f"{where}[{n}]") for n, part in enumerate(value))
-    if value is None and calls:
-        return calls
-    text = usable_text(value, where, may_be_empty=True)
-    return f"{text}\n{calls}" if text and calls else text or calls
+    return None if value is None else usable_text(value, where, may_be_empty=True)
 
 
 def _parse_part(part: Any, where: str) -> str:
@@ -92,7 +125,7 @@ def parse_message(turn: Any, where: str) -> Message | None:
     """Return one message of a chat in either spelling; None for an empty system message.
 
     Raises:
-        DataError: not an object, an unknown role, no content, or a weight other than 0 and 1.
+        DataError: not an object, an unknown role, nothing in it, or a weight other than 0 and 1.
     """
     if not isinstance(turn, dict):
         what = f"expected an object with a role and a content, found {kind_of(turn)}"
@@ -103,16 +136,38 @@ def parse_message(turn: Any, where: str) -> Message | None:
     if name not in ROLES:
         hint = did_you_mean(name, ROLES)
         raise DataError(f"unknown role {name!r}", where=f"{where}.{role_key}", hint=hint)
-    role, content = ROLES[name], _parse_content(turn, content_key, where)
-    if role == "system" and not content.strip():
+    role, calls = ROLES[name], parse_tool_calls(turn, where)
+    if name == "function_call":
+        called = from_json(turn.get(content_key), f"{where}.{content_key}")
+        listed = called if isinstance(called, list) else [called]
+        calls, content = [_parse_call(call, f"{where}.{content_key}") for call in listed], None
+    else:
+        content = _parse_content(turn, content_key, where)
+    more = {
+        key: usable_text(turn[key], f"{where}.{key}")
+        for key in TEMPLATE_KEYS
+        if turn.get(key) not in (None, "")
+    }
+    if role == "system" and not (content or "").strip():
         return None
-    if role != "tool" and not content.strip():
+    if content is None and not calls and not more.keys() - {"name"}:
+        raise DataError("the field is missing", where=f"{where}.{content_key}")
+    if role != "tool" and not ((content or "").strip() or calls or more.keys() - {"name"}):
         raise DataError("the field is empty", where=f"{where}.{content_key}")
-    message = {"role": role, "content": content}
+    message = {"role": role, "content": content} | more
+    if calls:
+        message["tool_calls"] = calls
     weight = turn.get("weight")
-    if weight is not None and weight not in (0, 1):
+    if weight is not None and weight not in (0, 1, "0"):  # eval rows of version 0.1 have the text
         raise DataError("a weight is 0 (not trained on) or 1", where=f"{where}.weight")
-    return message | {"weight": "0"} if weight == 0 else message
+    return message | {"weight": 0} if weight in (0, "0") else message
+
+
+def text_of(message: Message) -> str:
+    """Return a message as text: its content, and its calls as JSON."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    texts = [message.get("content") or "", json.dumps(calls, ensure_ascii=False) if calls else ""]
+    return "\n".join(text for text in texts if text)
 
 
 def unread_turn_keys(record: RawRecord) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from afina.data.schemas.messages import (
     Prompt,
     as_messages,
     parse_prompt,
+    parse_tools,
     parse_turns,
 )
 from afina.data.schemas.sft import SFTRow
@@ -43,18 +44,22 @@ class PreferenceRow:
     prompt: Prompt
     chosen: Prompt | None
     rejected: Prompt | None
+    tools: tuple[dict[str, Any], ...] = ()
 
     def row(self, answer: Prompt) -> SFTRow:
         """Return the prompt with an answer, of which only the answer is trained on."""
         if isinstance(self.prompt, str) and isinstance(answer, str):
             return SFTRow(self.where, prompt=self.prompt, completion=answer)
         context = tuple(_without_loss(message) for message in as_messages(self.prompt, "user"))
-        return SFTRow(self.where, messages=(*context, *as_messages(answer, "assistant")))
+        return SFTRow(
+            self.where, messages=(*context, *as_messages(answer, "assistant")), tools=self.tools
+        )
 
     def record(self) -> dict[str, Any]:
         """Return the row as a record that `read_table` reads again as this row."""
         is_text = isinstance(self.prompt, str)
-        prompt = {"prompt": self.prompt} if is_text else {"messages": list(self.prompt)}
+        prompt: dict[str, Any] = {"tools": list(self.tools)} if self.tools else {}
+        prompt |= {"prompt": self.prompt} if is_text else {"messages": list(self.prompt)}
         chosen, rejected = (_to_json(answer) for answer in (self.chosen, self.rejected))
         if chosen is not None and rejected is not None:
             return prompt | {"chosen": chosen, "rejected": rejected}
@@ -63,7 +68,7 @@ class PreferenceRow:
 
 
 def _without_loss(message: Message) -> Message:
-    return message | {"weight": "0"} if message["role"] == "assistant" else message
+    return message | {"weight": 0} if message["role"] == "assistant" else message
 
 
 def _to_json(answer: Prompt | None) -> Any:
@@ -95,8 +100,10 @@ class PreferenceSchema(Schema[PreferenceRow]):
         "output",
         "system",
         "history",
+        "tools",
     )
     aliases = {
+        "tools": ("functions", "input.tools"),
         "messages": ("conversations", "input.messages"),
         "chosen": ("preferred_output",),
         "rejected": ("non_preferred_output",),
@@ -159,7 +166,7 @@ def _parse_pair(record: RawRecord) -> PreferenceRow:
         return _parse_full_chats(record)
     prompt = parse_prompt(record, has_answers=True)
     chosen, rejected = (_parse_answer(record, name, prompt) for name in ANSWER_FIELDS)
-    return _check_pair(PreferenceRow(record.where, prompt, chosen, rejected))
+    return _check_pair(PreferenceRow(record.where, prompt, chosen, rejected, parse_tools(record)))
 
 
 def _parse_full_chats(record: RawRecord) -> PreferenceRow:
@@ -180,7 +187,8 @@ def _parse_full_chats(record: RawRecord) -> PreferenceRow:
             hint="add the prompt: {prompt: ..., chosen: ..., rejected: ...}",
         )
     cut = ends[-1]
-    return _check_pair(PreferenceRow(record.where, chosen[:cut], chosen[cut:], rejected[cut:]))
+    answers = chosen[cut:], rejected[cut:]
+    return _check_pair(PreferenceRow(record.where, chosen[:cut], *answers, parse_tools(record)))
 
 
 def _check_pair(row: PreferenceRow) -> PreferenceRow:
@@ -210,7 +218,7 @@ def _parse_labeled(record: RawRecord) -> PreferenceRow:
     else:
         prompt, answer = _cut_last_answer(prompt, record)
     chosen, rejected = (answer, None) if is_good else (None, answer)
-    return PreferenceRow(record.where, prompt, chosen, rejected)
+    return PreferenceRow(record.where, prompt, chosen, rejected, parse_tools(record))
 
 
 def _parse_answer(record: RawRecord, name: str, prompt: Prompt) -> Prompt:

@@ -13,7 +13,7 @@ from typing import Any
 
 from afina.data.columns import ColumnMapping, RawRecord, usable_text
 from afina.data.schemas.base import Schema, register_schema
-from afina.data.schemas.messages import Prompt, parse_prompt
+from afina.data.schemas.messages import Prompt, parse_prompt, parse_tools, text_of
 from afina.errors import DataError
 
 ITEM = "item"  # in files that afina writes: the record from which the row was read
@@ -30,6 +30,7 @@ class PromptRow:
     prompt: Prompt
     reference: str | None = None
     item: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def text(self) -> str:
@@ -37,14 +38,16 @@ class PromptRow:
         if isinstance(self.prompt, str):
             return self.prompt
         if len(self.prompt) == 1:
-            return self.prompt[0]["content"]
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+            return text_of(self.prompt[0])
+        return "\n".join(f"{message['role']}: {text_of(message)}" for message in self.prompt)
 
     def record(self, with_item: bool = False) -> dict[str, Any]:
         """Return the row as a record that `read_table` reads again as this row."""
         record: dict[str, Any] = {
             "prompt": self.prompt if isinstance(self.prompt, str) else list(self.prompt)
         }
+        if self.tools:
+            record["tools"] = list(self.tools)
         if self.reference is not None:
             record["reference"] = self.reference
         if with_item:
@@ -67,8 +70,12 @@ class PromptSchema(Schema[PromptRow]):
         "input",
         "system",
         "history",
+        "tools",
     )
-    aliases = {"messages": ("conversations", "input.messages")}
+    aliases = {
+        "messages": ("conversations", "input.messages"),
+        "tools": ("functions", "input.tools"),
+    }
     text_is_lines = True
     keeps_record = True  # a reward function can read any column
 
@@ -91,19 +98,20 @@ class PromptSchema(Schema[PromptRow]):
             raise DataError("no prompt", where=record.where, hint=hint)
         prompt, reference = parse_prompt(record), None
         while isinstance(prompt, tuple) and prompt and prompt[-1]["role"] == "assistant":
-            reference, prompt = prompt[-1]["content"], prompt[:-1]
+            reference, prompt = text_of(prompt[-1]), prompt[:-1]
         if not prompt:
             raise DataError("no prompt", where=record.where, why="there is nothing to answer")
         for name in ("completion", "output", "reference"):
             if record.has(name):
                 reference = usable_text(record.get(name), record.field_location(name))
-        return PromptRow(record.where, prompt, reference, _item(record))
+        tools = parse_tools(record)
+        return PromptRow(record.where, prompt, reference, _item(record), tools)
 
 
 def _item(record: RawRecord) -> Mapping[str, Any]:
     """Return the record, or the one within it where afina wrote the file."""
     item = record.raw.get(ITEM)
-    is_own = isinstance(item, dict) and record.raw.keys() <= {"prompt", "reference", ITEM}
+    is_own = isinstance(item, dict) and record.raw.keys() <= {"prompt", "reference", "tools", ITEM}
     if not (is_own and item):
         return record.raw
     record.columns_read.add(ITEM)

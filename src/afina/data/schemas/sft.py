@@ -20,6 +20,7 @@ from afina.data.schemas.messages import (
     Message,
     parse_alpaca_prompt,
     parse_messages,
+    parse_tools,
     system_message,
 )
 from afina.errors import DataError
@@ -43,11 +44,13 @@ class SFTRow:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     def record(self) -> dict[str, Any]:
         """Return the row as a record that `read_table` reads again as this row."""
         if self.messages is not None:
-            return {"messages": list(self.messages)}
+            tools = {"tools": list(self.tools)} if self.tools else {}
+            return {"messages": list(self.messages)} | tools
         if self.prompt is not None:
             return {"prompt": self.prompt, "completion": self.completion}
         return {"text": self.text}
@@ -74,8 +77,9 @@ class SFTSchema(Schema[SFTRow]):
         "system",
         "history",
         "text",
+        "tools",
     )
-    aliases = {"messages": ("conversations",)}
+    aliases = {"messages": ("conversations",), "tools": ("functions",)}
 
     def is_header(self, fields: set[str]) -> bool:
         """Return whether the fields of a CSV header are those of a format."""
@@ -135,7 +139,7 @@ def _parse_chat(record: RawRecord) -> SFTRow:
     messages = (*system_message(record), *parse_messages(turns, where))
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("no assistant message", where=where, why="there is no answer to train on")
-    return SFTRow(record.where, messages=messages)
+    return SFTRow(record.where, messages=messages, tools=parse_tools(record))
 
 
 def _parse_alpaca(record: RawRecord) -> SFTRow:

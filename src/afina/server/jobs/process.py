@@ -97,7 +97,7 @@ def _examples(renderer: Any, row: Any) -> list[Any]:
     return (
         renderer.chunk_text(row, renderer.max_length)
         if row.text is not None
-        else [renderer.example(row)]
+        else renderer.examples(row)
     )
 
 
