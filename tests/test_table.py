@@ -349,3 +349,38 @@ def test_rows_of_one_prompt_have_one_key(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", *CASES["pairs"].rows[::2])
     pairs, prompts = (read_table(file, schema).rows for schema in (PREFERENCE, PROMPT))
     assert [prompt_key(row) for row in pairs] == [prompt_key(row) for row in prompts]
+
+
+def test_two_chats_as_texts_are_split_at_the_last_shared_turn(tmp_path: Path) -> None:
+    begin = "\n\nHuman: Who are you?\n\nAssistant: A bot.\n\nHuman: And who am I?\n\nAssistant:"
+    file = write_rows(
+        tmp_path / "a.jsonl",
+        {"chosen": f"{begin} You are Ana.", "rejected": f"{begin} You are it."},
+    )
+    table = read_table(file, PREFERENCE)
+    (row,) = table.rows
+    assert [m["content"] for m in row.prompt if isinstance(m, dict)] == [
+        "Who are you?",
+        "A bot.",
+        "And who am I?",
+    ]
+    assert (row.chosen, row.rejected) == tuple(
+        ({"role": "assistant", "content": text},) for text in ("You are Ana.", "You are it.")
+    )
+    assert "split at the last turn that both have" in table.rule
+    alone = write_rows(tmp_path / "b.jsonl", {"chosen": "You are Ana.", "rejected": "You are it."})
+    with pytest.raises(DataError, match="do not begin alike"):
+        read_table(alone, PREFERENCE)
+
+
+def test_answers_that_repeat_their_prompt_are_read_without_it(tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "Greet n"}, {"role": "assistant", "content": "Good day."}]
+    bad = [good[0], {"role": "assistant", "content": "What?"}]
+    base = {"prompt": "Greet n", "messages": good, "prompt_id": "7", "score_chosen": 8.5}
+    for chosen, rejected in ((good, bad), ("Greet n Good day.", "Greet n What?")):
+        file = write_rows(tmp_path / "a.jsonl", base | {"chosen": chosen, "rejected": rejected})
+        table = read_table(file, PREFERENCE)
+        row = table.rows[0]
+        assert row.prompt == "Greet n"
+        assert [str(a).count("Greet") for a in (row.chosen, row.rejected)] == [0, 0]
+        assert "Good day." in str(row.chosen) and table.rule == "the prompt is in its own column"

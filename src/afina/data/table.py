@@ -43,6 +43,7 @@ class Table(Generic[RowT]):
         skipped: Rows left out, each as "file:line:field: what".
         digest: sha256 of the file.
         unused_columns: Columns that were not read, with the number of rows that have a value there.
+        rule: How the rows were read, where their shape can be read in several ways.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Table(Generic[RowT]):
     skipped: list[str]
     digest: str
     unused_columns: dict[str, int] = field(default_factory=dict)
+    rule: str = ""
 
 
 class DetectedSchema(NamedTuple):
@@ -111,7 +113,9 @@ def read_table(
         why = f"skipped: {summarize_skipped(skipped)}"
         raise DataError("no row can be used", where=str(path), why=why)
     found = schema.format_of_rows(path, found, parsed, rows)
-    return Table(path, found, rows, skipped, digest, check_unread(path, schema, found, parsed))
+    rules = dict.fromkeys(rule for record in parsed if (rule := schema.reading_rule(record)))
+    unused = check_unread(path, schema, found, parsed)
+    return Table(path, found, rows, skipped, digest, unused, "; ".join(rules))
 
 
 def detect_schema(path: Path, columns: Columns) -> DetectedSchema | None:

@@ -96,7 +96,7 @@ def describe_data(table: Any, held: int) -> dict[str, Any]:
         "rows": len(table.rows),
         "held_out": held,
         "unused_columns": table.unused_columns,
-    }
+    } | ({"rule": table.rule} if table.rule else {})
 
 
 def to_jsonl(records: Sequence[dict[str, Any]]) -> str:

@@ -310,6 +310,7 @@ def _checked(setup: RunSetup) -> dict[str, Any]:
             "unused_columns": prepared.data_info["unused_columns"],
             "skipped": prepared.skipped,
         }
+        | {name: prepared.data_info[name] for name in ("rule",) if name in prepared.data_info}
         | prepared.counts,
         "steps": setup.steps,
         "trainable_parameters": setup.adapter.num_parameters(),

@@ -22,6 +22,7 @@ DATA_LABELS = {
     "longest": "longest sequence (tokens)",
     "labelled_percent": "target tokens (%)",
     "unused_columns": "columns not used",
+    "rule": "read as",
 }
 ORDINALS = {2: "nd", 3: "rd"}
 UPPER_BOUND = "- this family's layers are estimated from above (an upper bound), not counted"

@@ -67,6 +67,10 @@ class Schema(ABC, Generic[RowT]):
         """Return the format of a file that was read; raises `DataError` if its rows are mixed."""
         return format
 
+    def reading_rule(self, record: RawRecord) -> str:
+        """Return how a record was read, where its shape can be read in several ways; else ""."""
+        return ""
+
     def read_folder(self, path: Path) -> tuple[list[Record], str]:
         """Return the records of a folder and its sha256; raises `DataError`."""
         if not self.reads_folders:

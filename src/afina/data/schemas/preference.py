@@ -4,12 +4,14 @@ OpenAI          {"input": {"messages": [...]}, "preferred_output": [...],
                  "non_preferred_output": [...]}
 pairs           {"prompt": ..., "chosen": ..., "rejected": ...}  texts, messages, or lists of these
 conversations   {"conversations" or "messages": [...], "chosen": {...}, "rejected": {...}}
-full chats      {"chosen": [...], "rejected": [...]}   the prompt is their shared beginning
+full chats      {"chosen": [...], "rejected": [...]}   the prompt is their shared beginning,
+                up to the last turn that both have; the chats can be texts ("Human: ... Assistant: ...")
 Alpaca          {"instruction": ..., "input": ..., "chosen": ..., "rejected": ...}
 labels (KTO)    {"messages": [...], "label": true}, {"prompt", "completion", "label"},
                 {"instruction", "output", "kto_tag"}
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 from afina.data.columns import ColumnMapping, RawRecord, list_columns, usable_text
 from afina.data.schemas.base import Schema, register_schema
 from afina.data.schemas.messages import (
+    ROLES,
     Message,
     Prompt,
     as_messages,
@@ -30,6 +33,16 @@ from afina.errors import DataError
 
 PAIRS, LABELS = "pairs", "labels"  # the formats of preference rows
 ANSWER_FIELDS = ("chosen", "rejected")
+# a turn of a chat that is written as one text, as in Anthropic's HH-RLHF
+_TURN = re.compile(
+    r"(?:^|\n)[ \t]*(?:###[ \t]*)?(Human|User|Usuario|Humano|Assistant|Asistente|System|Sistema)[ \t]*:",
+    re.IGNORECASE,
+)
+_SPEAKERS = {"usuario": "user", "humano": "user", "asistente": "assistant", "sistema": "system"}
+PROMPT_RULE = "the prompt is in its own column"
+CHATS_RULE = "the prompt is the beginning of both chats, up to the last turn that both have"
+TEXTS_RULE = "two chats as texts, split at the last turn that both have"
+LABEL_RULE = "one answer a row, with a label"
 BOOLEAN_TEXTS = {"true": True, "false": False, "1": True, "0": False}  # labels in a CSV file
 
 
@@ -147,6 +160,14 @@ class PreferenceSchema(Schema[PreferenceRow]):
             raise DataError(what, where=record.where, why=why, hint=hint)
         return _parse_labeled(record)
 
+    def reading_rule(self, record: RawRecord) -> str:
+        """Return how a record is split into prompt and answers."""
+        if not any(record.has(name) for name in ANSWER_FIELDS):
+            return LABEL_RULE
+        if any(record.has(name) for name in ("messages", "prompt", "instruction")):
+            return PROMPT_RULE
+        return TEXTS_RULE if isinstance(record.peek("chosen"), str) else CHATS_RULE
+
     def format_of_rows(
         self, path: Path, format: str, records: Sequence[RawRecord], rows: Sequence[PreferenceRow]
     ) -> str:
@@ -166,15 +187,13 @@ def _parse_pair(record: RawRecord) -> PreferenceRow:
         return _parse_full_chats(record)
     prompt = parse_prompt(record, has_answers=True)
     chosen, rejected = (_parse_answer(record, name, prompt) for name in ANSWER_FIELDS)
+    chosen, rejected = _without_prompt(prompt, chosen, rejected)
     return _check_pair(PreferenceRow(record.where, prompt, chosen, rejected, parse_tools(record)))
 
 
 def _parse_full_chats(record: RawRecord) -> PreferenceRow:
     """Return two full chats as a pair, with their shared beginning as the prompt."""
-    chosen, rejected = (
-        parse_turns(record.get(name), record.field_location(name), "assistant")
-        for name in ANSWER_FIELDS
-    )
+    chosen, rejected = (_parse_full_chat(record, name) for name in ANSWER_FIELDS)
     pairs = zip(chosen, rejected, strict=False)
     num_shared = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
     if num_shared is None:
@@ -189,6 +208,34 @@ def _parse_full_chats(record: RawRecord) -> PreferenceRow:
     cut = ends[-1]
     answers = chosen[cut:], rejected[cut:]
     return _check_pair(PreferenceRow(record.where, chosen[:cut], *answers, parse_tools(record)))
+
+
+def _parse_full_chat(record: RawRecord, name: str) -> tuple[Message, ...]:
+    """Return a chat, also one that is written as a text with its speakers."""
+    value, where = record.get(name), record.field_location(name)
+    if not isinstance(value, str):
+        return parse_turns(value, where, "assistant")
+    turns = list(_TURN.finditer(value))
+    if not turns or value[: turns[0].start()].strip():
+        return parse_turns(value, where, "assistant")
+    ends = [turn.start() for turn in turns[1:]] + [len(value)]
+    messages = []
+    for turn, end in zip(turns, ends, strict=True):
+        speaker = turn[1].lower()
+        content = usable_text(value[turn.end() : end].strip(), where)
+        messages.append({"role": ROLES[_SPEAKERS.get(speaker, speaker)], "content": content})
+    return tuple(messages)
+
+
+def _without_prompt(prompt: Prompt, chosen: Prompt, rejected: Prompt) -> tuple[Prompt, Prompt]:
+    """Return two answers without the prompt, where both are texts that repeat it."""
+    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+        return chosen, rejected
+    rest = tuple(answer.removeprefix(prompt) for answer in (chosen, rejected))
+    repeats = all(
+        0 < len(r) < len(answer) for r, answer in zip(rest, (chosen, rejected), strict=True)
+    )
+    return (rest[0], rest[1]) if repeats and " " in prompt.strip() else (chosen, rejected)
 
 
 def _check_pair(row: PreferenceRow) -> PreferenceRow:
