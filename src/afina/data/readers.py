@@ -1,4 +1,4 @@
-"""Readers of JSON, JSONL, CSV, TSV, Parquet, plain text and image folders: bytes to records.
+"""Readers of JSON, JSONL, CSV, TSV, Parquet, XLSX, plain text and image folders: bytes to records.
 
 A reader yields `(where, record)`. A record that cannot be read is yielded as its `DataError`, so
 that the caller can raise it or leave the record out; a fault of the complete file is raised.
@@ -9,7 +9,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,18 @@ Records = Iterator[Record]
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 DELIMITERS = ",\t;|"
-PARQUET_MAGIC = b"PAR1"
+PARQUET_MAGIC, ZIP_MAGIC = b"PAR1", b"PK\x03\x04"  # an XLSX file is a zip archive
+# the first bytes of a text in these encodings; UTF-32 first, whose mark begins as that of UTF-16
+BYTE_ORDER_MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"\xef\xbb\xbf": "utf-8-sig",
+}
+# ratio of letters beyond ASCII in Western European text: 2 to 5% in Spanish, French and German; in
+# Cyrillic or Greek code pages nearly all letters are
+MAX_ACCENTED = 0.2
 MAX_CSV_FIELD = 2**31 - 1  # characters; csv's default of 128 KB is less than a long document
 
 
@@ -66,12 +78,14 @@ def read_records(
     suffix = path.suffix.lower()
     if data.startswith(PARQUET_MAGIC):
         return read_parquet(path, data)
+    if data.startswith(ZIP_MAGIC):
+        return read_xlsx(path, data)
     if suffix == ".parquet":
         why = f"it does not begin with {PARQUET_MAGIC.decode()}"
         raise DataError("not a Parquet file", where=str(path), why=why)
     text = decode(path, data)
     if looks_like_json(path, text):
-        return read_json(path, text)
+        return read_json(path, text, is_header)
     if text_is_lines and suffix not in CSV_SUFFIXES:
         return read_lines(path, text)
     delimiter = find_delimiter(path, text, is_header)
@@ -79,25 +93,48 @@ def read_records(
 
 
 def decode(path: Path, data: bytes) -> str:
-    """Return the text of a UTF-8 file without its byte order mark.
+    """Return the text of a file without its byte order mark.
+
+    A text is UTF-8, or UTF-16 or UTF-32 where it begins with their mark; otherwise Windows-1252, if
+    it has no valid UTF-8 beyond ASCII and few letters beyond ASCII.
 
     Raises:
-        DataError: the file is compressed, binary or in another encoding; names the line.
+        DataError: the file is compressed, binary, damaged or in another encoding; names the line.
     """
     if data.startswith(b"\x1f\x8b"):
         raise DataError("the file is compressed", where=str(path), hint=f"gunzip {path}")
-    if b"\0" in data:
-        kind = "UTF-16 text" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "a binary file"
-        hint = "JSONL, CSV, text in UTF-8, or Parquet"
-        raise DataError(f"{kind} cannot be read", where=str(path), hint=hint)
+    encoding = next(
+        (name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None
+    )
+    if encoding is None and b"\0" in data:
+        hint = "JSONL, CSV, text in UTF-8, Parquet, or XLSX"
+        raise DataError("a binary file cannot be read", where=str(path), hint=hint)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
+        if encoding is None and is_windows_1252(data):
+            return data.decode("cp1252")
         line = data.count(b"\n", 0, error.start) + 1
-        hint = f"iconv -f LATIN1 -t UTF-8 {path} > utf8{path.suffix}  (if it is Latin-1)"
+        hint = f"iconv -f ENCODING -t UTF-8 {path} > utf8{path.suffix}  (iconv -l lists encodings)"
         raise DataError(
             "not UTF-8 text", where=f"{path}:{line}", why=str(error), hint=hint
         ) from None
+
+
+def is_windows_1252(data: bytes) -> bool:
+    """Return whether bytes that are not UTF-8 are Western European text in Windows-1252."""
+    if data.isascii() or re.search(
+        rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", data
+    ):
+        return False  # UTF-8 with damage
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    letters = [letter for letter in text if letter.isalpha()]
+    accented = sum(not letter.isascii() for letter in letters)
+    control = re.search(r"[\x00-\x08\x0e-\x1f]", text)
+    return control is None and 0 < accented <= MAX_ACCENTED * len(letters)
 
 
 def looks_like_json(path: Path, text: str) -> bool:
@@ -106,14 +143,25 @@ def looks_like_json(path: Path, text: str) -> bool:
     return path.suffix.lower() in JSON_SUFFIXES or begins is not None
 
 
-def read_json(path: Path, text: str) -> Records:
-    """Yield the objects of a JSON list, of a file with one object per line, or a single object."""
+def read_json(path: Path, text: str, is_row: Callable[[list[str]], bool]) -> Records:
+    """Yield the objects of a JSON list, of a file with one object per line, or of one object.
+
+    One object is a row, or holds rows: as a list below one of its keys, or as objects by an id.
+
+    Args:
+        path: The file, for error messages.
+        text: Its content.
+        is_row: Whether an object with these keys is a row.
+    """
     if text.lstrip().startswith("["):
         yield from _read_list(path, text)
         return
     single = _single_object(text)
     if single is not None:
-        yield f"{path}:row 1", single
+        line = 1 + text[: len(text) - len(text.lstrip())].count("\n")
+        is_line = "\n" not in text.strip()
+        where = f"{path}:{line}" if is_line else f"{path}:row 1"
+        yield from _rows_of_object(path, single, is_row, where)
         return
     # not splitlines, which would cut at a U+2028 inside a string
     for number, line in enumerate(text.split("\n"), 1):
@@ -126,10 +174,39 @@ def read_json(path: Path, text: str) -> Records:
             yield where, _broken_json(path, number, error)
 
 
+def _rows_of_object(
+    path: Path, value: dict[str, Any], is_row: Callable[[list[str]], bool], where: str
+) -> Records:
+    """Yield the rows that an object holds, or the object as the row at `where`."""
+    lists = {key: items for key, items in value.items() if _is_list_of_rows(items)}
+    objects = [item for item in value.values() if isinstance(item, dict)]
+    shared = set.intersection(*map(set, objects)) if objects else set()
+    if not is_row(list(value)) and len(lists) == 1:
+        key, items = next(iter(lists.items()))
+        for number, item in enumerate(items, 1):
+            yield f"{path}:{key}:row {number}", item
+    elif not is_row(list(value)) and len(lists) > 1:
+        first, names = next(iter(lists)), ", ".join(lists)
+        hint = f"one file for each: jq -c '.{first}[]' {path} > {first}.jsonl"
+        raise DataError(f"rows below several keys: {names}", where=str(path), hint=hint)
+    elif not is_row(list(value)) and len(objects) == len(value) and shared:
+        for key, item in value.items():
+            yield f"{path}:{key}", item
+    else:
+        yield where, value
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    """Return whether a value is a list of objects that are not the turns of a chat."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in value)
+
+
 def _single_object(text: str) -> dict[str, Any] | None:
-    """Return the one object that a file holds, written over several lines; None for JSONL."""
-    first_line = next(line for line in text.split("\n") if line.strip())
-    if _parse_or_none(first_line) is not None:
+    """Return the one object that a file holds; None for JSONL of several lines."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and _parse_or_none(lines[0]) is not None:
         return None
     value = _parse_or_none(text)
     return value if isinstance(value, dict) else None
@@ -255,6 +332,42 @@ def read_parquet(path: Path, data: bytes) -> Records:
         raise DataError("the Parquet file is damaged", where=str(path), why=str(error)) from None
     for number, value in enumerate(values, 1):
         yield f"{path}:row {number}", value
+
+
+def read_xlsx(path: Path, data: bytes) -> Records:
+    """Yield the rows of an XLSX file with one filled sheet, whose first row has the names.
+
+    Raises:
+        DataError: openpyxl is missing, the file is damaged or another archive, or several sheets
+            have rows.
+    """
+    try:
+        import openpyxl  # type: ignore[import-untyped]
+    except ImportError:
+        hint = 'pip install "afina[xlsx]", or save the sheet as CSV'
+        raise DataError("an XLSX file needs openpyxl", where=str(path), hint=hint) from None
+    try:
+        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+        sheets = {s.title: list(s.iter_rows(values_only=True)) for s in book.worksheets}
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        what = "not an XLSX file, or a damaged one"
+        raise DataError(what, where=str(path), why=str(error), hint="unpack an archive") from None
+    filled = {name: rows for name, rows in sheets.items() if any(any(_cells(r)) for r in rows)}
+    if len(filled) != 1:
+        what, hint = f"{len(filled)} sheets have rows: {', '.join(filled)}", "one sheet a file"
+        raise DataError(what, where=str(path), hint=hint)
+    rows = next(iter(filled.values()))
+    header = [str(name) if name is not None else "" for name in rows[0]]
+    for number, row in enumerate(rows[1:], 2):
+        cells = _cells(row)
+        if any(cell not in (None, "") for cell in cells):
+            named = zip(header, cells, strict=False)
+            yield f"{path}:row {number}", {name: cell for name, cell in named if name}
+
+
+def _cells(row: Sequence[Any]) -> list[Any]:
+    """Return the values of cells; a date as text."""
+    return [cell.isoformat() if hasattr(cell, "isoformat") else cell for cell in row]
 
 
 # two or more blank lines, or a line with a form feed

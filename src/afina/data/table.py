@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from afina.data.columns import ColumnMapping, Columns, RawRecord
 from afina.data.proposals import SAMPLE, ask_for_reading, propose
-from afina.data.readers import Record, read_bytes, read_records
+from afina.data.readers import Record, is_windows_1252, read_bytes, read_records
 from afina.data.schemas import (
     LABELED,
     PICTURES,
@@ -89,7 +89,7 @@ def read_table(
     """
     path = Path(path)
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, columns or {})
-    records, digest = _read_source(path, schema, mapping)
+    records, digest, note = _read_source(path, schema, mapping)
     objects = [record for _, record in records if isinstance(record, dict)]
     broken = next((record for _, record in records if isinstance(record, DataError)), None)
     if broken is not None and not (objects and skip_bad_rows):
@@ -113,7 +113,7 @@ def read_table(
         why = f"skipped: {summarize_skipped(skipped)}"
         raise DataError("no row can be used", where=str(path), why=why)
     found = schema.format_of_rows(path, found, parsed, rows)
-    rules = dict.fromkeys(rule for record in parsed if (rule := schema.reading_rule(record)))
+    rules = dict.fromkeys(filter(None, [note, *map(schema.reading_rule, parsed)]))
     unused = check_unread(path, schema, found, parsed)
     return Table(path, found, rows, skipped, digest, unused, "; ".join(rules))
 
@@ -175,7 +175,7 @@ def _first_records(
 ) -> list[RawRecord]:
     known = {name: c for name, c in columns.items() if c is None or name in schema.fields}
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, known)
-    records, _ = _read_source(path, schema, mapping, limit)
+    records, *_ = _read_source(path, schema, mapping, limit)
     return [
         RawRecord(where, record, mapping.of_file(list(record)))
         for where, record in records
@@ -185,10 +185,13 @@ def _first_records(
 
 def _read_source(
     path: Path, schema: Schema[Any], mapping: ColumnMapping, limit: int | None = None
-) -> tuple[list[Record], str]:
-    """Return the records of a file or folder, or the first `limit` objects, and its sha256."""
+) -> tuple[list[Record], str, str]:
+    """Return the records of a file or folder or its first `limit` objects, its sha256, and a note.
+
+    The note names the encoding, where it was found by the letters and could be another.
+    """
     if path.is_dir():
-        return schema.read_folder(path)
+        return *schema.read_folder(path), ""
     data = read_bytes(path)
     usual = ColumnMapping.create(path, schema.fields, schema.aliases, {})
 
@@ -200,11 +203,12 @@ def _read_source(
 
     source = read_records(path, data, is_header, schema.text_is_lines)
     if limit is not None:
-        return list(islice((r for r in source if isinstance(r[1], dict)), limit)), ""
+        return list(islice((r for r in source if isinstance(r[1], dict)), limit)), "", ""
     records = list(source)
     if not records:
         raise DataError("the file has no rows", where=str(path))
-    return records, hashlib.sha256(data).hexdigest()
+    note = "text decoded as Windows-1252" if is_windows_1252(data) else ""
+    return records, hashlib.sha256(data).hexdigest(), note
 
 
 def parse_rows(
