@@ -27,8 +27,9 @@ from afina.io.verified_copy import verified_copies
 from afina.merging.results import MergeResult
 from afina.models.bnb_format import write_nf4
 from afina.models.causal_lm import SCORE, CausalLM
-from afina.models.classifier import IMAGE_CONFIG, Classifier, load_classifier, load_masked
+from afina.models.classifier import Classifier, load_classifier, load_masked
 from afina.models.frozen import FrozenModel
+from afina.models.image_preprocessor import IMAGE_CONFIG
 from afina.models.loading import load_base, silence_transformers
 from afina.models.nf4 import dequantize_model, print_quantization, quantize_model
 from afina.settings import MergeSettings, make_settings

@@ -5,7 +5,6 @@ listed in `fresh`, and belongs to the adapter, which trains and saves it whole.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from afina.errors import BaseError
 from afina.io.hashing import hash_tensor_files
 from afina.models.dtype import choose_dtype
 from afina.models.frozen import FrozenModel
+from afina.models.image_preprocessor import ImagePreprocessor
 from afina.models.loading import (
     checked_weight_files,
     choose_device,
@@ -36,54 +36,6 @@ from afina.models.loading import (
     resolve_model_dir,
     silence_transformers,
 )
-
-IMAGE_CONFIG = "preprocessor_config.json"
-
-
-@dataclass
-class ImagePreprocessor:
-    """How pictures become pixels: resized to `size` (height, width), scaled to 0..1, centred by `mean` and `std`."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, folder: Path, config: Any) -> "ImagePreprocessor":
-        """From a model's preprocessor_config.json; where it has none, from its configuration, centred at a half."""
-        channels = getattr(config, "num_channels", 3)
-        file = folder / IMAGE_CONFIG
-        told = json.loads(file.read_text()) if file.is_file() else {}
-        size = told.get("size") or getattr(config, "image_size", 224)
-        if isinstance(size, dict):
-            size = (
-                size.get("height", size.get("shortest_edge")),
-                size.get("width", size.get("shortest_edge")),
-            )
-        height, width = (size, size) if isinstance(size, int) else tuple(size or (224, 224))
-        if told.get("do_normalize") is False:
-            return cls((height, width), (0.0,) * channels, (1.0,) * channels)
-        mean, std = (
-            told.get("image_mean", [0.5] * channels),
-            told.get("image_std", [0.5] * channels),
-        )
-        return cls((height, width), tuple(mean), tuple(std))
-
-    def resize(self, image: Any) -> Tensor:
-        """A PIL image as (channels, height, width), uint8: a quarter of what the pixels will take in float32."""
-        import numpy as np
-
-        image = image.convert("L" if len(self.mean) == 1 else "RGB").resize(self.size[::-1])
-        array = np.array(image)
-        return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-
-    def pixels(self, shrunk: Tensor) -> Tensor:
-        """What the model reads of shrunk pictures (..., channels, height, width): float32, centred."""
-        mean, std = (
-            torch.tensor(values, device=shrunk.device)[:, None, None]
-            for values in (self.mean, self.std)
-        )
-        return (shrunk.float() / 255.0 - mean) / std
 
 
 @dataclass(frozen=True)

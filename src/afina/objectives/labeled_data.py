@@ -69,7 +69,7 @@ def encode_input(
     if base.images is not None:
         if isinstance(content, str):
             raise DataError("this model reads pictures, and here is a text", where=where)
-        return base.images.resize(open_image(content, where))
+        return base.images.resize(open_image(content, where), where)
     if isinstance(content, bytes):
         raise DataError("this model reads text, and here is a picture", where=where)
     tokens = base.encode(content, pair)
