@@ -334,7 +334,7 @@ def test_keys_of_turns_are_read_named_or_refused(tmp_path: Path) -> None:
         return read_table(file, SFT).unused_columns
 
     assert read(timestamp=12, id="x") == {"messages.timestamp": 1, "messages.id": 1}
-    for name, value in (("thinking", "it is me"), ("images", ["a.png"]), ("train", False)):
+    for name, value in (("rationale", "it is me"), ("images", ["a.png"]), ("train", False)):
         with pytest.raises(DataError, match=f"messages.{name}"):
             read(**{name: value})
 
@@ -384,3 +384,18 @@ def test_answers_that_repeat_their_prompt_are_read_without_it(tmp_path: Path) ->
         assert row.prompt == "Greet n"
         assert [str(a).count("Greet") for a in (row.chosen, row.rejected)] == [0, 0]
         assert "Good day." in str(row.chosen) and table.rule == "the prompt is in its own column"
+
+
+def test_tools_are_part_of_every_kind_of_row(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    for schema, row in (
+        (SFT, {"prompt": "a b", "completion": "c"}),
+        (SFT, {"instruction": "a b", "output": "c"}),
+        (SFT, {"messages": [USER, ME]}),
+        (PREFERENCE, {"prompt": "a b", "chosen": "c", "rejected": "d"}),
+        (PROMPT, {"prompt": "a b"}),
+    ):
+        table = read_table(write_rows(tmp_path / "a.jsonl", row | {"tools": [tool]}), schema)
+        assert table.rows[0].tools == (tool,) and table.unused_columns == {}
+        if schema is PREFERENCE:
+            assert table.rows[0].row(table.rows[0].chosen).tools == (tool,)

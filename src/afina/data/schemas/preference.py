@@ -61,7 +61,7 @@ class PreferenceRow:
 
     def row(self, answer: Prompt) -> SFTRow:
         """Return the prompt with an answer, of which only the answer is trained on."""
-        if isinstance(self.prompt, str) and isinstance(answer, str):
+        if isinstance(self.prompt, str) and isinstance(answer, str) and not self.tools:
             return SFTRow(self.where, prompt=self.prompt, completion=answer)
         context = tuple(_without_loss(message) for message in as_messages(self.prompt, "user"))
         return SFTRow(

@@ -13,7 +13,13 @@ from typing import Any
 
 from afina.data.columns import ColumnMapping, RawRecord, usable_text
 from afina.data.schemas.base import Schema, register_schema
-from afina.data.schemas.messages import Prompt, parse_prompt, parse_tools, text_of
+from afina.data.schemas.messages import (
+    Prompt,
+    as_messages,
+    parse_prompt,
+    parse_tools,
+    text_of,
+)
 from afina.errors import DataError
 
 ITEM = "item"  # in files that afina writes: the record from which the row was read
@@ -105,6 +111,8 @@ class PromptSchema(Schema[PromptRow]):
             if record.has(name):
                 reference = usable_text(record.get(name), record.field_location(name))
         tools = parse_tools(record)
+        if tools:  # a template writes them before messages
+            prompt = as_messages(prompt, "user")
         return PromptRow(record.where, prompt, reference, _item(record), tools)
 
 

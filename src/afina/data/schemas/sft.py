@@ -144,25 +144,26 @@ def _parse_chat(record: RawRecord) -> SFTRow:
 
 def _parse_alpaca(record: RawRecord) -> SFTRow:
     answer = {"role": "assistant", "content": record.text("output")}
-    return SFTRow(record.where, messages=(*parse_alpaca_prompt(record), answer))
+    messages = (*parse_alpaca_prompt(record), answer)
+    return SFTRow(record.where, messages=messages, tools=parse_tools(record))
 
 
 def _parse_completion(record: RawRecord) -> SFTRow:
     """Return a prompt with its completion, or with its label, which may be a number.
 
-    With a system message the row is a chat.
+    With a system message or tools the row is a chat.
     """
-    prompt, opening = record.text("prompt"), system_message(record)
+    prompt, opening, tools = record.text("prompt"), system_message(record), parse_tools(record)
     if record.has("completion") or not record.has("label"):
         completion = record.text("completion")
     else:
         label = record.get("label")
         value = str(label) if isinstance(label, int) else label
         completion = usable_text(value, record.field_location("label"))
-    if not opening:
+    if not opening and not tools:
         return SFTRow(record.where, prompt=prompt, completion=completion)
     turns = {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}
-    return SFTRow(record.where, messages=(*opening, *turns))
+    return SFTRow(record.where, messages=(*opening, *turns), tools=tools)
 
 
 def _parse_text(record: RawRecord) -> SFTRow:
