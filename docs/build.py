@@ -21,6 +21,7 @@ ROOT = HERE.parent
 SHARED = {  # pages of both halves: where a page of the guide finds them in the project, and what they are called in the site
     "../../serving.md": "serving.md",
     "../../security.md": "security.md",
+    "../../parameters.md": "parameters.md",
     "../../../recipes/README.md": "recipes.md",
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -14,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from afina.data.renderer import Renderer
 from afina.engine.grammar import GrammarCompiler
 from afina.server.output_parser import CallParser, ReasoningSplitter
-from afina.server.parameters import PARAMETERS
+from afina.server.parameters import PARAMETERS, parameters_page
 from afina.server.prompts import ChatPrompts
 from afina.server.response_input import ResponseRequest, messages_of
 from afina.server.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
@@ -42,6 +43,11 @@ def test_each_parameter_of_openai_has_a_line_in_the_table(endpoint: str) -> None
     assert set(get_type_hints(theirs)) <= set(table)
     used = {name for name, rule in table.items() if rule.handling == "used"}
     assert used == set(body.model_fields)
+
+
+def test_the_page_of_parameters_is_that_of_the_code() -> None:
+    page = Path(__file__).parents[1] / "docs" / "parameters.md"
+    assert page.read_text() == parameters_page(), "make parameters"
 
 
 def user(content: Any, **more: Any) -> dict[str, Any]:

@@ -233,6 +233,22 @@ PARAMETERS: dict[str, Mapping[str, Parameter]] = {
 }
 
 
+HEADER = """# Parameters of requests
+
+What the server does with each parameter. *Used* ones change the response. *Ignored* ones change
+nothing, and the header `x-afina-ignored` names them. *Rejected* ones are an error that names them.
+`null` is like leaving a parameter out.
+
+Generated from `src/afina/server/parameters.py` by `make parameters`.
+"""
+
+
+def parameters_page() -> str:
+    """Return docs/parameters.md: a table for each endpoint."""
+    tables = [f"## {endpoint}\n\n{parameter_table(endpoint)}\n" for endpoint in PARAMETERS]
+    return "\n".join([HEADER, *tables])
+
+
 def parameter_table(endpoint: str) -> str:
     """Return the parameters of an endpoint as a Markdown table, sorted by handling and name."""
     order = ("used", "ignored", "rejected")
@@ -245,3 +261,7 @@ def parameter_table(endpoint: str) -> str:
         why = f"{rule.why}; accepted: {accepted}" if accepted else rule.why
         lines.append(f"| `{name}` | {rule.handling} | {why} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(parameters_page(), end="")
