@@ -225,13 +225,18 @@ NAMED = (
     "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}"
     "{{ eos_token }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
+WITHOUT = (
+    "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "hermes": HERMES.replace("OPEN", ""),
     "reasoning": HERMES.replace("OPEN", "{{ '<think>\\n' }}") + "{# </think> #}",
     "one call": ONE_CALL,
     "ids": WITH_IDS,
     "named": NAMED,
-    "none": None,
+    "chatml": None,
+    "none": WITHOUT,
 }
 TOOL_BODY: dict[str, Any] = {
     "messages": [user("Weather?")],
