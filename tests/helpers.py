@@ -1,13 +1,17 @@
 """Small makers that the tests share."""
 
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +27,7 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter, attach
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_selection import resolve_target_modules
+from afina.cli.main import run as run_command
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.io.adapter_config import AdapterConfig
@@ -170,6 +175,28 @@ def afina(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options
     )
+
+
+def type_line(line: str, folder: Path) -> None:
+    """Run one line of a page as its reader types it, in `folder`, without input.
+
+    In this process, and with the retention loss measured on few tokens: to load torch anew for each
+    of sixty lines, and to read 8,192 tokens before and after each training, takes longer than what
+    they do. An audit that nothing has accepted ends with 3, for review; everything else with 0.
+    """
+    program, *words = shlex.split(line, comments=True)
+    assert program == "afina", line
+    output = io.StringIO()
+    with (
+        chdir(folder),
+        redirect_stdout(output),
+        redirect_stderr(output),
+        patch("sys.stdin", io.StringIO()),
+        patch("afina.evaluation.retention.GENERAL_TOKENS", 512),
+    ):
+        status = run_command(words)
+    is_review = words[0] == "audit" and "--accept" not in words
+    assert status == (3 if is_review else 0), f"{line}\n{output.getvalue()}"
 
 
 ENVIRONMENT = {
