@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from afina.adapters.base import AdapterConfig, AdapterLayer, TargetModule
+from afina_vera.settings import VeRASettings
 
 
 class VeRA(AdapterLayer):
@@ -17,7 +18,7 @@ class VeRA(AdapterLayer):
 
     tensor_names = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
     shape_rules = {"d": "(rank,)", "b": "(outputs,)"}
-    options = ("seed",)
+    settings_class = VeRASettings
 
     def __init__(
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
