@@ -173,7 +173,7 @@ def afina(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str
     """`afina ...` as a process of its own."""
     command = [sys.executable, "-m", "afina", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options
+        command, capture_output=True, text=True, timeout=250, env=ENVIRONMENT, **options
     )
 
 

@@ -24,8 +24,8 @@ ENDED = ("succeeded", "failed", "cancelled", "paused")
 SHORT = {"max_steps": 6, "eval_steps": 2, "learning_rate": 3e-3, "max_length": 64}
 
 
-def until(wanted: Callable[[], Any], seconds: float = 120.0) -> Any:
-    """What `wanted` gives, once it gives something."""
+def until(wanted: Callable[[], Any], seconds: float = 250.0) -> Any:
+    """What `wanted` gives, once it gives something: a job loads torch first, on a busy machine."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := wanted():
@@ -110,6 +110,7 @@ def test_lists_come_in_pages(alice: openai.OpenAI) -> None:
         alice.files.delete(file)
 
 
+@pytest.mark.slow
 def test_from_rows_to_answers_of_the_tuned_model(
     server: Live, alice: openai.OpenAI, bob: openai.OpenAI, chats: Path
 ) -> None:
@@ -343,7 +344,9 @@ def test_code_in_graders_is_for_the_operator_to_allow(
         with pytest.raises(openai.PermissionDeniedError, match="--allow-python-graders"):
             asked()
     monkeypatch.setattr(
-        server.state, "settings", server.state.settings.model_copy(update={"allow_python_graders": True})
+        server.state,
+        "settings",
+        server.state.settings.model_copy(update={"allow_python_graders": True}),
     )
     assert graders.validate(grader=CODE).grader.name == "code"  # type: ignore[union-attr]
     assert graders.run(grader=CODE, model_sample="four").reward == 4.0
@@ -393,6 +396,7 @@ def test_pause_goes_on_where_it_was_and_cancel_ends(
         alice.fine_tuning.jobs.resume(job.id)
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
     server: Live, alice: openai.OpenAI, tmp_path: Path
 ) -> None:
@@ -547,67 +551,50 @@ def process(
 def test_kill_dash_nine_loses_nothing_that_was_acknowledged(
     tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
+    """A job's process ends with its server; the next server continues the job.
+
+    The next one is told to stop (SIGTERM), and ends the answer that it has begun.
+    """
     state = tmp_path / "state"
+    ask: Any = [{"role": "user", "content": "say sol luna"}]
     with process(tiny, state) as (client, running):
         first = ended(client, start(client, chats, tiny.name).id)
         job = start(client, chats, tiny.name, afina={"max_steps": 40, "eval_steps": 5})
         other = start(client, chats, tiny.name)  # waits behind it
         until(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data)
-        before = [event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+        before = {event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)}
+        lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+        child = [line["trainer"] for line in lines if line["event"] == "job started"][-1]
         running.send_signal(signal.SIGKILL)
         running.wait()
+        until(lambda: not alive(child), 10.0)
     with process(tiny, state) as (client, running):
-        assert {found.id for found in client.fine_tuning.jobs.list()} == {
-            first.id,
-            job.id,
-            other.id,
-        }
+        jobs = {found.id for found in client.fine_tuning.jobs.list()}
+        assert jobs == {first.id, job.id, other.id}
         assert len(client.files.list().data) == 3
-        ask: Any = [{"role": "user", "content": "say sol luna"}]
-        assert client.chat.completions.create(
+        answer = client.chat.completions.create(
             model=first.fine_tuned_model, messages=ask, max_tokens=2
-        ).choices
+        )
+        assert answer.choices
         assert ended(client, job.id).status == "succeeded"
         assert ended(client, other.id).status == "succeeded"
-        messages = [
-            event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
-        ]
-        assert set(before) <= {
-            event.id for event in client.fine_tuning.jobs.list_events(job.id, limit=100)
-        }
-        assert any("resumes from its last checkpoint" in message for message in messages)
+        events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
+        assert before <= {event.id for event in events}
+        assert any("resumes from its last checkpoint" in event.message for event in events)
         log = (state / "jobs" / job.id / "run" / "metrics.jsonl").read_text()
         assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(1, 41))
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(30) == 0
-
-
-@pytest.mark.slow
-def test_a_server_that_is_told_to_stop_ends_what_it_has_begun(tiny: Path, tmp_path: Path) -> None:
-    with process(tiny, tmp_path / "state") as (client, running):
-        ask: Any = [{"role": "user", "content": "say sol luna"}]
-        body = {"ignore_eos": True}
         stream = client.chat.completions.create(
-            model=tiny.name, messages=ask, max_tokens=150, stream=True, extra_body=body
+            model=tiny.name,
+            messages=ask,
+            max_tokens=150,
+            stream=True,
+            extra_body={"ignore_eos": True},
         )
         chunks = [next(iter(stream))]
         running.send_signal(signal.SIGTERM)
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         assert running.wait(30) == 0
-
-
-@pytest.mark.slow
-def test_a_job_ends_with_its_server(tiny: Path, chats: Path, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    with process(tiny, state) as (client, running):
-        job = start(client, chats, tiny.name, afina={"max_steps": 5000})
-        until(lambda: client.fine_tuning.jobs.list_events(job.id).data[0].type == "metrics")
-        lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
-        child = next(line["trainer"] for line in lines if line["event"] == "job began")
-        running.send_signal(signal.SIGKILL)
-        running.wait()
-        until(lambda: not alive(child), 10.0)
 
 
 def alive(process: int) -> bool:

@@ -104,6 +104,7 @@ ALLOWED: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@pytest.mark.slow
 @settings(FEW, max_examples=60)
 @given(
     model=st.sampled_from(["one", "one:0.5", "one:-1,one:2"]),
@@ -230,6 +231,7 @@ def test_our_answers_are_theirs(server: Live, theirs: dict[str, Any]) -> None:
         check(theirs, "ErrorResponse", http.get("/v1/models/nobody").json())
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_our_jobs_are_theirs(server: Live, theirs: dict[str, Any], chats: Path) -> None:
     with server.http() as http:

@@ -342,7 +342,7 @@ def broken(tmp_path: Path, breaks: str, *command: object) -> subprocess.Complete
     words = [*launcher, tmp_path / "breaking.py", *command]
     environment = ENVIRONMENT | {"BREAKS": breaks}
     return subprocess.run(
-        [str(w) for w in words], capture_output=True, text=True, timeout=100, env=environment
+        [str(w) for w in words], capture_output=True, text=True, timeout=250, env=environment
     )
 
 

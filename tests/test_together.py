@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 import afina
 from afina.adapters.segments import Segment, Segments
+from afina.cli.main import run as run_command
 from afina.errors import SettingsError, TrainingError
 from afina.models.loading import load_base
 from afina.objectives.multi_adapter import multi_adapter_losses
 from afina.settings import TrainSettings
 from afina.training.sweep import sweep as run_sweep
 from afina.training.train import TrainResult
-from helpers import afina as run_afina
 from helpers import flat_run, logits, metrics, put
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -24,7 +24,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-8": dict(
         rank=8, learning_rate=1e-3, seed=3, max_tokens_per_batch=200, lr_scheduler_type="linear"
     ),
-    "rslora": dict(rank=4, scaling="rslora", learning_rate=2e-3, target_modules=["q_proj", "down_proj"]),
+    "rslora": dict(
+        rank=4, scaling="rslora", learning_rate=2e-3, target_modules=["q_proj", "down_proj"]
+    ),
     "dora": dict(method="dora", rank=4, learning_rate=3e-3, gradient_accumulation_steps=2),
     "mora": dict(method="mora", rank=2, learning_rate=1e-3, weight_decay=0.1, layers="last:2"),
     "alora": dict(method="alora", rank=4, learning_rate=2e-3, max_grad_norm=0.05),
@@ -118,7 +120,9 @@ def test_each_stops_when_its_own_patience_or_steps_end(
     outcomes = afina.train_many(
         [settings(tiny, chats, general, tmp_path / f"{n}", **s) for n, s in enumerate(own)]
     )
-    assert [outcome.record["steps"] for outcome in outcomes if isinstance(outcome, TrainResult)] == [
+    assert [
+        outcome.record["steps"] for outcome in outcomes if isinstance(outcome, TrainResult)
+    ] == [
         6,
         4,
         9,
@@ -126,23 +130,22 @@ def test_each_stops_when_its_own_patience_or_steps_end(
 
 
 def test_a_sweep_file_runs_and_resumes(
-    tiny: Path, chats: Path, general: Path, tmp_path: Path
+    tiny: Path, chats: Path, general: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
         f"base: {tiny}\ndata: {chats}\nretention_text: {general}\nmax_steps: 4\nmax_tokens_per_batch: 256\n"
         "runs:\n  - {rank: 2}\n  - {method: dora, name: careful, learning_rate: 1.0e-3}\n"
     )
-    done = run_afina("train", sweep, "--max-steps", 6, "--output-dir", tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    command = ["train", str(sweep), "--max-steps", "6", "--output-dir", str(tmp_path / "out")]
+    assert run_command([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [run["name"] for run in result["runs"]] == ["01-lora", "careful"]
     assert all(run["steps"] == 6 for run in result["runs"])
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["runs"] == result["runs"]
     assert (tmp_path / "out" / "careful" / "README.md").is_file()
-    again = run_afina("train", sweep, "--max-steps", 6, "--output-dir", tmp_path / "out")
-    assert again.returncode == 2
-    assert "a run in this folder" in again.stderr
+    assert run_command(command) == 2
+    assert "a run in this folder" in capsys.readouterr().err
 
 
 def test_wrong_sweeps_are_refused_before_anything_begins(
