@@ -27,14 +27,18 @@ logging.set_verbosity_error()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `shared` are skipped where the material is not there; the longest come first, so that nobody waits for one.
+    """Skip tests marked `shared` where the material is missing; run the files of the longest first.
 
-    Of two processes, each begins with half of the tests, and takes from the end of the other's when it has none left.
+    Of two processes, each begins with half of the tests, and takes from the end of the other's when
+    it has none left. A file's tests stay together, so that its fixtures are built once.
     """
+    limits: dict[Path, tuple[float, bool]] = {}
     for item in items:
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
-    items.sort(key=lambda item: (-_limit(item), "slow" not in item.keywords))
+        cost = _limit(item), "slow" in item.keywords
+        limits[item.path] = max(cost, limits.get(item.path, cost))
+    items.sort(key=lambda item: limits[item.path], reverse=True)
 
 
 def _limit(item: pytest.Item) -> float:

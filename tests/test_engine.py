@@ -146,6 +146,7 @@ def test_every_kind_of_adapter_side_by_side(
     assert engine.memory.pool.num_free_blocks + len(engine.memory.tree) == engine.memory.pool.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "pages", "running", "host"), [(0, 60, 8, 0), (1, 22, 5, 60_000), (2, 40, 3, 1 << 20)]
 )
@@ -410,6 +411,7 @@ def test_cancelled_and_stopped(tiny: Path, adapters: dict[str, Path]) -> None:
         engine.add_request(request, lambda e: None)
 
 
+@pytest.mark.slow
 def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
     """While one adapter has nearly all tokens it is merged; answers stay, others get theirs, and W is as it was."""
     engine = engine_on(tiny, adapters, merged_weights_bytes=1 << 20)

@@ -44,6 +44,7 @@ def noise(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "noise"
 
 
+@pytest.mark.slow
 def test_the_search_keeps_the_skill_and_drops_the_noise(
     skilled: Path, noise: Path, chats: Path, tmp_path: Path
 ) -> None:

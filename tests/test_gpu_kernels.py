@@ -349,6 +349,7 @@ def test_paged_attention(
     assert (out[4:] == 7.0).all()  # a sequence with more queries is somebody else's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mixed", "odd pages and heads", "window", "softcap", "nobody"])
 def test_serving_takes_it(case: str, used: list[str]) -> None:
     """As the engine calls it, few queries and many side by side, in a pool full of NaN."""

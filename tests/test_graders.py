@@ -298,6 +298,7 @@ def test_rows_keep_what_graders_ask_for(tmp_path: Path) -> None:
         assert (row.prompt, row.reference, row.item) == (other.prompt, other.reference, other.item)
 
 
+@pytest.mark.slow
 def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> None:
     from afina import evaluate, train
     from afina.settings import EvalSettings

@@ -222,6 +222,7 @@ def test_cached_generation_equals_the_recomputed_one(base: CausalLM) -> None:
             sequence.append(token)
 
 
+@pytest.mark.slow
 def test_alora_trains_saves_and_loads(tiny: Path, chats: Path, tmp_path: Path) -> None:
     run = train(
         chats,

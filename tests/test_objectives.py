@@ -28,6 +28,7 @@ class HalvedObjective(LanguageModelingObjective):
         return super().report(before, after) | {"verdict": ["Half of it was reported."]}
 
 
+@pytest.mark.slow
 def test_own_objective_trains_resumes_evaluates_and_reports(
     tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def check(theirs: dict[str, Any], name: str, value: Any) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_their_description_can_say_no(theirs: dict[str, Any]) -> None:
     from jsonschema import ValidationError

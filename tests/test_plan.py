@@ -477,6 +477,7 @@ def test_what_the_dial_keeps_is_what_autograd_keeps(tiny: Path) -> None:
     assert max(rest) - min(rest) < 0.085 * kept[0][1], kept
 
 
+@pytest.mark.slow
 def test_train_uses_what_the_plan_chose(
     tiny: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,6 +594,7 @@ def test_a_plan_of_pairs_counts_what_is_computed(tiny: Path, tmp_path: Path) -> 
     assert costs["dpo"]["batch"]["tokens"] == max(sizes) < 200  # two answers, and one prompt
 
 
+@pytest.mark.slow
 def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: Path) -> None:
     rows = pairs_of(tmp_path)
     first = afina.train(
@@ -651,6 +653,7 @@ def test_an_activated_adapter_reads_what_comes_before_it_once(tiny: Path, tmp_pa
     assert both[1]["phases"]["learning"] < both[0]["phases"]["learning"]
 
 
+@pytest.mark.slow
 def test_the_dial_turns_for_pairs_too(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,7 @@ def test_the_first_gradient_is_the_policy_gradient(method: str, tiny: Path, aske
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
 
 
+@pytest.mark.slow
 def test_packed_is_unpacked(tiny: Path, asked: Path) -> None:
     for objective in ("grpo", "rloo", "ppo"):
         found = []
@@ -358,6 +359,7 @@ def test_sampled_answers_follow_the_temperature(tiny: Path, asked: Path) -> None
 # ---- who judges
 
 
+@pytest.mark.slow
 def test_a_reward_model_judges_on_the_same_base(
     learn: Learn, tiny: Path, general: Path, asked: Path, tmp_path: Path
 ) -> None:

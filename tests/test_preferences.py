@@ -538,6 +538,7 @@ def test_pairs_and_labels_are_recognised(learn: Learn, pairs: Path, tmp_path: Pa
         assert run.record["objective"] == objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", sorted(PREFERENCES))
 def test_packed_is_unpacked(objective: str, tiny: Path, pairs: Path) -> None:
     values = {**TRAINED, "base": str(tiny), "objective": objective, "data": pairs}

@@ -190,6 +190,7 @@ def test_full_fine_tuning_is_not_sharded(tiny: Path, chats: Path, tmp_path: Path
         )
 
 
+@pytest.mark.slow
 def test_sharded_in_one_process_is_the_whole_base(
     tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:

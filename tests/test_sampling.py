@@ -122,6 +122,7 @@ def test_draws_follow_the_distribution_of_transformers_warpers(settings: dict[st
     assert not follows(counts, expected.roll(1)), "the test sees a wrong distribution"
 
 
+@pytest.mark.slow
 def test_a_wide_nucleus_is_found_beyond_the_first_tokens_that_are_sorted() -> None:
     logits = scores(vocabulary=5000)[0] * 0.05  # nearly flat: 90% of it are thousands of tokens
     counts = drawn(logits, temperature=1.0, top_p=0.9, draws=20000)

@@ -58,6 +58,7 @@ def test_parts_are_comparisons_of_two_hours_at_most() -> None:
         assert settings.num_seeds >= (2 if name == "smoke" else 3)
 
 
+@pytest.mark.slow
 def test_the_pages_are_those_of_the_results() -> None:
     done = study.read_results()
     assert (ROOT / "studies" / "README.md").read_text(encoding="utf-8") == study.page(done)
@@ -252,6 +253,7 @@ def as_if_run(name: str) -> dict[str, Any]:
     return found | {"part": name, "task": part["task"]}
 
 
+@pytest.mark.slow
 def test_the_pages_can_be_made_of_all_parts() -> None:
     """Each claim is decided once its parts have run, and each picture drawn: no part has to run for that to be known."""
     done = {name: as_if_run(name) for name in study.parts()}

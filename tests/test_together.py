@@ -84,6 +84,7 @@ def test_together_is_one_by_one(
         assert all((a[k] - b[k]).norm() <= 0.02 * b[k].norm() + 1e-4 for k in a), name
 
 
+@pytest.mark.slow
 def test_one_that_diverges_stops_alone(
     tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_one_that_diverges_stops_alone(
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-5), a["step"]
 
 
+@pytest.mark.slow
 def test_each_stops_when_its_own_patience_or_steps_end(
     tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_its_rows_act_where_the_route_says(grown: tuple[CausalLM, dict[str, int]
     assert torch.equal(mixed[9:12], off[9:12])
 
 
+@pytest.mark.slow
 def test_saved_is_loaded_and_merged_is_adapted(
     grown: tuple[CausalLM, dict[str, int]], tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_peft_reads_ours_and_we_read_theirs(
     assert_apart_by_rounding(read, made, run[0][:end])
 
 
+@pytest.mark.slow
 def test_a_run_teaches_a_token_that_the_base_never_saw(
     tiny: Path, general: Path, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_run_learns_and_tells_its_story(
     )
 
 
+@pytest.mark.slow
 def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     run = train(max_steps=6, eval_steps=2)
     files = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
@@ -164,6 +165,7 @@ def test_the_run_folder_is_complete(train: Train, tiny: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_card_names_the_licence_of_the_base(train: Train, tiny: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -179,6 +181,7 @@ def test_a_card_names_the_licence_of_the_base(train: Train, tiny: Path, tmp_path
         )
 
 
+@pytest.mark.slow
 def test_eval_finds_what_the_run_found(train: Train) -> None:
     """The judge, from the folder alone: the same held-out rows, the same losses; metrics and examples."""
     run = train(max_steps=30, learning_rate=1e-2)
@@ -209,6 +212,7 @@ def test_eval_of_a_base_alone_and_of_other_rows(tiny: Path, chats: Path, text: P
     assert "exact_match" not in plain["before"]
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_run(train: Train, tmp_path: Path) -> None:
     first = train(max_steps=4, dropout=0.2)
     settings = yaml.safe_load((first.folder / "settings.yaml").read_text())
@@ -228,6 +232,7 @@ def test_the_default_folder_is_named_after_data_and_method(
     assert (tmp_path / "runs" / "chats-lora" / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_epochs_steps_and_batches(train: Train, tmp_path: Path) -> None:
     one = train(max_steps=None, num_train_epochs=1, max_tokens_per_batch=10_000)
     assert one.record["steps"] == 1
@@ -249,6 +254,7 @@ def test_epochs_steps_and_batches(train: Train, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(20)]
     run = train(
@@ -276,6 +282,7 @@ def test_columns_of_ones_own(train: Train, tmp_path: Path) -> None:
 # which numbers are learned
 
 
+@pytest.mark.slow
 def test_lora_on_chosen_layers_with_ranks_and_rates_of_their_own(train: Train) -> None:
     run = train(
         target_modules=["q_proj", "down_proj"],
@@ -333,6 +340,7 @@ def test_full_on_a_chosen_part(train: Train, tiny: Path, targets: Any) -> None:
     } == paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
 @pytest.mark.parametrize(
     "settings",
