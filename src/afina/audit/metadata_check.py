@@ -46,6 +46,10 @@ def check_metadata(
         gate.block("story-value", "the hash of its base is empty", where)
     if checked.base.remote_code:
         gate.review("base-code", "its base runs Python code of its own", where)
+    if checked.chat is not None and checked.chat.jinja is not None:
+        gate.review("chat-template", "it brings a template, code that shapes every prompt", where)
+    if checked.chat is not None and checked.chat.allow_control_tokens:
+        gate.review("control-tokens", "texts of users are read as control tokens", where)
     if not gate.blocked:
         _check_same(metadata["spec"], config, method, gate, where)
 

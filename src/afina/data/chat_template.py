@@ -180,6 +180,8 @@ class ChatTemplate:
         given = []
         for message in messages:
             own = {key: value for key, value in message.items() if key != "weight"}
+            if isinstance(own.get("content"), list):  # joined first: parts can make up a token
+                own["content"] = join_parts(own["content"])
             if not self.chat_format.allow_control_tokens:
                 is_answer = message["role"] == "assistant"
                 kept = self.read_in_answers if is_answer else frozenset()
@@ -265,8 +267,6 @@ class ChatTemplate:
     def _adapt(self, message: Message) -> Message:
         """Return a message in the form that the template takes."""
         content = message.get("content")
-        if isinstance(content, list):
-            content = join_parts(content)
         if message["role"] == "developer" and not self._takes_developer:
             message = message | {"role": "system"}
         if message.get("tool_calls"):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from afina.data.answers import Answer, check_history, find_answers, is_trained
 from afina.data.chat_template import PROBE, Chat, ChatTemplate
 from afina.data.control_tokens import restore
-from afina.data.schemas import Message, SFTRow
+from afina.data.schemas import Message, SFTRow, text_of
+from afina.data.unread import list_unused
 from afina.errors import DataError, pluralize
 from afina.io.chat_format import ChatFormat
 
@@ -70,8 +71,10 @@ class Renderer:
         """Whether a prompt that is a text becomes a user's message."""
         self.unused_keys: dict[str, set[str]] = {}
         """Keys of messages that the template does not read, with the places of their rows."""
-        self.control_text_rows: set[str] = set()
-        """Places of rows whose texts contain control tokens."""
+        self.control_rows: dict[str, set[str]] = {}
+        """Places of rows whose texts contain control tokens, by how these are read."""
+        self.split_rows: set[str] = set()
+        """Places of chats that are more than one example."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -145,6 +148,13 @@ class Renderer:
             return self.prompt([{"role": "user", "content": messages_or_text}])
         return self._with_bos(self._encode(messages_or_text))
 
+    def encode_content(self, text: str) -> list[int]:
+        """Return the tokens of a text that continues a message: control tokens in it stay text."""
+        hidden: list[str] = []
+        if not self.template.chat_format.allow_control_tokens:
+            text = self.template.control.hide(text, hidden)
+        return self._encode(text, hidden)
+
     def invocation(self, text: str | None) -> list[int]:
         """Return the tokens of `text`; without it, of what the template writes before an answer."""
         if text is not None:
@@ -173,6 +183,7 @@ class Renderer:
         if row.text is None:
             tokens = self._whole(row)
         else:
+            self._note_control_tokens(row, row.text, raw=True)
             tokens = [*self._with_bos(self._encode(row.text)), self._eos(row.where)]
         size = max(2, min(chunk, self.max_length))
         cuts = [*range(0, len(tokens), size), len(tokens)]
@@ -251,13 +262,31 @@ class Renderer:
         answers = find_answers(self.template, chat, numbers)
         for key in check_history(self.template, chat, numbers, answers[-1].prompt):
             self.unused_keys.setdefault(key, set()).add(row.where)
-        if chat.hidden:
-            self.control_text_rows.add(row.where)
+        self._note_control_tokens(row, *map(text_of, messages))
         examples: list[Example] = []
         while answers:
             example, answers = self._join(answers, chat)
             examples.insert(0, example)
+        if len(examples) > 1:
+            self.split_rows.add(row.where)
         return examples
+
+    def _note_control_tokens(self, row: SFTRow, *texts: str, raw: bool = False) -> None:
+        if self.template.control.occur_in(*texts):
+            is_token = raw or self.template.chat_format.allow_control_tokens
+            kind = "control_tokens_as_tokens" if is_token else "control_tokens_as_text"
+            self.control_rows.setdefault(kind, set()).add(row.where)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What a plan tells about the rows rendered so far, as far as there is something to tell."""
+        counts: dict[str, Any] = {kind: len(rows) for kind, rows in self.control_rows.items()}
+        if self.split_rows:
+            counts["split_chats"] = len(self.split_rows)
+        if self.unused_keys:
+            unused = {key: len(rows) for key, rows in self.unused_keys.items()}
+            counts["unused_message_keys"] = list_unused(unused)
+        return counts
 
     def _join(self, answers: list[Answer], chat: Chat) -> tuple[Example, list[Answer]]:
         """Return an example with the last answer and all that its text has alike, and the others."""
@@ -297,8 +326,7 @@ class Renderer:
         end, the two are encoded separately.
         """
         prompt, completion = row.prompt or "", row.completion or ""
-        if self.template.control.occur_in(prompt, completion):
-            self.control_text_rows.add(row.where)
+        self._note_control_tokens(row, prompt, completion, raw=True)
         tokens, start = self._encode(prompt + completion), self._encode(prompt)
         if tokens[: len(start)] != start:
             tokens = start + self._encode(completion)

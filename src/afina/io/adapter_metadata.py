@@ -73,6 +73,16 @@ class Parent(_Part):
     method: Text | None = None
 
 
+class RecordedChat(_Part):
+    """How an adapter is asked; `jinja` is the text of a template that came from a file."""
+
+    template: Annotated[str, Field(max_length=4096)] | None = None
+    kwargs: dict[Text, Any] = Field(default_factory=dict)
+    allow_control_tokens: bool = False
+    jinja: Annotated[str, Field(max_length=1 << 18)] | None = None
+    stop_tokens: Annotated[list[Text], Field(max_length=64)] = Field(default_factory=list)
+
+
 class AdapterMetadata(_Part):
     """The content of an adapter's afina.json."""
 
@@ -80,6 +90,7 @@ class AdapterMetadata(_Part):
     hash: Sha256 | None = None
     spec: CanonicalConfig
     base: RecordedBase = RecordedBase()
+    chat: RecordedChat | None = None
     parents: Annotated[list[Parent], Field(max_length=MAX_PARENTS)] = Field(default_factory=list)
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from afina.errors import AdapterError
 
 CHAT_KEY = "chat"  # of run.json and afina.json
+BUILT_IN = ("plain", "chatml")
 FIELD_TYPES = {
     "template": str | None,
     "kwargs": dict,
@@ -82,14 +83,23 @@ class ChatFormat:
         return cls(**known | {"stop_tokens": tuple(known.get("stop_tokens", ()))})
 
     def record(self) -> dict[str, Any]:
-        """Return the value of the key `chat` of run.json and afina.json."""
+        """Return the value of the key `chat` of run.json and afina.json.
+
+        It has the text of a template only where this is a file, which may be gone. The tokenizer
+        has its own, and an adapter from somebody else that brings none can be told by that.
+        """
         return {
             "template": self.template,
             "kwargs": dict(self.kwargs),
             "allow_control_tokens": self.allow_control_tokens,
-            "jinja": self.jinja,
+            "jinja": self.jinja if self.is_file else None,
             "stop_tokens": list(self.stop_tokens),
         }
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the template is neither the tokenizer's own nor a built-in one."""
+        return self.template not in (None, *BUILT_IN)
 
     def with_arguments(self, kwargs: Mapping[str, Any]) -> "ChatFormat":
         """Return this format with `kwargs` in place of arguments of the same names."""

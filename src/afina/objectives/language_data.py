@@ -105,6 +105,7 @@ class TokenizedRows:
             "tokens": tokens,
             "longest": longest,
             "labelled_percent": 100.0 * labels / tokens,
+            **self.renderer.counts,
         }
 
 

@@ -149,6 +149,7 @@ class PairwiseObjective(Objective):
                 "held_out": len(held),
                 "tokens": sum(len(choice.token_ids) for choice in examples),
                 "longest": max(len(e.token_ids) for c in examples for e in c.completions),
+                **renderer.counts,
             },
             units=cls.units,
         )

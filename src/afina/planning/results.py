@@ -23,6 +23,10 @@ DATA_LABELS = {
     "labelled_percent": "target tokens (%)",
     "unused_columns": "columns not used",
     "rule": "read as",
+    "unused_message_keys": "keys of messages that the template does not read",
+    "control_tokens_as_text": "rows with control tokens in their texts, read as text",
+    "control_tokens_as_tokens": "rows with control tokens in their texts, read as tokens",
+    "split_chats": "chats with an example for each answer",
 }
 ORDINALS = {2: "nd", 3: "rd"}
 UPPER_BOUND = "- this family's layers are estimated from above (an upper bound), not counted"

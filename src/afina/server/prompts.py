@@ -166,8 +166,7 @@ class ChatPrompts:
             messages, tools=described, template_kwargs=self.template_kwargs(body)
         )
         if prefill:
-            tokenizer = self.renderer.tokenizer
-            tokens = tokens + tokenizer(prefill, add_special_tokens=False)["input_ids"]
+            tokens = tokens + self.renderer.encode_content(prefill)
         return tokens
 
     def _ends_with(self, tokens: Sequence[int], marker: str) -> bool:

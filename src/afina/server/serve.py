@@ -8,20 +8,18 @@ from typing import IO, Any
 
 import uvicorn
 
-from afina.data.renderer import Renderer
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import AfinaError, SettingsError
 from afina.io.adapter_folder import CONFIG_FILE
-from afina.io.chat_format import ChatFormat
 from afina.io.result import Result
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.server.app import make_app
 from afina.server.auth import APIKeys
+from afina.server.formats import ServedFormats
 from afina.server.jobs.worker import JobWorker
 from afina.server.logs import LOG, set_up_logs
 from afina.server.metrics import ServerMetrics
-from afina.server.prompts import ChatPrompts
 from afina.server.rate_limits import RateLimiter
 from afina.server.routes.models import NAME
 from afina.server.routing import ServedAdapterRouter
@@ -107,19 +105,18 @@ def build_server(settings: ServeSettings) -> ServerState:
     store = Store(
         settings.database_url or f"sqlite:///{(settings.state_dir / 'state.db').resolve()}"
     )
-    renderer = Renderer(base.tokenizer, ChatFormat.from_settings(settings), base.max_positions)
+    formats = ServedFormats(base, engine.registry, settings)
     metrics = ServerMetrics(engine, name)
     state = ServerState(
         settings=settings,
         engine=engine,
-        renderer=renderer,
         store=store,
         keys=APIKeys(settings),
         limits=RateLimiter(settings.max_requests_per_key, settings.max_tokens_per_minute),
         metrics=metrics,
         worker=JobWorker(settings, store, engine, metrics),
-        router=ServedAdapterRouter(base, renderer, engine.registry),
-        prompts=ChatPrompts(renderer),
+        router=ServedAdapterRouter(base, formats.base.renderer, engine.registry),
+        formats=formats,
     )
     _register_adapters(state)
     engine.start()

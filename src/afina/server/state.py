@@ -19,12 +19,13 @@ from afina.io.composition import composition_hash
 from afina.models.causal_lm import CausalLM
 from afina.server.auth import APIKeys, Principal
 from afina.server.errors import APIError, not_found, to_api_error
+from afina.server.formats import ServedFormats
 from afina.server.jobs.worker import JobWorker
 from afina.server.metrics import ServerMetrics
-from afina.server.prompts import ChatPrompts
+from afina.server.prompts import ChatPrompt
 from afina.server.rate_limits import RateLimiter
 from afina.server.routing import ServedAdapterRouter
-from afina.server.schemas import StrictRequest
+from afina.server.schemas import ChatCompletionRequest, StrictRequest
 from afina.server.store import Store
 from afina.settings import EMBEDDED, ServeSettings
 
@@ -63,19 +64,23 @@ class ServerState:
 
     settings: ServeSettings
     engine: Engine
-    renderer: Renderer
     store: Store
     keys: APIKeys
     limits: RateLimiter
     metrics: ServerMetrics
     worker: JobWorker
     router: ServedAdapterRouter
-    prompts: ChatPrompts
+    formats: ServedFormats
     ready: bool = True
     # one thread for templates and tokenizing: a long text does not block other requests' streams
     tokenizer_pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "tokens")
     )
+
+    @property
+    def renderer(self) -> Renderer:
+        """What writes the prompts of the base."""
+        return self.formats.base.renderer
 
     @property
     def base(self) -> CausalLM:
@@ -119,6 +124,21 @@ class ServerState:
             what = f"model names {len(adapters)} adapters; a request uses at most {MAX_ADAPTERS}"
             raise APIError(400, what, "model")
         return self._check_audit(_resolved(model, adapters))
+
+    def build_chat(
+        self, caller: Principal, model: str, body: ChatCompletionRequest
+    ) -> tuple[ResolvedModel, ChatPrompt]:
+        """Return what `model` stands for, and the prompt in the format of its adapters.
+
+        "auto" routes by the prompt in the format of the base.
+
+        Raises:
+            APIError: as `resolve_model`, or the adapters were trained in different formats.
+            DataError: the template rejects the messages.
+        """
+        routed = self.formats.base.build(body).tokens if model == AUTO else ()
+        chosen = self.resolve_model(caller, model, routed)
+        return chosen, self.formats.of(chosen.names).build(body)
 
     def _check_audit(self, chosen: ResolvedModel) -> ResolvedModel:
         """Return `chosen` if audit reports are not required, or there is one for all of it.

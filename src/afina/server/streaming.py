@@ -284,6 +284,7 @@ def requests_for(
         APIError: 400 where a prompt and `max_tokens` exceed the context of the base.
     """
     context, made = state.base.max_positions, []
+    stops = state.formats.of(chosen.names).renderer.stop_token_ids
     for prompt in prompts:
         needed = len(prompt) + (max_tokens or 1)
         if needed > context:
@@ -301,7 +302,7 @@ def requests_for(
             tuple(prompt),
             adapters=chosen.parts,
             owner=chosen.owner,
-            stop_token_ids=state.renderer.stop_token_ids | frozenset(body.stop_token_ids),
+            stop_token_ids=stops | frozenset(body.stop_token_ids),
         )
         made += [replace(request, sampling=one) for one in sampling]
     return made

@@ -13,7 +13,7 @@ from afina.server.errors import APIError
 from afina.server.logprobs import chat_logprobs
 from afina.server.output_parser import Delta
 from afina.server.prompts import ChatPrompt
-from afina.server.schemas import ChatCompletionRequest
+from afina.server.schemas import ChatCompletionRequest, StrictRequest
 from afina.server.state import ServerState, get_state, note_ignored, requested_model
 from afina.server.streaming import (
     CompletionBuffer,
@@ -30,7 +30,6 @@ router = APIRouter()
 async def chat(body: ChatCompletionRequest, request: Request) -> Response:
     """Generate the next message of a conversation."""
     state = get_state(request)
-    note_ignored(request, body, () if state.prompts.uses_effort() else ("reasoning_effort",))
     prompt, answers = await start_chat(body, request)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -47,9 +46,14 @@ async def chat(body: ChatCompletionRequest, request: Request) -> Response:
 
 
 async def start_chat(
-    body: ChatCompletionRequest, request: Request
+    body: ChatCompletionRequest, request: Request, asked: StrictRequest | None = None
 ) -> tuple[ChatPrompt, CompletionStream]:
     """Queue the completions of a chat.
+
+    Args:
+        body: The chat.
+        request: The request.
+        asked: The body of the request, where the chat was made of another.
 
     Raises:
         APIError: what the template, the registry, the limits or the engine reject.
@@ -57,10 +61,11 @@ async def start_chat(
     state, caller, log = get_state(request), current_principal(request), request.state.log
     model = requested_model(request, body.model)
     log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
-    prompt = await state.run_in_tokenizer_thread(lambda: state.prompts.build(body))
-    chosen = await state.run_in_tokenizer_thread(
-        lambda: state.resolve_model(caller, model, prompt.tokens)
+    chosen, prompt = await state.run_in_tokenizer_thread(
+        lambda: state.build_chat(caller, model, body)
     )
+    uses_effort = state.formats.of(chosen.names).uses_effort()
+    note_ignored(request, asked or body, () if uses_effort else ("reasoning_effort",))
     requests = requests_for(
         state,
         body,

@@ -81,14 +81,15 @@ class UnloadRequest(StrictRequest):
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Return the token ids of a text, or of a chat as its completion would begin."""
     state, caller = get_state(request), current_principal(request)
+    names: tuple[str, ...] = ()
     if body.model:
-        state.resolve_model(caller, requested_model(request, body.model))
+        names = state.resolve_model(caller, requested_model(request, body.model)).names
     if body.prompt is not None:
         text = body.prompt
         make = lambda: tokens_of(state, [text], body.add_special_tokens)[0] if text else []  # noqa: E731
     else:
         chat = body.chat
-        make = lambda: state.prompts.build(chat).tokens  # noqa: E731
+        make = lambda: state.formats.of(names).build(chat).tokens  # noqa: E731
     tokens = await state.run_in_tokenizer_thread(make)
     names = state.base.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return {

@@ -14,7 +14,7 @@ from afina.server.prompts import ChatPrompt
 from afina.server.response_events import Event, ResponseBuilder
 from afina.server.response_input import ResponseRequest
 from afina.server.routes.chat import start_chat
-from afina.server.state import ServerState, get_state, note_ignored
+from afina.server.state import ServerState, get_state
 from afina.server.streaming import CompletionStream, EventStream, sse
 
 router = APIRouter()
@@ -24,8 +24,7 @@ router = APIRouter()
 async def respond(body: ResponseRequest, request: Request) -> Response:
     """Generate the output items that follow the input items."""
     state = get_state(request)
-    note_ignored(request, body)
-    prompt, answers = await start_chat(body.chat(), request)
+    prompt, answers = await start_chat(body.chat(), request, body)
     builder = ResponseBuilder(body, answers.chosen.label)
     builder.response |= answers.chosen.body
     headers = answers.chosen.headers
