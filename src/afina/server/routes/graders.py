@@ -5,8 +5,6 @@ allow it (--allow-python-graders).
 """
 
 import json
-import subprocess
-import sys
 import time
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from afina.errors import AfinaError, SettingsError
+from afina.io.subprocesses import SubprocessError, run_in_subprocess
 from afina.objectives.graders import Grader, parse_grader
 from afina.server.errors import APIError, to_api_error
 from afina.server.routes.files import Owner
@@ -117,19 +116,12 @@ def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, An
 
 def _grade_in_subprocess(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
     """Return (reward, scores of the parts), computed in a subprocess."""
-    given = json.dumps(
-        {"grader": grader.definition, "answer": body.model_sample, "item": body.item}
-    )
-    command = [sys.executable, "-m", "afina.objectives.graders"]
+    given = {"grader": grader.definition, "answer": body.model_sample, "item": body.item}
     try:
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=GRADER_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise SettingsError(
-            "the grader's code took too long", why=f"more than {GRADER_SECONDS:.0f} s"
-        ) from None
-    if done.returncode:
-        raise SettingsError((done.stderr.strip().splitlines() or ["the grader's code failed"])[-1])
-    result = json.loads(done.stdout.splitlines()[-1])
+        result = run_in_subprocess("afina.objectives.graders", given=given, timeout=GRADER_SECONDS)
+    except SubprocessError as error:
+        if not error.is_timeout:
+            raise
+        why = f"more than {GRADER_SECONDS:.0f} s"
+        raise SettingsError("the grader's code took too long", why=why) from None
     return result["reward"], result["parts"]
