@@ -1,16 +1,15 @@
-"""`afina annotate`: two answers to each prompt, blind; a person says which is better; pairs come out.
+"""`afina annotate`: a person chooses the better of two answers, without seeing their source.
 
-    FOLDER/session.json        who answers, how, with which seed: what a later sitting must agree with
-    FOLDER/judgements.jsonl    a line a prompt: both answers, whose they are, which stood first, what was said
-    FOLDER/pairs.jsonl         the decided ones, as `afina train --objective dpo` and reward read them
+    FOLDER/session.json        what generates the answers, how, with which seed: checked on resume
+    FOLDER/judgements.jsonl    a line per prompt: both answers, their sources, order and choice
+    FOLDER/pairs.jsonl         the decided ones, as rows for `afina train --objective dpo`
 
-What stands first is drawn from the seed and the prompt, and so are the answers: a sitting that was broken off goes on where
-it was, whatever order the prompts come in.
+Answers and their order are a pure function of the seed and the prompt: an interrupted session
+continues, whatever the order of the prompts.
 """
 
 import hashlib
 import json
-import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,20 +31,23 @@ from afina.errors import SettingsError
 from afina.evaluation.intervals import wilson_interval
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
-from afina.io.atomic import translate_os_errors, write_json, write_text
+from afina.io.atomic import write_json, write_text
+from afina.io.jsonl import append_jsonl, read_jsonl, to_jsonl, write_jsonl
 from afina.io.migrations import migrate_judgement
 from afina.io.result import Content, Result, ResultTable
 from afina.io.strict_json import read_json_object
 from afina.settings import AnnotateSettings
 
 SESSION, JUDGEMENTS, PAIRS = "session.json", "judgements.jsonl", "pairs.jsonl"
-KEYS = {"1": "first", "2": "second"} | {k: w for w in ("tie", "skip", "quit") for k in (w, w[0])}
-ASK = "1, 2, (t)ie, (s)kip or (q)uit? "
+CHOICES = {"1": "first", "2": "second"} | {
+    key: word for word in ("tie", "skip", "quit") for key in (word, word[0])
+}
+QUESTION = "1, 2, (t)ie, (s)kip or (q)uit? "
 
 
 @dataclass(frozen=True)
 class Responder:
-    """One of the two that answer: how it is called, its hash, and who acts."""
+    """Source of answers: its name, the hash of its adapter, and the active adapters."""
 
     name: str
     hash: str | None
@@ -54,7 +56,7 @@ class Responder:
 
 @dataclass(frozen=True, eq=False)
 class AnnotateResult(Result):
-    """Counts of an annotation session: pairs, ties, skipped, left, and the first responder's wins."""
+    """Counts of a session: pairs, ties, skipped, left, and how often the first responder won."""
 
     folder: str
     pairs: int
@@ -82,23 +84,25 @@ class AnnotateResult(Result):
 
 
 def annotate(settings: AnnotateSettings) -> AnnotateResult:
-    """Ask about each prompt that has no judgement yet; returns how many of what there are now, and who wins how often.
+    """Request a choice for each prompt that has none; return the counts and the win rate.
 
-    Raises `SettingsError` where the two would answer the same, or the folder's judgements are of others.
+    Raises:
+        SettingsError: Both answers would be equal, or the folder's judgements are of other answers.
     """
     rows = [row.prompt for row in read_table(settings.prompts, PROMPT).rows]
     opened = load_run(settings.adapter, settings)
     sides = _sides(settings, opened)
     folder = settings.output_dir or Path("preferences") / settings.prompts.stem
     _same_session(folder, settings, opened, sides)
-    done = _read(folder / JUDGEMENTS)
+    done = _read_judgements(folder / JUDGEMENTS)
     judged = {line["key"] for line in done}
     left = [
         (key, row) for key, row in {_key(row): row for row in rows}.items() if key not in judged
     ]
     console = Console(stderr=True)
     console.print(
-        f"{len(left):,} prompts to judge, {len(done):,} done. The two answers come in random order.",
+        f"{len(left):,} prompts to annotate, {len(done):,} done; "
+        "the two answers are in random order.",
         highlight=False,
     )
     for number, (key, prompt) in enumerate(left):
@@ -107,13 +111,13 @@ def annotate(settings: AnnotateSettings) -> AnnotateResult:
         if line is None:
             break
         done.append(line)
-        _append(folder / JUDGEMENTS, line)
-        write_text(folder / PAIRS, _pairs(done))
+        append_jsonl(folder / JUDGEMENTS, line)
+        write_text(folder / PAIRS, to_jsonl(_pairs(done)))
     return _summary(folder, done, len(left) + len(judged) - len(done), sides)
 
 
 def _sides(settings: AnnotateSettings, opened: LoadedRun) -> tuple[Responder, Responder]:
-    """Whose answers are compared."""
+    """Return the two sources of answers."""
     base = opened.causal_lm
     one = Responder(
         str(settings.adapter) if opened.active else "base", _hash(settings.adapter), opened.active
@@ -148,7 +152,7 @@ def _hash(adapter: Path | None) -> str | None:
 def _same_session(
     folder: Path, settings: AnnotateSettings, opened: LoadedRun, sides: tuple[Responder, Responder]
 ) -> None:
-    """Write who answers and how, or raise `SettingsError` where the folder was begun with others."""
+    """Record the sources of answers; raise `SettingsError` where they are not the recorded ones."""
     now = {
         "base": opened.base.hash,
         "answers": [{"name": side.name, "hash": side.hash} for side in sides],
@@ -185,10 +189,10 @@ def _answers(
     key: str,
     prompt: Prompt,
 ) -> list[dict[str, str]]:
-    """The two answers in the order of `sides`; a pure function of seed, prompt and side."""
+    """Return both answers in the order of `sides`; a pure function of seed, prompt and side."""
     base = opened.causal_lm
     renderer = Renderer(base.tokenizer, opened.chat_format, base.max_positions)
-    made = []
+    answers = []
     for number, side in enumerate(sides):
         seed = int(hashlib.sha256(f"{settings.seed}:{key}:{number}".encode()).hexdigest()[:8], 16)
         sampling = SamplingParams(
@@ -197,16 +201,16 @@ def _answers(
         [given] = generate_completions(
             base, [renderer.prompt(prompt)], sampling, side.active, renderer.stop_token_ids
         )
-        made.append({"responder": side.name, "text": given.text})
-    return made
+        answers.append({"responder": side.name, "text": given.text})
+    return answers
 
 
 def _ask(
     console: Console, count: str, prompt: Prompt, answers: list[dict[str, str]], key: str, seed: int
 ) -> dict[str, Any] | None:
-    """Show a prompt and its answers, read the judgement; None where the person wants to stop.
+    """Print a prompt and its answers, and read the choice; return None to stop.
 
-    Answers that are equal are a tie without a question; an empty one cannot be learned from, and is skipped.
+    Equal answers are a tie without a question; a pair with an empty answer is skipped.
     """
     shown = answers if random.Random(f"{seed}:{key}").random() < 0.5 else answers[::-1]
     line: dict[str, Any] = {"key": key, "prompt": prompt, "answers": shown}
@@ -224,12 +228,13 @@ def _ask(
         console.print(text, highlight=False, markup=False)
     while True:
         try:
-            word = input(ASK if sys.stdin.isatty() else "").strip().lower()
+            word = input(QUESTION if sys.stdin.isatty() else "").strip().lower()
         except EOFError:
             return None
-        if word in KEYS:
-            return None if KEYS[word] == "quit" else line | {"choice": KEYS[word]}
-        console.print(ASK, highlight=False)
+        if word in CHOICES:
+            choice = CHOICES[word]
+            return None if choice == "quit" else line | {"choice": choice}
+        console.print(QUESTION, highlight=False)
 
 
 def _text(prompt: Prompt) -> str:
@@ -240,43 +245,30 @@ def _text(prompt: Prompt) -> str:
     )
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The judgements so far; a line that was being written when the machine stopped is left out."""
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    done = []
-    for line in lines:
-        try:
-            done.append(migrate_judgement(json.loads(line)))
-        except ValueError:
-            continue
-    if len(lines) != len(done) + (bool(lines) and not lines[-1]):
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done))
+def _read_judgements(file: Path) -> list[dict[str, Any]]:
+    """Return the judgements so far; an incomplete last line is removed from the file."""
+    done = [migrate_judgement(line) for line in read_jsonl(file)]
+    if file.is_file() and file.read_text(encoding="utf-8").count("\n") != len(done):
+        write_jsonl(file, done)
     return done
 
 
-def _append(file: Path, line: dict[str, Any]) -> None:
-    with translate_os_errors(file), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _pairs(done: Sequence[dict[str, Any]]) -> str:
-    """The decided judgements as rows of pairs."""
+def _pairs(done: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the decided judgements as rows of pairs."""
     rows = []
     for line in done:
         if line["choice"] in ("first", "second"):
             texts = [answer["text"] for answer in line["answers"]]
-            good, bad = texts if line["choice"] == "first" else texts[::-1]
+            chosen, rejected = texts if line["choice"] == "first" else texts[::-1]
             prompt = line["prompt"] if isinstance(line["prompt"], str) else tuple(line["prompt"])
-            rows.append(PreferenceRow("", prompt, good, bad).record())
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            rows.append(PreferenceRow("", prompt, chosen, rejected).record())
+    return rows
 
 
 def _summary(
     folder: Path, done: Sequence[dict[str, Any]], left: int, sides: tuple[Responder, Responder]
 ) -> AnnotateResult:
-    """Counts, and the share of decided pairs that the first side won, with its 95% interval."""
+    """Return counts, and the ratio of decided pairs that the first side won, with its 95% CI."""
     winners = [
         line["answers"][line["choice"] == "second"]["responder"]
         for line in done

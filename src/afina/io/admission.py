@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import AuditError
-from afina.io.atomic import translate_os_errors, write_json
+from afina.io.atomic import write_json
+from afina.io.jsonl import append_jsonl, json_line
 
 HASH = re.compile(r"[0-9a-f]{64}")
 START = "0" * 64  # what the first line of the log follows
@@ -117,7 +118,9 @@ def revoke(digest: str, reason: str) -> None:
     """Refuse this content from now on; raises `AuditError` where `digest` is no hash."""
     _file(digest)
     _log({"did": "revoked", "hash": digest, "reason": reason})
-    _append(audits_folder() / "revoked.jsonl", {"hash": digest, "reason": reason})
+    append_jsonl(
+        audits_folder() / "revoked.jsonl", {"hash": digest, "reason": reason}, sort_keys=True
+    )
 
 
 def revocations() -> dict[str, str]:
@@ -136,17 +139,16 @@ def read_log() -> list[dict[str, Any]]:
         if line["after"] != before:
             why = "its line before this one was changed or taken out"
             raise AuditError("the audit log was tampered with", where=f"{file}:{number}", why=why)
-        before = hashlib.sha256(_text(line).encode()).hexdigest()
+        before = hashlib.sha256(json_line(line, sort_keys=True).encode()).hexdigest()
     return lines
 
 
 def _log(event: dict[str, Any]) -> None:
     lines = read_log()
-    after = hashlib.sha256(_text(lines[-1]).encode()).hexdigest() if lines else START
-    _append(
-        audits_folder() / "log.jsonl",
-        {"after": after, "at": datetime.now(UTC).isoformat(timespec="seconds"), **event},
-    )
+    after = hashlib.sha256(json_line(lines[-1], sort_keys=True).encode()).hexdigest() if lines else START
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"after": after, "at": now, **event}
+    append_jsonl(audits_folder() / "log.jsonl", record, sort_keys=True)
 
 
 def log_acceptance(digest: str, reason: str) -> None:
@@ -154,24 +156,10 @@ def log_acceptance(digest: str, reason: str) -> None:
     _log({"did": "accepted", "hash": digest, "reason": reason})
 
 
-def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False, sort_keys=True)
-
-
-def _append(file: Path, line: Mapping[str, Any]) -> None:
-    with translate_os_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(_text(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-
 def _lines(file: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
+    content = file.read_text(encoding="utf-8") if file.is_file() else ""
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(content.removesuffix("\n").split("\n") if content else [], 1):
         try:
             line = json.loads(text)
         except ValueError:
