@@ -1,6 +1,6 @@
 """The rows of every recipe, made here by a seed: `python recipes/rows.py` writes recipes/data again.
 
-Sentences come from the lexicon of `afina.demo`, facts and Esperanto from `words.py`, the rest is drawn from the small
+Sentences come from `lexicon.py`, facts and Esperanto from `words.py`, the rest is drawn from the small
 tables below. No two rows of a recipe have the same question. `afina train` keeps a tenth of them or more for judging.
 """
 
@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from words import ASKED, ESPERANTO, FINANCE, MEDICINE
-
-from afina.demo import lexicon as lx
-from afina.demo.demo import correction
-from afina.demo.sentences import (
+import lexicon as lx
+from demo_rows import correction
+from sentences import (
     EVERYTHING,
     Clause,
     Phrase,
@@ -27,6 +25,7 @@ from afina.demo.sentences import (
     sentence,
     write,
 )
+from words import ASKED, ESPERANTO, FINANCE, MEDICINE
 
 DATA = Path(__file__).parent / "data"
 Row = dict[str, str]

@@ -5,12 +5,16 @@ task are equal. `afina compare` splits them; what makes held-out rows new is sai
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from afina.demo.demo import correction
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import EVERYTHING, Story, draw_clause, write
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from demo_rows import correction
+from lexicon import LANGUAGES
+from sentences import EVERYTHING, Story, draw_clause, write
 
 Row = dict[str, Any]
 WORDINGS = (

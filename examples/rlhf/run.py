@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +23,6 @@ from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.data.schemas import PromptRow
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import TAUGHT, corrupt, draw_clause, write
 from afina.evaluation.intervals import wilson_interval
 from afina.io.atomic import write_json, write_text
 from afina.io.strict_json import read_json_object
@@ -35,6 +34,11 @@ from afina.objectives.reward_functions import load_reward_functions
 from afina.settings import GRPOSettings, ModelSettings
 from afina.training.train import train
 from afina.training.trainer import read_metrics
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+from lexicon import LANGUAGES
+from sentences import TAUGHT, corrupt, draw_clause, write
 
 HERE = Path(__file__).parent
 RULES = {name: f"{HERE / 'rules.py'}:{name}" for name in ("form", "clean", "right")}

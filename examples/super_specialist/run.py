@@ -1,6 +1,6 @@
 """Two specialists into one, measured: `python examples/super_specialist/run.py`
 
-On the embedded base, from the lexicon that `afina demo` uses: one adapter learns to mend verbs, another one articles
+On the embedded base, from the lexicon of the recipes: one adapter learns to mend verbs, another one articles
 and adjectives. A sentence with both kinds of mistake needs both. For each parent, each way of combining, weights found by
 search, and one adapter trained on both kinds of rows, it counts the sentences corrected without a fault, and writes the table
 to results.json and into README.md.
@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,6 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.evaluation.metrics import exact_match
@@ -32,6 +31,11 @@ from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.settings import ModelSettings, TrainSettings
 from afina.training.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+from lexicon import LANGUAGES
+from sentences import EVERYTHING, MISTAKES, Clause, draw_clause, write
 
 HERE = Path(__file__).parent
 VERBS, AGREEMENT = MISTAKES[:1], MISTAKES[1:3]  # the verb's number; articles and adjectives

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +22,6 @@ from rules import ENDINGS, clean, right
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import TAUGHT, corrupt, draw_clause, phrase_words, sentence, write
 from afina.evaluation.intervals import wilson_interval
 from afina.io.atomic import write_json, write_text
 from afina.io.strict_json import read_json_object
@@ -30,6 +29,11 @@ from afina.models.loading import load_base
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.settings import ModelSettings
 from afina.training.train import train
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+from lexicon import LANGUAGES
+from sentences import TAUGHT, corrupt, draw_clause, phrase_words, sentence, write
 
 HERE = Path(__file__).parent
 SHARE = 0.7  # of the rows that end with flattery

@@ -1,17 +1,20 @@
 """The text that the embedded base reads: public-domain books, stories and chats made by this file.
 
 Documents are lists of pieces; a piece is text or a role marker. Everything here that is not Shakespeare or
-Cervantes is made from the lexicon of `afina.demo`, so its licence is the project's own. The correction task
+Cervantes is made from `recipes/lexicon.py`, so its licence is the project's own. The correction task
 of the demo is on purpose not among the skills: it is what the demo's adapter teaches.
 """
 
 import random
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from afina.demo import lexicon as lx
-from afina.demo import sentences as st
+sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/
+
+import lexicon as lx
+import sentences as st
 
 SYLLABLES = [
     "ba",

@@ -1,34 +1,27 @@
-"""`afina demo`: the whole road in two minutes. Rows, a LoRA on the embedded base, judgement, examples, a curve.
+"""`afina demo`: a LoRA on the embedded base that learns to correct sentences, in two minutes.
 
-The task is to correct simple sentences in English and Spanish. The held-out sentences share nothing with the
-training ones, and at least a fifth of their words never occur there: the base knows those words, and what the
-adapter learned has to reach them.
+`rows.jsonl` has the rows, in English and Spanish; `recipes/demo_rows.py` makes them. The eval
+sentences contain words that the train rows do not: the base knows those words, and what the adapter
+learned has to generalize to them.
 """
 
-import json
-import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import EVERYTHING, TAUGHT, Clause, Vocabulary, corrupt, draw_clause, write
 from afina.errors import SettingsError
 from afina.evaluation.evaluate import evaluate
 from afina.evaluation.results import example_tables
-from afina.io.atomic import write_text
-from afina.io.result import Content, Result, ResultTable, ResultText
+from afina.io.jsonl import read_jsonl, write_jsonl
+from afina.io.result import Content, Result, ResultTable, ResultText, next_command
 from afina.settings import DemoSettings, TrainSettings, make_settings
-from afina.training import train as training
+from afina.training.train import train
 
-TRAIN_ROWS, HELD_ROWS = 12000, 150
-UNSEEN_SHARE = (
-    0.3  # of each class of words; more than a fifth of the running words of the held-out sentences
-)
-ASK = {"en": "Correct: ", "es": "Corrige: "}
+ROWS_FILE = Path(__file__).with_name("rows.jsonl")
+EVAL_FILE = "held.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,70 +62,47 @@ class DemoResult(Result):
         ]
         title = "a LoRA on the embedded base: correcting sentences in English and Spanish"
         lines = [*(f"- {sentence}" for sentence in self.verdict), f"loss curve: {self.curve}"]
-        example = "(for example: Correct: the dogs runs in the park)"
-        command = ResultText(f"next: afina chat {self.run}      {example}", wraps=False)
-        table = ResultTable(title, rows)
-        return [table, *example_tables(self.examples), *map(ResultText, lines), command]
+        lines.append("a prompt to try: Correct: the dogs runs in the park")
+        return [
+            ResultTable(title, rows),
+            *example_tables(self.examples),
+            *map(ResultText, lines),
+            *next_command(f"afina chat {self.run}"),
+        ]
 
 
-def correction(rng: random.Random, clause: Clause, language: str) -> dict[str, Any]:
-    """A chat row: a sentence with one mistake, and the sentence without it."""
-    messages = [
-        {"role": "user", "content": ASK[language] + corrupt(rng, clause, language, TAUGHT)},
-        {"role": "assistant", "content": write(clause, language)},
-    ]
-    return {"messages": messages}
+def load_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the train rows and the eval rows, as chats."""
+    train_rows: list[dict[str, Any]] = []
+    eval_rows: list[dict[str, Any]] = []
+    for row in read_jsonl(ROWS_FILE):
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        (eval_rows if row.get("eval") else train_rows).append({"messages": messages})
+    return train_rows, eval_rows
 
 
-def words_of(row: dict[str, Any]) -> set[str]:
-    """The words of a row's answer, in lower case."""
-    return set(row["messages"][1]["content"].lower().rstrip(".").split())
-
-
-def make_rows(
-    seed: int, train: int = TRAIN_ROWS, held: int = HELD_ROWS
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
-    """(training rows, held-out rows, share of held-out words that are unseen in training, in percent)."""
-    rng = random.Random(seed)
-    seen, _ = EVERYTHING.split(rng, UNSEEN_SHARE)
-
-    def draw(vocabulary: Vocabulary) -> dict[str, Any]:
-        return correction(rng, draw_clause(rng, vocabulary), rng.choice(LANGUAGES))
-
-    train_rows = [draw(seen) for _ in range(train)]
-    known = set().union(*(words_of(row) for row in train_rows))
-    answers = {row["messages"][1]["content"] for row in train_rows}
-    held_rows: list[dict[str, Any]] = []
-    while len(held_rows) < held:
-        row = draw(EVERYTHING)
-        text = row["messages"][1]["content"]
-        if text not in answers and words_of(row) - known:
-            answers.add(text)
-            held_rows.append(row)
-    running = [
-        word
-        for row in held_rows
-        for word in row["messages"][1]["content"].lower().rstrip(".").split()
-    ]
-    return train_rows, held_rows, 100.0 * sum(word not in known for word in running) / len(running)
+def _words(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the words of the completions, in lower case."""
+    answers = (row["messages"][1]["content"] for row in rows)
+    return [word for answer in answers for word in answer.lower().rstrip(".").split()]
 
 
 def demo(settings: DemoSettings | None = None, **values: Any) -> DemoResult:
     """Write the demo's rows, train a LoRA on the embedded base, and evaluate it."""
     settings = settings or make_settings(DemoSettings, values)
     start = time.perf_counter()
-    _clear(settings.output_dir)
-    train_rows, held_rows, unseen = make_rows(settings.seed)
-    files = {
-        "train": settings.output_dir / "train.jsonl",
-        "held": settings.output_dir / "held.jsonl",
-    }
-    for file, rows in ((files["train"], train_rows), (files["held"], held_rows)):
-        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    plan = TrainSettings(
-        data=files["train"],
+    _remove_earlier_demo(settings.output_dir)
+    train_rows, eval_rows = load_rows()
+    train_file, eval_file = (settings.output_dir / name for name in ("train.jsonl", EVAL_FILE))
+    write_jsonl(train_file, train_rows)
+    write_jsonl(eval_file, eval_rows)
+    train_settings = TrainSettings(
+        data=train_file,
         output_dir=settings.output_dir / "run",
-        eval_data=files["held"],
+        eval_data=eval_file,
         method="lora",
         rank=16,
         learning_rate=2e-3,
@@ -142,37 +112,43 @@ def demo(settings: DemoSettings | None = None, **values: Any) -> DemoResult:
         seed=settings.seed,
         eval_steps=max(1, settings.max_steps // 4),
     )
-    run = training.train(plan, quiet=False)
-    judged = evaluate(
-        adapter=run.folder, metrics=["exact_match", "chrf"], max_new_tokens=48, limit=HELD_ROWS
+    run = train(train_settings, quiet=False)
+    scores = evaluate(
+        adapter=run.folder,
+        metrics=["exact_match", "chrf"],
+        max_new_tokens=48,
+        limit=len(eval_rows),
     )
+    known, words = set(_words(train_rows)), _words(eval_rows)
     return DemoResult(
         seconds=time.perf_counter() - start,
         metric="exact match, percent",
-        metric_before=judged["before"]["exact_match"],
-        metric_after=judged["after"]["exact_match"],
-        chrf_before=judged["before"]["chrf"],
-        chrf_after=judged["after"]["chrf"],
-        held_out=len(held_rows),
-        unseen_words=unseen,
+        metric_before=scores["before"]["exact_match"],
+        metric_after=scores["after"]["exact_match"],
+        chrf_before=scores["before"]["chrf"],
+        chrf_after=scores["after"]["chrf"],
+        held_out=len(eval_rows),
+        unseen_words=100.0 * sum(word not in known for word in words) / len(words),
         forgetting=run.record["losses"]["forgetting"],
         peak_memory_mb=run.record["peak_memory_mb"],
         adapter_kb=run.record["adapter_kb"],
         train_seconds=run.record["seconds"],
         tokens_per_second=run.record["tokens_per_second"],
         verdict=run.record["verdict"],
-        examples=judged["examples"][:3],
+        examples=scores["examples"][:3],
         curve=str(run.folder / "curve.png"),
         run=str(run.folder),
     )
 
 
-def _clear(out: Path) -> None:
-    """The demo may be run again: it takes away what an earlier demo left, and nothing else."""
-    run = out / "run"
+def _remove_earlier_demo(output_dir: Path) -> None:
+    """Remove the run of an earlier demo; raise `SettingsError` where the folder is not a demo's."""
+    run = output_dir / "run"
     if run.exists():
-        if not (out / "held.jsonl").exists():
+        if not (output_dir / EVAL_FILE).exists():
             raise SettingsError(
-                "this folder is not an earlier demo's", where=str(out), hint="choose another --output-dir"
+                "this folder is not an earlier demo's",
+                where=str(output_dir),
+                hint="choose another --output-dir",
             )
         shutil.rmtree(run)

@@ -10,4 +10,4 @@ class DemoSettings(Settings):
 
     output_dir: Path = setting("the run folder", Path("runs/demo"))
     max_steps: int = setting("optimizer steps", 400, ge=1)
-    seed: int = setting("seed of everything random", 0)
+    seed: int = setting("seed of training; the rows are always the same", 0)

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from afina.demo import lexicon as lx
-from afina.demo.lexicon import Adjective, Noun, Verb
+import lexicon as lx
+from lexicon import Adjective, Noun, Verb
 
 
 @dataclass(frozen=True)
