@@ -147,7 +147,8 @@ def pace(dtype: str) -> float:
     """The probe's rate of products over the one now."""
     import torch
 
-    from afina.planning.machine_rates import OUT, _product, known_rates
+    from afina.planning.machine_rates import known_rates
+    from afina.training.measure_machine import OUT, _product
 
     known = known_rates("cpu")
     return known.rate(dtype, 256) / _product(256, OUT, getattr(torch, dtype), "cpu")  # type: ignore[union-attr]

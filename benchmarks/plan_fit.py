@@ -48,9 +48,10 @@ RUNS = [
 
 
 def count(number: int, folder: Path) -> list[list[float]]:
-    """Bytes that the plan counts for run `number` with all of the grid's SLACK and HOLES, and without BESIDES."""
-    from afina.planning.estimate import BESIDES, detect_machine, full_load, make_step
+    """Bytes that the plan counts for run `number` with all of the grid's SLACK and HOLES, and without PROCESS_BYTES."""
+    from afina.planning.machine import PROCESS_BYTES, detect_machine
     from afina.planning.model_shape import read_model_shape
+    from afina.planning.run_step import full_load, make_step
     from afina.settings import PlanSettings, make_settings
 
     asked = RUNS[number]
@@ -59,8 +60,8 @@ def count(number: int, folder: Path) -> list[list[float]]:
     )
     place = detect_machine(settings)
     shape = read_model_shape(settings, place.device)
-    step, load = make_step(shape, settings, place), full_load(shape, settings)
-    return [[step.memory(load, place.libraries - BESIDES, place.heap, gaps).peak] for gaps in GRID]
+    step, load = make_step(shape, settings, place.device), full_load(shape, settings)
+    return [[step.memory(load, place.libraries - PROCESS_BYTES, place.heap, gaps).peak] for gaps in GRID]
 
 
 GRID = [(slack / 20, holes / 4) for slack in range(11) for holes in range(17)]

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
-from afina.planning import estimate as forecast
+from afina.planning import machine as forecast
 from helpers import RATES, SHARED, save_model, tiny_tokenizer
 
 torch.set_num_threads(1)

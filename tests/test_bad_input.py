@@ -427,7 +427,7 @@ def test_a_run_is_never_written_over(train: Train, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     with pytest.raises(SettingsError, match="a run in this folder already") as caught:
         train()
-    assert caught.value.hint == "choose another --output-dir"
+    assert caught.value.hint == "choose another --output-dir, or --overwrite to replace that run"
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SettingsError, match="not a run folder"):

@@ -112,6 +112,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "data": ("rows.jsonl", "rows.jsonl"),
     "output_dir": ("runs/x", "runs/x"),
     "resume": ("true", True),
+    "overwrite": ("true", True),
     "method": ("full", "full"),
     "rank": ("4", 4),
     "alpha": ("3.5", 3.5),
@@ -662,7 +663,7 @@ def test_chat(
         "assistant",
     ]
     assert "/off" in err
-    assert "/of is none of /on, /off, /new" in err
+    assert "/of is none of /on, /off, /new, /help" in err
     answers = []
     for adapter in ("on", "off"):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/{adapter}\nsay sol mar\n"))
@@ -689,7 +690,7 @@ def test_a_long_conversation_says_how_to_start_again(
     monkeypatch.setattr("sys.stdin", io.StringIO("word " * 300 + "\n/new\nhi\n"))
     assert run(["chat", "--base", str(tiny), "--max-new-tokens", "3", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert "/new starts again" in err.replace("\n", " ")
+    assert "/new starts a new conversation" in err.replace("\n", " ")
     assert [message["content"] for message in json.loads(out.splitlines()[-1])["messages"]][
         0
     ] == "hi"

@@ -40,9 +40,6 @@ NO_TORCH = ("errors", "settings", "io", "cli.main", "cli.command_table")
 # imports that break the graph until their unification is finished: (module, imported); only shrinks
 PENDING: set[tuple[str, str]] = {
     ("data.schemas.base", "settings.registry"),
-    ("planning.checkpointing_policy", "training.train"),
-    ("planning.machine_rates", "training.train"),
-    ("planning.machine_rates", "training.trainer"),
 }
 
 

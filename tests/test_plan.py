@@ -23,22 +23,15 @@ from afina.models.loading import load_base
 from afina.models.nf4 import quantize_model
 from afina.objectives.language_modeling import batch_loss
 from afina.objectives.shared_prefix import SharedPrefixBatch
-from afina.planning import estimate as forecast
+from afina.planning import machine as machines
 from afina.planning import machine_rates as probe
-from afina.planning.estimate import (
-    BESIDES,
-    CHECKPOINTING_LEVELS,
-    Machine,
-    choose_checkpointing,
-    fits,
-    full_load,
-    largest_batch,
-    make_step,
-    remedies,
-    smallest_gpu,
-)
+from afina.planning.checkpointing_policy import CHECKPOINTING_LEVELS, choose_level
+from afina.planning.estimate import estimate_methods, largest_batch, remedies
 from afina.planning.estimates import Workload
+from afina.planning.machine import PROCESS_BYTES, Machine, smallest_gpu
 from afina.planning.model_shape import ModelShape, count_parameters, read_model_shape
+from afina.planning.plan import UNKNOWN_WORKLOAD
+from afina.planning.run_step import full_load, make_step
 from afina.planning.step_cost import StepCost
 from afina.settings import PlanSettings, TrainSettings
 from afina.training.setup.set_up import build_adapter_config, set_up_run
@@ -86,7 +79,7 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned(folder: Path | str, **values: Any) -> tuple[ModelShape, PlanSettings, StepCost]:
     settings = PlanSettings(base=str(folder), **values)
     shape = read_model_shape(settings, "cpu")
-    return shape, settings, make_step(shape, settings, HERE)
+    return shape, settings, make_step(shape, settings, HERE.device)
 
 
 def peak(folder: Path, tokens: int = 1024, **values: Any) -> float:
@@ -310,16 +303,16 @@ def test_what_fits_and_what_would(large: Path) -> None:
     for remedy in found:
         changed = settings.model_copy(update=remedy["settings"])
         load = full_load(shape, changed)
-        turned, _, _ = choose_checkpointing(make_step(shape, changed, place), load, place)
+        turned, _, _ = choose_level(make_step(shape, changed, place.device), load, place)
         peak = turned.memory(load, place.libraries).peak
         assert peak == pytest.approx(remedy["peak_bytes"], rel=0.02)
-        assert fits(peak, place)
+        assert place.fits(peak)
         assert changed.method == "qlora"
     load, roomy = full_load(shape, settings), Machine("cpu", 400e9, RATES)
     most = largest_batch(step, load, roomy)
     assert most is not None
-    assert fits(step.memory(load.at(most), RATES.libraries).peak, roomy)
-    assert not fits(step.memory(load.at(most + most // 32), RATES.libraries).peak, roomy)
+    assert roomy.fits(step.memory(load.at(most), RATES.libraries).peak)
+    assert not roomy.fits(step.memory(load.at(most + most // 32), RATES.libraries).peak)
 
 
 def test_cards() -> None:
@@ -357,7 +350,9 @@ def test_a_base_in_codes_has_no_full(tiny: Path) -> None:
     held = ModelShape(shape.name, shape.folder, shape.model, shape.dtype, True, True)
     lines = {
         x["method"]: x
-        for x in forecast.compare(held, PlanSettings(), HERE, Workload.full(256, 64), 3, 0)
+        for x in estimate_methods(
+            held, PlanSettings(), HERE, Workload.full(256, 64), UNKNOWN_WORKLOAD, 3
+        )
     }
     assert "why" in lines["full"]
     assert lines["lora"]["peak_bytes"] == lines["qlora"]["peak_bytes"]
@@ -378,7 +373,7 @@ def test_rates_are_kept_until_the_machine_changes(
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path))
     measured: list[str] = []
     monkeypatch.setattr(
-        probe, "_measured_apart", lambda device: measured.append(device) or asdict(RATES)
+        probe, "_measure_in_subprocess", lambda device: measured.append(device) or asdict(RATES)
     )
     assert probe.measured_rates("cpu") == probe.measured_rates("cpu") == RATES
     assert len(measured) == 1
@@ -423,19 +418,19 @@ def test_the_dial_goes_as_far_as_it_must(billion: Path) -> None:
     load = full_load(shape, settings)
     for number, value in enumerate(CHECKPOINTING_LEVELS):
         takes = peak(billion, 16384, gradient_checkpointing=value)
-        turned, used, why = choose_checkpointing(
-            step, load, Machine("cpu", 1.001 * (takes + BESIDES) / 0.95, RATES)
+        turned, used, why = choose_level(
+            step, load, Machine("cpu", 1.001 * (takes + PROCESS_BYTES) / 0.95, RATES)
         )
         assert (used, turned.every) == (value, {"off": 0, "all": 1}.get(value, value))  # type: ignore[call-overload]
         assert why is not None and ("without" in why) is (value != "off")
-        tight = choose_checkpointing(
-            step, load, Machine("cpu", 0.999 * (takes + BESIDES) / 0.95, RATES)
+        tight = choose_level(
+            step, load, Machine("cpu", 0.999 * (takes + PROCESS_BYTES) / 0.95, RATES)
         )
         assert tight[1] == CHECKPOINTING_LEVELS[min(number + 1, len(CHECKPOINTING_LEVELS) - 1)]
     assert tight[2] is not None and "still too much" in tight[2]
-    assert choose_checkpointing(step, load, Machine("cuda", None, None))[1] == "off"
+    assert choose_level(step, load, Machine("cuda", None, None))[1] == "off"
     told = planned(billion, max_tokens_per_batch=16384, gradient_checkpointing=3)[2]
-    assert choose_checkpointing(told, load, Machine("cpu", 1e9, RATES)) == (told, 3, None)
+    assert choose_level(told, load, Machine("cpu", 1e9, RATES)) == (told, 3, None)
 
 
 def test_what_the_dial_keeps_is_what_autograd_keeps(tiny: Path) -> None:
@@ -482,13 +477,13 @@ def test_train_uses_what_the_plan_chose(
     tiny: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory is short, plan and run turn the dial alike; the run's settings and its story say so."""
-    monkeypatch.setattr(forecast, "measured_rates", lambda device, anew: RATES)
-    monkeypatch.setattr(forecast, "known_rates", lambda device: RATES)
+    monkeypatch.setattr(machines, "measured_rates", lambda device, anew: RATES)
+    monkeypatch.setattr(machines, "known_rates", lambda device: RATES)
     settings = {"base": str(tiny), "max_steps": 2, "max_tokens_per_batch": 4096}
     plain = afina.plan(chats, **settings)
     assert plain["settings"]["gradient_checkpointing"] == "off"
     monkeypatch.setattr(
-        forecast, "machine_memory", lambda: (plain["cost"]["peak_bytes"] - 1e5) / 0.95
+        machines, "machine_memory", lambda: (plain["cost"]["peak_bytes"] - 1e5) / 0.95
     )
     planned = afina.plan(chats, **settings)
     used = planned["cost"]["checkpointing"]["used"]
@@ -607,9 +602,9 @@ def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: 
     new, none = (
         afina.plan(rows, base=str(tiny), objective=o, **SMALL)["cost"] for o in ("dpo", "simpo")
     )
-    again = afina.plan(
-        rows, base=str(tiny), objective="dpo", **SMALL, init_adapter=first.folder
-    )["cost"]
+    again = afina.plan(rows, base=str(tiny), objective="dpo", **SMALL, init_adapter=first.folder)[
+        "cost"
+    ]
     assert new["peak_bytes"] == none["peak_bytes"]
     assert again["peak_bytes"] - new["peak_bytes"] == 4 * new["trainable_parameters"]
 
@@ -660,7 +655,7 @@ def test_the_dial_turns_for_pairs_too(
     rows = pairs_of(tmp_path)
     values: dict[str, Any] = {"base": str(tiny), "objective": "dpo", **SMALL, "max_steps": 1}
     assert afina.plan(rows, **values)["cost"]["checkpointing"]["used"] == "off"
-    monkeypatch.setattr(forecast, "machine_memory", lambda: 1e6)
+    monkeypatch.setattr(machines, "machine_memory", lambda: 1e6)
     found = afina.plan(rows, **values)["cost"]
     assert found["checkpointing"]["used"] == "all" and found["fits"] is False
     run = afina.train(rows, output_dir=tmp_path / "run", **values)

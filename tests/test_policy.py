@@ -697,7 +697,7 @@ def test_a_trained_layer_stands_on_nothing(
         output_dir=tmp_path / "task",
         **SHORT | {"base": str(tiny), "retention_text": general, "max_steps": 1, "eval_steps": 1},
     )
-    with pytest.raises(AfinaError, match="does not act beside"):
+    with pytest.raises(AfinaError, match="cannot be active together"):
         learn(
             asked,
             tmp_path / "run",

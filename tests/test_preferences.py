@@ -441,7 +441,7 @@ def test_the_mode_is_written_down_and_precomputed_is_the_same(
         ({"init_adapter": "sft", "method": "dora"}, "the adapter is lora"),
         ({"init_adapter": "sft", "target_modules": ["k_proj"]}, "target_modules is not the adapter's"),
         ({"init_adapter": 3}, "init_adapter cannot be 3"),
-        ({"init_adapter": "judge"}, "no adapter to go on from"),
+        ({"init_adapter": "judge"}, "dpo cannot continue this adapter"),
         ({"dpo": {"gamma": 1.0}}, "unknown setting dpo.gamma"),
         ({"objective": "orpo", "orpo": {"reference": "base"}}, "unknown setting orpo.reference"),
         ({"dpo": {"loss_type": "robust"}}, "robust needs dpo.label_smoothing"),

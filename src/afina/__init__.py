@@ -35,13 +35,13 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` im
     from afina.merging.extract import extract as extract
     from afina.merging.merge_into_base import merge as merge
     from afina.models.loading import load_base as load_base
-    from afina.planning.checkpointing_policy import train as train
-    from afina.planning.checkpointing_policy import train_many as train_many
     from afina.planning.plan import plan as plan
+    from afina.training.train import train as train
+    from afina.training.train import train_many as train_many
 
 _FUNCTIONS = {
-    "train": "afina.planning.checkpointing_policy",
-    "train_many": "afina.planning.checkpointing_policy",
+    "train": "afina.training.train",
+    "train_many": "afina.training.train",
     "plan": "afina.planning.plan",
     "compare": "afina.comparison.compare",
     "advise": "afina.comparison.advise",

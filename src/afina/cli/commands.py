@@ -1,4 +1,4 @@
-"""Commands that need a terminal: `train` with progress, `compare` with a log, `advise` with questions."""
+"""Commands that use the terminal: progress of `train`, log of `compare`, questions of `advise`."""
 
 import sys
 
@@ -9,13 +9,12 @@ from afina.training.results import SweepResult, TrainResult
 
 def train(settings: TrainSettings) -> TrainResult | SweepResult:
     """Train with a progress bar; return the finished run, or the runs of a sweep file."""
-    from afina.planning.checkpointing_policy import choose
-    from afina.planning.checkpointing_policy import train as train_one
     from afina.training.sweep import SUFFIXES, sweep
+    from afina.training.train import train as train_one
 
     if settings.data.suffix in SUFFIXES:
         given = {name: getattr(settings, name) for name in settings.model_fields_set}
-        return sweep(settings.data, given, quiet=False, choose=choose)
+        return sweep(settings.data, given, quiet=False)
     return train_one(settings, quiet=False)
 
 

@@ -8,7 +8,6 @@ runs out of memory ends its own process only. The budget is planned from these f
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 
 from afina.errors import AfinaError
 from afina.io.atomic import write_json
-from afina.planning.checkpointing_policy import train
+from afina.io.subprocesses import SubprocessError, run_in_subprocess
 from afina.settings import TrainSettings, resolved
+from afina.training.train import train
 from afina.training.trainer import read_metrics
 
+MODULE = "afina.comparison.cost_probe"
 STEPS = 4  # the first is slower than the others and is not counted
 WATTS = 10.0  # of a busy CPU core, taken where no meter can be read
 ENERGY_COUNTER = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
@@ -73,23 +74,17 @@ def measure_in_subprocess(settings: TrainSettings, seconds: float | None = None)
     assert settings.output_dir is not None
     request = settings.output_dir.with_suffix(".asked.json")
     write_json(request, resolved(settings))
-    command = [sys.executable, "-m", "afina.comparison.cost_probe", str(request)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {
-            "failed": f"{STEPS} steps took longer than the {seconds:.2g} s that the budget "
-            "leaves for them",
-            "late": True,
-        }
+        return dict(run_in_subprocess(MODULE, str(request), timeout=seconds))
+    except SubprocessError as error:
+        if error.is_timeout:
+            what = f"{STEPS} steps took longer than the {seconds:.2g} s that the budget leaves"
+            return {"failed": f"{what} for them", "late": True}
+        if error.is_killed:
+            return {"failed": "its process was killed: most likely it was out of memory"}
+        return {"failed": error.what}
     finally:
         request.unlink(missing_ok=True)
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-    if done.returncode in (-9, 137):
-        return {"failed": "its process was killed: most likely it was out of memory"}
-    errors = done.stderr.strip().splitlines() or ["it printed no error"]
-    return {"failed": errors[-1]}
 
 
 def main(request: str) -> int:

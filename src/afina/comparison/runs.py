@@ -15,9 +15,9 @@ from afina.adapters.registry import get_method
 from afina.comparison.split import ComparisonSplit
 from afina.errors import AfinaError, TrainingError
 from afina.io.atomic import write_json
-from afina.planning.checkpointing_policy import train_many
 from afina.settings import CompareSettings, TrainSettings, make_settings
 from afina.training.checkpoint import FOLDER, SETTINGS
+from afina.training.train import train_many
 
 TOGETHER = 4  # adapters in one pass: with more, memory grows and little time is saved
 CHECKS = 5  # evaluations on the dev rows in a run

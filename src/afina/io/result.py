@@ -67,6 +67,11 @@ class ResultText:
 Content = ResultTable | ResultText
 
 
+def next_command(command: str | None) -> list[Content]:
+    """Return the command to type next, alone on its line; nothing where there is none."""
+    return [ResultText("next:"), ResultText(command, wraps=False)] if command else []
+
+
 def optional(default: Any = None) -> Any:
     """Return a dataclass field whose key is left out of the mapping and the JSON form while it is None."""
     return field(default=default, metadata={"omit_none": True})

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from afina.data.renderer import Example
     from afina.objectives.prepared import PreparedData
     from afina.objectives.reference import ReferencePolicy
+    from afina.objectives.workload import StepWorkload
     from afina.settings import EvalSettings, TrainSettings
 
 Total = Callable[[Tensor], Tensor]  # from the values of this process to their sum over all
@@ -77,6 +78,7 @@ class Objective:
     supports_processes: ClassVar[bool] = True  # runs under torchrun and FSDP
     maximizes_reward: ClassVar[bool] = False  # eval loss is minus the mean reward
     has_baseline: ClassVar[bool] = True  # the base without the adapter can be evaluated
+    planned_by_tokens: ClassVar[bool] = False  # steps can be planned without loading the base
     report_key: ClassVar[str | None] = None  # of what `report` returns, in run.json
     settings_class: ClassVar[Any] = None  # pydantic class of its own settings
 
@@ -164,12 +166,20 @@ class Objective:
     def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:
         """Draw what `report` has to show into `file`, where `write`, and record its path."""
 
+    def step_workload(self) -> "StepWorkload | None":
+        """Return what an optimizer step computes, for the planner; None where it is not known."""
+        return None
+
     def start_run(self, folder: Path) -> None:
         """Write into a run folder what must be known before the first step."""
 
     def run_facts(self) -> dict[str, Any]:
         """Return what run.json records of this process in addition to the report."""
         return {}
+
+    def next_command(self, folder: Path) -> str | None:
+        """Return the command that uses the adapter of a finished run; None where there is none."""
+        return f"afina chat {folder}"
 
     def expected_completions(self) -> "list[Example]":
         """Return the eval rows with a completion, for `afina eval` to generate and compare."""

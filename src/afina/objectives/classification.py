@@ -176,6 +176,11 @@ class ClassificationObjective(PaddedObjective):
     has_baseline = False
     report_key = "classes"
 
+    def next_command(self, folder: Path) -> str:
+        """Return the command that classifies an image or a text."""
+        given = '"some text"' if self.base.images is None else "FILE.png"
+        return f"afina generate {given} --adapter {folder}"
+
     @classmethod
     def prepare(cls, settings: TrainSettings, base: Classifier | None = None) -> PreparedData:
         """Read, tokenize, check and split the rows; load the base, unless it is given."""

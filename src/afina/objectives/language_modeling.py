@@ -30,6 +30,7 @@ from afina.objectives.prepared import (
     load_language_model,
 )
 from afina.objectives.registry import get_objective, register_objective
+from afina.objectives.workload import StepWorkload, packed_workload
 from afina.settings import EvalSettings, TrainSettings
 
 
@@ -58,6 +59,7 @@ class LanguageModelingObjective(Objective):
     """Next-token prediction on packed batches of about `batch_tokens` tokens."""
 
     shares_pass = True
+    planned_by_tokens = True
     base: CausalLM
 
     @classmethod
@@ -162,6 +164,10 @@ class LanguageModelingObjective(Objective):
     def expected_completions(self) -> list[Example]:
         """Return the eval examples with a completion."""
         return [example for example in self.eval_rows if example.completion is not None]
+
+    def step_workload(self) -> StepWorkload:
+        """Return the sizes of the first epoch's micro-batches."""
+        return packed_workload(self._sampler, self.eval_rows)
 
     def profile_prompts(self) -> list[list[int]]:
         """Return the prompt of each training row, or the first tokens of a text."""

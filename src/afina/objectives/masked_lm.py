@@ -7,6 +7,7 @@ References: Devlin et al. 2018, arXiv 1810.04805.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class MaskedLMObjective(PaddedObjective):
     """Prediction of masked tokens; eval rows are masked the same way each time."""
 
     units = Units("hidden token")
+
+    def next_command(self, folder: Path) -> str:
+        """Return the command that merges the adapter into its encoder."""
+        return f"afina merge {folder} --output-dir encoder"
 
     @classmethod
     def prepare(cls, settings: TrainSettings, base: Any = None) -> PreparedData:

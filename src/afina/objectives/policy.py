@@ -63,6 +63,7 @@ from afina.objectives.reference import STORY
 from afina.objectives.registry import register_objective
 from afina.objectives.reward_functions import RewardFunctions, load_reward_functions
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.objectives.workload import StepWorkload, policy_workload
 from afina.settings import (
     EvalSettings,
     GRPOSettings,
@@ -393,6 +394,10 @@ class PolicyObjective(Objective):
             replace(batch, advantages=advantages)
             for batch, advantages in zip(made, even, strict=True)
         ]
+
+    def step_workload(self) -> StepWorkload:
+        """Return the sizes of an epoch's passes and of the generation before them."""
+        return policy_workload(self, self._batch_tokens)
 
     def num_targets(self, batch: RolloutBatch) -> int:
         """Tokens of the answers."""

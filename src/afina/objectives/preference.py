@@ -57,6 +57,7 @@ from afina.objectives.prepared import (
 from afina.objectives.reference import segments_for, sequence_logprobs
 from afina.objectives.registry import register_objective
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.objectives.workload import StepWorkload, pairwise_workload
 from afina.settings import EvalSettings, PreferenceSettings, TrainSettings
 
 
@@ -290,6 +291,10 @@ class PairwiseObjective(Objective):
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Compare two results of `evaluate`; log-probabilities are nats per completion."""
         return preference_report(self, before, after)
+
+    def step_workload(self) -> StepWorkload:
+        """Return the sizes of an epoch's micro-batches, and the passes of the reference."""
+        return pairwise_workload(self)
 
     def metrics(self, total: Total = no_reduce) -> dict[str, float]:
         """Means over the rows of the last step, and, after a check, of those held out."""

@@ -9,6 +9,7 @@ Calibration is the expected error of P, as a share: of the pairs of which it is 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from afina.objectives.preference import PairwiseObjective, PreferenceBatch
 from afina.objectives.reference import segments_for
 from afina.objectives.registry import register_objective
 from afina.objectives.shared_prefix import SharedPrefixBatch
+from afina.objectives.workload import StepWorkload, pairwise_workload
 
 BINS = 10
 
@@ -77,6 +79,14 @@ class RewardModelObjective(PairwiseObjective):
             "rejected_length": lengths[batch.rejected.cpu()],
         }
         return -logsigmoid(good - bad), facts
+
+    def next_command(self, folder: Path) -> None:
+        """Return None: policies use a reward model, by their setting `reward_funcs`."""
+
+    def step_workload(self) -> StepWorkload:
+        """Return the sizes of an epoch's micro-batches; each sequence has one target, its score."""
+        final = ("the evaluation of a reward model's calibration after the last step",)
+        return pairwise_workload(self, lambda batch: len(batch.cu_seqlens) - 1, final)
 
     @torch.no_grad()
     def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:

@@ -2,89 +2,84 @@
 
 Of off, every fourth layer, every third, every second and all, the first with which a run fits: each
 level takes less memory and more time than the one before. `afina plan` prints the level and the
-reason; `afina.train` uses the same function.
+reason; `afina train` uses the same function.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from afina.errors import TrainingError
-from afina.models.classifier import Classifier
-from afina.objectives.language_modeling import LanguageModelingObjective
-from afina.objectives.policy import PolicyObjective
-from afina.objectives.preference import PairwiseObjective
-from afina.planning.estimate import choose_checkpointing, detect_machine, load_of
-from afina.planning.estimates import Workload
-from afina.planning.generation_cost import step_with_generation
-from afina.planning.model_shape import count_parameters, read_model_shape
+from afina.planning.estimates import MemoryEstimate, Workload
+from afina.planning.machine import Machine, detect_machine
+from afina.planning.model_shape import read_model_shape
+from afina.planning.run_step import run_step
 from afina.planning.step_cost import StepCost
-from afina.settings import TrainSettings
-from afina.training import train as run
 from afina.training.setup.set_up import RunSetup
-from afina.training.train import TrainResult
+
+CHECKPOINTING_LEVELS: tuple[str | int, ...] = ("off", 4, 3, 2, "all")
 
 
-def choose(setups: Sequence[RunSetup]) -> tuple[str | int, str | None]:
-    """The dial of runs that share a base and its passes, and why."""
+def choose_checkpointing(setups: Sequence[RunSetup]) -> tuple[str | int, str | None]:
+    """Return the level of runs that share a base and its passes, and the reason for it."""
     settings = setups[0].settings
-    if len(setups) == 1 and isinstance(
-        setups[0].prepared.task, PairwiseObjective | PolicyObjective
-    ):
-        place = detect_machine(settings, measure=False)
-        step, answers = step_with_generation(
-            read_model_shape(settings, place.device), setups[0], settings, place.device
-        )
-        return choose_checkpointing(step, answers.load, place)[1:]
-    if not all(isinstance(setup.prepared.task, LanguageModelingObjective) for setup in setups):
-        return "off", "memory is not predicted for what learns here"
-    place = detect_machine(settings, measure=False)
-    shape, quantization = (
-        read_model_shape(settings, place.device),
-        setups[0].prepared.base.quantization,  # type: ignore[attr-defined]
-    )
+    workloads = [setup.prepared.task.step_workload() for setup in setups]
+    known = [workload for workload in workloads if workload is not None]
+    if len(known) < len(setups):
+        return "off", "memory is not predicted for this objective"
+    machine = detect_machine(settings, measure=False)
+    shape = read_model_shape(settings, machine.device)
     steps = [
-        StepCost(
-            shape, count_parameters(shape, s.adapter.config), s.settings, quantization, place.device
-        )
-        for s in setups
+        run_step(shape, setup, workload, machine.device)
+        for setup, workload in zip(setups, known, strict=True)
     ]
-    load = _together([_load(setup) for setup in setups])
+    load = _in_one_pass([Workload.of(workload) for workload in known])
     memories = [step.memory(load, 0.0) for step in steps]
     largest = max(range(len(steps)), key=lambda number: memories[number].activations)
-    others = [n for n in range(len(steps)) if n != largest]
-    besides = sum(
-        memories[n].learned + memories[n].optimizer + 4.0 * steps[n].count.trainable for n in others
+    others = sum(
+        memory.learned + memory.optimizer + 4.0 * step.count.trainable
+        for number, (memory, step) in enumerate(zip(memories, steps, strict=True))
+        if number != largest
     )
-    return choose_checkpointing(steps[largest], load, place, besides)[1:]
+    step = replace(steps[largest], extra_bytes=steps[largest].extra_bytes + others)
+    return choose_level(step, load, machine)[1:]
 
 
-def _load(setup: RunSetup) -> Workload:
-    task = setup.prepared.task
-    assert isinstance(task, LanguageModelingObjective)
-    return load_of(task.train, setup.settings)
+def _in_one_pass(loads: Sequence[Workload]) -> Workload:
+    """Return the passes of several runs whose micro-batches are joined."""
+    longest = max(loads, key=lambda load: load.max_length)
+    tokens, targets = sum(load.tokens for load in loads), sum(load.labels for load in loads)
+    return replace(longest, tokens=tokens, labels=targets)
 
 
-def _together(loads: Sequence[Workload]) -> Workload:
-    """Passes of several runs side by side."""
-    tokens, labels = sum(load.tokens for load in loads), sum(load.labels for load in loads)
-    return replace(max(loads, key=lambda load: load.max_length), tokens=tokens, labels=labels)
+def choose_level(
+    step: StepCost, load: Workload, machine: Machine
+) -> tuple[StepCost, str | int, str | None]:
+    """Return the step at its checkpointing level, the level, and the reason of an automatic one."""
+    level = step.settings.gradient_checkpointing
+    if level != "auto":
+        return step, level, None
+    if not step.shape.model.supports_gradient_checkpointing:
+        return step, "off", "this model family does not support gradient checkpointing"
+    if machine.memory is None:
+        return step, "off", "the device is absent, so its memory is not known"
+    memory, without = f"{machine.memory / 1e9:,.1f} GB", 0.0
+    for level in CHECKPOINTING_LEVELS:
+        settings = step.settings.model_copy(update={"gradient_checkpointing": level})
+        chosen = step.with_checkpointing(settings.recomputed)
+        peak = peak_memory(chosen, load, machine).peak
+        without = without or peak
+        if machine.fits(peak):
+            break
+    if level == "off":
+        return chosen, level, f"{peak / 1e9:,.2f} GB fit in {memory}"
+    short = "" if machine.fits(peak) else ", still too much"
+    return (
+        chosen,
+        level,
+        f"without, {without / 1e9:,.2f} GB of {memory} would be allocated; with it, "
+        f"{peak / 1e9:,.2f} GB{short}",
+    )
 
 
-def train(
-    data: str | Path | TrainSettings,
-    *,
-    quiet: bool = True,
-    model: Classifier | None = None,
-    **values: Any,
-) -> TrainResult:
-    """`afina.training.train.train`, with the dial of checkpointing turned by the plan."""
-    return run.train(data, quiet=quiet, model=model, choose=choose, **values)
-
-
-def train_many(
-    runs: Sequence[TrainSettings], *, quiet: bool = True, model: Classifier | None = None
-) -> list[TrainResult | TrainingError]:
-    """`afina.training.train.train_many`, with the dial of checkpointing turned by the plan."""
-    return run.train_many(runs, quiet=quiet, model=model, choose=choose)
+def peak_memory(step: StepCost, load: Workload, machine: Machine) -> MemoryEstimate:
+    """Return the peak memory of a run on a machine, in bytes."""
+    return step.memory(load, machine.libraries, machine.heap)

@@ -32,31 +32,57 @@ from afina.models.loading import load_config, resolve_model_dir
 from afina.models.nf4 import quantizable_modules
 from afina.settings import TrainSettings
 
-TENSOR_HEADER = (
-    150  # bytes that a tensor takes in the header of a safetensors file: name, type, shape, place
-)
+TENSOR_HEADER = 150  # bytes of a tensor in the header of safetensors: name, dtype, shape, offsets
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Causal language model without weights; `dtype` is the one that they are loaded in."""
+    """Causal language model without weights.
+
+    Attributes:
+        dtype: The dtype that the weights are loaded in.
+        quantized: Whether its files contain NF4 codes.
+        has_weights: Whether its folder contains weights.
+    """
 
     name: str
     folder: Path
     model: PreTrainedModel
     dtype: torch.dtype
-    quantised: bool  # whether its files hold NF4 codes already
+    quantized: bool
     has_weights: bool
 
     @property
     def config(self) -> Any:
-        """The configuration of the decoder of text."""
+        """Configuration of the text decoder."""
         return self.model.config.get_text_config()
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model was made for, in tokens."""
+        """Longest sequence that the model supports, in tokens."""
         return int(getattr(self.config, "max_position_embeddings", None) or 2048)
+
+    @property
+    def hidden_size(self) -> int:
+        """Elements of a token's hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the vocabulary."""
+        return int(self.config.vocab_size)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Number of attention heads, and the width of all of them."""
+        number = int(self.config.num_attention_heads)
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // number
+        return number, number * int(width)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads[0])
 
     @property
     def parameters(self) -> int:
@@ -69,32 +95,25 @@ class ModelShape:
         kinds: Counter[str] = Counter(
             {"blocks": 0, "embeddings": 0, "output": 0, "norms and biases": 0}
         )
-        seen: set[int] = set()
-        head = self.model.get_output_embeddings()
-        for path, module in self.model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                if id(parameter) in seen:
-                    continue
-                seen.add(id(parameter))
-                kind = (
-                    "embeddings"
-                    if isinstance(module, nn.Embedding)
-                    else "output"
-                    if module is head
-                    else "blocks"
-                )
-                if parameter.ndim < 2 or (kind == "blocks" and layer_index(path) is None):
-                    kind = "norms and biases"
-                kinds[kind] += parameter.numel()
+        for name, parameter in self.model.named_parameters():  # tied ones have one name
+            path = name.rpartition(".")[0]
+            module = self.model.get_submodule(path)
+            if parameter.ndim < 2:
+                kind = "norms and biases"
+            elif isinstance(module, nn.Embedding):
+                kind = "embeddings"
+            elif module is self.model.get_output_embeddings():
+                kind = "output"
+            else:
+                kind = "norms and biases" if layer_index(path) is None else "blocks"
+            kinds[kind] += parameter.numel()
         return dict(kinds)
 
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
-        return 1 + max(
-            (n for path, _ in self.model.named_modules() if (n := layer_index(path)) is not None),
-            default=-1,
-        )
+        numbers = [layer_index(path) for path, _ in self.model.named_modules()]
+        return 1 + max((number for number in numbers if number is not None), default=-1)
 
     @property
     def is_exact(self) -> bool:
@@ -106,21 +125,18 @@ class ModelShape:
         """Return the bytes of the weights; with "nf4" the layers' matrices are quantized."""
         width = self.dtype.itemsize
         codes = quantizable_modules(self.model) if quantization == "nf4" else {}
-        held = sum(width * p.numel() for p in self.model.parameters())
-        return held + sum(
-            nf4_bytes(TargetModule(p, m)) - width * m.weight.numel() for p, m in codes.items()
+        plain = sum(width * p.numel() for p in self.model.parameters())
+        saved = sum(
+            width * m.weight.numel() - nf4_bytes(TargetModule(path, m)) for path, m in codes.items()
         )
+        return plain - saved
 
-    def largest(self, quantization: str) -> int:
-        """Bytes of its largest tensor as it is held (embeddings, mostly)."""
-        codes = (
-            {f"{path}.weight" for path in quantizable_modules(self.model)}
-            if quantization == "nf4"
-            else set()
-        )
-        return self.dtype.itemsize * max(
-            p.numel() for name, p in self.model.named_parameters() if name not in codes
-        )
+    def largest_bytes(self, quantization: str) -> int:
+        """Return the bytes of the largest tensor that is not quantized: the embeddings, mostly."""
+        codes = quantizable_modules(self.model) if quantization == "nf4" else {}
+        quantized = {f"{path}.weight" for path in codes}
+        sizes = (p.numel() for n, p in self.model.named_parameters() if n not in quantized)
+        return self.dtype.itemsize * max(sizes)
 
 
 def nf4_bytes(layer: TargetModule) -> int:
@@ -131,7 +147,11 @@ def nf4_bytes(layer: TargetModule) -> int:
 
 
 def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
-    """Return the shape of the settings' base, of which config.json is enough; raise `BaseError`."""
+    """Return the shape of the settings' base, of which config.json is enough.
+
+    Raises:
+        BaseError: There is no config.json, or it is not that of a causal language model.
+    """
     folder = resolve_model_dir(settings.base, settings.revision, weights=False)
     if not (folder / "config.json").is_file():
         raise BaseError(
@@ -140,8 +160,8 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
             hint="is this a Hugging Face folder?",
         )
     config = copy.deepcopy(load_config(folder, settings.base, settings.trust_remote_code))
-    quantised = is_quantised(config, settings.base)
-    if quantised:
+    quantized = is_quantised(config, settings.base)
+    if quantized:
         del config.quantization_config
     try:
         with torch.device("meta"), no_init_weights():
@@ -149,62 +169,57 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
                 config, trust_remote_code=settings.trust_remote_code
             )
     except (ValueError, KeyError) as error:
-        what = f"{config.model_type} is no language model that reads forwards only"
+        what = f"{config.model_type} is not a causal language model"
         raise BaseError(what, where=settings.base, why=str(error).splitlines()[0]) from error
     model.tie_weights()
     weight_bytes = 2 * sum(p.numel() for p in model.parameters())
     dtype = choose_dtype(settings.dtype, torch.device(device), config, weight_bytes)
-    return ModelShape(
-        settings.base, folder, model, dtype, quantised, bool(list(folder.glob("*.safetensors")))
-    )
+    has_weights = any(folder.glob("*.safetensors"))
+    return ModelShape(settings.base, folder, model, dtype, quantized, has_weights)
 
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """Trainable parameters of an adapter by module path, and in all (tied ones once)."""
+    """Trainable parameters of an adapter by module path, and in all (tied ones once).
+
+    Attributes:
+        tensors: Number of tensors in its file.
+        width: Bytes of a trainable parameter, in memory and in the file.
+    """
 
     config: AdapterConfig
     layers: dict[str, int]
     trainable: int
     tensors: int
-    width: int  # bytes of a trained number as it is held and saved
+    width: int
 
     @property
     def file_bytes(self) -> int:
-        """Size of the adapter's file, at most."""
+        """Upper bound of the adapter file's size in bytes."""
         return self.trainable * self.width + self.tensors * TENSOR_HEADER
 
 
-def count_parameters(shape: ModelShape, spec: AdapterConfig) -> AdapterSize:
-    """What an adapter of `spec` on the model would learn, by each method's own formula."""
-    model, kind = shape.model, get_method(spec.method)
+def count_parameters(shape: ModelShape, config: AdapterConfig) -> AdapterSize:
+    """Return the trainable parameters of an adapter on the model, by its method's formula."""
+    model, kind = shape.model, get_method(config.method)
     layers = {
         path: TargetModule(path, frozen_module(model, path))
-        for path in (*spec.target_modules, *spec.modules_to_save)
+        for path in (*config.target_modules, *config.modules_to_save)
     }
+    full = dict.fromkeys(config.modules_to_save, get_method("full"))
     numbers = {
-        path: (get_method("full") if path in spec.modules_to_save else kind).num_parameters(
-            layer, spec
-        )
-        for path, layer in layers.items()
+        path: full.get(path, kind).num_parameters(layer, config) for path, layer in layers.items()
     }
     trainable, tensors = sum(numbers.values()), 3 * len(numbers)
-    if kind.replaces_base:  # parameters that are one in the base are one in the trained copy
-        own = {
-            id(p): p.numel()
-            for layer in layers.values()
-            for p in layer.module.parameters(recurse=False)
-        }
+    if kind.replaces_base:  # tied parameters of the base are tied in the trained copy
+        modules = [layer.module for layer in layers.values()]
+        own = {id(p): p.numel() for m in modules for p in m.parameters(recurse=False)}
         trainable, tensors = sum(own.values()), len(own)
-    if spec.trainable_tokens:
-        places = {id(model.get_submodule(path).weight): path for path in vocabulary_layers(model)}
-        rows = {
-            path: TrainableTokens.num_parameters(
-                TargetModule(path, model.get_submodule(path)), spec
-            )
-            for path in places.values()
-        }
-        trainable, tensors = trainable + sum(rows.values()), tensors + len(rows)
-    return AdapterSize(
-        spec, numbers, trainable, tensors, shape.dtype.itemsize if kind.replaces_base else 4
-    )
+    if config.trainable_tokens:
+        paths = {id(model.get_submodule(path).weight): path for path in vocabulary_layers(model)}
+        for path in paths.values():
+            module = TargetModule(path, model.get_submodule(path))
+            trainable += TrainableTokens.num_parameters(module, config)
+            tensors += 1
+    width = shape.dtype.itemsize if kind.replaces_base else 4
+    return AdapterSize(config, numbers, trainable, tensors, width)

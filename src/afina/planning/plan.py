@@ -14,7 +14,6 @@ from torch import nn
 from afina.adapters.registry import get_method
 from afina.adapters.target_selection import layer_index
 from afina.data.packing import BatchSampler
-from afina.data.renderer import Example
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import SettingsError
@@ -22,49 +21,33 @@ from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
 from afina.models.nf4 import NF4Linear
 from afina.objectives.language_data import read_examples
-from afina.objectives.language_modeling import LanguageModelingObjective
-from afina.planning.estimate import (
-    Machine,
-    choose_checkpointing,
-    compare,
-    detect_machine,
-    estimate_run,
-    fits,
-    full_load,
-    largest_batch,
-    load_of,
-    make_step,
-    remedies,
-)
+from afina.objectives.registry import get_objective
+from afina.objectives.workload import StepWorkload, packed_workload
+from afina.planning.checkpointing_policy import choose_level
+from afina.planning.estimate import estimate_methods, estimate_run, largest_batch, remedies
 from afina.planning.estimates import Workload
-from afina.planning.generation_cost import forecast_answers, step_with_generation
+from afina.planning.machine import Machine, detect_machine
 from afina.planning.model_shape import ModelShape, read_model_shape
 from afina.planning.results import MethodsPlanResult, PlanResult
+from afina.planning.run_step import full_load, make_step, run_step
 from afina.planning.step_cost import StepCost
-from afina.settings import (
-    POLICIES,
-    PREFERENCES,
-    PlanSettings,
-    TrainSettings,
-    make_settings,
-    resolved,
-)
-from afina.training.setup.prepare import resolve_objective
+from afina.settings import PlanSettings, TrainSettings, make_settings, resolved
+from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
 from afina.training.setup.set_up import RunSetup, default_out, set_up_run
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+UNKNOWN_WORKLOAD = StepWorkload(())  # full batches, and nothing in addition
 
 
 @dataclass
-class _Data:
-    """Facts of the rows; unknown without rows, or without a tokenizer to count their tokens."""
+class _Rows:
+    """Facts of the rows, counted by the tokenizer alone; unknown without rows or tokenizer."""
 
     about: dict[str, Any] = field(default_factory=dict)
     example: str | None = None
-    objective: str | None = None
-    max_length: int | None = None
-    train: list[Example] = field(default_factory=list)
-    held_tokens: int = 0
+    used: dict[str, Any] = field(default_factory=dict)  # settings that the rows determine
+    workload: StepWorkload = UNKNOWN_WORKLOAD
+    steps: int | None = None
 
 
 def plan(
@@ -90,9 +73,9 @@ def plan(
     objective = settings.objective
     if train_settings is not None:
         objective = resolve_objective(train_settings)
-    if objective in ("classify", "mlm", *PREFERENCES, *POLICIES):
-        return _plan_with_rows(settings, train_settings, objective)
-    return _plan_language_modeling(settings, train_settings)
+    if get_objective(AUTO_TEXT if objective == "auto" else objective).planned_by_tokens:
+        return _plan_by_tokens(settings, train_settings)
+    return _plan_with_rows(settings, train_settings, objective)
 
 
 def _train_settings(settings: PlanSettings) -> TrainSettings | None:
@@ -115,65 +98,57 @@ def _plan_with_rows(
             why="the cost of its step depends on the rows, and on a base that is here",
         )
     setup = set_up_run(train_settings)
-    checked = _checked(setup)
-    cost = None
-    if objective not in ("classify", "mlm"):
-        cost = _cost_with_generation(settings, setup)
-        checked["settings"] |= {"gradient_checkpointing": cost["checkpointing"]["used"]}
-    return PlanResult(**checked, cost=cost)
+    workload = setup.prepared.task.step_workload()
+    if workload is None:
+        return PlanResult(**_checked(setup), cost=None)
+    machine = detect_machine(settings, settings.remeasure)
+    shape = read_model_shape(settings, machine.device)
+    step = run_step(shape, setup, workload, machine.device)
+    return _checked_plan(setup, _cost(settings, step, workload, machine, setup.steps))
 
 
-def _plan_language_modeling(
+def _plan_by_tokens(
     settings: PlanSettings, train_settings: TrainSettings | None
 ) -> PlanResult | MethodsPlanResult:
     """Return the plan of sft or pretrain; the base is loaded where it is present and fits."""
     machine = detect_machine(settings, settings.remeasure)
     shape = read_model_shape(settings, machine.device)
-    step = make_step(shape, settings, machine)
+    step = make_step(shape, settings, machine.device)
     loaded_bytes = shape.weight_bytes(step.quantization) + machine.libraries
-    loads = shape.has_weights and not settings.compare_methods and fits(loaded_bytes, machine)
-    setup = None
+    loads = shape.has_weights and not settings.compare_methods and machine.fits(loaded_bytes)
     if train_settings is not None and loads:
-        setup = set_up_run(train_settings)
-        step = make_step(shape, settings, machine, setup.adapter.config)
-    rows = _rows(setup) if setup else _rows_without_model(shape, settings)
-    load = load_of(rows.train, settings) if rows.train else full_load(shape, settings)
-    steps = setup.steps if setup else _steps(settings, rows.train)
+        return _plan_loaded(settings, set_up_run(train_settings), shape, machine)
+    rows = _rows_without_model(shape, settings)
     base = {
         "name": settings.base,
         "parameters": shape.parameters,
         "kinds": shape.parameters_by_kind,
     }
     if settings.compare_methods:
+        load = _load(shape, settings, rows.workload)
         return MethodsPlanResult(
             base=base,
-            steps=steps,
+            steps=rows.steps,
             data=rows.about,
             device=machine.device,
             machine_bytes=machine.memory,
-            methods=compare(shape, settings, machine, load, steps, rows.held_tokens),
+            methods=estimate_methods(shape, settings, machine, load, rows.workload, rows.steps),
             batch=_batch(load),
             exact=shape.is_exact,
         )
-    cost = _cost(settings, step, load, machine, steps, rows.held_tokens)
-    level = {"gradient_checkpointing": cost["checkpointing"]["used"]}
-    if setup:
-        checked = _checked(setup)
-        checked["settings"] |= level
-        checked["base"] |= {"kinds": shape.parameters_by_kind}
-        return PlanResult(**checked, cost=cost)
-    used = level | {
+    cost = _cost(settings, step, rows.workload, machine, rows.steps)
+    used = rows.used | {
+        "gradient_checkpointing": cost["checkpointing"]["used"],
         "dtype": str(shape.dtype).removeprefix("torch."),
         "device": machine.device,
-        "max_steps": steps,
+        "max_steps": rows.steps,
     }
-    used |= {"objective": rows.objective, "max_length": rows.max_length} if rows.train else {}
     used |= {"output_dir": str(default_out(train_settings))} if train_settings else {}
     return PlanResult(
         settings=resolved(settings) | _targets(step.count.config) | used,
         base=base,
         data=rows.about,
-        steps=steps,
+        steps=rows.steps,
         trainable_parameters=step.count.trainable,
         layers=len(step.count.layers),
         example=rows.example,
@@ -181,69 +156,58 @@ def _plan_language_modeling(
     )
 
 
+def _plan_loaded(
+    settings: PlanSettings, setup: RunSetup, shape: ModelShape, machine: Machine
+) -> PlanResult:
+    """Return the plan of a run that is set up on its base, with the base's parameters by kind."""
+    workload = setup.prepared.task.step_workload()
+    step = run_step(shape, setup, workload, machine.device)
+    cost = _cost(settings, step, workload or UNKNOWN_WORKLOAD, machine, setup.steps)
+    return _checked_plan(setup, cost, kinds=shape.parameters_by_kind)
+
+
+def _checked_plan(setup: RunSetup, cost: dict[str, Any], **about_base: Any) -> PlanResult:
+    checked = _checked(setup)
+    checked["settings"] |= {"gradient_checkpointing": cost["checkpointing"]["used"]}
+    checked["base"] |= about_base
+    return PlanResult(**checked, cost=cost)
+
+
+def _load(shape: ModelShape, settings: PlanSettings, workload: StepWorkload) -> Workload:
+    """Return the sizes of the passes; those of full batches where the rows are not known."""
+    return Workload.of(workload) if workload.passes else full_load(shape, settings)
+
+
 def _cost(
     settings: PlanSettings,
     step: StepCost,
-    load: Workload,
+    workload: StepWorkload,
     machine: Machine,
     steps: int | None,
-    eval_tokens: int,
 ) -> dict[str, Any]:
     """Return memory and time of a run, and what fits on the machine."""
-    cost = estimate_run(step, load, machine, steps, eval_tokens)
-    largest, largest_all = _largest_batches(step, load, machine)
-    return (
-        cost
-        | _about_machine(step.shape, load, machine)
-        | {
-            "largest_batch_tokens": largest,
-            "largest_batch_tokens_all": largest_all,
-            "remedies": []
-            if cost["fits"] is not False
-            else remedies(step.shape, settings, machine, load),
-        }
+    shape, load = step.shape, _load(step.shape, settings, workload)
+    cost = estimate_run(step, load, workload, machine, steps)
+    chosen = choose_level(step, load, machine)[0]
+    ratio = load.attention_ratio  # batches are set in tokens of sequences, prefixes included
+    largest, largest_all = (
+        tokens and int(tokens * ratio)
+        for tokens in (
+            largest_batch(chosen, load, machine),
+            largest_batch(step.with_checkpointing(1), load, machine),
+        )
     )
-
-
-def _largest_batches(
-    step: StepCost, load: Workload, machine: Machine
-) -> tuple[int | None, int | None]:
-    """Return the largest micro-batch in tokens at the chosen checkpointing level, and at "all"."""
-    chosen = choose_checkpointing(step, load, machine)[0]
-    return (
-        largest_batch(chosen, load, machine),
-        largest_batch(step.with_checkpointing(1), load, machine),
-    )
-
-
-def _about_machine(shape: ModelShape, load: Workload, machine: Machine) -> dict[str, Any]:
-    return {
+    is_short = cost["fits"] is False
+    changes = remedies(shape, settings, machine, load, step.extra_bytes) if is_short else []
+    return cost | {
         "device": machine.device,
         "machine_bytes": machine.memory,
         "batch": _batch(load),
         "exact": shape.is_exact,
+        "largest_batch_tokens": largest,
+        "largest_batch_tokens_all": largest_all,
+        "remedies": changes,
     }
-
-
-def _cost_with_generation(settings: PlanSettings, setup: RunSetup) -> dict[str, Any]:
-    """Return memory and time of preference objectives and policies, on the base that is loaded."""
-    machine = detect_machine(settings, settings.remeasure)
-    shape = read_model_shape(settings, machine.device)
-    step, extras = step_with_generation(shape, setup, settings, machine.device)
-    load = extras.load
-    cost = forecast_answers(step, extras, machine, setup.steps)
-    largest, largest_all = _largest_batches(step, load, machine)
-    return (
-        cost
-        | _about_machine(shape, load, machine)
-        | {
-            "largest_batch_tokens": largest and int(largest * load.attention_ratio),
-            "largest_batch_tokens_all": largest_all and int(largest_all * load.attention_ratio),
-            "remedies": []
-            if cost["fits"] is not False
-            else remedies(shape, settings, machine, load, extras.besides),
-        }
-    )
 
 
 def _batch(load: Workload) -> dict[str, Any]:
@@ -255,27 +219,10 @@ def _batch(load: Workload) -> dict[str, Any]:
     }
 
 
-def _steps(settings: PlanSettings, train: list[Example]) -> int | None:
-    """Optimizer steps of a run, where rows or settings tell."""
-    if settings.max_steps is not None or not train:
-        return settings.max_steps
-    each = BatchSampler(
-        train, settings.max_tokens_per_batch, settings.gradient_accumulation_steps, settings.seed
-    ).steps_per_epoch
-    return max(1, round(settings.num_train_epochs * each))
-
-
-def _rows(setup: RunSetup) -> _Data:
-    """The rows of a run that is set up."""
-    task = setup.prepared.task
-    assert isinstance(task, LanguageModelingObjective)
-    return _Data(train=list(task.train), held_tokens=sum(len(e.token_ids) for e in task.eval_rows))
-
-
-def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Data:
-    """The rows by the tokenizer alone, without a model."""
+def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
+    """Return the facts of the rows by the tokenizer alone, without a model."""
     if settings.data is None:
-        return _Data()
+        return _Rows(steps=settings.max_steps)
     table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
     about = {
         "format": table.format,
@@ -284,21 +231,27 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Data:
         "skipped": list(table.skipped),
     }
     if not any((shape.folder / name).is_file() for name in TOKENIZERS):
-        return _Data(about)
+        return _Rows(about, steps=settings.max_steps)
     tokenizer = load_tokenizer(shape.folder, settings.base, settings.trust_remote_code)
-    made = read_examples(settings, table, tokenizer, shape.max_positions)
-    return _Data(
-        about={**about, "objective": made.objective, "skipped": made.skipped} | made.counts,
-        example=made.renderer.format_loss_mask(made.train[0]),
-        objective=made.objective,
-        max_length=made.renderer.max_length,
-        train=made.train,
-        held_tokens=sum(len(e.token_ids) for e in made.eval_examples),
+    read = read_examples(settings, table, tokenizer, shape.max_positions)
+    sampler = BatchSampler(
+        read.train,
+        settings.max_tokens_per_batch,
+        settings.gradient_accumulation_steps,
+        settings.seed,
+    )
+    steps = max(1, round(settings.num_train_epochs * sampler.steps_per_epoch))
+    return _Rows(
+        about={**about, "objective": read.objective, "skipped": read.skipped} | read.counts,
+        example=read.renderer.format_loss_mask(read.train[0]),
+        used={"objective": read.objective, "max_length": read.renderer.max_length},
+        workload=packed_workload(sampler, read.eval_examples),
+        steps=settings.max_steps or steps,
     )
 
 
 def _checked(setup: RunSetup) -> dict[str, Any]:
-    """What a run that is set up would be."""
+    """Return settings, base, data and adapter of a run that is set up."""
     prepared, spec = setup.prepared, setup.adapter.config
     return {
         "settings": resolved(setup.settings) | _used(setup),
@@ -320,7 +273,7 @@ def _checked(setup: RunSetup) -> dict[str, Any]:
 
 
 def _targets(spec: AdapterConfig) -> dict[str, Any]:
-    """What stands for the settings that choose layers."""
+    """Return the values of the settings that choose modules and layers."""
     blocks = {number for path in spec.target_modules if (number := layer_index(path)) is not None}
     return {
         "alpha": None if get_method(spec.method).replaces_base else spec.alpha,
@@ -349,14 +302,14 @@ def _used(setup: RunSetup) -> dict[str, Any]:
 
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters of the base, quantized ones included, without adapters."""
-    known: dict[int, int] = {}
+    sizes: dict[int, int] = {}  # by parameter: tied ones count once
     for name, module in model.named_modules():
         if ".deltas." in name:
             continue
-        if isinstance(module, NF4Linear):  # two weights a byte, and scales, which are none
-            known[id(module.codes)] = module.out_features * module.in_features
+        if isinstance(module, NF4Linear):  # its codes are two weights per byte
+            sizes[id(module.codes)] = module.out_features * module.in_features
             own = [] if module.bias is None else [module.bias]
         else:
             own = list(module.parameters(recurse=False))
-        known |= {id(parameter): parameter.numel() for parameter in own}
-    return sum(known.values())
+        sizes |= {id(parameter): parameter.numel() for parameter in own}
+    return sum(sizes.values())

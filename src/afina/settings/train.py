@@ -22,7 +22,10 @@ class TrainSettings(GroupedSettings):
         "Parquet), or a sweep's YAML",
         ...,
     )
-    output_dir: Path | None = setting("the run folder; by default runs/DATA-METHOD")
+    output_dir: Path | None = setting(
+        "the run folder; by default runs/DATA-METHOD, with a number where that exists"
+    )
+    overwrite: bool = setting("replace the run in that folder, if there is one", False)
     resume: bool = setting("resume the run in that folder instead of starting a new one", False)
     # the adapter
     method: str = setting(

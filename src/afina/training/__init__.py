@@ -1,1 +1,1 @@
-"""The loop, checkpoints, the run folder."""
+"""The training loop, checkpoints, and the run folder."""

@@ -1,4 +1,4 @@
-"""The state from which a run goes on bit for bit: parameters, optimizer, random numbers, where it stood."""
+"""Checkpoints, from which a run resumes bit for bit: optimizer, random state, progress."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ FOLDER, SETTINGS = "checkpoint", "settings.yaml"
 
 @dataclass
 class TrainerState:
-    """Where a run stands. Losses are nats a labelled token."""
+    """Progress of a run; losses are nats per target token."""
 
     step: int = 0
     tokens: int = 0
@@ -33,7 +33,7 @@ class TrainerState:
 def save(
     run: Path, optimizer: AdapterOptimizer, progress: TrainerState, identity: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of `run`, taking the place of the one before only when it is whole."""
+    """Write the checkpoint of `run`; it replaces the previous one only when it is complete."""
     with atomic_directory(run / FOLDER) as folder:
         state = {name: t.detach().cpu().contiguous() for name, t in optimizer.state().items()}
         state[":rng"] = torch.get_rng_state()
@@ -45,21 +45,26 @@ def save(
 
 
 def exists(run: Path) -> bool:
-    """Whether `run` has a checkpoint to go on from."""
+    """Return whether `run` has a checkpoint to resume from."""
     recover_interrupted_replace(run / FOLDER)
     return (run / FOLDER / "progress.json").is_file()
 
 
 def load(run: Path, optimizer: AdapterOptimizer, identity: dict[str, Any]) -> TrainerState:
-    """Bring a run back to its checkpoint; raises `TrainingError` where `identity` (settings, data, base) differs."""
+    """Load the checkpoint of a run into `optimizer`, and return its progress.
+
+    Raises:
+        TrainingError: `identity` (settings, data, base) is not what the run began with.
+    """
     content = migrate_progress(read_json_object(run / FOLDER / "progress.json"))
     _same_settings(run, content["identity"]["settings"], identity["settings"])
     for name, value in identity.items():
         if name != "settings" and content["identity"].get(name) != value:
+            is_or_are = "are" if name.endswith("s") else "is"
             raise TrainingError(
-                f"cannot go on: the {name} {'are' if name.endswith('s') else 'is'} not what the run began with",
+                f"cannot resume: the {name} {is_or_are} not what the run began with",
                 where=str(run),
-                hint="bring it back, or start a new run with another --output-dir",
+                hint="restore it, or start a new run with another --output-dir",
             )
     state = load_file(run / FOLDER / "state.safetensors")
     torch.set_rng_state(state.pop(":rng"))
@@ -71,28 +76,25 @@ def load(run: Path, optimizer: AdapterOptimizer, identity: dict[str, Any]) -> Tr
 
 
 def _same_settings(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `TrainingError` with every setting that changed; one that an older afina did not have had its default."""
+    """Raise `TrainingError` with every setting that changed; unrecorded ones have defaults."""
     complete = TrainSettings(**{"data": ""} | migrate_settings(before))
     known = {name: resolved(complete).get(name) for name in now}
     changed = [
-        f"{name} is {_told(known[name])} in the run, {_told(now[name])} now"
+        f"{name} is {_yaml(known[name])} in the run, {_yaml(now[name])} now"
         for name in now
         if known[name] != now[name]
     ]
     if changed:
         raise TrainingError(
-            f"cannot go on: the setting {'; '.join(changed)}",
+            f"cannot resume: the setting {'; '.join(changed)}",
             where=str(run),
-            hint=f"afina train --config {run / SETTINGS} --resume, or start a new run with another --output-dir",
+            hint=f"afina train --config {run / SETTINGS} --resume, "
+            "or start a new run with another --output-dir",
         )
 
 
-def _told(value: Any) -> str:
-    """A setting's value as it is written in YAML."""
-    return (
-        "not set"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+def _yaml(value: Any) -> str:
+    """Return a setting's value as it is written in YAML."""
+    if value is None:
+        return "not set"
+    return str(value).lower() if isinstance(value, bool) else str(value)

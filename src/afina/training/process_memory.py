@@ -1,4 +1,4 @@
-"""The most memory that this process has held. No torch here: benchmarks ask the same of other libraries."""
+"""Peak memory of this process. No torch here: benchmarks measure other libraries by it too."""
 
 import re
 import sys
@@ -8,15 +8,13 @@ STATUS = Path("/proc/self/status")
 
 
 def process_peak_mb() -> float:
-    """The most RAM that this process has held, in MB, since it began."""
+    """Return the peak RAM of this process since its start, in MB."""
     if sys.platform == "win32":
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 1e6
     if found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text() if STATUS.exists() else ""):
-        return (
-            int(found[1]) * 1024 / 1e6
-        )  # ru_maxrss would begin at the peak of the process that started this one
+        return int(found[1]) * 1024 / 1e6  # ru_maxrss would include the parent process's peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

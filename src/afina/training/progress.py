@@ -1,5 +1,6 @@
-"""What a person sees while a run goes on: loss, speed, time left, memory."""
+"""Progress of a run on standard error: loss, speed, remaining time, memory."""
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -17,9 +18,11 @@ from rich.progress import (
 from afina.training.setup.set_up import RunSetup
 from afina.training.trainer import StepMetrics, peak_memory_mb
 
+LINE_SECONDS = 5.0  # between two lines where standard error is not a terminal
+
 
 class NullProgress:
-    """Shows nothing: for Python callers and tests."""
+    """Prints nothing: for Python callers and tests."""
 
     def __enter__(self) -> Self:
         return self
@@ -33,25 +36,21 @@ class NullProgress:
         return None
 
     def tick(self, tick: StepMetrics, run: int = 0) -> None:
-        """One step of a run is done; runs are counted in the order given."""
+        """Record a step of run `run`; runs are counted in the order given."""
 
 
 class ProgressDisplay(NullProgress):
-    """A progress bar a run on standard error; a line a check where that is no terminal."""
+    """A progress bar per run in a terminal; elsewhere a line every few seconds."""
 
     def __init__(self, setups: Sequence[RunSetup]) -> None:
         self._console = Console(stderr=True)
         self._steps = [setup.steps for setup in setups]
         self._piece = setups[0].prepared.units.piece
-        names = (
-            ["training"]
-            if len(setups) == 1
-            else [
-                str(setup.settings.output_dir and setup.settings.output_dir.name)
-                for setup in setups
-            ]
-        )
+        outputs = [setup.settings.output_dir for setup in setups]
+        names = ["training" if len(setups) == 1 or out is None else out.name for out in outputs]
         self._labels = [""] if len(setups) == 1 else [f"{name}  " for name in names]
+        self._num_eval_rows = sum(len(setup.prepared.task.eval_rows) for setup in setups)
+        self._last_line = 0.0
         self._bar = Progress(
             TextColumn("{task.fields[label]}"),
             BarColumn(),
@@ -69,6 +68,10 @@ class ProgressDisplay(NullProgress):
         ]
 
     def __enter__(self) -> Self:
+        if not self._console.is_terminal:
+            steps = " and ".join(f"{steps:,}" for steps in self._steps)
+            rows = f"{self._num_eval_rows:,} eval rows before the first step"
+            self._print(f"training {steps} optimizer steps; evaluating {rows}")
         self._bar.start()
         return self
 
@@ -81,15 +84,24 @@ class ProgressDisplay(NullProgress):
         self._bar.stop()
 
     def tick(self, tick: StepMetrics, run: int = 0) -> None:
-        """Move the bar on, and say how it goes."""
-        speed = f"loss {tick.loss:.3f}  {tick.tokens / tick.seconds:,.0f} {self._piece}s/s  peak {peak_memory_mb():,.0f} MB"
-        self._bar.update(self._tasks[run], completed=tick.step, description=speed)
+        """Advance the bar; print a line at an evaluation, and elsewhere every few seconds."""
+        speed = tick.tokens / tick.seconds
+        text = (
+            f"loss {tick.loss:.3f}  {speed:,.0f} {self._piece}s/s  peak {peak_memory_mb():,.0f} MB"
+        )
+        self._bar.update(self._tasks[run], completed=tick.step, description=text)
         if "accuracy" in tick.metrics:
-            speed += f"  preferred {100 * tick.metrics['accuracy']:.0f}%"
+            text += f"  preferred {100 * tick.metrics['accuracy']:.0f}%"
         if "reward" in tick.metrics:
-            speed += f"  reward {tick.metrics['reward']:.3f}"
+            text += f"  reward {tick.metrics['reward']:.3f}"
+        line = f"{self._labels[run]}step {tick.step}/{self._steps[run]}  {text}"
         if tick.eval_loss is not None:
-            step = f"{self._labels[run]}step {tick.step}/{self._steps[run]}"
             reward = tick.metrics.get("eval_reward")
-            judged = f"loss {tick.eval_loss:.3f}" if reward is None else f"reward {reward:.3f}"
-            self._console.print(f"{step}  {speed}  held-out {judged}", highlight=False)
+            name, value = ("loss", tick.eval_loss) if reward is None else ("reward", reward)
+            self._print(f"{line}  eval {name} {value:.3f}")
+        elif not self._console.is_terminal and time.monotonic() - self._last_line > LINE_SECONDS:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+        self._last_line = time.monotonic()

@@ -14,17 +14,20 @@ from afina.evaluation.results import (
     reference_line,
     reward_rows,
 )
-from afina.io.result import Content, Result, ResultTable, ResultText
-
-CHAT_OBJECTIVES = ("sft", "pretrain", "dpo", "kto", "orpo", "simpo", "grpo", "rloo", "ppo")
+from afina.io.result import Content, Result, ResultTable, ResultText, next_command
 
 
 @dataclass(frozen=True, eq=False)
 class TrainResult(Result):
-    """Finished run: its folder, and `record`, the content of run.json; keys are those of both."""
+    """Finished run: its folder, and `record`, the content of run.json; keys are those of both.
+
+    Attributes:
+        next_command: The command that uses the adapter; None where there is none.
+    """
 
     folder: Path
     record: Mapping[str, Any]
+    next_command: str | None = None
 
     def __getitem__(self, key: str) -> Any:
         """Return `folder` as text, or a value of run.json."""
@@ -44,7 +47,7 @@ class TrainResult(Result):
         return self.record["verdict"]  # type: ignore[no-any-return]
 
     def content(self) -> list[Content]:
-        """Return losses or rewards before and after, the verdict, the figures and the next command."""
+        """Return losses or rewards before and after, verdict, figures and the next command."""
         record = self.record
         return [
             *measured(record, f"run {self.folder}"),
@@ -52,7 +55,7 @@ class TrainResult(Result):
             *(ResultText(f"skipped {line}") for line in record["data"]["skipped"]),
             *(ResultText(f"- {sentence}") for sentence in self.verdict),
             ResultText(self._figures()),
-            *self._next(),
+            *next_command(self.next_command),
         ]
 
     def to_markdown(self) -> str:
@@ -62,28 +65,13 @@ class TrainResult(Result):
         return model_card(self.record)
 
     def _figures(self) -> str:
-        record = self.record
+        record, speed = self.record, f"{self.record['tokens_per_second']:,.0f} per second"
         return (
             f"{pluralize(record['steps'], 'optimizer step')}, "
             f"{pluralize(record['tokens'], record['units']['piece'])} in {record['seconds']:.0f} s "
-            f"({record['tokens_per_second']:,.0f} per second), "
-            f"peak memory {record['peak_memory_mb']:,.0f} MB, adapter {record['adapter_kb']:,.0f} kB"
+            f"({speed}), peak memory {record['peak_memory_mb']:,.0f} MB, "
+            f"adapter {record['adapter_kb']:,.0f} kB"
         )
-
-    def _next(self) -> list[Content]:
-        """Return the command that uses the adapter; none for a reward model."""
-        objective = self.record["objective"]
-        if objective in CHAT_OBJECTIVES:
-            command = f"afina chat {self.folder}"
-        elif objective == "classify":
-            pictures = self.record["data"]["format"] == "pictures"
-            what = "FILE.png" if pictures else '"some text"'
-            command = f"afina generate {what} --adapter {self.folder}"
-        elif objective == "mlm":
-            command = f"afina merge {self.folder} --output-dir encoder"
-        else:
-            return []
-        return [ResultText(f"next: {command}", wraps=False)]
 
 
 @dataclass(frozen=True, eq=False)

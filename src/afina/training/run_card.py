@@ -33,7 +33,7 @@ def plot_losses(
 def plot_rewards(
     metrics: Sequence[Mapping[str, Any]], record: Mapping[str, Any], file: Path
 ) -> None:
-    """Write a PNG of the reward over steps, of sampled and of greedy eval completions, and the KL."""
+    """Write a PNG of the KL and of the reward over steps, of rollouts and of eval completions."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -73,7 +73,7 @@ def _mark_best(axes: Any, step: int) -> None:
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Return the exponential moving average with bias correction; `keep` is the weight of the past."""
+    """Return the exponential moving average with bias correction and decay `keep`."""
     smooth, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
@@ -132,8 +132,8 @@ def _facts(record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     base, data = record["base"], record["data"]
     revision = f" ({base['revision']})" if base["revision"] else ""
     rows = (
-        f"{pluralize(data['rows'], 'row')} ({data['format']}), {data['held_out']:,} held out (eval), "
-        f"{len(data['skipped']):,} skipped"
+        f"{pluralize(data['rows'], 'row')} ({data['format']}), "
+        f"{data['held_out']:,} held out (eval), {len(data['skipped']):,} skipped"
     )
     trained = (
         f"{pluralize(record['steps'], 'optimizer step')}, "
@@ -162,7 +162,8 @@ def _results(record: Mapping[str, Any]) -> list[Content]:
     found = measured(record, "")
     if "policy" in record:
         functions = ", ".join(
-            f"`{one['name']}` (weight {one['weight']:g})" for one in record["policy"]["reward_functions"]
+            f"`{one['name']}` (weight {one['weight']:g})"
+            for one in record["policy"]["reward_functions"]
         )
         found.append(ResultText(f"Reward functions: {functions}."))
     return found

@@ -1,9 +1,9 @@
 """`afina train sweep.yaml`: many adapters on one base, trained together.
 
-base: embedded                   settings that all runs have
+base: embedded                   settings of all runs
 data: rows.jsonl
 runs:
-  - {rank: 4}                    and what each has of its own; `name` is its folder's
+  - {rank: 4}                    and of each; `name` is that of its folder
   - {method: dora, learning_rate: 1e-3, name: careful}
 """
 
@@ -16,30 +16,38 @@ from afina.io.atomic import write_json
 from afina.settings import TrainSettings, make_settings, read_yaml
 from afina.training.results import SweepResult, TrainResult
 from afina.training.setup.processes import world
-from afina.training.train import Choose, train_many
+from afina.training.setup.set_up import free_folder
+from afina.training.train import train_many
 
 SUFFIXES = (".yaml", ".yml")
 
 
-def read_sweep(file: Path, told: Mapping[str, Any]) -> list[TrainSettings]:
-    """The runs of a sweep file; `told` are settings from elsewhere, which go before those that all runs have.
+def read_sweep(file: Path, given: Mapping[str, Any]) -> list[TrainSettings]:
+    """Return the runs of a sweep file.
 
-    Raises `SettingsError` naming the run and the setting that are wrong.
+    Args:
+        file: The sweep file.
+        given: Settings that take precedence over those that all runs share, such as flags.
+
+    Raises:
+        SettingsError: A run or a setting of it is wrong; the error names both.
     """
     shared = read_yaml(file)
     runs = shared.pop("runs", None)
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         hint = "runs:\n          - {rank: 4}\n          - {rank: 16, learning_rate: 1e-3}"
         raise SettingsError("a sweep lists its runs", where=f"{file}: runs", hint=hint)
-    shared |= {name: value for name, value in told.items() if name != "data"}
-    out = Path(shared.pop("output_dir", None) or Path("runs") / file.stem)
-    made = []
+    shared |= {name: value for name, value in given.items() if name != "data"}
+    out = shared.pop("output_dir", None) or Path("runs") / file.stem
+    if "output_dir" not in given and not given.get("overwrite"):
+        out = free_folder(Path(out), is_resume=bool(given.get("resume")))
+    runs_of_file = []
     for number, own in enumerate(runs, 1):
         values = shared | own
         name = str(values.pop("name", f"{number:02}-{values.get('method', 'lora')}"))
         if "output_dir" in values or Path(name).name != name:
             raise SettingsError(
-                "a run's folder lies in its sweep's",
+                "the folder of a run is in that of its sweep",
                 where=f"{file}: run {number}",
                 hint="name: SOMETHING",
             )
@@ -49,27 +57,25 @@ def read_sweep(file: Path, told: Mapping[str, Any]) -> list[TrainSettings]:
                 where=f"{file}: run {number}",
                 hint="data: FILE, for all runs or for each",
             )
-        values["data"] = _beside(file, values["data"])
-        made.append(
+        values["data"] = _from_sweep(file, values["data"])
+        runs_of_file.append(
             make_settings(
                 TrainSettings, values | {"output_dir": out / name}, where=f"{file}: run {number}"
             )
         )
-    return made
+    return runs_of_file
 
 
-def _beside(file: Path, data: Any) -> Path:
-    """A path as it is, or from the sweep file's folder where it is not found from here."""
+def _from_sweep(file: Path, data: Any) -> Path:
+    """Return a path relative to the sweep file's folder, where it does not exist as it is."""
     path = Path(str(data))
     return file.parent / path if not path.exists() and (file.parent / path).exists() else path
 
 
-def sweep(
-    file: Path, told: Mapping[str, Any], *, quiet: bool = True, choose: Choose | None = None
-) -> SweepResult:
+def sweep(file: Path, given: Mapping[str, Any], *, quiet: bool = True) -> SweepResult:
     """Run a sweep file; write sweep.json next to the run folders, and return its content."""
-    runs = read_sweep(file, told)
-    outcomes = train_many(runs, quiet=quiet, choose=choose)
+    runs = read_sweep(file, given)
+    outcomes = train_many(runs, quiet=quiet)
     folder = runs[0].output_dir.parent  # type: ignore[union-attr]
     lines = [_line(settings, outcome) for settings, outcome in zip(runs, outcomes, strict=True)]
     result = SweepResult(folder=str(folder), runs=lines)
@@ -83,11 +89,12 @@ def _line(settings: TrainSettings, outcome: TrainResult | TrainingError) -> dict
         "name": settings.output_dir.name,  # type: ignore[union-attr]
         "method": settings.method,
         "rank": settings.rank,
-    }  # type: ignore[union-attr]
+    }
     if isinstance(outcome, TrainingError):
         return about | {"failed": str(outcome)}
     record = outcome.record
-    losses = {key: record["losses"][key] for key in ("eval_loss_before", "eval_loss_after", "forgetting")}
+    names = ("eval_loss_before", "eval_loss_after", "forgetting")
+    losses = {name: record["losses"][name] for name in names}
     figures = {
         key: record[key]
         for key in ("learning_rate", "trainable_parameters", "steps", "seconds", "adapter_kb")

@@ -4,7 +4,6 @@ A `Trainer` trains one adapter. `train_in_one_pass` trains several on one base: 
 decide what shares a forward pass; gradients, optimizer and checkpoints are separate.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import torch
 
 from afina.adapters.relora import merge_and_reset, restart_lr_factor
 from afina.errors import TrainingError
-from afina.io.atomic import translate_os_errors, write_text
+from afina.io.jsonl import append_jsonl, read_jsonl, write_jsonl
 from afina.objectives.multi_adapter import multi_adapter_losses
 from afina.training import checkpoint
 from afina.training.checkpoint import TrainerState
@@ -84,10 +83,8 @@ class Trainer:
         self.progress = checkpoint.load(self.run, self.optimizer, self.identity)
         if not self.world.is_main_process:
             return
-        log = self.run / "metrics.jsonl"
-        lines = [line for line in log.read_text().splitlines() if line] if log.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.progress.step]
-        write_text(log, "".join(line + "\n" for line in kept))
+        done = [line for line in read_metrics(self.run) if line.get("step", math.inf) <= self.progress.step]
+        write_jsonl(self.run / "metrics.jsonl", done)
 
     def train(self) -> None:
         """Train to the last step or until early stopping.
@@ -100,7 +97,7 @@ class Trainer:
 
     @property
     def ended(self) -> bool:
-        """Whether the last step is done, or `early_stopping_patience` evaluations brought no gain."""
+        """Whether the last step is done, or early stopping has ended the run."""
         patience = self.setup.settings.early_stopping_patience
         return self.progress.step >= self.setup.steps or bool(
             patience and self.progress.num_bad_evals >= patience
@@ -194,8 +191,7 @@ class Trainer:
         if not self.world.is_main_process:
             return
         record = {name: value for name, value in vars(tick).items() if name != "metrics"}
-        with translate_os_errors(self.run), (self.run / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(record | tick.metrics) + "\n")
+        append_jsonl(self.run / "metrics.jsonl", record | tick.metrics, sync=False)
 
     def not_finite(self, what: str) -> TrainingError:
         """Return the error for `what` that is not finite: step, rows and hint."""
@@ -266,14 +262,6 @@ def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
     return failed
 
 
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62  # an incomplete line: the run was killed while it was written
-
-
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of each step of a run, from metrics.jsonl."""
-    log = run / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return list(read_jsonl(run / "metrics.jsonl"))

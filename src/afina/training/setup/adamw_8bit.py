@@ -1,15 +1,18 @@
-"""AdamW whose two moments take one byte a parameter each, instead of four (Dettmers et al. 2021, arXiv 2110.02861).
+"""AdamW whose two moments take one byte per parameter each, instead of four.
 
-    state = 2 * (1 + 4/256) = 2.03 bytes a parameter, against 8
+    state = 2 * (1 + 4/256) = 2.03 bytes per parameter, against 8
 
-Each moment is held in 8 bits, blockwise (`afina.kernels.int8_blockwise`), and written out in float32 during a tensor's own
-step only; on a CPU a block's (`kernels/cpp/adamw8.h`), which never leaves the first cache. Small tensors keep float32
-moments, as in bitsandbytes: they cost nothing, and norms and biases are touchy.
+Each moment is quantized to 8 bits blockwise (`afina.kernels.int8_blockwise`) and dequantized to
+float32 only in the step of its tensor; on a CPU block by block (`kernels/cpp/adamw8.h`), within the
+L1 cache. Small tensors keep float32 moments, as in bitsandbytes: norms and biases are sensitive.
 
-The "paged" optimizers of QLoRA (arXiv 2305.14314) let the moments leave the GPU when its memory runs out. On a CPU
-there is nothing to do: the state is in RAM, where the system pages it. On a GPU, `offload=True` keeps it in the host's
-memory, pinned, and moves one tensor's at a time there and back in each step: 4.1 bytes a parameter over the bus, which
-adapters of some million parameters do not notice, and full fine-tuning does.
+The paged optimizers of QLoRA move the moments out of the GPU when its memory runs out. On a CPU the
+state is in RAM, where the operating system pages it. On a GPU, `offload=True` keeps it in pinned
+host memory and transfers one tensor at a time in each step: 4.1 bytes per parameter over the bus,
+which is negligible for adapters of some million parameters, and not for full fine-tuning.
+
+References:
+    8-bit moments: Dettmers et al. 2021, arXiv 2110.02861. QLoRA: arXiv 2305.14314.
 """
 
 import math
@@ -29,11 +32,11 @@ from afina.kernels.int8_blockwise import (
     search_tables,
 )
 
-SMALLEST = 4096  # parameters of a tensor whose moments are held in 8 bits
+SMALLEST = 4096  # parameters of a tensor whose moments are quantized
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with moments in 8 bits; arguments as in torch."""
+    """AdamW (arXiv 1711.05101) with moments in 8 bits; arguments as in torch."""
 
     def __init__(
         self,
@@ -45,19 +48,29 @@ class AdamW8bit(torch.optim.Optimizer):
         offload: bool = False,
         smallest: int = SMALLEST,
     ) -> None:
-        """`offload` keeps the moments in the host's memory; tensors of less than `smallest` numbers keep float32 ones."""
+        """Create the optimizer.
+
+        Args:
+            params: Parameters or parameter groups.
+            lr: Learning rate.
+            betas: Decay rates of the two moments.
+            eps: Added to the denominator.
+            weight_decay: Decoupled weight decay.
+            offload: Keep the moments in the host's memory.
+            smallest: Parameters of a tensor from which on its moments are quantized.
+        """
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.offload, self.smallest = offload, smallest
         super().__init__(params, defaults)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; waits until offloaded moments have arrived."""
+        """Return the state as torch does; wait until offloaded moments have arrived."""
         if self.offload and torch.cuda.is_available():
             torch.cuda.synchronize()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, which would turn codes into floats."""
+        """Load the state; torch's own method would convert codes to floats."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -68,8 +81,10 @@ class AdamW8bit(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, a tensor at a time."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Take one step, tensor by tensor."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,13 +96,13 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """The step of one tensor, in float32."""
+        """Take the step of one tensor, in float32."""
         state = self.state[parameter]
         if not state:
             self._start(parameter, state)
         state["step"] += 1
         if "first_scales" in state and kernels.cpp_accepts(parameter) and parameter.is_contiguous():
-            self._update_at_once(parameter, state, group)
+            self._update_in_cpp(parameter, state, group)
             return
         gradient = parameter.grad.float()  # type: ignore[union-attr]
         step, (beta1, beta2) = float(state["step"]), group["betas"]
@@ -103,10 +118,10 @@ class AdamW8bit(torch.optim.Optimizer):
         self._store(state, "first", first)
         self._store(state, "second", second)
 
-    def _update_at_once(
+    def _update_in_cpp(
         self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        """The same, a block at a time in C++."""
+        """Take the step of one tensor in C++, block by block."""
         gradient = parameter.grad.contiguous()  # type: ignore[union-attr]
         if gradient.dtype not in TYPES:
             gradient = gradient.float()
@@ -135,25 +150,20 @@ class AdamW8bit(torch.optim.Optimizer):
             if parameter.numel() < self.smallest:
                 state[name] = self.home(torch.zeros_like(parameter, dtype=torch.float32), device)
                 continue
-            numbers, zero = (
-                parameter.numel(),
-                nearest_codes(torch.zeros(1, device=device), _levels(name, device)),
-            )
-            codes = zero.to(torch.uint8).repeat(numbers)
-            scales = torch.zeros(math.ceil(numbers / BLOCK), device=device)
-            state[name], state[f"{name}_scales"] = (
-                self.home(codes, device),
-                self.home(scales, device),
-            )
+            zero = nearest_codes(torch.zeros(1, device=device), _levels(name, device))
+            codes = zero.to(torch.uint8).repeat(parameter.numel())
+            scales = torch.zeros(math.ceil(parameter.numel() / BLOCK), device=device)
+            state[name] = self.home(codes, device)
+            state[f"{name}_scales"] = self.home(scales, device)
 
     def home(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A state tensor where it stays between steps, for a parameter on `device`."""
+        """Return a state tensor on the device where it is kept, for a parameter on `device`."""
         if not self.offload:
             return tensor.to(device)
         return tensor.cpu().pin_memory() if device.type == "cuda" else tensor.cpu()
 
     def _load(self, state: dict[str, Any], name: str, parameter: nn.Parameter) -> Tensor:
-        """A moment in float32, in the shape of `parameter`, for this step."""
+        """Return a moment in float32, in the shape of `parameter`."""
         device, stored = parameter.device, state[name]
         if f"{name}_scales" not in state:
             return stored.to(device, non_blocking=True)
@@ -162,19 +172,19 @@ class AdamW8bit(torch.optim.Optimizer):
         return dequantize8(codes, scales, _levels(name, device)).view(parameter.shape)
 
     def _store(self, state: dict[str, Any], name: str, moment: Tensor) -> None:
-        """Put a moment back, in place."""
+        """Store a moment, in place."""
         if f"{name}_scales" not in state:
             state[name].copy_(moment, non_blocking=True)
             return
         codes, scales = quantize8(moment.flatten(), _levels(name, moment.device))
-        if name == "second":  # never rounded to zero: the first moment over nothing would be a leap
+        if name == "second":  # never zero: the update would be unbounded
             codes.clamp_(min=1)
         state[name].copy_(codes, non_blocking=True)
         state[f"{name}_scales"].copy_(scales, non_blocking=True)
 
 
 def _addresses(state: dict[str, Any], name: str) -> list[int]:
-    """Where the C++ kernel finds a moment."""
+    """Return the addresses of a moment's tensors, for the C++ kernel."""
     tensors = (
         state[name],
         state[f"{name}_scales"],

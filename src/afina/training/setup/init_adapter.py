@@ -1,9 +1,11 @@
-"""Beginning with an adapter: going on from one, and learning over one.
+"""Runs that begin with an adapter: those that continue it, and those that train on top of it.
 
-    --init-adapter runs/sft    its copy learns; it stays, frozen, as what came before
-    --frozen-adapter runs/task    a new adapter learns while it acts beside, frozen: the outputs' parts are summed
+    --init-adapter runs/sft       a copy is trained; the original stays, frozen, as the reference
+    --frozen-adapter runs/task    a new adapter is trained while this one is active, frozen; their
+                                  updates are summed
 
-What a copy is (method, rank, layers, invocation) is the adapter's. A setting that says otherwise is an error.
+Method, rank, layers and invocation of a continued adapter are its own. A setting that contradicts
+them is an error.
 """
 
 from dataclasses import replace
@@ -25,29 +27,34 @@ INHERITED_SETTINGS = ("rank", "alpha", "scaling", "dropout", "rank_pattern")
 
 
 def continue_adapter(
-    settings: TrainSettings, prepared: PreparedData, asked: AdapterConfig, name: str
+    settings: TrainSettings, prepared: PreparedData, wanted: AdapterConfig, name: str
 ) -> Adapter:
-    """Attach the adapter that `settings` go on from twice: a frozen copy, told to `prepared`, and `name`, which learns.
+    """Attach the adapter `init_adapter` twice: frozen, as the baseline, and as `name`, trainable.
 
-    `asked` is the adapter that the other settings mean. Raises `SettingsError` where the two contradict each other, and
-    `AdapterError` where there is no single adapter, or it is another base's.
+    Args:
+        settings: The settings; `init_adapter` is set.
+        prepared: Base and data; its `baseline` and `init_adapter` are set here.
+        wanted: The adapter that the other settings describe.
+        name: Name of the trainable copy.
+
+    Raises:
+        SettingsError: `wanted` contradicts the adapter.
+        AdapterError: There is no single adapter, or it belongs to another base.
     """
-    told = settings.init_adapter
-    assert told is not None
-    folder = adapter_folder(told)
+    assert settings.init_adapter is not None
+    folder = adapter_folder(settings.init_adapter)
     base: Any = prepared.base
     frozen = load_adapter(folder, base, f"{name}-start")
     try:
-        spec = _spec(settings, prepared, asked, frozen.config, str(folder))
+        config = _inherited(settings, prepared, wanted, frozen.config, str(folder))
     except SettingsError:
         detach(base.model, frozen)
         raise
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
-    adapter = attach(base.model, base.forward_context, name, spec, settings.seed)
-    load_state(
-        adapter, tensors_of(adapter) | tensors_of(frozen), str(folder)
-    )  # a new head keeps its own start
+    adapter = attach(base.model, base.forward_context, name, config, settings.seed)
+    tensors = tensors_of(adapter) | tensors_of(frozen)  # a new head keeps its own initial values
+    load_state(adapter, tensors, str(folder))
     prepared.baseline, prepared.init_adapter = frozen.active, read_metadata(folder).get("hash", "")
     return adapter
 
@@ -55,84 +62,80 @@ def continue_adapter(
 def stack_on_adapter(
     settings: TrainSettings, prepared: PreparedData, adapter: Adapter, name: str
 ) -> None:
-    """Attach the adapter that `settings` learn over, frozen, and have it act wherever `adapter` does, and before.
+    """Attach the adapter `frozen_adapter`, active wherever `adapter` is, and in the baseline.
 
-    Raises `SettingsError` where one of the two cannot act beside another, and `AdapterError` where there is none, or it is
-    another base's.
+    Raises:
+        SettingsError: One of the two replaces the base's modules.
+        AdapterError: There is no such adapter, or it belongs to another base.
     """
-    told = settings.frozen_adapter
-    assert told is not None
-    folder, base = adapter_folder(told), prepared.base
+    assert settings.frozen_adapter is not None
+    folder, base = adapter_folder(settings.frozen_adapter), prepared.base
     frozen = load_adapter(folder, base, f"{name}-over")
     for one, where in ((adapter, "method"), (frozen, str(folder))):
-        if any(
-            delta.replaces_base
-            for path, delta in one.layers.items()
-            if path not in one.config.modules_to_save
-        ):
-            why = "a trained layer takes the base's place, and acts alone"
+        own = one.layers.keys() - set(one.config.modules_to_save)
+        if any(one.layers[path].replaces_base for path in own):
             raise SettingsError(
-                f"{one.config.method} does not act beside another",
+                f"{one.config.method} cannot be active together with another adapter",
                 where=where,
-                why=why,
+                why="a trained layer replaces that of the base",
                 hint="--method lora",
             )
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     adapter.frozen_companions = (frozen.active,)
-    before = prepared.baseline
-    prepared.baseline = (
-        frozen.active if before is None else ActiveAdapters.combine([before, frozen.active])
-    )
+    parts = [part for part in (prepared.baseline, frozen.active) if part is not None]
+    prepared.baseline = ActiveAdapters.combine(parts)
     prepared.frozen_adapter = read_metadata(folder).get("hash", "")
 
 
-def _spec(
+def _inherited(
     settings: TrainSettings,
     prepared: PreparedData,
-    asked: AdapterConfig,
+    wanted: AdapterConfig,
     found: AdapterConfig,
     where: str,
 ) -> AdapterConfig:
-    """The spec of the adapter to go on with; raises `SettingsError` where it is not what the settings ask for."""
-    meant = get_preset(settings.method, 1)
-    activated = bool(found.invocation)
-    if meant.method != found.method or meant.is_activated != activated:
-        is_, q = (
-            f"{'a' if activated else ''}{found.method}",
-            "q" if meant.quantization == "nf4" else "",
-        )
+    """Return the configuration of a continued adapter; raise where the settings contradict it."""
+    preset = get_preset(settings.method, 1)
+    is_activated = bool(found.invocation)
+    if preset.method != found.method or preset.is_activated != is_activated:
+        name = f"{'a' if is_activated else ''}{found.method}"
+        quantized = "q" if preset.quantization == "nf4" else ""
         raise SettingsError(
-            f"the adapter is {is_}, and not {settings.method}",
+            f"the adapter is {name}, and not {settings.method}",
             where=where,
-            hint=f"--method {q}{is_}",
+            hint=f"--method {quantized}{name}",
         )
     if found.invocation != prepared.invocation:
         hint = "--invocation as it was, and the same --chat-template"
         raise SettingsError("the adapter has another invocation", where=where, hint=hint)
-    if left := [
-        module for module in found.modules_to_save if module not in prepared.modules_to_save
-    ]:
-        why = f"it has a trained {left[0]}"
-        raise SettingsError(
-            f"this is no adapter to go on from by {prepared.objective}", where=where, why=why
-        )
-    fields = TrainSettings.model_fields
-    changed = [
-        n
-        for n in INHERITED_SETTINGS
-        if getattr(settings, n) != fields[n].get_default()
-        and getattr(asked, n) != getattr(found, n)
-    ]
-    if settings.target_modules is not None and asked.target_modules != found.target_modules:
-        changed.append("target_modules")
-    if settings.new_tokens and dict(asked.trainable_tokens) != dict(found.trainable_tokens):
-        changed.append("new_tokens")
-    if changed:
+    other = [path for path in found.modules_to_save if path not in prepared.modules_to_save]
+    if other:
+        what = f"{prepared.objective} cannot continue this adapter"
+        raise SettingsError(what, where=where, why=f"it has a trained {other[0]}")
+    if changed := _contradictions(settings, wanted, found):
         raise SettingsError(
             f"{changed[0]} is not the adapter's",
             where=where,
-            why="what goes on stays what it is",
+            why="a continued adapter keeps its configuration",
             hint=f"leave {changed[0]} out",
         )
     return replace(found, modules_to_save=prepared.modules_to_save)
+
+
+def _contradictions(
+    settings: TrainSettings, wanted: AdapterConfig, found: AdapterConfig
+) -> list[str]:
+    """Return the settings that were given and are not those of the adapter."""
+    fields = TrainSettings.model_fields
+    changed = [
+        name
+        for name in INHERITED_SETTINGS
+        if getattr(settings, name) != fields[name].get_default()
+        and getattr(wanted, name) != getattr(found, name)
+    ]
+    if settings.target_modules is not None and wanted.target_modules != found.target_modules:
+        changed.append("target_modules")
+    if settings.new_tokens and dict(wanted.trainable_tokens) != dict(found.trainable_tokens):
+        changed.append("new_tokens")
+    return changed

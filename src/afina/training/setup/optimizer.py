@@ -1,4 +1,4 @@
-"""AdamW over an adapter's parameters: in float32 or with 8-bit moments, a learning rate a group, a schedule, clipping."""
+"""AdamW over an adapter: float32 or 8-bit moments, learning rates by module, schedule, clipping."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from afina.adapters import relora as restart
 from afina.adapters.attach import Adapter
 from afina.training.setup.adamw_8bit import AdamW8bit
 
-RESTARTS = "restarts/"  # before the names of what merge-and-restart keeps
+RESTARTS = "restarts/"  # prefix of the names of what merge-and-restart stores
 
 
 def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
-    """Factor of the learning rate at `step` (0-based) of `steps`: a linear rise, then the fall named by `kind`."""
+    """Return the factor of the learning rate at `step` (0-based): linear warmup, then the decay."""
     rise = round(warmup * steps)
     if step < rise:
         return (step + 1) / rise
@@ -27,10 +27,14 @@ def schedule_factor(kind: str, step: int, steps: int, warmup: float) -> float:
 
 
 class AdapterOptimizer:
-    """AdamW with float32 masters for parameters held in 16 bits (full fine-tuning of a bf16 base).
+    """AdamW with float32 master weights for 16-bit parameters (full fine-tuning of a bf16 base).
 
-    `rates` gives learning rates of their own to modules, by path; weight decay leaves vectors alone. `kind` is one of
-    the setting `optimizer`.
+    Args:
+        adapter: The adapter.
+        rate: Peak learning rate.
+        rates: Peak learning rates of modules, by path.
+        weight_decay: Weight decay of matrices; vectors have none.
+        kind: Value of the setting `optimizer`.
     """
 
     def __init__(
@@ -62,9 +66,12 @@ class AdapterOptimizer:
         )
 
     def step(self, factor: float, clip: float) -> float:
-        """One step at `factor` times the peak rates; gradients are clipped to the norm `clip` and cleared.
+        """Take one step at `factor` times the peak rates; clip gradients to the norm `clip`.
 
-        Returns the norm before clipping. A norm that is not finite leaves everything as it was.
+        Gradients are cleared. Where their norm is not finite, nothing else is changed.
+
+        Returns:
+            The norm before clipping.
         """
         for name, parameter in self.parameters.items():
             master = self.master_weights[name]
@@ -79,18 +86,18 @@ class AdapterOptimizer:
                 for name, parameter in self.parameters.items():
                     if self.master_weights[name] is not parameter:
                         parameter.copy_(self.master_weights[name])
-            # fused AdamW does not tell that it wrote, and what is kept for inference must not be used then
+            # fused AdamW bumps no version, by which cached inference weights are invalidated
             torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Clear the gradients."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name."""
+        """Return every tensor that a resumed run needs, by name."""
         tensors: dict[str, Tensor] = {}
         for name, master in self.master_weights.items():
             tensors[f"{name}:value"] = master.detach()
@@ -102,7 +109,7 @@ class AdapterOptimizer:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave, values of the parameters included."""
+        """Load the result of `state`, values of the parameters included."""
         restart.load(
             self._adapter,
             {n.removeprefix(RESTARTS): t for n, t in tensors.items() if n.startswith(RESTARTS)},
@@ -119,11 +126,11 @@ class AdapterOptimizer:
                 kept.pop("value")
                 if kept:
                     self.adamw.state[master] = {
-                        name: self._place(value, master) for name, value in kept.items()
+                        name: self._to_home(value, master) for name, value in kept.items()
                     }
 
-    def _place(self, value: Tensor, master: Tensor) -> Tensor:
-        """A tensor of the optimizer's state where it lies between steps; counts of steps stay on the CPU."""
+    def _to_home(self, value: Tensor, master: Tensor) -> Tensor:
+        """Return a state tensor on the device where it is kept; counts of steps stay on the CPU."""
         if not value.ndim:
             return value.clone()
         home = self.adamw.home if isinstance(self.adamw, AdamW8bit) else Tensor.to

@@ -1,11 +1,14 @@
 """`--target-modules auto`: modules and their ranks, from the gradients of a few batches.
 
-The loss falls first along the gradient G = dL/dW (out, in). An adapter of rank r can follow at most r of its singular
-directions, which hold the energy sum of sigma_i², i <= r (Eckart and Young). One rank at a layer costs in + out numbers.
-So the next rank goes where sigma² / (in + out) is largest, until the budget is spent: as sigma falls, that is the best
-allocation but for the last rank that does not fit. G is the mean over the batches: what they disagree on is noise.
+The loss initially decreases along the gradient G = dL/dW (out, in). An adapter of rank r follows at
+most r of its singular directions, which contain the energy sum of sigma_i^2, i <= r (Eckart and
+Young). One rank of a module costs in + out parameters. So the next rank goes where
+sigma^2 / (in + out) is largest, until the budget is spent: since sigma decreases, that is the best
+allocation up to the last rank, which may not fit. G is the mean over the batches, so that their
+noise cancels.
 
-(LoRA-GA and EVA start their matrices by such decompositions, arXiv 2407.05000 and 2410.07170; here they choose ranks.)
+References:
+    LoRA-GA (arXiv 2407.05000) and EVA (arXiv 2410.07170) initialize by such decompositions.
 """
 
 import heapq
@@ -25,19 +28,22 @@ from afina.models.causal_lm import CausalLM
 from afina.objectives.prepared import PreparedData
 from afina.settings import TrainSettings
 
-BATCHES = 4  # optimizer steps' worth of rows that are looked at
+NUM_GRADIENT_STEPS = 4  # optimizer steps whose rows are used
 
 
 def gradient_spectra(prepared: PreparedData, paths: Sequence[str]) -> dict[str, Tensor]:
-    """Squared singular values, falling, of the mean gradient of each layer over the first batches; float32, on the CPU.
+    """Return the squared singular values, decreasing, of each module's mean gradient.
 
-    Raises `SettingsError` on a base in 4 bits, whose codes have no gradient.
+    The gradient is that of the first batches; values are float32, on the CPU.
+
+    Raises:
+        SettingsError: The base is in 4 bits: its codes have no gradient.
     """
     base = prepared.base
     if isinstance(base, CausalLM) and base.quantization != "none":
-        why = "it follows the gradient of the weights, and 4-bit codes have none"
+        why = "it uses the gradient of the weights, and 4-bit codes have none"
         raise SettingsError(
-            "targets auto needs a base in plain storage",
+            "target_modules auto needs a base that is not quantized",
             where="target_modules",
             why=why,
             hint="--target-modules all-linear",
@@ -47,14 +53,13 @@ def gradient_spectra(prepared: PreparedData, paths: Sequence[str]) -> dict[str, 
     )
     try:
         adapter.train(True)
-        for step in range(min(BATCHES, prepared.task.steps_per_epoch)):
+        for step in range(min(NUM_GRADIENT_STEPS, prepared.task.steps_per_epoch)):
             for batch in prepared.task.step_batches(step):
-                (
-                    prepared.task.loss(batch, adapter.active) / prepared.task.num_targets(batch)
-                ).backward()
+                loss = prepared.task.loss(batch, adapter.active)
+                (loss / prepared.task.num_targets(batch)).backward()
         found = {}
-        for path, delta in adapter.layers.items():
-            matrix = next(p for p in delta.parameters() if p.ndim > 1)
+        for path, layer in adapter.layers.items():
+            matrix = next(p for p in layer.parameters() if p.ndim > 1)
             assert matrix.grad is not None
             found[path] = torch.linalg.svdvals(matrix.grad.float().flatten(1)).square().cpu()
             matrix.grad = None
@@ -66,9 +71,15 @@ def gradient_spectra(prepared: PreparedData, paths: Sequence[str]) -> dict[str, 
 def allocate_ranks(
     energies: Mapping[str, Tensor], prices: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """The rank of each layer that has one, in the layers' order; `prices` are numbers learned for one rank.
+    """Return the rank of each module that has one, in their order.
 
-    Raises `SettingsError` where the budget does not buy a single rank.
+    Args:
+        energies: Squared singular values by module, decreasing.
+        prices: Trainable parameters of one rank by module.
+        budget: Trainable parameters in all.
+
+    Raises:
+        SettingsError: The budget is less than any single rank costs.
     """
     queue = [
         (-float(values[0]) / prices[path], path) for path, values in energies.items() if len(values)
@@ -78,7 +89,7 @@ def allocate_ranks(
     while queue:
         _, path = heapq.heappop(queue)
         if prices[path] > budget:
-            continue  # a cheaper layer may still have room
+            continue  # a cheaper module may still fit
         budget -= prices[path]
         ranks[path] += 1
         if ranks[path] < len(energies[path]):
@@ -94,7 +105,10 @@ def allocate_ranks(
 
 
 def resolve_auto_targets(settings: TrainSettings, prepared: PreparedData) -> TrainSettings:
-    """The settings with targets and ranks in the place of "auto"; the budget is that of all linear layers unless told."""
+    """Return the settings with modules and ranks instead of "auto".
+
+    The budget is `parameter_budget`, or the parameters of all linear modules at `rank`.
+    """
     if get_method(get_preset(settings.method, 1).method).replaces_base:
         raise SettingsError(
             "only methods with a rank choose it",

@@ -1,7 +1,8 @@
-"""From settings to everything a run needs: what `prepare` gives, an adapter attached, rates, steps. `plan` stops here."""
+"""Setup of a run: base and data, an attached adapter, learning rates, number of steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ STORED_NAMES = {"restart_steps": "restart_every"}  # in `options` of afina.json,
 
 @dataclass
 class RunSetup:
-    """A run that has not begun."""
+    """A run that has not begun.
+
+    Attributes:
+        rates: Learning rates of modules by path, where they have their own.
+        steps_per_rollout: Optimizer steps between which there is no state to resume from.
+        why: The reason for an automatic checkpointing level.
+    """
 
     settings: TrainSettings
     prepared: PreparedData
@@ -38,26 +45,38 @@ class RunSetup:
     learning_rate: float
     rates: dict[str, float]
     steps: int
-    steps_per_rollout: int = 1  # steps between which there is no state to go on from
-    why: str | None = None  # why checkpointing is what it is, where it was left to afina
+    steps_per_rollout: int = 1
+    why: str | None = None
 
     @property
     def check_every(self) -> int:
-        """Steps between checks."""
-        return self.settings.eval_steps or self.steps_per_rollout * max(
-            1, self.steps // 10 // self.steps_per_rollout
-        )
+        """Optimizer steps between evaluations."""
+        rollouts = max(1, self.steps // 10 // self.steps_per_rollout)
+        return self.settings.eval_steps or self.steps_per_rollout * rollouts
 
     @property
     def restart_every(self) -> int:
-        """Steps between merges and restarts (ReLoRA, ReMoRA); 0 for never."""
+        """Optimizer steps between merges and restarts (ReLoRA, ReMoRA); 0 for never."""
         group = self.settings.group(self.adapter.config.method)
         return getattr(group, "restart_steps", None) or 0
 
 
 def default_out(settings: TrainSettings) -> Path:
-    """The run folder: as told, or named after the data and the method."""
-    return settings.output_dir or Path("runs") / f"{settings.data.stem}-{settings.method}"
+    """Return the run folder: as given, or a free one that is named after data and method."""
+    if settings.output_dir is not None:
+        return settings.output_dir
+    folder = Path("runs") / f"{settings.data.stem}-{settings.method}"
+    return folder if settings.overwrite else free_folder(folder, settings.resume)
+
+
+def free_folder(folder: Path, is_resume: bool) -> Path:
+    """Return the first free of `folder`, `folder-2`, ...; to resume, the last that is not free."""
+    last, numbered = folder, (folder.with_name(f"{folder.name}-{n}") for n in count(2))
+    for free in chain([folder], numbered):
+        if not free.exists() or (free.is_dir() and not any(free.iterdir())):
+            break
+        last = free
+    return last if is_resume else free
 
 
 def build_adapter_config(
@@ -67,20 +86,23 @@ def build_adapter_config(
     invocation: tuple[int, ...] = (),
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterConfig:
-    """The adapter that the settings mean, its targets resolved to paths of the model's modules.
+    """Return the adapter that the settings describe, its targets resolved to paths of modules.
 
-    `modules` are those that it owns whole, `tokens` those with rows of their own, as `prepare` found them.
+    Args:
+        model: The model.
+        settings: The settings; target modules "auto" count as all linear ones here.
+        modules: Paths of the modules that the adapter saves in full.
+        invocation: Tokens from which on an activated adapter is active.
+        tokens: Tokens whose embedding rows are trained.
     """
-    blocks = 1 + max((layer_index(path) or 0 for path, _ in model.named_modules()), default=0)
-    meant = get_preset(settings.method, blocks)
-    told = (
-        "all-linear" if settings.target_modules == AUTO else settings.target_modules
-    )  # before there is a gradient to look at
-    targets = told if told is not None else meant.targets
-    layers = settings.layers if settings.layers is not None else meant.layers
-    paths = resolve_target_modules(model, targets, layers, any_kind=meant.targets == "all")
+    num_layers = 1 + max((layer_index(path) or 0 for path, _ in model.named_modules()), default=0)
+    preset = get_preset(settings.method, num_layers)
+    given = "all-linear" if settings.target_modules == AUTO else settings.target_modules
+    targets = given if given is not None else preset.targets
+    layers = settings.layers if settings.layers is not None else preset.layers
+    paths = resolve_target_modules(model, targets, layers, any_kind=preset.targets == "all")
     return AdapterConfig(
-        method=meant.method,
+        method=preset.method,
         target_modules=tuple(path for path in paths if path not in modules),
         rank=settings.rank,
         alpha=settings.alpha if settings.alpha is not None else 2.0 * settings.rank,
@@ -90,12 +112,12 @@ def build_adapter_config(
         modules_to_save=modules,
         invocation=invocation,
         trainable_tokens=tokens or {},
-        method_settings=method_settings(settings.group(meant.method)),
+        method_settings=method_settings(settings.group(preset.method)),
     )
 
 
 def method_settings(group: Settings) -> dict[str, Any]:
-    """Return a method's settings that are given, under the names that adapter files keep for ever."""
+    """Return the given settings of a method, under the constant names of adapter files."""
     given = group.model_dump(exclude_none=True)
     return {STORED_NAMES.get(name, name): value for name, value in given.items()}
 
@@ -103,11 +125,18 @@ def method_settings(group: Settings) -> dict[str, Any]:
 def set_up_run(
     settings: TrainSettings, base: CausalLM | Classifier | None = None, name: str = NAME
 ) -> RunSetup:
-    """Load, read, render, check and attach under `name`; raises the error of the first thing that is wrong.
+    """Load the base, read and check the rows, and attach the adapter under `name`.
 
-    `base` is a language model that is loaded already, and on which others learn, or a classifier made in Python.
+    Args:
+        settings: The settings of the run.
+        base: A language model that is loaded already and that runs share, or a classifier built
+            in Python.
+        name: Name of the adapter.
+
+    Raises:
+        AfinaError: The first problem of settings, base or data.
     """
-    torch.manual_seed(settings.seed)  # a classifier's new head is drawn when its base is loaded
+    torch.manual_seed(settings.seed)  # a classifier's new head is initialized with its base
     prepared = prepare(settings, base)
     if settings.target_modules == AUTO:
         settings = resolve_auto_targets(settings, prepared)
@@ -127,20 +156,18 @@ def set_up_run(
         )
     if settings.frozen_adapter is not None:
         stack_on_adapter(settings, prepared, adapter, name)
-    began = (
-        "+".join(digest for digest in (prepared.init_adapter, prepared.frozen_adapter) if digest)
-        or None
-    )
+    digests = [d for d in (prepared.init_adapter, prepared.frozen_adapter) if d]
     task, method = prepared.task, adapter.config.method
     task.policy = adapter.active
     if task.needs_reference:
+        began_with = "+".join(digests) or None
         task.reference = select_reference(
-            task.options, prepared.baseline, began, adapter.config.dropout
+            task.options, prepared.baseline, began_with, adapter.config.dropout
         )
-    learned = (*adapter.config.target_modules, *adapter.config.modules_to_save)
+    trained = (*adapter.config.target_modules, *adapter.config.modules_to_save)
     rate = settings.learning_rate or default_learning_rate(method, task)
-    rates = match_patterns(settings.learning_rate_pattern, learned, "learning_rate_pattern")
-    if task.head and not task.saves_head:  # it starts at zero, and has everything to learn
+    rates = match_patterns(settings.learning_rate_pattern, trained, "learning_rate_pattern")
+    if task.head and not task.saves_head:  # it is initially zero, and needs a higher rate
         head = max(rate, ADAPTER_LEARNING_RATE[method == "full"])
         rates = dict.fromkeys(adapter.config.modules_to_save, head) | rates
     return RunSetup(
