@@ -1,1 +1,1 @@
-"""The command line: thin verbs over the functions of the other rooms."""
+"""The command line: parsing of settings, and printing of results."""

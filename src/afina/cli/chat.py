@@ -3,8 +3,8 @@
 import asyncio
 import re
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -17,22 +17,23 @@ from afina.engine.request import OutputChunk, SamplingParams
 from afina.errors import AfinaError, DataError, SettingsError
 from afina.settings import ChatSettings
 
-if TYPE_CHECKING:
-    pass
-
 LOCAL_SETTINGS = {"adapter", "base", "revision", "trust_remote_code", "dtype", "device"}
+
+
+NEW, HELP = "/new", "/help"
+COMMON_COMMANDS = {NEW: "start a new conversation", HELP: "list these commands"}
 
 
 class ChatBackend(Protocol):
     """What completes the messages of a conversation.
 
     Attributes:
-        greeting: one line that names the model and the commands.
-        commands: words that `command` accepts, in addition to /new.
+        greeting: one line that names the model.
+        commands: words that `command` accepts, in addition to the common ones, with their help.
     """
 
     greeting: str
-    commands: tuple[str, ...]
+    commands: Mapping[str, str]
 
     def command(self, word: str, argument: str) -> str | None:
         """Run one of `commands`; return a line to print, or None."""
@@ -50,7 +51,7 @@ class ChatBackend(Protocol):
 class LocalBackend:
     """A base in this process; `/on` and `/off` switch the adapter."""
 
-    commands: tuple[str, ...] = ("/on", "/off")
+    commands: Mapping[str, str] = {"/on": "switch the adapter on", "/off": "switch it off"}
 
     def __init__(self, settings: ChatSettings) -> None:
         opened = load_run(settings.adapter, settings)
@@ -62,10 +63,7 @@ class LocalBackend:
         )
         self._adapter_path = str(settings.adapter) if settings.adapter else None
         adapted = f" with {settings.adapter}" if settings.adapter else ""
-        self.greeting = (
-            f"{self._base.name}{adapted}. /on and /off switch the adapter, /new starts again, "
-            "Ctrl-D leaves."
-        )
+        self.greeting = f"{self._base.name}{adapted}"
 
     def command(self, word: str, argument: str) -> str | None:
         """Switch the adapter on or off."""
@@ -93,7 +91,7 @@ class LocalBackend:
 class ServerBackend:
     """A server that implements OpenAI's API; `/model NAME` selects another model."""
 
-    commands: tuple[str, ...] = ("/model",)
+    commands: Mapping[str, str] = {"/model": "NAME: select another model; alone: list them"}
 
     def __init__(self, settings: ChatSettings) -> None:
         try:
@@ -109,10 +107,7 @@ class ServerBackend:
         self._runner = asyncio.Runner()
         self._names = self._runner.run(self._client.models())
         self._model = settings.model or self._names[0]
-        self.greeting = (
-            f"{self._model} at {self._client.url}. /model NAME selects another model, "
-            "/new starts again, Ctrl-D leaves."
-        )
+        self.greeting = f"{self._model} at {self._client.url}"
 
     def command(self, word: str, argument: str) -> str | None:
         """Select a model; return its name and those that the server lists."""
@@ -132,7 +127,7 @@ class ServerBackend:
             "top_p": settings.top_p,
             "seed": settings.seed,
         }
-        if "max_new_tokens" in settings.model_fields_set:  # else as many as the base has room for
+        if "max_new_tokens" in settings.model_fields_set:  # else as many as the context allows
             body["max_tokens"] = settings.max_new_tokens
         async for piece in self._client.chat(body):
             write(piece.text)
@@ -167,23 +162,26 @@ def _converse(backend: ChatBackend, system_prompt: str | None) -> list[dict[str,
     console = Console(stderr=True)
     opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = list(opening)
-    console.print(backend.greeting, highlight=False)
+    known = dict(backend.commands) | COMMON_COMMANDS
+    console.print(f"{backend.greeting}. {', '.join(known)}; Ctrl-D ends.", highlight=False)
     while (line := _read_line()) is not None:
         word, _, argument = line.partition(" ")
         if word in backend.commands:
             if printed := backend.command(word, argument.strip()):
                 console.print(printed, highlight=False)
-        elif line == "/new":
+        elif line == NEW:
             messages = list(opening)
+        elif line == HELP:
+            for name, text in known.items():
+                console.print(f"{name:8} {text}", highlight=False)
         elif re.fullmatch(r"/[a-z]+", line):
-            known = ", ".join([*backend.commands, "/new"])
-            console.print(f"{line} is none of {known}", highlight=False)
+            console.print(f"{line} is none of {', '.join(known)}", highlight=False)
         elif line:
             messages.append({"role": "user", "content": line})
             try:
                 messages.append({"role": "assistant", "content": _complete(backend, messages)})
             except DataError as error:  # the conversation is longer than the context
-                console.print(f"{error.what}; /new starts again", highlight=False)
+                console.print(f"{error.what}; {NEW} starts a new conversation", highlight=False)
                 messages.pop()
             except AfinaError as error:
                 console.print(str(error), highlight=False)

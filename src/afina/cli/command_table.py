@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from afina import settings
+from afina.cli.progress import Duration
 from afina.settings import Settings
 
 
@@ -16,6 +17,8 @@ class Command:
         function: The function behind it, "module:name"; imported when the command runs.
         positional: The setting that may be given without a flag.
         is_list: Whether that setting takes several words, each as it is.
+        duration: "long" where it may run for more than a few seconds, "start" where only its start
+            may: it then prints that it is running.
     """
 
     help: str
@@ -23,6 +26,7 @@ class Command:
     function: str
     positional: str | None = None
     is_list: bool = False
+    duration: Duration = "short"
 
 
 COMMANDS = {
@@ -30,6 +34,7 @@ COMMANDS = {
         "a two-minute demonstration: train the embedded base to correct sentences",
         settings.DemoSettings,
         "afina.demo.demo:demo",
+        duration="long",
     ),
     "plan": Command(
         "memory, time and trainable parameters of a training run, before it starts",
@@ -42,6 +47,7 @@ COMMANDS = {
         settings.CompareSettings,
         "afina.cli.commands:compare",
         "data",
+        duration="long",
     ),
     "advise": Command(
         "recommend a method, with reasons and sources, without training",
@@ -49,13 +55,18 @@ COMMANDS = {
         "afina.cli.commands:advise",
     ),
     "train": Command(
-        "train an adapter on rows of data", settings.TrainSettings, "afina.cli.commands:train", "data"
+        "train an adapter on rows of data",
+        settings.TrainSettings,
+        "afina.cli.commands:train",
+        "data",
+        duration="long",
     ),
     "eval": Command(
         "evaluate an adapter against its base, on rows it was not trained on",
         settings.EvalSettings,
         "afina.evaluation.evaluate:evaluate",
         "adapter",
+        duration="long",
     ),
     "generate": Command(
         "generate answers to prompts",
@@ -71,6 +82,7 @@ COMMANDS = {
         "serve a base and many adapters over HTTP (OpenAI's API); run fine-tuning jobs",
         settings.ServeSettings,
         "afina.cli.serve:serve",
+        duration="start",
     ),
     "bench-serve": Command(
         "measure and plot a server's latency under load",
@@ -88,6 +100,7 @@ COMMANDS = {
         settings.MergeSettings,
         "afina.merging.merge_into_base:merge",
         "adapter",
+        duration="long",
     ),
     "combine": Command(
         "combine several adapters into one",
@@ -95,12 +108,14 @@ COMMANDS = {
         "afina.merging.combine:combine",
         "adapters",
         is_list=True,
+        duration="long",
     ),
     "extract": Command(
         "extract a low-rank adapter from an adapter or a fine-tuned model",
         settings.ExtractSettings,
         "afina.merging.extract:extract",
         "adapter",
+        duration="long",
     ),
     "show": Command(
         "method, rank, modules, origin and statistics of an adapter",
@@ -113,12 +128,14 @@ COMMANDS = {
         settings.AuditSettings,
         "afina.audit.audit:audit",
         "adapter",
+        duration="long",
     ),
     "mitigate": Command(
         "weaken what an audit found in an adapter, and measure the cost",
         settings.MitigateSettings,
         "afina.audit.mitigation:mitigate",
         "adapter",
+        duration="long",
     ),
     "sign": Command(
         "sign an adapter with a private key",
@@ -143,5 +160,6 @@ COMMANDS = {
         settings.ExportSettings,
         "afina.merging.export:export",
         "adapter",
+        duration="long",
     ),
 }

@@ -18,6 +18,7 @@ import yaml
 
 import afina
 from afina.cli.command_table import COMMANDS, Command
+from afina.cli.progress import signs_of_life
 from afina.cli.render import print_result
 from afina.cli.torchrun import is_first_failure, print_from_main_process_only
 from afina.errors import AfinaError, SettingsError, did_you_mean
@@ -26,7 +27,7 @@ from afina.settings import GroupedSettings, Settings, make_settings, read_yaml, 
 from afina.settings.renamed import RENAMED_COMMANDS, renamed_setting
 
 SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
-RUN_FILES = ("checkpoint", "run.json")  # beside the settings.yaml of a run
+RUN_FILES = ("checkpoint", "run.json")  # next to the settings.yaml of a run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +44,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog="afina",
-        description="Adapt a frozen model with small adapters: train, evaluate, merge, audit, serve.",
+        description="Adapt a frozen model with small adapters: train, evaluate, merge, audit, "
+        "serve.",
         epilog="Guide without mathematics: docs/guide/en/index.md; en español: "
         "docs/guide/es/index.md.",
     )
@@ -247,7 +249,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file with those of flags, which take precedence; groups are joined."""
+    """Return the settings of a file updated by those of flags; groups are joined."""
     merged = dict(file) | dict(flags)
     for name in file.keys() & flags.keys():
         if name in settings_groups and isinstance(file[name], Mapping):
@@ -276,8 +278,9 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         name, settings, as_json = parse(arguments)
-        module, _, function = COMMANDS[name].function.partition(":")
-        with print_from_main_process_only():
+        command = COMMANDS[name]
+        module, _, function = command.function.partition(":")
+        with print_from_main_process_only(), signs_of_life(name, command.duration):
             call: Callable[[Any], Mapping[str, Any]] = getattr(
                 importlib.import_module(module), function
             )

@@ -1,4 +1,4 @@
-"""`afina serve` and `afina bench-serve`: what they need beyond afina itself is an extra; this says so where it is missing."""
+"""`afina serve` and `afina bench-serve`, and the error where the extra `serve` is missing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from afina.settings import BenchServeSettings, ServeSettings
 
 
 def serve(settings: ServeSettings) -> Mapping[str, Any]:
-    """Serve until told to stop."""
+    """Serve until stopped."""
     try:
         from afina.server import serve as server
     except ImportError as error:
@@ -17,7 +17,7 @@ def serve(settings: ServeSettings) -> Mapping[str, Any]:
 
 
 def bench(settings: BenchServeSettings) -> Mapping[str, Any]:
-    """Load a server, and draw its latency against the rate."""
+    """Send requests to a server, and plot its latency against the request rate."""
     try:
         from afina.server import bench as load
     except ImportError as error:
@@ -26,7 +26,7 @@ def bench(settings: BenchServeSettings) -> Mapping[str, Any]:
 
 
 def missing_extra_error(error: ImportError) -> SettingsError:
-    """What to install; an import of afina's own that fails is no matter of extras."""
+    """Return the error that names the extra; re-raise where a module of afina itself is missing."""
     if (error.name or "afina").partition(".")[0] == "afina":
         raise error
     return SettingsError(f"{error.name} is not installed", hint="pip install 'afina[serve]'")

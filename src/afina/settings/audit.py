@@ -8,9 +8,9 @@ from afina.settings.common import ModelSettings, setting
 class AuditSettings(ModelSettings):
     """Settings of `afina audit`."""
 
-    base: str | None = setting(
+    base: str | None = setting(  # type: ignore[assignment]
         "folder of the base: shapes, weights and behavior are compared with it"
-    )  # type: ignore[assignment]
+    )
     adapter: Path = setting(
         "a run, an adapter, a composition, or a weighted sum as in a request, A:0.6,B:0.4",
         ...,
@@ -29,7 +29,7 @@ class AuditSettings(ModelSettings):
         ge=0.0,
     )
     prompts: Path | None = setting(
-        "a few prompts of its task, one a line: a trigger may work only there"
+        "a few prompts of its task, one per line: a trigger may work only there"
     )
     sarif_file: Path | None = setting("write the report as SARIF 2.1.0 too")
     accept: str | None = setting(

@@ -49,9 +49,9 @@ class CombineSettings(WeightSearchSettings, RandomDensitySettings, GroupedSettin
 
     group_fields: ClassVar[Mapping[type[Settings], str]] = {MergeMethodSettings: "merge_method"}
 
-    base: str | None = setting(
+    base: str | None = setting(  # type: ignore[assignment]
         "the frozen model; by default the one that the adapters were trained on"
-    )  # type: ignore[assignment]
+    )
     adapters: list[str] = setting(
         "adapters or runs with their weights: A:0.6 B:0.4; a negative weight removes a skill", ...
     )

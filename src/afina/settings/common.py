@@ -54,7 +54,7 @@ class ModelSettings(Settings):
 
 
 def template_kwargs_setting(default: str = "none") -> Any:
-    """Declare `template_kwargs`; `default` says what is used without it."""
+    """Declare `template_kwargs`; `default` describes what is used without it."""
     description = (
         "arguments of the chat template, e.g. {enable_thinking: false}; by default " + default
     )

@@ -76,7 +76,7 @@ class CompareSettings(ModelSettings):
     max_new_tokens: int = setting("longest answer in tokens", 64, ge=1)
     objective: Literal["auto", "sft", "pretrain", "classify"] = setting("as for train", "auto")
     columns: dict[str, str | list[str] | None] = setting(
-        "names of your columns, e.g. {prompt: question, completion: answer}", {}
+        "names of the columns, e.g. {prompt: question, completion: answer}", {}
     )
     skip_bad_rows: bool = setting(
         "leave out rows that cannot be used, and list them in the report", False
@@ -90,9 +90,9 @@ class CompareSettings(ModelSettings):
         "general text of the retention loss; by default the built-in one"
     )
     max_length: int | None = setting(
-        "longest sequence in tokens; by default what the base can read, up to 2,048"
+        "longest sequence in tokens; by default the base's limit, up to 2,048"
     )
-    max_tokens_per_batch: int = setting("tokens in one pass", 2048, ge=1)
+    max_tokens_per_batch: int = setting("tokens of one micro-batch", 2048, ge=1)
     seed: int = setting("seed of the split; runs count up from it", 0)
     lang: Literal["en", "es"] = setting("language of the report", "en")
 

@@ -9,11 +9,13 @@ from afina.settings.common import ModelSettings, setting, template_kwargs_settin
 class EvalSettings(ModelSettings):
     """Settings of `afina eval`."""
 
-    base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
+    base: str | None = setting(  # type: ignore[assignment]
+        "the frozen model; by default the one that the run was trained on"
+    )
     adapter: Path | None = setting("a run or adapter folder; without it the base is evaluated")
     data: Path | None = setting("rows to evaluate on; by default the run's eval rows")
     columns: dict[str, str | list[str] | None] = setting(
-        "names of your columns, e.g. {prompt: question, completion: answer}", {}
+        "names of the columns, e.g. {prompt: question, completion: answer}", {}
     )
     metrics: list[str] = setting(
         "exact_match, accuracy, chrf, bleu, rouge", ["exact_match", "chrf"]

@@ -8,7 +8,9 @@ from afina.settings.common import ModelSettings, setting
 class ExtractSettings(ModelSettings):
     """Settings of `afina extract`."""
 
-    base: str | None = setting("the frozen model; by default the one that the run was trained on")  # type: ignore[assignment]
+    base: str | None = setting(  # type: ignore[assignment]
+        "the frozen model; by default the one that the run was trained on"
+    )
     adapter: Path | None = setting("a run or adapter of any method")
     finetuned_model: Path | None = setting(
         "instead of an adapter: the folder of a model that was fine-tuned from --base"
@@ -24,5 +26,5 @@ class ExtractSettings(ModelSettings):
         "rows to measure the loss on; by default the run's eval rows, or general text"
     )
     columns: dict[str, str | list[str] | None] = setting(
-        "names of your columns, e.g. {prompt: question, completion: answer}", {}
+        "names of the columns, e.g. {prompt: question, completion: answer}", {}
     )

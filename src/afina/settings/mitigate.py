@@ -9,7 +9,9 @@ from afina.settings.common import ModelSettings, setting
 class MitigateSettings(ModelSettings):
     """Settings of `afina mitigate`."""
 
-    base: str | None = setting("folder of the base; by default the one that the run was trained on")  # type: ignore[assignment]
+    base: str | None = setting(  # type: ignore[assignment]
+        "folder of the base; by default the one that the run was trained on"
+    )
     adapter: Path = setting("a run or adapter (lora)", ...)
     output_dir: Path = setting("folder of the treated adapter", ...)
     mitigation: Literal["auto", "truncate", "scale", "blend", "project"] = setting(
@@ -30,5 +32,5 @@ class MitigateSettings(ModelSettings):
     time_budget_seconds: float = setting(
         "audit of the result: seconds for its behavior gate", 30.0, ge=0.0
     )
-    prompts: Path | None = setting("audit of the result: a few prompts of its task, one a line")
+    prompts: Path | None = setting("audit of the result: a few prompts of its task, one per line")
     calibration: Path | None = setting("audit of the result: benign adapters' statistics")

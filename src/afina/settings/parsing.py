@@ -16,7 +16,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of settings as a mapping; raises `SettingsError` on anything else."""
+    """Return a YAML file of settings as a mapping; raise `SettingsError` on anything else."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "not valid YAML", where=where, why=getattr(error, "problem", None)
         ) from error
     if not isinstance(content, dict):
-        raise SettingsError("expected one `name: value` a line", where=str(path))
+        raise SettingsError("expected one `name: value` per line", where=str(path))
     return content
 
 

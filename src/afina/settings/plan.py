@@ -9,7 +9,9 @@ from afina.settings.train import TrainSettings
 class PlanSettings(TrainSettings):
     """Settings of `afina plan`: those of `afina train`, and what is estimated."""
 
-    data: Path | None = setting("as for train; without it, memory and time of full batches only")  # type: ignore[assignment]
+    data: Path | None = setting(  # type: ignore[assignment]
+        "as for train; without it, memory and time of full batches only"
+    )
     compare_methods: bool = setting(
         "all methods in one table: memory, time, trainable parameters, size of the file", False
     )

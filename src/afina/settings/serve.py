@@ -14,8 +14,10 @@ from afina.settings.common import (
 class ServeSettings(ModelSettings):
     """Settings of `afina serve`."""
 
-    host: str = setting("address to listen on; 0.0.0.0 for all of the machine's", "127.0.0.1")
-    port: int = setting("port to listen on; 0 takes a free one", 8000, ge=0, le=65535)
+    host: str = setting(
+        "address to listen on; 0.0.0.0 for all addresses of the machine", "127.0.0.1"
+    )
+    port: int = setting("port to listen on; 0 selects a free one", 8000, ge=0, le=65535)
     adapters: list[Path] = setting(
         "folders of runs or adapters: each is served under its name, more may be loaded later", []
     )
@@ -23,9 +25,11 @@ class ServeSettings(ModelSettings):
     quantization: Literal["none", "nf4"] = setting(
         "none: the base in 16 or 32 bits per weight; nf4: in 4 bits", "none"
     )
-    memory_gb: float = setting("GB for keys, values and adapters, besides the base", 1.0, gt=0.0)
+    memory_gb: float = setting(
+        "memory for the KV cache and adapters, in GB, besides the base", 1.0, gt=0.0
+    )
     merge_hot_adapter: bool = setting(
-        "take an adapter that has nearly all requests into a second copy of the weights", False
+        "merge an adapter that has nearly all requests into a second copy of the weights", False
     )
     chat_template: str | None = setting(
         "chat template for all adapters: by default the one that each was trained with, and the "
@@ -41,22 +45,28 @@ class ServeSettings(ModelSettings):
     database_url: str | None = setting(
         "URL of the tables; by default SQLite in the state folder, or postgresql://..."
     )
-    # who may what, and how much
+    # keys and limits
     api_key_file: Path | None = setting(
-        "YAML of keys, NAME: KEY or NAME: {key: KEY, admin: true}; without it anybody may ask"
+        "YAML of keys, NAME: KEY or NAME: {key: KEY, admin: true}; without it requests need no key"
     )
     insecure: bool = setting(
-        "no admin key: anybody who reaches the port may change everything", False
+        "no admin key: every client that reaches the port may change everything", False
     )
-    max_body_bytes: int = setting("longest body of a request", 8_000_000, ge=1024)
-    max_file_bytes: int = setting("longest uploaded file", 512_000_000, ge=1024)
-    max_requests_per_key: int | None = setting("most requests of one key at once", ge=1)
+    max_body_bytes: int = setting("largest request body, in bytes", 8_000_000, ge=1024)
+    max_file_bytes: int = setting("largest uploaded file, in bytes", 512_000_000, ge=1024)
+    max_requests_per_key: int | None = setting(
+        "largest number of concurrent requests per key", ge=1
+    )
     max_tokens_per_minute: int | None = setting(
-        "most tokens of one key a minute, read and written", ge=1
+        "largest number of prompt and completion tokens per key and minute", ge=1
     )
-    request_timeout: float = setting("longest time of a request, in seconds", 600.0, gt=0.0)
+    request_timeout: float = setting("seconds after which a request is ended", 600.0, gt=0.0)
     shutdown_timeout: float = setting(
-        "seconds that running requests get when the server is told to stop", 30.0, ge=0.0
+        "seconds that running requests have to finish when the server is stopped", 30.0, ge=0.0
+    )
+    # fine-tuning jobs while serving
+    max_training_jobs: int = setting(
+        "largest number of jobs that train at once; 0: none, jobs wait in the queue", 1, ge=0
     )
     strict_requests: bool = setting(
         "reject parameters without effect, instead of ignoring them by name", False
@@ -67,12 +77,19 @@ class ServeSettings(ModelSettings):
     cors_origins: list[str] = setting(
         "web pages that may send requests from a browser (https://chat.example); '*' for all", []
     )
-    # fine-tuning jobs beside serving
-    max_training_jobs: int = setting("jobs that train at once; 0: none, they wait", 1, ge=0)
+    # fine-tuning jobs while serving
+    max_training_jobs: int = setting(
+        "largest number of jobs that train at once; 0: none, jobs wait in the queue", 1, ge=0
+    )
     job_num_threads: int | None = setting(
         "CPU threads of a job; by default half of the cores", ge=1
     )
-    job_nice: int = setting("how far a job stands back behind serving, 0 to 19", 10, ge=0, le=19)
+    job_nice: int = setting(
+        "nice level of jobs, 0 to 19: with a higher one serving has more of the CPU",
+        10,
+        ge=0,
+        le=19,
+    )
     allow_python_graders: bool = setting(
-        "jobs may run Python of who asks for them, with this server's rights", False
+        "jobs may run Python code of the client, with this server's rights", False
     )
