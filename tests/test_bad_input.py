@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from afina.errors import AfinaError, BaseError, DataError, MergeError, SettingsE
 from afina.io.atomic import atomic_directory
 from afina.models.convert import convert
 from afina.models.loading import load_base
+from afina.settings import TrainSettings
+from afina.training.setup.set_up import default_out
 from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
 CHAT = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a a"}]}
@@ -515,6 +518,43 @@ def test_a_run_cut_off_before_its_first_checkpoint(
         train()
     assert "--resume" in str(caught.value.hint)
     assert train(resume=True).record["adapter"] == whole.record["adapter"]
+
+
+def test_runs_without_a_folder_are_numbered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = TrainSettings(data=Path("rows.jsonl"))
+    for name in ("rows-lora", "rows-lora-2", "rows-lora-3"):
+        folder = default_out(settings)
+        assert folder == Path("runs") / name
+        folder.mkdir(parents=True)
+        assert default_out(settings) == folder  # an empty folder can be used
+        (folder / "settings.yaml").write_text("data: rows.jsonl\n")
+    assert default_out(settings.model_copy(update={"resume": True})) == folder
+    assert default_out(settings.model_copy(update={"overwrite": True})) == Path("runs/rows-lora")
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(train: Train, tmp_path: Path) -> None:
+    first = train(max_steps=2)
+    again = train(max_steps=1, overwrite=True)
+    assert (again.folder, again.record["steps"]) == (first.folder, 1)
+    assert not yaml.safe_load((again.folder / "settings.yaml").read_text())["overwrite"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(SettingsError, match="this folder is not empty"):
+        train(output_dir=tmp_path / "mine", overwrite=True)
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        failing = Full(None, 0, AfinaError("no memory"))  # type: ignore[arg-type]
+        patch.setattr("afina.training.train._losses", failing)
+        with pytest.raises(AfinaError, match="no memory"):
+            train()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(

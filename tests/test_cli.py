@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import yaml
 
 from afina import settings as all_settings
 from afina.cli.main import COMMANDS, parse, run
+from afina.cli.progress import signs_of_life
 from afina.errors import SettingsError, pluralize
+from afina.io.extras import import_extra
 from afina.io.migrations import migrate_settings
 from afina.models.loading import load_base
 from afina.settings import (
@@ -74,6 +77,14 @@ def test_help_imports_nothing_heavy() -> None:
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert "--learning-rate" in done.stdout
+
+
+def test_importing_the_package_imports_neither_torch_nor_a_module_of_it() -> None:
+    code = "import sys, afina; print([m for m in sys.modules if m.startswith(('torch', 'afina.'))])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
@@ -647,7 +658,7 @@ def test_chat(
     capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scripted through standard input: the adapter off and on, the conversation forgotten."""
-    script = "/of\nsay sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
+    script = "/help\n/of\nsay sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
     status = run(
         ["chat", str(trained), "--max-new-tokens", "5", "--system-prompt", "be kind", "--json"]
@@ -663,6 +674,7 @@ def test_chat(
         "assistant",
     ]
     assert "/off" in err
+    assert "/new     start a new conversation" in err
     assert "/of is none of /on, /off, /new, /help" in err
     answers = []
     for adapter in ("on", "off"):
@@ -758,3 +770,28 @@ def test_the_process_itself(tiny: Path) -> None:
     done = afina("generate", "hi", "--bse", tiny)
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean '--base'?" in done.stderr
+
+
+def test_a_long_command_prints_at_once_and_while_it_is_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("afina.cli.progress.SILENT_SECONDS", 0.05)
+    with signs_of_life("audit", "long"):
+        assert capsys.readouterr().err == "afina: audit started\n"
+        time.sleep(0.4)
+        assert "audit has run for 0 s" in capsys.readouterr().err
+    with signs_of_life("serve", "start"):
+        print("ready", file=sys.stderr)
+        time.sleep(0.4)
+    assert capsys.readouterr().err == "afina: serve started\nready\n"
+    with signs_of_life("show", "short"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="no_such_package is not installed") as caught:
+        import_extra("no_such_package.part", "graders")
+    assert caught.value.hint == "pip install 'afina[graders]'"
+    with pytest.raises(ImportError):
+        import_extra("afina.no_such_module", "graders")

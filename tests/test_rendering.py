@@ -55,6 +55,34 @@ def test_json_form_keeps_every_key_and_value(name: str) -> None:
     assert written == {"format_version": written["format_version"]} | stored
 
 
+METHODS = ResultTable(
+    "a base, 5,244,160 parameters",
+    [
+        ("lora", "895.55 MB", "off", "12.3 s", "1.2 h", "24,780,123", "103 kB", "yes"),
+        ("full", "this base is in 4 bits"),
+    ],
+    (
+        *("method", "peak memory", "gradient checkpointing", "per optimizer step", "full run"),
+        *("trainable parameters", "adapter file", "fits here"),
+    ),
+)
+LOSSES = ResultTable("", [("a/long/path/" * 9, "3.2100", "0.0712")], ("of", "before", "after"))
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 200])
+@pytest.mark.parametrize("table", [METHODS, LOSSES], ids=["methods", "losses"])
+def test_no_figure_is_cut_and_no_line_is_longer_than_the_terminal(
+    table: ResultTable, width: int
+) -> None:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table, crop=False)
+    text = stream.getvalue()
+    words = [word for row in table.rows for cell in row for word in cell.split()]
+    assert all(word in text for word in words if len(word) <= 30)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+
+
 def test_languages_print_the_same_facts() -> None:
     english, spanish = (read_result(f"advise-{lang}") for lang in ("en", "es"))
     assert len(english.content()) == len(spanish.content())

@@ -4,18 +4,21 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
-from afina.cli.serve import missing_extra_error
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
 from afina.engine.request import OutputChunk, SamplingParams
 from afina.errors import AfinaError, DataError, SettingsError
+from afina.io.extras import import_extra
 from afina.settings import ChatSettings
+
+if TYPE_CHECKING:
+    from afina.server.client import Client
 
 LOCAL_SETTINGS = {"adapter", "base", "revision", "trust_remote_code", "dtype", "device"}
 
@@ -57,7 +60,9 @@ class LocalBackend:
         opened = load_run(settings.adapter, settings)
         self._base, self._adapters = opened.causal_lm, opened.active
         self._active = self._adapters
-        self._renderer = Renderer(self._base.tokenizer, opened.chat_format, self._base.max_positions)
+        self._renderer = Renderer(
+            self._base.tokenizer, opened.chat_format, self._base.max_positions
+        )
         self._sampling = SamplingParams(
             settings.max_new_tokens, settings.temperature, settings.top_p, seed=settings.seed
         )
@@ -94,16 +99,13 @@ class ServerBackend:
     commands: Mapping[str, str] = {"/model": "NAME: select another model; alone: list them"}
 
     def __init__(self, settings: ChatSettings) -> None:
-        try:
-            from afina.server.client import Client
-        except ImportError as error:
-            raise missing_extra_error(error) from None
         if local := sorted(LOCAL_SETTINGS & settings.model_fields_set):
             raise SettingsError(
                 f"{local[0]} is a setting of the server", where="--base-url", hint="--model NAME"
             )
         self._settings = settings
-        self._client: Client = Client(str(settings.base_url), settings.api_key)
+        client = import_extra("afina.server.client", "serve")
+        self._client: Client = client.Client(str(settings.base_url), settings.api_key)
         self._runner = asyncio.Runner()
         self._names = self._runner.run(self._client.models())
         self._model = settings.model or self._names[0]

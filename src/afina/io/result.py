@@ -1,39 +1,91 @@
 """Base class of what commands and public functions return: read-only values that render themselves.
 
-A result type lists its JSON keys as dataclass fields and describes its document in `content`; the terminal and the
-Markdown form are two renderings of that one description. The module imports no torch, and rich only while printing.
+A result type lists its JSON keys as dataclass fields and describes its document in `content`; the
+terminal and the Markdown form are two renderings of that one description. The module imports no
+torch, and rich only while printing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 RESULT_FORMAT_VERSION = 2
 
 
+MAX_FIGURE_LENGTH = 30  # characters of a word that is never broken; a longer one is a path or text
+BORDER_WIDTH = 3  # characters of a column's border and padding in a terminal
+
+
 @dataclass(frozen=True)
 class ResultTable:
-    """Table of a result: rows of text cells below a title; without `head`, each row is a name and a value."""
+    """Table of a result: rows of text cells below a title.
+
+    Without `head`, each row is a name and a value. In a narrow terminal cells wrap between words,
+    and where the words do not fit, each row becomes a block of lines: no figure is ever cut.
+    """
 
     title: str
     rows: Sequence[Sequence[str]]
     head: Sequence[str] = ()
 
-    def __rich__(self) -> "RenderableType":
-        """Return the table for a terminal; cells are printed as they are, without markup."""
+    def __rich_console__(
+        self, console: "Console", options: "ConsoleOptions"
+    ) -> "Iterator[RenderableType]":
+        """Yield the table for a terminal; cells are printed as they are, without markup."""
+        widths = self._column_widths(options.max_width)
+        yield self._stacked() if widths is None else self._table(widths)
+
+    def _column_widths(self, max_width: int) -> list[int] | None:
+        """Return the width of each column in characters; None where the words do not fit."""
+        columns = list(zip_longest(self.head, *self.rows, fillvalue=""))
+        natural = [max(len(line) for cell in c for line in cell.split("\n")) for c in columns]
+        words = [[word for cell in column for word in cell.split()] for column in columns]
+        least = [
+            min(
+                width, max((len(word) for word in own if len(word) <= MAX_FIGURE_LENGTH), default=1)
+            )
+            for width, own in zip(natural, words, strict=True)
+        ]
+        spare = max_width - 1 - BORDER_WIDTH * len(columns) - sum(least)
+        if spare < 0:
+            return None
+        widths = list(least)
+        by_need = sorted(range(len(columns)), key=lambda number: natural[number] - least[number])
+        for index, number in enumerate(by_need):
+            more = min(natural[number] - least[number], spare // (len(columns) - index))
+            widths[number] += more
+            spare -= more
+        return widths
+
+    def _table(self, widths: Sequence[int]) -> "RenderableType":
         from rich.markup import escape
         from rich.table import Table
 
         title = escape(self.title) if self.title else None
         table = Table(title=title, title_justify="left", show_header=bool(self.head))
-        for name in self.head:
-            table.add_column(escape(name))
+        for width, name in zip_longest(widths, self.head, fillvalue=""):
+            table.add_column(escape(str(name)), width=int(width or 1), overflow="fold")
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
+
+    def _stacked(self) -> "RenderableType":
+        """Return a block of lines per row: its first cell, then each other one after its name."""
+        from rich.text import Text
+
+        blocks = [self.title] if self.title else []
+        for first, *others in self.rows:
+            is_full = len(others) == len(self.head) - 1
+            names = self.head[1:] if is_full else [""] * len(others)
+            lines = [
+                f"  {name}: {cell}" if name else f"  {cell}" for name, cell in zip(names, others)
+            ]
+            blocks.append("\n".join([first, *lines]))
+        return Text("\n".join(blocks), overflow="fold")
 
     def to_markdown(self) -> str:
         """Return the table as GitHub-flavored Markdown, its title as a bold line above it."""
@@ -45,7 +97,7 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class ResultText:
-    """Lines of a result: `style` is rich's; `wraps` is False where a line can be pasted into a shell."""
+    """Lines of a result: `style` is rich's; `wraps` is False for commands, to be pasted entire."""
 
     text: str
     style: str = ""
@@ -73,14 +125,15 @@ def next_command(command: str | None) -> list[Content]:
 
 
 def optional(default: Any = None) -> Any:
-    """Return a dataclass field whose key is left out of the mapping and the JSON form while it is None."""
+    """Return a dataclass field whose key is left out of mapping and JSON while it is None."""
     return field(default=default, metadata={"omit_none": True})
 
 
 class Result(Mapping[str, Any]):
     """Read-only result of a command: its JSON keys as attributes and as a mapping.
 
-    Subclasses are frozen dataclasses (`eq=False`, so that equality is that of mappings) and implement `content`.
+    Subclasses are frozen dataclasses (`eq=False`: equality is that of mappings) and implement
+    `content`.
     """
 
     format_version_of_json: ClassVar[int] = RESULT_FORMAT_VERSION
@@ -93,7 +146,7 @@ class Result(Mapping[str, Any]):
         ]
 
     def __getitem__(self, key: str) -> Any:
-        """Return the value of a JSON key; raises `KeyError` for a key that the result does not have."""
+        """Return the value of a JSON key; raise `KeyError` for one that the result does not have."""
         if key not in self._names():
             raise KeyError(key)
         return getattr(self, key)
@@ -126,7 +179,7 @@ class Result(Mapping[str, Any]):
 
 
 def markdown_cell(text: Any) -> str:
-    """Return a text as it may stand in a cell of a Markdown table: one line, HTML and pipes escaped."""
+    """Return a text as a cell of a Markdown table: one line, HTML and pipes escaped."""
     import html
 
     return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
