@@ -21,7 +21,7 @@ from afina.settings import DemoSettings, TrainSettings, make_settings
 from afina.training.train import train
 
 ROWS_FILE = Path(__file__).with_name("rows.jsonl")
-EVAL_FILE = "held.jsonl"
+EVAL_FILE = "eval.jsonl"
 
 
 @dataclass(frozen=True, eq=False)

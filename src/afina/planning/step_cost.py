@@ -53,7 +53,7 @@ from afina.planning.estimates import (
     TimeEstimate,
     Workload,
 )
-from afina.planning.layer_cost import LayerCost, layer_costs
+from afina.planning.layer_sizes import LayerSizes, layer_sizes
 from afina.planning.model_shape import AdapterSize, ModelShape
 from afina.settings import TrainSettings
 from afina.training.setup.adamw_8bit import SMALLEST
@@ -92,11 +92,11 @@ class StepCost:
         return other  # with what was counted already
 
     @cached_property
-    def _layers(self) -> list[LayerCost]:
+    def _layers(self) -> list[LayerSizes]:
         quantized = set()
         if self.quantization == "nf4":
             quantized = set(quantizable_modules(self.shape.model))
-        return layer_costs(self.shape, self.count, quantized, self._output, self.device)
+        return layer_sizes(self.shape, self.count, quantized, self._output, self.device)
 
     @cached_property
     def _weights(self) -> tuple[float, float]:
@@ -340,7 +340,7 @@ class StepCost:
             return ADAMW8_CUDA_BYTES
         return ADAMW8_CPP_BYTES if self._has_cpp_adamw8 else ADAMW8_CPU_BYTES
 
-    def _moved_numel(self, layer: LayerCost) -> float:
+    def _moved_numel(self, layer: LayerSizes) -> float:
         """Return the elements per token that a layer's other operations read and write, forward."""
         own = 12 * self.shape.hidden_size + 3 * layer.mlp_width + 6 * self.shape.heads[1]
         return own + 2 * layer.adapter_outputs

@@ -83,7 +83,8 @@ class Trainer:
         self.progress = checkpoint.load(self.run, self.optimizer, self.identity)
         if not self.world.is_main_process:
             return
-        done = [line for line in read_metrics(self.run) if line.get("step", math.inf) <= self.progress.step]
+        last = self.progress.step
+        done = [line for line in read_metrics(self.run) if line.get("step", math.inf) <= last]
         write_jsonl(self.run / "metrics.jsonl", done)
 
     def train(self) -> None:

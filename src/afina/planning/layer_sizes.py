@@ -15,7 +15,7 @@ SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass
-class LayerCost:
+class LayerSizes:
     """Sizes of one decoder layer; elements per token unless stated otherwise.
 
     Attributes:
@@ -53,9 +53,9 @@ class LayerCost:
     has_gradient: bool = False
 
 
-def layer_costs(
+def layer_sizes(
     shape: ModelShape, size: AdapterSize, quantized: set[str], output_paths: set[str], device: str
-) -> list[LayerCost]:
+) -> list[LayerSizes]:
     """Return the sizes of each decoder layer.
 
     Args:
@@ -65,12 +65,12 @@ def layer_costs(
         output_paths: Paths of the modules above the layers.
         device: Kind of device; what an adapter saves depends on its kernels.
     """
-    costs = [LayerCost() for _ in range(shape.num_layers)]
+    sizes = [LayerSizes() for _ in range(shape.num_layers)]
     saved_inputs: set[tuple[str, int]] = set()
     for path, module in shape.model.named_modules():
         if (number := layer_index(path)) is None:
             continue
-        cost, name, target = costs[number], type(module).__name__, TargetModule(path, module)
+        cost, name, target = sizes[number], type(module).__name__, TargetModule(path, module)
         if target.is_matrix and not isinstance(module, nn.Embedding):
             _add_matrix(cost, target, path in quantized)
             if path in size.layers:
@@ -86,16 +86,16 @@ def layer_costs(
     below = {path for path in size.layers if layer_index(path) is None} - output_paths
     has_gradient = bool(below or size.config.trainable_tokens)
     adapted = {layer_index(path) for path in size.layers}
-    for number, cost in enumerate(costs):
+    for number, cost in enumerate(sizes):
         has_gradient = has_gradient or number in adapted
         cost.has_gradient = has_gradient
     for path, trainable in size.layers.items():
         if (number := layer_index(path)) is not None:
-            costs[number].num_trainable += trainable
-    return costs
+            sizes[number].num_trainable += trainable
+    return sizes
 
 
-def _add_matrix(cost: LayerCost, target: TargetModule, is_quantized: bool) -> None:
+def _add_matrix(cost: LayerSizes, target: TargetModule, is_quantized: bool) -> None:
     weights = target.in_features * target.out_features
     cost.weights += weights
     cost.largest_matrix = max(cost.largest_matrix, weights)
@@ -103,7 +103,7 @@ def _add_matrix(cost: LayerCost, target: TargetModule, is_quantized: bool) -> No
 
 
 def _add_adapter(
-    cost: LayerCost,
+    cost: LayerSizes,
     target: TargetModule,
     size: AdapterSize,
     saved_inputs: set[tuple[str, int]],
@@ -127,7 +127,7 @@ def _add_adapter(
         cost.adapter_outputs += target.out_features
 
 
-def _add_norm(cost: LayerCost, shape: ModelShape, path: str, module: nn.Module) -> None:
+def _add_norm(cost: LayerSizes, shape: ModelShape, path: str, module: nn.Module) -> None:
     """Add the inputs of a norm: one per token, or of the heads, which are normed together."""
     own = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "weight")
     is_of_heads = path.endswith(("q_norm", "k_norm")) and own < shape.hidden_size
