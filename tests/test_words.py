@@ -64,10 +64,8 @@ PENDING_WORDS: dict[str, int] = {
     "cli": 1,
     "comparison": 184,
     "data": 62,
-    "demo": 1,
-    "docs": 52,
+    "docs": 47,
     "engine": 109,
-    "errors": 3,
     "evaluation": 20,
     "guide": 71,
     "io": 63,
@@ -87,7 +85,6 @@ PENDING_LINES: dict[str, int] = {
     "comparison": 11,
     "data": 10,
     "engine": 22,
-    "errors": 2,
     "evaluation": 21,
     "io": 30,
     "kernels": 143,
@@ -95,7 +92,6 @@ PENDING_LINES: dict[str, int] = {
     "models": 96,
     "objectives": 81,
     "server": 11,
-    "training": 1,
 }
 # functions of more than 60 lines that are left, "module:name"
 PENDING_FUNCTIONS: set[str] = {
@@ -114,7 +110,7 @@ PENDING_LONG_FILES = 5
 # pairs of equal functions that are left, "module:name"
 PENDING_COPIES: set[frozenset[str]] = set()
 # classes with the same name that are left
-PENDING_CLASSES: set[str] = {"LayerCost", "_Words"}
+PENDING_CLASSES: set[str] = {"_Words"}
 
 MAX_LISTED = 40  # uses in a message, where several packages have more than they may
 

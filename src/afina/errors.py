@@ -1,14 +1,14 @@
-"""The tree of errors. Each says what happened, where, why, and what to type next.
+"""The error tree: each error has what happened, where, why, and what to type next.
 
 AfinaError
  ├── SettingsError     a setting that is unknown, or of the wrong kind
  ├── DataError         a file or a row that cannot be used
  ├── BaseError         a base model that cannot be loaded
  ├── AdapterError      an adapter that does not fit, or a file of one that is damaged
- ├── TrainingError     a run that cannot start, go on or be resumed
+ ├── TrainingError     a run that cannot start, continue or be resumed
  ├── MergeError        a merged model that would not equal the adapted one
- ├── BusyError         the engine has no room for one more request now
- └── AuditError        an adapter that may not be used, or cannot be vouched for
+ ├── BusyError         the queue of the engine is full
+ └── AuditError        an adapter that may not be used, or without proof of origin
 """
 
 import difflib
@@ -17,7 +17,7 @@ from typing import Self
 
 
 class AfinaError(Exception):
-    """Any error that a user can do something about."""
+    """Any error that the user can resolve."""
 
     def __init__(
         self,
@@ -27,12 +27,19 @@ class AfinaError(Exception):
         why: str | None = None,
         hint: str | None = None,
     ) -> None:
-        """`what` happened; `where` (file:line:field), `why`, and `hint`: what to do or type next."""
+        """Create an error.
+
+        Args:
+            what: The subject and what is wrong with it.
+            where: `file:line:field`, or the flag.
+            why: The evidence.
+            hint: A command or value to type next.
+        """
         self.what, self.where, self.why, self.hint = what, where, why, hint
         super().__init__(str(self))
 
     def at(self, where: str | None) -> Self:
-        """Return this error with `where`, in front of a place within it: "file: field"."""
+        """Return this error with `where` in front of its own: "file: field"."""
         if where is None or where == self.where:
             return self
         self.where = where if self.where is None else f"{where}: {self.where}"
@@ -63,7 +70,7 @@ class AdapterError(AfinaError):
 
 
 class TrainingError(AfinaError):
-    """A run that cannot start, go on or be resumed."""
+    """A run that cannot start, continue or be resumed."""
 
 
 class MergeError(AfinaError):
@@ -71,7 +78,7 @@ class MergeError(AfinaError):
 
 
 class BusyError(AfinaError):
-    """The engine's queue is full, or the engine is stopping: worth another try after `retry_after` seconds."""
+    """The engine's queue is full, or the engine is stopping; retry after `retry_after` seconds."""
 
     def __init__(self, what: str, retry_after: float = 1.0) -> None:
         super().__init__(what, hint=f"try again in {retry_after:.0f} s")
@@ -83,12 +90,12 @@ class AuditError(AfinaError):
 
 
 def pluralize(number: int, thing: str) -> str:
-    """A number of things in words: 1 row, 2 rows, 1,000 rows."""
+    """Return a number with its noun: 1 row, 2 rows, 1,000 rows."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known word closest to `name`, or lists them when none is close."""
+    """Return a hint with the known name closest to `name`, or with all where none is close."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))

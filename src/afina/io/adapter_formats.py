@@ -133,11 +133,6 @@ def adapter_formats() -> Mapping[str, AdapterFormat]:
     return dict(sorted(found.items()))
 
 
-def formats_of_type(peft_type: str) -> list[AdapterFormat]:
-    """Return the formats of the methods whose configuration has this `peft_type`."""
-    return [each for each in adapter_formats().values() if each.peft_type == peft_type]
-
-
 def registered_types() -> Mapping[str, str | None]:
     """Return the method of each `peft_type`; None where fields of the configuration decide."""
     types: dict[str, str | None] = {PEFT_LORA: None, "AFINA_LORA": "lora"}  # the latter: restarted

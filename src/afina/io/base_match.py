@@ -5,7 +5,6 @@ from pathlib import Path
 
 from afina.io.adapter_metadata import RecordedBase
 
-HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 HUB_CACHE = re.compile(r"models--([\w.\-]+?)--([\w.\-]+)")
 # spellings of one model in 4 or 8 bits: unsloth/name-bnb-4bit is org/name
 QUANTIZED_SPELLING = re.compile(
