@@ -88,7 +88,7 @@ def scores(judged: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
         return {
             "metric": "preferred",
             "before": 50.0,
-            "after": 100 * after["accuracy"],
+            "after": 100 * after["rewards/accuracies"],
             "example": None,
         }
     example = next(

@@ -11,7 +11,8 @@ import pytest
 from afina.data.schemas import PROMPT
 from afina.data.table import read_table
 from afina.errors import AfinaError, DataError, SettingsError, TrainingError
-from afina.objectives.graders import make_formula, parse_grader
+from afina.objectives.grader_formulas import make_formula
+from afina.objectives.graders import parse_grader
 from helpers import write_rows
 
 SAMPLE = "{{ sample.output_text }}"

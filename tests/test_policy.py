@@ -318,8 +318,8 @@ def test_what_was_written_is_what_is_read(method: str, tiny: Path, asked: Path) 
     plain = [answer.token_ids for answer in task.eval_completions(rows, None)[0]]
     written, examples, _ = task.eval_completions(rows, route)
     assert [answer.token_ids for answer in written] != plain
-    batch = task._laid(examples)
-    with torch.no_grad(), base.forward_context.use(batch.table(route)):
+    batch = task.pack(examples)
+    with torch.no_grad(), base.forward_context.use(batch.segments(route)):
         logits = base.all_logits(batch.flat.token_ids, batch.flat.positions, batch.flat.cu_seqlens)  # type: ignore[union-attr]
     kept = batch.flat.labels >= 0
     gap = (
@@ -336,7 +336,7 @@ def test_an_answer_that_says_the_invocation_does_not_move_it(tiny: Path, asked: 
     [colon] = setup.prepared.invocation
     spoken = examples[0]
     spoken.token_ids[-1] = colon
-    table = task._laid([spoken]).table(setup.adapter.active)
+    table = task.pack([spoken]).segments(setup.adapter.active)
     assert [row.start for row in table.spans] == [spoken.prompt_length - 1]
 
 
@@ -347,7 +347,7 @@ def test_sampled_answers_follow_the_temperature(tiny: Path, asked: Path) -> None
     assert isinstance(task, PolicyObjective)
     batch = task.collate(task.train[:2], 0)
     flat = batch.flat
-    with torch.no_grad(), base.forward_context.use(batch.table(setup.adapter.active)):
+    with torch.no_grad(), base.forward_context.use(batch.segments(setup.adapter.active)):
         logits = base.all_logits(flat.token_ids, flat.positions, flat.cu_seqlens)  # type: ignore[union-attr]
     kept = flat.labels >= 0
     expected = (logits[kept] / 0.5).log_softmax(-1).gather(1, flat.labels[kept][:, None])[:, 0]
@@ -396,7 +396,7 @@ def test_a_reward_model_judges_on_the_same_base(
     assert isinstance(task, PolicyObjective)
     _, examples, found = task.eval_completions(task.eval_rows, setup.adapter.active)
     opened = load_run(tmp_path / "judge", EvalSettings(adapter=tmp_path / "judge"))
-    alone = score_sequences(opened.base, task._laid(examples).flat, opened.active)  # type: ignore[arg-type]
+    alone = score_sequences(opened.base, task.pack(examples).flat, opened.active)  # type: ignore[arg-type]
     torch.testing.assert_close(found["reward_judge"].float(), alone.detach(), atol=1e-4, rtol=0)
     assert alone.std() > 1e-4
     assert not any(p.requires_grad for name, p in base.model.named_parameters() if "judge" in name)
@@ -516,7 +516,7 @@ def test_a_run_tells_its_story(
 ) -> None:
     run = learn(asked, tmp_path / "run", objective=objective)
     ticks, found = metrics(run.folder), run.record["policy"]
-    assert {"reward", "kl", "entropy", "length", "stopped", "clipped"} <= ticks[0].keys()
+    assert {"reward", "kl", "entropy", "length", "stop_ratio", "clip_ratio"} <= ticks[0].keys()
     assert ticks[1]["eval_reward"] == -ticks[1]["eval_loss"]
     assert abs(ticks[0]["kl"]) < 1e-6 < ticks[-1]["kl"]
     best = max(tick["eval_reward"] for tick in ticks if tick["eval_loss"] is not None)

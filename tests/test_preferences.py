@@ -494,7 +494,7 @@ def test_an_objective_is_no_method(pairs: Path) -> None:
 
 def test_labels_are_for_kto(tiny: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "labels.jsonl", *labels_of(rows_of(12)))
-    with pytest.raises(DataError, match="dpo compares two answers"):
+    with pytest.raises(DataError, match="dpo compares two completions"):
         set_up_run(TrainSettings(data=data, base=str(tiny), objective="dpo"))
 
 
@@ -517,15 +517,16 @@ def test_a_run_learns_and_logs(
     ticks, found = metrics(run.folder), run.record["preferences"]
     assert ticks[-1]["loss"] < ticks[0]["loss"]
     assert (
-        found["after"]["accuracy"] > (0.7 if objective == "kto" else 0.9) and run.record["verdict"]
+        found["after"]["rewards/accuracies"] > (0.7 if objective == "kto" else 0.9) and run.record["verdict"]
     )
-    names = {"accuracy", "chosen_reward", "rejected_reward", "chosen_length", "rejected_length"}
-    names |= set() if objective == "reward" else {"chosen_logp", "rejected_logp"}
-    names |= {"z"} if objective == "kto" else {"margin"}
+    names = {"rewards/accuracies", "rewards/chosen", "rewards/rejected"}
+    names |= {"chosen_length", "rejected_length"}
+    names |= set() if objective == "reward" else {"logps/chosen", "logps/rejected"}
+    names |= {"z"} if objective == "kto" else {"rewards/margins"}
     assert names <= ticks[0].keys() and {f"eval_{name}" for name in names} <= ticks[3].keys()
     assert "chosen completion preferred" in (run.folder / "README.md").read_text()
     judged = evaluate(run.folder)
-    assert judged["after"]["accuracy"] == found["after"]["accuracy"]
+    assert judged["after"]["rewards/accuracies"] == found["after"]["rewards/accuracies"]
     assert judged["after"]["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"], abs=1e-5)
     planned = plan(pairs, base=str(tiny), objective=objective, chat_template="plain")
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
@@ -632,13 +633,13 @@ def test_another_start_is_not_gone_on_with(
 
 def test_the_better_answers_becoming_unlikely_is_a_warning_with_a_remedy() -> None:
     before, after = (
-        {"chosen_logp": -40.0, "rejected_logp": -42.0},
-        {"chosen_logp": -42.1, "rejected_logp": -60.0},
+        {"logps/chosen": -40.0, "logps/rejected": -42.0},
+        {"logps/chosen": -42.1, "logps/rejected": -60.0},
     )
     (said,) = displacement_warning({"before": before, "after": after}, "dpo")
     assert "likelihood displacement" in said and "sft" in said and "-40.0 to -42.1" in said
     assert not displacement_warning(
-        {"before": before, "after": {**after, "chosen_logp": -41.9}}, "dpo"
+        {"before": before, "after": {**after, "logps/chosen": -41.9}}, "dpo"
     )
 
 
@@ -650,7 +651,7 @@ def test_the_sft_term_keeps_the_better_answers_likely(
     found = [
         learn(pairs, tmp_path / str(sft), dpo={"sft_weight": sft}, **told).record["preferences"][
             "after"
-        ]["chosen_logp"]
+        ]["logps/chosen"]
         for sft in (0.0, 1.0)
     ]
     assert found[1] > found[0] + 0.5

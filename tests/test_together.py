@@ -200,6 +200,8 @@ def test_a_mixed_pass_is_each_alone(tiny: Path, targets: Any) -> None:
 
 def test_classifiers_are_passed_one_by_one() -> None:
     class Task:
+        shares_pass = False
+
         def loss(self, batch: int, route: Any) -> torch.Tensor:
             return torch.tensor(float(batch))
 

@@ -8,11 +8,11 @@ Which rows share a batch is a pure function of lengths, seed and step.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice, pairwise
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ from afina.data.renderer import Example
 from afina.errors import DataError
 
 RowT = TypeVar("RowT")
+
+
+class HasTokens(Protocol):
+    """A row as token ids."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The token ids."""
+
+
+TokenRowT = TypeVar("TokenRowT", bound=HasTokens)
 IGNORE_INDEX = -100
 # sequences considered to fill the rest of a batch; with few, the order stays close to the shuffle's
 PACKING_WINDOW = 64
@@ -146,6 +157,15 @@ def group_by_length(
             room -= lengths[batch[-1]]
         batches.append(batch)
     return batches
+
+
+def batches_by_length(
+    rows: Sequence[TokenRowT], batch_tokens: int
+) -> Iterator[tuple[list[int], list[TokenRowT]]]:
+    """Yield batches of rows with `token_ids` by `group_by_length`, each with its rows' indices."""
+    lengths = [len(row.token_ids) for row in rows]
+    for indices in group_by_length(lengths, batch_tokens, range(len(rows))):
+        yield indices, [rows[index] for index in indices]
 
 
 class BatchSampler:

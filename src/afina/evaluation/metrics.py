@@ -1,62 +1,73 @@
-"""How good are the answers? Exact match and accuracy of our own, chrF and BLEU by sacrebleu, ROUGE by rouge-score.
+"""Metrics of completions, in percent.
 
-All in percent.
+Exact match and accuracy are computed here, chrF and BLEU by sacrebleu, ROUGE by rouge-score.
 """
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 from afina.errors import SettingsError, did_you_mean
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers that are the expected text, blanks at the ends aside."""
-    return (
-        100.0
-        * sum(a.strip() == e.strip() for a, e in zip(answers, expected, strict=True))
-        / len(expected)
-    )
+    """Return the percentage of answers that equal the expected text, without outer whitespace."""
+    pairs = zip(answers, expected, strict=True)
+    return 100.0 * sum(a.strip() == e.strip() for a, e in pairs) / len(expected)
 
 
 def accuracy(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers that begin with the expected label, whatever the case and punctuation around it."""
+    """Return the percentage of answers that begin with the expected label.
+
+    Case and punctuation are ignored.
+    """
     pairs = zip(answers, expected, strict=True)
     return 100.0 * sum(_words(a)[: len(_words(e))] == _words(e) for a, e in pairs) / len(expected)
 
 
-def _words(text: str) -> list[str]:
-    kept = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFC", text).casefold())
-    return kept.split()
-
-
 def chrf(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """chrF: agreement of short runs of characters (Popović 2015)."""
+    """Return chrF: agreement of character n-grams (Popović 2015)."""
     from sacrebleu.metrics import CHRF
 
     return CHRF().corpus_score(list(answers), [list(expected)]).score
 
 
 def bleu(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """BLEU: agreement of runs of up to four words, over the whole set (Papineni et al. 2002)."""
+    """Return corpus BLEU: agreement of n-grams of up to four words (Papineni et al. 2002)."""
     from sacrebleu.metrics import BLEU
 
     return BLEU(effective_order=True).corpus_score(list(answers), [list(expected)]).score
 
 
 def rouge(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """ROUGE-L: longest common run of words in order, mean F1 (Lin 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    scores = [scorer.score(e, a)["rougeL"].fmeasure for a, e in zip(answers, expected, strict=True)]
+    """Return the mean F1 of ROUGE-L: the longest common subsequence of words (Lin 2004)."""
+    scores = [rouge_f1("rougeL", a, e) for a, e in zip(answers, expected, strict=True)]
     return 100.0 * sum(scores) / len(scores)
 
 
-class _Words:
-    """rouge-score's own tokenizer keeps only a to z, which loses half of a Spanish sentence."""
+def rouge_f1(kind: str, text: str, reference: str) -> float:
+    """Return F1 (0 to 1) of "rouge1" to "rouge9" or "rougeL" of one text."""
+    return float(_rouge_scorer(kind).score(reference, text)[kind].fmeasure)
+
+
+@lru_cache
+def _rouge_scorer(kind: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([kind], tokenizer=_WordTokenizer())
+
+
+class _WordTokenizer:
+    """Words of any alphabet; rouge-score's own tokenizer keeps only a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         return _words(text)
+
+
+def _words(text: str) -> list[str]:
+    kept = "".join(c if c.isalnum() else " " for c in unicodedata.normalize("NFC", text).casefold())
+    return kept.split()
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
@@ -71,7 +82,11 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 def compute_metrics(
     names: Sequence[str], answers: Sequence[str], expected: Sequence[str]
 ) -> dict[str, float]:
-    """The metrics `names` of the answers, in percent; raises `SettingsError` on an unknown one."""
+    """Return the metrics `names` of the answers, in percent.
+
+    Raises:
+        SettingsError: A name is unknown.
+    """
     for name in names:
         if name not in METRICS:
             raise SettingsError(

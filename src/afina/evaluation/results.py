@@ -16,22 +16,22 @@ LOSS_LABELS = {
 }
 REWARD_LABELS = {
     "length": "length (tokens)",
-    "stopped": "stop ratio",
+    "stop_ratio": "stop ratio",
     "sampled_reward": "reward of sampled completions",
     "kl": "KL divergence from the reference (nats per token)",
     "entropy": "entropy (nats per token)",
     "retention_loss": "retention loss (nats per token)",
 }
 PREFERENCE_LABELS = {
-    "accuracy": "chosen completion preferred",
-    "margin": "margin",
-    "chosen_logp": "log-probability of the chosen completion (nats)",
-    "rejected_logp": "log-probability of the rejected completion (nats)",
+    "rewards/accuracies": "chosen completion preferred",
+    "rewards/margins": "margin of rewards",
+    "logps/chosen": "log-probability of the chosen completion (nats)",
+    "logps/rejected": "log-probability of the rejected completion (nats)",
     "chosen_length": "length of the chosen completion (tokens)",
     "rejected_length": "length of the rejected completion (tokens)",
     "calibration_error": "calibration error",
 }
-RATIOS = ("accuracy", "calibration_error")
+RATIOS = ("rewards/accuracies", "calibration_error")
 MAX_EXAMPLES = 3
 
 

@@ -69,6 +69,29 @@ LOSSES = {  # `losses` of run.json: key in version 1 -> key today
 }
 
 
+METRICS = {  # of metrics.jsonl and of the reports in run.json: name in version 1 -> name today
+    "clipped": "clip_ratio",
+    "reward_spread": "reward_std",
+    "stopped": "stop_ratio",
+    "value_error": "value_loss",
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "chosen_logp": "logps/chosen",
+    "rejected_logp": "logps/rejected",
+}
+
+
+def migrate_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics of version 1, those of a step or of a report, under the names of today."""
+    new = {}
+    for key, value in values.items():
+        name = key.removeprefix("held_out_")
+        new["eval_" * (name != key) + METRICS.get(name, name)] = value
+    return new
+
+
 def migrate_progress(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's progress.json under the names of today."""
     progress = rename_keys(values["progress"], {"worse_checks": "num_bad_evals"})
@@ -87,6 +110,9 @@ def migrate_run_record(values: Mapping[str, Any]) -> dict[str, Any]:
         new["settings"] = migrate_settings({"format_version": version} | new["settings"])
     for group in {"preferences", "policy"} & new.keys():
         report = rename_keys(new[group], {"judges": "reward_functions"})
+        if values.get("format_version", 1) == 1:
+            for side in {"before", "after"} & report.keys():
+                report[side] = migrate_metrics(report[side])
         if "start" in report:
             new["init_adapter"] = report.pop("start")
         new[group] = report

@@ -1,11 +1,11 @@
 """The contract of an objective: what is minimized, on which rows, and what is measured.
 
-    prepare(settings, base)      read, tokenize and split the rows      class method, before training
-    step_batches(step)           micro-batches of an optimizer step     a pure function of the step
-    loss(batch, active)          sum over the targets of a batch        divided by num_targets: the mean
-    row_losses(rows, active)     the same for single rows               for confidence intervals
-    evaluate(active)             metrics of the eval rows               for run.json and `afina eval`
-    report(before, after)        what changed, as keys and sentences
+    prepare(settings, base)     read, tokenize and split the rows     class method, before training
+    step_batches(step)          micro-batches of an optimizer step    a pure function of the step
+    loss(batch, active)         sum over the targets of a batch       mean: divided by num_targets
+    row_losses(rows, active)    losses of single rows                 for confidence intervals
+    evaluate(active)            metrics of the eval rows              for run.json and `afina eval`
+    report(before, after)       what changed, as keys and sentences
 
 The trainer, the planner and `afina eval` know this class and no subclass of it.
 """
@@ -68,7 +68,7 @@ class Objective:
 
     name: ClassVar[str] = ""
     schema: ClassVar[str] = "sft"  # kind of row: sft, labeled, preference or prompt
-    units: ClassVar[Units] = Units()
+    units: Units = Units()
     needs_reference: ClassVar[bool] = False  # compares with the policy that the run began with
     head: ClassVar[str | None] = None  # module that the objective adds to the base
     saves_head: ClassVar[bool] = True  # whether that module is part of the saved adapter
@@ -130,37 +130,41 @@ class Objective:
         """Return the number of tokens (or images) that pass through the model."""
         raise NotImplementedError
 
-    def loss(self, batch: Any, route: ActiveAdapters | None) -> Tensor:
-        """Return the sum of the losses of a batch with `route` active (None: the base alone)."""
+    def loss(self, batch: Any, active: ActiveAdapters | None) -> Tensor:
+        """Return the sum of the losses of a batch with `active` active (None: the base alone)."""
         raise NotImplementedError
 
-    def eval_loss(self, route: ActiveAdapters | None) -> float:
+    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters | None) -> float:
+        """Return the mean loss of some rows, per target."""
+        return LossSum.mean(self.row_losses(rows, active))
+
+    def eval_loss(self, active: ActiveAdapters | None) -> float:
         """Return the mean loss of the eval rows."""
-        raise NotImplementedError
+        return self.mean_loss(self.eval_rows, active)
 
-    def train_loss(self, route: ActiveAdapters | None) -> float:
+    def train_loss(self, active: ActiveAdapters | None) -> float:
         """Return the mean loss of `train_sample`."""
-        raise NotImplementedError
+        return self.mean_loss(train_sample(self), active)
 
     def metrics(self, total: Total = no_reduce) -> dict[str, float]:
         """Return metrics of the last step and check; `total` adds up over processes."""
         return {}
 
     @torch.no_grad()
-    def row_losses(self, rows: Sequence[Any], route: ActiveAdapters | None) -> list[LossSum]:
+    def row_losses(self, rows: Sequence[Any], active: ActiveAdapters | None) -> list[LossSum]:
         """Return the loss of each row."""
         found = []
         for number, row in enumerate(rows):
             batch = self.collate([row], number)
-            found.append(LossSum(self.loss(batch, route).item(), self.num_targets(batch)))
+            found.append(LossSum(self.loss(batch, active).item(), self.num_targets(batch)))
         return found
 
-    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
-        """Return metrics of the eval rows with `route` active; `loss` is among them."""
-        return {"loss": self.eval_loss(route)}
+    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+        """Return metrics of the eval rows with `active` active; `loss` is among them."""
+        return {"loss": self.eval_loss(active)}
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        """Compare two results of `evaluate`: `before`, `after`, sentences as `verdict`, and more."""
+        """Compare two results of `evaluate`: `before`, `after`, `verdict` (sentences), and more."""
         return {"before": before, "after": after, "verdict": []}
 
     def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:

@@ -1,11 +1,11 @@
 """Classification: one class per row, on padded batches.
 
-    loss = - sum over rows of log p(class | row)   /   rows
+loss = - sum over rows of log p(class | row)   /   rows
 """
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.segments import NO_ADAPTERS
+from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import LABELED, LabeledRow
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import classification_scores, draw_confusion
 from afina.models.classifier import Classifier, TokenPair, load_classifier
-from afina.objectives.base import Objective, Units, train_sample
+from afina.objectives.base import LossSum, Objective, Units
 from afina.objectives.labeled_data import (
     ClassificationExample,
     check_classes,
@@ -35,47 +36,43 @@ from afina.objectives.prepared import PreparedData, describe_data, eval_rows_fil
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
 
-IGNORE = -100
-WINDOW = 32  # batches whose rows are sorted by length together
+SORTING_WINDOW = 32  # batches whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Model inputs and, for each row or position, the class to find (IGNORE where there is none)."""
+    """Model inputs and the class of each row or position; IGNORE_INDEX where there is none."""
 
     inputs: dict[str, Tensor]
     targets: Tensor
 
     def shard(self, number: int, of: int) -> "PaddedBatch":
-        """Every `of`-th row from `number` on; a row without a target where none is left."""
-        if number < len(self.targets):
-            return PaddedBatch(
-                {name: t[number::of] for name, t in self.inputs.items()}, self.targets[number::of]
-            )
-        return PaddedBatch(
-            {name: t[:1] for name, t in self.inputs.items()},
-            torch.full_like(self.targets[:1], IGNORE),
-        )
+        """Return every `of`-th row from `number` on; a row without a target where none is left."""
+        some = slice(number, None, of) if number < len(self.targets) else slice(1)
+        targets = self.targets[some]
+        if number >= len(self.targets):
+            targets = torch.full_like(targets, IGNORE_INDEX)
+        return PaddedBatch({name: t[some] for name, t in self.inputs.items()}, targets)
 
 
 def batch_indices(lengths: Sequence[int], rows: int, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of each batch of an epoch, shuffled; one may be smaller. Rows of like length share a batch.
+    """Return the row indices of each batch of an epoch, shuffled, with rows of similar length.
 
-    They are sorted within windows of some batches only, so that what meets in a batch stays mostly chance. On phrases
-    of 1 to 50 words (SST-2) padding falls from 70% of the tokens to 7%.
+    Rows are sorted within windows of some batches only, so that batches stay mostly random. On
+    phrases of 1 to 50 words (SST-2) padding falls from 70% of the tokens to 7%.
     """
     rng, count = random.Random(seed + epoch), len(lengths)
     order = rng.sample(range(count), count)
     batches = []
-    for start in range(0, count, rows * WINDOW):
-        window = sorted(order[start : start + rows * WINDOW], key=lambda i: lengths[i])
+    for start in range(0, count, rows * SORTING_WINDOW):
+        window = sorted(order[start : start + rows * SORTING_WINDOW], key=lambda i: lengths[i])
         batches += [window[at : at + rows] for at in range(0, len(window), rows)]
     rng.shuffle(batches)
     return batches
 
 
 class PaddedObjective(Objective):
-    """Cross-entropy on padded batches of rows: what classification and masking share."""
+    """Cross-entropy on padded batches of rows, for classification and masked language modeling."""
 
     shares_base = False
     base: Classifier
@@ -84,22 +81,18 @@ class PaddedObjective(Objective):
         self,
         base: Classifier,
         train: Sequence[Any],
-        held: Sequence[Any],
+        eval_rows: Sequence[Any],
         rows: int,
         accumulate: int,
         seed: int,
     ) -> None:
-        self.base, self.train, self.eval_rows = base, train, held
+        self.base, self.train, self.eval_rows = base, train, eval_rows
         self._rows, self._accumulate, self._seed = max(1, min(rows, len(train))), accumulate, seed
         self._epoch: tuple[int, list[list[int]]] | None = None
 
-    def collate(self, rows: Sequence[Any], seed: int) -> PaddedBatch:
-        """Inputs and targets of some rows; `seed` decides what is random about them."""
-        raise TypeError(f"{type(self).__name__} must say what a batch is")
-
     def length(self, row: Any) -> int:
-        """Tokens of a row, by which it finds its batch; the same for all pictures."""
-        raise TypeError(f"{type(self).__name__} must say how long a row is")
+        """Return the tokens of a row, by which it is batched; images are equal."""
+        raise NotImplementedError
 
     @property
     def steps_per_epoch(self) -> int:
@@ -108,63 +101,64 @@ class PaddedObjective(Objective):
 
     def _indices(self, step: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:  # sorted once an epoch, not once a step
+        if self._epoch is None or self._epoch[0] != epoch:  # sort once per epoch, not per step
             lengths = [self.length(row) for row in self.train]
             self._epoch = epoch, batch_indices(lengths, self._rows, self._seed, epoch)
         batches = self._epoch[1]
         return batches[within * self._accumulate : (within + 1) * self._accumulate]
 
     def step_batches(self, step: int) -> list[PaddedBatch]:
-        """The micro-batches of an optimizer step."""
+        """Return the micro-batches of an optimizer step."""
         return [
             self.collate([self.train[i] for i in indices], hash((self._seed, step, number)))
             for number, indices in enumerate(self._indices(step))
         ]
 
     def row_locations(self, step: int) -> list[str]:
-        """Names of the rows of an optimizer step."""
+        """Return `file:line` of the rows of an optimizer step."""
         return sorted(self.train[i].where for indices in self._indices(step) for i in indices)
 
     def num_targets(self, batch: PaddedBatch) -> int:
-        """Rows, or positions, with a target."""
-        return int((batch.targets != IGNORE).sum())
+        """Return the number of rows, or positions, with a target."""
+        return int((batch.targets != IGNORE_INDEX).sum())
 
     def num_tokens(self, batch: PaddedBatch) -> int:
-        """Tokens, or pictures, that pass through the model."""
-        inputs = batch.inputs
-        return (
-            int(inputs["attention_mask"].sum())
-            if "attention_mask" in inputs
-            else len(inputs["pixel_values"])
-        )
+        """Return the number of tokens, or images, that pass through the model."""
+        if "attention_mask" in batch.inputs:
+            return int(batch.inputs["attention_mask"].sum())
+        return len(batch.inputs["pixel_values"])
 
-    def logits(self, batch: PaddedBatch, route: ActiveAdapters | None) -> Tensor:
-        """Scores (..., classes) of a batch under `route`."""
-        with self.base.forward_context.use(NO_ADAPTERS if route is None else route.row_segments()):
+    def logits(self, batch: PaddedBatch, active: ActiveAdapters | None) -> Tensor:
+        """Return the scores `(..., num_classes)` of a batch."""
+        with self.base.forward_context.use(
+            NO_ADAPTERS if active is None else active.row_segments()
+        ):
             return self.base.logits(batch.inputs)
 
-    def loss(self, batch: PaddedBatch, route: ActiveAdapters | None) -> Tensor:
-        """Sum of the cross-entropy over the targets of a batch."""
-        logits = self.logits(batch, route)
+    def loss(self, batch: PaddedBatch, active: ActiveAdapters | None) -> Tensor:
+        """Return the sum of the cross-entropy over the targets of a batch, in nats."""
+        logits = self.logits(batch, active)
         return F.cross_entropy(
-            logits.flatten(0, -2), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            logits.flatten(0, -2),
+            batch.targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
         )
 
-    @torch.no_grad()
-    def _mean(self, rows: Sequence[Any], route: ActiveAdapters | None) -> float:
-        total, count = 0.0, 0
+    def batches(self, rows: Sequence[Any]) -> Iterator[PaddedBatch]:
+        """Yield some rows in batches, in their order."""
         for start in range(0, len(rows), self._rows):
-            batch = self.collate(rows[start : start + self._rows], start)
-            total, count = total + self.loss(batch, route).item(), count + self.num_targets(batch)
-        return total / max(1, count)
+            yield self.collate(rows[start : start + self._rows], start)
 
-    def eval_loss(self, route: ActiveAdapters | None) -> float:
-        """Mean over the held-out rows, in nats."""
-        return self._mean(self.eval_rows, route)
-
-    def train_loss(self, route: ActiveAdapters | None) -> float:
-        """Mean over `train_sample`, in nats."""
-        return self._mean(train_sample(self), route)
+    @torch.no_grad()
+    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters | None) -> float:
+        """Return the mean loss of some rows, in nats per target."""
+        return LossSum.mean(
+            [
+                LossSum(self.loss(batch, active).item(), self.num_targets(batch))
+                for batch in self.batches(rows)
+            ]
+        )
 
 
 @register_objective("classify")
@@ -192,10 +186,12 @@ class ClassificationObjective(PaddedObjective):
             why = f"all rows are {labels[0]!r}" if labels else "no row can be used"
             raise DataError("fewer than two classes", where=str(settings.data), why=why)
         if settings.eval_data is not None:
-            other = read_table(settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows)
-            rows, held_rows = table.rows, other.rows
+            other = read_table(
+                settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows
+            )
+            rows, eval_labeled = table.rows, other.rows
         else:
-            rows, held_rows = split_by_class(table.rows, settings.eval_size, settings.seed)
+            rows, eval_labeled = split_by_class(table.rows, settings.eval_size, settings.seed)
         base = base or load_classifier(
             settings.base,
             labels,
@@ -209,20 +205,20 @@ class ClassificationObjective(PaddedObjective):
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
         train = tokenize_labeled_rows(base, rows, length, leave_out)
-        held = tokenize_labeled_rows(base, held_rows, length, leave_out)
+        eval_rows = tokenize_labeled_rows(base, eval_labeled, length, leave_out)
         size = rows_per_batch(settings, base, train)
         accumulation = settings.gradient_accumulation_steps
+        task = cls(base, train, eval_rows, size, accumulation, settings.seed)
+        task.units = Units("row", "classes", "picture" if pictures else "token")
         return PreparedData(
-            base=base,
-            task=cls(base, train, held, size, accumulation, settings.seed),
-            data_info=describe_data(table, len(held)) | {"labels": list(labels)},
+            task=task,
+            data_info=describe_data(table, len(eval_rows)) | {"labels": list(labels)},
             skipped=skipped,
             example=f"{rows[0].where if pictures else str(rows[0].content)} -> {rows[0].label}",
-            eval_records=[row.record() for row in held_rows],
+            eval_records=[row.record() for row in eval_labeled],
             modules_to_save=base.new_modules,
             max_length=length if base.images is None else None,
-            counts={"train": len(train), "held_out": len(held), "classes": len(labels)},
-            units=Units("row", "classes", "picture" if pictures else "token"),
+            counts={"train": len(train), "held_out": len(eval_rows), "classes": len(labels)},
         )
 
     @classmethod
@@ -244,37 +240,46 @@ class ClassificationObjective(PaddedObjective):
         return objective
 
     def length(self, row: ClassificationExample) -> int:
-        """Tokens; pictures are all alike."""
+        """Return the tokens of a row; images are equal."""
         return len(row.content) if isinstance(row.content, (list, TokenPair)) else 0
 
     def collate(self, rows: Sequence[ClassificationExample], seed: int) -> PaddedBatch:
-        """Padded tokens or stacked pixels, and the classes (rows)."""
+        """Return padded tokens or stacked pixels, and the classes `(num_rows,)`."""
         targets = torch.tensor([row.target for row in rows], device=self.base.device)
         return PaddedBatch(self.base.batch([row.content for row in rows]), targets)
 
     @torch.no_grad()
-    def predictions(
-        self, rows: Sequence[ClassificationExample], route: ActiveAdapters | None
-    ) -> list[int]:
-        """The likeliest class of each row."""
-        found: list[int] = []
-        for start in range(0, len(rows), self._rows):
-            found += (
-                self.logits(self.collate(rows[start : start + self._rows], 0), route)
-                .argmax(-1)
-                .tolist()
-            )
+    def row_losses(
+        self, rows: Sequence[ClassificationExample], active: ActiveAdapters | None
+    ) -> list[LossSum]:
+        """Return the loss of each row."""
+        found: list[LossSum] = []
+        for batch in self.batches(rows):
+            logits = self.logits(batch, active).double()
+            losses = F.cross_entropy(logits, batch.targets, reduction="none")
+            found += [LossSum(loss, 1) for loss in losses.tolist()]
         return found
 
-    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
-        """Return the loss of the eval rows (nats per row) and `classes`: accuracy, F1, confusion."""
+    @torch.no_grad()
+    def predictions(
+        self, rows: Sequence[ClassificationExample], active: ActiveAdapters | None
+    ) -> list[int]:
+        """Return the most probable class of each row."""
+        return [
+            label
+            for batch in self.batches(rows)
+            for label in self.logits(batch, active).argmax(-1).tolist()
+        ]
+
+    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+        """Return the loss of the eval rows (nats per row) and, in `classes`, accuracy and F1."""
         expected = [row.target for row in self.eval_rows]
         labels = self.base.labels
         scores = classification_scores(
-            self.predictions(self.eval_rows, route), expected, len(labels)
+            self.predictions(self.eval_rows, active), expected, len(labels)
         )
         scores |= {"labels": list(labels), "rows": len(self.eval_rows)}
-        return {"loss": self.eval_loss(route), "classes": scores}
+        return {"loss": self.eval_loss(active), "classes": scores}
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Return the scores of the trained classifier; without its head there is none before."""

@@ -25,11 +25,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from afina.errors import AfinaError, DataError, SettingsError, TrainingError, did_you_mean
+from afina.objectives.grader_formulas import FUNCTIONS, make_formula
+from afina.objectives.grader_metrics import TEXT_SIMILARITIES
 
 GRADER_FIELDS = {
     "string_check": {"input", "reference", "operation"},
@@ -53,20 +54,9 @@ OPERATIONS: dict[str, Callable[[str, str], bool]] = {
     "like": lambda text, reference: reference in text,
     "ilike": lambda text, reference: reference.casefold() in text.casefold(),
 }
-FUNCTIONS: dict[str, Callable[..., float]] = {
-    "min": min,
-    "max": max,
-    "abs": abs,
-    "floor": math.floor,
-    "ceil": math.ceil,
-    "exp": math.exp,
-    "sqrt": math.sqrt,
-    "log": math.log,
-}
-VARIADIC_FUNCTIONS = ("min", "max")  # two or more arguments; the others have one
 VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 PATH = re.compile(r"\s*(item|sample)((?:\.[^\s.\[\]{}]+|\[\d+\])+)\s*")
-MAX_FORMULA_LENGTH = 500  # characters
+
 Scope = Mapping[str, Any]  # {"item": {...}, "sample": {...}}
 
 
@@ -233,28 +223,22 @@ def parse_grader(
             )
     for field in sorted(required - set(definition)):
         raise SettingsError(f"{field} is missing", where=where)
-    make = {"string_check": _string_check, "text_similarity": _similarity, "multi": _multi}
-    if kind == "python":
-        if not allow_python:
-            what = "Python in a grader is not run here"
-            why = "such code can do anything that this process can"
-            hint = "allow_python_graders: true"
-            raise SettingsError(what, where=where, why=why, hint=hint)
-        return Grader(name, definition, _python(definition["source"], name, where), ())
+    make = {
+        "string_check": _string_check,
+        "text_similarity": _similarity,
+        "python": _python,
+        "multi": _multi,
+    }
     return make[str(kind)](definition, name, where, allow_python)
-
-
-def _texts(definition: Mapping[str, Any], where: str) -> tuple[GraderTemplate, GraderTemplate]:
-    return GraderTemplate.of(definition["input"], f"{where}.input"), GraderTemplate.of(
-        definition["reference"], f"{where}.reference"
-    )
 
 
 def _compared(
     definition: Mapping[str, Any], name: str, where: str, compare: Callable[[str, str], float]
 ) -> Grader:
     """Return a grader that compares two texts; an answer that lacks one of them scores 0."""
-    templates = _texts(definition, where)
+    templates = tuple(
+        GraderTemplate.of(definition[field], f"{where}.{field}") for field in ("input", "reference")
+    )
 
     def score(scope: Scope) -> tuple[float, dict[str, float]]:
         try:
@@ -275,9 +259,6 @@ def _string_check(definition: Mapping[str, Any], name: str, where: str, _: bool)
     return _compared(definition, name, where, OPERATIONS[definition["operation"]])
 
 
-# ---- similarity
-
-
 def _similarity(definition: Mapping[str, Any], name: str, where: str, _: bool) -> Grader:
     metric = str(definition["evaluation_metric"])
     if metric in UNSUPPORTED_GRADERS:
@@ -285,77 +266,24 @@ def _similarity(definition: Mapping[str, Any], name: str, where: str, _: bool) -
             f"{metric} is not supported",
             where=where,
             why=UNSUPPORTED_GRADERS[metric],
-            hint=", ".join(METRICS),
+            hint=", ".join(TEXT_SIMILARITIES),
         )
-    if metric not in METRICS:
+    if metric not in TEXT_SIMILARITIES:
         raise SettingsError(
             f"evaluation_metric cannot be {metric[:40]!r}",
             where=where,
-            hint=did_you_mean(metric, METRICS),
+            hint=did_you_mean(metric, TEXT_SIMILARITIES),
         )
-    return _compared(definition, name, where, METRICS[metric])
+    return _compared(definition, name, where, TEXT_SIMILARITIES[metric])
 
 
-def _fuzzy(text: str, reference: str) -> float:
-    from rapidfuzz.fuzz import ratio
-
-    return ratio(text, reference) / 100.0
-
-
-def _bleu(text: str, reference: str) -> float:
-    from sacrebleu import sentence_bleu
-
-    return sentence_bleu(text, [reference]).score / 100.0
-
-
-def _gleu(text: str, reference: str) -> float:
-    from nltk.translate.gleu_score import sentence_gleu
-
-    return (
-        float(sentence_gleu([reference.split()], text.split()))
-        if text.split() and reference.split()
-        else 0.0
-    )
-
-
-@lru_cache
-def _rouge(kind: str) -> Callable[[str, str], float]:
-    def compare(text: str, reference: str) -> float:
-        return _rouge_scorer(kind).score(reference, text)[kind].fmeasure
-
-    return compare
-
-
-@lru_cache
-def _rouge_scorer(kind: str) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer([kind], tokenizer=_Words())
-
-
-class _Words:
-    """Tokenizer of words in any alphabet; rouge-score's own one keeps only a to z."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.casefold())
-
-
-METRICS: dict[str, Callable[[str, str], float]] = {
-    "fuzzy_match": _fuzzy,
-    "bleu": _bleu,
-    "gleu": _gleu,
-    **{f"rouge_{n}": _rouge(f"rouge{n}") for n in range(1, 6)},
-    "rouge_l": _rouge("rougeL"),
-}
-
-
-# ---- code, and formulas
-
-
-def _python(
-    source: Any, name: str, where: str
-) -> Callable[[Scope], tuple[float, dict[str, float]]]:
-    """Return grade(sample, item) of the source, which first runs with the first answer."""
+def _python(definition: Mapping[str, Any], name: str, where: str, allow_python: bool) -> Grader:
+    """Return the grader of a source with grade(sample, item), which runs with the first answer."""
+    if not allow_python:
+        what = "Python in a grader is not run here"
+        why = "such code can do anything that this process can"
+        raise SettingsError(what, where=where, why=why, hint="allow_python_graders: true")
+    source = definition["source"]
     try:
         tree = ast.parse(source)
         code = compile(tree, f"<{name}>", "exec")
@@ -377,7 +305,7 @@ def _python(
             why = f"{type(error).__name__}: {error}; answer {scope['sample']['output_text'][:80]!r}"
             raise TrainingError("the grader's code failed", where=name, why=why) from error
 
-    return score
+    return Grader(name, definition, score, ())
 
 
 def _multi(definition: Mapping[str, Any], name: str, where: str, allow_python: bool) -> Grader:
@@ -407,87 +335,8 @@ def _multi(definition: Mapping[str, Any], name: str, where: str, allow_python: b
             raise TrainingError("the formula has no value", where=name, why=why) from error
         return found, numbers
 
-    return Grader(
-        name,
-        definition,
-        score,
-        tuple(template for part in parts.values() for template in part.templates),
-    )
-
-
-def make_formula(
-    text: Any, names: Mapping[str, Any], where: str
-) -> Callable[[Mapping[str, float]], float]:
-    """Return a formula over `names` as a function of their values; raises `SettingsError`.
-
-    Only arithmetic is accepted. The syntax tree is evaluated node by node and never executed; all
-    values are floats, so that no power takes long.
-    """
-    if not isinstance(text, str) or not 0 < len(text) <= MAX_FORMULA_LENGTH:
-        raise SettingsError(
-            f"expected a formula of up to {MAX_FORMULA_LENGTH} characters", where=where
-        )
-    try:
-        tree = ast.parse(text.strip().replace("^", "**"), mode="eval").body
-        _check(tree, names, where)
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        raise SettingsError("the formula cannot be read", where=where, why=str(error)) from None
-    return lambda numbers: float(_value(tree, numbers))
-
-
-OPERATORS: dict[type, Callable[..., float]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.Div: lambda a, b: a / b,
-    ast.Pow: lambda a, b: a**b,
-    ast.USub: lambda a: -a,
-    ast.UAdd: lambda a: a,
-}
-
-
-def _check(node: ast.expr, names: Mapping[str, Any], where: str) -> None:
-    """Raise `SettingsError` for anything but arithmetic."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        float(node.value)  # type: ignore[arg-type]  # an integer may be too large
-    elif isinstance(node, ast.Name):
-        if node.id not in names:
-            raise SettingsError(
-                f"no grader {node.id!r}", where=where, hint=did_you_mean(node.id, names)
-            )
-    elif isinstance(node, ast.BinOp | ast.UnaryOp) and type(node.op) in OPERATORS:
-        for part in _parts(node):
-            _check(part, names, where)
-    elif (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in FUNCTIONS
-        and not node.keywords
-    ):
-        if (len(node.args) < 2) if node.func.id in VARIADIC_FUNCTIONS else len(node.args) != 1:
-            raise SettingsError(f"{node.func.id} has the wrong number of arguments", where=where)
-        for part in node.args:
-            _check(part, names, where)
-    else:
-        hint = "numbers, names of graders, + - * / ^, and " + ", ".join(FUNCTIONS)
-        raise SettingsError(
-            f"not allowed in a formula: {ast.unparse(node)[:60]}", where=where, hint=hint
-        )
-
-
-def _parts(node: ast.BinOp | ast.UnaryOp) -> list[ast.expr]:
-    return [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
-
-
-def _value(node: ast.expr, numbers: Mapping[str, float]) -> float:
-    if isinstance(node, ast.Constant):
-        return float(node.value)  # type: ignore[arg-type]
-    if isinstance(node, ast.Name):
-        return numbers[node.id]
-    if isinstance(node, ast.Call):
-        return float(FUNCTIONS[node.func.id](*(_value(part, numbers) for part in node.args)))  # type: ignore[attr-defined]
-    assert isinstance(node, ast.BinOp | ast.UnaryOp)
-    return OPERATORS[type(node.op)](*(_value(part, numbers) for part in _parts(node)))
+    templates = tuple(template for part in parts.values() for template in part.templates)
+    return Grader(name, definition, score, templates)
 
 
 def _walk(definition: Any) -> Iterator[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from afina.settings import TrainSettings
 
 @dataclass(frozen=True)
 class ClassificationExample:
-    """A row ready for the model: tokens or a shrunk picture, and the number of its class."""
+    """A row for the model: token ids or a resized image, and the index of its class."""
 
     where: str
     content: Any
@@ -25,7 +25,7 @@ class ClassificationExample:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A piece of text as tokens, special ones at both ends."""
+    """A chunk of text as token ids, with special tokens at both ends."""
 
     where: str
     token_ids: list[int]
@@ -34,23 +34,33 @@ class TokenizedText:
 def tokenize_labeled_rows(
     base: Classifier, rows: Sequence[LabeledRow], max_length: int, skipped: list[str] | None
 ) -> list[ClassificationExample]:
-    """Labelled rows as tokens or pixels; one that cannot be used is an error, or is listed in `skipped`."""
+    """Return labeled rows as token ids or pixels.
+
+    Args:
+        base: The classifier.
+        rows: The rows.
+        max_length: Longest text in tokens.
+        skipped: Rows that cannot be used are added here; None makes them an error.
+
+    Raises:
+        DataError: A row cannot be used, or none is left.
+    """
     numbers = {label: number for number, label in enumerate(base.labels)}
 
     def make(where: str, row: LabeledRow) -> ClassificationExample:
         content = encode_input(base, row.content, max_length, where, row.pair)
         return ClassificationExample(where, content, _number(row, numbers))
 
-    made = parse_rows(((row.where, row) for row in rows), make, skipped)
-    if not made:
-        raise DataError("no row is left")
-    return made
+    tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
+    if not tokenized:
+        raise DataError("no row is left to train on")
+    return tokenized
 
 
 def _number(row: LabeledRow, numbers: dict[str, int]) -> int:
     if row.label not in numbers:
         raise DataError(
-            f"class {row.label!r} was not among the training rows",
+            f"class {row.label!r} does not occur in the training rows",
             where=row.where,
             why=f"known: {', '.join(numbers)}",
         )
@@ -68,10 +78,10 @@ def encode_input(
     """
     if base.images is not None:
         if isinstance(content, str):
-            raise DataError("this model reads pictures, and here is a text", where=where)
+            raise DataError("the model reads images, and this is a text", where=where)
         return base.images.resize(open_image(content, where), where)
     if isinstance(content, bytes):
-        raise DataError("this model reads text, and here is a picture", where=where)
+        raise DataError("the model reads text, and this is an image", where=where)
     tokens = base.encode(content, pair)
     if len(tokens) > max_length:
         hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
@@ -95,13 +105,13 @@ def check_classes(rows: Sequence[LabeledRow]) -> tuple[str, ...]:
 
 
 def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[TokenizedText]:
-    """Plain text cut into pieces of at most `max_length` tokens, with the special tokens that the encoder expects."""
+    """Return texts as chunks of at most `max_length` tokens, with the encoder's special tokens."""
     tokenizer = base.tokenizer
     assert tokenizer is not None
     if tokenizer.mask_token_id is None:
         raise DataError(
             "this model's tokenizer has no mask token",
-            hint="--objective pretrain is for models that write on",
+            hint="--objective pretrain, for a causal language model",
         )
     first, last = [
         [t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -117,31 +127,34 @@ def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[
 
 
 def check_encoder_settings(settings: TrainSettings) -> None:
-    """Raise `SettingsError` on settings that only language models have."""
+    """Raise `SettingsError` on settings that only causal language models have."""
     for name in ("init_adapter", "frozen_adapter"):
         if getattr(settings, name) is not None:
             raise SettingsError(
-                "only language models begin with an adapter so far",
+                "only causal language models can start from an adapter so far",
                 where=name,
                 hint=f"leave {name} out",
             )
     meant = get_preset(settings.method, 1)
     if meant.is_activated:
         raise SettingsError(
-            "an activated adapter needs a text with an answer",
+            "an activated adapter needs rows with prompt and completion",
             where="method",
             hint=f"--method {meant.method}",
         )
     if meant.quantization != "none":
         raise SettingsError(
-            "4-bit storage is for language models so far",
+            "NF4 quantization is for causal language models so far",
             where="method",
             hint=f"--method {meant.method}",
         )
 
 
 def rows_per_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any]) -> int:
-    """Rows in one pass: `batch_tokens` tokens of text, or for pictures as many patches of 16 x 16 pixels."""
+    """Return the rows of a micro-batch of `max_tokens_per_batch` tokens.
+
+    A patch of 16 x 16 pixels counts as a token.
+    """
     if base.images is not None:
         height, width = base.images.size
         size = max(16.0, height * width / 256)
@@ -153,22 +166,25 @@ def rows_per_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any
 def split_by_class(
     rows: list[LabeledRow], share: float, seed: int
 ) -> tuple[list[LabeledRow], list[LabeledRow]]:
-    """About `share` of each class held out, at least one row; equal texts stay on one side."""
+    """Return training and eval rows: about `share` of each class, at least one row, for eval.
+
+    Rows of equal content are on one side.
+    """
     groups: dict[tuple[Any, ...], list[LabeledRow]] = {}
     for row in rows:
         groups.setdefault((row.label, row.content, row.pair), []).append(row)
     by_label: dict[str, list[list[LabeledRow]]] = {}
     for (label, *_), group in sorted(groups.items(), key=lambda item: item[1][0].where):
         by_label.setdefault(label, []).append(group)
-    train, held = [], []
+    train, eval_rows = [], []
     for label, of_label in by_label.items():
         if len(of_label) < 2:
-            hint = "at least two that differ, one to judge by"
+            hint = "at least two different rows, one of them for evaluation"
             raise DataError(
                 f"class {label!r} has one row only", where=of_label[0][0].where, hint=hint
             )
         random.Random(f"{seed}{label}").shuffle(of_label)
         cut = min(len(of_label) - 1, max(1, round(share * len(of_label))))
-        held += [row for group in of_label[:cut] for row in group]
+        eval_rows += [row for group in of_label[:cut] for row in group]
         train += [row for group in of_label[cut:] for row in group]
-    return train, held
+    return train, eval_rows

@@ -14,11 +14,12 @@ import torch
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
+from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.models.classifier import Classifier, load_masked
 from afina.objectives.base import Units, perplexity
-from afina.objectives.classification import IGNORE, PaddedBatch, PaddedObjective
+from afina.objectives.classification import PaddedBatch, PaddedObjective
 from afina.objectives.labeled_data import (
     TokenizedText,
     check_encoder_settings,
@@ -28,6 +29,7 @@ from afina.objectives.labeled_data import (
 from afina.objectives.language_data import infer_objective
 from afina.objectives.prepared import (
     PreparedData,
+    count_rows,
     describe_data,
     eval_source,
     hold_out_every_nth,
@@ -42,7 +44,7 @@ MASKED_RATIO = 0.15
 class MaskedLMObjective(PaddedObjective):
     """Prediction of masked tokens; eval rows are masked the same way each time."""
 
-    units = Units("hidden token")
+    units = Units("masked token")
 
     def next_command(self, folder: Path) -> str:
         """Return the command that merges the adapter into its encoder."""
@@ -63,28 +65,22 @@ class MaskedLMObjective(PaddedObjective):
         )
         length = settings.max_length or min(base.max_positions, 128)
         pieces = chunk_texts(base, table.rows, length)
-        train, held = hold_out_every_nth(pieces, settings.eval_size, settings.data)
+        train, eval_rows = hold_out_every_nth(pieces, settings.eval_size, settings.data)
         assert base.tokenizer is not None
         decode = base.tokenizer.decode
         size = rows_per_batch(settings, base, train)
         accumulation = settings.gradient_accumulation_steps
         return PreparedData(
-            base=base,
-            task=cls(base, train, held, size, accumulation, settings.seed),
-            data_info=describe_data(table, len(held)),
+            task=cls(base, train, eval_rows, size, accumulation, settings.seed),
+            data_info=describe_data(table, len(eval_rows)),
             skipped=list(table.skipped),
             example=str(decode(train[0].token_ids)),
             eval_records=[
-                {"text": str(decode(t.token_ids, skip_special_tokens=True))} for t in held
+                {"text": str(decode(t.token_ids, skip_special_tokens=True))} for t in eval_rows
             ],
             modules_to_save=base.new_modules,
             max_length=length,
-            counts={
-                "train": len(train),
-                "held_out": len(held),
-                "tokens": sum(len(t.token_ids) for t in train),
-            },
-            units=cls.units,
+            counts=count_rows(train, eval_rows),
         )
 
     @classmethod
@@ -99,34 +95,34 @@ class MaskedLMObjective(PaddedObjective):
         objective.num_rows = len(rows)
         return objective
 
-    def evaluate(self, route: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
         """Return the loss of the eval rows (nats per masked token) and its perplexity."""
-        loss = self.eval_loss(route)
+        loss = self.eval_loss(active)
         return {"loss": loss, "perplexity": perplexity(loss)}
 
     def length(self, row: TokenizedText) -> int:
-        """Tokens."""
+        """Return the tokens of a row."""
         return len(row.token_ids)
 
     def collate(self, rows: Sequence[TokenizedText], seed: int) -> PaddedBatch:
-        """Tokens with some hidden, and what they were (rows, longest)."""
+        """Return tokens, some of them masked, and the masked ones as targets `(rows, longest)`."""
         inputs = self.base.batch([row.token_ids for row in rows])
         tokenizer = self.base.tokenizer
         assert tokenizer is not None
         tokens, generator = inputs["input_ids"], torch.Generator().manual_seed(seed % (1 << 62))
         special = torch.isin(tokens.cpu(), torch.tensor(tokenizer.all_special_ids))
-        hidden = (torch.rand(tokens.shape, generator=generator) < MASKED_RATIO) & ~special
-        if not hidden.any():
-            hidden[0, 1] = True
-        fate = torch.rand(tokens.shape, generator=generator)
+        masked = (torch.rand(tokens.shape, generator=generator) < MASKED_RATIO) & ~special
+        if not masked.any():
+            masked[0, 1] = True
+        kind = torch.rand(tokens.shape, generator=generator)
         random_tokens = torch.randint(len(tokenizer), tokens.shape, generator=generator)
         shown = torch.where(
-            fate < 0.8,
+            kind < 0.8,
             tokenizer.mask_token_id,
-            torch.where(fate < 0.9, random_tokens, tokens.cpu()),
+            torch.where(kind < 0.9, random_tokens, tokens.cpu()),
         )
-        targets = torch.where(hidden, tokens.cpu(), IGNORE).to(tokens.device)
+        targets = torch.where(masked, tokens.cpu(), IGNORE_INDEX).to(tokens.device)
         return PaddedBatch(
-            inputs | {"input_ids": torch.where(hidden, shown, tokens.cpu()).to(tokens.device)},
+            inputs | {"input_ids": torch.where(masked, shown, tokens.cpu()).to(tokens.device)},
             targets,
         )

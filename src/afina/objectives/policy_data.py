@@ -15,14 +15,14 @@ from afina.settings import PolicySettings, TrainSettings
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as tokens."""
+    """A prompt as token ids."""
 
     row: PromptRow
     token_ids: list[int]
 
     @property
     def where(self) -> str:
-        """Where it stands in the data."""
+        """Location of the row, `file:line`."""
         return self.row.where
 
 
@@ -34,7 +34,19 @@ def make_queries(
     max_new_tokens: int,
     rewards: RewardFunctions,
 ) -> list[TokenizedPrompt]:
-    """Prompts as tokens. One that cannot be used, or judged, is an error, or is listed in `skipped` when that is given."""
+    """Return prompts as token ids.
+
+    Args:
+        renderer: Renders the prompts.
+        rows: The rows.
+        skipped: Rows that cannot be used or scored are added here; None makes them an error.
+        invocation: Token ids that have to occur in each prompt.
+        max_new_tokens: Tokens that a completion may take of `max_length`.
+        rewards: The reward functions.
+
+    Raises:
+        DataError: A row cannot be used or scored, or none is left.
+    """
 
     def make(where: str, row: PromptRow) -> TokenizedPrompt:
         rewards.check(row)
@@ -50,18 +62,18 @@ def make_queries(
             raise DataError("the invocation does not occur in this prompt", where=where, hint=hint)
         return TokenizedPrompt(row, tokens)
 
-    made = parse_rows(((row.where, row) for row in rows), make, skipped)
-    if not made:
+    tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
+    if not tokenized:
         raise DataError(
-            "no prompt is left to answer", why=f"skipped: {summarize_skipped(skipped or [])}"
+            "no prompt is left to train on", why=f"skipped: {summarize_skipped(skipped or [])}"
         )
-    return made
+    return tokenized
 
 
 def split_prompts(
     settings: TrainSettings, rows: list[PromptRow], skipped: list[str]
 ) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Prompts to learn from and prompts to judge by; the same one is on one side."""
+    """Return training and eval prompts; equal prompts are on one side."""
     if settings.eval_data is None:
         return train_eval_split(rows, settings.eval_size, settings.seed, prompt_key)
     other = read_table(settings.eval_data, PROMPT, settings.columns, settings.skip_bad_rows)
@@ -70,9 +82,9 @@ def split_prompts(
 
 
 def check_policy_settings(settings: TrainSettings, options: PolicySettings) -> None:
-    """Raise `SettingsError` for what does not go together."""
+    """Raise `SettingsError` for settings that cannot be combined."""
     if settings.gradient_accumulation_steps > 1:
-        why = "a step learns from all answers to its prompts, in as many passes as they need"
+        why = "a step uses all completions of its prompts, in as many micro-batches as they need"
         raise SettingsError(
             f"gradient_accumulation_steps is {settings.gradient_accumulation_steps}",
             where="gradient_accumulation_steps",
@@ -80,15 +92,16 @@ def check_policy_settings(settings: TrainSettings, options: PolicySettings) -> N
             hint=f"--{settings.objective}.prompts-per-step",
         )
     if settings.eval_steps and settings.eval_steps % options.num_iterations:
-        why = f"between two of {options.num_iterations} updates there is no state to go on from"
-        hint = f"--eval-steps {options.num_iterations * -(-settings.eval_steps // options.num_iterations)}"
+        why = f"no state can be saved within {options.num_iterations} steps on the same completions"
+        multiple = options.num_iterations * -(-settings.eval_steps // options.num_iterations)
+        hint = f"--eval-steps {multiple}"
         raise SettingsError(
             f"eval_steps is {settings.eval_steps}", where="eval_steps", why=why, hint=hint
         )
 
 
 def check_temperature(options: PolicySettings, base: CausalLM) -> None:
-    """Raise `SettingsError` where logits cannot be had at another temperature by scaling what the output layer reads."""
+    """Raise `SettingsError` where scaling hidden states does not scale the logits."""
     scalable = (
         base.has_hidden_states
         and base.softcap is None

@@ -64,42 +64,38 @@ def _sentences(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> 
     if facts["win_rate"] is not None:
         low, high = (100 * bound for bound in facts["interval"])
         sentences.append(
-            f"Its answer has the higher reward on {facts['wins']} of the "
-            f"{facts['wins'] + facts['losses']} prompts on which the two differ "
-            f"({100 * facts['win_rate']:.0f}%, 95% interval {low:.0f}% to {high:.0f}%); "
-            f"{facts['ties']} are equal."
+            f"Win rate against the baseline: {100 * facts['win_rate']:.0f}% (95% CI {low:.0f}% to "
+            f"{high:.0f}%) of the {facts['wins'] + facts['losses']} prompts whose rewards differ; "
+            f"{facts['ties']} ties."
         )
     sentences.append(
-        f"Its own answers are {after['kl']:.3f} nats a token from the reference (KL divergence), "
-        f"{after['kl'] * after['sampled_length']:.2f} nats an answer."
+        f"KL divergence from the reference: {after['kl']:.3f} nats per token, "
+        f"{after['kl'] * after['sampled_length']:.2f} nats per completion."
     )
     times = after["length"] / max(before["length"], 1e-9)
     if not 1 / LENGTH_RATIO < times < LENGTH_RATIO:
         sentences.append(
-            f"Its answers are {times:.1f} times as long as before ({before['length']:.0f} to "
-            f"{after['length']:.0f} tokens): read some of them, a reward can be had in ways that "
-            "nobody meant."
+            f"Completions are {times:.1f} times as long as before ({before['length']:.0f} to "
+            f"{after['length']:.0f} tokens): read some of them, as a policy can raise the reward "
+            "in ways that were not intended (reward hacking)."
         )
     return sentences
 
 
 def _reward_sentence(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> str:
     before, after = facts["before"], facts["after"]
-    rows = pluralize(facts["rows"], "held-out prompt")
-    moved = paired_change(rewards[0], rewards[1], [1] * len(rewards[0]))
-    measured = f"from {before['reward']:.3f} to {after['reward']:.3f} on {rows}"
-    if moved.interval is None:
-        return f"Too few to tell whether it learned: the reward went {measured}. Hold out more."
-    low, high = moved.interval
-    measured += f" ({moved.mean:+.3f}, 95% interval {low:+.3f} to {high:+.3f})"
+    rows = pluralize(facts["rows"], "eval prompt")
+    change = paired_change(rewards[0], rewards[1], [1] * len(rewards[0]))
+    measured = f"{before['reward']:.3f} to {after['reward']:.3f}"
+    if change.interval is None:
+        return f"Too few to tell: mean reward {measured} on {rows}. Hold out more rows."
+    low, high = change.interval
+    measured += f" ({change.mean:+.3f}, 95% CI {low:+.3f} to {high:+.3f}, {rows})"
     if low <= 0.0 <= high:
         return (
-            f"Too few to tell whether it learned: the mean reward went {measured}. "
-            "Hold out more, or take more steps."
+            f"Too few to tell: mean reward {measured}; the interval includes no change. "
+            "Hold out more rows, or train for more steps."
         )
-    if moved.mean > 0:
-        return f"It learned: the mean reward rose {measured}."
-    return (
-        f"It did not learn: the mean reward fell {measured}. "
-        "Try a lower learning rate or a larger beta."
-    )
+    if change.mean > 0:
+        return f"Mean reward improved: {measured}."
+    return f"Mean reward got worse: {measured}. Try a lower learning rate or a larger beta."

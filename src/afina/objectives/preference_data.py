@@ -22,16 +22,16 @@ from afina.errors import DataError
 from afina.objectives.language_data import mask_before_invocation
 from afina.settings import TrainSettings
 
-MATE_TRIES = 8  # other rows looked at for one whose answer fits to a prompt
-
-Made = list[tuple[PreferenceRow, "PreferenceExample"]]
+MAX_MISMATCH_TRIES = 8  # other rows whose completion is tried with a prompt
+TokenizedPreferences = list[tuple[PreferenceRow, "PreferenceExample"]]
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A row as tokens: the better answer and the worse one (with a label, one of them), each with its prompt.
+    """A row as token ids: the chosen and the rejected completion, each with its prompt.
 
-    `mate` is the prompt with the answer of another row, which KTO's z is an average over.
+    A labeled row has one of them. `mismatched` is the prompt with the completion of another row,
+    for KTO's z.
     """
 
     where: str
@@ -41,18 +41,13 @@ class PreferenceExample:
 
     @property
     def completions(self) -> list[Example]:
-        """The better completion, then the worse one, as far as there are both."""
+        """The chosen completion, then the rejected one; a labeled row has one of them."""
         return [example for example in (self.chosen, self.rejected) if example is not None]
 
     @cached_property
     def token_ids(self) -> list[int]:
-        """All that passes through the model, by which rows are packed."""
-        return [
-            token
-            for example in (self.chosen, self.rejected)
-            if example
-            for token in example.token_ids
-        ]
+        """The tokens of all completions with their prompts, by which rows are packed."""
+        return [token for example in self.completions for token in example.token_ids]
 
 
 def tokenize_preferences(
@@ -60,16 +55,25 @@ def tokenize_preferences(
     rows: Sequence[PreferenceRow],
     skipped: list[str] | None,
     invocation: tuple[int, ...],
-    mates: bool,
-) -> list[tuple[PreferenceRow, PreferenceExample]]:
-    """Rows with their tokens. One that cannot be used is an error, or is listed in `skipped` when that is given.
+    needs_mismatched: bool,
+) -> TokenizedPreferences:
+    """Return rows with their token ids.
 
-    With an `invocation`, only what follows its last occurrence counts: before it policy and reference are the base.
+    Args:
+        renderer: Renders the rows.
+        rows: The rows.
+        skipped: Rows that cannot be used are added here; None makes them an error.
+        invocation: Only tokens after its last occurrence are targets: before it policy and
+            reference are the base.
+        needs_mismatched: Whether each prompt also gets the completion of another row.
+
+    Raises:
+        DataError: A row cannot be used, or none is left.
     """
 
     def example(row: PreferenceRow, answer: Any) -> Example:
-        made = renderer.example(row.row(answer))
-        return mask_before_invocation(made, invocation) if invocation else made
+        tokenized = renderer.example(row.row(answer))
+        return mask_before_invocation(tokenized, invocation) if invocation else tokenized
 
     def make(where: str, number: int) -> tuple[PreferenceRow, PreferenceExample]:
         row = rows[number]
@@ -78,21 +82,23 @@ def tokenize_preferences(
             for answer in (row.chosen, row.rejected)
         )
         if good is not None and bad is not None and good.token_ids == bad.token_ids:
-            raise DataError("the two answers are the same tokens", where=where)
-        return row, PreferenceExample(
-            where, good, bad, _mate(example, rows, number) if mates else None
-        )
+            raise DataError("the two completions have the same tokens", where=where)
+        mismatched = _mismatched(example, rows, number) if needs_mismatched else None
+        return row, PreferenceExample(where, good, bad, mismatched)
 
-    made = parse_rows(((row.where, number) for number, row in enumerate(rows)), make, skipped)
-    if not made:
+    tokenized = parse_rows(((row.where, number) for number, row in enumerate(rows)), make, skipped)
+    if not tokenized:
         raise DataError(
-            "no row is left to learn from", why=f"skipped: {summarize_skipped(skipped or [])}"
+            "no row is left to train on", why=f"skipped: {summarize_skipped(skipped or [])}"
         )
-    return made
+    return tokenized
 
 
-def _mate(example: Any, rows: Sequence[PreferenceRow], number: int) -> Example | None:
-    """The prompt of a row with the answer of one before it that has another prompt; None where there is none that fits."""
+def _mismatched(example: Any, rows: Sequence[PreferenceRow], number: int) -> Example | None:
+    """Return the prompt of a row with the completion of an earlier one that has another prompt.
+
+    None if no completion of MAX_MISMATCH_TRIES rows fits.
+    """
     row, tries = rows[number], 0
     for distance in range(1, len(rows)):
         other = rows[number - distance]
@@ -102,7 +108,7 @@ def _mate(example: Any, rows: Sequence[PreferenceRow], number: int) -> Example |
             return example(row, other.chosen if other.chosen is not None else other.rejected)
         except DataError:  # too long, or a text where messages are needed
             tries += 1
-            if tries == MATE_TRIES:
+            if tries == MAX_MISMATCH_TRIES:
                 return None
     return None
 
@@ -113,11 +119,11 @@ def read_comparable(
     """Return pairs, or with `single` one completion and its label per row (pairs are split)."""
     table = read_table(path, PREFERENCE, columns, skip_bad_rows)
     if table.format == LABELS and not single:
-        hint = "--objective kto learns from labels"
+        hint = "--objective kto"
         raise DataError(
-            f"{objective} compares two answers to one prompt",
+            f"{objective} compares two completions of one prompt",
             where=str(path),
-            why="these rows have one answer and a label",
+            why="these rows have one completion and a label",
             hint=hint,
         )
     if single and table.format == PAIRS:
@@ -132,8 +138,8 @@ def split_preferences(
     invocation: tuple[int, ...],
     skipped: list[str],
     single: bool,
-) -> tuple[Made, Made]:
-    """Rows to learn from and rows to judge by; those of one prompt are on one side."""
+) -> tuple[TokenizedPreferences, TokenizedPreferences]:
+    """Return training and eval rows; those of one prompt are on one side."""
     leave_out = skipped if settings.skip_bad_rows else None
     renderer.check_template(
         [
@@ -152,13 +158,16 @@ def split_preferences(
             settings.skip_bad_rows,
         )
         skipped += other.skipped
-        rows, held = table.rows, other.rows
+        rows, eval_preferences = table.rows, other.rows
     else:
-        rows, held = train_eval_split(table.rows, settings.eval_size, settings.seed, prompt_key)
-    return (
-        tokenize_preferences(renderer, rows, leave_out, invocation, single),
-        tokenize_preferences(renderer, held, leave_out, invocation, single),
+        rows, eval_preferences = train_eval_split(
+            table.rows, settings.eval_size, settings.seed, prompt_key
+        )
+    train, eval_rows = (
+        tokenize_preferences(renderer, some, leave_out, invocation, single)
+        for some in (rows, eval_preferences)
     )
+    return train, eval_rows
 
 
 def format_preference(renderer: Renderer, choice: PreferenceExample) -> str:

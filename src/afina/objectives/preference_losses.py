@@ -30,7 +30,6 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,28 +101,29 @@ def kto_losses(
 
 
 def preference_metrics(
-    objective: str, options: PreferenceSettings, good: AnswerLogprobs, bad: AnswerLogprobs
-) -> dict[str, Any]:
-    """Return rewards, margins, accuracy, log-probabilities and lengths, one tensor each.
+    beta: float, good: AnswerLogprobs, bad: AnswerLogprobs, single: bool
+) -> dict[str, Tensor]:
+    """Return rewards, margins, accuracies, log-probabilities and lengths, as TRL names them.
 
     A reward is beta (log p - log p'), without a reference beta log p per token. Margins are of
-    pairs; the accuracy of labeled completions is the share whose reward has the right sign.
+    pairs; the accuracy of `single` labeled completions is the ratio whose reward has the right
+    sign.
     """
-    beta = options.beta
-    rewards = [
+    chosen, rejected = (
         (beta * (a.log_ratio if a.reference is not None else a.mean)).detach() for a in (good, bad)
-    ]
-    if objective == "kto":
-        judged = {"accuracy": torch.cat([rewards[0] > 0, rewards[1] < 0]).float()}
-    else:
-        judged = {"margin": rewards[0] - rewards[1], "accuracy": (rewards[0] > rewards[1]).float()}
-    sides = zip(("chosen", "rejected"), (good, bad), rewards, strict=True)
-    return judged | {
-        f"{name}_{what}": value
-        for name, answers, reward in sides
-        for what, value in (
-            ("reward", reward),
-            ("logp", answers.policy.detach()),
-            ("length", answers.tokens.float()),
-        )
-    }
+    )
+    metrics = reward_metrics(chosen, rejected, single)
+    for side, answers in (("chosen", good), ("rejected", bad)):
+        metrics[f"logps/{side}"] = answers.policy.detach()
+        metrics[f"{side}_length"] = answers.tokens.float()
+    return metrics
+
+
+def reward_metrics(chosen: Tensor, rejected: Tensor, single: bool = False) -> dict[str, Tensor]:
+    """Return rewards and accuracies and, unless completions are `single`, margins of pairs."""
+    sides = {"rewards/chosen": chosen, "rewards/rejected": rejected}
+    if single:
+        right = torch.cat([chosen > 0, rejected < 0])
+        return sides | {"rewards/accuracies": right.float()}
+    margins = chosen - rejected
+    return sides | {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}

@@ -1,4 +1,4 @@
-"""What a run learns, and on what: the outcome of preparing it, and the helpers that all ways of preparing share."""
+"""The outcome of preparing a run's rows, and what all objectives on text prepare alike."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,59 +11,179 @@ from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
 from afina.data.renderer import Renderer
 from afina.errors import DataError, SettingsError
+from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
 from afina.models.frozen import FrozenModel
 from afina.models.loading import load_base
 from afina.objectives.base import Objective, Units
 from afina.settings import EvalSettings, TrainSettings
 
+EVAL_ROWS = "eval.jsonl"  # the eval rows of a run, in its folder
+PROFILE_TOKENS = 64  # first tokens of a text without a prompt, for the routing profile
+BATCH_TOKENS = 2048  # tokens per forward pass of an evaluation
+DEFAULT_MAX_LENGTH = 2048  # tokens of a sequence, where the base could read more
+
 Piece = TypeVar("Piece")
 
 
 @dataclass
 class PreparedData:
-    """A base and what is to be learned on it; `source` are the facts about the data for run.json."""
+    """An objective with its rows on a base, and what a run records about its data.
 
-    base: FrozenModel
+    Attributes:
+        task: The objective.
+        data_info: The entry `data` of run.json.
+        skipped: Rows that were left out, with the reason of each.
+        example: One row as the model reads it, its target tokens marked.
+        eval_records: The eval rows, to be read again by `afina eval`.
+        invocation: Token ids that activate the adapter; empty for one that is always active.
+        modules_to_save: Modules that the adapter contains completely.
+        trainable_tokens: Number of new tokens by module.
+        max_length: Longest sequence in tokens; None for images.
+        counts: Figures of the rows, for `afina plan`.
+        baseline: What the outcome is compared with; None is the base without adapters.
+        init_adapter: Hash of the adapter that the run continues.
+        frozen_adapter: Hash of the adapter that it trains on top of.
+        reward_hash: Content hash of the reward functions.
+    """
+
     task: Objective
     data_info: dict[str, Any]
     skipped: list[str]
-    example: str  # one row as the model reads it, what is learned marked
-    eval_records: list[dict[str, Any]]  # the held-out rows, to be read again by `afina eval`
+    example: str
+    eval_records: list[dict[str, Any]]
     invocation: tuple[int, ...] = ()
-    modules_to_save: tuple[str, ...] = ()  # modules that the adapter owns whole
-    trainable_tokens: dict[str, int] = field(default_factory=dict)  # tokens whose rows it owns
-    max_length: int | None = (
-        None  # longest sequence in tokens; None where there are none (pictures)
-    )
-    counts: dict[str, Any] = field(default_factory=dict)  # for `afina plan`
-    units: Units = field(default_factory=Units)
-    baseline: ActiveAdapters | None = (
-        None  # what the outcome is compared with: None is the base alone
-    )
-    init_adapter: str | None = None  # hash of the adapter that the run goes on from
-    frozen_adapter: str | None = None  # hash of the adapter that it learns over
-    reward_hash: str | None = None  # content hash of the reward functions
+    modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: dict[str, int] = field(default_factory=dict)
+    max_length: int | None = None
+    counts: dict[str, Any] = field(default_factory=dict)
+    baseline: ActiveAdapters | None = None
+    init_adapter: str | None = None
+    frozen_adapter: str | None = None
+    reward_hash: str | None = None
+
+    @property
+    def base(self) -> FrozenModel:
+        """The model."""
+        return self.task.base
 
     @property
     def objective(self) -> str:
         """Name of the objective."""
         return self.task.name
 
+    @property
+    def units(self) -> Units:
+        """Words of a report."""
+        return self.task.units
 
-def load_language_model(
-    settings: TrainSettings, base: CausalLM | None
-) -> tuple[CausalLM, dict[str, int]]:
-    """Return the base, loaded unless it is given, and the rows of its new tokens by module."""
-    base = base or load_base(
-        settings.base,
-        settings.revision,
-        settings.trust_remote_code,
-        settings.dtype,
-        settings.place,
-        get_preset(settings.method, 1).quantization,
-    )
-    return base, base.add_tokens(settings.new_tokens)
+
+def text_renderer(
+    settings: TrainSettings,
+    tokenizer: Any,
+    max_positions: int,
+    default_length: int = DEFAULT_MAX_LENGTH,
+) -> Renderer:
+    """Return the renderer of a run's rows, whose longest sequence is `max_length` or a default.
+
+    Args:
+        settings: The settings of the run.
+        tokenizer: The base's tokenizer.
+        max_positions: Longest sequence that the base can read, in tokens.
+        default_length: Longest sequence in tokens, where the settings have no `max_length`.
+    """
+    length = settings.max_length or min(max_positions, default_length)
+    return Renderer(tokenizer, ChatFormat.from_settings(settings), length)
+
+
+@dataclass
+class Preparation:
+    """A language model with a renderer: what objectives on text need before they read rows.
+
+    Attributes:
+        settings: The settings of the run.
+        base: The model, with its new tokens and the objective's head.
+        renderer: Renders rows to token ids.
+        invocation: Token ids of an activated method.
+        modules_to_save: The objective's head, or nothing.
+        trainable_tokens: Number of new tokens by module.
+    """
+
+    settings: TrainSettings
+    base: CausalLM
+    renderer: Renderer
+    invocation: tuple[int, ...]
+    modules_to_save: tuple[str, ...]
+    trainable_tokens: dict[str, int]
+
+    @classmethod
+    def start(
+        cls,
+        settings: TrainSettings,
+        base: CausalLM | None,
+        head: str | None = None,
+        default_length: int = DEFAULT_MAX_LENGTH,
+    ) -> "Preparation":
+        """Load the base, unless it is given, and add new tokens and a scalar head to it.
+
+        Args:
+            settings: The settings of the run.
+            base: The model, if it is loaded already.
+            head: Name of the head; None adds none.
+            default_length: As of `text_renderer`.
+        """
+        base = base or load_base(
+            settings.base,
+            settings.revision,
+            settings.trust_remote_code,
+            settings.dtype,
+            settings.place,
+            get_preset(settings.method, 1).quantization,
+        )
+        own_tokens = base.add_tokens(settings.new_tokens)
+        renderer = text_renderer(settings, base.tokenizer, base.max_positions, default_length)
+        modules = (base.add_score_head(),) if head else ()
+        invocation = activation_tokens(renderer, settings)
+        return cls(settings, base, renderer, invocation, modules, own_tokens)
+
+    @property
+    def packing(self) -> tuple[int, int, int]:
+        """Tokens of a micro-batch, micro-batches of a step, and the seed."""
+        settings = self.settings
+        return (
+            settings.max_tokens_per_batch,
+            settings.gradient_accumulation_steps,
+            settings.seed,
+        )
+
+    def finish(
+        self,
+        task: Objective,
+        table: Any,
+        skipped: list[str],
+        example: str,
+        eval_records: list[dict[str, Any]],
+        **counts: Any,
+    ) -> PreparedData:
+        """Return the objective with all facts; `counts` are added to those of `count_rows`."""
+        return PreparedData(
+            task=task,
+            data_info=describe_data(table, len(task.eval_rows)),
+            skipped=skipped,
+            example=example,
+            eval_records=eval_records,
+            invocation=self.invocation,
+            modules_to_save=self.modules_to_save,
+            trainable_tokens=self.trainable_tokens,
+            max_length=self.renderer.max_length,
+            counts=count_rows(task.train, task.eval_rows) | counts,
+        )
+
+
+def count_rows(train: Sequence[Any], eval_rows: Sequence[Any]) -> dict[str, Any]:
+    """Return the number of training rows, of eval rows, and of tokens in training rows."""
+    tokens = sum(len(row.token_ids) for row in train)
+    return {"train": len(train), "held_out": len(eval_rows), "tokens": tokens}
 
 
 def activation_tokens(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:
@@ -74,10 +194,14 @@ def activation_tokens(renderer: Renderer, settings: TrainSettings) -> tuple[int,
 
 
 def resolve_invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int, ...]:
-    """The tokens that switch an activated adapter on: as told, or what the template puts before an answer."""
+    """Return the tokens that activate an adapter: as set, or the template's before an answer.
+
+    Raises:
+        SettingsError: The template writes nothing there, and none is set.
+    """
     tokens = renderer.invocation(settings.invocation)
     if not tokens:
-        why = "the template writes nothing between a question and its answer"
+        why = "the template writes nothing between a prompt and its completion"
         raise SettingsError(
             "an activated adapter needs an invocation",
             where="invocation",
@@ -87,27 +211,31 @@ def resolve_invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int
     return tuple(tokens)
 
 
-def describe_data(table: Any, held: int) -> dict[str, Any]:
-    """The facts about a table of rows, of which so many are held out."""
+def describe_data(table: Any, num_eval: int) -> dict[str, Any]:
+    """Return the entry `data` of run.json for a table of which `num_eval` rows are held out."""
     return {
         "path": str(table.path),
         "format": table.format,
         "sha256": table.digest,
         "rows": len(table.rows),
-        "held_out": held,
+        "held_out": num_eval,
         "unused_columns": table.unused_columns,
     } | ({"rule": table.rule} if table.rule else {})
 
 
 def to_jsonl(records: Sequence[dict[str, Any]]) -> str:
-    """Records as JSON lines."""
+    """Return records as JSON lines."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def hold_out_every_nth(
     pieces: list[Piece], share: float, where: Path
 ) -> tuple[list[Piece], list[Piece]]:
-    """Pieces of a text to learn from, and every n-th one to judge by."""
+    """Return training chunks of a text and every n-th chunk as eval rows, `share` of them.
+
+    Raises:
+        DataError: There are fewer than two chunks.
+    """
     if len(pieces) < 2:
         raise DataError(
             "too little text to hold some out",
@@ -115,13 +243,8 @@ def hold_out_every_nth(
             hint="a smaller --max-length, or --eval-data FILE",
         )
     step = min(len(pieces), max(2, round(1 / share)))
-    held = pieces[step - 1 :: step]
-    return [piece for number, piece in enumerate(pieces) if number % step != step - 1], held
-
-
-EVAL_ROWS = "eval.jsonl"  # the eval rows of a run, in its folder
-PROFILE_TOKENS = 64  # first tokens of a text without a prompt, for the routing profile
-BATCH_TOKENS = 2048  # tokens per forward pass of an evaluation
+    eval_pieces = pieces[step - 1 :: step]
+    return [piece for number, piece in enumerate(pieces) if number % step != step - 1], eval_pieces
 
 
 def eval_rows_file(settings: EvalSettings) -> Path:

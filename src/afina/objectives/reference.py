@@ -20,7 +20,7 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS, Segments
-from afina.data.packing import PackedBatch, group_by_length, pack_examples
+from afina.data.packing import PackedBatch, batches_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import atomic_file, write_json
@@ -28,18 +28,18 @@ from afina.models.causal_lm import CausalLM
 from afina.objectives.shared_prefix import SharedPrefixBatch
 from afina.settings import DPOSettings, KTOSettings, PolicySettings
 
-STORY, FILE = "reference.json", "reference.safetensors"
+REFERENCE_FILE, LOGPROBS_FILE = "reference.json", "reference.safetensors"
 
 
-def segments_for(batch: PackedBatch, route: ActiveAdapters | None) -> Segments:
-    """Return the adapter segments of a batch under `route`; no adapters if it is None."""
-    return NO_ADAPTERS if route is None else route.segments(batch.token_ids, batch.cu_seqlens)
+def segments_for(batch: PackedBatch, active: ActiveAdapters | None) -> Segments:
+    """Return the adapter segments of a batch under `active`; no adapters if it is None."""
+    return NO_ADAPTERS if active is None else active.segments(batch.token_ids, batch.cu_seqlens)
 
 
 def sequence_logprobs(
     base: CausalLM,
     batch: PackedBatch,
-    route: ActiveAdapters | None,
+    active: ActiveAdapters | None,
     reading: SharedPrefixBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probability (nats, float32) and count of the targets of each sequence.
@@ -49,10 +49,10 @@ def sequence_logprobs(
     Args:
         reading: the batch without its repeated prefixes, if the caller has it already.
     """
-    table = segments_for(batch, route)
-    lean = (reading or SharedPrefixBatch(base, batch, table)).inputs_for(table)
-    with base.forward_context.use(lean.table):
-        losses = base.token_losses(lean.token_ids, lean.positions, lean.flat, lean.labels)
+    table = segments_for(batch, active)
+    inputs = (reading or SharedPrefixBatch(base, batch, table)).inputs_for(table)
+    with base.forward_context.use(inputs.table):
+        losses = base.token_losses(inputs.token_ids, inputs.positions, inputs.flat, inputs.labels)
     keep = (batch.labels >= 0).nonzero()[:, 0]
     ends = torch.tensor(batch.cu_seqlens[1:], device=keep.device)
     owner = torch.searchsorted(ends, keep, right=True)
@@ -114,28 +114,22 @@ class ReferencePolicy:
         Raises:
             TrainingError: the stored ones belong to another base or adapter.
         """
-        write_json(folder / STORY, self.to_dict())
+        write_json(folder / REFERENCE_FILE, self.to_dict())
         if self.mode != "precomputed":
             return
         of = _policy_hash(base, self.adapter)
-        if (folder / FILE).is_file():
-            self.cached_logprobs = _read(folder / FILE, of)
-        missing = list(
-            {
-                example_key(e): e for e in examples if example_key(e) not in self.cached_logprobs
-            }.values()
-        )
-        for indices in group_by_length(
-            [len(e.token_ids) for e in missing], batch_tokens, range(len(missing))
-        ):
-            batch = pack_examples([missing[i] for i in indices]).to(base.device)
+        if (folder / LOGPROBS_FILE).is_file():
+            self.cached_logprobs = _read(folder / LOGPROBS_FILE, of)
+        keys = {example_key(e): e for e in examples}
+        missing = {key: e for key, e in keys.items() if key not in self.cached_logprobs}
+        names = list(missing)
+        for indices, chosen in batches_by_length(list(missing.values()), batch_tokens):
+            batch = pack_examples(chosen).to(base.device)
             with torch.no_grad():
                 found = sequence_logprobs(base, batch, self.active)[0].tolist()
-            self.cached_logprobs |= {
-                example_key(missing[i]): value for i, value in zip(indices, found, strict=True)
-            }
+            self.cached_logprobs |= {names[i]: v for i, v in zip(indices, found, strict=True)}
         if missing:
-            _write(folder / FILE, of, self.cached_logprobs)
+            _write(folder / LOGPROBS_FILE, of, self.cached_logprobs)
 
 
 def example_key(example: Example) -> str:

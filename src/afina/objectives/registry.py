@@ -1,7 +1,7 @@
 """Objectives by name: this package's own, and those of installed packages.
 
-    [project.entry-points."afina.objectives"]
-    unlikelihood = "my_package.objective:UnlikelihoodObjective"
+[project.entry-points."afina.objectives"]
+unlikelihood = "my_package.objective:UnlikelihoodObjective"
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "afina.objectives.masked_lm",
         "afina.objectives.preference",
         "afina.objectives.reward_model",
-        "afina.objectives.policy",
+        "afina.objectives.policy_gradients",
     ),
 )
 

@@ -1,10 +1,11 @@
-"""Who says how good an answer is: Python functions, reward models, graders, or several of them with weights.
+"""Reward functions of completions: Python functions, reward models and graders, with weights.
 
-    rules.py:polite     def polite(prompt: str, answer: str, reference: str | None) -> float
-    runs/judge          a run of --objective reward on the same base; it acts on the base beside the policy, nothing is copied
-    grader.json         a grader as OpenAI's API describes it (see `graders`)
+    rules.py:polite   def polite(prompt: str, answer: str, reference: str | None) -> float
+    runs/judge        a run of --objective reward on the same base, which is in memory only once
+    grader.json       a grader as OpenAI's API describes it (see `graders`)
 
-The number of an answer is the sum of weight times number. A function is the user's own code, and is run as such.
+The reward of a completion is the sum of weight times score. A function is the user's own code, and
+is run as such.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.loading import load_adapter
-from afina.data.packing import group_by_length, pack_examples
+from afina.data.packing import batches_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.data.schemas import PromptRow
 from afina.errors import SettingsError, TrainingError, did_you_mean
@@ -33,20 +34,49 @@ from afina.objectives.graders import Grader, read_grader
 from afina.objectives.reward_model import score_sequences
 from afina.settings import PolicySettings
 
-CODE, GRADER = ".py:", ".json"
+CODE_SUFFIX, GRADER_SUFFIX = ".py:", ".json"
 
 
 @dataclass(frozen=True)
-class FunctionScorer:
-    """A Python function that judges; `content` is the sha256 of its file."""
+class Scorer:
+    """Scores completions; `content_hash` identifies what it computes."""
 
     name: str
-    call: Callable[[str, str, str | None], Any]
     content_hash: str
 
-    def score(self, rows: Sequence[PromptRow], answers: Sequence[str]) -> list[float]:
-        """A number for each answer; raises `TrainingError` where the function fails or gives none."""
-        return [self._one(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    needs_items = False  # whether it reads more of a row than its prompt and completion
+
+    def check(self, row: PromptRow) -> None:
+        """Raise `DataError` where a row lacks what the scorer reads."""
+
+    def score(
+        self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
+    ) -> dict[str, list[float]]:
+        """Return the scores under the scorer's name, and under other names parts of them.
+
+        Args:
+            rows: The rows.
+            examples: Their completions, as text and as token ids.
+            batch_tokens: Tokens of a forward pass.
+
+        Raises:
+            TrainingError: The scorer fails, or a score is no finite number.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FunctionScorer(Scorer):
+    """A Python function."""
+
+    call: Callable[[str, str, str | None], Any]
+
+    def score(
+        self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
+    ) -> dict[str, list[float]]:
+        """Return what the function returns for each completion."""
+        pairs = zip(rows, examples, strict=True)
+        return {self.name: [self._one(row, example.completion or "") for row, example in pairs]}
 
     def _one(self, row: PromptRow, answer: str) -> float:
         about = f"prompt {row.where}, answer {answer[:80]!r}"
@@ -63,163 +93,160 @@ class FunctionScorer:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            why = f"it gave {str(found)[:40]!r}; {about}"
+            why = f"it returned {str(found)[:40]!r}; {about}"
             raise TrainingError("a reward has to be a finite number", where=self.name, why=why)
         return number
 
 
 @dataclass(frozen=True)
-class GraderScorer:
+class GraderScorer(Scorer):
     """A grader of a file."""
 
-    name: str
     grader: Grader
-    content_hash: str
 
-    def score(self, rows: Sequence[PromptRow], answers: Sequence[str]) -> dict[str, list[float]]:
-        """A number for each answer, and under their names those of the grader's parts."""
+    needs_items = True
+
+    def check(self, row: PromptRow) -> None:
+        """Raise `DataError` where a row lacks a field that the grader reads."""
+        self.grader.check(row.item, row.where)
+
+    def score(
+        self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
+    ) -> dict[str, list[float]]:
+        """Return the grader's score of each completion, and those of its parts."""
         found = [
-            self.grader.grade(answer, row.item) for row, answer in zip(rows, answers, strict=True)
+            self.grader.grade(example.completion or "", row.item)
+            for row, example in zip(rows, examples, strict=True)
         ]
         parts = {f"{self.name}:{name}": [parts[name] for _, parts in found] for name in found[0][1]}
         return {self.name: [number for number, _ in found]} | parts
 
 
 @dataclass(frozen=True)
-class RewardModelScorer:
+class RewardModelScorer(Scorer):
     """A reward model on the policy's own base."""
 
-    name: str
     base: CausalLM
     active: ActiveAdapters
-    content_hash: str
 
     @torch.no_grad()
-    def score(self, examples: Sequence[Example], batch_tokens: int) -> list[float]:
-        """A number for each prompt with its answer."""
+    def score(
+        self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
+    ) -> dict[str, list[float]]:
+        """Return the model's reward of each completion."""
         found = [0.0] * len(examples)
-        for indices in group_by_length(
-            [len(example.token_ids) for example in examples], batch_tokens, range(len(examples))
-        ):
-            batch = pack_examples([examples[i] for i in indices]).to(self.base.device)
-            for index, number in zip(
-                indices, score_sequences(self.base, batch, self.active).tolist(), strict=True
-            ):
+        for indices, chosen in batches_by_length(examples, batch_tokens):
+            batch = pack_examples(chosen).to(self.base.device)
+            rewards = score_sequences(self.base, batch, self.active).tolist()
+            for index, number in zip(indices, rewards, strict=True):
                 found[index] = number
-        return found
+        return {self.name: found}
 
 
 @dataclass(frozen=True)
 class RewardFunctions:
-    """All who judge, each with its weight."""
+    """All scorers of a run, each with its weight."""
 
-    scorers: tuple[tuple[FunctionScorer | RewardModelScorer | GraderScorer, float], ...]
+    scorers: tuple[tuple[Scorer, float], ...]
 
     @property
     def needs_items(self) -> bool:
-        """Whether some of them look at more of a row than its prompt and answer."""
-        return any(isinstance(judge, GraderScorer) for judge, _ in self.scorers)
+        """Whether a scorer reads more of a row than its prompt and completion."""
+        return any(scorer.needs_items for scorer, _ in self.scorers)
 
     def check(self, row: PromptRow) -> None:
-        """Raise `DataError` where a row has not what those who judge look at."""
-        for judge, _ in self.scorers:
-            if isinstance(judge, GraderScorer):
-                judge.grader.check(row.item, row.where)
+        """Raise `DataError` where a row lacks what a scorer reads."""
+        for scorer, _ in self.scorers:
+            scorer.check(row)
 
     def score(
         self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
     ) -> dict[str, Tensor]:
-        """The reward of each answer (n), and under their names the parts that it has where there are several.
+        """Return `reward` `(num_completions,)`, and its parts by name where there are several.
 
-        `examples` are the rows with their answers, as text and as tokens; those who read tokens read `batch_tokens` at a time.
+        Args:
+            rows: The rows.
+            examples: Their completions, as text and as token ids.
+            batch_tokens: Tokens of a forward pass.
         """
-        texts = [example.completion or "" for example in examples]
-        parts: dict[str, list[float]] = {}
-        for judge, _ in self.scorers:
-            if isinstance(judge, GraderScorer):
-                parts |= judge.score(rows, texts)
-            elif isinstance(judge, FunctionScorer):
-                parts[judge.name] = judge.score(rows, texts)
-            else:
-                parts[judge.name] = judge.score(examples, batch_tokens)
-        made = {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in parts.items()}
-        total = torch.stack([weight * made[judge.name] for judge, weight in self.scorers]).sum(0)
-        return {"reward": total} | (
-            {f"reward_{name}": part for name, part in made.items()} if len(made) > 1 else {}
-        )
+        parts: dict[str, Tensor] = {}
+        for scorer, _ in self.scorers:
+            for name, numbers in scorer.score(rows, examples, batch_tokens).items():
+                parts[name] = torch.tensor(numbers, dtype=torch.float64)
+        weighted = [weight * parts[scorer.name] for scorer, weight in self.scorers]
+        found = {"reward": torch.stack(weighted).sum(0)}
+        if len(parts) > 1:
+            found |= {f"reward_{name}": part for name, part in parts.items()}
+        return found
 
     @property
     def content_hash(self) -> str:
-        """What tells that the same judges judge."""
-        lines = [f"{judge.content_hash} {weight!r}" for judge, weight in self.scorers]
+        """Hash of all scorers and their weights."""
+        lines = [f"{scorer.content_hash} {weight!r}" for scorer, weight in self.scorers]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """For run.json."""
+        """Return the scorers for run.json."""
         return [
-            {"name": judge.name, "weight": weight, "sha256": judge.content_hash}
-            for judge, weight in self.scorers
+            {"name": scorer.name, "weight": weight, "sha256": scorer.content_hash}
+            for scorer, weight in self.scorers
         ]
 
 
 def load_reward_functions(
     options: PolicySettings, base: CausalLM, chat_format: ChatFormat
 ) -> RewardFunctions:
-    """Load all who judge; raises `SettingsError` where one is none, `AdapterError` where it is another base's."""
-    told = (
-        options.reward_funcs
-        if isinstance(options.reward_funcs, dict)
-        else {options.reward_funcs: 1.0}
-    )
-    if not told:
+    """Load the reward functions of the settings; reward models are attached to the base.
+
+    Raises:
+        SettingsError: A name is none of a reward function, or a weight is 0 or not finite.
+        AdapterError: A reward model belongs to another base.
+    """
+    given = options.reward_funcs
+    weights = given if isinstance(given, dict) else {given: 1.0}
+    if not weights:
         raise SettingsError(
             "reward_funcs is empty: at least one reward function is needed",
             where="reward_funcs",
             hint="rules.py:polite",
         )
-    for name, weight in told.items():
+    for name, weight in weights.items():
         if not math.isfinite(weight) or not weight:
             raise SettingsError(
                 f"the weight is {weight}",
                 where=f"reward_funcs: {name}",
                 hint="a finite number other than 0",
             )
-    made = [
-        _one(name, options.allow_python_graders) or _judge(name, base, chat_format, n)
-        for n, name in enumerate(told)
-    ]
-    return RewardFunctions(tuple(zip(made, told.values(), strict=True)))
+    scorers = []
+    for number, (name, weight) in enumerate(weights.items()):
+        if name.endswith(GRADER_SUFFIX):
+            grader = read_grader(Path(name), options.allow_python_graders)
+            scorer: Scorer = GraderScorer(Path(name).name, grader.content, grader)
+        elif CODE_SUFFIX in name:
+            scorer = _load_function(name)
+        else:
+            scorer = _load_reward_model(name, base, chat_format, number)
+        scorers.append((scorer, weight))
+    return RewardFunctions(tuple(scorers))
 
 
-def _one(told: str, run_python: bool) -> FunctionScorer | GraderScorer | None:
-    """The function or grader that a name means; None for a reward model's."""
-    if told.endswith(GRADER):
-        grader = read_grader(Path(told), run_python)
-        return GraderScorer(Path(told).name, grader, grader.content)
-    return _function(told) if CODE in told else None
-
-
-def _function(told: str) -> FunctionScorer:
-    """FILE.py:NAME."""
-    file, _, name = told.rpartition(":")
-    path, where = Path(file), f"reward_funcs: {told}"
+def _load_function(spec: str) -> FunctionScorer:
+    """Return the function of FILE.py:NAME, whose file is executed."""
+    file, _, name = spec.rpartition(":")
+    path, where = Path(file), f"reward_funcs: {spec}"
     if not path.is_file():
-        raise SettingsError(
-            "no such file",
-            where=where,
-            hint="FILE.py:FUNCTION, as seen from where afina was started",
-        )
+        hint = "FILE.py:FUNCTION, relative to the folder where afina was started"
+        raise SettingsError("no such file", where=where, hint=hint)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    spec = importlib.util.spec_from_file_location(f"afina_reward_{digest[:12]}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    found = importlib.util.spec_from_file_location(f"afina_reward_{digest[:12]}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
     try:
-        spec.loader.exec_module(module)
+        found.loader.exec_module(module)
     except Exception as error:  # the user's code may raise anything
-        raise SettingsError(
-            "the file cannot be run", where=where, why=f"{type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise SettingsError("the file cannot be run", where=where, why=why) from error
     call = getattr(module, name, None)
     if not callable(call):
         functions = [
@@ -230,38 +257,33 @@ def _function(told: str) -> FunctionScorer:
             where=where,
             hint=did_you_mean(name, functions) if functions else None,
         )
-    return FunctionScorer(told, call, digest + name)
+    return FunctionScorer(spec, digest + name, call)
 
 
-def _judge(told: str, base: CausalLM, chat_format: ChatFormat, number: int) -> RewardModelScorer:
-    """The run of a reward model."""
-    folder = Path(told)
+def _load_reward_model(
+    run: str, base: CausalLM, chat_format: ChatFormat, number: int
+) -> RewardModelScorer:
+    """Attach the reward model of a run to the base, frozen."""
+    folder = Path(run)
     if not folder.is_dir():
         hint = (
             "FILE.py:FUNCTION, a grader's FILE.json, or the folder of a run of --objective reward"
         )
         raise SettingsError(
-            "no such reward function or reward model", where=f"reward_funcs: {told}", hint=hint
+            "no such reward function or reward model", where=f"reward_funcs: {run}", hint=hint
         )
-    story = read_run_record(folder)
-    if story.get("objective") != "reward":
-        why = f"it is a run of {story.get('objective')}" if story else "it is no run"
-        raise SettingsError(
-            "this is no reward model",
-            where=told,
-            why=why,
-            hint="afina train PAIRS --objective reward",
-        )
-    learned = ChatFormat.from_record(story, told)
+    record = read_run_record(folder)
+    if record.get("objective") != "reward":
+        why = f"it is a run of {record.get('objective')}" if record else "it is not a run"
+        hint = "afina train PAIRS --objective reward"
+        raise SettingsError("this is no reward model", where=run, why=why, hint=hint)
+    learned = ChatFormat.from_record(record, run)
     if (learned.template, learned.kwargs) != (chat_format.template, chat_format.kwargs):
-        why = (
-            f"the reward model was trained with {_describe(learned)}, "
-            f"and the policy is trained with {_describe(chat_format)}"
-        )
         raise SettingsError(
             "a reward model scores only the format that it was trained on",
-            where=told,
-            why=why,
+            where=run,
+            why=f"the reward model was trained with {_describe(learned)}, "
+            f"and the policy is trained with {_describe(chat_format)}",
             hint="the same --chat-template and --template-kwargs",
         )
     base.add_score_head()
@@ -269,9 +291,8 @@ def _judge(told: str, base: CausalLM, chat_format: ChatFormat, number: int) -> R
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
     adapter.train(False)
-    return RewardModelScorer(
-        told, base, adapter.active, str(read_metadata(adapter_folder(folder)).get("hash"))
-    )
+    digest = str(read_metadata(adapter_folder(folder)).get("hash"))
+    return RewardModelScorer(run, digest, base, adapter.active)
 
 
 def _describe(chat_format: ChatFormat) -> str:

@@ -1,12 +1,14 @@
-"""Reading sequences that begin alike, and reading them more than once: what is the same is computed once.
+"""Forward passes over sequences with common prefixes: what they share is computed once.
 
-    batch          | p p p p i x a a a | p p p p i x b b | q q i x c c c |     two answers to a prompt, one to another; i: an
-                                                                              invocation, x: the last token before an answer
-    before         | p p p p | q q |            where no adapter acts: without gradients, once for policy and reference
-    computed       | i x a a a | x b b | i x c c c |          by each of them; attention takes the rest from where it is
+    batch    | p p p p i x a a a | p p p p i x b b | q q i x c c c |   a, b: completions of p
+    prefix   | p p p p | q q |                    no adapter is active: no gradient, and one pass
+                                                  for policy and reference
+    inputs   | i x a a a | x b b | i x c c c |    computed by each of them, with attention to the
+                                                  keys and values of what comes before
 
-Losses are those of the whole batch: every token is what it would be there, whose products are shared, and whose attention is
-not. What is shared ends before the first token that predicts an answer, so that each label stands once, in the same order.
+Here i is an invocation and x the last token of a prompt. Losses are those of the complete batch.
+A shared part ends before the first token that predicts a completion, so that each target occurs
+once, in the same order.
 """
 
 from bisect import bisect_left
@@ -27,8 +29,12 @@ from afina.models.packed_attention import AttentionMetadata, PrefixKV
 
 @dataclass(frozen=True, eq=False)
 class ForwardInputs:
-    """What of a batch is computed: tokens, positions and labels (n), what attention needs to know, who acts, and `kept`,
-    the places (n) of these tokens in the batch, ascending."""
+    """Model inputs of a batch after shared prefixes are removed.
+
+    Token ids, positions and labels are `(n,)`; `flat` has cumulative lengths or attention metadata,
+    `table` the adapter segments, `kept` `(n,)` the ascending batch indices of these tokens; None
+    where all are kept.
+    """
 
     token_ids: Tensor
     positions: Tensor
@@ -38,23 +44,23 @@ class ForwardInputs:
     kept: Tensor | None = None
 
     def positions_of(self, of: Sequence[int]) -> Tensor:
-        """Where tokens of the batch, that are no beginnings, stand in what is computed."""
+        """Return the indices, among the inputs, of tokens of the batch outside shared prefixes."""
         wanted = torch.tensor(of, device=self.token_ids.device)
         return wanted if self.kept is None else torch.searchsorted(self.kept, wanted)
 
 
 class SharedPrefixBatch:
-    """A batch that will be read under each of `tables`, or some of them."""
+    """A batch for forward passes under some of `tables`, the segments of policy and reference."""
 
     def __init__(self, base: CausalLM, batch: PackedBatch, *tables: Segments) -> None:
         self.base, self.batch = base, batch
         self._shares = base.supports_packing and base.has_hidden_states
-        # processes that share a base's blocks must all run it as often
+        # FSDP: all processes must run the layers of a sharded base equally often
         alone = self._shares and not is_sharded(base)
         self._cuts = _cuts(batch, tables) if alone else [0] * (len(batch.cu_seqlens) - 1)
 
     def inputs_for(self, table: Segments) -> ForwardInputs:
-        """The batch as it is to be computed under `table`."""
+        """Return the model inputs under `table`."""
         batch = self.batch
         starts, begins = batch.cu_seqlens[:-1], self._begins(table)
         firsts = [start + n for start, (_, n) in zip(starts, begins, strict=True)]
@@ -69,11 +75,11 @@ class SharedPrefixBatch:
         pieces = []
         for number, (owner, n) in enumerate(begins):
             own, cut = before.length + bounds[number], self._cuts[number]
-            made = [stretches[number]] if cut else []
-            if n > cut:  # of the sequence that begins alike, after what is before both
+            parts = [stretches[number]] if cut else []
+            if n > cut:  # what it shares with its owner after the adapter-free prefix
                 there = before.length + bounds[owner]
-                made.append((there, there + n - cut))
-            pieces.append((*made, (own, own + bounds[number + 1] - bounds[number])))
+                parts.append((there, there + n - cut))
+            pieces.append((*parts, (own, own + bounds[number + 1] - bounds[number])))
         index = torch.tensor(kept, device=batch.token_ids.device)
         flat = AttentionMetadata(
             bounds, sequence_spans=tuple(pieces), before=before if before.length else None
@@ -88,7 +94,7 @@ class SharedPrefixBatch:
         )
 
     def _begins(self, table: Segments) -> list[tuple[int, int]]:
-        """Of each sequence: which one it begins like, and how many of its tokens are not its own."""
+        """Return (owner, length) of each sequence: whose prefix it shares, and its tokens."""
         begins, bounds = [], self.batch.cu_seqlens
         for number, (owner, n) in enumerate(self.batch.shared_prefixes):
             cut = self._cuts[number]
@@ -99,13 +105,13 @@ class SharedPrefixBatch:
         return begins
 
     def num_computed_tokens(self, table: Segments) -> tuple[int, int]:
-        """How many tokens a forward under `table` computes, and how many come before, once for all forwards."""
+        """Return the tokens that a pass under `table` computes, and those of the common prefix."""
         own = len(self.batch.token_ids) - sum(n for _, n in self._begins(table))
         return own, sum(end - start for start, end in set(self._stretches[1]))
 
     @cached_property
     def _stretches(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """The places of the beginnings on which nobody acts, each once, and which of them each sequence has."""
+        """Return batch indices of adapter-free prefixes, each once, and each sequence's span."""
         tokens = self.batch.token_ids.tolist() if any(self._cuts) else []
         places: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}
         kept: list[int] = []
@@ -121,9 +127,9 @@ class SharedPrefixBatch:
     @cached_property
     @torch.no_grad()
     def _before(self) -> PrefixKV:
-        """Keys and values of the beginnings on which nobody acts."""
+        """Keys and values of the adapter-free prefixes."""
         kept, stretches = self._stretches
-        made, batch = PrefixKV(len(kept)), self.batch
+        parts, batch = PrefixKV(len(kept)), self.batch
         if kept:
             index = torch.tensor(kept, device=batch.token_ids.device)
             bounds = (0, *sorted({end for _, end in stretches if end}))
@@ -131,18 +137,21 @@ class SharedPrefixBatch:
                 self.base.hidden_states(
                     batch.token_ids[index],
                     batch.positions[index],
-                    AttentionMetadata(bounds, captured_kv=made),
+                    AttentionMetadata(bounds, captured_kv=parts),
                 )
-        return made
+        return parts
 
 
 def _cuts(batch: PackedBatch, tables: Sequence[Segments]) -> list[int]:
-    """How many tokens of each sequence come before anybody acts, under any of the tables; none where nobody ever acts."""
+    """Return the tokens of each sequence before the first active adapter of any table.
+
+    All are 0 where no adapter is ever active, or one on all tokens.
+    """
     if any(table.global_adapters for table in tables) or not any(table.spans for table in tables):
         return [0] * (len(batch.cu_seqlens) - 1)
-    acts = sorted(row.start for table in tables for row in table.spans)
+    starts = sorted(row.start for table in tables for row in table.spans)
     cuts = []
     for (start, _), (_, n) in zip(pairwise(batch.cu_seqlens), batch.shared_prefixes, strict=True):
-        at = bisect_left(acts, start)
-        cuts.append(max(0, min(acts[at] - start if at < len(acts) else n, n)))
+        at = bisect_left(starts, start)
+        cuts.append(max(0, min(starts[at] - start if at < len(starts) else n, n)))
     return cuts

@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.segments import Segments
-from afina.data.packing import (
-    IGNORE_INDEX,
-    BatchSampler,
-    PackedBatch,
-    group_by_length,
-    pack_examples,
-)
+from afina.data.packing import BatchSampler, PackedBatch, batches_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.errors import pluralize
 from afina.models.causal_lm import CausalLM
 from afina.objectives.reference import segments_for
+from afina.objectives.rollout import masked_tokens
 from afina.objectives.shared_prefix import SharedPrefixBatch
 
 if TYPE_CHECKING:
@@ -186,18 +181,10 @@ def _rollout_sizes(
     base: CausalLM, examples: Sequence[Example], batch_tokens: int, policy: ActiveAdapters
 ) -> list[PassSize]:
     """Return the sizes of passes over completions, which cannot invoke an activated adapter."""
-    lengths = [len(example.token_ids) for example in examples]
     sizes = []
-    for indices in group_by_length(lengths, batch_tokens, range(len(examples))):
-        batch = [examples[index] for index in indices]
+    for _, batch in batches_by_length(examples, batch_tokens):
         flat = pack_examples(batch)
-        masked = [
-            replace(
-                e, token_ids=[*e.token_ids[: e.prompt_length], *[IGNORE_INDEX] * sum(e.loss_mask)]
-            )
-            for e in batch
-        ]
-        segments = policy.segments(pack_examples(masked).token_ids, flat.cu_seqlens)
+        segments = policy.segments(masked_tokens(batch), flat.cu_seqlens)
         sizes.append(_pass_size(base, flat, [segments]))
     return sizes
 

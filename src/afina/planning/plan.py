@@ -21,6 +21,7 @@ from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
 from afina.models.nf4 import NF4Linear
 from afina.objectives.language_data import read_examples
+from afina.objectives.prepared import text_renderer
 from afina.objectives.registry import get_objective
 from afina.objectives.workload import StepWorkload, packed_workload
 from afina.planning.checkpointing_policy import choose_level
@@ -233,7 +234,8 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
     if not any((shape.folder / name).is_file() for name in TOKENIZERS):
         return _Rows(about, steps=settings.max_steps)
     tokenizer = load_tokenizer(shape.folder, settings.base, settings.trust_remote_code)
-    read = read_examples(settings, table, tokenizer, shape.max_positions)
+    renderer = text_renderer(settings, tokenizer, shape.max_positions)
+    read = read_examples(settings, table, renderer)
     sampler = BatchSampler(
         read.train,
         settings.max_tokens_per_batch,

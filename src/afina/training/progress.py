@@ -90,8 +90,8 @@ class ProgressDisplay(NullProgress):
             f"loss {tick.loss:.3f}  {speed:,.0f} {self._piece}s/s  peak {peak_memory_mb():,.0f} MB"
         )
         self._bar.update(self._tasks[run], completed=tick.step, description=text)
-        if "accuracy" in tick.metrics:
-            text += f"  preferred {100 * tick.metrics['accuracy']:.0f}%"
+        if "rewards/accuracies" in tick.metrics:
+            text += f"  preferred {100 * tick.metrics['rewards/accuracies']:.0f}%"
         if "reward" in tick.metrics:
             text += f"  reward {tick.metrics['reward']:.3f}"
         line = f"{self._labels[run]}step {tick.step}/{self._steps[run]}  {text}"

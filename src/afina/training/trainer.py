@@ -16,6 +16,7 @@ import torch
 from afina.adapters.relora import merge_and_reset, restart_lr_factor
 from afina.errors import TrainingError
 from afina.io.jsonl import append_jsonl, read_jsonl, write_jsonl
+from afina.io.migrations import migrate_metrics
 from afina.objectives.multi_adapter import multi_adapter_losses
 from afina.training import checkpoint
 from afina.training.checkpoint import TrainerState
@@ -265,4 +266,5 @@ def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of each step of a run, from metrics.jsonl."""
-    return list(read_jsonl(run / "metrics.jsonl"))
+    lines = read_jsonl(run / "metrics.jsonl")
+    return [migrate_metrics(one) if "held_out_loss" in one else one for one in lines]
