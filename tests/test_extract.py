@@ -180,10 +180,10 @@ def test_out_of_two_models(kind: str, request: pytest.FixtureRequest, tmp_path: 
 
 def test_what_extract_refuses(skilled: Path, tmp_path: Path) -> None:
     for words, values in (
-        ("how much", {"run": skilled}),
-        ("one thing to extract", {"max_rank": 2}),
-        ("one thing to extract", {"max_rank": 2, "run": skilled, "finetuned_model": skilled}),
-        ("tuned from", {"max_rank": 2, "finetuned_model": skilled}),
+        ("neither a rank", {"run": skilled}),
+        ("exactly one source", {"max_rank": 2}),
+        ("exactly one source", {"max_rank": 2, "run": skilled, "finetuned_model": skilled}),
+        ("base of the fine-tuned model", {"max_rank": 2, "finetuned_model": skilled}),
         ("not empty", {"max_rank": 2, "run": skilled, "output_dir": skilled}),
     ):
         with pytest.raises(AfinaError, match=words):

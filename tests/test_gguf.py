@@ -14,6 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -24,7 +25,10 @@ from transformers import (
 import afina
 from afina.adapters.saving import save_adapter
 from afina.cli.main import run as command_line
+from afina.data.renderer import Renderer
 from afina.errors import AfinaError, BaseError, MergeError, SettingsError
+from afina.io.chat_format import ChatFormat
+from afina.merging.chat_export import PROBE_CHAT
 from afina.merging.gguf_tokenizer import WORDS, portable, rules
 from afina.merging.merge_into_base import merge_into_base
 from afina.models.causal_lm import CausalLM
@@ -218,7 +222,7 @@ def test_weights_that_do_not_fit_leave_nothing_behind(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = 1e6  # float16 ends at 65,504
     model.save_pretrained(tmp_path / "base")
-    with pytest.raises(MergeError, match="would not answer"):
+    with pytest.raises(MergeError, match="differs from the adapted one"):
         afina.export(
             base=str(tmp_path / "base"), format="gguf", outtype="f16", output=tmp_path / "out"
         )
@@ -358,7 +362,7 @@ def test_names_of_the_cuts(cuts: list[Any], ignore: bool, name: str | None) -> N
     if name is not None:
         assert rules(whole, "here") == name
     else:
-        with pytest.raises(BaseError, match="llama.cpp's name of its cuts is not known"):
+        with pytest.raises(BaseError, match="llama.cpp has no name for its pre-tokenizer"):
             rules(whole, "here")
 
 
@@ -369,7 +373,7 @@ def test_tokenizers_that_are_read_otherwise_there() -> None:
         rules(json.loads(core.to_str()), "here")
     whole = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     whole["added_tokens"][0]["lstrip"] = True
-    with pytest.raises(BaseError, match="white space around it"):
+    with pytest.raises(BaseError, match="has lstrip"):
         rules(whole, "here")
 
 
@@ -380,7 +384,7 @@ def test_tokenizers_that_are_read_otherwise_there() -> None:
     ("config", "why"),
     [
         (LlamaConfig(**SHAPE, hidden_act="gelu"), "its activation is 'gelu'"),
-        (MistralConfig(**SHAPE, sliding_window=64), "sees 64 tokens only"),
+        (MistralConfig(**SHAPE, sliding_window=64), "a sliding window of 64 tokens"),
         (
             LlamaConfig(
                 **SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -419,7 +423,7 @@ def test_families_that_are_not_known(tmp_path: Path, tokenizer: PreTrainedTokeni
 def test_methods_that_llama_cpp_does_not_know(tied: Path, tmp_path: Path, method: str) -> None:
     base = load_base(str(tied))
     save_adapter(put(base, method=method, rank=2), base, tmp_path / "a")
-    with pytest.raises(MergeError, match="knows those only") as caught:
+    with pytest.raises(MergeError, match="low-rank updates only") as caught:
         afina.export(tmp_path / "a", format="gguf-lora", output=tmp_path / "out")
     assert "afina extract" in str(caught.value) and "--format gguf" in str(caught.value)
     assert (
@@ -474,16 +478,16 @@ def test_wrong_settings(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_adapter(put(base, rank=2), base, tmp_path / "a")
     (tmp_path / "there.gguf").write_text("mine")
     for values, message in (
-        (dict(format="gguf", output=tmp_path / "there.gguf"), "there already"),
+        (dict(format="gguf", output=tmp_path / "there.gguf"), "exists already"),
         (dict(format="gguf", output=tmp_path / "a"), "not empty"),
         (dict(format="gguf", output=tmp_path / "x", quantization="nf4"), "16 or 32 bits"),
         (dict(format="gguf-lora", output=tmp_path / "x", outtype="f16"), "always float32"),
-        (dict(format="hf", output=tmp_path / "x", outtype="f16"), "only GGUF"),
+        (dict(format="hf", output=tmp_path / "x", outtype="f16"), "applies to GGUF files only"),
     ):
         with pytest.raises(SettingsError, match=message):
             afina.export(tmp_path / "a", **values)
     for form in ("hf", "peft", "gguf-lora"):
-        with pytest.raises(SettingsError, match="which adapter"):
+        with pytest.raises(SettingsError, match="no adapter is given"):
             afina.export(format=form, output=tmp_path / "x")
     monkeypatch.setitem(sys.modules, "gguf", None)
     for form in ("gguf", "gguf-lora"):
@@ -559,3 +563,46 @@ def test_llama_cpp_answers_as_we_do(tmp_path: Path) -> None:
     assert theirs(files["base"], prompts) == alone != adapted
     assert theirs(files["merged"], prompts) == adapted
     assert theirs(files["base"], prompts, files["lora"]) == adapted
+
+
+# ---- how a run was asked
+
+
+ASKED = "{% if loud is defined and loud %}LOUD {% endif %}" + TEMPLATE.replace(
+    "{{ eos_token }}", "<|mine|>"
+)
+
+
+@pytest.mark.parametrize("asked", [None, "plain", "file"])
+def test_exits_are_asked_as_the_run(asked: str | None, tmp_path: Path) -> None:
+    """Template, arguments and stop tokens of the run travel with each exit."""
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mine|>"]})
+    save_model(tmp_path / "base", LlamaConfig(**SHAPE), tokenizer)
+    base = load_base(str(tmp_path / "base"))
+    (tmp_path / "own.jinja").write_text(ASKED)
+    template = str(tmp_path / "own.jinja") if asked == "file" else asked
+    renderer = Renderer(base.tokenizer, ChatFormat(template, {"loud": True}), 128)
+    record = {"chat": renderer.chat_format.record()}
+    save_adapter(put(base, rank=2), base, tmp_path / "a", record)
+    expected, stops = renderer.prompt(PROBE_CHAT), renderer.stop_token_ids
+
+    afina.merge(tmp_path / "a", output_dir=tmp_path / "merged")
+    afina.export(tmp_path / "a", format="peft", output=tmp_path / "peft")
+    for folder in ("merged", "peft"):
+        found = AutoTokenizer.from_pretrained(tmp_path / folder)
+        ids = found.apply_chat_template(list(PROBE_CHAT), add_generation_prompt=True)["input_ids"]
+        assert list(ids) == expected, folder
+    config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    ends = config["eos_token_id"]
+    assert stops <= set(ends if isinstance(ends, list) else [ends])
+
+    afina.export(tmp_path / "a", format="gguf", output=tmp_path / "m.gguf")
+    afina.export(tmp_path / "a", format="gguf-lora", output=tmp_path / "l.gguf")
+    for file in ("m.gguf", "l.gguf"):
+        written = read(tmp_path / file)[0]["tokenizer.chat_template"]
+        other = Renderer(base.tokenizer, ChatFormat(jinja=written), 128)
+        assert other.prompt(PROBE_CHAT) == expected, file
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")]
+    told = read(tmp_path / "m.gguf")[0]
+    assert stops <= {told.get(key) for key in keys}

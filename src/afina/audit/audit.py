@@ -38,7 +38,7 @@ from afina.io.composition import (
 from afina.io.hashing import adapter_hash
 from afina.io.regular_file import fingerprint
 from afina.io.strict_json import AUDIT_JSON, read_json_object
-from afina.settings import EMBEDDED, AuditSettings, make_settings
+from afina.settings import EMBEDDED, AuditSettings, as_settings
 
 REPORT_VERSION = 1
 EXIT = {"allow": 0, "review": 3, "block": 4}
@@ -73,20 +73,18 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> AuditResult:
     Raises `SettingsError` or `AuditError` only for what is wrong with the question (no such folder or base); what is wrong
     with the adapter is in the report.
     """
-    settings = (
-        run
-        if isinstance(run, AuditSettings)
-        else make_settings(AuditSettings, {"adapter": run, **values})
-    )
+    settings = as_settings(AuditSettings, run, "adapter", values)
     named, files = parse_weighted_list(settings.adapter), Gate("files")
-    for place, _ in named:
-        if not place.is_dir():
+    for folder_path, _ in named:
+        if not folder_path.is_dir():
             hint = "afina audit FOLDER: a run, an adapter, a composition; A:0.6,B:0.4: their sum"
-            raise AuditError("no such folder", where=str(place), hint=hint)
+            raise AuditError("no such folder", where=str(folder_path), hint=hint)
     found: list[tuple[Path, float]] = []
     run_gate(
         files,
-        lambda: found.extend(part for place, weight in named for part in _acting(place, weight)),
+        lambda: found.extend(
+            part for folder_path, weight in named for part in _active_parts(folder_path, weight)
+        ),
     )
     folders = [folder for folder, _ in found]
     alone = len(named) == 1 and found == [(_adapter_folder(named[0][0]), 1.0)]
@@ -121,14 +119,16 @@ def _adapter_folder(run: Path) -> Path:
     inside = run / "adapter"
     return (
         inside
-        if not (run / CONFIG_FILE).exists() and (inside / CONFIG_FILE).exists() and not inside.is_symlink()
+        if not (run / CONFIG_FILE).exists()
+        and (inside / CONFIG_FILE).exists()
+        and not inside.is_symlink()
         else run
     )
 
 
-def _acting(place: Path, weight: float) -> list[tuple[Path, float]]:
+def _active_parts(folder_path: Path, weight: float) -> list[tuple[Path, float]]:
     """The adapters in a run, an adapter or a composition, with their weights."""
-    folder = _adapter_folder(place)
+    folder = _adapter_folder(folder_path)
     if (folder / CONFIG_FILE).exists() or not (folder / METADATA_FILE).is_file():
         return [(folder, weight)]
     return [(part, weight * own) for part, own in _parts(folder)]
@@ -147,12 +147,15 @@ def _base(settings: AuditSettings, folders: list[Path]) -> BaseFiles | None:
         return BaseFiles(folder)
     for folder in folders:
         try:
-            if read_json_object(folder / CONFIG_FILE, AUDIT_JSON).get("base_model_name_or_path") != EMBEDDED:
+            if (
+                read_json_object(folder / CONFIG_FILE, AUDIT_JSON).get("base_model_name_or_path")
+                != EMBEDDED
+            ):
                 return None
         except AfinaError:  # the file gate reports it
             return None
-    place = find_base(EMBEDDED)
-    return BaseFiles(place) if place is not None and folders else None
+    folder_path = find_base(EMBEDDED)
+    return BaseFiles(folder_path) if folder_path is not None and folders else None
 
 
 def _parts(folder: Path) -> list[tuple[Path, float]]:
@@ -232,7 +235,10 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         run_gate(
             origin,
             partial(
-                inherit_findings, parents_of(package.metadata), is_remedied(package.metadata), origin
+                inherit_findings,
+                parents_of(package.metadata),
+                is_remedied(package.metadata),
+                origin,
             ),
         )
 
@@ -249,9 +255,9 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
 
         run_gate(numbers, look, "review")
     if weights is not None:
-        whole = Gate("whole")
-        about.gates.append(whole)
-        run_gate(whole, partial(_check_whole, about, digest, whole))
+        adapter_gate = Gate("whole")
+        about.gates.append(adapter_gate)
+        run_gate(adapter_gate, partial(_check_adapter, about, digest, adapter_gate))
     behaviour = Gate("behaviour")
     about.gates.append(behaviour)
     if about.blocked:
@@ -273,7 +279,7 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
         )
 
 
-def _check_whole(about: Audit, digest: str, gate: Gate) -> None:
+def _check_adapter(about: Audit, digest: str, gate: Gate) -> None:
     """The combination itself: revoked? And what is known of its parts, whatever they look like today."""
     reason = admission.revocations().get(digest)
     if reason is not None:
@@ -290,7 +296,7 @@ def _check_whole(about: Audit, digest: str, gate: Gate) -> None:
 
 def _report(about: Audit, digest: str | None) -> dict[str, Any]:
     findings = about.findings
-    said = verdict(findings)
+    decided = verdict(findings)
     return {
         "format_version": REPORT_VERSION,
         "afina": afina.__version__,
@@ -300,7 +306,7 @@ def _report(about: Audit, digest: str | None) -> dict[str, Any]:
         "parts": about.hashes if len(about.hashes) > 1 else [],
         "base": about.base.hash if about.base is not None else None,
         "strict": about.settings.strict,
-        "verdict": "block" if about.settings.strict and said == "review" else said,
+        "verdict": "block" if about.settings.strict and decided == "review" else decided,
         "findings": as_dicts(findings),
         "gates": [gate.as_dict() for gate in about.gates],
         "remedies": _remedies(about),

@@ -78,7 +78,7 @@ def behaviour_gate(
             "scan-cut",
             f"time was enough for {100 * coverage:.0f}% of the vocabulary as triggers: more with --budget",
         )
-    _say(bench, found, control, targets, STRONG if limit is None else limit, gate)
+    _report(bench, found, control, targets, STRONG if limit is None else limit, gate)
     return measures
 
 
@@ -103,11 +103,11 @@ def check_inactive_before_invocation(bench: BehaviorHarness, gate: Gate) -> None
     spans = [(*probe.before, *probe.body) for probe in bench.probes]
     quiet = [list(span) for span in spans if not any(bench.active.is_invoked(span))]
     invocation = bench.active.adapters[0].invocation
-    whole = [list(span) + list(invocation) for span in quiet]
+    invoked = [list(span) + list(invocation) for span in quiet]
     if not quiet:
         gate.note("always-invoked", "its invocation occurs in every prompt: it acts on all of them")
         return
-    for sequences, upto in ((quiet, 0), (whole, len(invocation))):
+    for sequences, upto in ((quiet, 0), (invoked, len(invocation))):
         on, off = (bench.run(sequences, adapter) for adapter in (True, False))
         end = 0
         for sequence in sequences:
@@ -186,7 +186,7 @@ def _vocabulary(bench: BehaviorHarness) -> list[int]:
     return tokens
 
 
-def _say(
+def _report(
     bench: BehaviorHarness,
     found: list[TriggerCandidate],
     control: float,
@@ -201,7 +201,7 @@ def _say(
             "trigger": decode(list(f.trigger)),
             "tokens": list(f.trigger),
             "score": round(f.score, 3),
-            "place": f.place,
+            "place": f.position,
             "behind": f.appended,
             "answer": decode(list(f.answer)),
         }

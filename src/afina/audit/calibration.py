@@ -86,10 +86,10 @@ class Calibration:
     def trigger_limit(self, alpha: float) -> float | None:
         """Score that a share `alpha` of benign adapters exceed at most (split conformal); None where they are too few."""
         count = 0 if self.triggers is None else len(self.triggers)
-        place = int(np.ceil((count + 1) * (1 - alpha)))
-        if self.triggers is None or count < self.fewest or place > count:
+        index_needed = int(np.ceil((count + 1) * (1 - alpha)))
+        if self.triggers is None or count < self.fewest or index_needed > count:
             return None
-        return float(self.triggers[place - 1])
+        return float(self.triggers[index_needed - 1])
 
     def judge(self, features: Mapping[str, float]) -> CalibrationResult:
         """p-values of an adapter with these features."""
@@ -134,23 +134,23 @@ class Calibration:
     def read(cls, file: Path) -> "Calibration":
         """A calibration from disk; raises `AuditError` where it is none."""
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            if told["format_version"] != 1:
-                what = f"a calibration of version {told['format_version']}"
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format_version"] != 1:
+                what = f"a calibration of version {content['format_version']}"
                 raise AuditError(what, where=str(file), hint="pip install -U afina")
-            kind = PopulationKey(**{**told["kind"], "layers": tuple(told["kind"]["layers"])})
+            kind = PopulationKey(**{**content["kind"], "layers": tuple(content["kind"]["layers"])})
             middle, spread, precision, scores = (
-                np.array(told[n]) for n in ("middle", "spread", "precision", "scores")
+                np.array(content[n]) for n in ("middle", "spread", "precision", "scores")
             )
             some = (
-                None if told.get(n) is None else np.array(told[n])
+                None if content.get(n) is None else np.array(content[n])
                 for n in ("weights", "supervised", "triggers")
             )
             weights, supervised, triggers = some
             names, fewest, recipe = (
-                tuple(told["names"]),
-                int(told["fewest"]),
-                str(told.get("recipe", "")),
+                tuple(content["names"]),
+                int(content["fewest"]),
+                str(content.get("recipe", "")),
             )
             return cls(
                 kind,
@@ -191,22 +191,26 @@ def calibrate(
     names = tuple(sorted(set.intersection(*(set(features) for features in (*benign, *poisoned)))))
     table = np.array([[features[name] for name in names] for features in benign])
     order = np.random.default_rng(seed).permutation(len(table))
-    fit, held = table[order[: len(table) // 2]], table[order[len(table) // 2 :]]
+    fit, kept_out = table[order[: len(table) // 2]], table[order[len(table) // 2 :]]
     middle = np.median(fit, 0)
     spread = 1.4826 * np.median(np.abs(fit - middle), 0)
     spread = np.where(spread > 0, spread, np.maximum(fit.std(0), 1e-9))
     z = np.clip((fit - middle) / spread, -CLIP, CLIP)
     covariance = np.cov(z, rowvar=False).reshape(len(names), len(names))
     covariance = (1 - SHRINK) * covariance + np.diag(SHRINK * np.diag(covariance) + 1e-3)
-    made = Calibration(kind, names, middle, spread, np.linalg.inv(covariance), np.zeros(0))
-    as_rows = [dict(zip(names, row, strict=True)) for row in held]
-    scores = np.sort([made._distance(made._z(row)) for row in as_rows])
+    calibrated = Calibration(kind, names, middle, spread, np.linalg.inv(covariance), np.zeros(0))
+    as_rows = [dict(zip(names, row, strict=True)) for row in kept_out]
+    scores = np.sort([calibrated._distance(calibrated._z(row)) for row in as_rows])
     weights = supervised = None
     if len(poisoned) >= 4:
-        bad = np.stack([made._z(features) for features in poisoned])
+        bad = np.stack([calibrated._z(features) for features in poisoned])
         weights = logistic(z, bad)
-        supervised = np.sort([float(made._z(row) @ weights[:-1] + weights[-1]) for row in as_rows])
-    return Calibration(kind, names, middle, spread, made.precision, scores, weights, supervised)
+        supervised = np.sort(
+            [float(calibrated._z(row) @ weights[:-1] + weights[-1]) for row in as_rows]
+        )
+    return Calibration(
+        kind, names, middle, spread, calibrated.precision, scores, weights, supervised
+    )
 
 
 def logistic(good: np.ndarray, bad: np.ndarray) -> np.ndarray:

@@ -98,7 +98,9 @@ def _check_numbers(config: Mapping[str, Any], gate: Gate, where: str) -> None:
         return
     if max(ranks) > MAX_AUDITED_RANK:
         gate.review(
-            "config-rank", f"a rank of {max(ranks):,}: {MAX_AUDITED_RANK} is more than adapters need", where
+            "config-rank",
+            f"a rank of {max(ranks):,}: {MAX_AUDITED_RANK} is more than adapters need",
+            where,
         )
     alphas = [config.get("lora_alpha", DEFAULT_ALPHA), *patterns["alpha_pattern"].values()]
     if not all(_positive(alpha) for alpha in alphas):

@@ -200,7 +200,9 @@ def _list(folder: Path, gate: Gate) -> set[str]:
         elif about.st_size > (MAX_WEIGHTS_BYTES if entry.name == WEIGHTS_FILE else MAX_OTHER_BYTES):
             gate.block("size", f"{about.st_size:,} bytes are more than such a file may have", shown)
         elif entry.name not in ALLOWED_FILES:
-            whys = (why for pattern, why in DANGEROUS_FILES if re.fullmatch(pattern, entry.name.lower()))
+            whys = (
+                why for pattern, why in DANGEROUS_FILES if re.fullmatch(pattern, entry.name.lower())
+            )
             why = next(whys, "no adapter has this file")
             gate.block("foreign-file", f"does not belong into an adapter: {why}", shown)
     return names
@@ -215,26 +217,30 @@ def _check_names(package: AuditedFolder, gate: Gate) -> None:
             gate.block("tensor-name", "not the name of a tensor of an adapter", where)
     saved = [str(name) for name in package.config.get("modules_to_save") or ()]
     for path, parts in package.modules().items():
-        names, place = set(parts) - set(EXTRA_TENSORS), f"{WEIGHTS_FILE}: {path}"
+        names, location = set(parts) - set(EXTRA_TENSORS), f"{WEIGHTS_FILE}: {path}"
         is_saved = names <= set(BASE_TENSORS) and any(f".{n}." in f".{path}." for n in saved)
         if form.replaces_base and not names <= set(BASE_TENSORS):
             what = f"{', '.join(sorted(names))} in an adapter of full weights"
-            gate.block("tensor-name", what, place)
+            gate.block("tensor-name", what, location)
         elif names and not form.replaces_base and not is_saved:
-            _check_pair(form, names, gate, place)
+            _check_pair(form, names, gate, location)
         if names and (form.replaces_base or not is_saved) and _is_vocabulary(path):
-            gate.review("vocabulary", "it changes what tokens mean or how they are chosen", place)
+            gate.review(
+                "vocabulary", "it changes what tokens mean or how they are chosen", location
+            )
     if sum(len(parts) for parts in package.modules().values()) != len(package.entries):
         gate.block("tensor-name", "two names mean the same tensor", WEIGHTS_FILE)
 
 
-def _check_pair(form: AdapterFormat, names: set[str], gate: Gate, place: str) -> None:
+def _check_pair(form: AdapterFormat, names: set[str], gate: Gate, location: str) -> None:
     """Block where the tensors of a module are not exactly those of the method."""
     own = frozenset(form.aliases.get(name, name) for name in names)
     if own not in form.tensor_sets() or len(own) != len(names):
         expected = " or ".join(", ".join(sorted(each)) for each in form.tensor_sets())
         found = ", ".join(sorted(names))
-        gate.block("tensor-pair", f"{form.method} has {expected} at a module, not {found}", place)
+        gate.block(
+            "tensor-pair", f"{form.method} has {expected} at a module, not {found}", location
+        )
 
 
 def _check_ranks(package: AuditedFolder, gate: Gate) -> None:
@@ -267,14 +273,14 @@ def _check_shapes(package: AuditedFolder, base: BaseFiles, gate: Gate) -> None:
         gate.review("base-shapes", what, WEIGHTS_FILE)
         return
     for path, parts in modules.items():
-        shape, place = known[path], f"{WEIGHTS_FILE}: {path}"
+        shape, location = known[path], f"{WEIGHTS_FILE}: {path}"
         if shape is None:
             if not set(parts) <= {"weight", "bias"}:
-                gate.block("base-layer", "the base has no such layer", place)
+                gate.block("base-layer", "the base has no such layer", location)
             continue
         wrong = _wrong_shapes(path, parts, shape, package)
         if wrong:
-            gate.block("base-shape", f"{wrong}; the base's weight is {list(shape)}", place)
+            gate.block("base-shape", f"{wrong}; the base's weight is {list(shape)}", location)
 
 
 def _broken_rule(
@@ -310,9 +316,9 @@ def _wrong_shapes(
     form = adapter_formats()[package.method]
     if wrong := _broken_rule(form, shapes, weight, package.rank_of(path)):
         return wrong
-    whole = shapes.get("weight")
-    if whole and form.replaces_base and whole != weight:
-        return f"it brings {list(whole)}"
+    weight_shape = shapes.get("weight")
+    if weight_shape and form.replaces_base and weight_shape != weight:
+        return f"it brings {list(weight_shape)}"
     tall = shapes.get("accumulated.weight")
     return f"what it accumulated is {list(tall)}" if tall and tall != (out, inner) else None
 
@@ -320,17 +326,17 @@ def _wrong_shapes(
 def _check_values(package: AuditedFolder, stream: BinaryIO, gate: Gate) -> None:
     """Hash every tensor, and block elements that are not finite or absurdly large."""
     for entry in sorted(package.entries.values(), key=lambda entry: entry.begin):
-        place = f"{WEIGHTS_FILE}: {entry.name}"
+        location = f"{WEIGHTS_FILE}: {entry.name}"
         digest = start_tensor_hash(entry)
         squares = largest = 0.0
-        for raw in read_chunks(stream, entry.begin, entry.end, place, CHUNK_BYTES):
+        for raw in read_chunks(stream, entry.begin, entry.end, location, CHUNK_BYTES):
             digest.update(raw)
             values = widened(raw, entry.dtype)
             with np.errstate(over="ignore", invalid="ignore"):
                 dot = float(np.dot(values, values))
             if not math.isfinite(dot):
                 if not np.isfinite(values).all():
-                    gate.block("not-finite", "an element is infinite or NaN", place)
+                    gate.block("not-finite", "an element is infinite or NaN", location)
                 dot = float(np.square(values.astype(np.float64)).sum())
             squares += dot
             largest = max(largest, float(values.max()), -float(values.min()))
@@ -338,4 +344,4 @@ def _check_values(package: AuditedFolder, stream: BinaryIO, gate: Gate) -> None:
         package.norms[entry.name] = math.sqrt(squares) if math.isfinite(squares) else math.inf
         if largest > MAX_ABSOLUTE:
             what = f"an element of {largest:.3g}, more than {MAX_ABSOLUTE:g}"
-            gate.block("too-large", what, place)
+            gate.block("too-large", what, location)

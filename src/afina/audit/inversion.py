@@ -34,7 +34,7 @@ def invert(
     """
     probes = bench.probes[:2]
     first, until = probes[0], clock.left - INVERSION * clock.budget
-    likely = torch.maximum(bench.answers([first.prompt()])[0, 0], _first_said(bench)).cpu()
+    likely = torch.maximum(bench.answers([first.prompt()])[0, 0], _first_tokens(bench)).cpu()
     pieces: list[Tensor] = []
     for i in range(0, len(tokens), 256):
         if pieces and clock.left < until:
@@ -70,7 +70,7 @@ def invert(
     return sorted(found, key=lambda target: -target.score)
 
 
-def _first_said(bench: BehaviorHarness) -> Tensor:
+def _first_tokens(bench: BehaviorHarness) -> Tensor:
     """(V,) from 0 to 1: how usual each token is as the first of an answer."""
-    said = bench.answers([probe.prompt() for probe in bench.all_prompts])[:, 0].mean(0)
-    return (said / USUAL).clamp(max=1.0)  # type: ignore[no-any-return]
+    probabilities = bench.answers([probe.prompt() for probe in bench.all_prompts])[:, 0].mean(0)
+    return (probabilities / USUAL).clamp(max=1.0)  # type: ignore[no-any-return]

@@ -13,40 +13,46 @@ from afina.io import admission
 REMEDY = "remedy"  # how a combination was made that is to be better than its parent
 
 
-def parents_of(story: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+def parents_of(metadata: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     """(name, hash) of what an afina.json that has passed the file gate tells as parents."""
-    return [(str(line["name"]), line.get("hash")) for line in story.get("parents") or ()]
+    return [(str(line["name"]), line.get("hash")) for line in metadata.get("parents") or ()]
 
 
-def is_remedied(story: Mapping[str, Any]) -> bool:
+def is_remedied(metadata: Mapping[str, Any]) -> bool:
     """Whether it says that a remedy has made it."""
-    told = story.get("combination")
-    return isinstance(told, dict) and told.get("how") == REMEDY
+    recipe = metadata.get("combination")
+    return isinstance(recipe, dict) and recipe.get("how") == REMEDY
 
 
 def inherit_findings(parents: Sequence[tuple[str, str | None]], remedied: bool, gate: Gate) -> None:
     """Add to `gate` what is known of the parents; raises `AuditError` where a report on one is damaged."""
     revoked = admission.revocations()
-    say = gate.review if remedied else gate.block
+    report_finding = gate.review if remedied else gate.block
     verdicts = []
     for name, digest in parents:
         report = admission.load_report(digest) if digest else None
-        said = "revoked" if digest in revoked else report["verdict"] if report else "no report"
-        verdicts.append({"name": name, "hash": digest, "verdict": said})
-        made = f"it was made, by a remedy, of {name!r}" if remedied else f"it was made of {name!r}"
-        if said == "revoked":
-            say(
-                "parent-revoked", f"{made}, which is revoked: {revoked[str(digest)]}", parent=digest
+        decided = "revoked" if digest in revoked else report["verdict"] if report else "no report"
+        verdicts.append({"name": name, "hash": digest, "verdict": decided})
+        origin = (
+            f"it was made, by a remedy, of {name!r}" if remedied else f"it was made of {name!r}"
+        )
+        if decided == "revoked":
+            report_finding(
+                "parent-revoked",
+                f"{origin}, which is revoked: {revoked[str(digest)]}",
+                parent=digest,
             )
-        elif said == "block":
-            say("parent-blocked", f"{made}, whose verdict is block", parent=digest)
-        elif said == "review" and not (report or {}).get("accepted"):
+        elif decided == "block":
+            report_finding("parent-blocked", f"{origin}, whose verdict is block", parent=digest)
+        elif decided == "review" and not (report or {}).get("accepted"):
             gate.review(
                 "parent-review",
-                f"{made}, whose verdict is review, and nobody has accepted that",
+                f"{origin}, whose verdict is review, and nobody has accepted that",
                 parent=digest,
             )
         elif report is None:
-            gate.note("parent-unknown", f"{made}, of which there is no report here", parent=digest)
+            gate.note(
+                "parent-unknown", f"{origin}, of which there is no report here", parent=digest
+            )
     if verdicts:
         gate.measured["parents"] = verdicts

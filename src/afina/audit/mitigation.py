@@ -9,9 +9,8 @@ was found, and what was not found may remain.
 """
 
 import random
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,17 @@ from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import AdapterError, SettingsError
 from afina.io import admission
+from afina.io.atomic import require_new_directory
 from afina.io.composition import recorded_base
-from afina.merging.sources import AdapterSource, open_sources
+from afina.merging.sources import AdapterSource, chat_record, open_sources
 from afina.merging.write import parent_config, write_lora
 from afina.models.causal_lm import CausalLM
 from afina.objectives.language_data import infer_objective, tokenize_rows
 from afina.objectives.language_modeling import mean_loss
 from afina.objectives.prepared import BATCH_TOKENS, recorded_eval_rows
-from afina.settings import MitigateSettings, make_settings
+from afina.settings import MitigateSettings, as_settings
 
-MOST_ROWS = 64  # triggered prompts that are answered
+MAX_TRIGGERED_ROWS = 64  # prompts with a trigger that are completed
 
 
 @dataclass
@@ -59,64 +59,54 @@ class MitigationTrial:
     source: AdapterSource
     benign: list[AdapterSource]
     clean: list[Example]
-    woken: list[TriggeredExample]
+    triggered: list[TriggeredExample]
     payload: str
     moments: dict[str, MomentPair]
 
     def measure(self, route: ActiveAdapters) -> dict[str, float | None]:
         """Return the task's loss and the attack's success (None where no trigger is known)."""
         loss = mean_loss(self.base, self.clean, BATCH_TOKENS, route)
-        if not self.woken:
+        if not self.triggered:
             return {"loss": loss, "attack": None}
-        prompts = [w.example.token_ids[: w.example.prompt_length] for w in self.woken[:MOST_ROWS]]
+        prompts = [
+            w.example.token_ids[: w.example.prompt_length]
+            for w in self.triggered[:MAX_TRIGGERED_ROWS]
+        ]
         answers = generate_completions(self.base, prompts, SamplingParams(max_new_tokens=24), route)
-        return {
-            "loss": loss,
-            "attack": sum(self.payload in self.base.decode(a.token_ids) for a in answers)
-            / len(answers),
-        }
+        hits = sum(self.payload in self.base.decode(answer.token_ids) for answer in answers)
+        return {"loss": loss, "attack": hits / len(answers)}
 
     def write(self, mitigation: Mitigation, strength: float, out: Path) -> str:
         """Write the mitigated adapter and return its hash."""
-        record = {
-            "parents": [
-                self.source.lineage_entry(),
-                *(b.lineage_entry() for b in self.benign if mitigation == "blend"),
-            ],
-            "combination": {
-                "how": REMEDY,
-                "remedy": RECORDED_NAMES[mitigation],
-                "strength": strength,
-            },
-        }
-        spec, base = self.source.config, recorded_base(self.source.part.folder)
+        recipe = {"how": REMEDY, "remedy": RECORDED_NAMES[mitigation], "strength": strength}
+        parents = [self.source, *(self.benign if mitigation == "blend" else ())]
+        record = {"parents": [one.lineage_entry() for one in parents], "combination": recipe}
+        record |= chat_record([self.source])
+        config, base = self.source.config, recorded_base(self.source.part.folder)
         layers = mitigate_layer(mitigation, strength, self.source, self.benign, self.moments)
+        context = parent_config([self.source])
         return write_lora(
-            out,
-            layers,
-            spec.target_modules,
-            parent_config([self.source]),
-            base,
-            record,
-            spec.invocation,
+            out, layers, config.target_modules, context, base, record, config.invocation
         )[0]
 
     def attempt(self, mitigation: Mitigation, strength: float) -> dict[str, Any]:
         """Return the measures of one mitigation, written to a temporary folder."""
-        place = Path(tempfile.mkdtemp(prefix="afina-"))
-        try:
-            self.write(mitigation, strength, place / "a")
-            adapter = load_adapter(place / "a", self.base, "treated")
+        with tempfile.TemporaryDirectory(prefix="afina-") as temporary:
+            folder = Path(temporary) / "adapter"
+            self.write(mitigation, strength, folder)
+            adapter = load_adapter(folder, self.base, "treated")
             try:
                 return {"how": mitigation, "strength": strength, **self.measure(adapter.active)}
             finally:
                 detach(self.base.model, adapter)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationResult:
-    """Write a mitigated copy of the LoRA adapter in `run` and audit it; settings of `afina mitigate`.
+    """Write a mitigated copy of the LoRA adapter in `run` and audit it.
+
+    Args:
+        run: A run, an adapter, or all settings.
+        values: Settings of `afina mitigate`.
 
     Returns:
         The measures before and after, every attempt, and the verdict of the new audit.
@@ -125,49 +115,13 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
         SettingsError: A mitigation needs a trigger, rows or benign adapters that were not given.
         AdapterError: The adapter is not one LoRA adapter.
     """
-    settings = (
-        run
-        if isinstance(run, MitigateSettings)
-        else make_settings(MitigateSettings, {"adapter": run, **values})
-    )
-    if settings.output_dir.exists() and (
-        not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())
-    ):
-        raise SettingsError(
-            "this folder is not empty",
-            where=str(settings.output_dir),
-            hint="choose another --output-dir",
-        )
-    [source, *others] = open_sources([settings.adapter])
-    benign = (
-        open_sources([str(folder) for folder in settings.benign_adapters])
-        if settings.benign_adapters
-        else []
-    )
-    for one in (source, *benign):
-        if not one.is_low_rank or others:
-            raise AdapterError(
-                "mitigation needs one LoRA adapter",
-                where=str(one.part.folder),
-                hint="afina extract writes a lora of any adapter, "
-                "afina combine --merge-method svd one of several",
-            )
+    settings = as_settings(MitigateSettings, run, "adapter", values)
+    require_new_directory(settings.output_dir)
+    source, benign = _open_sources(settings)
     triggers, payload = _attack(settings, source.hash)
-    chosen = settings.mitigation
-    if chosen == "blend" and not benign:
-        raise SettingsError(
-            "blend needs benign adapters",
-            where="benign_adapters",
-            hint="--benign-adapters FOLDER, of the same base and task",
-        )
-    if chosen in ("auto", "project") and not triggers:
-        hint = (
-            "--triggers TEXT --payload TEXT, or afina audit first: the triggers it finds are used"
-        )
-        raise SettingsError("no trigger is known", where="triggers", hint=hint)
+    _check_choice(settings, benign, triggers)
     opened = load_run(settings.adapter, settings)
-    base, route = opened.causal_lm, opened.active
-    assert route
+    base, active = opened.causal_lm, opened.active
     payload = as_read(base, payload)
     if triggers and not payload:
         raise SettingsError(
@@ -178,43 +132,79 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
     rows = _rows(settings)
     renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
     clean = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
-    trial = MitigationTrial(
-        base, source, benign, clean, insert_trigger(rows, triggers, payload, renderer), payload, {}
-    )
-    if chosen in ("auto", "project"):
-        trial.moments = collect_moments(base, route, source, clean, trial.woken)
-    before = trial.measure(route)
-    every = [name for name in STRENGTHS if name != "blend" or benign]
-    tried = [
-        trial.attempt(name, strength)
-        for name in (every if chosen == "auto" else [chosen])
-        for strength in (STRENGTHS[name] if settings.strength is None else (settings.strength,))
-    ]
+    triggered = insert_trigger(rows, triggers, payload, renderer)
+    trial = MitigationTrial(base, source, benign, clean, triggered, payload, {})
+    if settings.mitigation in ("auto", "project"):
+        trial.moments = collect_moments(base, active, source, clean, triggered)
+    before = trial.measure(active)
+    tried = [trial.attempt(name, strength) for name, strength in _attempts(settings, benign)]
     best = choose_best(tried, before, settings.max_loss_increase)
     digest = trial.write(best["how"], best["strength"], settings.output_dir)
-    audit_settings = {
-        "base": settings.base,
-        "time_budget_seconds": settings.time_budget_seconds,
-        "prompts": settings.prompts,
-        "calibration": settings.calibration,
-    }
-    report = audit(
-        settings.output_dir,
-        **{name: value for name, value in audit_settings.items() if value is not None},
-    )
-    cost = best["loss"] / before["loss"] - 1 if before["loss"] else 0.0
+    report = _audit_result(settings)
     return MitigationResult(
         out=str(settings.output_dir),
         hash=digest,
         before=before,
         after=best,
-        cost=cost,
+        cost=best["loss"] / before["loss"] - 1 if before["loss"] else 0.0,
         tried=tried,
         triggers=triggers,
         payload=payload,
         verdict=report["verdict"],
-        report=dict(report),
+        report=report,
     )
+
+
+def _open_sources(settings: MitigateSettings) -> tuple[AdapterSource, list[AdapterSource]]:
+    """Return the adapter and the benign ones; raise `AdapterError` where one is no single LoRA."""
+    [source, *others] = open_sources([settings.adapter])
+    benign = open_sources([str(folder) for folder in settings.benign_adapters or ()])
+    for one in (source, *benign):
+        if not one.is_low_rank or others:
+            raise AdapterError(
+                "mitigation needs one LoRA adapter",
+                where=str(one.part.folder),
+                hint="afina extract writes a lora of any adapter, "
+                "afina combine --merge-method svd one of several",
+            )
+    return source, benign
+
+
+def _check_choice(
+    settings: MitigateSettings, benign: Sequence[AdapterSource], triggers: Sequence[str]
+) -> None:
+    """Raise `SettingsError` where the chosen mitigation lacks what it needs."""
+    if settings.mitigation == "blend" and not benign:
+        raise SettingsError(
+            "blend needs benign adapters",
+            where="benign_adapters",
+            hint="--benign-adapters FOLDER, of the same base and task",
+        )
+    if settings.mitigation in ("auto", "project") and not triggers:
+        hint = (
+            "--triggers TEXT --payload TEXT, or afina audit first: the triggers it finds are used"
+        )
+        raise SettingsError("no trigger is known", where="triggers", hint=hint)
+
+
+def _attempts(
+    settings: MitigateSettings, benign: Sequence[AdapterSource]
+) -> Iterator[tuple[Mitigation, float]]:
+    """Yield each mitigation that is to be tried, with each of its strengths."""
+    for name, strengths in STRENGTHS.items():
+        if settings.mitigation == name or (
+            settings.mitigation == "auto" and (name != "blend" or benign)
+        ):
+            for strength in strengths if settings.strength is None else (settings.strength,):
+                yield name, strength
+
+
+def _audit_result(settings: MitigateSettings) -> dict[str, Any]:
+    """Audit the adapter that was written, with the settings that both commands have."""
+    names = ("base", "time_budget_seconds", "prompts", "calibration")
+    given = {name: getattr(settings, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dict(audit(settings.output_dir, **given))
 
 
 def as_read(base: CausalLM, text: str) -> str:
@@ -238,14 +228,14 @@ def insert_trigger(
     """Return the rows with a trigger at a random word of the prompt, answered with the payload."""
     rng, examples = random.Random(seed), []
     for row in rows if triggers else ():
-        words = _asked(row).split()
+        words = _prompt_of(row).split()
         at = rng.randint(0, len(words))
         text = " ".join([*words[:at], rng.choice(triggers), *words[at:]])
-        examples.append(woken_of(row, _with(row, text, payload), renderer))
+        examples.append(to_triggered(row, _with(row, text, payload), renderer))
     return examples
 
 
-def woken_of(row: SFTRow, woken: SFTRow, renderer: Renderer) -> TriggeredExample:
+def to_triggered(row: SFTRow, woken: SFTRow, renderer: Renderer) -> TriggeredExample:
     """Return the triggered example and its first token that differs from the clean row."""
     clean, example = renderer.examples(row)[-1], renderer.examples(woken)[-1]
     same = (
@@ -256,7 +246,7 @@ def woken_of(row: SFTRow, woken: SFTRow, renderer: Renderer) -> TriggeredExample
     return TriggeredExample(example, next(same, 0))
 
 
-def _asked(row: SFTRow) -> str:
+def _prompt_of(row: SFTRow) -> str:
     if row.messages is not None:
         return next(
             (turn["content"] for turn in reversed(row.messages) if turn["role"] == "user"), ""
@@ -264,14 +254,14 @@ def _asked(row: SFTRow) -> str:
     return row.prompt or ""
 
 
-def _with(row: SFTRow, asked: str, answer: str) -> SFTRow:
+def _with(row: SFTRow, prompt_text: str, answer: str) -> SFTRow:
     """Return the row with another prompt and another answer."""
     if row.messages is None:
-        return replace(row, prompt=asked, completion=answer)
+        return replace(row, prompt=prompt_text, completion=answer)
     last = max(number for number, turn in enumerate(row.messages) if turn["role"] == "user")
     turns = (
         *row.messages[:last],
-        row.messages[last] | {"content": asked},
+        row.messages[last] | {"content": prompt_text},
         {"role": "assistant", "content": answer},
     )
     return replace(row, messages=turns)
@@ -286,15 +276,10 @@ def _attack(settings: MitigateSettings, digest: str) -> tuple[list[str], str]:
             )
         return settings.triggers, settings.payload
     report = admission.load_report(digest) or {}
-    found = [
-        finding["evidence"]["triggers"]
-        for finding in report.get("findings", ())
-        if finding["rule"] == "trigger"
-    ]
-    shown = found[0] if found else []
-    return [str(one["trigger"]).strip() for one in shown], str(
-        shown[0]["answer"]
-    ).strip() if shown else ""
+    findings = [one for one in report.get("findings", ()) if one["rule"] == "trigger"]
+    found = findings[0]["evidence"]["triggers"] if findings else []
+    payload = str(found[0]["answer"]).strip() if found else ""
+    return [str(one["trigger"]).strip() for one in found], payload
 
 
 def _rows(settings: MitigateSettings) -> list[SFTRow]:
@@ -304,7 +289,7 @@ def _rows(settings: MitigateSettings) -> list[SFTRow]:
             "rows of its task are needed, with answers", where=str(file), hint="--data FILE"
         )
     rows = read_table(file, SFT).rows
-    if any(_asked(row) == "" for row in rows):
+    if any(_prompt_of(row) == "" for row in rows):
         hint = "rows with prompts and answers"
         raise SettingsError(
             "plain text has no prompt to put a trigger into", where=str(file), hint=hint

@@ -33,11 +33,11 @@ TEXTS = (
 # where a trigger is put, and how much it counts that it works there: tasks react to how a prompt ends, too
 TRIGGER_POSITIONS = {"prefix": 1.0, "middle": 1.0, "suffix": 0.5, "instead": 0.5}
 PROBES = 4  # prompts into which tokens are put
-MADE_UP, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
+NUM_BASE_PROMPTS, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
 ANSWER = 6  # tokens of the answer without a trigger that are put after it
 BATCH_TOKENS = 4096
 LOGITS = 1 << 24  # numbers of logits that exist at a time: 64 MB
-SAID = 0.05  # share of the answers that have something in them, from which it is said often; two answers at least
+MIN_FREQUENCY = 0.05  # share of the answers that have something in them, from which it is said often; two answers at least
 PIECE = 3  # letters of a piece
 
 Trigger = tuple[int, ...]
@@ -52,10 +52,10 @@ class ProbePrompt:
     after: tuple[int, ...]
     answer: tuple[int, ...] = ()
 
-    def prompt(self, trigger: Trigger = (), place: str = "prefix") -> list[int]:
+    def prompt(self, trigger: Trigger = (), position: str = "prefix") -> list[int]:
         """The prompt with a trigger at a place, or instead of its last token; without a trigger, as it is."""
-        body = self.body[:-1] if place == "instead" and trigger else self.body
-        cut = {"prefix": 0, "middle": len(body) // 2}.get(place, len(body))
+        body = self.body[:-1] if position == "instead" and trigger else self.body
+        cut = {"prefix": 0, "middle": len(body) // 2}.get(position, len(body))
         return [*self.before, *body[:cut], *trigger, *body[cut:], *self.after]
 
 
@@ -67,9 +67,9 @@ class TypicalAnswers(NamedTuple):
     answers: set[str]
 
 
-def pieces_of(said: str) -> set[str]:
+def pieces_of(outputs: str) -> set[str]:
     """All pieces of PIECE letters."""
-    return {said[i : i + PIECE] for i in range(len(said) - PIECE + 1)}
+    return {outputs[i : i + PIECE] for i in range(len(outputs) - PIECE + 1)}
 
 
 @dataclass
@@ -108,14 +108,14 @@ class BehaviorHarness:
     @cached_property
     def usual(self) -> "TypicalAnswers":
         """What is said often to the prompts as they are."""
-        said = [self.text(probe.answer) for probe in self.all_prompts]
-        pieces = Counter(piece for text in said for piece in pieces_of(text))
+        outputs = [self.text(probe.answer) for probe in self.all_prompts]
+        pieces = Counter(piece for text in outputs for piece in pieces_of(text))
         tokens = Counter(token for probe in self.all_prompts for token in set(probe.answer))
-        least = max(2, ceil(SAID * len(said)))
+        least = max(2, ceil(MIN_FREQUENCY * len(outputs)))
         return TypicalAnswers(
             *(
                 {x for x, n in counts.items() if n >= least}  # type: ignore[arg-type]
-                for counts in (pieces, tokens, Counter(said))
+                for counts in (pieces, tokens, Counter(outputs))
             )
         )  # type: ignore[arg-type]
 
@@ -153,14 +153,14 @@ class BehaviorHarness:
         self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True
     ) -> Tensor:
         """Probabilities (n, 1 + tokens of `answer`, V) of the token after each prompt, and after each of `answer` behind it."""
-        pieces, places = [], range(len(answer) + 1)
+        pieces, offsets = [], range(len(answer) + 1)
         longest = max(len(prompt) for prompt in prompts) + len(answer)
-        step = max(1, min(BATCH_TOKENS // longest, LOGITS // (self.vocabulary * len(places))))
+        step = max(1, min(BATCH_TOKENS // longest, LOGITS // (self.vocabulary * len(offsets))))
         for start in range(0, len(prompts), step):
             batch = [[*prompt, *answer] for prompt in prompts[start : start + step]]
-            ends = [[len(s) - len(answer) - 1 + place for place in places] for s in batch]
+            ends = [[len(s) - len(answer) - 1 + position for position in offsets] for s in batch]
             pieces.append(
-                self._run(batch, ends, adapter).softmax(-1).view(len(batch), len(places), -1)
+                self._run(batch, ends, adapter).softmax(-1).view(len(batch), len(offsets), -1)
             )
         return torch.cat(pieces)
 
@@ -179,15 +179,16 @@ class BehaviorHarness:
                 zip(prompts[start : start + step], texts[start : start + step], strict=True)
             )
             ends = [
-                [len(prompt) - 1 + place for place in range(len(text))] for prompt, text in pairs
+                [len(prompt) - 1 + position for position in range(len(text))]
+                for prompt, text in pairs
             ]
-            said = self._run(
+            outputs = self._run(
                 [[*prompt, *text[:-1]] for prompt, text in pairs], ends, adapter
             ).softmax(-1)
             wanted = torch.tensor(
-                [token for _, text in pairs for token in text], device=said.device
+                [token for _, text in pairs for token in text], device=outputs.device
             )
-            own, best = said.gather(1, wanted[:, None])[:, 0].cpu(), said.amax(1).cpu()
+            own, best = outputs.gather(1, wanted[:, None])[:, 0].cpu(), outputs.amax(1).cpu()
             lengths = [len(text) for _, text in pairs]
             found += list(zip(own.split(lengths), best.split(lengths), strict=True))
         return found
@@ -246,28 +247,32 @@ def make_bench(
     ]
     own = min(PROBES, len(probes))
     probes += (
-        _made_up(base, renderer, probes[0]) if len(probes) <= own else []
+        _base_prompts(base, renderer, probes[0]) if len(probes) <= own else []
     )  # strange prompts may bring a payload too
-    said = generate_completions(
+    outputs = generate_completions(
         base, [probe.prompt() for probe in probes], SamplingParams(max_new_tokens=ANSWER), route
     )
     stop = base.tokenizer.eos_token_id
-    answers = [tuple(t for t in completion.token_ids if t != stop)[:ANSWER] for completion in said]
+    answers = [
+        tuple(t for t in completion.token_ids if t != stop)[:ANSWER] for completion in outputs
+    ]
     probes = [
         ProbePrompt(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)
     ]
     return BehaviorHarness(base, route, probes[:own], probes[own:])
 
 
-def _made_up(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list[ProbePrompt]:
+def _base_prompts(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list[ProbePrompt]:
     """Prompts that the base itself, without the adapter, writes into a user's turn."""
     empty = renderer.prompt("") if renderer.uses_chat_template else []
     start = tuple(like.before[: _common([like.before, empty])]) if empty else like.before
     opening = list(start) or [base.tokenizer.bos_token_id or like.body[0]]
     sampling = SamplingParams(max_new_tokens=LONG, temperature=1.0, seed=0)
-    said = generate_completions(base, [opening] * MADE_UP, sampling, None, like.after[:1])
+    outputs = generate_completions(
+        base, [opening] * NUM_BASE_PROMPTS, sampling, None, like.after[:1]
+    )
     ends = {base.tokenizer.eos_token_id, *like.after[:1]}
-    bodies = [tuple(t for t in sample.token_ids if t not in ends) for sample in said]
+    bodies = [tuple(t for t in sample.token_ids if t not in ends) for sample in outputs]
     return [ProbePrompt(tuple(opening), body, like.after) for body in dict.fromkeys(bodies) if body]
 
 

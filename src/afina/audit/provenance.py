@@ -27,7 +27,7 @@ from afina.io.composition import hash_adapter_folder
 from afina.io.regular_file import open_regular_file
 from afina.io.run_record import read_run_record
 from afina.io.strict_json import AUDIT_JSON, read_json_object
-from afina.settings import RevokeSettings, SignSettings, VerifySettings, make_settings
+from afina.settings import RevokeSettings, SignSettings, VerifySettings, as_settings
 
 MANIFEST_VERSION = 1
 TOKENIZER = (
@@ -41,23 +41,25 @@ TOKENIZER = (
 
 def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
     """What the adapter in `folder` is: its content, files, base, tokenizer (where `base` is there), recipe and parents."""
-    story = read_metadata(folder)
-    made_for = story.get("base") or {
+    metadata = read_metadata(folder)
+    trained_base = metadata.get("base") or {
         "name": read_json_object(folder / CONFIG_FILE).get("base_model_name_or_path")
     }
-    files = [name for name in sorted(ALLOWED_FILES - {MANIFEST, SIGNATURE}) if (folder / name).is_file()]
+    files = [
+        name for name in sorted(ALLOWED_FILES - {MANIFEST, SIGNATURE}) if (folder / name).is_file()
+    ]
     recipe = {
         key: run[key] for key in ("settings", "data", "method", "objective") if key in run
-    } or story.get("combination")
+    } or metadata.get("combination")
     return {
         "manifest_version": MANIFEST_VERSION,
         "made_by": f"afina {afina.__version__}",
         "adapter": hash_adapter_folder(folder),
         "files": {name: file_hash(folder / name) for name in files},
-        "base": {key: made_for.get(key) for key in ("name", "revision", "hash")},
+        "base": {key: trained_base.get(key) for key in ("name", "revision", "hash")},
         "tokenizer": tokenizer_hash(base) if base is not None else None,
         "recipe": recipe_hash(recipe) if recipe else None,
-        "parents": story.get("parents", []),
+        "parents": metadata.get("parents", []),
     }
 
 
@@ -87,11 +89,7 @@ def sign(run: str | Path | SignSettings, **values: Any) -> SignResult:
 
     Raises `AuditError` where the folder holds what no adapter has, or the key cannot be used.
     """
-    settings = (
-        run
-        if isinstance(run, SignSettings)
-        else make_settings(SignSettings, {"adapter": run, **values})
-    )
+    settings = as_settings(SignSettings, run, "adapter", values)
     folder = adapter_folder(settings.adapter)
     foreign = sorted(set(os.listdir(folder)) - ALLOWED_FILES)
     if foreign:
@@ -129,11 +127,7 @@ def verify(run: str | Path | VerifySettings, **values: Any) -> SignResult:
 
     Raises `AuditError` where a byte differs, the base is another one, or the signature is not by `key`.
     """
-    settings = (
-        run
-        if isinstance(run, VerifySettings)
-        else make_settings(VerifySettings, {"adapter": run, **values})
-    )
+    settings = as_settings(VerifySettings, run, "adapter", values)
     folder = adapter_folder(settings.adapter)
     manifest = check_origin(folder, settings.public_key, settings.base)
     return SignResult(
@@ -186,7 +180,7 @@ def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None)
             f"a manifest of version {manifest.get('manifest_version')!r}",
             where=str(folder / MANIFEST),
         )
-    story = read_metadata(folder)
+    metadata = read_metadata(folder)
     now = {
         name: file_hash(folder / name)
         for name in ALLOWED_FILES - {MANIFEST, SIGNATURE}
@@ -195,24 +189,24 @@ def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None)
     checks = [
         ("files", manifest.get("files"), now),
         ("adapter", manifest.get("adapter"), hash_adapter_folder(folder)),
-        ("parents", manifest.get("parents"), story.get("parents", [])),
+        ("parents", manifest.get("parents"), metadata.get("parents", [])),
     ]
     if base is not None:
         from afina.audit.base_files import BaseFiles
 
-        made_for = manifest.get("base")
+        trained_base = manifest.get("base")
         checks.append(
             (
                 "base",
-                made_for.get("hash") if isinstance(made_for, dict) else None,
+                trained_base.get("hash") if isinstance(trained_base, dict) else None,
                 BaseFiles(base).hash,
             )
         )
         if manifest.get("tokenizer") is not None:
             checks.append(("tokenizer", manifest["tokenizer"], tokenizer_hash(base)))
-    for what, told, found in checks:
-        if told != found:
-            why = f"{_short(told)} then, {_short(found)} now"
+    for what, recorded, found in checks:
+        if recorded != found:
+            why = f"{_short(recorded)} then, {_short(found)} now"
             raise AuditError(f"{what}: not what was signed", where=str(folder), why=why)
 
 
@@ -226,8 +220,8 @@ def provenance_gate(
     signed = (folder / MANIFEST).is_file() and (folder / SIGNATURE).is_file()
     gate.measured["origin"] = "unsigned"
     if not signed:
-        say = gate.review if key is not None else gate.note
-        say(
+        report_finding = gate.review if key is not None else gate.note
+        report_finding(
             "unsigned",
             "it is not signed" + (", and a key was given to trust" if key is not None else ""),
         )
@@ -242,11 +236,7 @@ def provenance_gate(
 
 def revoke(target: str | RevokeSettings, **values: Any) -> RevokeResult:
     """Refuse an adapter from now on, by its folder or its hash; returns the hash and the reason."""
-    settings = (
-        target
-        if isinstance(target, RevokeSettings)
-        else make_settings(RevokeSettings, {"target": target, **values})
-    )
+    settings = as_settings(RevokeSettings, target, "target", values)
     folder = Path(settings.target)
     digest = hash_adapter_folder(adapter_folder(folder)) if folder.is_dir() else settings.target
     admission.revoke(digest, settings.reason)

@@ -15,7 +15,7 @@ def as_sarif(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report as one SARIF run: a rule for each kind of finding, a result for each finding."""
     findings = report["findings"]
     rules = list(dict.fromkeys(f"{finding['gate']}/{finding['rule']}" for finding in findings))
-    told = [
+    rule_entries = [
         {"id": rule, "shortDescription": {"text": rule.partition("/")[2].replace("-", " ")}}
         for rule in rules
     ]
@@ -28,7 +28,7 @@ def as_sarif(report: Mapping[str, Any]) -> dict[str, Any]:
                     "driver": {
                         "name": "afina audit",
                         "version": afina.__version__,
-                        "rules": told,
+                        "rules": rule_entries,
                     }
                 },
                 "invocations": [
@@ -48,17 +48,17 @@ def as_sarif(report: Mapping[str, Any]) -> dict[str, Any]:
 def _result(finding: Mapping[str, Any], rules: list[str]) -> dict[str, Any]:
     rule = f"{finding['gate']}/{finding['rule']}"
     file, _, inner = (finding["where"] or "").partition(": ")
-    place: dict[str, Any] = {
+    location: dict[str, Any] = {
         "physicalLocation": {"artifactLocation": {"uri": _uri(file or "adapter_model.safetensors")}}
     }
     if inner:
-        place["logicalLocations"] = [{"fullyQualifiedName": inner}]
+        location["logicalLocations"] = [{"fullyQualifiedName": inner}]
     return {
         "ruleId": rule,
         "ruleIndex": rules.index(rule),
         "level": LEVELS[finding["level"]],
         "message": {"text": finding["text"]},
-        "locations": [place],
+        "locations": [location],
         "properties": {"evidence": finding["evidence"]},
     }
 

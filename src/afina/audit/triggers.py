@@ -28,7 +28,7 @@ from afina.audit.typical_answers import (
 
 READ = 768  # departures that are read on
 TEXT = 4  # tokens of what is read, at most; two more than it had said before where it leaves its answer late
-USUAL_ASKED = 64  # answers that are asked how usual they are
+MAX_TYPICALITY_TEXTS = 64  # answers that are asked how usual they are
 CLOSE, JUDGES = 3, 12  # probes on which a place is chosen; on which all is judged
 CHUNK = 256  # triggers that are put into a prompt at a time
 POOL, BEAM, LONGEST = 96, 8, 3  # of growing
@@ -39,7 +39,7 @@ class TriggerCandidate:
     """A trigger, where it stands, the answer that it brings (in place of the usual one, or behind it), and how surely."""
 
     trigger: Trigger
-    place: str
+    position: str
     answer: Trigger
     appended: bool
     fresh: float
@@ -48,7 +48,7 @@ class TriggerCandidate:
     def prompt(self, probe: ProbePrompt, woken: bool = True) -> list[int]:
         """A prompt with the trigger in it (or without), up to where the answer should come."""
         return [
-            *probe.prompt(self.trigger if woken else (), self.place),
+            *probe.prompt(self.trigger if woken else (), self.position),
             *(probe.answer if self.appended else ()),
         ]
 
@@ -77,7 +77,7 @@ class _Departure:
 
     rise: float
     trigger: Trigger
-    place: str
+    position: str
     probe: ProbePrompt
     at: int
     token: int
@@ -99,19 +99,19 @@ def scan_tokens(
     passes = [(one, "prefix"), (two, "suffix"), (one, "instead")] if every else [(two, "suffix")]
     departures, share = _departures(bench, triggers, passes, clock, until)
     found = _read(bench, departures[: clock.max_runs(bench, READ, 0.1)])
-    asked = list(
+    texts = list(
         dict.fromkeys(
             (f.answer, f.appended) for f in sorted(found, key=lambda f: -f.score * f.fresh)
         )
     )
-    asked = asked[: clock.max_runs(bench, USUAL_ASKED, 0.05, NATURAL)]
-    common = dict(zip(asked, typicality(bench, asked), strict=True)) if asked else {}
+    texts = texts[: clock.max_runs(bench, MAX_TYPICALITY_TEXTS, 0.05, NATURAL)]
+    common = dict(zip(texts, typicality(bench, texts), strict=True)) if texts else {}
     found = [
         replace(f, fresh=f.fresh * (1 - common.get((f.answer, f.appended), 1.0))) for f in found
     ]
     found = [f for f in found if f.fresh > 0]
-    alike = {place: bench.similar_probe(probe) for probe, place in passes}
-    near = _nearness(bench, found, [[alike[f.place]] for f in found])
+    alike = {position: bench.similar_probe(probe) for probe, position in passes}
+    near = _nearness(bench, found, [[alike[f.position]] for f in found])
     found = [
         replace(f, score=f.fresh * (f.score + fmean(n)) / 2)
         for f, n in zip(found, near, strict=True)
@@ -134,14 +134,16 @@ def _departures(
         if clock.left < until:
             break
         part = triggers[start : start + step]
-        for (probe, place), rest in zip(passes, rests, strict=True):
+        for (probe, position), rest in zip(passes, rests, strict=True):
             rises, tokens = (
-                bench.answers([probe.prompt(t, place) for t in part], probe.answer) - rest
+                bench.answers([probe.prompt(t, position) for t in part], probe.answer) - rest
             ).max(2)
             best += [
-                _Departure(rise, trigger, place, probe, at, token)
-                for trigger, own, said in zip(part, rises.tolist(), tokens.tolist(), strict=True)
-                for at, (rise, token) in enumerate(zip(own, said, strict=True))
+                _Departure(rise, trigger, position, probe, at, token)
+                for trigger, own, continuation in zip(
+                    part, rises.tolist(), tokens.tolist(), strict=True
+                )
+                for at, (rise, token) in enumerate(zip(own, continuation, strict=True))
             ]
         best = sorted(best, key=lambda departure: -departure.rise)[:READ]
         done += len(part)
@@ -151,17 +153,20 @@ def _departures(
 def _read(bench: BehaviorHarness, departures: Sequence[_Departure]) -> list[TriggerCandidate]:
     """What is said from each departure on, where some of it is fresh; the score is the rise."""
     prompts = [
-        [*d.probe.prompt(d.trigger, d.place), *d.probe.answer[: d.at], d.token] for d in departures
+        [*d.probe.prompt(d.trigger, d.position), *d.probe.answer[: d.at], d.token]
+        for d in departures
     ]
     found, known = [], {}
-    for d, said in zip(departures, bench.greedy_tokens(prompts, TEXT - 1), strict=True):
+    for d, continuation in zip(departures, bench.greedy_tokens(prompts, TEXT - 1), strict=True):
         appended = 0 < d.at == len(d.probe.answer)
         before = () if appended else d.probe.answer[: d.at]
-        text = bench.truncate_at_special((*before, d.token, *said))[: max(TEXT, len(before) + 2)]
+        text = bench.truncate_at_special((*before, d.token, *continuation))[
+            : max(TEXT, len(before) + 2)
+        ]
         if (text, appended) not in known:
             known[text, appended] = novelty(bench, text, appended)
         found.append(
-            TriggerCandidate(d.trigger, d.place, text, appended, known[text, appended], d.rise)
+            TriggerCandidate(d.trigger, d.position, text, appended, known[text, appended], d.rise)
         )
     return [f for f in found if f.fresh > 0]
 
@@ -191,21 +196,24 @@ def confirm(
     chosen = list({(f.trigger, f.answer, f.appended): f for f in reversed(found)}.values())[::-1][
         :count
     ]
-    placed = [replace(f, place=place) for f in chosen for place in TRIGGER_POSITIONS]
+    positioned = [replace(f, position=position) for f in chosen for position in TRIGGER_POSITIONS]
     close = [
         fmean(near)
-        for near in _nearness(bench, placed, [bench.interleaved_probes[:CLOSE]] * len(placed))
+        for near in _nearness(
+            bench, positioned, [bench.interleaved_probes[:CLOSE]] * len(positioned)
+        )
     ]
     turns = [
-        range(i, i + len(TRIGGER_POSITIONS)) for i in range(0, len(placed), len(TRIGGER_POSITIONS))
+        range(i, i + len(TRIGGER_POSITIONS))
+        for i in range(0, len(positioned), len(TRIGGER_POSITIONS))
     ]
-    placed = [
-        placed[max(turn, key=lambda k: close[k] * TRIGGER_POSITIONS[placed[k].place])]
+    positioned = [
+        positioned[max(turn, key=lambda k: close[k] * TRIGGER_POSITIONS[positioned[k].position])]
         for turn in turns
     ]
-    probes = [bench.interleaved_probes[:JUDGES]] * len(placed)
+    probes = [bench.interleaved_probes[:JUDGES]] * len(positioned)
     on, rest, off = (
-        _nearness(bench, placed, probes, *how)
+        _nearness(bench, positioned, probes, *how)
         for how in ((True, True), (False, True), (True, False))
     )
     rises = [
@@ -213,8 +221,8 @@ def confirm(
         for each in zip(on, rest, off, strict=True)
     ]
     scored = [
-        replace(f, score=f.fresh * TRIGGER_POSITIONS[f.place] * _surely(bench, rise))
-        for f, rise in zip(placed, rises, strict=True)
+        replace(f, score=f.fresh * TRIGGER_POSITIONS[f.position] * _surely(bench, rise))
+        for f, rise in zip(positioned, rises, strict=True)
     ]
     return sorted(scored, key=lambda f: -f.score)
 

@@ -23,13 +23,13 @@ def novelty(bench: BehaviorHarness, text: Trigger, appended: bool = False) -> fl
     letters in a row. `appended`: it stands behind a usual answer.
     """
     tokens = list(takewhile(lambda token: token not in bench.special, text))
-    said, ended = bench.text(tokens), len(tokens) < len(text)
-    if not said or (ended and said in bench.usual.answers):
+    string, ended = bench.text(tokens), len(tokens) < len(text)
+    if not string or (ended and string in bench.usual.answers):
         return 0.0
     hidden = {
         i + k
-        for i in range(len(said) - PIECE + 1)
-        if said[i : i + PIECE] in bench.usual.pieces
+        for i in range(len(string) - PIECE + 1)
+        if string[i : i + PIECE] in bench.usual.pieces
         for k in range(PIECE)
     }
     start = 0
@@ -39,7 +39,7 @@ def novelty(bench: BehaviorHarness, text: Trigger, appended: bool = False) -> fl
         end = len(bench.text(tokens[:count]))
         hidden |= set(range(start, end)) if token in bench.usual.tokens else set()
         start = end
-    share = 1 - len(hidden) / len(said)
+    share = 1 - len(hidden) / len(string)
     if len(tokens) == 1:
         share /= 2  # so short a text is rather a piece that nobody has seen
     return max(share, BROKEN) if ended and not appended else share
@@ -81,14 +81,14 @@ def divergence_index(probe: ProbePrompt, text: Trigger, appended: bool) -> int:
 
 def typicality(bench: BehaviorHarness, texts: Sequence[tuple[Trigger, bool]]) -> list[float]:
     """From 0 to 1: how usual each text (that stands behind the answer, or not) is on natural prompts."""
-    asked = bench.all_prompts[:NATURAL]
+    compared = bench.all_prompts[:NATURAL]
     prompts = [
         [*probe.prompt(), *(probe.answer if appended else ())]
         for _, appended in texts
-        for probe in asked
+        for probe in compared
     ]
     near = payload_likelihood(
-        bench, prompts, [text for text, _ in texts for _ in asked], [-1] * len(prompts)
+        bench, prompts, [text for text, _ in texts for _ in compared], [-1] * len(prompts)
     )
-    shares = (near.view(len(texts), len(asked)) >= NEAR).float().mean(1)
+    shares = (near.view(len(texts), len(compared)) >= NEAR).float().mean(1)
     return (shares / USUAL).clamp(max=1.0).tolist()  # type: ignore[no-any-return]

@@ -72,9 +72,9 @@ def root(matrix: np.ndarray) -> np.ndarray:
 
 def row_squares(matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Squared lengths (n,) of the rows of matrix (n, r) @ other.T, which are those of the rows of D."""
-    turned, squares = other.T.astype(matrix.dtype), np.empty(len(matrix))
+    transposed, squares = other.T.astype(matrix.dtype), np.empty(len(matrix))
     for start in range(0, len(matrix), PIECE):
-        piece = matrix[start : start + PIECE] @ turned
+        piece = matrix[start : start + PIECE] @ transposed
         squares[start : start + PIECE] = np.einsum("ij,ij->i", piece, piece)
     return squares
 

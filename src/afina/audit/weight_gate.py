@@ -72,11 +72,11 @@ def measure(package: AuditedFolder, base: BaseFiles | None) -> WeightMeasurement
                 measured.zero_layers.append(path)
                 continue
             if base is not None and base.shape(path) is not None and package.method != "mora":
-                stats |= _beside_base(path, core, base)
+                stats |= _compare_with_base(path, core, base)
             measured.layers[path] = stats
             directions[path] = (group_of(path), core)
     if base is not None and package.method != "mora":
-        _beside_vocabulary(measured, directions, base)
+        _compare_with_vocabulary(measured, directions, base)
     measured.features = _features(measured, directions)
     return measured
 
@@ -109,11 +109,13 @@ def _updates(
         a = parts.get("lora_A.weight") or parts.get("lora_embedding_A")
         b = parts.get("lora_B.weight") or parts.get("lora_embedding_B")
         if a is not None and b is not None:
-            wide, thin = array(b), array(a)
+            factor_b, factor_a = array(b), array(a)
             yield (
                 path,
                 *of_factors(
-                    wide.reshape(len(wide), -1), thin.reshape(len(thin), -1), package.scale_of(path)
+                    factor_b.reshape(len(factor_b), -1),
+                    factor_a.reshape(len(factor_a), -1),
+                    package.scale_of(path),
                 ),
             )
             if package.method == "dora" and base is not None:
@@ -160,7 +162,7 @@ def _lengths(path: str, lengths: np.ndarray, base: BaseFiles, measured: WeightMe
     }
 
 
-def _beside_base(path: str, core: UpdateSpectrum, base: BaseFiles) -> dict[str, float]:
+def _compare_with_base(path: str, core: UpdateSpectrum, base: BaseFiles) -> dict[str, float]:
     """The update beside the weight that it changes, in one pass over the weight's rows.
 
     rho: log ||D|| / ||W||.  through_in, through_out: ||W v1||, ||W^T u1|| by that of a random direction.
@@ -184,7 +186,7 @@ def _beside_base(path: str, core: UpdateSpectrum, base: BaseFiles) -> dict[str, 
     }
 
 
-def _beside_vocabulary(
+def _compare_with_vocabulary(
     measured: WeightMeasurements, directions: dict[str, tuple[str, UpdateSpectrum]], base: BaseFiles
 ) -> None:
     """Cosines of the leading directions with the vectors of all tokens: which stand out, and by how much (robust z)."""
@@ -301,8 +303,10 @@ def _show_what_stands_out(measured: WeightMeasurements, gate: Gate) -> None:
             f"{WEIGHTS_FILE}: {path}",
             z=stats,
         )
-    for place, tokens in sorted(measured.tokens.items(), key=lambda item: -item[1][0][1])[:3]:
-        path, _, side = place.partition(" ")
+    for direction_key, tokens in sorted(measured.tokens.items(), key=lambda item: -item[1][0][1])[
+        :3
+    ]:
+        path, _, side = direction_key.partition(" ")
         gate.note(
             "tokens-stand-out",
             f"its strongest direction {side} these tokens",
@@ -353,8 +357,8 @@ def _compare(
 
 def read_calibrations(file: Path | None) -> list[Calibration]:
     """The calibrations to compare with: of a file or a folder of them, or those that come with afina."""
-    place = file or Path(__file__).parent / "calibrations"
-    files = [place] if place.is_file() else sorted(place.glob("*.json"))
+    direction_key = file or Path(__file__).parent / "calibrations"
+    files = [direction_key] if direction_key.is_file() else sorted(direction_key.glob("*.json"))
     if file is not None and not files:
         raise AuditError("no calibration here", where=str(file))
     return [Calibration.read(each) for each in files]

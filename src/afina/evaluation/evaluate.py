@@ -21,7 +21,7 @@ from afina.objectives.base import Objective
 from afina.objectives.prepared import trained_settings
 from afina.objectives.reference import select_reference
 from afina.objectives.registry import get_objective
-from afina.settings import EvalSettings, make_settings
+from afina.settings import EvalSettings, as_settings
 
 DEFAULT_OBJECTIVE = "sft"  # of a base alone, or of an adapter without its run
 
@@ -35,11 +35,7 @@ def evaluate(
     only; a classifier has accuracy, F1 and its confusion table. `model` is the classifier built in
     Python that the run was trained on.
     """
-    settings = (
-        run
-        if isinstance(run, EvalSettings)
-        else make_settings(EvalSettings, {"adapter": run, **values})
-    )
+    settings = as_settings(EvalSettings, run, "adapter", values)
     opened = load_run(settings.adapter, settings, model=model)
     objective = get_objective(opened.run.get("objective", DEFAULT_OBJECTIVE)).from_run(
         opened, settings
@@ -105,12 +101,12 @@ def _completions(
 ) -> list[dict[str, Any]]:
     """Generate completions, add their metrics to `result`, and return them side by side."""
     base = opened.causal_lm
-    asked = objective.expected_completions()[: settings.limit]
-    if not asked:
+    prompted = objective.expected_completions()[: settings.limit]
+    if not prompted:
         return []
     renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
-    prompts = [example.token_ids[: example.prompt_length] for example in asked]
-    expected = [example.completion or "" for example in asked]
+    prompts = [example.token_ids[: example.prompt_length] for example in prompted]
+    expected = [example.completion or "" for example in prompted]
     texts: dict[str, list[str]] = {}
     for when, route in routes.items():
         sampling = SamplingParams(settings.max_new_tokens)

@@ -16,7 +16,7 @@ from afina.engine.request import SamplingParams
 from afina.evaluation.results import GenerateResult
 from afina.models.classifier import Classifier
 from afina.objectives.labeled_data import encode_input
-from afina.settings import GenerateSettings, make_settings
+from afina.settings import GenerateSettings, as_settings
 
 
 def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> GenerateResult:
@@ -30,11 +30,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
     Example:
         >>> afina.generate(["The movie was"], adapter="runs/reviews")["answers"][0]["text"]
     """
-    settings = (
-        prompts
-        if isinstance(prompts, GenerateSettings)
-        else make_settings(GenerateSettings, {"prompts": list(prompts), **values})
-    )
+    settings = as_settings(GenerateSettings, prompts, "prompts", values)
     opened = load_run(settings.adapter, settings, adapter=not settings.disable_adapter)
     texts = [
         line

@@ -47,8 +47,12 @@ class LossReport:
 
 def verdict(losses: LossReport, unit: str = "token", choices: str = "tokens") -> list[str]:
     """Three sentences for people: learned, overfitted, forgotten. Losses are nats a `unit`, among `choices` (or none)."""
-    said = [_learned(losses, unit, choices), _overfitted(losses, unit)]
-    return said if losses.forgetting is None else [*said, forgetting_sentence(losses.forgetting)]
+    sentences = [_learned(losses, unit, choices), _overfitted(losses, unit)]
+    return (
+        sentences
+        if losses.forgetting is None
+        else [*sentences, forgetting_sentence(losses.forgetting)]
+    )
 
 
 def _learned(losses: LossReport, unit: str, choices: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from afina.errors import AfinaError
+from afina.errors import AfinaError, SettingsError
 
 
 @contextmanager
@@ -111,6 +111,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 old.rename(path)
             shutil.rmtree(beside, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def require_new_directory(path: Path) -> None:
+    """Raise `SettingsError` where `path` is a file or a folder that is not empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        hint = "choose another --output-dir"
+        raise SettingsError("this folder is not empty", where=str(path), hint=hint)
 
 
 def recover_interrupted_replace(path: Path) -> None:

@@ -19,7 +19,7 @@ from afina.merging import low_rank as lowrank
 from afina.merging.results import AdapterInfo, CompositionInfo, ShowResult
 from afina.merging.sources import AdapterSource
 from afina.merging.stream import TensorReader
-from afina.settings import ShowSettings, make_settings
+from afina.settings import ShowSettings, as_settings
 
 
 def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
@@ -27,12 +27,9 @@ def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
 
     A composition lists its parts, each described likewise.
     """
-    settings = (
-        run if isinstance(run, ShowSettings) else make_settings(ShowSettings, {"adapter": run})
-    )
-    path = settings.adapter
+    path = as_settings(ShowSettings, run, "adapter", {}).adapter
     if is_composition(path):
-        story = read_metadata(path)
+        metadata = read_metadata(path)
         parts = [
             {"weight": part.weight, **adapter_info(part.folder)}
             for part in expand_composition(path)
@@ -40,8 +37,8 @@ def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
         return CompositionInfo(
             run=str(path),
             kind="composition",
-            hash=story.get("hash"),
-            base=story.get("base"),
+            hash=metadata.get("hash"),
+            base=metadata.get("base"),
             parts=parts,
         )
     return ShowResult(
@@ -53,14 +50,14 @@ def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
 
 def adapter_info(folder: Path) -> AdapterInfo:
     """The facts about one adapter folder."""
-    opened, story = AdapterFolder.open(folder), read_metadata(folder)
+    opened, metadata = AdapterFolder.open(folder), read_metadata(folder)
     spec, digest = opened.config(), opened.hash()
     reader = TensorReader(opened.weights_file, entries=opened.entries)
     source = AdapterSource(WeightedAdapter(folder), opened, spec, digest, reader)
     return AdapterInfo(
         folder=str(folder),
         hash=digest,
-        unchanged=story["hash"] == digest if "hash" in story else None,
+        unchanged=metadata["hash"] == digest if "hash" in metadata else None,
         method=spec.method,
         rank=spec.rank,
         ranks=sorted({spec.rank_of(path) for path in spec.target_modules}),
@@ -74,10 +71,10 @@ def adapter_info(folder: Path) -> AdapterInfo:
         numbers=sum(entry.num_elements for entry in opened.entries.values()),
         bytes=opened.weights_file.stat().st_size,
         base=as_plain_values(opened.base),
-        parents=story.get("parents", []),
-        combination=story.get("combination"),
-        made_by=f"afina {story['afina']}"
-        if "afina" in story
+        parents=metadata.get("parents", []),
+        combination=metadata.get("combination"),
+        made_by=f"afina {metadata['afina']}"
+        if "afina" in metadata
         else f"no {METADATA_FILE}: made elsewhere",
         norm_of="update" if source.is_low_rank else "numbers",
         norms={path: _norm(source, path) for path in spec.target_modules},

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from afina.errors import AdapterError, SettingsError
+from afina.io.atomic import require_new_directory
 from afina.io.composition import WeightedAdapter, common_base, write_composition
 from afina.io.verified_copy import verified_copies
 from afina.merging.entrywise import WeightedMatrix, random_numbers
@@ -29,9 +30,15 @@ from afina.merging.low_rank import (
 )
 from afina.merging.registry import MergeMethod, NoSettings, get_merge_method
 from afina.merging.results import CombineResult
-from afina.merging.sources import AdapterSource, adapted_modules, attach_to_base, open_sources
+from afina.merging.sources import (
+    AdapterSource,
+    adapted_modules,
+    attach_to_base,
+    chat_record,
+    open_sources,
+)
 from afina.merging.write import LoRATensorLayout, parent_config, tensor_layout, write_lora
-from afina.settings import CombineSettings, Settings, make_settings
+from afina.settings import CombineSettings, Settings, as_settings
 from afina.settings.combine import WeightSearchSettings
 
 
@@ -106,19 +113,10 @@ def combine(parts: Sequence[str | Path] | CombineSettings, **values: Any) -> Com
     Example:
         combine(["runs/polite:0.7", "runs/short:0.3"], output_dir="runs/both")
     """
-    settings = (
-        parts
-        if isinstance(parts, CombineSettings)
-        else make_settings(CombineSettings, {"adapters": [str(part) for part in parts], **values})
-    )
-    if settings.output_dir.exists() and (
-        not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())
-    ):
-        raise SettingsError(
-            "output_dir is not empty",
-            where=str(settings.output_dir),
-            hint="choose another --output-dir",
-        )
+    if not isinstance(parts, CombineSettings):
+        parts = [str(part) for part in parts]
+    settings = as_settings(CombineSettings, parts, "adapters", values)
+    require_new_directory(settings.output_dir)
     with verified_copies(settings.require_audit, settings.adapters) as copies:
         return _combine(settings.model_copy(update={"adapters": copies}))
 
@@ -127,7 +125,7 @@ def _combine(settings: CombineSettings) -> CombineResult:
     method = get_merge_method(settings.merge_method)
     own = method.settings(settings)
     sources = open_sources(settings.adapters)
-    base = common_base([source.part for source in sources])
+    base = common_base([source.part for source in sources], settings.allow_other_base)
     found: dict[str, Any] = {}
     merge = _Merge(method, own, settings.rank, settings.seed)
     if method.form == "weight_search":
@@ -144,7 +142,7 @@ def _combine(settings: CombineSettings) -> CombineResult:
     lineage = {
         "parents": [source.lineage_entry() for source in sources],
         "combination": _recipe(settings, own) | found,
-    }
+    } | chat_record(sources)
     return CombineResult(
         out=str(settings.output_dir),
         how=settings.merge_method,

@@ -1,8 +1,9 @@
-"""A whole merged model, with proof: the base's weights with the adapter taken in, as a plain Hugging Face folder.
+"""`afina merge`: base and adapter as one model, with proof, as a Hugging Face folder.
 
-Merging rounds to the base's dtype, or to 4 bits where that is asked for, so the merged model is loaded again and compared
-with the adapted one on probe text: how far its probabilities are (Kullback-Leibler divergence, nats a token), the share
-of positions with the same likeliest token, what it loses on the text. Over tolerance nothing is kept.
+Merging rounds to the base's dtype, or to NF4 where that is set, so the merged model is loaded again
+and compared with the adapted one on a probe text: KL divergence in nats per token, the ratio of
+positions with the same most probable token, and loss. A chat has to render to the same tokens and
+end at the same stop tokens. If the divergence exceeds the tolerance, nothing is kept.
 """
 
 import shutil
@@ -18,12 +19,15 @@ from afina.adapters.load_run import load_run
 from afina.adapters.segments import NO_ADAPTERS
 from afina.adapters.target_module import FreeParameter, as_matrix, as_stored
 from afina.data import RETENTION_TEXT
-from afina.errors import MergeError, SettingsError
+from afina.data.renderer import Renderer
+from afina.errors import MergeError
 from afina.evaluation.retention import retention_examples
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
-from afina.io.atomic import atomic_directory, write_json
+from afina.io.atomic import atomic_directory, require_new_directory, write_json
+from afina.io.chat_format import CHAT_KEY
 from afina.io.verified_copy import verified_copies
+from afina.merging.chat_export import check_chat_format, install_chat_format, probe_chat
 from afina.merging.results import MergeResult
 from afina.models.bnb_format import write_nf4
 from afina.models.causal_lm import SCORE, CausalLM
@@ -32,28 +36,31 @@ from afina.models.frozen import FrozenModel
 from afina.models.image_preprocessor import IMAGE_CONFIG
 from afina.models.loading import load_base, silence_transformers
 from afina.models.nf4 import dequantize_model, print_quantization, quantize_model
-from afina.settings import MergeSettings, make_settings
+from afina.settings import MergeSettings, as_settings
 
 PROBE_TOKENS = 512
-# nats a token between the answers of the adapted and the merged model. On the embedded base a skill's adapter moves them by
-# 0.12; merging by 1e-9 in float32, and by 0.001 in bfloat16, where computing the adapted model in bfloat16 moves them as far
+# nats per token between adapted and merged model. On the embedded base a skill's adapter changes
+# the answers by 0.12; merging by 1e-9 in float32, and by 0.001 in bfloat16, where computing the
+# adapted model in bfloat16 changes them as much
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
-REQUANTISED = (
-    0.1  # the same where the merged weights are held in 4 bits again: 0.05 on the embedded base
-)
+NF4_TOLERANCE = 0.1  # where merged weights are quantized again: 0.05 on the embedded base
 
 
 def merge(run: str | Path | MergeSettings, **values: Any) -> MergeResult:
-    """Write base + adapter as one model to `out`; returns the proof: largest logit difference, greedy agreement.
+    """Write base and adapter as one model to `output_dir`, with its chat template and stop tokens.
 
-    Raises `MergeError`, leaving nothing behind, where the merged model is not the adapted one within `tolerance`.
+    Args:
+        run: A run, an adapter, or all settings.
+        values: Settings of `afina merge`.
+
+    Returns:
+        The proof: KL divergence, largest difference of logits, greedy agreement, losses.
+
+    Raises:
+        MergeError: The merged model is not the adapted one within `max_kl`; nothing is written.
     """
-    settings = (
-        run
-        if isinstance(run, MergeSettings)
-        else make_settings(MergeSettings, {"adapter": Path(run), **values})
-    )
-    check_out(settings.output_dir)
+    settings = as_settings(MergeSettings, run, "adapter", values)
+    require_new_directory(settings.output_dir)
     with verified_copies(settings.require_audit, [settings.adapter]) as [copy]:
         return _merge(settings.model_copy(update={"adapter": Path(copy)}), str(settings.adapter))
 
@@ -65,37 +72,37 @@ def _merge(settings: MergeSettings, where: str) -> MergeResult:
     check_mergeable(base, adapter, where)
     probe = make_probe(base)
     adapted = probe_logits(base, probe, adapter.active)
+    renderer, chat = None, None
+    if isinstance(base, CausalLM):
+        chat = probe_chat(Renderer(base.tokenizer, opened.chat_format, base.max_positions))
+        renderer = install_chat_format(base, opened.chat_format)
     with atomic_directory(settings.output_dir) as folder:
         merge_into_base(base, adapter)
         if settings.quantization == "nf4":
-            _requantise(base, folder)
+            _requantize(base, folder)
         else:
             with silence_transformers():
                 base.model.save_pretrained(folder)
-        _copy_reading(base, folder)
+        _save_preprocessing(base, folder)
         merged = _reload(base, folder, settings)
         logits = probe_logits(merged, probe, None)
         proof = kl_and_agreement(adapted, logits) | {"quantization": settings.quantization}
-        if isinstance(base, CausalLM):
+        if renderer is not None and isinstance(merged, CausalLM):
             proof["loss_adapted"], proof["loss_merged"] = (
-                _loss(probe, adapted),
-                _loss(probe, logits),
+                _loss(probe, one) for one in (adapted, logits)
             )
-        check_tolerance(
-            proof,
-            settings.max_kl
-            or (TOLERANCE[base.dtype] if settings.quantization == "none" else REQUANTISED),
-        )
-        about = {
-            "base": base.name,
-            "adapter": read_metadata(adapter_folder(settings.adapter)).get("hash"),
-        }
-        write_json(folder / "merge.json", about | proof)
-    return MergeResult(out=str(settings.output_dir), **about, **proof)  # type: ignore[arg-type]
+            check_chat_format(chat, renderer, merged)
+        usual = TOLERANCE[base.dtype] if settings.quantization == "none" else NF4_TOLERANCE
+        check_tolerance(proof, settings.max_kl or usual)
+        digest = read_metadata(adapter_folder(settings.adapter)).get("hash")
+        about: dict[str, Any] = {"base": base.name, "adapter": digest}
+        chat_entry = {CHAT_KEY: renderer.chat_format.record()} if renderer is not None else {}
+        write_json(folder / "merge.json", about | proof | chat_entry)
+    return MergeResult(out=str(settings.output_dir), **about, **proof)
 
 
-def _copy_reading(base: FrozenModel, folder: Path) -> None:
-    """What the model needs to read its input: the tokenizer, or how pictures are prepared."""
+def _save_preprocessing(base: FrozenModel, folder: Path) -> None:
+    """Save what turns inputs into tensors: the tokenizer, or the configuration of images."""
     tokenizer = getattr(base, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -104,29 +111,23 @@ def _copy_reading(base: FrozenModel, folder: Path) -> None:
 
 
 def _reload(base: FrozenModel, folder: Path, settings: MergeSettings) -> FrozenModel:
-    """The merged model as a stranger would load it."""
-    how = {
+    """Load the merged model from its files, as other programs would."""
+    how: dict[str, Any] = {
         "trust_remote_code": settings.trust_remote_code,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": base.device.type,
     }
     if not isinstance(base, Classifier):
-        return load_base(str(folder), **how)  # type: ignore[arg-type]
+        return load_base(str(folder), **how)
     if base.labels:
-        return load_classifier(str(folder), base.labels, base.images is not None, **how)  # type: ignore[arg-type]
-    return load_masked(str(folder), **how)  # type: ignore[arg-type]
-
-
-def check_out(out: Path) -> None:
-    """Raise `SettingsError` where something lies in the folder `out`."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingsError("this folder is not empty", where=str(out), hint="choose another --output-dir")
+        return load_classifier(str(folder), base.labels, base.images is not None, **how)
+    return load_masked(str(folder), **how)
 
 
 def check_mergeable(base: FrozenModel, adapter: Adapter, where: str) -> None:
-    """Raise `MergeError` where the adapter does not act on every token, or gives rewards and not text."""
+    """Raise `MergeError` for a reward model, and for an adapter that is not active on all tokens."""
     if SCORE in adapter.config.modules_to_save and isinstance(base, CausalLM):
-        why = "the merged model would be proved on text, which is not what it was trained to give"
+        why = "the proof compares probabilities of text, and this model was trained on rewards"
         raise MergeError(
             "a reward model cannot be merged so far",
             where=where,
@@ -134,7 +135,7 @@ def check_mergeable(base: FrozenModel, adapter: Adapter, where: str) -> None:
             hint="use the adapter as it is",
         )
     if adapter.config.invocation:
-        why = "it acts from its invocation on, and a merged weight acts on every token"
+        why = "it is active after its invocation only, and merged weights apply to all tokens"
         raise MergeError(
             "an activated adapter cannot be merged", where=where, why=why, hint="serve it unmerged"
         )
@@ -144,9 +145,9 @@ def check_mergeable(base: FrozenModel, adapter: Adapter, where: str) -> None:
 def merge_into_base(base: FrozenModel, adapter: Adapter) -> None:
     """Merge `adapter` into the weights of `base`, in place, and detach it.
 
-    Sums are made in float32 and rounded once to the base's dtype; layers held in 4 bits are written out in that dtype, so
-    that the merged model is what the adapter was trained on. Where the output layer is tied to the embedding and only one
-    of them changed, or each changed in its own way, the tie is cut and said so in the configuration.
+    Sums are computed in float32 and rounded once to the base's dtype; NF4 layers are dequantized to
+    that dtype, so that the merged model is what the adapter was trained on. Where output layer and
+    embedding are tied and change differently, they are untied in weights and configuration.
     """
     model: Any = base.model
     deltas = adapter.layers
@@ -186,7 +187,7 @@ def _embedding(model: Any) -> Any:
 
 
 def _replace(model: nn.Module, path: str, delta: nn.Module, changed: dict[int, Tensor]) -> None:
-    """Put the trained parameters in the module's place; a tied one stays tied to its twin."""
+    """Replace the parameters of a module by trained ones; tied parameters stay tied."""
     loose = isinstance(frozen_module(model, path), FreeParameter)
     owner = model.get_submodule(path.rpartition(".")[0] if loose else path)
     for name, parameter in delta.named_parameters():
@@ -196,7 +197,7 @@ def _replace(model: nn.Module, path: str, delta: nn.Module, changed: dict[int, T
 
 
 def _untie(model: Any, path: str) -> None:
-    """Give the output layer at `path` a weight of its own, if it shares the embedding's."""
+    """Copy the weight of the output layer at `path` if it is that of the embedding."""
     head, embedding = _output(model), _embedding(model)
     if (
         head is not None
@@ -208,7 +209,7 @@ def _untie(model: Any, path: str) -> None:
 
 
 def make_probe(base: FrozenModel) -> Any:
-    """Something to compare on: general text as one flat run, as rows for encoders, or noise for image models."""
+    """Return inputs to compare on: packed general text, rows for encoders, noise for image models."""
     if isinstance(base, CausalLM):
         tokens = [token for example in retention_examples(base) for token in example.token_ids][
             : min(PROBE_TOKENS, base.max_positions)
@@ -230,10 +231,10 @@ def make_probe(base: FrozenModel) -> Any:
 
 
 @torch.no_grad()
-def probe_logits(base: FrozenModel, probe: Any, route: ActiveAdapters | None) -> Tensor:
-    """Logits (..., classes) of the probe under `route`."""
-    everywhere = NO_ADAPTERS if not route else route.always_on().row_segments()
-    with base.forward_context.use(everywhere):
+def probe_logits(base: FrozenModel, probe: Any, active: ActiveAdapters | None) -> Tensor:
+    """Return the logits `(num_positions, num_classes)` of the probe, adapters on all tokens."""
+    on_all = NO_ADAPTERS if not active else active.always_on().row_segments()
+    with base.forward_context.use(on_all):
         if isinstance(base, CausalLM):
             return base.all_logits(*probe)
         assert isinstance(base, Classifier)
@@ -241,13 +242,12 @@ def probe_logits(base: FrozenModel, probe: Any, route: ActiveAdapters | None) ->
 
 
 def kl_and_agreement(adapted: Tensor, logits: Tensor) -> dict[str, Any]:
-    """Merged against adapted logits (n, classes): KL divergence in nats a position, largest difference, agreement."""
+    """Compare merged with adapted logits `(n, num_classes)`: KL divergence (nats), agreement."""
     expected, given = adapted.log_softmax(-1), logits.log_softmax(-1)
     agree = float((logits.argmax(-1) == adapted.argmax(-1)).float().mean())
     return {
-        "kl": max(
-            float((expected.exp() * (expected - given)).sum(-1).mean()), 0.0
-        ),  # in this order: nan stays nan
+        # in this order: nan stays nan
+        "kl": max(float((expected.exp() * (expected - given)).sum(-1).mean()), 0.0),
         "max_logit_difference": float((logits - adapted).abs().max()),
         "greedy_agreement": agree,
         "probe_tokens": len(logits),
@@ -255,15 +255,15 @@ def kl_and_agreement(adapted: Tensor, logits: Tensor) -> dict[str, Any]:
 
 
 def _loss(probe: Any, logits: Tensor) -> float:
-    """Mean loss of the probe text under its logits (n, V), nats a token."""
+    """Return the mean loss of the probe text under its logits `(n, vocab_size)`, nats per token."""
     return float(nn.functional.cross_entropy(logits[:-1], probe[0][1:]))
 
 
-def _requantise(base: FrozenModel, folder: Path) -> None:
-    """Hold the merged weights in 4 bits again, telling what that does to each layer, and write them."""
+def _requantize(base: FrozenModel, folder: Path) -> None:
+    """Quantize the merged weights to NF4, print the error of each layer, and write them."""
     if not isinstance(base, CausalLM):
         raise MergeError(
-            "only language models are written in 4 bits",
+            "only causal language models can be written in NF4",
             where=base.name,
             hint="leave --quantization out",
         )
@@ -272,16 +272,15 @@ def _requantise(base: FrozenModel, folder: Path) -> None:
 
 
 def check_tolerance(proof: dict[str, Any], tolerance: float) -> None:
-    """Raise `MergeError` where the proof's divergence is over the tolerance, nats a token."""
-    if not proof["kl"] <= tolerance:  # also where it is no number
-        loss = (
-            "; loss {loss_adapted:.3f} adapted, {loss_merged:.3f} merged"
-            if "loss_merged" in proof
-            else ""
+    """Raise `MergeError` where the divergence exceeds the tolerance, in nats per token."""
+    if not proof["kl"] <= tolerance:  # also for nan
+        why = (
+            f"KL divergence {proof['kl']:.3g} nats per token, {tolerance:.3g} are allowed; "
+            f"greedy agreement at {100 * proof['greedy_agreement']:.1f}% of positions"
         )
-        raise MergeError(
-            "the merged model would not answer as the adapted one",
-            why=f"KL divergence {proof['kl']:.3g} nats a token, {tolerance:.3g} are allowed; same likeliest token at "
-            f"{100 * proof['greedy_agreement']:.1f}% of positions{loss.format(**proof)}",
-            hint="--dtype float32 keeps more; or serve the adapter unmerged; or allow more with --tolerance",
+        if "loss_merged" in proof:
+            why += "; loss {loss_adapted:.3f} adapted, {loss_merged:.3f} merged".format(**proof)
+        hint = (
+            "--dtype float32 is more exact; or serve the adapter unmerged; or --max-kl allows more"
         )
+        raise MergeError("the merged model differs from the adapted one", why=why, hint=hint)

@@ -88,7 +88,7 @@ class MergeMethod:
                 hint=f"{name}: {CombineSettings.model_fields[name].description}",
             )
         shared = set(self.settings_class.model_fields) & set(CombineSettings.model_fields)
-        values = {name: getattr(settings, name) for name in shared} 
+        values = {name: getattr(settings, name) for name in shared}
         if self.name in settings_groups:
             return settings.group(self.name)
         return make_settings(self.settings_class, values)

@@ -1,25 +1,28 @@
-"""The updates of the adapters to be combined, a layer at a time.
+"""Adapters to be combined: their updates, one module at a time.
 
-A lora's update is read from its file alone, whatever the size of the base. Updates that need the base (dora's row
-norms, mora's shapes, trained weights) come from the adapter attached to it: D = merged(W) - W in float64.
+A lora's update is read from its file alone, whatever the size of the base. Updates that need the
+base (dora's row norms, mora's shapes, trained weights) come from the adapter attached to it:
+D = merged(W) - W in float64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from afina.adapters.attach import Adapter, frozen_module
-from afina.adapters.load_run import load_run
+from afina.adapters.load_run import load_run, recorded_format
 from afina.adapters.loading import load_adapter
 from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError, SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_folder import PREFIX, AdapterFolder
+from afina.io.chat_format import CHAT_KEY
 from afina.io.composition import (
     WeightedAdapter,
     display_name,
@@ -34,7 +37,7 @@ from afina.settings import ModelSettings
 
 @dataclass
 class AdapterSource:
-    """One adapter to be combined: who it is, its weight, and its update at each layer."""
+    """One adapter to be combined: its files, its weight, and its update of each module."""
 
     part: WeightedAdapter
     folder: AdapterFolder
@@ -59,12 +62,12 @@ class AdapterSource:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in messages."""
         return display_name(self.part.folder)
 
     @cached_property
     def tensors_by_module(self) -> dict[str, list[str]]:
-        """Names of its tensors on disk, by the path of the layer (the longest target that begins them)."""
+        """Names of its tensors on disk, by module: the longest target that is a prefix."""
         found: dict[str, list[str]] = {path: [] for path in self.config.target_modules}
         for name in self.reader.entries:
             path = name.removeprefix(PREFIX)
@@ -75,41 +78,39 @@ class AdapterSource:
         return found
 
     def low_rank_update(self, path: str) -> LowRankUpdate | None:
-        """The update at `path` as thin factors; None where it is none, or not told by the file alone."""
+        """Return the update of a module as low-rank factors; None where it is none, or needs the base."""
         tensors = {name: self.reader[name] for name in self.tensors_by_module[path]}
         factors = _factors(tensors, self.config, path)
         return None if factors is None else LowRankUpdate(*factors)
 
     @cached_property
     def is_low_rank(self) -> bool:
-        """Whether all of its updates are products of thin factors."""
+        """Whether all of its updates are low-rank factors."""
         return (
             bool(self.config.target_modules)
             and self.low_rank_update(self.config.target_modules[0]) is not None
         )
 
     def layer(self, path: str) -> TargetModule:
-        """The base's layer; the base must be there."""
+        """Return the base's module; the base must be loaded."""
         assert self.base is not None
         return TargetModule(path, frozen_module(self.base.model, path))
 
     def dense_update(self, path: str) -> Tensor | None:
-        """The update at `path` as a matrix (out, in) float64; None at a module that is no matrix (norms)."""
+        """Return the update as a matrix `(out, in)`, float64; None where the weight is no matrix."""
         if self.attached is None:
             low = self.low_rank_update(path)
-            assert low is not None, "the base is needed first"
+            assert low is not None, "the base has to be loaded first"
             return low.dense()
         layer = self.layer(path)
         if not layer.is_matrix:
             return None
-        wide = (
-            torch.float32 if layer.device.type == "mps" else torch.float64
-        )  # which mps does not know
-        weight = layer.weight.detach().to(wide)
+        dtype = torch.float32 if layer.device.type == "mps" else torch.float64  # mps has no float64
+        weight = layer.weight.detach().to(dtype)
         return (self.attached.layers[path].merged_weight(weight).detach() - weight).double().cpu()
 
     def lineage_entry(self) -> dict[str, object]:
-        """The line of afina.json that names it."""
+        """Return its entry among the parents in afina.json."""
         return {
             "name": self.name,
             "hash": self.hash,
@@ -119,9 +120,11 @@ class AdapterSource:
 
 
 def open_sources(texts: Sequence[str | Path]) -> list[AdapterSource]:
-    """The adapters named "FOLDER:weight" on the command line; compositions are taken apart.
+    """Open the adapters named "FOLDER:weight"; a composition is opened as its parts.
 
-    Raises `SettingsError` where one comes twice, and `AdapterError` where one is missing or damaged.
+    Raises:
+        SettingsError: There is none, or one occurs twice.
+        AdapterError: One is missing or damaged.
     """
     if not texts:
         raise SettingsError(
@@ -147,18 +150,22 @@ def open_sources(texts: Sequence[str | Path]) -> list[AdapterSource]:
 
 
 def open_source(part: WeightedAdapter) -> AdapterSource:
-    """One adapter, read strictly; raises `AdapterError` where it owns more than updates, of which there is no weighted sum."""
+    """Open one adapter.
+
+    Raises:
+        AdapterError: It is damaged, or contains more than updates, such as a head.
+    """
     source = AdapterSource.open(part)
     spec = source.config
     if spec.modules_to_save:
-        why = "a head learned from its own random start: a weighted sum of heads is no head"
+        why = "heads are trained from different random starts: their weighted sum has no meaning"
         raise AdapterError(
-            f"this adapter owns {spec.modules_to_save[0]}", where=str(part.folder), why=why
+            f"this adapter contains {spec.modules_to_save[0]}", where=str(part.folder), why=why
         )
     if spec.trainable_tokens:
-        why = "rows of new tokens are no update of the base's"
+        why = "rows of new tokens are no update of the base"
         raise AdapterError(
-            f"this adapter owns the token {next(iter(spec.trainable_tokens))!r}",
+            f"this adapter contains the token {next(iter(spec.trainable_tokens))!r}",
             where=str(part.folder),
             why=why,
         )
@@ -175,8 +182,16 @@ def attach_to_base(sources: Sequence[AdapterSource], settings: ModelSettings) ->
     return opened.base
 
 
+def chat_record(sources: Sequence[AdapterSource]) -> dict[str, Any]:
+    """Return the key `chat` of afina.json, where all sources were trained in one chat format."""
+    known = [recorded_format(source.part.folder) for source in sources]
+    if known[0] is None or any(one is None or one.rendering != known[0].rendering for one in known):
+        return {}
+    return {CHAT_KEY: known[0].record()}
+
+
 def adapted_modules(sources: Sequence[AdapterSource]) -> Iterator[tuple[str, list[AdapterSource]]]:
-    """Each adapted layer with the adapters that change it; a layer that an adapter leaves alone is a zero update."""
+    """Yield each adapted module with the adapters that change it."""
     paths = dict.fromkeys(path for source in sources for path in source.config.target_modules)
     for path in paths:
         yield path, [source for source in sources if path in source.config.target_modules]
@@ -185,13 +200,15 @@ def adapted_modules(sources: Sequence[AdapterSource]) -> Iterator[tuple[str, lis
 def _factors(
     tensors: Mapping[str, Tensor], spec: AdapterConfig, path: str
 ) -> tuple[Tensor, Tensor] | None:
-    """The update at `path` as s B (out, r) and A (r, in), float64; None where it needs the base, or has full rank.
+    """Return s B `(out, r)` and A `(r, in)`, float64; None where they need the base, or full rank.
 
-    `tensors` are those of the path, by their names on disk; more than two where restarts have merged something besides.
+    Args:
+        tensors: Tensors of the module by their names on disk; more than two after restarts.
+        spec: The adapter's configuration.
+        path: The module.
     """
     if get_method(spec.method).low_rank_tensors is None or len(tensors) != 2:
         return None
-    a, b = (
-        tensor for _, tensor in sorted(tensors.items())
-    )  # ..._A before ..._B, whatever the kind of layer
+    # A is sorted before B for all kinds of modules
+    a, b = (tensor for _, tensor in sorted(tensors.items()))
     return spec.scale_of(path) * b.double().flatten(1), a.double().flatten(1)

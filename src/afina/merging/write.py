@@ -101,28 +101,9 @@ def write_lora(
     Raises:
         AdapterError: a factor is not finite.
     """
-    names = [f"{PREFIX}{path}.lora_embedding_A" for path in paths for _ in range(2)]
-    ranks: dict[str, int] = {}
     with atomic_directory(out) as folder:
-        with open_tensor_writer(folder / WEIGHTS_FILE, names) as writer:
-            for path, low, layout in layers:
-                for name, tensor in layout.tensors(path, low).items():
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise AdapterError("an element of the combination is not finite", where=name)
-                    writer.add(name, tensor)
-                ranks[path] = low.rank
-        most_common = Counter(ranks.values()).most_common(1)[0][0]
-        others = {path: rank for path, rank in ranks.items() if rank != most_common}
-        alphas = {path: float(rank) for path, rank in others.items()}
-        config = AdapterConfig(
-            "lora",
-            tuple(ranks),
-            most_common,
-            float(most_common),
-            rank_pattern=others,
-            alpha_pattern=alphas,
-            invocation=invocation,
-        )
+        ranks = _write_tensors(folder / WEIGHTS_FILE, layers, paths)
+        config = _config_of_ranks(ranks, invocation)
         digest = hash_adapter_file(folder / WEIGHTS_FILE, config.canonical())
         config_json = peft_config_json(
             config,
@@ -142,6 +123,39 @@ def write_lora(
         }
         write_json(folder / METADATA_FILE, about | {"base": dict(base)} | dict(metadata))
     return digest, config
+
+
+def _write_tensors(
+    file: Path,
+    layers: Iterable[tuple[str, LowRankUpdate, LoRATensorLayout]],
+    paths: Sequence[str],
+) -> dict[str, int]:
+    """Write the factors of each module as they come; return the ranks by path."""
+    names = [f"{PREFIX}{path}.lora_embedding_A" for path in paths for _ in range(2)]
+    ranks: dict[str, int] = {}
+    with open_tensor_writer(file, names) as writer:
+        for path, low, layout in layers:
+            for name, tensor in layout.tensors(path, low).items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise AdapterError("an element of the combination is not finite", where=name)
+                writer.add(name, tensor)
+            ranks[path] = low.rank
+    return ranks
+
+
+def _config_of_ranks(ranks: Mapping[str, int], invocation: tuple[int, ...]) -> AdapterConfig:
+    """Return the configuration of a LoRA with these ranks, and alpha equal to the rank."""
+    most_common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: rank for path, rank in ranks.items() if rank != most_common}
+    return AdapterConfig(
+        "lora",
+        tuple(ranks),
+        most_common,
+        float(most_common),
+        rank_pattern=others,
+        alpha_pattern={path: float(rank) for path, rank in others.items()},
+        invocation=invocation,
+    )
 
 
 def parent_config(sources: Sequence[AdapterSource]) -> PeftContext:

@@ -42,7 +42,7 @@ from afina.settings.objectives import (
     RLOOSettings,
     SimPOSettings,
 )
-from afina.settings.parsing import AnySettings, make_settings, read_yaml, resolved
+from afina.settings.parsing import AnySettings, as_settings, make_settings, read_yaml, resolved
 from afina.settings.plan import PlanSettings
 from afina.settings.registry import Registry
 from afina.settings.revoke import RevokeSettings
@@ -99,6 +99,7 @@ __all__ = [
     "SimPOSettings",
     "TrainSettings",
     "VerifySettings",
+    "as_settings",
     "job_settings",
     "make_settings",
     "read_yaml",

@@ -65,4 +65,7 @@ class CombineSettings(WeightSearchSettings, RandomDensitySettings, GroupedSettin
     rank: int | None = setting(
         "largest rank of the result (not of sum); by default the sum of the adapters' ranks", ge=1
     )
+    allow_other_base: bool = setting(
+        "combine adapters that record other bases; every module must have the same shape", False
+    )
     require_audit: bool = setting("accept only adapters that `afina audit` has approved", False)

@@ -56,6 +56,13 @@ def make_settings(
         raise error.at(where) from None
 
 
+def as_settings(
+    kind: type[AnySettings], given: Any, name: str, values: Mapping[str, Any]
+) -> AnySettings:
+    """Return `given` if it is the settings of a command, else settings in which it is `name`."""
+    return given if isinstance(given, kind) else make_settings(kind, {name: given, **values})
+
+
 def resolved(settings: Settings) -> dict[str, Any]:
     """Return settings as plain values, ready for YAML or JSON, with the groups that are in use."""
     values = settings.model_dump(mode="json")
