@@ -55,7 +55,7 @@ def run(name: str, runs: Path = Path("runs"), results: Path = RESULTS) -> Path:
     settings = settings_of(name, part, runs)
     rows = make_rows(part["task"], part["rows"], SEED)
     write_text(settings.data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    found = compare(settings, say=lambda text: print(f"{name}: {text}", flush=True))
+    found = compare(settings, log=lambda text: print(f"{name}: {text}", flush=True))
     write_json(results / f"{name}.json", shortened(found, name, part))
     return results / f"{name}.json"
 

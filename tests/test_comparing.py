@@ -19,7 +19,6 @@ from afina.comparison.cost_probe import measure, measure_in_subprocess
 from afina.comparison.findings import load_findings
 from afina.comparison.messages import load_messages
 from afina.comparison.report import command, interval, write_report
-from afina.comparison.run_scores import row_losses
 from afina.comparison.schedule import (
     choose_schedule,
     rates_to_try,
@@ -28,13 +27,14 @@ from afina.comparison.schedule import (
     steps_that_fit,
 )
 from afina.comparison.split import pieces
+from afina.data.packing import pack_examples
 from afina.data.renderer import Renderer
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.models.loading import load_base
 from afina.objectives.language_data import tokenize_rows
-from afina.objectives.language_modeling import mean_loss
+from afina.objectives.language_modeling import batch_loss, example_losses
 from afina.settings import CompareSettings, TrainSettings, make_settings
 from helpers import write_rows
 
@@ -364,11 +364,12 @@ def test_losses_of_rows_are_those_of_the_loss(tiny: Path, chats: Path) -> None:
     examples = tokenize_rows(
         "sft", Renderer(base.tokenizer, None, 192), read_table(chats, SFT).rows, None
     )
-    found = row_losses(base, examples, 200, None)
-    assert sum(found) / sum(sum(e.loss_mask) for e in examples) == pytest.approx(
-        mean_loss(base, examples, 512, None), abs=1e-5
+    found = [one.total for one in example_losses(base, examples, 200, None)]
+    loss = batch_loss(base, pack_examples(examples).to(base.device), None).item()
+    assert sum(found) == pytest.approx(loss, rel=1e-6)
+    assert found[7] == pytest.approx(
+        example_losses(base, [examples[7]], 200, None)[0].total, abs=1e-4
     )
-    assert found[7] == pytest.approx(row_losses(base, [examples[7]], 200, None)[0], abs=1e-4)
 
 
 # ---- the budget

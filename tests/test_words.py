@@ -60,19 +60,18 @@ QUOTES = {"afina.settings.renamed", "afina.io.migrations"}
 # package -> uses of banned words that are left
 PENDING_WORDS: dict[str, int] = {
     "adapters": 202,
-    "audit": 311,
-    "cli": 1,
-    "comparison": 184,
+    "audit": 94,
+    "comparison": 12,
     "data": 62,
     "docs": 49,
     "engine": 109,
-    "evaluation": 20,
+    "evaluation": 11,
     "guide": 71,
     "io": 63,
     "kernels": 160,
-    "merging": 108,
+    "merging": 16,
     "models": 164,
-    "objectives": 281,
+    "objectives": 14,
     "planning": 2,
     "server": 48,
     "settings": 1,
@@ -81,36 +80,30 @@ PENDING_WORDS: dict[str, int] = {
 # package -> lines of more than 100 characters that are left
 PENDING_LINES: dict[str, int] = {
     "adapters": 117,
-    "audit": 126,
-    "comparison": 11,
+    "audit": 119,
+    "comparison": 10,
     "data": 10,
     "engine": 22,
-    "evaluation": 21,
+    "evaluation": 19,
     "io": 30,
     "kernels": 143,
-    "merging": 72,
+    "merging": 15,
     "models": 96,
-    "objectives": 81,
     "server": 11,
 }
 # functions of more than 60 lines that are left, "module:name"
 PENDING_FUNCTIONS: set[str] = {
-    "audit.mitigation:mitigate",
-    "comparison.compare:result",
-    "comparison.report:view",
     "kernels.paged_attention:paged_attention",
     "kernels.triton.paged_attention:_paged",
-    "merging.extract:_from_models",
-    "merging.write:write_lora",
     "models.loading:load_base",
 }
 # files of more than 400 lines
 MAX_LONG_FILES = 5
-PENDING_LONG_FILES = 5
+PENDING_LONG_FILES = 0
 # pairs of equal functions that are left, "module:name"
 PENDING_COPIES: set[frozenset[str]] = set()
 # classes with the same name that are left
-PENDING_CLASSES: set[str] = {"_Words"}
+PENDING_CLASSES: set[str] = set()
 
 MAX_LISTED = 40  # uses in a message, where several packages have more than they may
 

@@ -22,7 +22,7 @@ def compare(settings: CompareSettings) -> ComparisonResult:
     """Compare methods; each stage is logged on standard error."""
     from afina.comparison.compare import compare as compare_methods
 
-    return compare_methods(settings, say=_log)
+    return compare_methods(settings, log=_log)
 
 
 def advise(settings: AdviseSettings) -> AdviceResult:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from afina.comparison.compare import KIND
+from afina.comparison.collect_result import KIND
 from afina.comparison.findings import messages, sources, study_note
 from afina.comparison.report import flag, interval
 from afina.comparison.results import AdviceResult
@@ -40,9 +40,9 @@ class Advice:
     )  # (message key, finding, values)
     then: str | None = None
 
-    def add_reason(self, saying: str, finding: str | None = None, **gaps: Any) -> "Advice":
+    def add_reason(self, message_key: str, finding: str | None = None, **gaps: Any) -> "Advice":
         """Add a reason and return the advice."""
-        self.reasons.append((saying, finding, gaps))
+        self.reasons.append((message_key, finding, gaps))
         return self
 
 
@@ -107,22 +107,24 @@ def smaller(method: str) -> list[str]:
 
 def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
     """Return the plan of the first of `smaller` that fits, and update the advice."""
-    need = room = None
+    need = available = None
     for name in smaller(advice.use):
-        told = {"rank": 64} if advice.use == "full" and name != "full" else {}
+        changed = {"rank": 64} if advice.use == "full" and name != "full" else {}
         try:
-            found = plan(_asked(settings, name, advice.settings | told))["cost"]
+            found = plan(_plan_settings(settings, name, advice.settings | changed))["cost"]
         except AfinaError as error:
             advice.add_reason("no_plan", why=error.what)
             return None
         peak = found["peak_bytes"]
         limit = 1e9 * settings.memory_gb if settings.memory_gb else found["machine_bytes"]
-        room = format_bytes(limit) if limit else None
+        available = format_bytes(limit) if limit else None
         if limit is None or (found["fits"] if settings.memory_gb is None else peak <= limit):
             if name != advice.use:
                 kind = "qlora" if name.startswith("q") else "full_too_large"
-                advice.add_reason(kind, "qlora" if kind == "qlora" else None, need=need, room=room)
-                advice.use, advice.settings = name, advice.settings | told
+                advice.add_reason(
+                    kind, "qlora" if kind == "qlora" else None, need=need, room=available
+                )
+                advice.use, advice.settings = name, advice.settings | changed
             machine = {
                 "device": found["device"],
                 "memory_bytes": limit,
@@ -136,13 +138,17 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
             }
         need = format_bytes(peak)
     advice.use, advice.settings = "none", {}
-    advice.add_reason("nothing_fits", need=need, room=room)
+    advice.add_reason("nothing_fits", need=need, room=available)
     return None
 
 
-def _asked(settings: AdviseSettings, method: str, told: Mapping[str, Any]) -> PlanSettings:
+def _plan_settings(
+    settings: AdviseSettings, method: str, changed: Mapping[str, Any]
+) -> PlanSettings:
     same = ("base", "revision", "trust_remote_code", "dtype", "device")
-    return PlanSettings(method=method, **told, **{name: getattr(settings, name) for name in same})
+    return PlanSettings(
+        method=method, **changed, **{name: getattr(settings, name) for name in same}
+    )
 
 
 # ---- the user's own comparisons
@@ -185,10 +191,10 @@ def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str)
                 worse=advice.use,
                 figures=figures,
             )
-            told = {"rank": found["settings"]["rank"]} | found["settings"].get("variants", {}).get(
-                better[0], {}
-            )
-            advice.use, advice.settings = told.pop("method", better[0]), told
+            changed = {"rank": found["settings"]["rank"]} | found["settings"].get(
+                "variants", {}
+            ).get(better[0], {})
+            advice.use, advice.settings = changed.pop("method", better[0]), changed
             advice.settings |= {"learning_rate": found["methods"][better[0]]["learning_rate"]}
         else:
             advice.add_reason("earlier_same", name=found["folder"], figures=figures)
@@ -197,11 +203,11 @@ def apply_past_results(advice: Advice, settings: AdviseSettings, objective: str)
 
 def ask(settings: AdviseSettings, question: Callable[[str], str]) -> AdviseSettings:
     """Return the settings completed by answers; raise `SettingsError` for an invalid one."""
-    told: dict[str, Any] = {
+    changed: dict[str, Any] = {
         name: question(text) for name, text in QUESTIONS.items() if getattr(settings, name) is None
     }
     known = {name: getattr(settings, name) for name in settings.model_fields_set}
-    return make_settings(AdviseSettings, known | told)
+    return make_settings(AdviseSettings, known | changed)
 
 
 def advise(settings: AdviseSettings | None = None, **values: Any) -> AdviceResult:
@@ -254,13 +260,13 @@ def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
         f"--base {settings.base}" if settings.base != "embedded" else "",
         f"--method {advice.use}",
     ]
-    told = {
+    changed = {
         name: v
         for name, v in advice.settings.items()
         if name != "rank" or advice.use not in ("full", "freeze")
     }
     parts += [
-        f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in told.items()
+        f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in changed.items()
     ]
     parts += [f"--objective {objective}"] if objective != "sft" else []
     return " ".join(part for part in parts if part)

@@ -200,7 +200,8 @@ def _cheapest(
         keeps = [
             n
             for n in left
-            if n == least or not _apart(methods[n]["forgetting"], methods[least]["forgetting"])
+            if n == least
+            or not _are_disjoint(methods[n]["forgetting"], methods[least]["forgetting"])
         ]
         if len(keeps) < len(left):
             reasons.append(
@@ -220,6 +221,6 @@ def _cheapest(
     return left[0], reasons
 
 
-def _apart(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
+def _are_disjoint(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
     """Return whether two intervals are disjoint, which is stricter than a test."""
     return (one["low"] or 0.0) > (other["high"] or 0.0)

@@ -19,18 +19,18 @@ MARKS = "osD^vPX*<>"
 WIDTH, HEIGHT = 5.0, 3.3  # inches; small, so that text stays readable on a phone
 
 
-def drawn(salt: str, paint: Callable[[Any], None], width: float, height: float) -> str:
+def render_svg(salt: str, paint: Callable[[Any], None], width: float, height: float) -> str:
     """Return what `paint` draws as deterministic SVG; `salt` seeds its ids."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    told: dict[Any, Any] = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.family": "sans-serif",
         "font.size": 10,
     }
-    with matplotlib.rc_context(told):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
         stream = io.StringIO()
@@ -52,7 +52,7 @@ def _draw(salt: str, paint: Callable[[Any], None], height: float = HEIGHT) -> st
         axes.grid(alpha=0.25)
         paint(axes)
 
-    return drawn(salt, bare, WIDTH, height)
+    return render_svg(salt, bare, WIDTH, height)
 
 
 def _style(names: list[str], name: str) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def quality(result: Mapping[str, Any], words: Words) -> str:
     def paint(axes: Any) -> None:
         base = result["base_figures"]["score"]["mean"]
         axes.axvline(base, color="0.45", linestyle="--", linewidth=1, label=words("base"))
-        for place, name in enumerate(reversed(names)):
+        for row_index, name in enumerate(reversed(names)):
             score = methods[name]["score"]
             axes.errorbar(
                 score["mean"],
-                place,
+                row_index,
                 xerr=_ends(score),
                 capsize=4,
                 linestyle="none",
@@ -147,7 +147,9 @@ def curves(result: Mapping[str, Any], words: Words) -> str:
     def paint(axes: Any) -> None:
         for name, found in result["methods"].items():
             for number, curve in enumerate(found["curves"]):
-                points = [(step, held) for step, _, held in curve if held is not None]
+                points = [
+                    (step, eval_loss) for step, _, eval_loss in curve if eval_loss is not None
+                ]
                 axes.plot(
                     *zip(*points, strict=True),
                     linewidth=1.2,
@@ -191,9 +193,9 @@ def rates(result: Mapping[str, Any], words: Words) -> str:
 
 def pictures(result: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:
     """(caption, SVG) of all that there is something to draw for."""
-    made = [(words("caption_quality"), quality(result, words))]
-    made += [(words("caption_" + cost), trade(result, cost, words)) for cost in result["fronts"]]
-    made.append((words("caption_curves"), curves(result, words)))
+    figures = [(words("caption_quality"), quality(result, words))]
+    figures += [(words("caption_" + cost), trade(result, cost, words)) for cost in result["fronts"]]
+    figures.append((words("caption_curves"), curves(result, words)))
     if any(found["tried"] for found in result["methods"].values()):
-        made.append((words("caption_rates"), rates(result, words)))
-    return made
+        figures.append((words("caption_rates"), rates(result, words)))
+    return figures

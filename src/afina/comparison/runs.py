@@ -25,7 +25,7 @@ FAILED = "failed.json"
 
 
 def run_settings(
-    asked: CompareSettings,
+    compared: CompareSettings,
     rows: ComparisonSplit,
     name: str,
     rate: float,
@@ -48,9 +48,9 @@ def run_settings(
         "max_tokens_per_batch",
         "skip_bad_rows",
     )
-    told = (
-        {key: getattr(asked, key) for key in same}
-        | asked.settings_for(name)
+    run_values = (
+        {key: getattr(compared, key) for key in same}
+        | compared.settings_for(name)
         | {
             "data": rows.train,
             "eval_data": rows.validation,
@@ -62,7 +62,7 @@ def run_settings(
             "eval_steps": max(1, steps // CHECKS),
         }
     )
-    return make_settings(TrainSettings, told)
+    return make_settings(TrainSettings, run_values)
 
 
 def pass_group(name: str, objective: str) -> str | None:

@@ -49,10 +49,10 @@ def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
 
     Raises `DataError` for rows that cannot be used, and where the data has changed.
     """
-    asked = TrainSettings(
+    as_training = TrainSettings(
         data=settings.data, objective=settings.objective, columns=settings.columns
     )
-    objective = resolve_objective(asked)
+    objective = resolve_objective(as_training)
     if objective not in ("auto", "sft", "pretrain", "classify"):
         raise SettingsError(
             f"compare cannot judge {objective} so far",
@@ -166,7 +166,7 @@ def _joined(row: Any) -> str:
 def _labelled(rows: list[LabeledRow], settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
     """Return a stratified split; raise `DataError` for a class with under three different rows."""
     _enough(rows, settings)
-    made: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    collected: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for label in sorted({row.label for row in rows}):
         own = [row for row in rows if row.label == label]
         if len({row.content for row in own}) < 3:
@@ -175,16 +175,16 @@ def _labelled(rows: list[LabeledRow], settings: CompareSettings) -> dict[str, li
                 f"class {label!r} has fewer than three different rows", where=own[0].where, why=why
             )
         for kind, some in _three(own, settings, key=lambda row: row.content).items():
-            made[kind] += [{"text": row.content, "label": row.label} for row in some]
-    return made
+            collected[kind] += [{"text": row.content, "label": row.label} for row in some]
+    return collected
 
 
 def pieces(text: str) -> list[str]:
     """Return chunks of about PIECE characters, split after a line or sentence if possible."""
-    made, piece = [], ""
+    collected, piece = [], ""
     for part in re.split(r"(?<=\n)|(?<=[.!?] )", text):
         if piece and len(piece) + len(part) > PIECE:
-            made.append(piece)
+            collected.append(piece)
             piece = ""
         piece += part
-    return [piece for piece in [*made, piece] if piece.strip()]
+    return [piece for piece in [*collected, piece] if piece.strip()]
