@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from afina.kernels import elementwise, lora, mora, nf4  # noqa: F401 (they enter the operations)
 from afina.kernels.dispatch import data_pointer, kernels
-from afina.kernels.paged_attention import paged_attention, paged_attention_reference
+from afina.kernels.paged_attention import Scores, paged_attention, paged_attention_reference
 from afina.kernels.varlen_attention import varlen_attention
 
 OUT, IN, MATRICES = 4096, 1024, 24
@@ -102,9 +102,7 @@ def adapters() -> Sides:
         arguments = (x, table, torch.ones(count), a, bt)
         calls: dict[str, Callable[[], object]] = {
             "": lambda y=y, s=arguments: torch.ops.afina.grouped_lora(y, *s),
-            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lora_backward(
-                g, *s
-            ),
+            "_backward": lambda g=grad, s=arguments: torch.ops.afina.grouped_lora_backward(g, *s),
         }
         for part, call in calls.items():
             sides[f"lowrank_r{rank}_{count}x{each}{part}"] = (call, lambda call=call: without(call))
@@ -183,7 +181,7 @@ def attentions() -> Sides:
                 q, kv, [0, n], [p], t[None], 0.125
             ),
             lambda q=query, kv=kv, t=table, p=past: paged_attention_reference(
-                q, kv, p, t, 0.125, None, None
+                q, kv, p, t, Scores(0.125)
             ),
         )
     return sides

@@ -184,7 +184,7 @@ def test_it_refuses_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match="do not fit"):
             varlen_attention(query, bad, bad, [0, 5], 1.0)
     for bounds in ([], [0, 4], [1, 5], [0, 6], [0, 3, 2, 5]):
-        with pytest.raises(ValueError, match="do not cut"):
+        with pytest.raises(ValueError, match="do not divide"):
             varlen_attention(query, key, key, bounds, 1.0)
 
 

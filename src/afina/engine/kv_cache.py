@@ -14,7 +14,7 @@ import torch
 from afina.engine.block_pool import BLOCK_SIZE, BlockPool, KVLayerShape
 from afina.engine.sequence import ScheduledChunk
 from afina.errors import BaseError
-from afina.kernels.paged_attention import padded
+from afina.kernels.paged_attention import pad_block_tables
 from afina.models.causal_lm import CausalLM
 from afina.models.packed_attention import AttentionMetadata
 from afina.models.paged_kv import KVShapeProbe, PagedKV
@@ -64,7 +64,7 @@ class PagedKVCache:
             self._views,
             torch.tensor(slots, device=device),
             [sequence.num_computed_tokens for sequence, _ in chunks],
-            padded([sequence.block_table for sequence, _ in chunks]),
+            pad_block_tables([sequence.block_table for sequence, _ in chunks]),
         )
         return AttentionMetadata(cu_seqlens_of(chunks), paged)
 

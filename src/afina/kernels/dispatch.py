@@ -1,11 +1,12 @@
-"""Which kernel runs: C++ on CPUs, Triton on CUDA, and the reference in PyTorch on all else; entered in torch.library.
+"""Kernel dispatch: C++ on CPUs, Triton on CUDA, the PyTorch reference elsewhere.
 
-Each operation of this room is `torch.ops.afina.NAME`, so that autograd, compile and the profiler see it. On CPU tensors
-in float32 or bfloat16 it runs the C++ kernel; on CUDA tensors in up to 32 bits the function of the same name in
-`afina.kernels.triton`, where it has one; on all others, and where kernels are missing, its reference.
+Each operation of this package is `torch.ops.afina.NAME`, so that autograd, torch.compile and the
+profiler see it. On CPU tensors in float32 or bfloat16 it runs the C++ kernel; on CUDA tensors in up
+to 32 bits the function of its name in `afina.kernels.triton`, where there is one; on others, and
+where kernels are missing, its reference.
 
-`AFINA_ISA` forces an instruction set (avx512bf16, avx512, avx2, plain); or `reference`: PyTorch alone; or `triton`: the
-Triton kernels on CPU tensors too, which takes its interpreter (TRITON_INTERPRET=1) and is for tests.
+`AFINA_ISA` forces an instruction set (avx512bf16, avx512, avx2, plain), `reference` (PyTorch only),
+or `triton` (the Triton kernels on CPU tensors too, for tests: it needs TRITON_INTERPRET=1).
 """
 
 import importlib
@@ -24,12 +25,12 @@ OPERATIONS = torch.library.Library("afina", "DEF")
 
 
 class KernelDispatcher:
-    """The C++ library and the Triton kernels, or their absence, which is told once."""
+    """The C++ library and the Triton kernels; a missing one is reported once."""
 
     def __init__(self) -> None:
         self.library: Any = None
         self.missing = ""
-        self.triton: tuple[str, ...] = ("cuda",)  # devices whose tensors the Triton kernels get
+        self.triton: tuple[str, ...] = ("cuda",)  # devices on which the Triton kernels run
         try:
             self.library = importlib.import_module("afina.kernels._native")
         except ImportError as error:
@@ -39,7 +40,7 @@ class KernelDispatcher:
 
     @property
     def available_isas(self) -> list[str]:
-        """What this machine can run, the best first."""
+        """Instruction sets that this machine supports, the fastest first."""
         return self.library.isas() if self.library else []
 
     @property
@@ -50,7 +51,11 @@ class KernelDispatcher:
         return self.library.isa() if self.library else "reference"
 
     def set_isa(self, isa: str) -> None:
-        """Run the kernels in `isa`; raises `SettingsError` where the machine has none of that name."""
+        """Run the kernels in `isa`.
+
+        Raises:
+            SettingsError: the machine does not support it.
+        """
         self.triton = (
             ("cuda", "cpu") if isa == "triton" else () if isa == "reference" else ("cuda",)
         )
@@ -63,36 +68,36 @@ class KernelDispatcher:
         else:
             known = [*self.available_isas, "reference", "triton"]
             raise SettingsError(
-                f"no kernels for {isa!r} here",
+                f"no kernels for {isa!r} on this machine",
                 where="AFINA_ISA",
-                why=f"there are: {', '.join(known)}",
+                why=f"available: {', '.join(known)}",
                 hint=did_you_mean(isa, known),
             )
 
     def uses_cpp(self, *tensors: Tensor) -> bool:
-        """Whether C++ is what runs on these tensors, and not Triton."""
+        """Return whether C++ runs on these tensors, and not Triton."""
         return tensors[0].device.type not in self.triton and self.cpp_accepts(*tensors)
 
     def has_kernel(self, *tensors: Tensor) -> bool:
-        """Whether any kernel, in C++ or Triton, will do the work."""
+        """Return whether a kernel, in C++ or Triton, runs on these tensors."""
         return self.cpp_accepts(*tensors) or self.triton_ops(*tensors) is not None
 
     def triton_ops(self, *arguments: Any) -> Any:
-        """The Triton kernels where they can work on these (tensors, lists of them, and other things), else None."""
+        """Return the Triton kernels where they take these (lists of) tensors, else None."""
         if arguments[0].device.type not in self.triton or any(map(_is_double, arguments)):
             return None
         try:
             return importlib.import_module("afina.kernels.triton")
         except ImportError as error:
             print(
-                f"afina: without Triton, PyTorch's own operations run, slower ({error})",
+                f"afina: without Triton, slower PyTorch operations run ({error})",
                 file=sys.stderr,
             )
             self.triton = ()
             return None
 
     def cpp_accepts(self, *tensors: Tensor | None) -> bool:
-        """Whether the C++ kernels can work on these: there, on the CPU, all of one dtype that they know."""
+        """Return whether C++ kernels exist and take these: on the CPU, of one supported dtype."""
         first = tensors[0]
         assert first is not None
         if first.device.type != "cpu":
@@ -100,7 +105,7 @@ class KernelDispatcher:
         if not self.library:
             if self.missing:
                 print(
-                    f"afina: without C++ kernels, PyTorch's own operations run, slower ({self.missing})",
+                    f"afina: without C++ kernels, slower PyTorch operations run ({self.missing})",
                     file=sys.stderr,
                 )
                 self.missing = ""
@@ -108,14 +113,14 @@ class KernelDispatcher:
         return first.dtype in TYPES and all(t is None or t.dtype == first.dtype for t in tensors)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """A function of the library, which gets the number of PyTorch's threads as its first argument."""
+        """Return a function of the library, called with PyTorch's thread count first."""
         function, threads = getattr(self.library, name), torch.get_num_threads
 
         def call(*arguments: Any) -> None:
             function(threads(), *arguments)
 
         self.__dict__[name] = (
-            call  # found without coming here from now on: decoding calls hundreds of them a token
+            call  # later look-ups find it directly: decoding makes hundreds per token
         )
         return call
 
@@ -135,20 +140,27 @@ def register_op(
     backward: Callable[..., Any] | None = None,
     keep: Callable[..., None] | None = None,
 ) -> Any:
-    """Enter an operation in torch.library: `run` computes, `fake` gives shapes only; returns the callable.
+    """Register an operation in torch.library.
 
-    Where nobody needs torch.library, the callable goes past it: that costs more than a small product (25 us a norm).
-    `backward(ctx, *grads)` gives the gradients, from what `keep(ctx, inputs, output)` kept. Where the Triton kernels have
-    a function of the operation's name and can take its arguments, that one runs in the place of `run`.
+    Args:
+        schema: Its name and signature.
+        run: Computes it, where no Triton kernel of its name takes the arguments.
+        fake: Returns empty results of the right shapes.
+        backward: `backward(ctx, *grads)` returns the gradients; None: not differentiable.
+        keep: `keep(ctx, inputs, output)` saves what `backward` reads.
+
+    Returns:
+        The function to call. It bypasses torch.library where autograd and tracing do not need it:
+        that costs more than a small product (25 us for a norm).
     """
     name = schema.partition("(")[0]
 
     def chosen(*arguments: Any) -> Any:
         if arguments[0].device.type in kernels.triton and (
-            made := getattr(kernels.triton_ops(*arguments), name, None)
+            kernel := getattr(kernels.triton_ops(*arguments), name, None)
         ):
             with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-                return made(*arguments)
+                return kernel(*arguments)
         return run(*arguments)
 
     OPERATIONS.define(schema)
@@ -158,15 +170,17 @@ def register_op(
         torch.library.register_autograd(
             f"afina::{name}", backward, setup_context=keep, lib=OPERATIONS
         )
-    entered = getattr(torch.ops.afina, name).default
-    return lambda *arguments: chosen(*arguments) if bypasses_dispatcher() else entered(*arguments)
+    registered = getattr(torch.ops.afina, name).default
+    return lambda *arguments: (
+        chosen(*arguments) if bypasses_dispatcher() else registered(*arguments)
+    )
 
 
 def bypasses_dispatcher() -> bool:
-    """Whether a kernel may be called past torch.library, which costs more than a small product: no gradients, no tracing."""
+    """Return whether kernels are called without torch.library: no gradients, no tracing."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def data_pointer(tensor: Tensor | None) -> int:
-    """Where a tensor's numbers lie; 0 for none."""
+    """Return the address of a tensor's data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,9 +1,9 @@
-"""The elementwise parts of a Llama-like block, each keeping only what its backward cannot make again.
+"""Elementwise operations of a Llama-like layer that save no more than backward needs.
 
-In eager PyTorch a block of width d and feed-forward width f keeps, for each token in bf16: four float32 and bf16
-copies around each norm (12 d bytes more than its input), both halves of the rotary products, and silu(gate)
-besides gate, up and their product (2 f bytes more). These keep the inputs only. The C++ kernels read each input once,
-work in float32 and round once.
+In eager PyTorch a layer of width d and feed-forward width f saves, per token in bfloat16: four
+float32 and bfloat16 copies around each norm (12 d bytes more than its input), both halves of the
+rotary products, and silu(gate) besides gate, up and their product (2 f bytes more). These save
+their inputs only. The C++ kernels read each input once, compute in float32 and round once.
 """
 
 from typing import Any
@@ -15,31 +15,39 @@ from torch.nn import functional as F
 from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; x (..., d), weight (d); statistics in float32.
+def rms_norm(
+    x: Tensor,  # (..., d)
+    weight: Tensor,  # (d,)
+    eps: float,
+) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, with statistics in float32.
 
-    Zhang and Sennrich 2019, arXiv 1910.07467.
+    References:
+        Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     return _norm(x, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise, of one shape (Shazeer 2020, arXiv 2002.05202)."""
+    """Return silu(gate) * up, elementwise, of one shape (Shazeer 2020, arXiv 2002.05202)."""
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
     return _swiglu(gate, up)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads turned by their position's angles, halves together: x (T, heads, d), cos and sin (T, d).
+    """Return heads x `(T, heads, d)` rotated by their position's angles, cos and sin `(T, d)`.
 
-    (a, b) becomes (a cos - b sin, b cos + a sin), as transformers has it; gradients reach x alone.
-    Su et al. 2021, arXiv 2104.09864.
+    The halves (a, b) of a head become (a cos - b sin, b cos + a sin), as in transformers; gradients
+    reach x only.
+
+    References:
+        Su et al. 2021, arXiv 2104.09864.
     """
     tokens, _, width = x.shape
     if cos.shape != (tokens, width) or sin.shape != cos.shape or width % 2:
         raise ValueError(
-            f"x {tuple(x.shape)} cannot be turned by cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
+            f"x {tuple(x.shape)} does not fit cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
         )
     return _rotary(x, cos, sin, False)
 
@@ -48,15 +56,16 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` in PyTorch."""
-    # the norm and the scaling read x once each and round once, where F.rms_norm makes float32 copies (4 times slower)
+    """Return `rms_norm`, in PyTorch."""
+    # norm and scaling read x once each and round once; F.rms_norm makes float32 copies (4 times
+    # slower)
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
     scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
 
 def norm_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Its gradient with respect to x."""
+    """Return the gradient of `rms_norm` with respect to x."""
     normed, scale = _normed(x, eps)
     inner = (grad * weight).to(normed.dtype)
     along = (inner * normed).mean(-1, keepdim=True)
@@ -64,12 +73,12 @@ def norm_backward_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """`swiglu` in PyTorch."""
+    """Return `swiglu`, in PyTorch."""
     return F.silu(gate).mul_(up)
 
 
 def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Its gradients with respect to gate and up."""
+    """Return the gradients of `swiglu` with respect to gate and up."""
     sigmoid = torch.sigmoid(gate)
     silu = sigmoid * gate
     grad_up = grad * silu
@@ -79,7 +88,7 @@ def swiglu_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[T
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """`rotary` in PyTorch, or its transpose, which is its gradient."""
+    """Return `rotary`, or its transpose, which is its gradient, in PyTorch."""
     if back:
         a, b = (x * sin[:, None]).chunk(2, -1)
         return x * cos[:, None] + torch.cat([b, -a], -1)
@@ -88,7 +97,7 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of the statistics: float32, and float64 for float64."""
+    """Return the dtype of the statistics: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -1,10 +1,11 @@
-"""Eight bits for a number: a block of 256 shares one float32 scale, and 256 fixed levels cover seven decades.
+"""Blockwise 8-bit quantization: 256 values share a float32 scale, 256 fixed levels cover 7 decades.
 
-The levels are the "dynamic" ones of bitsandbytes (Dettmers 2015, arXiv 1511.04561; Dettmers et al. 2021, arXiv
-2110.02861): the decade 10^(e-7) .. 10^(e-6), for e = 0 .. 6, is cut into 2^e equal parts, and the middles of the
-parts are levels, with both signs; 0 and 1 make it 256. Without signs each decade has twice as many parts.
+The levels are bitsandbytes' dynamic ones (Dettmers 2015, arXiv 1511.04561; Dettmers et al. 2021,
+arXiv 2110.02861): the decade 10^(e-7) .. 10^(e-6), for e = 0 .. 6, is divided into 2^e equal parts,
+and the midpoints of the parts are levels, with both signs; 0 and 1 make it 256. Without signs each
+decade has twice as many parts.
 
-    x = levels[code] * scale        8 + 32 / 256 = 8.125 bits a number
+    x = levels[code] * scale        8 + 32 / 256 = 8.125 bits per value
 """
 
 from functools import lru_cache
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 256  # numbers that share a scale
+BLOCK = 256  # values that share a scale
 TINY = torch.finfo(torch.float32).tiny
 
 
 @lru_cache
 def dynamic_levels(signed: bool, device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
-    """The 256 levels in rising order, float32, from -0.993 or 0 to 1."""
+    """Return the 256 levels, ascending, float32, from -0.993 or 0 to 1."""
     levels = [torch.tensor([0.0, 1.0], device="cpu")]
     for exponent in range(7):
         edges = torch.linspace(
@@ -31,32 +32,33 @@ def dynamic_levels(signed: bool, device: torch.device = torch.device("cpu")) -> 
 
 
 def middles(levels: Tensor) -> Tensor:
-    """The 255 numbers half-way between two levels, float32."""
+    """Return the 255 midpoints between levels, float32."""
     return (levels[:-1] + levels[1:]) / 2
 
 
 @lru_cache
 def search_tables(signed: bool) -> tuple[Tensor, Tensor]:
-    """What the C++ kernel finds the nearest level with: middles (256), the last infinite, and starts (65536) uint8.
+    """Return the tables with which the C++ kernel finds the nearest level.
 
-    starts[h] counts the middles below every float32 whose highest 16 bits are h; at most one more can lie below one.
+    Returns:
+        The midpoints `(256,)`, the last infinite; and starts `(65536,)` uint8: how many midpoints
+        are below every float32 whose highest 16 bits are the index. At most one more is below one.
     """
     between = middles(dynamic_levels(signed))
     high = torch.arange(1 << 16, dtype=torch.int32)
-    lowest = (high << 16) | torch.where(
-        high >= 1 << 15, 0xFFFF, 0
-    ).int()  # of negative ones, that with the largest size
+    # among negative values, the one of largest magnitude
+    lowest = (high << 16) | torch.where(high >= 1 << 15, 0xFFFF, 0).int()
     starts = torch.bucketize(lowest.view(torch.float32), between).to(torch.uint8)
     return torch.cat([between, torch.tensor([torch.inf])]), starts
 
 
 def nearest_codes(x: Tensor, levels: Tensor) -> Tensor:
-    """The number of the level nearest to each element of x, int32; half-way between two the lower one is taken."""
+    """Return the index of the nearest level for each element of x, int32; ties go down."""
     return torch.bucketize(x, middles(levels), out_int32=True)
 
 
 def quantize8(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n) uint8 and scales (ceil(n / 256)) float32 of x (n); the last block may be shorter."""
+    """Return codes `(n,)` uint8 and scales `(ceil(n / 256),)` float32 of x `(n,)`."""
     blocks = F.pad(x.float(), (0, -len(x) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
     codes = nearest_codes(blocks * (1.0 / scales.clamp(min=TINY))[:, None], levels)
@@ -64,6 +66,6 @@ def quantize8(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize8(codes: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
-    """The numbers (n), float32, that codes (n) and scales (ceil(n / 256)) stand for."""
+    """Return the values `(n,)`, float32, of codes `(n,)` and scales `(ceil(n / 256),)`."""
     values = levels.index_select(0, F.pad(codes, (0, -len(codes) % BLOCK)).int())
     return values.view(-1, BLOCK).mul_(scales[:, None]).flatten()[: len(codes)]

@@ -1,13 +1,14 @@
-"""NF4: four bits for a weight (Dettmers et al. 2023, QLoRA, arXiv 2305.14314), with double quantisation.
+"""NF4: 4 bits per weight with double quantization (Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
 
-    row of W      | 64 weights | 64 weights | 40 |        blocks never cross rows, the last one may be shorter
-    codes           4 bits each, two a byte, the first in the high half     the nearest of 16 levels
-    absmax          one a block = levels8[scale] * superscale + offset      8 bits each, a superscale every 256
+    row of W      | 64 weights | 64 weights | 40 |      blocks never cross rows, the last is short
+    codes         4 bits, two per byte, the first in the high half: the nearest of 16 levels
+    absmax        one per block = levels8[scale] * superscale + offset: 8 bits, a superscale per 256
     W[i, j] = level[code] * absmax
 
-At widths that 64 divides, every stored number equals bitsandbytes' (bnb_4bit_use_double_quant). It lays its blocks
-over the flattened matrix instead, so that at other widths they cross rows. Here a row stands alone: rows can be split
-over devices. 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight where 64 divides the width.
+At widths that 64 divides, every stored value equals that of bitsandbytes
+(bnb_4bit_use_double_quant), whose blocks divide the flattened matrix and so cross rows at other
+widths. Here rows are independent and can be sharded. 4 + 8/64 + 32/(64 * 256) = 4.127 bits per
+weight where 64 divides the width.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
 from afina.kernels.int8_blockwise import TINY, dequantize8, dynamic_levels, nearest_codes, quantize8
 
-# quantiles of the normal distribution, scaled to -1 .. 1, an exact zero among them: arXiv 2305.14314, appendix E
+# quantiles of the normal distribution in -1 .. 1, with an exact zero: arXiv 2305.14314, appendix E
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -42,22 +43,20 @@ LEVELS = (
     1.0,
 )
 BLOCK = 64  # weights that share an absmax
-CHUNK = {
-    "cpu": 1 << 18
-}  # weights worked on at a time, so that temporaries stay small and in the cache
-CHUNK_ELSEWHERE = 1 << 26
-FEW = 32  # rows of x up to which the product reads the codes themselves
+# weights per chunk, so that temporaries stay small, and in the cache on the CPU
+CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 26
+MAX_CODE_ROWS = 32  # rows of x up to which the product reads the codes and not the dense matrix
 
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """A matrix (out, in) in four bits a weight."""
+    """A matrix (out, in) in 4 bits per weight."""
 
     codes: Tensor  # (out, ceil(in / 2)) uint8
-    scales: Tensor  # (out, ceil(in / 64)) uint8: the blocks' absmax, less the offset, in 8 bits
+    scales: Tensor  # (out, ceil(in / 64)) uint8: absmax - offset of each block, in 8 bits
     superscales: Tensor  # (ceil(out * ceil(in / 64) / 256)) float32
     offset: Tensor  # (1) float32: the mean absmax
-    in_features: int  # codes of an odd width end in an empty half byte
+    in_features: int  # codes of an odd width end in an unused half byte
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,11 +70,11 @@ class NF4Weight:
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight."""
+        """Stored bits per weight."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
     def absmax(self) -> Tensor:
-        """The largest magnitude of each block as stored: (out, ceil(in / 64)) float32."""
+        """Return the stored largest magnitude of each block, `(out, ceil(in / 64))` float32."""
         levels = dynamic_levels(True, self.scales.device)
         return (dequantize8(self.scales.flatten(), self.superscales, levels) + self.offset).view(
             self.scales.shape
@@ -84,37 +83,42 @@ class NF4Weight:
 
 @lru_cache
 def level_table(device: torch.device) -> Tensor:
-    """The 16 levels, float32."""
+    """Return the 16 levels, float32."""
     return torch.tensor(LEVELS, device=device)
 
 
 @lru_cache
 def _pairs(device: torch.device) -> Tensor:
-    """The two levels that each byte of codes stands for: (256, 2) float32."""
+    """Return the two levels of each byte of codes, `(256, 2)` float32."""
     byte = torch.arange(256, device=device)
     return level_table(device)[torch.stack([byte >> 4, byte & 15], 1)]
 
 
 def _rows(matrix: Tensor, width: int) -> Iterator[slice]:
-    """Slices of whole rows, about a chunk of weights each."""
-    step = max(1, CHUNK.get(matrix.device.type, CHUNK_ELSEWHERE) // max(1, width))
+    """Yield slices of complete rows, about a chunk of weights each."""
+    chunk = CPU_CHUNK if matrix.device.type == "cpu" else DEVICE_CHUNK
+    step = max(1, chunk // max(1, width))
     return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
 
 
 def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Codes (out, ceil(in / 2)) uint8 and absmax (out, ceil(in / block)) float32 of weight (out, in)."""
+    """Return codes and absmax of weight `(out, in)`.
+
+    Returns:
+        Codes `(out, ceil(in / 2))` uint8 and absmax `(out, ceil(in / block))` float32.
+    """
     rows, width = weight.shape
     if block == BLOCK and (gpu := kernels.triton_ops(weight)):
         return gpu.nf4_encode(weight)
     codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(rows, -(-width // block), device=weight.device)
-    fast = (
+    uses_cpp = (
         block == BLOCK
         and weight.device.type == "cpu"
         and kernels.cpp_accepts(codes.new_empty(0, dtype=torch.float32))
     )
     for part in _rows(weight, width):
-        if fast:
+        if uses_cpp:
             some = (weight[part] if weight.dtype in TYPES else weight[part].float()).contiguous()
             kernels.quantize(
                 data_pointer(some),
@@ -137,7 +141,7 @@ def encode(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
 def decode(
     codes: Tensor, absmax: Tensor, width: int, dtype: torch.dtype, block: int = BLOCK
 ) -> Tensor:
-    """The matrix (rows, width) that codes and absmax stand for: multiplied in float32, rounded once to `dtype`."""
+    """Return the matrix `(rows, width)`: multiplied in float32, rounded once to `dtype`."""
     out = torch.empty(codes.shape[0], width, dtype=dtype, device=codes.device)
     pairs = _pairs(codes.device)
     for part in _rows(codes, width):
@@ -156,9 +160,13 @@ def decode(
 
 
 def quantize(weight: Tensor) -> NF4Weight:
-    """A matrix (out, in) of any float dtype in NF4; raises `ValueError` where a weight is not finite or none is there.
+    """Return a matrix `(out, in)` of any float dtype in NF4.
 
-    The offset is torch's float32 mean, as in bitsandbytes: its last bit may depend on the number of threads.
+    The offset is torch's float32 mean, as in bitsandbytes: its last bit may depend on the number of
+    threads.
+
+    Raises:
+        ValueError: a weight is not finite, or the matrix is empty.
     """
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(f"NF4 holds matrices, not a tensor of shape {tuple(weight.shape)}")
@@ -173,15 +181,15 @@ def quantize(weight: Tensor) -> NF4Weight:
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) that `weight` stands for."""
+    """Return the dense matrix `(out, in)` of `weight`."""
     return _dequantize(*_stored(weight), dtype)
 
 
 def errors(weight: Tensor, quantized: NF4Weight) -> tuple[float, float]:
-    """(relative error, zero share) of `quantized`, made from weight (out, in).
+    """Return the relative error and the zeroed ratio of `quantized`, the NF4 of weight `(out, in)`.
 
-    The first is |W - W'| / |W| in the Euclidean norm; the second the share of all weights that are zero now and were
-    not before.
+    Returns:
+        |W - W'| / |W| in the Frobenius norm, and the ratio of all weights that became zero.
     """
     absmax, lost, norm, zeros = quantized.absmax(), 0.0, 0.0, 0
     for part in _rows(weight, weight.shape[1]):
@@ -194,9 +202,10 @@ def errors(weight: Tensor, quantized: NF4Weight) -> tuple[float, float]:
 
 
 def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias (..., out) for x (..., in), in the dtype of x; gradients reach x and bias.
+    """Return x W^T + bias `(..., out)` for x `(..., in)`, in the dtype of x.
 
-    The dense matrix exists during each product only, and not at all for few rows: the backward pass writes it out again.
+    Gradients reach x and bias. The dense matrix is allocated during a product only, and not at all
+    for few rows; the backward pass dequantizes it again.
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} columns, the matrix {weight.in_features}")
@@ -211,7 +220,7 @@ def _stored(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
 
 
 def _native(weight: NF4Weight) -> tuple[Any, tuple[Tensor, ...]]:
-    """`weight` as the C++ kernels take it, and the tensors that it points into."""
+    """Return `weight` as the C++ kernels take it, and the tensors that it points to."""
     parts = [part.contiguous() for part in _stored(weight)[:4]]  # type: ignore[union-attr]
     parts.append(dynamic_levels(True, parts[0].device))
     return kernels.library.NF4(*map(data_pointer, parts), *weight.shape), tuple(parts)
@@ -228,9 +237,9 @@ def _run_dequantize(
     weight = NF4Weight(codes, scales, superscales, offset, width)
     if not kernels.cpp_accepts(offset):
         return decode(codes, weight.absmax(), width, dtype)
-    held, _parts = _native(weight)
+    native, _parts = _native(weight)
     out = torch.empty(weight.shape, dtype=dtype if dtype in TYPES else torch.float32)
-    kernels.dequantize(held, TYPES[out.dtype], data_pointer(out))
+    kernels.dequantize(native, TYPES[out.dtype], data_pointer(out))
     return out.to(dtype)
 
 
@@ -245,21 +254,21 @@ def _run_linear(
 ) -> Tensor:
     weight = NF4Weight(codes, scales, superscales, offset, width)
     rows = x.numel() // width
-    if rows > FEW or not kernels.cpp_accepts(x, bias):
+    if rows > MAX_CODE_ROWS or not kernels.cpp_accepts(x, bias):
         return F.linear(
             x, _run_dequantize(codes, scales, superscales, offset, width, x.dtype), bias
         )
-    held, _parts = _native(weight)
+    native, _parts = _native(weight)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], codes.shape[0])
     kernels.nf4_product(
-        data_pointer(x), TYPES[x.dtype], rows, held, data_pointer(bias), data_pointer(y)
+        data_pointer(x), TYPES[x.dtype], rows, native, data_pointer(bias), data_pointer(y)
     )
     return y
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *weight, ctx.width, _ = inputs
-    ctx.save_for_backward(*weight)  # the stored tensors themselves: nothing new
+    ctx.save_for_backward(*weight)  # the stored tensors themselves: no new memory
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,15 +1,16 @@
-"""Attention over keys and values that lie in pages of one pool, wherever there was room: serving's cache.
+"""Attention over keys and values in blocks of one pool: the KV cache of serving.
 
-    kv          (pages, 2, kv_heads, page_size, head_dim)     one layer's part of the pool; pages may stand far apart
-    tables      | 7 3 9 | 2 | 0 5 |                           the pages of each sequence, in the order of its tokens
-    pasts       |  40   | 0 |  20 |                           tokens that were in the pool before this forward
-    bounds      (0,     1,  9,    10)                         the queries: one of the first, eight of the second, ...
+    kv            (num_blocks, 2, kv_heads, block_size, head_dim)  one layer, strided
+    block_tables  | 7 3 9 | 2 | 0 5 |       blocks of each sequence, in the order of its tokens
+    context_lens  |  40   | 0 |  20 |       tokens that were in the pool before this forward pass
+    cu_seqlens    (0,     1,  9,    10)      queries: one of the first sequence, eight of the next
 
-Query i of sequence s stands at position pasts[s] + i, and sees the keys up to its own, which are in their pages already.
-Nothing here is differentiable.
+Query i of sequence s has position context_lens[s] + i and sees the keys up to its own, which are in
+their blocks already. Nothing here is differentiable.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,207 +20,257 @@ from torch.nn import functional as F
 from afina.kernels.dispatch import TYPES, data_pointer, kernels
 from afina.kernels.varlen_attention import WIDE
 
-# queries of a sequence up to which a kernel for few of them runs; beyond, PyTorch's attention over pages laid side by side
-FEW = 32
-# With AVX-512, rows (a query and a head that reads the same keys) up to which the kernel for few of them runs, whose time
-# goes by the row; beyond, the one for pieces, whose time goes by 16 of them. In ms, two sequences after 500 tokens, few /
-# pieces: 9 heads on 3, bf16, 2 queries 0.17 / 0.17, 4 0.22 / 0.12, 32 1.67 / 0.52; 16 heads, 4 queries 0.41 / 0.56, 8
-# 0.80 / 0.66; float32, 8 queries 1.4 / 2.0, 16 2.3 / 2.5
-ROWS = {torch.float32: 19, torch.bfloat16: 7}
-Tables = Sequence[Sequence[int]] | Tensor
+# Queries of a sequence up to which a kernel for few of them runs; with more, PyTorch's attention
+# over the gathered blocks.
+MAX_FEW_QUERIES = 32
+# With AVX-512, rows (a query and a head that reads the same keys) up to which the kernel for few of
+# them runs, whose time is proportional to the rows; with more, the one that takes 16 at a time.
+# ms for two sequences after 500 tokens, few / 16 at a time: 9 heads on 3, bfloat16, 2 queries
+# 0.17 / 0.17, 4 0.22 / 0.12, 32 1.67 / 0.52; 16 heads, 4 queries 0.41 / 0.56, 8 0.80 / 0.66;
+# float32, 8 queries 1.4 / 2.0, 16 2.3 / 2.5
+MAX_FEW_ROWS = {torch.float32: 19, torch.bfloat16: 7}
+BlockTables = Sequence[Sequence[int]] | Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores become weights.
+
+    Attributes:
+        scaling: Factor of query key^T.
+        window: How many last keys a query sees; None: all.
+        softcap: c of c tanh(score / c); None: scores stay as they are.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
 
 
 @torch.no_grad()
 def paged_attention(
-    query: Tensor,
+    query: Tensor,  # (num_tokens, heads, head_dim)
     kv: Tensor,
-    bounds: Sequence[int],
-    pasts: Sequence[int],
-    tables: Tables,
+    cu_seqlens: Sequence[int],
+    context_lens: Sequence[int],
+    block_tables: BlockTables,
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(scaling * query keys^T, causal) values: (T, heads, head_dim) of query (T, heads, head_dim).
+    """Return softmax(scaling * query keys^T, causal) values: `(num_tokens, heads, head_dim)`.
 
-    Head h of the queries reads head h * kv_heads // heads of keys and values. `tables` are lists, or a tensor (sequences,
-    most pages) int32 whose further entries do not count: make it once a forward. `window` w lets a query see its last w
-    keys only; `softcap` c bends the scores to c tanh(score / c). Raises `ValueError` where shapes or tables do not fit.
+    Head h of the queries reads head h * kv_heads // heads of keys and values.
+
+    Args:
+        query: The queries, see the module's docstring for the other inputs.
+        kv: One layer's part of the pool.
+        cu_seqlens: Cumulative numbers of queries, from 0.
+        context_lens: Tokens of each sequence before the queries.
+        block_tables: Lists, or a tensor `(num_sequences, max_blocks)` int32 with any padding,
+            built once per forward pass.
+        scaling: Factor of the scores.
+        window: How many last keys a query sees; None: all.
+        softcap: c, with which scores become c tanh(score / c).
+
+    Raises:
+        ValueError: shapes or block tables do not fit each other.
     """
-    _check(query, kv, bounds, pasts, tables)
-    tables = padded(tables)
+    _check(query, kv, cu_seqlens, context_lens, block_tables)
+    tables, scores = pad_block_tables(block_tables), Scores(scaling, window, softcap)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    fast = 0
-    if gpu := kernels.triton_ops(query, kv):
-        _check_pages(tables, bounds, pasts, kv)
-        fast = FEW
-        gpu.paged_attention(query, kv, bounds, pasts, tables, out, FEW, scaling, window, softcap)
-    elif (
-        kernels.cpp_accepts(query)
-        and kv.dtype in TYPES
-        and (query.dtype == torch.float32 or kv.dtype == query.dtype)
-    ):
-        query = query.contiguous()
-        heads, width = query.shape[1:]
-        pages, _, kv_heads, page_size, _ = kv.shape
-        longest = max((end - start for start, end in pairwise(bounds)), default=0)
-        pieces = kernels.isa in WIDE
-        few, fast = (
-            (max(1, ROWS[query.dtype] * kv_heads // heads), longest) if pieces else (FEW, FEW)
+    max_queries = 0  # sequences with more of them are left to PyTorch
+    if triton := kernels.triton_ops(query, kv):
+        _check_blocks(tables, cu_seqlens, context_lens, kv)
+        max_queries = MAX_FEW_QUERIES
+        triton.paged_attention(
+            query, kv, cu_seqlens, context_lens, tables, out, max_queries, scaling, window, softcap
         )
-        for run, limit in ((kernels.paged, few), (kernels.paged_pieces, few + 1))[
-            : 1 + (pieces and longest > few)
-        ]:
-            run(
-                data_pointer(query),
-                TYPES[query.dtype],
-                data_pointer(out),
-                data_pointer(kv),
-                TYPES[kv.dtype],
-                pages,
-                kv.stride(0),
-                heads,
-                kv_heads,
-                page_size,
-                width,
-                data_pointer(tables),
-                tables.shape[1],
-                bounds,
-                pasts,
-                limit,
-                scaling,
-                softcap or 0.0,
-                window or 0,
-            )
-    for s, (start, end) in enumerate(pairwise(bounds)):
-        if end - start > fast:
+    elif _cpp_accepts(query, kv):
+        max_queries = _run_cpp(query, kv, cu_seqlens, context_lens, tables, out, scores)
+    for s, (start, end) in enumerate(pairwise(cu_seqlens)):
+        if end - start > max_queries:
             out[start:end] = paged_attention_reference(
-                query[start:end], kv, pasts[s], tables[s], scaling, window, softcap
+                query[start:end], kv, context_lens[s], tables[s], scores
             )
     return out
 
 
-@torch.no_grad()
-def paged_write(key: Tensor, value: Tensor, kv: Tensor, slots: Tensor) -> None:
-    """Put key and value (T, kv_heads, head_dim) into `kv`, token t at slots[t] (T, int64) = page * page_size + offset.
+def _cpp_accepts(query: Tensor, kv: Tensor) -> bool:
+    """Return whether the C++ kernels take the dtypes: a float32 query reads either kind of keys."""
+    same = query.dtype == torch.float32 or kv.dtype == query.dtype
+    return kernels.cpp_accepts(query) and kv.dtype in TYPES and same
 
-    Raises `ValueError` where a slot is not in the pool.
+
+def _run_cpp(
+    query: Tensor,
+    kv: Tensor,
+    cu_seqlens: Sequence[int],
+    context_lens: Sequence[int],
+    tables: Tensor,
+    out: Tensor,
+    scores: Scores,
+) -> int:
+    """Write the sequences that C++ computes into `out`; return the most queries that they have."""
+    query = query.contiguous()
+    heads, width = query.shape[1:]
+    num_blocks, _, kv_heads, block_size, _ = kv.shape
+    few = limit = MAX_FEW_QUERIES
+    runs = [(kernels.paged, few)]
+    if kernels.isa in WIDE:
+        few = max(1, MAX_FEW_ROWS[query.dtype] * kv_heads // heads)
+        limit = max((end - start for start, end in pairwise(cu_seqlens)), default=0)
+        runs = [(kernels.paged, few)]
+        if limit > few:
+            runs.append((kernels.paged_pieces, few + 1))
+    for run, bound in runs:
+        run(
+            data_pointer(query),
+            TYPES[query.dtype],
+            data_pointer(out),
+            data_pointer(kv),
+            TYPES[kv.dtype],
+            num_blocks,
+            kv.stride(0),
+            heads,
+            kv_heads,
+            block_size,
+            width,
+            data_pointer(tables),
+            tables.shape[1],
+            cu_seqlens,
+            context_lens,
+            bound,
+            scores.scaling,
+            scores.softcap or 0.0,
+            scores.window or 0,
+        )
+    return limit
+
+
+@torch.no_grad()
+def paged_write(key: Tensor, value: Tensor, kv: Tensor, slot_mapping: Tensor) -> None:
+    """Write key and value `(num_tokens, kv_heads, head_dim)` into `kv`.
+
+    Token t goes to slot_mapping[t] `(num_tokens,)` int64 = block * block_size + offset.
+
+    Raises:
+        ValueError: shapes do not fit, or a slot is not in the pool.
     """
-    pages, _, kv_heads, page_size, width = kv.shape
-    if (
-        key.shape != (len(slots), kv_heads, width)
-        or value.shape != key.shape
-        or not kv[0].is_contiguous()
-    ):
+    num_blocks, _, kv_heads, block_size, width = kv.shape
+    shape = (len(slot_mapping), kv_heads, width)
+    if key.shape != shape or value.shape != shape or not kv[0].is_contiguous():
         shapes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
-        raise ValueError(f"{shapes} do not fit {len(slots)} slots of pages {tuple(kv.shape)}")
+        raise ValueError(
+            f"{shapes} do not fit {len(slot_mapping)} slots of blocks {tuple(kv.shape)}"
+        )
     key, value = key.to(kv.dtype), value.to(kv.dtype)
-    if kernels.cpp_accepts(key, value, kv) and slots.dtype == torch.int64:
-        key, value, slots = key.contiguous(), value.contiguous(), slots.contiguous()
+    if kernels.cpp_accepts(key, value, kv) and slot_mapping.dtype == torch.int64:
+        key, value, slots = key.contiguous(), value.contiguous(), slot_mapping.contiguous()
         kernels.paged_write(
             data_pointer(key),
             data_pointer(value),
             kv.element_size(),
             data_pointer(kv),
-            pages,
+            num_blocks,
             kv.stride(0),
             len(slots),
             kv_heads,
-            page_size,
+            block_size,
             width,
             data_pointer(slots),
         )
         return
-    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < pages * page_size:
+    slots = slot_mapping
+    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < num_blocks * block_size:
         raise ValueError("a slot is not in the pool")
-    page, offset = slots // page_size, slots % page_size
-    kv[page, 0, :, offset], kv[page, 1, :, offset] = key, value
+    block, offset = slots // block_size, slots % block_size
+    kv[block, 0, :, offset], kv[block, 1, :, offset] = key, value
 
 
-def padded(tables: Tables) -> Tensor:
-    """The tables as one tensor (sequences, most pages) int32, contiguous."""
-    if isinstance(tables, Tensor):
-        return tables.to(torch.int32).contiguous()
-    longest = max(map(len, tables), default=0)
-    filled = [[*table, *[0] * (longest - len(table))] for table in tables]
-    return torch.tensor(filled, dtype=torch.int32).view(len(tables), longest)
+def pad_block_tables(block_tables: BlockTables) -> Tensor:
+    """Return the block tables as one tensor `(num_sequences, max_blocks)` int32, contiguous."""
+    if isinstance(block_tables, Tensor):
+        return block_tables.to(torch.int32).contiguous()
+    longest = max(map(len, block_tables), default=0)
+    filled = [[*table, *[0] * (longest - len(table))] for table in block_tables]
+    return torch.tensor(filled, dtype=torch.int32).view(len(block_tables), longest)
 
 
 def paged_attention_reference(
-    query: Tensor,
+    query: Tensor,  # (num_queries, heads, head_dim)
     kv: Tensor,
-    past: int,
+    context_len: int,
     table: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
 ) -> Tensor:
-    """The same for one sequence, query (n, heads, head_dim), in PyTorch: its pages are laid side by side first."""
-    n, heads, _ = query.shape
-    total = past + n
-    if total > len(table) * kv.shape[3]:
-        raise ValueError("a table has too few pages for its sequence's keys")
-    first = (
-        max(0, past + 1 - window) // kv.shape[3] if window else 0
-    )  # the first page that anybody sees
-    index = table[first : -(-total // kv.shape[3])].to(device=kv.device, dtype=torch.int64)
+    """Return the attention of one sequence, in PyTorch, over its gathered blocks.
+
+    Raises:
+        ValueError: the table has too few blocks, or one that is not in the pool.
+    """
+    num_queries, heads, _ = query.shape
+    block_size, window, softcap = kv.shape[3], scores.window, scores.softcap
+    total = context_len + num_queries
+    if total > len(table) * block_size:
+        raise ValueError("a block table has too few blocks for its sequence's keys")
+    first = max(0, context_len + 1 - window) // block_size if window else 0  # the first visible one
+    index = table[first : -(-total // block_size)].to(device=kv.device, dtype=torch.int64)
     if not 0 <= int(index.min()) <= int(index.max()) < len(kv):
-        raise ValueError("a table names a page that is not there")
-    skipped = first * kv.shape[3]
-    # (2, kv_heads, keys, head_dim)
-    keys, values = (
-        kv.index_select(0, index)
-        .permute(1, 2, 0, 3, 4)
-        .flatten(2, 3)[:, :, : total - skipped]
-        .to(query.dtype)
-    )
-    q = query.transpose(0, 1)[None]  # (1, heads, n, head_dim)
+        raise ValueError("a block table names a block that is not in the pool")
+    skipped = first * block_size
+    gathered = kv.index_select(0, index).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    keys, values = gathered[:, :, : total - skipped].to(query.dtype)  # (kv_heads, keys, head_dim)
+    q = query.transpose(0, 1)[None]  # (1, heads, num_queries, head_dim)
     allowed = None
-    if past or softcap or (window and window < total):
-        position = torch.arange(past, total, device=query.device)[:, None]
+    if context_len or softcap or (window and window < total):
+        position = torch.arange(context_len, total, device=query.device)[:, None]
         key = torch.arange(skipped, total, device=query.device)
         allowed = (key <= position) & (key > position - window) if window else key <= position
     if softcap is None:
         repeats = heads // kv.shape[2]
         k, v = keys.repeat_interleave(repeats, 0)[None], values.repeat_interleave(repeats, 0)[None]
         out = F.scaled_dot_product_attention(
-            q, k, v, allowed, is_causal=allowed is None, scale=scaling
+            q, k, v, allowed, is_causal=allowed is None, scale=scores.scaling
         )
         return out[0].transpose(0, 1)
     assert allowed is not None
-    scores = (
-        q[0].unflatten(0, (kv.shape[2], -1)).float()
-        @ keys[:, None].mT.float()
-        * (scaling / softcap)
-    )
-    weights = scores.tanh_().mul_(softcap).masked_fill_(~allowed, float("-inf")).softmax(-1)
+    products = q[0].unflatten(0, (kv.shape[2], -1)).float() @ keys[:, None].mT.float()
+    capped = (products * (scores.scaling / softcap)).tanh_().mul_(softcap)
+    weights = capped.masked_fill_(~allowed, float("-inf")).softmax(-1)
     return (weights @ values[:, None].float()).flatten(0, 1).transpose(0, 1).to(query.dtype)
 
 
-def _check_pages(tables: Tensor, bounds: Sequence[int], pasts: Sequence[int], kv: Tensor) -> None:
-    """Raise `ValueError` where a sequence's keys have no page; tables that lie on a GPU are not waited for."""
+def _check_blocks(
+    tables: Tensor, cu_seqlens: Sequence[int], context_lens: Sequence[int], kv: Tensor
+) -> None:
+    """Raise `ValueError` where a sequence's keys have no block.
+
+    The entries of tables on a GPU are not read: that would wait for it.
+    """
     counts = [
-        -(-(past + end - start) // kv.shape[3])
-        for past, (start, end) in zip(pasts, pairwise(bounds), strict=True)
+        -(-(context_len + end - start) // kv.shape[3])
+        for context_len, (start, end) in zip(context_lens, pairwise(cu_seqlens), strict=True)
     ]
     if max(counts, default=0) > tables.shape[1]:
-        raise ValueError("a table has too few pages for its sequence's keys")
+        raise ValueError("a block table has too few blocks for its sequence's keys")
     used = torch.arange(tables.shape[1])[None] < torch.tensor(counts)[:, None]
     if tables.device.type == "cpu" and bool((((tables < 0) | (tables >= len(kv))) & used).any()):
-        raise ValueError("a table names a page that is not there")
+        raise ValueError("a block table names a block that is not in the pool")
 
 
 def _check(
-    query: Tensor, kv: Tensor, bounds: Sequence[int], pasts: Sequence[int], tables: Tables
+    query: Tensor,
+    kv: Tensor,
+    cu_seqlens: Sequence[int],
+    context_lens: Sequence[int],
+    tables: BlockTables,
 ) -> None:
     heads, width = query.shape[1:]
     if kv.shape[1] != 2 or kv.shape[4] != width or heads % kv.shape[2] or not kv[0].is_contiguous():
-        raise ValueError(f"queries {tuple(query.shape)} do not fit pages {tuple(kv.shape)}")
-    if (
-        len(bounds) != len(pasts) + 1
-        or len(tables) != len(pasts)
-        or bounds[0] != 0
-        or bounds[-1] != len(query)
-    ):
-        counts = f"{len(query)} queries, {len(pasts)} pasts, {len(tables)} tables"
-        raise ValueError(f"{counts} and bounds {tuple(bounds)} do not fit")
+        raise ValueError(f"queries {tuple(query.shape)} do not fit blocks {tuple(kv.shape)}")
+    num_sequences = len(context_lens)
+    covers = cu_seqlens[0] == 0 and cu_seqlens[-1] == len(query)
+    if len(cu_seqlens) != num_sequences + 1 or len(tables) != num_sequences or not covers:
+        counts = f"{len(query)} queries, {num_sequences} contexts, {len(tables)} block tables"
+        raise ValueError(f"{counts} and cu_seqlens {tuple(cu_seqlens)} do not fit")

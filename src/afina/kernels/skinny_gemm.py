@@ -1,6 +1,7 @@
-"""The product of a few rows with a frozen matrix, at the speed at which the matrix is read: decoding's main work.
+"""The product of a few rows with a frozen matrix, at the speed of reading the matrix: decoding.
 
-PyTorch's bfloat16 product of few rows puts the matrix into blocks first, which costs more than the product.
+PyTorch's bfloat16 product of few rows first copies the matrix into blocks, which costs more than
+the product.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ MAX_SKINNY_ROWS = 8
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias (..., out) for x (..., in), weight (out, in), bias (out), as torch's; gradients reach all three."""
+    """Return x W^T + bias `(..., out)`, as PyTorch's linear; gradients reach all three."""
     return _linear(x, weight, bias)
 
 

@@ -1,11 +1,11 @@
-"""Causal attention of sequences that lie end to end in one run, forwards and backwards: training, and plain prompts.
+"""Causal attention of packed sequences, forward and backward: training and uncached prompts.
 
-    query (T, heads, head_dim)     key, value (T, kv_heads, head_dim)     T = tokens of all sequences, at `bounds`
+    query (T, heads, head_dim)     key, value (T, kv_heads, head_dim)     T: tokens of all sequences
 
-Query head h reads head h * kv_heads // heads of keys and values. Nothing is padded, sorted or repeated. Kept for the
-backward pass: the three inputs, and a float32 a token and head, the logarithm to base 2 of the softmax's
-denominator. On CPUs that multiply bfloat16 the C++ kernel takes 16-bit inputs to those products, with scores, softmax,
-their gradients and all sums in float32.
+Query head h reads head h * kv_heads // heads of keys and values. Nothing is padded, sorted or
+repeated. The backward pass reads the three inputs and one float32 per token and head, the base 2
+logarithm of the softmax denominator. On CPUs with bfloat16 products the C++ kernel uses them for
+16-bit inputs, with scores, softmax, their gradients and all sums in float32.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
 
 LOG2E = 1.4426950408889634
-# instruction sets in which the kernel beats PyTorch's attention, 1.2 to 5 times; plain C++ has 0.3 of its rate, AVX2 less
+# Instruction sets in which the kernel is 1.2 to 5 times as fast as PyTorch's attention; plain C++
+# has 0.3 of its rate, AVX2 less.
 WIDE = ("avx512bf16", "avx512")
 
 
@@ -27,44 +28,55 @@ def varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: Sequence[int],
+    cu_seqlens: Sequence[int],
     scaling: float,
     window: int | None = None,
 ) -> Tensor:
-    """softmax(scaling * query key^T, causal) value within each sequence: (T, heads, head_dim), as the module says.
+    """Return softmax(scaling * query key^T, causal) value of each sequence, `(T, heads, head_dim)`.
 
-    bounds = (0, end of the first sequence, ..., T); `window` w lets a query see its last w keys only. Raises `ValueError`
-    where shapes do not fit.
+    Args:
+        query: `(T, heads, head_dim)`.
+        key: `(T, kv_heads, head_dim)`.
+        value: `(T, kv_heads, head_dim)`.
+        cu_seqlens: Cumulative sequence lengths: 0, the end of the first sequence, ..., T.
+        scaling: Factor of the scores.
+        window: How many last keys a query sees; None: all.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
     tokens, heads, width = query.shape
     if key.shape != value.shape or key.shape[::2] != (tokens, width) or heads % key.shape[1]:
         shapes = f"keys {tuple(key.shape)} and values {tuple(value.shape)}"
         raise ValueError(f"queries {tuple(query.shape)} and {shapes} do not fit")
     if (
-        not bounds
-        or bounds[0] != 0
-        or bounds[-1] != tokens
-        or any(end < start for start, end in pairwise(bounds))
+        not cu_seqlens
+        or cu_seqlens[0] != 0
+        or cu_seqlens[-1] != tokens
+        or any(end < start for start, end in pairwise(cu_seqlens))
     ):
-        raise ValueError(f"bounds {tuple(bounds)} do not cut {tokens} tokens")
-    return _attention(query, key, value, list(bounds), scaling, window or 0)[0]
+        raise ValueError(f"cu_seqlens {tuple(cu_seqlens)} do not divide {tokens} tokens")
+    return _attention(query, key, value, list(cu_seqlens), scaling, window or 0)[0]
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """The same for sequences of one length: (sequences, heads, tokens, head_dim); keys may have fewer heads."""
+    """Return causal attention of sequences of one length: `(sequences, heads, tokens, head_dim)`.
+
+    Keys and values may have fewer heads.
+    """
     sequences, heads, tokens, _ = query.shape
-    if fast(query, key, value):
+    if is_fast(query, key, value):
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        bounds = range(0, sequences * tokens + 1, tokens) if tokens else (0,)
-        out = varlen_attention(query, key, value, bounds, scaling)
+        cu_seqlens = range(0, sequences * tokens + 1, tokens) if tokens else (0,)
+        out = varlen_attention(query, key, value, cu_seqlens, scaling)
         return out.unflatten(0, (sequences, tokens)).transpose(1, 2)
     repeats = heads // key.shape[1]
     key, value = (x if repeats == 1 else x.repeat_interleave(repeats, 1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
 
 
-def fast(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `varlen_attention` is what to call for these, and not PyTorch's attention."""
+def is_fast(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether `varlen_attention` is faster for these than PyTorch's attention."""
     return kernels.isa in WIDE and _fits(query, key, value)
 
 
@@ -72,17 +84,22 @@ def fast(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def varlen_reference(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Sequence[int], scaling: float, window: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Sequence[int],
+    scaling: float,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
-    """`varlen_attention` and the logarithms (T, heads), in PyTorch, at least in float32."""
-    wide = torch.promote_types(query.dtype, torch.float32)
+    """Return `varlen_attention` and the logarithms `(T, heads)`, in PyTorch."""
+    sum_dtype = torch.promote_types(query.dtype, torch.float32)
     repeats = query.shape[1] // key.shape[1]
     outputs, logs = (
         [query.new_empty(0, *query.shape[1:])],
-        [query.new_empty(0, query.shape[1], dtype=wide)],
+        [query.new_empty(0, query.shape[1], dtype=sum_dtype)],
     )
-    for start, end in pairwise(bounds):
-        q, k, v = (x[start:end].transpose(0, 1).to(wide) for x in (query, key, value))
+    for start, end in pairwise(cu_seqlens):
+        q, k, v = (x[start:end].transpose(0, 1).to(sum_dtype) for x in (query, key, value))
         k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
         seen = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril_()
         seen = seen.triu_(1 - window) if window else seen
@@ -97,16 +114,16 @@ def varlen_backward_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: Sequence[int],
+    cu_seqlens: Sequence[int],
     scaling: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its gradients with respect to query, key and value."""
+    """Return the gradients of `varlen_attention` with respect to query, key and value."""
     if not grad.numel():
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     with torch.enable_grad():
         q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
-        out, _ = varlen_reference(q, k, v, bounds, scaling, window)
+        out, _ = varlen_reference(q, k, v, cu_seqlens, scaling, window)
         grad_query, grad_key, grad_value = torch.autograd.grad(out, (q, k, v), grad)
     return grad_query, grad_key, grad_value
 
@@ -127,18 +144,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float, window: int
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int], scaling: float, window: int
 ) -> tuple[Tensor, Tensor]:
     if not _fits(query, key, value):
-        return varlen_reference(query, key, value, bounds, scaling, window)
+        return varlen_reference(query, key, value, cu_seqlens, scaling, window)
     query, key, value = (_rows(x) for x in (query, key, value))
-    out, logs = _empty(query, key, value, bounds, scaling, window)
+    out, logs = _empty(query, key, value, cu_seqlens, scaling, window)
     kernels.attention(
         TYPES[query.dtype],
         query.shape[1],
         key.shape[1],
         query.shape[2],
-        bounds,
+        cu_seqlens,
         scaling,
         window,
         _places(query, key, value, out),
@@ -148,10 +165,10 @@ def _run(
 
 
 def _empty(
-    query: Tensor, key: Tensor, value: Tensor, bounds: list[int], scaling: float, window: int
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: list[int], scaling: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=wide)
+    sum_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=sum_dtype)
 
 
 def _run_backward(
@@ -160,26 +177,26 @@ def _run_backward(
     key: Tensor,
     value: Tensor,
     logs: Tensor,
-    bounds: list[int],
+    cu_seqlens: list[int],
     scaling: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(query, key, value) or grad.dtype != query.dtype:
-        return varlen_backward_reference(grad, query, key, value, bounds, scaling, window)
+        return varlen_backward_reference(grad, query, key, value, cu_seqlens, scaling, window)
     grad, query, key, value = (_rows(x) for x in (grad, query, key, value))
-    made = _empty_backward(grad, query, key, value)
+    gradients = _empty_backward(grad, query, key, value)
     kernels.attention_backward(
         TYPES[query.dtype],
         query.shape[1],
         key.shape[1],
         query.shape[2],
-        bounds,
+        cu_seqlens,
         scaling,
         window,
-        _places(query, key, value, grad, *made),
+        _places(query, key, value, grad, *gradients),
         data_pointer(logs),
     )
-    return made
+    return gradients
 
 
 def _empty_backward(
@@ -201,15 +218,16 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor 
 
 
 _attention = register_op(
-    "varlen_attention(Tensor query, Tensor key, Tensor value, int[] bounds, float scaling, int window) -> (Tensor, Tensor)",
+    "varlen_attention(Tensor query, Tensor key, Tensor value, int[] cu_seqlens, float scaling, "
+    "int window) -> (Tensor, Tensor)",
     _run,
     _empty,
     _gradients,
     _keep,
 )
 _attention_backward = register_op(
-    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor logs, int[] bounds, "
-    "float scaling, int window) -> (Tensor, Tensor, Tensor)",
+    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor logs, "
+    "int[] cu_seqlens, float scaling, int window) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _empty_backward,
 )

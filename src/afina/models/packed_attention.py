@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from afina.kernels.varlen_attention import causal_attention, fast, varlen_attention
+from afina.kernels.varlen_attention import causal_attention, is_fast, varlen_attention
 from afina.models.paged_kv import KVShapeProbe, PagedKV
 
 ATTENTION_NAME = "afina"
@@ -183,7 +183,7 @@ def flat_attention(
             layer, query, key, value, flat.cu_seqlens, scaling, sliding_window, softcap
         ), None
     run = _with_before(module, query, key, value, flat)
-    if softcap is None and not dropout and fast(query, key, value):
+    if softcap is None and not dropout and is_fast(query, key, value):
         return _end_to_end(*run, query.shape[-1], flat, scaling, sliding_window), None
     return _grouped(*run, query.shape[-1], flat, scaling, sliding_window, softcap, dropout), None
 

@@ -276,10 +276,10 @@ constexpr i64 kShortest = 128;  // keys that are worth an item of their own
 
 // whether keys first..keys of sequence s have pages
 void check_pages(const int32_t* tables, i64 table_width, i64 s, i64 first, i64 keys, i64 page_size, i64 pages) {
-    if (keys > table_width * page_size) throw std::invalid_argument("a table has too few pages for its sequence's keys");
+    if (keys > table_width * page_size) throw std::invalid_argument("a block table has too few blocks for its sequence's keys");
     for (i64 page = first / page_size; page * page_size < keys; page++) {
         i64 there = tables[s * table_width + page];
-        if (there < 0 || there >= pages) throw std::invalid_argument("a table names a page that is not there");
+        if (there < 0 || there >= pages) throw std::invalid_argument("a block table names a block that is not in the pool");
     }
 }
 

@@ -1,8 +1,9 @@
-"""The operations of this room in Triton, for CUDA: each function has the name and the arguments of the operation it does.
+"""The operations of `afina.kernels` in Triton, for CUDA, with the same names and arguments.
 
-`afina.kernels.dispatch` chooses them; nobody else imports this room. They are checked against the references in Triton's
-interpreter on a CPU, and compiled for sm_90; `benchmarks/gpu_kernels.py` measures them where there is a card. Products
-are made by the tensor cores in the dtype of their inputs, in float32 where these are float32, and added up in float32.
+Only `afina.kernels.dispatch` imports this package. Tests compare it with the references in Triton's
+interpreter on a CPU and compile it for sm_90; `benchmarks/gpu_kernels.py` measures it on a GPU.
+Products run on tensor cores in the dtype of their inputs (float32 for float32) and are summed in
+float32.
 """
 
 from afina.kernels.triton.elementwise import (

@@ -1,16 +1,16 @@
-"""RMSNorm, SwiGLU and rotary embedding, forward and backward: each input is read once, sums are float32, one rounding."""
+"""RMSNorm, SwiGLU and rotary embedding in Triton: one read, sums in float32, one rounding."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # numbers a program of SwiGLU works on
+BLOCK = 1024  # elements per program of SwiGLU
 
 
 @triton.jit
 def _norm(x, weight, grad, out, width, eps, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: x / sqrt(mean(x^2) + eps) * weight, or the gradient of x."""
+    """Compute one row of x / sqrt(mean(x^2) + eps) * weight, or of the gradient of x."""
     start = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     there = at < width
@@ -45,18 +45,18 @@ def _run_norm(x: Tensor, weight: Tensor, grad: Tensor, eps: float, back: bool) -
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of x (..., d)."""
+    """Return the norm of x `(..., d)`."""
     return _run_norm(x, weight, x, eps, False)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The gradient of x (..., d)."""
+    """Return the gradient of x `(..., d)`."""
     return _run_norm(x, weight, grad, eps, True)
 
 
 @triton.jit
 def _swiglu(gate, up, grad, out, of_up, count, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(gate) * up into `out`; or the gradients of gate and up into `out` and `of_up`."""
+    """Write silu(gate) * up to `out`, or the gradients of gate and up to `out` and `of_up`."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     g = tl.load(gate + at, mask=there, other=0.0).to(tl.float32)
@@ -73,7 +73,7 @@ def _swiglu(gate, up, grad, out, of_up, count, BACK: tl.constexpr, BLOCK: tl.con
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of one shape."""
+    """Return silu(gate) * up, of one shape."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     _swiglu[(triton.cdiv(out.numel(), BLOCK),)](
@@ -83,7 +83,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up."""
+    """Return the gradients of gate and up."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     _swiglu[(triton.cdiv(gate.numel(), BLOCK),)](
@@ -96,7 +96,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 def _rotary(
     x, cos, sin, y, heads, half, BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
-    """All heads of one token: (a, b) becomes (a cos - b sin, b cos + a sin), or what the transpose of that gives."""
+    """Rotate all heads of one token, (a, b) to (a cos - b sin, b cos + a sin), or transposed."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, HALF)
     inside = at < half

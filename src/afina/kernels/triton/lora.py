@@ -1,17 +1,18 @@
-"""The grouped low-rank product in Triton: any ranks and adapters in three kernels, nothing padded to the largest rank.
+"""Grouped LoRA in Triton: any ranks and adapters in three kernels, not padded to the largest rank.
 
-The work is cut into strips: the tokens that one row of the table has in one tile of the run, times up to WIDTH of its
-adapter's ranks. Few strips are empty space: a rank is filled up to 16, which is what tensor cores take.
+The work is divided into strips: the tokens of one row of the table in one tile of the batch, times
+up to WIDTH ranks of its adapter. Little is padding: a rank is padded to 16, as tensor cores need.
 
-    tokens   | tile 0        | tile 1        |          strips of tile 1: (8..12, A, ranks 0..8) (12..16, B, ranks 0..16)
-    rows     | A A A A A A A A A A A A | B B B B |                        (12..16, B, ranks 16..20)
+    tokens   | tile 0        | tile 1        |
+    rows     | A A A A A A A A A A A A | B B B B |
+    strips of tile 1: (8..12, A, ranks 0..8) (12..16, B, ranks 0..16) (12..16, B, ranks 16..20)
 
-    into     low[strip] = weight * x[its tokens] M_k[its ranks]^T        a program a strip
-    out of   y[tile, columns] += sum over its strips of low M_k           a program a tile and some columns
-    across   G_k[ranks, columns] = sum over strips of low^T x             a program some ranks and columns
+    into     low[strip] = weight * x[tokens] M_k[ranks]^T            one program per strip
+    out of   y[tile, columns] += sum over its strips of low M_k      per tile and some columns
+    across   G_k[ranks, columns] = sum over strips of low^T x        per some ranks and columns
 
-Forward is `into` with A and `out of` with B; backward is both again, with B and A, and `across` for each of the two.
-Every number is written by one program, in one order: no atomics, the same bits each time.
+Forward is `into` with A and `out of` with B; backward is both with B and A, and `across` for each.
+Every element is written by one program, in one order: no atomics, equal bits each time.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 64  # columns a program works on at a time
-PROGRAMS = 256  # that many keep a large GPU busy: columns are split between programs where there are fewer strips
+COLUMNS = 64  # columns per step of a program
+PROGRAMS = 256  # enough for a large GPU: with fewer strips, columns are split between programs
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _into(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """low[part, strip] (TILE, WIDTH), the sum over this part's columns."""
+    """Write low[part, strip] (TILE, WIDTH), the sum over the columns of this part."""
     strip, part = tl.program_id(0), tl.program_id(1)
     about = strips + strip * 6
     tile, start, end = tl.load(about), tl.load(about + 1), tl.load(about + 2)
@@ -77,7 +78,7 @@ def _into(
 
 @triton.jit
 def _low(low, strip, strip_count, PARTS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """low[strip] (TILE, WIDTH), float32, its parts added up."""
+    """Return low[strip] (TILE, WIDTH), float32, summed over its parts."""
     inner = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     sums = tl.zeros([TILE, WIDTH], tl.float32)
     for part in tl.static_range(PARTS):
@@ -102,7 +103,7 @@ def _out_of(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """made[tile, columns] = y + what the tile's strips add."""
+    """Write made[tile, columns] = y + the outputs of the tile's strips."""
     tile = tl.program_id(0)
     token, column = (
         tile * TILE + tl.arange(0, TILE),
@@ -152,7 +153,7 @@ def _across(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """made[split, an adapter's ranks, columns] (float32): every SPLITS-th strip of these ranks, low^T x."""
+    """Write made[split, ranks of an adapter, columns]: low^T x of every SPLITS-th strip."""
     group, split = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     dtype = x.dtype.element_ty
@@ -164,9 +165,8 @@ def _across(
         some = tl.load(
             x + token.to(tl.int64)[:, None] * columns + column[None, :], mask=there, other=0.0
         )
-        thin = _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(
-            dtype
-        )  # zero for tokens on which it does not act
+        # zero for tokens outside the strip
+        thin = _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(dtype)
         sums = tl.dot(tl.trans(thin), some, sums, input_precision="ieee")
     place, ranks = tl.load(places + 2 * group), tl.load(places + 2 * group + 1)
     rank = tl.arange(0, WIDTH)
@@ -176,24 +176,37 @@ def _across(
 
 @dataclass(frozen=True)
 class SegmentTiling:
-    """The strips of a table, on the device; made once for all layers of a forward."""
+    """The strips of a table, on the device; built once for all modules of a forward pass.
 
-    tile: int  # tokens a tile
-    width: int  # ranks a strip
-    count: int  # strips
-    rank_count: int  # of all adapters together
-    strips: Tensor  # (count, 6) int32: tile, first and end token, adapter, first rank, ranks of the adapter
-    weights: Tensor  # (count) float32
-    firsts: Tensor  # (tiles + 1) int32: the strips of each tile
-    order: Tensor  # (count) int32: strips by adapter and rank
-    group_firsts: (
-        Tensor  # (groups + 1) int32: where each adapter's each WIDTH of ranks begins in `order`
-    )
-    places: Tensor  # (groups, 2) int32: its first row among all adapters' ranks, and how many rows it has
+    Attributes:
+        tile: Tokens per tile.
+        width: Ranks per strip.
+        count: Number of strips.
+        rank_count: Ranks of all adapters together.
+        strips: `(count, 6)` int32: tile, first and end token, adapter, first rank, rank of the
+            adapter.
+        weights: `(count,)` float32.
+        firsts: `(tiles + 1,)` int32: the first strip of each tile.
+        order: `(count,)` int32: strips sorted by adapter and rank.
+        group_firsts: `(groups + 1,)` int32: where each group, `width` ranks of an adapter, starts
+            in `order`.
+        places: `(groups, 2)` int32: a group's first row among all ranks, and its number of rows.
+    """
+
+    tile: int
+    width: int
+    count: int
+    rank_count: int
+    strips: Tensor
+    weights: Tensor
+    firsts: Tensor
+    order: Tensor
+    group_firsts: Tensor
+    places: Tensor
 
     @property
     def groups(self) -> int:
-        """Runs of ranks of an adapter that acts somewhere."""
+        """Number of groups."""
         return len(self.places)
 
 
@@ -205,7 +218,7 @@ def build_tiling(
     tokens: int,
     device: torch.device,
 ) -> SegmentTiling:
-    """The strips of rows (start, end, adapter) over `tokens` tokens."""
+    """Return the strips of rows (start, end, adapter) over `tokens` tokens."""
     tile = 16 if tokens <= 64 else 32 if tokens <= 1024 else 64
     width = min(64, max(16, triton.next_power_of_2(-(-sum(ranks) // max(1, len(ranks))))))
     made: list[tuple[tuple[int, ...], float]] = []
@@ -249,7 +262,7 @@ def build_tiling(
 
 
 def _starts(keys: Sequence[int], count: int) -> list[int]:
-    """Where each of 0 .. count begins among sorted keys, and the end."""
+    """Return where each of 0 .. count starts among sorted keys, and the end."""
     counts = [0] * count
     for key in keys:
         counts[key] += 1
@@ -269,7 +282,7 @@ def _addresses(places: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class _Matrices:
-    """Thin matrices (ranks, columns) by their addresses; `across` where all lie transposed."""
+    """Low-rank matrices (ranks, columns) by address; `across`: all are stored transposed."""
 
     def __init__(self, matrices: list[Tensor]) -> None:
         self.across = all(m.T.is_contiguous() and not m.is_contiguous() for m in matrices)
@@ -278,7 +291,7 @@ class _Matrices:
 
 
 def _run_into(x: Tensor, matrices: _Matrices, plan: SegmentTiling) -> Tensor:
-    """low (parts, strips, tile, width) float32."""
+    """Return low `(parts, strips, tile, width)` float32."""
     columns = x.shape[1]
     parts = 1
     while plan.count * parts < PROGRAMS and parts < 8 and columns > 2 * parts * COLUMNS:
@@ -330,11 +343,9 @@ def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -
     tokens, columns = x.shape
     blocks = triton.cdiv(columns, COLUMNS)
     splits = 1
-    while (
-        plan.groups * blocks * splits < PROGRAMS
-        and splits < 8
-        and plan.count > 4 * splits * plan.groups
-    ):
+    while plan.groups * blocks * splits < PROGRAMS and plan.count > 4 * splits * plan.groups:
+        if splits == 8:
+            break
         splits *= 2
     made = torch.zeros(splits, plan.rank_count, columns, dtype=torch.float32, device=x.device)
     _across[(plan.groups, blocks, splits)](
@@ -361,7 +372,7 @@ def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -
 def grouped_lora(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> Tensor:
-    """y (T, out) plus, on each row's tokens of x (T, in), weight * (x A_k^T) B_k^T; A (r, in), bt (r, out)."""
+    """Return y `(T, out)` plus, on the tokens of each row, weight * (x A_k^T) B_k^T."""
     plan = _plan_of(x, table, weights, a)
     if not plan.count:
         return y.clone(memory_format=torch.contiguous_format)
@@ -372,7 +383,7 @@ def grouped_lora(
 def grouped_lora_backward(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The gradients of x, of each A and of each B transposed."""
+    """Return the gradients of x, of each A and of each B transposed."""
     plan = _plan_of(x, table, weights, a)
     if not plan.count:
         return (

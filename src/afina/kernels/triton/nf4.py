@@ -1,7 +1,8 @@
-"""NF4 in Triton: written out, made, and multiplied by a few rows without being written out.
+"""NF4 in Triton: dequantize, quantize, and multiply a few rows without dequantizing.
 
-Blocks of 64 weights share an absmax and never cross rows, so that programs walk the blocks of all rows in one order:
-block b is number b % per_row of row b // per_row, its absmax is made of scales[b] and superscales[b // 256].
+Blocks of 64 weights share an absmax and never cross rows, so that programs run over the blocks of
+all rows in one order: block b is number b % per_row of row b // per_row, and its absmax is computed
+from scales[b] and superscales[b // 256].
 """
 
 import torch
@@ -11,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.kernels.int8_blockwise import TINY, dynamic_levels
-from afina.kernels.nf4 import level_table
+from afina.kernels.nf4 import MAX_CODE_ROWS, level_table
 
-FEW = 32  # rows of x up to which the product reads the codes themselves
-BLOCKS = 32  # blocks of 64 weights that a program writes out or makes
-OUT, DEPTH = 16, 4  # of the product: outputs a program makes, blocks of 64 weights a step
+BLOCKS = 32  # blocks of 64 weights per program that quantizes or dequantizes
+OUT, DEPTH = 16, 4  # of the product: outputs per program, blocks of 64 weights per step
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _decode(
     total,
     BLOCKS: tl.constexpr,
 ):
-    """Some blocks written out."""
+    """Dequantize some blocks."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = block < total
     row, at = (block // per_row)[:, None], (block % per_row)[:, None]
@@ -63,7 +63,7 @@ def _decode(
 def _encode(
     weight, middles, codes, absmax, width, row_bytes, per_row, total, tiny, BLOCKS: tl.constexpr
 ):
-    """Some blocks made: the nearest level of each weight over its block's largest magnitude, half-way the lower one."""
+    """Quantize some blocks: the nearest level of each weight over its absmax, ties go down."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     there = block < total
     row, at = (block // per_row)[:, None], (block % per_row)[:, None]
@@ -71,9 +71,8 @@ def _encode(
     values = tl.load(
         weight + row * width + column, mask=there[:, None] & (column < width), other=0.0
     ).to(tl.float32)
-    largest = tl.max(tl.abs(values), 1) + tl.sum(
-        values * 0.0, 1
-    )  # what is not finite times zero is NaN: kept, and found
+    # infinity times zero is NaN, which the caller finds
+    largest = tl.max(tl.abs(values), 1) + tl.sum(values * 0.0, 1)
     tl.store(absmax + block, largest, mask=there)
     scaled = (
         values * tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), tl.maximum(largest, tiny))[:, None]
@@ -111,7 +110,7 @@ def _few(
     OUT: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """y (rows, OUT of outs): even columns of x times the high half bytes, odd ones times the low ones."""
+    """Write y (rows, OUT of outs): even columns of x times high half bytes, odd ones times low."""
     row, out = tl.arange(0, ROWS)[:, None], tl.program_id(0) * OUT + tl.arange(0, OUT)
     real = (out < outs)[:, None]
     dtype = x.dtype.element_ty
@@ -149,7 +148,7 @@ def nf4_dequantize(
     width: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The matrix (rows, width) that the stored tensors stand for: multiplied in float32, rounded once."""
+    """Return the dense matrix `(rows, width)`: multiplied in float32, rounded once."""
     codes, scales = codes.contiguous(), scales.contiguous()
     out = torch.empty(len(codes), width, dtype=dtype, device=codes.device)
     tables = dynamic_levels(True, codes.device), level_table(codes.device)
@@ -171,7 +170,12 @@ def nf4_dequantize(
 
 
 def nf4_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (out, ceil(in / 2)) uint8 and absmax (out, ceil(in / 64)) float32 of weight (out, in); NaN where not finite."""
+    """Return codes and absmax of weight `(out, in)`.
+
+    Returns:
+        Codes `(out, ceil(in / 2))` uint8 and absmax `(out, ceil(in / 64))` float32, NaN where a
+        weight is not finite.
+    """
     weight = weight.contiguous()
     rows, width = weight.shape
     codes = torch.empty(rows, -(-width // 2), dtype=torch.uint8, device=weight.device)
@@ -202,9 +206,9 @@ def nf4_linear(
     width: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """x W^T + bias (..., out) of x (..., width): from the codes for few rows, else from the matrix written out."""
+    """Return x W^T + bias `(..., out)`, for few rows without the dense matrix."""
     rows, outs = x.numel() // width, len(codes)
-    if rows > FEW:
+    if rows > MAX_CODE_ROWS:
         return F.linear(x, nf4_dequantize(codes, scales, superscales, offset, width, x.dtype), bias)
     x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
     y = x.new_empty(*x.shape[:-1], outs)

@@ -1,7 +1,8 @@
-"""Attention of few queries a sequence over keys in pages: decoding. See `afina.kernels.paged_attention` for what lies where.
+"""Attention of few queries per sequence over keys in blocks, in Triton: decoding.
 
-A program has one query, one head of keys with all heads of queries that read it, and a part of the keys; parts are
-brought together by their largest score and their sum (Dao et al. 2023, "Flash-Decoding").
+`afina.kernels.paged_attention` describes the inputs. A program has one query, one head of keys with
+all heads of queries that read it, and a part of the keys; parts are combined by their largest score
+and their sum (Dao et al. 2023, "Flash-Decoding").
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 64  # keys a step
-PROGRAMS = 256  # see lora.py
+KEYS = 64  # keys per step of a program
+PROGRAMS = 256  # as in lora.py
+
+
+@triton.jit
+def _scores(q, k, is_key, scaling, softcap):
+    """Return the scores (heads, keys), -inf where there is no key."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    if softcap > 0:  # c tanh(score / c)
+        score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+    return tl.where(is_key[None, :], score, -float("inf"))
+
+
+@triton.jit
+def _accumulate(out, top, total, score, v):
+    """Return sums, largest scores and totals after further keys with these scores and values."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp(score - new_top[:, None])
+    rescale = tl.exp(top - new_top)
+    out = tl.dot(weight.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
+    return out, new_top, total * rescale + tl.sum(weight, 1)
 
 
 @triton.jit
@@ -26,9 +46,9 @@ def _paged(
     sums,
     tops,
     totals,
-    page_stride,
+    block_stride,
     table_width,
-    page_size,
+    block_size,
     heads,
     kv_heads,
     width,
@@ -41,96 +61,85 @@ def _paged(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Unscaled sums (part, query, heads, width), largest scores and totals (part, query, heads)."""
+    """Write unscaled sums (part, query, heads, width), largest scores and totals of a part."""
     item, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    token, sequence, position = (
-        tl.load(items + 3 * item),
-        tl.load(items + 3 * item + 1),
-        tl.load(items + 3 * item + 2),
-    )
+    token, sequence = tl.load(items + 3 * item), tl.load(items + 3 * item + 1)
+    position = tl.load(items + 3 * item + 2)
     shared = heads // kv_heads
-    mine, at = tl.arange(0, SHARED), tl.arange(0, WIDTH)
-    place = head * shared + mine
-    there = (mine < shared)[:, None] & (at < width)[None, :]
-    q = tl.load(
-        query + (token.to(tl.int64) * heads + place)[:, None] * width + at[None, :],
-        mask=there,
-        other=0.0,
-    )
-    first = tl.maximum(position + 1 - window, 0)
-    begin = first + part * span
+    own, column = tl.arange(0, SHARED), tl.arange(0, WIDTH)
+    query_head = head * shared + own
+    is_query = (own < shared)[:, None] & (column < width)[None, :]
+    rows = query + (token.to(tl.int64) * heads + query_head)[:, None] * width
+    q = tl.load(rows + column[None, :], mask=is_query, other=0.0)
+    begin = tl.maximum(position + 1 - window, 0) + part * span
     end = tl.minimum(begin + span, position + 1)
     top = tl.full([SHARED], -float("inf"), tl.float32)
     total = tl.zeros([SHARED], tl.float32)
     out = tl.zeros([SHARED, WIDTH], tl.float32)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        seen = key < end
-        page = tl.load(tables + sequence * table_width + key // page_size, mask=seen, other=0).to(
-            tl.int64
-        )
-        slot = kv + page * page_stride + (head * page_size + key % page_size) * width
-        inside = seen[:, None] & (at < width)[None, :]
-        k = tl.load(slot[:, None] + at[None, :], mask=inside, other=0.0).to(q.dtype)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        if softcap > 0:  # c tanh(score / c)
-            score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
-        score = tl.where(seen[None, :], score, -float("inf"))
-        new = tl.maximum(top, tl.max(score, 1))
-        weight = tl.exp(score - new[:, None])
-        before = tl.exp(top - new)
-        v = tl.load(
-            (slot + kv_heads * page_size * width)[:, None] + at[None, :], mask=inside, other=0.0
-        ).to(q.dtype)
-        out = tl.dot(weight.to(q.dtype), v, out * before[:, None], input_precision="ieee")
-        total = total * before + tl.sum(weight, 1)
-        top = new
-    row = (part * count + item).to(tl.int64) * heads + place
-    tl.store(tops + row, top, mask=mine < shared)
-    tl.store(totals + row, total, mask=mine < shared)
-    tl.store(sums + row[:, None] * width + at[None, :], out, mask=there)
+        is_key = key < end
+        block = tl.load(tables + sequence * table_width + key // block_size, mask=is_key, other=0)
+        offset = (head * block_size + key % block_size) * width
+        slot = (kv + block.to(tl.int64) * block_stride + offset)[:, None] + column[None, :]
+        inside = is_key[:, None] & (column < width)[None, :]
+        k = tl.load(slot, mask=inside, other=0.0).to(q.dtype)
+        v = tl.load(slot + kv_heads * block_size * width, mask=inside, other=0.0).to(q.dtype)
+        score = _scores(q, k, is_key, scaling, softcap)
+        out, top, total = _accumulate(out, top, total, score, v)
+    row = (part * count + item).to(tl.int64) * heads + query_head
+    tl.store(tops + row, top, mask=own < shared)
+    tl.store(totals + row, total, mask=own < shared)
+    tl.store(sums + row[:, None] * width + column[None, :], out, mask=is_query)
 
 
 @lru_cache(maxsize=64)
 def _items(
-    bounds: tuple[int, ...], pasts: tuple[int, ...], most: int, device: torch.device
+    cu_seqlens: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    max_queries: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:
-    """(query, sequence, position) of each query of the sequences with at most `most`, the queries, the longest reach."""
+    """Return the queries of the sequences that have at most `max_queries`.
+
+    Returns:
+        `(num_queries, 3)` int32 of token, sequence and position; the tokens, int64; the largest
+        number of keys.
+    """
     items = [
-        (start + i, s, past + i)
-        for s, ((start, end), past) in enumerate(zip(pairwise(bounds), pasts, strict=True))
-        if end - start <= most
+        (start + i, s, context_len + i)
+        for s, ((start, end), context_len) in enumerate(
+            zip(pairwise(cu_seqlens), context_lens, strict=True)
+        )
+        if end - start <= max_queries
         for i in range(end - start)
     ]
     table = torch.tensor(items, dtype=torch.int32).view(-1, 3)
-    return (
-        table.to(device),
-        table[:, 0].long().to(device),
-        max((position for *_, position in items), default=0) + 1,
-    )
+    reach = max((position for *_, position in items), default=0) + 1
+    return table.to(device), table[:, 0].long().to(device), reach
 
 
 def paged_attention(
     query: Tensor,
     kv: Tensor,
-    bounds: Sequence[int],
-    pasts: Sequence[int],
-    tables: Tensor,
-    out: Tensor,
-    most: int,
+    cu_seqlens: Sequence[int],
+    context_lens: Sequence[int],
+    tables: Tensor,  # (num_sequences, max_blocks) int32
+    out: Tensor,  # (num_tokens, heads, head_dim)
+    max_queries: int,
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Write into `out` (T, heads, d) the attention of those sequences that have at most `most` queries.
+    """Write into `out` the attention of the sequences that have at most `max_queries` queries.
 
-    tables (sequences, most pages) int32; the rest as in `afina.kernels.paged_attention.paged_attention`.
+    Other arguments are those of `afina.kernels.paged_attention.paged_attention`.
     """
-    items, places, reach = _items(tuple(bounds), tuple(pasts), most, query.device)
+    items, tokens, reach = _items(tuple(cu_seqlens), tuple(context_lens), max_queries, query.device)
     if not len(items):
         return
     query, tables = query.contiguous(), tables.to(query.device)
-    (heads, width), (kv_heads, page_size), count = query.shape[1:], kv.shape[2:4], len(items)
+    (heads, width), (kv_heads, block_size), count = query.shape[1:], kv.shape[2:4], len(items)
     reach, parts = min(reach, window or reach), 1
     while count * kv_heads * parts < PROGRAMS and parts < 16 and reach > 2 * parts * KEYS:
         parts *= 2
@@ -149,7 +158,7 @@ def paged_attention(
         totals,
         kv.stride(0),
         tables.shape[1],
-        page_size,
+        block_size,
         heads,
         kv_heads,
         width,
@@ -163,5 +172,5 @@ def paged_attention(
         KEYS=KEYS,
     )
     share = torch.exp(tops - tops.amax(0))  # (parts, count, heads): 0 where a part has no keys
-    made = (sums * share[..., None]).sum(0) / (totals * share).sum(0)[..., None]
-    out[places] = made.to(out.dtype)
+    result = (sums * share[..., None]).sum(0) / (totals * share).sum(0)[..., None]
+    out[tokens] = result.to(out.dtype)
