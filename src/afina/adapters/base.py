@@ -1,17 +1,17 @@
-"""What a delta is: D_k in the one equation, at one layer.
+"""The adapter layer: D_k of the equation, at one module.
 
     y[t] = y0[t] + sum over k of w_k[t] * D_k(x[t], y0[t])
 
-A method is one file in this folder with one class. It says how many numbers it learns (`count`), how they start
-(`__init__`: the model must be unchanged), what it adds (`forward`), what a weight becomes that has taken it in
-(`merged`), under which names its tensors lie on disk (`keys`), and what a pass costs (`cost`). No other file knows its
-name. A method that can merge and restart also says how it begins anew (`restart`), and calls `carried` and
-`with_carried`.
+A method is one file with one class, whose name no other file knows. It defines its parameters and
+their initialization (`__init__`: the model's output must be unchanged), their number
+(`num_parameters`), what they add (`forward`), the merged weight (`merged_weight`), the names of its
+tensors on disk (`tensor_names`), and the cost of a pass (`layer_cost`). A method that can merge and
+restart also defines `reset_parameters`, and calls `add_restart_delta` and `merge_restart_delta`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,30 @@ from afina.adapters.target_module import TargetModule
 from afina.errors import SettingsError, did_you_mean
 from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_formats import evaluate_shapes
+from afina.kernels.dispatch import kernels
 from afina.settings.groups import MethodSettings
 
-RESTART_KEYS = ("restart_every", "restarts")  # in afina.json: the interval, and how many there were
+RESTART_KEYS = ("restart_every", "restarts")  # in afina.json: the interval, and the count
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What a delta costs at one layer, for the plan: a token in numbers kept and multiply-adds, besides those of the base."""
+    """Cost of an adapter layer beside that of its base module, for the planner.
 
-    saves_input: bool  # whether the backward pass needs x; layers that read the same x share it
-    saved_numel: int  # further numbers kept for the backward pass, a token
-    macs_per_token: float  # multiply-adds forward, a token; the backward pass has twice as many
-    macs_per_pass: float = (
-        0.0  # multiply-adds with the written-out weight in each pass, however many tokens there are
-    )
-    workspace_numel: float = 0.0  # numbers that live while it works, a token, besides inputs and outputs and what is kept
+    Attributes:
+        saves_input: Whether backward reads x; layers that read the same x share it.
+        saved_numel: Further elements saved for backward, per token.
+        macs_per_token: Multiply-adds of the forward pass per token; backward has twice as many.
+        macs_per_pass: Multiply-adds with the dense weight in each pass, for any number of tokens.
+        workspace_numel: Elements allocated during the pass, per token, besides inputs, outputs and
+            what is saved.
+    """
+
+    saves_input: bool
+    saved_numel: int
+    macs_per_token: float
+    macs_per_pass: float = 0.0
+    workspace_numel: float = 0.0
 
 
 class AdapterLayer(nn.Module):
@@ -52,8 +60,8 @@ class AdapterLayer(nn.Module):
         peft_fields: Fields of a PEFT LoraConfig that select the method; None: not in PEFT.
         low_rank_tensors: The parameters that are A (r, in) and B (out, r), where scale * B A of
             them, as they lie on disk, is all that the method adds; None otherwise.
-        fused_kernel: The fused operation that computes what the method adds: "lora" reads `a`,
-            `b` and `scale`, "mora" reads `layout`, `m` and `scale`; None: there is none.
+        fused_kernel: The kernel that computes what the method adds: "lora" reads `a`, `b` and
+            `scale`, "mora" reads `layout`, `m` and `scale`; None: there is none.
         no_grad_terms: Methods without arguments whose value the gradient takes as constant.
         replaces_base: Whether the output is the layer's own, and the base need not run.
         is_method: False for a part that an adapter of any method may have.
@@ -77,41 +85,80 @@ class AdapterLayer(nn.Module):
     def __init__(
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
     ) -> None:
-        """Parameters, float32, that leave the layer's output unchanged; random numbers come from `generator` (CPU)."""
+        """Initialize float32 parameters that leave the output unchanged.
+
+        Args:
+            layer: The frozen module.
+            spec: The adapter's configuration.
+            generator: Source of random numbers, on the CPU.
+        """
         super().__init__()
-        self.layer = layer
+        self.layer, self.dropout = layer, spec.dropout
+        self._inference_cache: tuple[object, tuple[Tensor, ...]] | None = None
         self.restart_delta: Tensor | None  # (out, in) float32: what earlier restarts merged
         self.register_buffer("restart_delta", None)
-        self.restarts = int(spec.method_settings.get("restarts", 0))  # how many there were
+        self.restarts = int(spec.method_settings.get("restarts", 0))  # number of restarts so far
         if self.restarts and type(self).reset_parameters is not AdapterLayer.reset_parameters:
             self.restart_delta = torch.zeros(
                 layer.out_features, layer.in_features, device=layer.device
             )
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 + weight * D(x, y0): x the layer's input, y0 = W x + bias (..., out), not to be written into."""
-        raise TypeError(f"{type(self).__name__} must say what it adds")
+        """Return y0 + weight * D(x, y0).
+
+        Args:
+            x: The module's input.
+            y0: The base's output W x + bias `(..., out)`, which must not be changed.
+            weight: Factor of the update.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward")
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The matrix (out, in), float32 or wider, of the layer that has taken this delta in."""
-        raise TypeError(f"{type(self).__name__} must say what a merged weight is")
+        """Return `weight` `(out, in)`, float32 or wider, with this layer merged."""
+        raise TypeError(f"{type(self).__name__} must define merged_weight")
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Set the parameters back to where they start, once `accumulated` holds what they said (see restart.py)."""
+        """Initialize the parameters again, after `restart_delta` has taken their update."""
         raise SettingsError(
             f"{type(self).__name__} cannot merge and restart",
             where="restart_every",
             hint="--method lora",
         )
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `fused_kernel` computes all that the layer adds in its present mode."""
+        drops = self.dropout and self.training
+        return self.fused_kernel is not None and self.restart_delta is None and not drops
+
+    def kernel_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the weights as `fused_kernel` reads them for inputs of `dtype`."""
+        raise TypeError(f"{type(self).__name__} has no fused kernel")
+
+    @torch.no_grad()
+    def inference_weights(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return `kernel_weights`, kept until a parameter or the instruction set changes."""
+        versions = (
+            (t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.parameters()
+        )
+        state = (dtype, kernels.isa, *versions)
+        if self._inference_cache is None or self._inference_cache[0] != state:
+            self._inference_cache = (state, self.kernel_weights(dtype))
+        return self._inference_cache[1]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and drop cached weights: fused optimizers count no versions."""
+        self._inference_cache = None
+        return super().train(mode)
+
     def add_restart_delta(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 and, weighted, what earlier restarts merged: (..., out)."""
+        """Return y0 `(..., out)` plus, weighted, what earlier restarts merged."""
         if self.restart_delta is None:
             return y0
         return y0 + weight * self.layer.project(x, self.restart_delta.to(y0.dtype))
 
     def merge_restart_delta(self, matrix: Tensor) -> Tensor:
-        """The matrix (out, in) and what earlier restarts merged."""
+        """Return the matrix `(out, in)` plus what earlier restarts merged."""
         return matrix if self.restart_delta is None else matrix + self.restart_delta.to(matrix)
 
     def as_low_rank(self) -> tuple[Tensor, Tensor] | None:
@@ -142,12 +189,12 @@ class AdapterLayer(nn.Module):
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
-        """How many numbers this delta learns at `layer`, by its formula."""
-        raise TypeError(f"{cls.__name__} must say how many numbers it learns")
+        """Return the number of trainable parameters at `layer`, by a formula."""
+        raise TypeError(f"{cls.__name__} must define num_parameters")
 
     @classmethod
     def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:
-        """What it costs at `layer` on a kind of device; unless a method says better, its input and output are kept."""
+        """Return the cost at `layer` on a device type; by default, input and output are saved."""
         return LayerCost(
             True, layer.in_features + layer.out_features, float(cls.num_parameters(layer, spec))
         )

@@ -1,4 +1,4 @@
-"""LoRA: the update of a matrix is a product of two thin ones (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: the update of a matrix is a low-rank product (Hu et al. 2021, arXiv 2106.09685).
 
 D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(r) for rsLoRA
 """
@@ -13,8 +13,14 @@ from torch.nn import functional as F
 from afina.adapters.base import AdapterLayer, LayerCost, TargetModule
 from afina.adapters.registry import register_method
 from afina.io.adapter_config import AdapterConfig
+from afina.kernels.lora import pack_lora
 from afina.settings.groups import MethodSettings
 from afina.settings.methods import LoRASettings
+
+
+def add_low_rank(y0: Tensor, low: Tensor, bt: Tensor, scale: float) -> Tensor:
+    """Return y0 `(..., out)` + scale * low B^T; low is A x `(..., r)`, bt is B^T `(r, out)`."""
+    return torch.addmm(y0.flatten(0, -2), low.flatten(0, -2), bt, alpha=scale).view(y0.shape)
 
 
 @register_method("lora")
@@ -41,15 +47,11 @@ class LoRA(AdapterLayer):
             torch.empty(layer.out_features, rank, device=layer.device)
         )  # (out, r), float32
         self.scale = spec.scale_of(layer.path)
-        self.dropout = spec.dropout
-        self._inference_cache: tuple[object, tuple[Tensor, Tensor]] | None = (
-            None  # what `thin` keeps
-        )
         LoRA.reset_parameters(self, generator)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """A anew, B zero."""
+        """Draw A again and set B to zero."""
         a = torch.empty(self.a.shape).uniform_(-1, 1, generator=generator) / math.sqrt(
             self.a.shape[1]
         )
@@ -57,48 +59,35 @@ class LoRA(AdapterLayer):
         self.b.zero_()
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 + weight * s * B A x, in the dtype of y0; the only new activations are (..., r)."""
+        """Return y0 + weight * s * B A x, in the dtype of y0; only A x `(..., r)` is new."""
         y0 = self.add_restart_delta(x, y0, weight)
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
-        low = self.layer.project(x, self.a.to(y0.dtype)).flatten(0, -2)  # (T, r)
-        return torch.addmm(
-            y0.flatten(0, -2), low, self.b.to(y0.dtype).T, alpha=weight * self.scale
-        ).view(y0.shape)
+        low = self.layer.project(x, self.a.to(y0.dtype))  # (..., r)
+        return add_low_rank(y0, low, self.b.to(y0.dtype).T, weight * self.scale)
 
-    @torch.no_grad()
-    def inference_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B transposed (r, out), contiguous and in `dtype`, for inference: kept until A or B change."""
-        state = (
-            dtype,
-            *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (self.a, self.b)),
-        )
-        if self._inference_cache is None or self._inference_cache[0] != state:
-            self._inference_cache = (
-                state,
-                (self.a.to(dtype).contiguous(), self.b.T.to(dtype).contiguous()),
-            )
-        return self._inference_cache[1]
-
-    def train(self, mode: bool = True) -> "LoRA":
-        """As of any module; what was kept for inference is forgotten."""
-        self._inference_cache = None
-        return super().train(mode)
+    def kernel_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return A `(r, in)` and B transposed `(r, out)`, contiguous and in `dtype`."""
+        return pack_lora(self.a, self.b, dtype)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W + s B A."""
+        """Return W + s B A."""
         return self.merge_restart_delta(weight) + self.scale * (
             self.b.to(weight) @ self.a.to(weight)
         )
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
-        """r (in + out)."""
+        """Return r (in + out)."""
         return spec.rank_of(layer.path) * (layer.in_features + layer.out_features)
 
     @classmethod
     def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:
-        """x and A x are kept (x alone where the C++ kernel runs); with dropout, for x what was left of it and its factors."""
+        """Return the cost of a layer.
+
+        Backward reads x and A x (x only where the C++ kernel runs); with dropout, x after dropout
+        and its mask.
+        """
         dropped = 2 * layer.in_features if spec.dropout else 0
         return LayerCost(
             not spec.dropout,

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from afina.adapters.modules import LoRAView, MergedLinear
 from afina.adapters.segments import Segments
+from afina.adapters.serving_layers import LoRAView, MergedLinear
 from afina.engine.loaded_adapter import get_or_insert_wrapper
 from afina.engine.memory import MemoryManager
 from afina.engine.sequence import AdapterSpan, ScheduledChunk

@@ -33,8 +33,9 @@ from afina.adapters.loading import (
     frozen_copies,
     matching_views,
 )
-from afina.adapters.modules import LoRAView, ModuleWithAdapters
+from afina.adapters.modules import ModuleWithAdapters
 from afina.adapters.registry import get_method
+from afina.adapters.serving_layers import LoRAView
 from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError
 from afina.io.adapter_config import AdapterConfig

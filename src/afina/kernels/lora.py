@@ -1,34 +1,45 @@
-"""The grouped low-rank product: all adapters' parts of a layer in one call, whatever their ranks.
-
-    x, y     | t t t t t | j j j | t t t t |        one flat run
-    rows       (0, 5, k=0, .5) (5, 8, k=1, 1.) (8, 12, k=0, 1.) (8, 12, k=1, 2.)    who acts where, how strongly
+"""Grouped LoRA: the low-rank outputs of all LoRA adapters of a module in one call, of any ranks.
 
     y[rows] += weight * (x[rows] A_k^T) B_k^T        A_k (r_k, in), B_k (out, r_k)
 
-Nothing is gathered, copied or padded to the largest rank. The same table serves training eight adapters, and a decoding
-step in which each row has an adapter of its own.
+Nothing is gathered, copied or padded to the largest rank. One table serves training several
+adapters in one pass, and a decoding step in which each sequence has an adapter of its own
+(`afina.kernels.adapter_group` describes the rows). The kernels take B transposed, `bt` `(r, out)`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from afina.kernels.adapter_group import (
+    AdapterGroup,
+    FusedKernel,
+    SegmentRow,
+    Weights,
+    check_rows,
+    segment_table,
+    sort_rows,
+    table_rows,
+)
 from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
-
-SegmentRow = tuple[
-    int, int, int, float
-]  # start, end, adapter (a place in the lists of A and B), weight
 
 
 def grouped_lora(
-    y: Tensor, x: Tensor, rows: Sequence[SegmentRow], a: Sequence[Tensor], b: Sequence[Tensor]
+    y: Tensor,  # (num_tokens, out)
+    x: Tensor,  # (num_tokens, in)
+    rows: Sequence[SegmentRow],
+    a: Sequence[Tensor],  # each (r, in)
+    b: Sequence[Tensor],  # each (out, r)
 ) -> Tensor:
-    """y (T, out) plus, on each row's tokens of x (T, in), weight * (x A_k^T) B_k^T; gradients reach y, x, every A and B.
+    """Return y plus, on the tokens of each row, weight * (x A_k^T) B_k^T.
 
-    Rows may overlap. A and B of another dtype (float32 parameters under bf16 activations) are rounded to that of x.
+    Gradients reach y, x, every A and every B. A and B of another dtype (float32 parameters under
+    bfloat16 activations) are rounded to that of x.
+
+    Raises:
+        ValueError: rows or shapes do not fit each other.
     """
     check_rows(rows, x.shape[0], len(a))
     for k, (left, right) in enumerate(zip(a, b, strict=True)):
@@ -46,149 +57,89 @@ def grouped_lora(
     )
 
 
-class FusedLoRA:
-    """The same for inference: one table with its matrices, ready for any number of x and y of one shape and dtype.
+def pack_lora(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return A `(r, in)` and B transposed `(r, out)`, contiguous, in `dtype`."""
+    return a.to(dtype).contiguous(), b.T.to(dtype).contiguous()
 
-    `a` (r, in) and `bt` (r, out), B transposed, are in the dtype of x, contiguous and on the CPU. They are kept, not
-    copied: what is written into them counts from the next call on.
-    """
+
+class FusedLoRA(FusedKernel):
+    """The kernel for one table of rows with packed weights, which are referenced and not copied."""
 
     def __init__(
-        self, tokens: int, rows: Sequence[SegmentRow], a: Sequence[Tensor], bt: Sequence[Tensor]
+        self,
+        num_tokens: int,
+        rows: Sequence[SegmentRow],
+        a: Sequence[Tensor],  # each (r, in), contiguous
+        bt: Sequence[Tensor],  # each (r, out), contiguous
     ) -> None:
-        check_rows(rows, tokens, len(a))
-        width, out, dtype = a[0].shape[1], bt[0].shape[1], a[0].dtype
+        check_rows(rows, num_tokens, len(a))
+        inputs, outputs, dtype = a[0].shape[1], bt[0].shape[1], a[0].dtype
         for left, right in zip(a, bt, strict=True):
-            fits = (
-                left.shape == (len(right), width) and right.shape[1] == out and left.dtype == dtype
-            )
             if (
-                not fits
+                left.shape != (len(right), inputs)
+                or right.shape[1] != outputs
+                or left.dtype != dtype
                 or not kernels.cpp_accepts(left, right)
                 or not (left.is_contiguous() and right.is_contiguous())
             ):
-                raise ValueError(
-                    f"A {tuple(left.shape)} and B transposed {tuple(right.shape)} do not fit each other"
-                )
-        self.width, self.sizes, self.dtype, self._matrices = (
-            width,
-            (tokens * width, tokens * out),
-            dtype,
-            (a, bt),
-        )
-        ordered = sorted(rows, key=lambda row: row[2])
-        self._native = kernels.library.FusedLoRA(
+                shapes = f"A {tuple(left.shape)} and B transposed {tuple(right.shape)}"
+                raise ValueError(f"{shapes} do not fit each other")
+        ordered = sort_rows(rows)
+        native = kernels.library.FusedLoRA(
             torch.get_num_threads(),
             TYPES[dtype],
-            tokens,
-            width,
-            out,
+            num_tokens,
+            inputs,
+            outputs,
             [n for row in ordered for n in row[:3]],
             [row[3] for row in ordered],
             [len(t) for t in a],
             [data_pointer(t) for t in a],
             [data_pointer(t) for t in bt],
         )
-
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (..., out), contiguous, to which the adapters' parts are added in place; x (..., in).
-
-        Raises `ValueError` where they are not of the prepared size and dtype.
-        """
-        fits = (
-            (x.numel(), y.numel()) == self.sizes
-            and x.shape[-1] == self.width
-            and x.dtype == y.dtype == self.dtype
-        )
-        if not fits or not y.is_contiguous():
-            raise ValueError(
-                f"x {tuple(x.shape)} and y {tuple(y.shape)}, {x.dtype}, are not what was prepared for"
-            )
-        x = x.contiguous()
-        kernels.add(self._native, data_pointer(x), data_pointer(y))
-        return y
+        super().__init__(kernels.add, native, (a, bt), (num_tokens, inputs, outputs), dtype)
 
 
-def check_rows(rows: Sequence[SegmentRow], tokens: int, adapters: int) -> None:
-    """Raise `ValueError` where a row is not of `tokens` tokens and `adapters` adapters."""
-    for start, end, adapter, _ in rows:
-        if not 0 <= start <= end <= tokens or not 0 <= adapter < adapters:
-            raise ValueError(
-                f"row ({start}, {end}, {adapter}) does not fit {tokens} tokens and {adapters} adapters"
-            )
-
-
-@dataclass(frozen=True)
-class LoRAGroup:
-    """The parts of low-rank adapters as `adapted_linear` takes them: what acts where, A (r, in) and B (out, r) of each."""
-
-    rows: Sequence[SegmentRow]
-    a: Sequence[Tensor]
-    b: Sequence[Tensor]
+class LoRAGroup(AdapterGroup):
+    """LoRA layers of one module: the kernel reads A, `a` `(r, in)`, and B, `b` `(out, r)`."""
 
     @property
-    def adapters(self) -> int:
-        """How many there are."""
-        return len(self.a)
+    def parameters(self) -> list[Tensor]:
+        """Every A, then every B."""
+        return [*(layer.a for layer in self.layers), *(layer.b for layer in self.layers)]
 
-    @property
-    def learned(self) -> list[Tensor]:
-        """What gradients reach."""
-        return [*self.a, *self.b]
+    def prepare(self, x: Tensor, outputs: int, weights: Sequence[Weights]) -> FusedKernel:
+        """Return the kernel for inputs like `x` `(..., in)`; weights are those of `pack_lora`."""
+        a, bt = zip(*weights, strict=True)
+        return FusedLoRA(x.shape[:-1].numel(), self.rows, a, bt)
 
-    def apply(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (T, out) plus the parts: `grouped_lora`."""
-        return grouped_lora(y, x, self.rows, self.a, self.b)
-
-    def add(self, y: Tensor, x: Tensor) -> list[Tensor]:
-        """y (T, out), to which the parts are added in place; what the way back wants to be kept."""
-        if any(
-            left.shape != (right.shape[1], x.shape[-1])
-            for left, right in zip(self.a, self.b, strict=True)
-        ):
-            raise ValueError(f"x {tuple(x.shape)} does not fit")
-        a, bt = (
-            [t.to(x.dtype).contiguous() for t in self.a],
-            [t.T.to(x.dtype).contiguous() for t in self.b],
-        )
-        table = segment_table(self.rows)
-        kernels.lora(*_about(x, y.shape[-1], *table, a, bt), data_pointer(x), data_pointer(y))
-        return [*a, *bt]
+    def saved_tensors(self, weights: Sequence[Weights]) -> list[Tensor]:
+        """Return the packed weights: every A, then every B transposed."""
+        return [matrix for kind in zip(*weights, strict=True) for matrix in kind]
 
     def backward(
-        self, grad: Tensor, x: Tensor, grad_x: Tensor | None, kept: Sequence[Tensor]
+        self, grad: Tensor, x: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Gradients of each A and B, float32; that of x is added to `grad_x`."""
-        half = len(kept) // 2
-        a, bt = list(kept[:half]), list(kept[half:])
-        table, made = segment_table(self.rows), [torch.empty(t.shape) for t in kept]
-        kernels.lora_backward(
-            *_about(x, grad.shape[-1], *table, a, bt),
-            data_pointer(x),
-            data_pointer(grad),
-            data_pointer(grad_x),
-            [data_pointer(t) for t in made[:half]],
-            [data_pointer(t) for t in made[half:]],
-        )
-        return [*made[:half], *(t.T for t in made[half:])]
+        """Return the gradients of every A and B, float32; that of x is added to `grad_x`."""
+        a, bt = saved[: len(self.layers)], saved[len(self.layers) :]
+        grad_a, grad_bt = _weight_gradients(grad, x, grad_x, *segment_table(self.rows), a, bt)
+        return [*grad_a, *(t.T for t in grad_bt)]
+
+    def apply(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return `grouped_lora`."""
+        a, b = ([getattr(layer, name) for layer in self.layers] for name in ("a", "b"))
+        return grouped_lora(y, x, self.rows, a, b)
 
 
-def segment_table(rows: Sequence[SegmentRow]) -> tuple[Tensor, Tensor]:
-    """Rows in the order of their adapters: (rows, 3) int64 of start, end, adapter; and their weights (rows) float32."""
-    ordered = sorted(rows, key=lambda row: row[2])
-    table = torch.tensor([row[:3] for row in ordered], dtype=torch.int64).view(-1, 3)
-    return table, torch.tensor([row[3] for row in ordered], dtype=torch.float32)
-
-
-# ---- references; table (rows, 3) int64: start, end, adapter, in the order of the adapters; bt: B transposed (r, out)
+# ---- references; table (num_rows, 3) int64: start, end, adapter, sorted by adapter
 
 
 def lora_reference(
     y: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> Tensor:
-    """The sum, in PyTorch."""
+    """Return the sum, in PyTorch."""
     y = y.clone()
-    for (start, end, k), weight in zip(table.tolist(), weights.tolist(), strict=True):
+    for start, end, k, weight in table_rows(table, weights):
         y[start:end] += weight * (x[start:end] @ a[k].T) @ bt[k]
     return y
 
@@ -196,13 +147,13 @@ def lora_reference(
 def lora_backward_reference(
     grad: Tensor, x: Tensor, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of x, of each A and of each B transposed."""
-    wide, grad_x = torch.promote_types(x.dtype, torch.float32), torch.zeros_like(x)
-    grad_a, grad_bt = ([torch.zeros_like(t, dtype=wide) for t in ts] for ts in (a, bt))
-    for (start, end, k), weight in zip(table.tolist(), weights.tolist(), strict=True):
-        low, thin = weight * x[start:end] @ a[k].T, weight * grad[start:end] @ bt[k].T
-        grad_x[start:end] += thin @ a[k]
-        grad_a[k] += thin.T @ x[start:end]
+    """Return the gradients of x, of each A and of each B transposed."""
+    sum_dtype, grad_x = torch.promote_types(x.dtype, torch.float32), torch.zeros_like(x)
+    grad_a, grad_bt = ([torch.zeros_like(t, dtype=sum_dtype) for t in ts] for ts in (a, bt))
+    for start, end, k, weight in table_rows(table, weights):
+        low, grad_low = weight * x[start:end] @ a[k].T, weight * grad[start:end] @ bt[k].T
+        grad_x[start:end] += grad_low @ a[k]
+        grad_a[k] += grad_low.T @ x[start:end]
         grad_bt[k] += low.T @ grad[start:end]
     return grad_x, [t.to(x.dtype) for t in grad_a], [t.to(x.dtype) for t in grad_bt]
 
@@ -210,22 +161,34 @@ def lora_backward_reference(
 # ---- the operations
 
 
-def _about(
-    x: Tensor, out: int, table: Tensor, weights: Tensor, a: list[Tensor], bt: list[Tensor]
-) -> tuple[Any, ...]:
-    """What both kernels take first."""
-    ranks = [len(t) for t in a]
-    places = ([data_pointer(t) for t in a], [data_pointer(t) for t in bt])
-    return (
+def _weight_gradients(
+    grad: Tensor,
+    x: Tensor,
+    grad_x: Tensor | None,
+    table: Tensor,
+    weights: Tensor,
+    a: Sequence[Tensor],
+    bt: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients of each A and B transposed, float32; that of x is added to `grad_x`."""
+    grad_a, grad_bt = ([torch.empty(t.shape) for t in ts] for ts in (a, bt))
+    kernels.lora_backward(
         TYPES[x.dtype],
         *x.shape,
-        out,
+        grad.shape[-1],
         data_pointer(table),
         data_pointer(weights),
         len(table),
-        ranks,
-        *places,
+        [len(t) for t in a],
+        [data_pointer(t) for t in a],
+        [data_pointer(t) for t in bt],
+        data_pointer(x),
+        data_pointer(grad),
+        data_pointer(grad_x),
+        [data_pointer(t) for t in grad_a],
+        [data_pointer(t) for t in grad_bt],
     )
+    return grad_a, grad_bt
 
 
 def _run(
@@ -233,10 +196,11 @@ def _run(
 ) -> Tensor:
     if not kernels.cpp_accepts(x, y, *a, *bt):
         return lora_reference(y, x, table, weights, a, bt)
-    y, x = y.clone(memory_format=torch.contiguous_format), x.contiguous()
+    y = y.clone(memory_format=torch.contiguous_format)
+    if not a:
+        return y
     a, bt = [t.contiguous() for t in a], [t.contiguous() for t in bt]
-    kernels.lora(*_about(x, y.shape[1], table, weights, a, bt), data_pointer(x), data_pointer(y))
-    return y
+    return FusedLoRA(len(x), table_rows(table, weights), a, bt).add(y, x)
 
 
 def _run_backward(
@@ -246,15 +210,7 @@ def _run_backward(
         return lora_backward_reference(grad, x, table, weights, a, bt)
     grad, x, grad_x = grad.contiguous(), x.contiguous(), torch.zeros(x.shape, dtype=x.dtype)
     a, bt = [t.contiguous() for t in a], [t.contiguous() for t in bt]
-    grad_a, grad_bt = ([torch.empty(t.shape) for t in ts] for ts in (a, bt))
-    kernels.lora_backward(
-        *_about(x, grad.shape[1], table, weights, a, bt),
-        data_pointer(x),
-        data_pointer(grad),
-        data_pointer(grad_x),
-        [data_pointer(t) for t in grad_a],
-        [data_pointer(t) for t in grad_bt],
-    )
+    grad_a, grad_bt = _weight_gradients(grad, x, grad_x, table, weights, a, bt)
     return grad_x, [t.to(x.dtype) for t in grad_a], [t.to(x.dtype) for t in grad_bt]
 
 
