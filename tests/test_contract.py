@@ -31,7 +31,8 @@ from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.settings.groups import MethodSettings, settings_groups
 from afina.testing import check_merge_method, check_method
-from afina.testing.methods import METHOD_PROMISES, MODULE_KINDS, MethodCase, check_promise
+from afina.testing.method_case import MODULE_KINDS, MethodCase
+from afina.testing.methods import METHOD_PROMISES, check_promise
 
 # choices within a method that are worth the same tests; a method without an entry is tested as it comes
 VARIANTS: dict[str, list[dict[str, Any]]] = {
