@@ -546,7 +546,7 @@ def test_each_method_in_its_own_process(
             update={"target_modules": "no_such_layer", "output_dir": tmp_path / "broken"}
         )
     )
-    assert "matches no layer" in broken["failed"]
+    assert "matches no module" in broken["failed"]
     assert (
         "4 steps took longer than the 0.1 s"
         in measure_in_subprocess(run.model_copy(update={"output_dir": tmp_path / "late"}), 0.1)[

@@ -682,7 +682,7 @@ def test_an_adapter_that_learns_over_another(
     )
     torch.testing.assert_close(both, added, atol=1e-4, rtol=0)
     assert (both - single).abs().max() > 1e-2
-    with pytest.raises(AfinaError, match="acts with another"):
+    with pytest.raises(AfinaError, match="active with another"):
         merge(run.folder, output_dir=tmp_path / "merged")
     (tmp_path / "task").rename(tmp_path / "gone")
     with pytest.raises(AfinaError):

@@ -191,7 +191,7 @@ def test_a_run_goes_on_where_it_stood() -> None:
     [
         ("dora", {}, "rows are scaled"),
         ("mora", {"operator": "rotation"}, "only sharing"),
-        ("full", {}, "nothing to merge"),
+        ("full", {}, "no update to merge"),
     ],
 )
 def test_what_cannot_restart_says_why(method: str, options: dict[str, Any], why: str) -> None:

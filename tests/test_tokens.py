@@ -220,7 +220,7 @@ def test_what_cannot_be_is_refused(
     tiny: Path, chats: Path, grown: tuple[CausalLM, dict[str, int]], tmp_path: Path
 ) -> None:
     base, tokens = grown
-    with pytest.raises(AdapterError, match="target already"):
+    with pytest.raises(AdapterError, match="is a target, and has rows"):
         put(base, target_modules=["embed_tokens", "q_proj"], trainable_tokens=tokens)
     with pytest.raises(SettingsError, match="new_tokens"):
         afina.train(chats, base=str(tiny), output_dir=tmp_path / "run", new_tokens=3)

@@ -1,10 +1,11 @@
-"""Activated adapters (aLoRA): the delta acts from the last occurrence of its invocation tokens on.
+"""Active adapters of a sequence, and activated ones (aLoRA), active from their invocation on.
 
-Greenewald et al. 2025, arXiv 2504.12397
+An activated adapter (Greenewald et al. 2025, arXiv 2504.12397) is active from the last occurrence
+of its invocation tokens on:
 
-tokens   | the conversation so far ...  | <|assistant|> \\n | the answer ...
-adapter  |  off: keys and values are    | on from the first token of the
-         |  the base's own              | invocation (as in PEFT)
+    tokens   | the conversation so far ...  | <|assistant|> \\n | the completion ...
+    adapter  | inactive: keys and values    | active from the first token of
+             | are the base's own           | the invocation (as in PEFT)
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from afina.errors import DataError
 def last_occurrences(
     tokens: Tensor, bounds: Sequence[int], invocation: Sequence[int]
 ) -> list[int | None]:
-    """Where the last `invocation` starts in each sequence of a flat run: index into tokens (T), or None.
+    """Return where the last `invocation` starts in each packed sequence: index of a token, or None.
 
-    One comparison over the whole run, whatever the number of sequences; an occurrence that crosses a boundary is none.
+    One comparison over the packed batch, for any number of sequences; an occurrence that crosses a
+    boundary does not count.
     """
     size = len(invocation)
     starts = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -39,7 +41,7 @@ def last_occurrences(
 
 
 def last_start(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
-    """Where the last `invocation` starts in one sequence, or None."""
+    """Return where the last `invocation` starts in one sequence, or None."""
     return last_occurrences(torch.tensor(tokens), (0, len(tokens)), invocation)[0]
 
 

@@ -1,7 +1,7 @@
-"""Attach adapters to a model and take them off again, leaving it as it was.
+"""Attach adapters to a model, and detach them so that it is as before.
 
-Attaching replaces the targeted modules, openly and in this one file, by `Adapted` ones that hold the frozen
-module and the deltas of any number of adapters. Detaching puts the very same modules back.
+Attaching replaces target modules by `ModuleWithAdapters`, which contain the frozen module and the
+layers of any number of adapters; only this file does so. Detaching restores the original modules.
 """
 
 from collections.abc import Iterator
@@ -23,22 +23,27 @@ from afina.io.adapter_config import AdapterConfig
 
 
 class Adapter:
-    """An adapter attached to a model: its name, its spec, and its deltas by module path."""
+    """An attached adapter.
 
-    def __init__(self, name: str, spec: AdapterConfig, deltas: dict[str, AdapterLayer]) -> None:
-        self.name, self.config, self.layers = name, spec, deltas
-        self.frozen_companions: tuple[
-            ActiveAdapters, ...
-        ] = ()  # others without which it does not act: it was trained over them
+    Attributes:
+        name: Its name in the model.
+        config: Its configuration.
+        layers: Its layers by module path.
+        frozen_companions: Adapters over which it was trained, and which are active with it.
+    """
+
+    def __init__(self, name: str, spec: AdapterConfig, layers: dict[str, AdapterLayer]) -> None:
+        self.name, self.config, self.layers = name, spec, layers
+        self.frozen_companions: tuple[ActiveAdapters, ...] = ()
 
     @property
     def active(self) -> ActiveAdapters:
-        """How the adapter acts when it is on."""
+        """The adapter and its companions, as they are active together."""
         own = ActiveAdapters((ActiveAdapter(self.name, self.config.invocation),))
         return ActiveAdapters.combine([own, *self.frozen_companions])
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("module path.parameter", parameter), each tied parameter once, in the order of the model."""
+        """Yield ("module path.parameter", parameter) in the model's order, a tied one once."""
         seen: set[int] = set()
         for path, delta in self.layers.items():
             for name, parameter in delta.named_parameters():
@@ -47,21 +52,25 @@ class Adapter:
                     yield f"{path}.{name}", parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters."""
+        """Return the trainable parameters."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def num_parameters(self) -> int:
-        """How many numbers the adapter learns."""
+        """Return the number of trainable parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def train(self, mode: bool = True) -> None:
-        """Turn dropout on the adapter's path on or off."""
+        """Enable or disable dropout in the adapter's layers."""
         for delta in self.layers.values():
             delta.train(mode)
 
 
 def frozen_module(model: nn.Module, path: str) -> nn.Module:
-    """The base's own module at `path`, also where adapters sit on it; a loose parameter as a module."""
+    """Return the base's module at `path`, without adapters; a parameter as a module.
+
+    Raises:
+        AdapterError: the base has no such module or parameter.
+    """
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -70,7 +79,7 @@ def frozen_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _loose(model: nn.Module, path: str) -> nn.Parameter:
-    """The base's own parameter at `path`."""
+    """Return the base's parameter at `path`."""
     parent, _, name = path.rpartition(".")
     try:
         owner: Any = model.get_submodule(parent)
@@ -83,13 +92,13 @@ def _loose(model: nn.Module, path: str) -> nn.Parameter:
         own = None
     if not isinstance(own, nn.Parameter):
         raise AdapterError(
-            "the base has no such layer", where=path, why="the adapter is for another model"
+            "the base has no such module", where=path, why="the adapter is for another model"
         )
     return own
 
 
 def find_wrapper(model: nn.Module, path: str) -> ModuleWithAdapters | ParameterWithAdapters | None:
-    """Where the deltas at `path` sit; None where there are none."""
+    """Return the wrapper with the adapter layers at `path`; None without adapters."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -102,20 +111,22 @@ def find_wrapper(model: nn.Module, path: str) -> ModuleWithAdapters | ParameterW
 def replaces_base_modules(model: nn.Module, name: str) -> bool:
     """Return whether the attached adapter `name` has a layer that replaces one of the base."""
     wrappers = (ModuleWithAdapters, ParameterWithAdapters)
-    layers = [m.deltas[name] for m in model.modules() if isinstance(m, wrappers) and name in m.deltas]
+    layers = [
+        m.deltas[name] for m in model.modules() if isinstance(m, wrappers) and name in m.deltas
+    ]
     return any(bool(layer.replaces_base) for layer in layers)
 
 
 def insert_wrapper(
-    model: nn.Module, layer: TargetModule, board: ForwardContext
+    model: nn.Module, layer: TargetModule, context: ForwardContext
 ) -> ModuleWithAdapters | ParameterWithAdapters:
-    """A new place for deltas, put into the model: instead of a module, or over a loose parameter."""
+    """Insert a new wrapper into the model, for a module or a parameter, and return it."""
     if not isinstance(layer.module, FreeParameter):
-        _put(model, layer.path, made := ModuleWithAdapters(layer, board))
-        return made
+        _put(model, layer.path, wrapper := ModuleWithAdapters(layer, context))
+        return wrapper
     parent, _, name = layer.path.rpartition(".")
     owner = model.get_submodule(parent)
-    over = ParameterWithAdapters(board, list(owner._parameters))
+    over = ParameterWithAdapters(context, list(owner._parameters))
     parametrize.register_parametrization(owner, name, over)
     return over
 
@@ -123,7 +134,7 @@ def insert_wrapper(
 def remove_wrapper(
     model: nn.Module, path: str, place: ModuleWithAdapters | ParameterWithAdapters
 ) -> None:
-    """The way back: the very same module or parameter, in its old place."""
+    """Restore the original module or parameter at `path`."""
     if isinstance(place, ModuleWithAdapters):
         return _put(model, path, place.base)
     parent, _, name = path.rpartition(".")
@@ -169,17 +180,16 @@ def create_layers(
         )
         if own.supported_modules == "matrix" and not layer.is_matrix:
             raise AdapterError(
-                f"{spec.method} cannot act on a {type(layer.module).__name__}", where=path
+                f"{spec.method} does not support a {type(layer.module).__name__}", where=path
             )
         if name is not None and (at := find_wrapper(model, path)) is not None and name in at.deltas:
             raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
         if path in deltas:
-            why = "the rows of the new tokens would be adapted twice"
             raise AdapterError(
-                "this layer is a target already",
+                "this module is a target, and has rows of new tokens too",
                 where=path,
-                why=why,
-                hint="leave it out of --targets",
+                why="these rows would be adapted twice",
+                hint="remove it from --target-modules",
             )
         deltas[path] = own(layer, spec, generator)
         if deltas[path].replaces_base or path in vocabulary:
@@ -188,22 +198,29 @@ def create_layers(
 
 
 def attach(
-    model: nn.Module, board: ForwardContext, name: str, spec: AdapterConfig, seed: int = 0
+    model: nn.Module, context: ForwardContext, name: str, spec: AdapterConfig, seed: int = 0
 ) -> Adapter:
-    """Put a new adapter on `model`; until the board routes to it, nothing changes.
+    """Attach a new adapter to `model`; it is inactive until a forward context names it.
 
-    Deltas start from `seed`, in the order of the targets. Raises `AdapterError` where the name is taken or a layer
-    is not of a kind that the method can act on.
+    Args:
+        model: The base.
+        context: The base's forward context.
+        name: The adapter's name.
+        spec: Its configuration.
+        seed: Seed of the initialization, in the order of the targets.
+
+    Raises:
+        AdapterError: the name is taken, or a module is of a kind that the method does not support.
     """
     deltas = create_layers(model, spec, seed, name)
     for path, delta in deltas.items():
-        place = find_wrapper(model, path) or insert_wrapper(model, delta.layer, board)
+        place = find_wrapper(model, path) or insert_wrapper(model, delta.layer, context)
         place.deltas[name] = delta
     return Adapter(name, spec, deltas)
 
 
 def _keep_ties(layer: TargetModule, delta: AdapterLayer, tied: dict[int, nn.Parameter]) -> None:
-    """Parameters that are one in the base are one in the trained copy."""
+    """Tie the layer's parameters whose originals are tied in the base."""
     originals = dict(layer.module.named_parameters(recurse=False))
     for name, own in list(delta.named_parameters(recurse=False)):
         if id(originals[name]) in tied:
@@ -213,7 +230,7 @@ def _keep_ties(layer: TargetModule, delta: AdapterLayer, tied: dict[int, nn.Para
 
 
 def vocabulary_layers(model: Any) -> list[str]:
-    """Paths of the embedding and of the output layer, tied or not."""
+    """Return the paths of the embedding and of the output layer, tied or not."""
     wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [
         path for path, module in model.named_modules() if any(module is layer for layer in wanted)
@@ -221,7 +238,7 @@ def vocabulary_layers(model: Any) -> list[str]:
 
 
 def detach(model: nn.Module, adapter: Adapter) -> None:
-    """Take an adapter off; modules without any get back their place, untouched."""
+    """Detach an adapter; modules without any are restored."""
     for path in adapter.layers:
         place = find_wrapper(model, path)
         assert place is not None

@@ -1,14 +1,16 @@
-"""DoRA: a weight's rows learn length and direction apart (Liu et al. 2024, arXiv 2402.09353, equations 5 and 11).
+"""DoRA: magnitude and direction of a weight's rows (Liu et al. 2024, arXiv 2402.09353, eq. 5, 11).
 
-    W' = m * (W + s B A) / n      n = ||W + s B A||, a row each, taken as constant by the gradient (section 4.3)
-    D(x, y0) = (m / n - 1) (y0 - bias) + (m / n) s B A x        m (out) starts as ||W||, so that m / n = 1 and B = 0
+    W' = m * (W + s B A) / n      n = ||W + s B A|| by row, constant for the gradient (4.3)
+    D(x, y0) = (m / n - 1) (y0 - bias) + (m / n) s B A x        m (out) starts as ||W||, B as 0
 
-The norm is known without the matrix W + s B A:
+The norm is computed without the matrix W + s B A:
 
     n^2 = ||W||^2 + 2 s <B, (A W^T)^T> + s^2 <B (A A^T), B>     row by row
 
-so that a step costs a product with the thin A over LoRA's, and a pass over the outputs.
+so that a step costs one product with A more than LoRA, and a pass over the outputs.
 """
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +23,12 @@ from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.settings.groups import MethodSettings
 
-CHUNK = 1 << 20  # weights widened to float32 at a time: they stay in the cache
+NORM_CHUNK = 1 << 20  # weights converted to float32 at a time: they stay in the cache
 
 
 @register_method("dora")
 class DoRA(LoRA):
-    """LoRA on the direction of W's rows, and their lengths m. Dropout acts on the low-rank path only."""
+    """LoRA on the direction of the rows of W, and their magnitudes m."""
 
     peft_fields = {"use_dora": True}
     tensor_names = {**LoRA.tensor_names, "m": "lora_magnitude_vector"}
@@ -41,31 +43,25 @@ class DoRA(LoRA):
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
     ) -> None:
         super().__init__(layer, spec, generator)
-        self._base: tuple[object, Tensor] = (
-            None,
-            torch.empty(0),
-        )  # ||W||^2 (out), and the stored weight that it is of
-        self._norm: tuple[object, Tensor] = (
-            None,
-            torch.empty(0),
-        )  # n (out), and the tensors that it is of
+        # caches, with the state of the tensors that they were computed from
+        self._base: tuple[object, Tensor] = (None, torch.empty(0))  # ||W||^2 (out)
+        self._norm: tuple[object, Tensor] = (None, torch.empty(0))  # n (out)
         self.m = nn.Parameter(self.norm().clone())  # (out), float32
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Refuses: what was learned depends on the lengths of the rows, and is no sum."""
-        why = "its rows are scaled, so that a merged part would depend on the next one"
+        """Raise `SettingsError`: the update is not a sum, since it depends on the rows' norms."""
+        why = "its rows are scaled, so that a merged update would depend on the next one"
         raise SettingsError(
             "dora cannot merge and restart", where="restart_every", why=why, hint="--method lora"
         )
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """y0 + weight * D(x, y0), in the dtype of y0: one new activation (..., out), and one (..., r)."""
+        """Return y0 + weight * D(x, y0), in the dtype of y0."""
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         gain = self.m / self.norm()  # (out)
-        more = (weight * (gain - 1)).to(
-            y0.dtype
-        )  # apart from the 1, which would swallow it in 16 bits
+        # without the 1, next to which 16 bits would lose it
+        more = (weight * (gain - 1)).to(y0.dtype)
         bias = getattr(self.layer.module, "bias", None)
         flat = y0.flatten(0, -2)  # (T, out)
         y = torch.addcmul(flat if bias is None else flat - more * bias.to(y0.dtype), flat, more)
@@ -74,7 +70,7 @@ class DoRA(LoRA):
         return y.addmm_(low, b.T).view(y0.shape)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """m (W + s B A) / ||W + s B A||."""
+        """Return m (W + s B A) / ||W + s B A||."""
         direction = super().merged_weight(weight)
         norm = torch.linalg.vector_norm(direction, dim=1).clamp_min(
             torch.finfo(direction.dtype).tiny
@@ -82,9 +78,10 @@ class DoRA(LoRA):
         return (self.m.to(weight) / norm)[:, None] * direction
 
     def norm(self) -> Tensor:
-        """n (out), float32 or wider. Kept between forwards that do not learn, computed anew in those that do.
+        """Return n `(out,)`, float32 or wider, cached between forward passes without gradients.
 
-        Versions alone would not tell: fused optimizers change parameters and do not count it.
+        With gradients it is always computed: fused optimizers change parameters without counting
+        a version.
         """
         if self.training or torch.is_grad_enabled():
             self._norm = (None, self._norm[1])
@@ -94,11 +91,10 @@ class DoRA(LoRA):
             self._norm = (key, self._compute())
         return self._norm[1]
 
-    def train(self, mode: bool = True) -> "DoRA":
-        """As of any module; the norm is forgotten, since parameters change between one mode and the other."""
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and drop the cached norm: parameters change between the modes."""
         self._norm = (None, self._norm[1])
-        super().train(mode)
-        return self
+        return super().train(mode)
 
     @torch.no_grad()
     def _compute(self) -> Tensor:
@@ -110,16 +106,14 @@ class DoRA(LoRA):
             + 2 * self.scale * (cross * b).sum(1)
             + self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
         )
-        floor = (
-            squares * torch.finfo(dtype).eps
-        )  # where W and its update cancel, no digit of the difference is left
+        floor = squares * torch.finfo(dtype).eps  # where W and its update cancel, no digit is left
         return sum_of_squares.maximum(floor).clamp_min(torch.finfo(dtype).tiny).sqrt()
 
     def _products(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """||W||^2 by rows (out), kept for the storage of the base, and W A^T (out, r)."""
+        """Return ||W||^2 by rows `(out,)`, cached for an unchanged base, and W A^T `(out, r)`."""
         key = (a.dtype, *_state(*self.layer.module.parameters(), *self.layer.module.buffers()))
         known, squares, cross = self._base[0] == key, [], []
-        for rows in self.layer.weight.detach().split(max(1, CHUNK // self.layer.in_features)):
+        for rows in self.layer.weight.detach().split(max(1, NORM_CHUNK // self.layer.in_features)):
             wide = rows.to(a.dtype)
             cross.append(a @ wide.T)
             if not known:
@@ -130,18 +124,22 @@ class DoRA(LoRA):
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
-        """r (in + out) + out."""
+        """Return r (in + out) + out."""
         return super().num_parameters(layer, spec) + layer.out_features
 
     @classmethod
     def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:
-        """y0 is kept besides what LoRA keeps; A W^T is a product with the whole weight; gradients pass three times over y0."""
-        of_lora = super().layer_cost(layer, spec, device)
+        """Return the cost of a layer.
+
+        Backward reads y0 besides what LoRA saves; A W^T is a product with the entire weight;
+        gradients pass three times over y0.
+        """
+        lora = super().layer_cost(layer, spec, device)
         once = float(spec.rank_of(layer.path) * layer.in_features * layer.out_features)
-        keeps, works = of_lora.saved_numel + layer.out_features, 3.0 * layer.out_features
-        return LayerCost(of_lora.saves_input, keeps, of_lora.macs_per_token, once, works)
+        saved, workspace = lora.saved_numel + layer.out_features, 3.0 * layer.out_features
+        return LayerCost(lora.saves_input, saved, lora.macs_per_token, once, workspace)
 
 
 def _state(*tensors: Tensor) -> tuple[object, ...]:
-    """What changes when one of the tensors does."""
+    """Return a value that changes when one of the tensors does."""
     return tuple((t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors)

@@ -1,9 +1,9 @@
-"""Full fine-tuning of the listed modules: the trained copy takes the base module's place.
+"""Full fine-tuning of the listed modules: a trained copy replaces the base's module.
 
     D(x) = f_trained(x) - f_base(x)
 
-The base's own tensors stay as they are, so that the adapter can be switched off; freezing is the list. A full
-delta acts everywhere or nowhere: a weight in between, or other adapters beside it, would need both outputs.
+The base's own tensors are unchanged, so that the adapter can be disabled. The copy is active on all
+tokens or on none: another weight, or further adapters, would need both outputs.
 """
 
 import copy
@@ -21,9 +21,9 @@ from afina.io.adapter_config import AdapterConfig
 
 @register_method("full")
 class Full(AdapterLayer):
-    """A trained copy of the whole module, in the dtype of the base (the optimizer keeps float32 masters)."""
+    """A trained copy of a module in the base's dtype; the optimizer keeps float32 masters."""
 
-    tensor_names: ClassVar[Mapping[str, str]] = {}  # those of the module itself
+    tensor_names: ClassVar[Mapping[str, str]] = {}  # those of the module
     replaces_base = True
     supported_modules = "any"
 
@@ -33,22 +33,22 @@ class Full(AdapterLayer):
         super().__init__(layer, spec, generator)
         if spec.method == "full" and spec.dropout:
             raise SettingsError(
-                "full has no path of its own to drop inputs from",
+                "full fine-tuning has no input of its own to drop",
                 where="dropout",
                 hint="--dropout 0",
             )
         if any(True for child in layer.module.children() for _ in child.parameters()):
-            why = f"{type(layer.module).__name__} holds other layers"
+            why = f"{type(layer.module).__name__} contains other modules"
             raise AdapterError(
-                "full acts on layers and loose parameters",
+                "full fine-tuning applies to modules without children and to single parameters",
                 where=layer.path,
                 why=why,
-                hint="name its layers",
+                hint="name the modules in it",
             )
         if not all(p.is_floating_point() for p in layer.module.parameters(recurse=False)):
-            why = f"{type(layer.module).__name__} holds codes, of which there is no gradient"
+            why = f"{type(layer.module).__name__} stores codes, which have no gradient"
             raise AdapterError(
-                "full cannot train a quantised layer",
+                "full fine-tuning cannot train a quantized module",
                 where=layer.path,
                 why=why,
                 hint="--method lora",
@@ -59,18 +59,18 @@ class Full(AdapterLayer):
         self._trained = [trained]  # in a list: its parameters are registered once, here
 
     def share(self, name: str, parameter: nn.Parameter) -> None:
-        """Use `parameter` of another delta in place of the own one: how tied embeddings stay tied."""
+        """Use `parameter` of another layer, so that tied embeddings stay tied."""
         setattr(self, name, parameter)
         setattr(self._trained[0], name, parameter)
 
     def forward(self, x: Tensor, y0: Tensor, weight: float, *others: Any, **named: Any) -> Tensor:
-        """The trained module's output; y0 is not looked at."""
+        """Return the trained module's output; y0 is ignored."""
         if weight != 1.0:
-            raise SettingsError("full acts with weight 1 or not at all", where="route")
+            raise SettingsError("full fine-tuning is active with weight 1 or not at all")
         return self._trained[0](x, *others, **named)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The trained weight itself."""
+        """Return the trained weight."""
         trained = self._trained[0].weight
         assert isinstance(trained, Tensor)
         return TargetModule("", self._trained[0]).weight.detach().to(weight)
@@ -89,10 +89,10 @@ class Full(AdapterLayer):
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
-        """All numbers of the module."""
+        """Return the number of the module's parameters."""
         return sum(p.numel() for p in layer.module.parameters(recurse=False))
 
     @classmethod
     def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:
-        """x is kept; forwards the trained copy takes the place of the base, backwards there is the weight's gradient."""
+        """Return the cost: x is saved; the copy runs instead of the base."""
         return LayerCost(True, 0, 0.0)

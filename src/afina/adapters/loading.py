@@ -189,10 +189,8 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def check_frozen_copy(
-    name: str, tensor: Tensor, base: FrozenModel, path: str, where: str
-) -> None:
-    """Raise `AdapterError` where the tensor `name` is not the weight of the base's module `path`."""
+def check_frozen_copy(name: str, tensor: Tensor, base: FrozenModel, path: str, where: str) -> None:
+    """Raise `AdapterError` where the tensor `name` is not the weight of the module `path`."""
     weight = TargetModule("", frozen_module(base.model, path)).module.weight
     assert isinstance(weight, Tensor)
     if tensor.shape == weight.shape and torch.equal(tensor.to(weight), weight):

@@ -1,11 +1,11 @@
-"""Merge and restart during training: ReLoRA (Lialin et al. 2023, arXiv 2307.05695) and ReMoRA (arXiv 2405.12130, app. B).
+"""Merge and restart: ReLoRA (Lialin et al. 2023, arXiv 2307.05695), ReMoRA (arXiv 2405.12130, B).
 
     step     0 ............ N ............ 2N ............
-    adapter  D_1            D_1 + D_2      D_1 + D_2 + D_3       the rank of the sum grows
-    trained  D_1            D_2            D_3                   each from zero, the optimizer without memory
+    adapter  D_1            D_1 + D_2      D_1 + D_2 + D_3     the rank of the sum grows
+    trained  D_1            D_2            D_3                 each from zero, moments cleared
 
-What was learned goes into one dense matrix of that run, held by the adapter (`accumulated`, float32). The base is
-shared, and is not touched. On disk it is one more tensor a layer, `accumulated.weight`.
+The sum of earlier updates is one dense float32 matrix of the adapter (`restart_delta`). The base is
+shared and unchanged. On disk it is one more tensor per module, `accumulated.weight`.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,12 @@ from afina.errors import SettingsError
 def merge_and_reset(
     adapter: Adapter, generator: torch.Generator, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Take what `adapter` has learned into its dense deltas, begin its factors anew, and clear their moments.
+    """Merge the adapter's update into its dense matrices, reset its factors, clear their moments.
 
-    The output is the same before and after. Whole modules that the adapter owns go on as they are. Raises
-    `SettingsError`, having changed nothing, where the method cannot restart.
+    The output is the same before and after. Fully trained modules of the adapter are unchanged.
+
+    Raises:
+        SettingsError: the method cannot restart; nothing is changed.
     """
     for delta in _factored(adapter):
         layer = delta.layer
@@ -43,7 +45,7 @@ def merge_and_reset(
 
 @torch.no_grad()
 def check(adapter: Adapter) -> None:
-    """Raise the error that `restart` would raise, before a run begins; changes nothing."""
+    """Raise the error that `merge_and_reset` would raise; nothing is changed."""
     first = _factored(adapter)[0]
     kept = [parameter.clone() for parameter in first.parameters()]
     first.reset_parameters(torch.Generator())
@@ -52,17 +54,23 @@ def check(adapter: Adapter) -> None:
 
 
 def num_restarts(adapter: Adapter) -> int:
-    """How many times the adapter has restarted."""
+    """Return how many times the adapter has restarted."""
     return int(adapter.config.method_settings.get("restarts", 0))
 
 
 def restart_lr_factor(step: int, every: int, steps: int) -> float:
-    """Factor of the learning rate at `step` (0-based): after each restart, a linear rise over `steps` steps."""
+    """Return the learning-rate factor at `step` (0-based): a linear warmup after each restart.
+
+    Args:
+        step: The optimizer step.
+        every: Steps between restarts.
+        steps: Steps of the warmup.
+    """
     return 1.0 if step < every else min(1.0, (step % every + 1) / (steps + 1))
 
 
 def state(adapter: Adapter) -> dict[str, Tensor]:
-    """What a resumed run needs besides the parameters, by name; empty where there was no restart."""
+    """Return what a resumed run needs besides the parameters, by name; empty before a restart."""
     if not num_restarts(adapter):
         return {}
     dense = {
@@ -74,7 +82,7 @@ def state(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def load(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Take back what `state` gave."""
+    """Restore what `state` returned."""
     count = int(tensors.get("restarts", torch.tensor(0)))
     if not count:
         return
@@ -88,19 +96,19 @@ def load(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _count(adapter: Adapter, count: int) -> None:
-    """Restarts are part of what the adapter is: a file of it says what its factors mean now."""
+    """Set the number of restarts in the configuration, which a file of the adapter records."""
     adapter.config = replace(
         adapter.config, method_settings={**adapter.config.method_settings, "restarts": count}
     )
 
 
 def _factored(adapter: Adapter) -> list[AdapterLayer]:
-    """The deltas that are more than a copy of their module, or of rows of it."""
+    """Return the layers that are no copy of their module, or of rows of it."""
     deltas = [
         delta for delta in adapter.layers.values() if delta.is_method and not delta.replaces_base
     ]
     if not deltas:
         raise SettingsError(
-            "a fully fine-tuned adapter has nothing to merge and restart", where="restart_every"
+            "a fully fine-tuned adapter has no update to merge and restart", where="restart_steps"
         )
     return deltas

@@ -1,8 +1,8 @@
 """Write adapters: PEFT's two files, and afina.json with what PEFT's format cannot hold.
 
-    adapter_config.json          what PEFT, vLLM and llama.cpp's converter read
-    adapter_model.safetensors    the tensors, under PEFT's names
-    afina.json                   full configuration, hashes of adapter and base, lineage
+adapter_config.json          what PEFT, vLLM and llama.cpp's converter read
+adapter_model.safetensors    the tensors, under PEFT's names
+afina.json                   full configuration, hashes of adapter and base, lineage
 """
 
 from collections.abc import Mapping

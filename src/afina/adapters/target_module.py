@@ -1,12 +1,12 @@
-"""The kinds of layers that a delta can act on, each seen as one matrix: out_features x in_features.
+"""Kinds of modules that an adapter supports, each as one matrix (out_features, in_features).
 
     Linear, NF4           y = W x
     Conv1D (GPT-2)        the same, stored transposed
     Conv1d, Conv2d        y = W x for each patch of the image: (out, in * kernel)
-    Embedding             the columns of W, picked by the token: y = W onehot(x), W stored transposed
+    Embedding             columns of W, selected by the token: y = W onehot(x), W stored transposed
 
-So a method needs to know matrices only. `project` is the cheap way in for thin matrices; `rows` writes the inputs
-out as vectors, for methods that must see all of them.
+So a method needs to know matrices only. `project` multiplies inputs by a low-rank matrix;
+`unfold_inputs` returns the inputs as vectors, for methods that need them.
 """
 
 import math
@@ -26,33 +26,34 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 class FreeParameter(nn.Module):
-    """A parameter that a module holds beside layers of its own (a class token, positions, a scale), as a module."""
+    """A parameter next to submodules (a class token, positions, a scale), as a module."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
     def forward(self, frozen: Tensor) -> Tensor:
-        """The parameter itself, whatever it is to stand for."""
+        """Return the parameter."""
         return self.weight
 
 
 @dataclass(frozen=True)
 class TargetModule:
-    """A frozen module and its place in the model; deltas see its matrix, whatever way it is stored."""
+    """A frozen module and its path; adapter layers see its matrix, however it is stored."""
 
     path: str
     module: nn.Module
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the layer multiplies by one matrix, so that deltas other than full make sense."""
+        """Whether the module multiplies by one matrix, which methods other than full need."""
         module = self.module
         if isinstance(module, CONVOLUTIONS):
             return module.groups == 1 and module.padding_mode == "zeros"
         kinds = (FastLinear, nn.Linear, NF4Linear, Conv1D, nn.Embedding)
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
-        # a subclass may return more (Llama 4's router) or scale (Gemma's embedding); Falcon's only spells it out
+        # a subclass may return more (Llama 4's router) or scale (Gemma's embedding); Falcon's has
+        # the arithmetic of its parent
         return kind is not None and (
             type(module).forward is kind.forward or type(module).__name__ == "FalconLinear"
         )
@@ -87,21 +88,21 @@ class TargetModule:
 
     @property
     def weight(self) -> Tensor:
-        """The matrix W (out, in): a view of the stored weight, or written out where it is held in 4 bits."""
+        """The matrix W (out, in): a view of the stored weight, or dequantized from 4 bits."""
         return as_matrix(self.module, full_tensor(self.module.weight))  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """Device of the module."""
         return next(iter([*self.module.parameters(), *self.module.buffers()])).device
 
     @property
     def channels_first(self) -> bool:
-        """Whether outputs are (N, out, ...), as convolutions give them, rather than (..., out)."""
+        """Whether outputs are (N, out, ...), as those of convolutions, and not (..., out)."""
         return isinstance(self.module, CONVOLUTIONS)
 
     def project(self, x: Tensor, a: Tensor) -> Tensor:
-        """a times the layer's input: a (r, in) gives (..., r), channels last whatever the layer."""
+        """Return a `(r, in)` times the module's input: `(..., r)`, channels last for every kind."""
         module = self.module
         if isinstance(module, nn.Embedding):
             return a.T[x]
@@ -114,7 +115,7 @@ class TargetModule:
         return F.linear(x, a)
 
     def unfold_inputs(self, x: Tensor) -> Tensor:
-        """The layer's input written out as vectors: (..., in)."""
+        """Return the module's input as vectors `(..., in)`."""
         module = self.module
         if isinstance(module, nn.Embedding):
             return F.one_hot(x, module.num_embeddings).to(module.weight.dtype)
@@ -136,24 +137,27 @@ class TargetModule:
         return x
 
     def multiply(self, a: Tensor) -> Tensor:
-        """a W^T (r, out) for a (r, in), in the dtype of a; a weight held in 4 bits is written out once."""
+        """Return a W^T `(r, out)` for a `(r, in)`, in the dtype of a."""
         return a @ self.weight.to(a.dtype).T
 
     def channels_last(self, y: Tensor) -> Tensor:
-        """An output of the layer with its channels last: (..., out)."""
+        """Return an output of the module with its channels last: `(..., out)`."""
         return y.movedim(1, -1) if self.channels_first else y
 
     def restore_layout(self, y: Tensor) -> Tensor:
-        """The way back from `to_rows`, in the memory order of the frozen layer.
+        """Return an output of `channels_last` in the memory order of the frozen module.
 
-        A strided view went into the next convolutions: PyTorch 2.13 then crashed in their backward pass on a CPU
-        (8 channels, 56 x 56 pixels, within ten steps).
+        With a strided view as input of the next convolutions, PyTorch 2.13 crashed in their
+        backward pass on a CPU (8 channels, 56 x 56 pixels, within ten steps).
         """
         return y.movedim(-1, 1).contiguous() if self.channels_first else y
 
 
 def _pad(module: nn.Conv1d | nn.Conv2d, dims: int) -> tuple[int, ...]:
-    """Zeros on each side, per axis (a Conv1d has a first axis of height 1); "same" and "valid" worked out."""
+    """Return the zeros on each side per axis, also of "same" and "valid" padding.
+
+    A Conv1d has a first axis of height 1.
+    """
     if module.padding == "valid":
         pads: tuple[int, ...] = (0,) * len(module.kernel_size)
     elif module.padding == "same":
@@ -166,20 +170,20 @@ def _pad(module: nn.Conv1d | nn.Conv2d, dims: int) -> tuple[int, ...]:
 
 
 def _length(size: int, module: nn.Conv2d, axis: int) -> int:
-    """Outputs along an axis of `size` inputs."""
+    """Return the number of outputs along an axis of `size` inputs."""
     reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
     return (size + 2 * _pad(module, 2)[axis] - reach) // module.stride[axis] + 1
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """The stored weight of `module` as the matrix (out, in)."""
+    """Return the stored weight of `module` as the matrix `(out, in)`."""
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
     return weight.flatten(1) if isinstance(module, CONVOLUTIONS) else weight
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
-    """The matrix (out, in) in the shape in which `module` keeps it."""
+    """Return the matrix `(out, in)` in the shape in which `module` stores it."""
     if isinstance(module, Conv1D | nn.Embedding):
         return matrix.T.contiguous()
     if isinstance(module, CONVOLUTIONS):

@@ -1,4 +1,4 @@
-"""Which layers an adapter acts on, from what the user wrote to paths of modules."""
+"""Target modules: from names, patterns and groups in the settings to module paths."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ GROUPS = ("all-linear", "all", "norms", "embeddings")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Return whether `pattern`, a module's name or a regular expression, means the module at `path`."""
+    """Return whether `pattern`, a module's name or a regular expression, matches `path`."""
     if path == pattern or path.endswith("." + pattern):
         return True
     return _parsed(pattern).fullmatch(path)
@@ -32,14 +32,18 @@ def _parsed(pattern: str) -> NamePattern:
 def match_patterns(
     values: Mapping[str, Value], paths: Iterable[str], where: str
 ) -> dict[str, Value]:
-    """Values given by name or pattern, by path; the last pattern that matches wins. One that matches none is an error."""
+    """Return the values of patterns by path; the last matching pattern wins.
+
+    Raises:
+        SettingsError: a pattern matches no path.
+    """
     paths = list(paths)
     result: dict[str, Value] = {}
     for pattern, value in values.items():
         hits = [path for path in paths if matches(pattern, path)]
         if not hits:
             raise SettingsError(
-                f"{pattern!r} matches no adapted layer",
+                f"{pattern!r} matches no adapted module",
                 where=where,
                 hint=did_you_mean(pattern, leaf_names(paths)),
             )
@@ -48,34 +52,42 @@ def match_patterns(
 
 
 def leaf_names(paths: Iterable[str]) -> set[str]:
-    """The last parts of the paths: q_proj, down_proj, ..."""
+    """Return the last parts of the paths: q_proj, down_proj, ..."""
     return {path.rpartition(".")[2] for path in paths}
 
 
 def layer_index(path: str) -> int | None:
-    """The number of the block that `path` is in: 3 for model.layers.3.mlp.up_proj; None outside blocks."""
+    """Return the index of the layer of `path`: 3 for model.layers.3.mlp.up_proj; None outside."""
     numbers = re.findall(r"\.(\d+)\.", path + ".")
     return int(numbers[0]) if numbers else None
 
 
 def resolve_layers(layers: str | Sequence[int] | None, count: int) -> set[int] | None:
-    """Numbers of the blocks meant by `layers`: a list (negative from the end), "last:4", "first:4", or None for all."""
+    """Return the indices that `layers` selects of `count` layers; None: all.
+
+    Args:
+        layers: Indices (negative ones from the end), "last:4", "first:4", or None for all.
+        count: Number of layers.
+
+    Raises:
+        SettingsError: the value is malformed, or a layer does not exist.
+    """
     if layers is None:
         return None
     if isinstance(layers, str):
         side, _, number = layers.partition(":")
         if side not in ("last", "first") or not number.isdigit() or not 1 <= int(number) <= count:
             raise SettingsError(
-                f"layers cannot be {layers!r}",
-                hint=f"a list of numbers, or last:N with N up to {count}",
+                f"layers {layers!r} is neither a list of indices nor last:N or first:N",
+                hint=f"--layers last:N, with N from 1 to {count}",
             )
         return set(range(count - int(number), count)) if side == "last" else set(range(int(number)))
     outside = [n for n in layers if not -count <= n < count]
     if outside:
         raise SettingsError(
-            f"the model has no block {outside[0]}",
+            f"the model has no layer {outside[0]}",
             where="layers",
-            why=f"its blocks are 0 to {count - 1}",
+            why=f"its layers are 0 to {count - 1}",
         )
     return {n % count for n in layers}
 
@@ -86,11 +98,17 @@ def resolve_target_modules(
     layers: str | Sequence[int] | None,
     any_kind: bool,
 ) -> tuple[str, ...]:
-    """Paths of the modules to adapt, in the order of the model.
+    """Return the paths of the modules to adapt, in the order of the model.
 
-    `targets`: "all-linear" (all matrices in the blocks), names ("q_proj"), regular expressions, and, where the method
-    acts on any kind of module (`any_kind`), "all", "norms" and "embeddings". Raises `SettingsError` where nothing
-    matches.
+    Args:
+        model: The base.
+        targets: "all-linear" (all matrices in the layers), names ("q_proj"), regular expressions,
+            and with `any_kind` also "all", "norms" and "embeddings".
+        layers: Selected layers, see `resolve_layers`.
+        any_kind: Whether the method supports modules of any kind, and parameters.
+
+    Raises:
+        SettingsError: a target matches no module, or none is in the selected layers.
     """
     candidates = _candidates(model, any_kind)
     blocks = {number for path in candidates if (number := layer_index(path)) is not None}
@@ -101,11 +119,9 @@ def resolve_target_modules(
         if not hits:
             names = sorted(leaf_names(candidates))
             raise SettingsError(
-                f"{target!r} matches no layer that can be adapted",
+                f"{target!r} matches no module that can be adapted",
                 where="target_modules",
-                why=None
-                if any_kind or target not in GROUPS
-                else f"{target!r} is for the method full",
+                why=None if any_kind or target not in GROUPS else f"{target!r} needs --method full",
                 hint=did_you_mean(target, names),
             )
         wanted |= hits
@@ -114,7 +130,9 @@ def resolve_target_modules(
     )
     if not paths:
         raise SettingsError(
-            "no layer is left to adapt", where="layers", why="no target lies in the chosen blocks"
+            "no module is selected",
+            where="layers",
+            why="no target module is in the selected layers",
         )
     return paths
 
@@ -132,25 +150,29 @@ def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
             True
             for child in module.children()
             for _ in child.parameters()
-            if child not in _places(module)
+            if child not in _parametrizations(module)
         )
         if TargetModule(path, module).is_matrix or (any_kind and own and leaf):
             found[path] = module
-        elif any_kind:  # parameters beside other layers: a class token, positions, a scale
+        elif any_kind:  # parameters next to modules: a class token, positions, a scale
             found |= {
                 f"{path}.{name}".lstrip("."): FreeParameter(value) for name, value in _loose(module)
             }
     return found
 
 
-def _places(module: nn.Module) -> list[nn.Module]:
-    """What is no layer of the model but a place where adapters sit on the module's own parameters."""
+def _parametrizations(module: nn.Module) -> list[nn.Module]:
+    """Return the child that is no module of the model but the wrapper of adapted parameters."""
     return [module.parametrizations] if parametrize.is_parametrized(module) else []  # type: ignore[list-item]
 
 
 def _loose(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The module's own parameters, adapters or not."""
-    over = {n: p.original for n, p in module.parametrizations.items()} if _places(module) else {}  # type: ignore[operator,union-attr]
+    """Return the module's own parameters, with or without adapters on them."""
+    over = (
+        {n: p.original for n, p in module.parametrizations.items()}
+        if _parametrizations(module)
+        else {}
+    )  # type: ignore[operator,union-attr]
     return [*module.named_parameters(recurse=False), *over.items()]
 
 
@@ -158,9 +180,8 @@ def _hits(target: str, candidates: Mapping[str, nn.Module], model: Any) -> set[s
     if target == "all":
         return set(candidates)
     if target == "all-linear":
-        blocks = any(
-            layer_index(p) is not None for p in candidates
-        )  # a small network of one's own may have none
+        # a network that is no sequence of layers has no indices
+        blocks = any(layer_index(p) is not None for p in candidates)
         return {
             p
             for p, m in candidates.items()

@@ -1,10 +1,10 @@
-"""Tokens of an adapter's own: their rows of the embedding, and of the output layer, are learned; all others stay.
+"""Trainable tokens: an adapter's own rows of the embedding and the output layer, for some tokens.
 
     embedding       y[t] = E'[token]  where the token is one of them, else the base's row
     output layer    logit[token] = E'[token] h  for each of them
 
-E' holds the rows themselves, and not what is added to them: a token that is new has no row that everybody's base shares.
-In PEFT these are `trainable_token_indices`. An adapter has them beside its other deltas, whatever their method.
+E' holds the rows themselves, and not a difference: a new token has no row in the shared base. In
+PEFT these are `trainable_token_indices`. An adapter of any method may have them.
 """
 
 from typing import ClassVar
@@ -18,7 +18,7 @@ from afina.io.adapter_config import AdapterConfig
 
 
 class TrainableTokens(AdapterLayer):
-    """Rows (n, d) of their own for the tokens of `Spec.tokens`; they start as the base's."""
+    """Rows `(n, d)` of the configured tokens, initialized as the base's."""
 
     tensor_names = {"weight": "token_adapter.trainable_tokens_delta"}
     is_method: ClassVar[bool] = False
@@ -29,7 +29,7 @@ class TrainableTokens(AdapterLayer):
         super().__init__(layer, spec, generator)
         if not isinstance(layer.module, nn.Embedding | nn.Linear) or not layer.is_matrix:
             raise AdapterError(
-                f"no token can have a row of its own in a {type(layer.module).__name__}",
+                f"a {type(layer.module).__name__} cannot have trainable tokens",
                 where=layer.path,
             )
         self.ids: Tensor
@@ -41,11 +41,11 @@ class TrainableTokens(AdapterLayer):
         self.weight = nn.Parameter(layer.module.weight.detach()[self.ids].float())  # (n, d)
 
     def share(self, name: str, parameter: nn.Parameter) -> None:
-        """Use the rows of another delta: those of a tied output layer are the embedding's."""
+        """Use the rows of another layer: those of a tied output layer are the embedding's."""
         setattr(self, name, parameter)
 
     def forward(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """Tokens x (...) to vectors (..., d), or vectors x (..., d) to logits (..., V)."""
+        """Return vectors `(..., d)` of tokens x, or logits `(..., V)` of vectors x `(..., d)`."""
         rows = self.weight.to(y0.dtype)
         if isinstance(self.layer.module, nn.Embedding):
             place = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
@@ -56,7 +56,7 @@ class TrainableTokens(AdapterLayer):
         return y0.index_copy(-1, self.ids, before + weight * (after - before))
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The matrix (out, in) with the rows in their places."""
+        """Return the matrix `(out, in)` with the trained rows."""
         if isinstance(self.layer.module, nn.Embedding):
             return weight.index_copy(1, self.ids, self.weight.T.to(weight))
         return weight.index_copy(0, self.ids, self.weight.to(weight))
@@ -72,7 +72,7 @@ class TrainableTokens(AdapterLayer):
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
-        """Tokens times the width of a row."""
+        """Return the number of tokens times the width of a row."""
         return len(spec.trainable_tokens) * (
             layer.out_features if isinstance(layer.module, nn.Embedding) else layer.in_features
         )

@@ -128,7 +128,7 @@ def reload_init_adapter(opened: LoadedRun) -> tuple[ActiveAdapters | None, str |
         DataError: The adapter is not the one that the run recorded.
     """
     start = trained_settings(opened.run).init_adapter
-    over = [opened.frozen_adapter] if opened.frozen_adapter is not None else []
+    over = [opened.frozen_adapter]
     if start is None:
         return (over[0], opened.run["frozen_adapter"]) if over else (None, None)
     folder = adapter_folder(Path(str(start)))
