@@ -197,7 +197,7 @@ def test_an_interrupted_download(broken: Path) -> None:
     shard.unlink()
     error = refused(broken)
     assert f"missing weights: {shard.name}" in str(error)
-    assert error.why == "the download stopped half-way"
+    assert error.why == "the download is incomplete"
     assert error.hint == "download the model again"
     for size in (0, 7, 500, len(whole) - 1):
         shard.write_bytes(whole[:size])
@@ -212,7 +212,7 @@ def test_nothing_but_an_incomplete_file(tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "x")
     (folder / "model.safetensors").rename(folder / "model.safetensors.incomplete")
     error = refused(folder)
-    assert (error.why, error.hint) == ("the download stopped half-way", "download the model again")
+    assert (error.why, error.hint) == ("the download is incomplete", "download the model again")
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape"])
@@ -246,13 +246,13 @@ def test_damaged_headers_and_lists(broken: Path) -> None:
 
 def test_folders_that_are_no_models(tiny: Path, tmp_path: Path) -> None:
     assert "no config.json" in str(refused(tmp_path))
-    assert "not a folder of a model" in str(refused(tmp_path / "nowhere"))
-    assert "not a folder of a model" in str(refused(tiny / "config.json"))
+    assert "not a model folder" in str(refused(tmp_path / "nowhere"))
+    assert "not a model folder" in str(refused(tiny / "config.json"))
     folder = shutil.copytree(tiny, tmp_path / "x")
     (folder / "config.json").write_text('{"model_type": "of-another-world"}')
-    assert "does not know this model" in str(refused(folder))
+    assert "does not support this model" in str(refused(folder))
     (folder / "config.json").write_text("{")
-    assert "does not know this model" in str(refused(folder))
+    assert "does not support this model" in str(refused(folder))
     shutil.copy(tiny / "config.json", folder)
     (folder / "tokenizer.json").write_text("{")
     (folder / "tokenizer_config.json").write_text("{")
@@ -321,23 +321,23 @@ def failing(kind: type[Exception]) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("kind", "what", "hint"),
     [
-        (hub.GatedRepoError, "asks for a licence to be accepted", "hf auth login"),
+        (hub.GatedRepoError, "needs an accepted license", "hf auth login"),
         (
             hub.RepositoryNotFoundError,
-            "no such folder here, and no such model on the hub",
+            "no such folder, and no such public model on the hub",
             "hf auth login",
         ),
         (hub.RevisionNotFoundError, "no revision 'v9'", None),
-        (hub.HFValidationError, "no such folder here, nor can it be a model's name", "owner/model"),
+        (hub.HFValidationError, "no such folder, and not a valid name of a model", "owner/model"),
         (
             hub.LocalEntryNotFoundError,
-            "no such folder here, nor such a model in the local cache",
-            "folder that holds config.json",
+            "no such folder, and no such model in the local cache",
+            "folder with config.json",
         ),
         (
             ConnectionError,
-            "no such folder here, nor such a model in the local cache",
-            "folder that holds config.json",
+            "no such folder, and no such model in the local cache",
+            "folder with config.json",
         ),
     ],
 )
@@ -360,9 +360,9 @@ def test_a_missing_folder_is_first_of_all_a_missing_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BaseError) as caught:
         load_base(name)
-    assert str(caught.value.what).startswith("no such folder here")
+    assert str(caught.value.what).startswith("no such folder, and")
     assert str(caught.value.why).startswith(
-        f"looked for {tmp_path / name}; the hub was not asked (HF_HUB_OFFLINE)"
+        f"there is no {tmp_path / name}; HF_HUB_OFFLINE is set"
     )
 
 
@@ -386,18 +386,18 @@ def test_a_device_that_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("settings", "what", "hint"),
     [
-        ({"target_modules": "q_porj"}, "'q_porj' matches no layer", "'q_proj'"),
-        ({"target_modules": ["q_proj", "nothing"]}, "'nothing' matches no layer", None),
+        ({"target_modules": "q_porj"}, "'q_porj' matches no module", "'q_proj'"),
+        ({"target_modules": ["q_proj", "nothing"]}, "'nothing' matches no module", None),
         ({"target_modules": "*_proj"}, "is not a regular expression", ".*_proj"),
-        ({"target_modules": "norms"}, "matches no layer", None),
-        ({"target_modules": "lm_head", "layers": "last:1"}, "no layer is left", None),
-        ({"layers": [4]}, "no block 4", None),
-        ({"layers": "last:9"}, "layers cannot be 'last:9'", "up to 4"),
-        ({"layers": "middle"}, "layers cannot be 'middle'", "last:N"),
-        ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no adapted layer", "'q_proj'"),
-        ({"learning_rate_pattern": {"lm_head": 1.0}}, "'lm_head' matches no adapted layer", None),
+        ({"target_modules": "norms"}, "matches no module", None),
+        ({"target_modules": "lm_head", "layers": "last:1"}, "no module is selected", None),
+        ({"layers": [4]}, "no layer 4", None),
+        ({"layers": "last:9"}, "layers 'last:9' is neither", "1 to 4"),
+        ({"layers": "middle"}, "layers 'middle' is neither", "last:N"),
+        ({"rank_pattern": {"q_porj": 2}}, "'q_porj' matches no adapted module", "'q_proj'"),
+        ({"learning_rate_pattern": {"lm_head": 1.0}}, "'lm_head' matches no adapted module", None),
         ({"method": "lroa"}, "unknown method 'lroa'", "'lora'"),
-        ({"method": "full", "dropout": 0.1}, "no path of its own", "--dropout 0"),
+        ({"method": "full", "dropout": 0.1}, "no input of its own", "--dropout 0"),
         ({"chat_template": "/nowhere.jinja"}, "cannot read the template", "plain"),
     ],
 )
@@ -829,7 +829,7 @@ def test_a_run_whose_base_is_gone(train: Train, tiny: Path, tmp_path: Path) -> N
     moved = shutil.copytree(tiny, tmp_path / "moved")
     run = train(base=str(moved))
     shutil.rmtree(moved)
-    with pytest.raises(BaseError, match="not a folder of a model"):
+    with pytest.raises(BaseError, match="not a model folder"):
         afina.generate(["a"], adapter=run.folder)
     assert afina.generate(["a"], adapter=run.folder, base=str(tiny), max_new_tokens=2)["answers"]
 

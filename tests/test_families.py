@@ -307,5 +307,5 @@ def test_an_encoder_that_reads_ahead_is_refused(
         intermediate_size=64,
     )
     save_model(tmp_path, config, tokenizer)
-    with pytest.raises(BaseError, match="reads ahead"):
+    with pytest.raises(BaseError, match="is not causal"):
         load_base(str(tmp_path))

@@ -267,7 +267,7 @@ def _requantize(base: FrozenModel, folder: Path) -> None:
             where=base.name,
             hint="leave --quantization out",
         )
-    quantize_model(base.model, tell=print_quantization)
+    quantize_model(base.model, report_module=print_quantization)
     write_nf4(base.model, folder)
 
 

@@ -1,11 +1,11 @@
-"""Whole models in NF4 on disk, as bitsandbytes writes them: what transformers, vLLM and we ourselves can load.
+"""Models in NF4 on disk, in the format of bitsandbytes: transformers, vLLM and afina load them.
 
-    PATH.weight                                   codes, flat: two a byte
-    PATH.weight.absmax, .nested_absmax            the blocks' scales in 8 bits, and the superscales
+    PATH.weight                                   codes, flat: two per byte
+    PATH.weight.absmax, .nested_absmax            scales of the blocks in 8 bits, and superscales
     PATH.weight.quant_map, .nested_quant_map      the 16 and the 256 levels
     PATH.weight.quant_state.bitsandbytes__nf4     JSON as bytes: shape, block sizes, offset
 
-The numbers are ours, one for one, where 64 divides the width of a layer (see `afina.kernels.nf4`).
+The values are those of `afina.kernels.nf4` where 64 divides the width of a module.
 """
 
 import copy
@@ -29,31 +29,40 @@ STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("absmax", "nested_absmax", "quant_map", "nested_quant_map", STATE)
 
 
-def is_quantised(config: PretrainedConfig, name: str) -> bool:
-    """Whether a model's files hold NF4 codes; raises `BaseError` where they hold some other kind of codes."""
-    told = getattr(config, "quantization_config", None)
-    if not told:
+def is_quantized(config: PretrainedConfig, name: str) -> bool:
+    """Return whether a model's files have NF4 codes.
+
+    Raises:
+        BaseError: they have codes of another kind.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
         return False
-    kind = told if isinstance(told, dict) else told.to_dict()
+    kind = stored if isinstance(stored, dict) else stored.to_dict()
     if (
         kind.get("quant_method") == "bitsandbytes"
         and kind.get("load_in_4bit")
         and kind.get("bnb_4bit_quant_type") == "nf4"
     ):
         return True
-    why = f"its files are quantised as {kind.get('quant_method')!r}; afina reads 16 and 32 bits, and bitsandbytes' NF4"
-    hint = "take the unquantised model, and --method qlora"
-    raise BaseError("this model cannot be held frozen here", where=name, why=why, hint=hint)
+    why = f"its files are quantized as {kind.get('quant_method')!r}"
+    why += "; supported are 16 and 32 bits, and NF4 of bitsandbytes"
+    hint = "--base with the unquantized model, and --method qlora"
+    raise BaseError("this quantization is not supported", where=name, why=why, hint=hint)
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that are other parameters of the model."""
+    """Return the names of parameters that are tied to others."""
     return set(getattr(model, "all_tied_weights_keys", None) or ())
 
 
 @torch.no_grad()
 def write_nf4(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model some of whose layers are `NF4Linear`; raises `MergeError` where the format cannot hold one of them."""
+    """Write a model with `NF4Linear` modules.
+
+    Raises:
+        MergeError: the format cannot represent one of them.
+    """
     layers = {
         path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)
     }
@@ -64,10 +73,9 @@ def write_nf4(model: PreTrainedModel, folder: Path) -> None:
                 if layer.transposed
                 else f"{BLOCK} does not divide its width {layer.in_features}"
             )
-            hint = "write the merged model in 16 bits: leave --quantization out"
-            raise MergeError(
-                "bitsandbytes' files cannot hold this layer in NF4", where=path, why=why, hint=hint
-            )
+            hint = "write the merged model in 16 bits, without --quantization"
+            what = "the format of bitsandbytes cannot represent this module in NF4"
+            raise MergeError(what, where=path, why=why, hint=hint)
     inside = tuple(f"{path}." for path in layers)
     names = model.state_dict().keys() - (
         tied_names(model) if model.config.tie_word_embeddings else set()
@@ -96,7 +104,7 @@ def write_nf4(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _to_files(path: str, layer: NF4Linear) -> dict[str, Tensor]:
-    told = {
+    description = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
         "nested_blocksize": NESTED_BLOCK,
@@ -110,7 +118,7 @@ def _to_files(path: str, layer: NF4Linear) -> dict[str, Tensor]:
         layer.superscales,
         torch.tensor(LEVELS),
         dynamic_levels(True, torch.device("cpu")),
-        torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8),
+        torch.tensor(list(json.dumps(description).encode()), dtype=torch.uint8),
     )
     # clones: tensors that share memory, or are part of a longer one, would not be written
     parts = {
@@ -120,40 +128,43 @@ def _to_files(path: str, layer: NF4Linear) -> dict[str, Tensor]:
     return {f"{path}.weight": layer.codes.detach().cpu().view(-1, 1), **parts}
 
 
-def quantised_paths(names: Any) -> list[str]:
-    """Paths of the layers whose tensors, by their `names`, are NF4 codes."""
+def quantized_paths(names: Any) -> list[str]:
+    """Return the paths of the modules whose tensors, by their `names`, are NF4 codes."""
     return [name.removesuffix(f".weight.{STATE}") for name in names if name.endswith(STATE)]
 
 
 def from_files(path: str, tensors: dict[str, Tensor]) -> NF4Weight:
-    """The codes of the layer at `path`; raises `BaseError` where they are of a variant that afina does not compute."""
+    """Return the codes of the module at `path`.
+
+    Raises:
+        BaseError: a tensor is missing, or the codes are of another variant of NF4.
+    """
     try:
         codes, (scales, superscales, levels, nested, state) = (
             tensors[f"{path}.weight"],
             [tensors[f"{path}.weight.{part}"] for part in PARTS],
         )
-        told = json.loads(bytes(state.tolist()))
-        rows, width = told["shape"]
+        description = json.loads(bytes(state.tolist()))
+        rows, width = description["shape"]
         same = torch.equal(levels, torch.tensor(LEVELS)) and torch.equal(
             nested, dynamic_levels(True, torch.device("cpu"))
         )
-        blocks = (told["blocksize"], told["nested_blocksize"])
-        offset = torch.tensor([told["nested_offset"]], dtype=torch.float32)
+        blocks = (description["blocksize"], description["nested_blocksize"])
+        offset = torch.tensor([description["nested_offset"]], dtype=torch.float32)
     except (KeyError, ValueError, TypeError) as error:
-        why = f"{error} is missing: it was written without double quantisation, perhaps"
         raise BaseError(
-            "this layer's codes cannot be read",
+            "the codes of this module cannot be read",
             where=path,
-            why=why,
-            hint="take the unquantised model",
+            why=f"{error} is missing; files without double quantization lack it",
+            hint="--base with the unquantized model",
         ) from error
     if not same or blocks != (BLOCK, NESTED_BLOCK) or width % BLOCK:
-        why = f"blocks of {blocks}, width {width}; afina's are {(BLOCK, NESTED_BLOCK)}, and {BLOCK} must divide the width"
+        why = f"blocks of {blocks}, width {width}; supported are {(BLOCK, NESTED_BLOCK)}"
         raise BaseError(
-            "these codes are of another kind of NF4",
+            "this variant of NF4 is not supported",
             where=path,
-            why=why,
-            hint="take the unquantised model",
+            why=f"{why}, and widths that {BLOCK} divides",
+            hint="--base with the unquantized model",
         )
     return NF4Weight(
         codes.view(rows, width // 2), scales.view(rows, width // BLOCK), superscales, offset, width

@@ -1,4 +1,4 @@
-"""A frozen base: its modules, its tokenizer, and the few ways in which the rest of afina calls it."""
+"""The frozen causal language model: tokenizer, hidden states, logits and losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,51 +17,53 @@ from afina.models.frozen import FrozenModel
 from afina.models.nf4 import LayerQuantization
 from afina.models.packed_attention import ATTENTION_NAME, AttentionMetadata
 
-HEAD_CHUNK = 1024  # positions whose logits exist at a time where the output layer is adapted
-PROBE = 6  # tokens of the self-check at loading
-SCORE = "score"  # the module of a reward: as transformers calls it in a decoder that classifies
+HEAD_CHUNK = 1024  # positions whose logits are allocated at a time with an adapted output layer
+PROBE = 6  # tokens of the self-checks at loading
+SCORE = "score"  # a reward model's head, named as in transformers' decoders that classify
 
 
 @dataclass
 class CausalLM(FrozenModel):
-    """A causal language model that never changes; adapters are attached to it and detached again.
+    """A frozen causal language model.
 
-    `flat` says whether the family takes a flat run of tokens through transformers' AttentionInterface; the
-    others (state-space models, say) are run sequence by sequence, to the same result.
+    Attributes:
+        tokenizer: Its tokenizer.
+        supports_packing: Whether it takes a packed batch through transformers' AttentionInterface;
+            others (such as state-space models) run sequence by sequence, with the same result.
+        quantization: "none", or "nf4": the modules in its layers in 4 bits per weight.
+        quantization_report: The error of each quantized module.
     """
 
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
     supports_packing: bool = True
-    quantization: str = "none"  # or "nf4": the blocks' layers in four bits a weight
-    quantization_report: list[LayerQuantization] = field(
-        default_factory=list
-    )  # what that did to each layer
+    quantization: str = "none"
+    quantization_report: list[LayerQuantization] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.supports_packing = self.supports_packing and self._takes_flat_runs()
+        self.supports_packing = self.supports_packing and self._takes_packed_batch()
         self._check_causal()
-        self._split_head = self._head_is_plain()
+        self._split_head = self._has_plain_head()
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model was made for, in tokens."""
+        """Longest supported sequence, in tokens."""
         return int(
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
         )
 
     @property
     def num_layers(self) -> int:
-        """How many blocks (layers of the decoder) there are."""
+        """Number of decoder layers."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
     def vocab_size(self) -> int:
-        """Width of the logits: the tokenizer's tokens, and what rows the model has beyond them."""
+        """Width of the logits: the tokenizer's tokens and the model's unused rows."""
         return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def lm_head(self) -> nn.Module:
-        """The output layer, from hidden states to logits."""
+        """Output layer, from hidden states to logits."""
         return self.model.get_output_embeddings()
 
     @property
@@ -74,27 +76,32 @@ class CausalLM(FrozenModel):
 
     @property
     def softcap(self) -> float | None:
-        """Gemma's soft cap on the logits, where there is one."""
+        """Gemma's soft cap of the logits, or None."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without special ones."""
+        """Return the text of tokens, without special ones."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     @torch.no_grad()
     def add_tokens(self, names: Sequence[str]) -> dict[str, int]:
-        """Make each name one token, and give the model a row for it where it has none; returns their numbers.
+        """Add each name as one token, with a row in the model where it has none.
 
-        New rows are the mean of the others, everywhere the same: what an adapter makes of them is in the adapter.
-        Tokens that are there already keep their numbers and rows.
+        New rows are the mean of the others, for every adapter: trained values are in the adapter.
+        Existing tokens keep their ids and rows.
+
+        Returns:
+            The token ids by name.
+
+        Raises:
+            BaseError: new tokens are needed while adapters are attached to the embedding.
         """
         before = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         new = [name for name in names if name not in self.tokenizer.get_vocab()]
         if new and not isinstance(self.model.get_input_embeddings(), nn.Embedding):
-            hint = "adapters with other new tokens need a base of their own"
-            raise BaseError(
-                f"no room for {', '.join(new)}: adapters are attached", where=self.name, hint=hint
-            )
+            hint = "load another base for adapters with other new tokens"
+            what = f"{', '.join(new)} cannot be added: adapters are attached to the embedding"
+            raise BaseError(what, where=self.name, hint=hint)
         self.tokenizer.add_tokens(
             [AddedToken(name, special=False, normalized=False) for name in names]
         )
@@ -106,13 +113,17 @@ class CausalLM(FrozenModel):
         return {name: int(self.tokenizer.convert_tokens_to_ids(name)) for name in names}  # type: ignore[arg-type]
 
     def add_score_head(self) -> str:
-        """Give the model a head from a hidden state to one number, all zero, where it has none; returns its name.
+        """Add a head from a hidden state to a scalar, initialized to zero, where there is none.
 
-        Raises `BaseError` where the model does not give its last hidden states.
+        Returns:
+            The name of its module.
+
+        Raises:
+            BaseError: the last hidden states are not available.
         """
         if not self._split_head:
-            why = "its output layer is not the last thing that it does"
-            raise BaseError("no hidden states to judge by", where=self.name, why=why)
+            why = "its logits are not those of its output layer on its last hidden states"
+            raise BaseError("this model cannot have a score head", where=self.name, why=why)
         if not hasattr(self.model, SCORE):
             width = int(self.lm_head.weight.shape[1])  # type: ignore[index,arg-type]
             head = nn.Linear(width, 1, bias=False, device=self.device, dtype=torch.float32)
@@ -120,17 +131,17 @@ class CausalLM(FrozenModel):
             nn.init.zeros_(head.weight)
         return SCORE
 
-    # ---- forwards
+    # ---- forward passes
 
     def hidden_states(
         self,
-        tokens: Tensor,
-        positions: Tensor,
+        tokens: Tensor,  # (num_tokens,)
+        positions: Tensor,  # (num_tokens,), within each sequence
         bounds: tuple[int, ...] | AttentionMetadata,
     ) -> Tensor:
-        """Last hidden states (T, d) of a flat run: tokens (T), positions (T) within each sequence.
+        """Return the last hidden states `(num_tokens, hidden_size)` of a packed batch.
 
-        A `Flat` in the place of the bounds says more about the run; only a base that is `flat` can read it.
+        `bounds` are cumulative sequence lengths, or attention metadata if `supports_packing`.
         """
         decoder = self.model.base_model
         flat = bounds if isinstance(bounds, AttentionMetadata) else AttentionMetadata(bounds)
@@ -147,7 +158,7 @@ class CausalLM(FrozenModel):
     def layer_hidden_states(
         self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], layers: Sequence[int]
     ) -> Tensor:
-        """Hidden states (T, layers, d) of a flat run, after these blocks; 0 stands for the embedding."""
+        """Return hidden states `(num_tokens, len(layers), hidden_size)`; layer 0: embedding."""
         decoder = self.model.base_model
 
         def run(ids: Tensor, **flat: Any) -> Tensor:
@@ -163,16 +174,16 @@ class CausalLM(FrozenModel):
         return self._one_by_one(run, tokens, bounds)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (n, V) in float32 of hidden states (n, d)."""
+        """Return float32 logits `(n, vocab_size)` of hidden states `(n, hidden_size)`."""
         logits = self.lm_head(hidden).float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def all_logits(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...]) -> Tensor:
-        """All logits (T, V) in float32 of a flat run."""
+        """Return all float32 logits `(num_tokens, vocab_size)` of a packed batch."""
         return (
             self.logits(self.hidden_states(tokens, positions, bounds))
             if self._split_head
-            else self._whole(tokens, positions, bounds)
+            else self._complete_forward(tokens, positions, bounds)
         )
 
     def next_token_logits(
@@ -182,7 +193,7 @@ class CausalLM(FrozenModel):
         bounds: tuple[int, ...] | AttentionMetadata,
         wanted: Sequence[int] | None = None,
     ) -> Tensor:
-        """Return float32 logits `(num_sequences, vocab_size)` after the last token of each sequence.
+        """Return float32 logits `(num_sequences, vocab_size)` after the last token of each.
 
         Args:
             bounds: cumulative sequence lengths, or attention metadata with a KV cache.
@@ -192,16 +203,16 @@ class CausalLM(FrozenModel):
         chosen = range(len(ends) - 1) if wanted is None else wanted
         last = [ends[sequence + 1] - 1 for sequence in chosen]
         if not self._split_head:
-            return self._whole(tokens, positions, bounds)[last]
+            return self._complete_forward(tokens, positions, bounds)[last]
         index = torch.tensor(last, dtype=torch.int64, device=tokens.device)
         hidden = self.hidden_states(tokens, positions, bounds)[index]
         with self.forward_context.use(self.forward_context.segments.select(last)):
             return self.logits(hidden)
 
-    def _whole(
+    def _complete_forward(
         self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...] | AttentionMetadata
     ) -> Tensor:
-        """Return float32 logits `(num_tokens, vocab_size)` of the model's own forward pass."""
+        """Return float32 logits `(num_tokens, vocab_size)` of the model's forward pass."""
         flat = bounds if isinstance(bounds, AttentionMetadata) else AttentionMetadata(bounds)
         if self.supports_packing:
             output = self.model(
@@ -215,7 +226,7 @@ class CausalLM(FrozenModel):
     def _one_by_one(
         self, run: Callable[[Tensor], Tensor], tokens: Tensor, bounds: tuple[int, ...]
     ) -> Tensor:
-        """`run` of each sequence (1, n) alone, under its part of the table of segments; the outputs end to end."""
+        """Return the concatenated outputs of `run` for each sequence `(1, n)`."""
         segments, outputs = self.forward_context.segments, []
         for start, end in pairwise(bounds):
             with self.forward_context.use(segments.slice(start, end)):
@@ -225,7 +236,14 @@ class CausalLM(FrozenModel):
     def loss(
         self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...], labels: Tensor
     ) -> Tensor:
-        """Sum over labelled positions of the cross-entropy, in nats (float32); labels (T), -100 where there is none."""
+        """Return the summed cross-entropy of target tokens, in nats (float32).
+
+        Args:
+            tokens: `(num_tokens,)`.
+            positions: `(num_tokens,)`, within each sequence.
+            bounds: Cumulative sequence lengths.
+            labels: `(num_tokens,)`, -100 where there is no target.
+        """
         return self.token_losses(tokens, positions, bounds, labels).sum()
 
     def token_losses(
@@ -235,9 +253,9 @@ class CausalLM(FrozenModel):
         bounds: tuple[int, ...] | AttentionMetadata,
         labels: Tensor,
     ) -> Tensor:
-        """The cross-entropy at each labelled position (n), in nats (float32), in their order.
+        """Return the cross-entropy of each target token `(num_targets,)`, in nats (float32).
 
-        Positions without a label never reach the output layer, and the logits of the others exist a chunk at a time.
+        Other positions do not reach the output layer; logits are allocated one chunk at a time.
         """
         keep = (labels >= 0).nonzero()[:, 0]
         if self._split_head:
@@ -249,16 +267,17 @@ class CausalLM(FrozenModel):
         return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
 
     def token_losses_from_hidden(self, hidden: Tensor, labels: Tensor, places: Tensor) -> Tensor:
-        """The cross-entropy (n), in nats (float32), of hidden states (n, d) that stand at `places` (n) of a flat run."""
+        """Return the cross-entropy `(n,)`, in nats (float32), of hidden states `(n, hidden_size)`.
+
+        `places` `(n,)` are their indices in the packed batch.
+        """
         head = self.lm_head
         if type(head) in LINEAR_TYPES:
             assert isinstance(head, nn.Linear)
             return linear_cross_entropy(hidden, head.weight, head.bias, labels, self.softcap)
         segments, losses = self.forward_context.segments, []
         kept = places.tolist() if segments.spans else []
-        for start in range(
-            0, max(1, len(places)), HEAD_CHUNK
-        ):  # an adapted head: recompute each chunk in the backward
+        for start in range(0, max(1, len(places)), HEAD_CHUNK):  # adapted head: recompute chunks
             chunk = slice(start, start + HEAD_CHUNK)
             with self.forward_context.use(segments.select(kept[chunk])):
                 losses.append(
@@ -276,10 +295,10 @@ class CausalLM(FrozenModel):
 
     @property
     def has_hidden_states(self) -> bool:
-        """Whether its logits are those of its output layer on its last hidden states, which a head of ours can read."""
+        """Whether the logits are those of the output layer on the last hidden states."""
         return self._split_head
 
-    # ---- self-checks: a family that does things its own way must not be answered wrongly
+    # ---- self-checks: a family with other arithmetic must not give wrong results
 
     def _probe(self, starts: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         bounds = (0, *starts)
@@ -289,58 +308,61 @@ class CausalLM(FrozenModel):
         return tokens, torch.cat([torch.arange(n, device=self.device) for n in lengths]), bounds
 
     @torch.no_grad()
-    def _takes_flat_runs(self) -> bool:
-        """Does a flat run of two sequences give what the family's own attention gives each alone? If not, that one stays on."""
+    def _takes_packed_batch(self) -> bool:
+        """Return whether a packed batch of two sequences has the outputs of each alone.
+
+        If not, the family's own attention stays in use.
+        """
         tokens, positions, bounds = self._probe((PROBE, PROBE + 4))
         try:
-            together = self._whole(tokens, positions, bounds)
+            packed = self._complete_forward(tokens, positions, bounds)
         except (TypeError, RuntimeError, ValueError, AttributeError):
-            together = None
+            packed = None
         self._attend("eager")
         pieces = tokens.tensor_split(bounds[1:-1])
         alone = torch.cat(
             [self.model(input_ids=piece[None], use_cache=False).logits[0] for piece in pieces]
         ).float()
         if (
-            together is None
-            or not (together - alone).norm()
+            packed is None
+            or not (packed - alone).norm()
             <= (1e-4 if self.dtype == torch.float32 else 0.05) * alone.norm()
         ):
-            return False  # attention sinks, masks of its own, states that run on, ...
+            return False  # attention sinks, other masks, recurrent states, ...
         self._attend(ATTENTION_NAME)
         return True
 
     @torch.no_grad()
     def _check_causal(self) -> None:
-        """Raise `BaseError` where a token changes what comes before it (BERT and its kind)."""
+        """Raise `BaseError` where a token changes outputs before it, as in BERT."""
         tokens, positions, bounds = self._probe((PROBE,))
         other = torch.cat([tokens[:-1], tokens[:1]])
-        first, second = (self._whole(run, positions, bounds)[:-1] for run in (tokens, other))
+        first, second = (
+            self._complete_forward(run, positions, bounds)[:-1] for run in (tokens, other)
+        )
         if (first - second).norm() > 0.01 * first.norm():
             raise BaseError(
-                "this model reads ahead; next-token learning needs a decoder", where=self.name
+                "this model is not causal, and next-token prediction needs a decoder",
+                where=self.name,
             )
 
     def _attend(self, implementation: str) -> None:
-        """Choose the attention of all layers, also where a family from before the AttentionInterface would not."""
+        """Set the attention of all layers, also in families from before the AttentionInterface."""
         self.model.set_attn_implementation(implementation)
         if self.model.config._attn_implementation != implementation:
-            self.model.config._attn_implementation = (
-                implementation  # its masks are made by this name
-            )
+            self.model.config._attn_implementation = implementation  # selects the mask
 
     @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """Are the model's logits those of its output layer on its last hidden states?"""
+    def _has_plain_head(self) -> bool:
+        """Return whether the logits are those of the output layer on the last hidden states."""
         if self.lm_head is None:
             raise BaseError("this model has no output layer over a vocabulary", where=self.name)
         tokens, positions, _ = self._probe((PROBE,))
-        whole = self._whole(tokens, positions, (0, PROBE))
+        complete = self._complete_forward(tokens, positions, (0, PROBE))
         try:
             split = self.logits(self.hidden_states(tokens, positions, (0, PROBE)))
-        except (AttributeError, TypeError):  # base_model is no decoder that gives hidden states
+        except (AttributeError, TypeError):  # base_model does not return hidden states
             return False
-        tolerance = (
-            1e-5 if self.dtype == torch.float32 else 2e-2
-        )  # a soft cap of 30 bends a logit of 1 by 4e-4 only
-        return torch.allclose(whole, split, atol=tolerance, rtol=tolerance)
+        # a soft cap of 30 changes a logit of 1 by only 4e-4
+        tolerance = 1e-5 if self.dtype == torch.float32 else 2e-2
+        return torch.allclose(complete, split, atol=tolerance, rtol=tolerance)

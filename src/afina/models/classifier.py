@@ -1,7 +1,7 @@
-"""A frozen classifier: BERT-like text encoders, ViT, ResNet. Rows of one batch are of equal length.
+"""The frozen classifier: BERT-like text encoders, ViT, ResNet, on padded batches.
 
-The head that chooses among the classes is seldom in the published weights: what transformers had to make up is
-listed in `fresh`, and belongs to the adapter, which trains and saves it whole.
+The head over the classes is rarely in the published weights: modules that transformers initialized
+are `new_modules`, which the adapter trains and saves.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from afina.models.loading import (
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Two texts as one sequence of tokens, and which text each token belongs to, where it counts."""
+    """Two texts as one sequence of tokens, and the text of each token where the model reads it."""
 
     token_ids: list[int]
     token_types: list[int] | None
@@ -51,26 +51,34 @@ class TokenPair:
 
 @dataclass
 class Classifier(FrozenModel):
-    """A model with one answer a row: `labels` names its classes. It reads text (`tokenizer`) or pictures (`images`).
+    """A model with one output per row, of text (`tokenizer`) or images (`images`).
 
-    Any torch module from pixels (rows, channels, height, width) to scores (rows, classes) is one too:
-    `Classifier(model=net, name="my-net", labels=("cat", "dog"), images=Images((32, 32), (0.5,) * 3, (0.5,) * 3))`.
-    Its layers named in `fresh` are trained whole, as a new head must be.
+    A torch module from pixels `(rows, channels, height, width)` to scores `(rows, classes)` is one
+    too.
+
+    Attributes:
+        labels: Names of the classes.
+        new_modules: Modules whose weights are not published; they are fully trained.
+        tokenizer: For text.
+        images: For images.
+
+    Example:
+        images = ImagePreprocessor((32, 32), (0.5,) * 3, (0.5,) * 3)
+        Classifier(model=net, name="my-net", labels=("cat", "dog"), images=images)
     """
 
     labels: tuple[str, ...] = ()
-    new_modules: tuple[str, ...] = ()  # modules whose weights are not in the published files
+    new_modules: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     images: ImagePreprocessor | None = None
 
     def __post_init__(self) -> None:
-        self.model.requires_grad_(
-            False
-        ).eval()  # eval for good: the running means of BatchNorm are the base's
+        # always in eval mode: the running means of BatchNorm are the base's
+        self.model.requires_grad_(False).eval()
 
     @cached_property
     def hash(self) -> str:
-        """Identity of the base: of its published tensors; of a module made in Python, of its tensors in any order."""
+        """SHA-256 of the published tensors; without files, of the module's tensors in any order."""
         if self.files:
             return hash_tensor_files(self.files)
         state = {name: t for name, t in self.model.state_dict().items() if ".deltas." not in name}
@@ -82,21 +90,19 @@ class Classifier(FrozenModel):
 
     @property
     def max_positions(self) -> int:
-        """Longest text in tokens."""
+        """Longest supported text, in tokens."""
         return int(
             getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or 512
         )
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Scores of the classes (rows, classes), float32."""
-        if not isinstance(
-            self.model, PreTrainedModel
-        ):  # a module of the user's own: pixels in, scores out
+        """Return the scores `(rows, classes)`, float32."""
+        if not isinstance(self.model, PreTrainedModel):  # a torch module: pixels to scores
             return self.model(inputs["pixel_values"]).float()
         return self.model(**inputs).logits.float()
 
     def encode(self, text: str, pair: str | None = None) -> list[int] | TokenPair:
-        """Return a text, or two, as tokens with the special ones that the tokenizer puts around."""
+        """Return a text, or two, as tokens with the tokenizer's special ones."""
         assert self.tokenizer is not None
         if pair is None:
             return self.tokenizer(text, verbose=False)["input_ids"]
@@ -104,7 +110,7 @@ class Classifier(FrozenModel):
         return TokenPair(encoded["input_ids"], encoded.get("token_type_ids"))
 
     def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """What the model takes for rows of token lists (padded to the longest) or of shrunk pictures."""
+        """Return the model's inputs of rows: token lists, padded to the longest, or images."""
         if self.images is not None:
             return {
                 "pixel_values": self.images.pixels(torch.stack(list(rows)).to(self.device)).to(
@@ -134,7 +140,11 @@ def load_classifier(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Classifier:
-    """A frozen classifier over `labels`, of pictures or of text; raises `BaseError` where the model is no such thing."""
+    """Return a frozen classifier over `labels`, of images (`pictures`) or text.
+
+    Raises:
+        BaseError: the model is missing, damaged, or cannot classify such rows.
+    """
     kind: Any = AutoModelForImageClassification if pictures else AutoModelForSequenceClassification
     options = {
         "num_labels": len(labels),
@@ -153,7 +163,7 @@ def load_masked(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Classifier:
-    """A frozen encoder that fills in masked tokens: a classifier of each position over its vocabulary."""
+    """Return a frozen masked language model: a classifier of each position over the vocabulary."""
     return _load(
         AutoModelForMaskedLM, base, (), False, revision, trust_remote_code, dtype, device, {}
     )
@@ -173,36 +183,33 @@ def _load(
     folder = resolve_model_dir(base, revision)
     files = checked_weight_files(folder)
     config = load_config(folder, base, trust_remote_code)
-    place = choose_device(device)
+    target = choose_device(device)
     options = options | {
-        "dtype": choose_dtype(dtype, place, config, file_bytes(files)),
+        "dtype": choose_dtype(dtype, target, config, file_bytes(files)),
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
     try:
         with silence_transformers(), torch.random.fork_rng():
-            torch.manual_seed(
-                0
-            )  # a head that is made up is made up the same each time; the adapter holds the trained one
+            torch.manual_seed(0)  # a new head has the same values each time
             model, info = kind.from_pretrained(folder, **options)
     except (ValueError, KeyError, OSError) as error:
-        what = f"{config.model_type} cannot be used for {'pictures' if pictures else 'text'} here"
+        what = f"{config.model_type} cannot classify {'images' if pictures else 'text'}"
         raise BaseError(what, where=base, why=str(error).splitlines()[0]) from error
     tokenizer = None if pictures else load_tokenizer(folder, base, trust_remote_code)
-    if (
-        tokenizer is not None and model.config.pad_token_id is None
-    ):  # decoders look for the last token that is no padding
+    # decoders read the last token that is not padding
+    if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id or 0
     return Classifier(
-        model=model.to(place),
+        model=model.to(target),
         name=str(folder.resolve()) if Path(base).expanduser().is_dir() else base,
         revision=revision,
         folder=folder,
         files=files,
         remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
         labels=labels,
-        new_modules=_fresh(
+        new_modules=_new_modules(
             model, [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])], base
         ),
         tokenizer=tokenizer,
@@ -210,8 +217,12 @@ def _load(
     )
 
 
-def _fresh(model: PreTrainedModel, missing: Sequence[str], base: str) -> tuple[str, ...]:
-    """The modules that transformers made up: a head, a pooler. Raises `BaseError` where the body itself is not whole."""
+def _new_modules(model: PreTrainedModel, missing: Sequence[str], base: str) -> tuple[str, ...]:
+    """Return the modules that transformers initialized: a head, a pooler.
+
+    Raises:
+        BaseError: a tensor of a layer is missing.
+    """
     body = [
         key for key in sorted(missing) if re.match(rf"{model.base_model_prefix}\..*\.\d+\.", key)
     ]

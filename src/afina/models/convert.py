@@ -1,6 +1,6 @@
-"""Rewrite a folder of pickled weights (.bin) as safetensors: python -m afina.models.convert OLD NEW
+"""Convert a folder of pickled weights (.bin) to safetensors: python -m afina.models.convert OLD NEW
 
-The pickles are opened with torch's restricted loader (tensors only), never with plain pickle.
+The files are read with torch's restricted loader (tensors only), never with pickle itself.
 """
 
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 
 def convert(old: Path, new: Path) -> None:
-    """Write `old`'s weights to `new` as one safetensors file, with its configuration and tokenizer."""
+    """Write the weights of `old` to `new` as one safetensors file, with its other files."""
     new.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     weights = [*old.glob("pytorch_model*.bin")] or [

@@ -1,7 +1,8 @@
-"""The fast Llama-like block: the model's own weights under the model's own names, in fewer and leaner operations.
+"""Fused modules of Llama-like layers, with the model's own weights under the model's own names.
 
-`speed_up` puts afina's norm, attention, feed-forward and linear modules in the places of transformers', openly and in this
-one file. They hold the very same submodules and parameters, so paths, state dict and adapters do not see a difference.
+`install_fast_modules` replaces norm, attention, feed-forward and linear modules of transformers;
+only this file does so. The new ones contain the same submodules and parameters, so that paths,
+state dict and adapters are unchanged.
 """
 
 import sys
@@ -15,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from afina.kernels.elementwise import rms_norm, rotary, swiglu
 from afina.kernels.skinny_gemm import skinny_linear
 
-# classes of transformers whose arithmetic is exactly the one below; Gemma's norms, say, add one to the weight
+# classes of transformers with exactly the arithmetic below; Gemma's norms, for one, add 1 to the
+# weight
 NORMS = {
     "LlamaRMSNorm",
     "MistralRMSNorm",
@@ -30,17 +32,17 @@ MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP", "GraniteML
 
 
 class FastLinear(nn.Linear):
-    """A Linear layer whose product with few rows, where nothing is learned, runs at the speed of reading its weight."""
+    """A Linear module that uses `skinny_linear` without gradients: decoding, few rows."""
 
     @classmethod
     def in_place_of(cls, module: nn.Linear) -> "FastLinear":
-        """The layer with the very same parameters."""
-        made = cls(module.in_features, module.out_features, bias=False, device="meta")
-        made.weight, made.bias = module.weight, module.bias
-        return made
+        """Return a module with the parameters of `module`."""
+        replaced = cls(module.in_features, module.out_features, bias=False, device="meta")
+        replaced.weight, replaced.bias = module.weight, module.bias
+        return replaced
 
     def forward(self, x: Tensor) -> Tensor:
-        """W x + b (..., out) of x (..., in)."""
+        """Return W x + b `(..., out)` of x `(..., in)`."""
         return (
             F.linear(x, self.weight, self.bias)
             if torch.is_grad_enabled()
@@ -48,11 +50,11 @@ class FastLinear(nn.Linear):
         )
 
 
-LINEAR_TYPES = (nn.Linear, FastLinear)  # layers that are y = W x + b and no more
+LINEAR_TYPES = (nn.Linear, FastLinear)  # exactly y = W x + b
 
 
 class FastNorm(nn.Module):
-    """RMSNorm that keeps only its input for the backward pass."""
+    """RMSNorm that saves only its input for backward."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -60,12 +62,12 @@ class FastNorm(nn.Module):
         self.variance_epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The norm of x (..., d)."""
+        """Return the norm of x `(..., d)`."""
         return rms_norm(x, self.weight, self.variance_epsilon)
 
 
 class FastMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), keeping gate and up only."""
+    """down(silu(gate(x)) * up(x)), of which only gate and up are saved for backward."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -74,23 +76,20 @@ class FastMLP(nn.Module):
         self.down_proj: nn.Module = mlp.down_proj  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The feed-forward of x (..., d)."""
+        """Return the feed-forward of x `(..., d)`."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class FastAttention(nn.Module):
-    """Attention whose queries and keys are turned in one pass each; the attention itself is the model's own choice."""
+    """Attention with fused rotary embeddings; the attention function is the model's own choice."""
 
     o_proj: nn.Module
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
-        for (
-            name,
-            module,
-        ) in attention.named_children():  # projections, and norms of heads where there are any
+        for name, module in attention.named_children():  # projections, and norms of heads
             self.add_module(name, module)
-        # what attention functions look for in their module
+        # what attention functions read of their module
         self.config, self.layer_idx, self.is_causal = (
             attention.config,
             attention.layer_idx,
@@ -108,7 +107,7 @@ class FastAttention(nn.Module):
         self._eager = sys.modules[type(attention).__module__].eager_attention_forward  # type: ignore[attr-defined]
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
-        """(batch, tokens, heads, head_dim) of a projection, normed where the model does so."""
+        """Return `(batch, tokens, heads, head_dim)` of a projection, normalized as in the model."""
         heads = getattr(self, f"{name}_proj")(x).unflatten(-1, (-1, self.head_dim))
         return getattr(self, f"{name}_norm")(heads) if hasattr(self, f"{name}_norm") else heads
 
@@ -120,11 +119,10 @@ class FastAttention(nn.Module):
         past_key_values: Any = None,
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention of hidden_states (batch, tokens, d), called as transformers calls it."""
+        """Return the attention of hidden_states `(batch, tokens, d)`, called as in transformers."""
         shape = hidden_states.shape[:-1]
-        cos, sin = (
-            angle.expand(*shape, -1).flatten(0, 1) for angle in position_embeddings
-        )  # (batch * tokens, head_dim)
+        # (batch * tokens, head_dim)
+        cos, sin = (angle.expand(*shape, -1).flatten(0, 1) for angle in position_embeddings)
         query, key = (self._heads(name, hidden_states) for name in ("q", "k"))
         query, key = (
             rotary(x.flatten(0, 1), cos, sin).view(x.shape).transpose(1, 2) for x in (query, key)
@@ -145,12 +143,12 @@ class FastAttention(nn.Module):
 
 
 def install_fast_modules(model: nn.Module) -> None:
-    """Replace the norms, attentions, SwiGLU feed-forwards and plain Linear layers of `model` by the fast ones, in place."""
-    made: dict[nn.Module, nn.Module] = {}
+    """Replace norms, attentions, SwiGLU feed-forwards and Linear modules of `model` in place."""
+    replaced: dict[nn.Module, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         name = type(module).__name__
-        if module in made:
-            fast = made[module]
+        if module in replaced:
+            fast = replaced[module]
         elif name in NORMS:
             fast = FastNorm(module)
         elif name in MLPS and _is_silu(module):
@@ -161,7 +159,7 @@ def install_fast_modules(model: nn.Module) -> None:
             fast = FastLinear.in_place_of(module)
         else:
             continue
-        made[module] = fast.train(module.training)
+        replaced[module] = fast.train(module.training)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, fast)
 

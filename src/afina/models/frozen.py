@@ -1,4 +1,4 @@
-"""What all frozen bases have in common: modules that never change, an identity, a switchboard."""
+"""The frozen base: modules that never change, a hash, and the context of active adapters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +19,26 @@ from afina.io.hashing import hash_tensor_files
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor of which this process may hold a part only (see sharded.py); all processes must ask for it together."""
+    """Return a complete tensor, also where this process has a shard (`afina.models.fsdp`).
+
+    All processes must call it together.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @dataclass
 class FrozenModel:
-    """A model to which adapters are attached and from which they are detached again."""
+    """A frozen model to which adapters are attached, and from which they are detached.
+
+    Attributes:
+        model: The model.
+        name: Its path or name on the hub.
+        revision: Revision on the hub.
+        folder: Its local folder.
+        files: Its weight files.
+        remote_code: Whether its own Python code runs.
+        forward_context: The active adapters of a forward pass.
+    """
 
     model: PreTrainedModel
     name: str
@@ -37,39 +50,43 @@ class FrozenModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """How the weights are held."""
+        """Dtype of the weights."""
         return next(self.model.parameters()).dtype
 
     @cached_property
     def hash(self) -> str:
-        """Identity of the base: sha256 of its published tensors; empty for a model made in memory."""
+        """SHA-256 of the published tensors; empty for a model that was built in memory."""
         return hash_tensor_files(self.files) if self.files else ""
 
     @contextmanager
     def gradient_checkpointing(self, every: int) -> Iterator[None]:
-        """Within the block, each `every`-th block keeps its input only, and makes the rest again in the backward pass.
+        """Recompute the activations of each `every`-th layer in the backward pass, within `with`.
 
-        1 means all blocks, 0 none. The first of each `every` is the one: its turn in the backward pass comes when what the
-        others kept is free again.
+        1 means all layers, 0 none. Of `every` layers it is the first: backward reaches it when what
+        the others saved is freed.
+
+        Raises:
+            BaseError: the model does not support it.
         """
         if not every:
             yield
             return
         if not getattr(self.model, "supports_gradient_checkpointing", False):
             raise BaseError(
-                f"{self.name} cannot recompute its activations", hint="--checkpointing off"
+                f"{self.name} does not support gradient checkpointing (recompute activations)",
+                hint="--gradient-checkpointing off",
             )
         layers: list[Any] = [
             m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)
         ][::every]
         modes = [(layer, layer.training) for layer in layers]
         for layer in layers:
-            layer.training = True  # only the block's own flag, which is what turns recomputation on
+            layer.training = True  # only the layer's own flag, which enables recomputation
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = (
                 True,
                 partial(self._recompute, layer),
@@ -81,7 +98,7 @@ class FrozenModel:
                 layer.gradient_checkpointing, layer.training = False, mode
 
     def _recompute(self, layer: nn.Module, call: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a block under checkpoint; within, it is in eval again (some blocks look at `training` for their dropout)."""
+        """Run a layer under checkpoint, in eval mode: some read `training` for their dropout."""
 
         def quiet(*again: Any) -> Any:
             mode, layer.training = layer.training, False

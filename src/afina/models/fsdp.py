@@ -1,11 +1,11 @@
-"""A frozen base split over several processes: each holds a part of every block, and gathers a block when its turn comes.
+"""A frozen base sharded over processes, by layers, with PyTorch's `fully_shard`.
 
-    block n            process 0            process 1
-    held           | rows 0 .. 511  |   | rows 512 .. 1023 |       a weight by its rows, NF4 codes and scales too
-    in use         | rows 0 .. 1023 |   | rows 0 .. 1023   |       during its forward, and again during its backward
+    layer n        process 0            process 1
+    stored         | rows 0 .. 511  |   | rows 512 .. 1023 |   weights by rows, NF4 codes too
+    in use         | rows 0 .. 1023 |   | rows 0 .. 1023   |   during its forward and its backward
 
-Blocks hold nearly all of a model; what lies outside (embeddings, norms, the output layer) stays whole everywhere, and
-so do adapters. PyTorch's `fully_shard` does the work.
+Layers contain nearly all of a model; modules outside (embeddings, norms, the output layer) are
+replicated, and so are adapters.
 """
 
 from collections.abc import Iterable
@@ -21,37 +21,51 @@ from afina.models.frozen import FrozenModel
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The members of the model's lists of modules by path, without those within another."""
-    found: dict[str, nn.Module] = {}
+    """Return the members of the model's module lists by path, without nested ones."""
+    layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         parent, _, name = path.rpartition(".")
-        within = any(path.startswith(f"{block}.") for block in found)
-        if name.isdigit() and isinstance(model.get_submodule(parent), nn.ModuleList) and not within:
-            found[path] = module
-    return found
+        is_nested = any(path.startswith(f"{layer}.") for layer in layers)
+        if (
+            name.isdigit()
+            and isinstance(model.get_submodule(parent), nn.ModuleList)
+            and not is_nested
+        ):
+            layers[path] = module
+    return layers
 
 
 def shard_model(
     base: FrozenModel, kept: Iterable[nn.Parameter], device: torch.device, processes: int
 ) -> None:
-    """Move `base` to `device`, its blocks split over all processes, which must all call this.
+    """Move `base` to `device`, its layers sharded over all processes, which must all call this.
 
-    `kept`, adapters' parameters, stay whole. No more than one block of it is ever whole on the device. Raises `BaseError`
-    where the model is no sequence of blocks.
+    At most one layer at a time is complete on the device.
+
+    Args:
+        base: The base.
+        kept: The adapters' parameters, which are replicated.
+        device: The device of this process.
+        processes: Their number.
+
+    Raises:
+        BaseError: the model has no list of layers.
     """
-    found, adapters = decoder_layers(base.model), set(kept)
-    if not found:
-        raise BaseError("this model has no blocks to split", where=base.name, hint="--device auto")
+    layers, adapters = decoder_layers(base.model), set(kept)
+    if not layers:
+        raise BaseError(
+            "this model has no list of layers to shard", where=base.name, hint="no --fsdp"
+        )
     mesh = init_device_mesh(device.type, (processes,)) if processes > 1 else None
-    for block in found.values():
-        block.to(device)
+    for layer in layers.values():
+        layer.to(device)
         if mesh is not None:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
     for path, tensor in chain(base.model.named_parameters(), base.model.named_buffers()):
-        if not any(path.startswith(f"{block}.") for block in found):
+        if not any(path.startswith(f"{layer}.") for layer in layers):
             tensor.data = tensor.data.to(device)
 
 
 def is_sharded(base: FrozenModel) -> bool:
-    """Whether the base's blocks are split over processes."""
+    """Return whether the base's layers are sharded over processes."""
     return any(isinstance(module, FSDPModule) for module in base.model.modules())

@@ -101,7 +101,7 @@ class ImagePreprocessor:
         return width, height
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Return what the model reads of resized images `(..., channels, height, width)`: float32."""
+        """Return float32 pixels of resized images `(..., channels, height, width)`."""
         mean, std = (
             torch.tensor(values, device=images.device)[:, None, None]
             for values in (self.mean, self.std)
@@ -117,7 +117,7 @@ def _height_and_width(size: Any) -> tuple[int, int]:
 
 
 def _processor_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of a base's image processor, with the defaults of its class in transformers."""
+    """Return the settings of a base's image processor, with transformers' defaults."""
     file = folder / IMAGE_CONFIG
     if not file.is_file():
         return {}

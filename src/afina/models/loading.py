@@ -1,11 +1,11 @@
 """Load a model, frozen, from a folder, the Hugging Face hub or the package itself.
 
-Weights are read from safetensors only. What can go wrong is told with its remedy: a folder of .bin files, a
-gated or missing model, a download that stopped half-way, code that would have to be run.
+Weights are read from safetensors only. Errors name their cause and a hint: a folder of .bin files,
+a gated or missing model, an incomplete download, code that would have to run.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers import (
 from afina.errors import BaseError, SettingsError, pluralize
 from afina.io.hashing import hash_tensor_files
 from afina.io.safetensors import check_safetensors
-from afina.models.bnb_format import is_quantised
+from afina.models.bnb_format import is_quantized
 from afina.models.causal_lm import CausalLM
 from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import install_fast_modules
@@ -40,7 +40,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Within the block transformers says nothing: what is missing or left over in the files is ours to tell."""
+    """Silence transformers within `with`: afina reports missing and unknown tensors itself."""
     logging = transformers.utils.logging
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -54,7 +54,11 @@ def silence_transformers() -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device meant by `name`; "auto" takes CUDA, then Apple's MPS, then the CPU."""
+    """Return the device `name`; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        SettingsError: this machine has no such device.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -64,15 +68,21 @@ def choose_device(name: str) -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise SettingsError(
-            f"device {name!r} is not available here", hint="--device auto, or --device cpu"
+            f"device {name!r} is not available", hint="--device auto, or --device cpu"
         )
     return torch.device(name)
 
 
 def resolve_model_dir(base: str, revision: str | None, weights: bool = True) -> Path:
-    """The local folder of a base: the package's own, a path as given, or the hub's cache (downloaded if need be).
+    """Return the local folder of a base: embedded, a path, or the hub's cache after a download.
 
-    Without `weights` nothing but the small files is fetched.
+    Args:
+        base: "embedded", a path, or a name on the hub.
+        revision: Revision on the hub.
+        weights: False downloads configuration and tokenizer only.
+
+    Raises:
+        BaseError: there is no such folder or model, or it cannot be downloaded.
     """
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
@@ -81,7 +91,7 @@ def resolve_model_dir(base: str, revision: str | None, weights: bool = True) -> 
         return folder
     if folder.exists() or base.startswith((".", "/", "~")):
         raise BaseError(
-            "not a folder of a model", where=base, hint="give the folder that holds config.json"
+            "not a model folder", where=base, hint="the path of a folder with config.json"
         )
     return _download(base, revision, weights)
 
@@ -97,63 +107,50 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    looked = f"looked for {Path(name).expanduser().absolute()}"
-    login = "accept its terms on its page, then type: hf auth login"
+    searched = f"there is no {Path(name).expanduser().absolute()}"
+    login = "accept its license on its page, then run: hf auth login"
     try:
         patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"] + (
             ["*.safetensors"] if weights else []
         )
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise BaseError(
-            "this model asks for a licence to be accepted", where=name, hint=login
-        ) from error
+        raise BaseError("this model needs an accepted license", where=name, hint=login) from error
     except RevisionNotFoundError as error:
         raise BaseError(f"this model has no revision {revision!r}", where=name) from error
     except RepositoryNotFoundError as error:
-        what = "no such folder here, and no such model on the hub, or a private one"
+        what = "no such folder, and no such public model on the hub"
         raise BaseError(what, where=name, hint=f"check the name; if private, {login}") from error
     except HFValidationError as error:
-        what = "no such folder here, nor can it be a model's name"
+        what = "no such folder, and not a valid name of a model"
         raise BaseError(
-            what, where=name, why=looked, hint="a name looks like owner/model"
+            what, where=name, why=searched, hint="names have the form owner/model"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reached = (
-            "the hub was not asked (HF_HUB_OFFLINE)"
-            if is_offline_mode()
-            else "the hub cannot be reached"
-        )
-        what, why = (
-            "no such folder here, nor such a model in the local cache of the hub",
-            f"{looked}; {reached}",
-        )
-        hint = "the path of the folder that holds config.json, or the name of a model with a network to fetch it"
-        raise BaseError(what, where=name, why=why, hint=hint) from error
+        is_offline = is_offline_mode()
+        reason = "HF_HUB_OFFLINE is set" if is_offline else "the hub cannot be reached"
+        what = "no such folder, and no such model in the local cache of the hub"
+        hint = "the path of a folder with config.json, or the name of a model, and a network"
+        raise BaseError(what, where=name, why=f"{searched}; {reason}", hint=hint) from error
 
 
 def checked_weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, each complete; raises `BaseError` on what is missing or damaged."""
+    """Return the weight files of a model folder.
+
+    Raises:
+        BaseError: the folder is an adapter, has pickled weights, or a file is missing or damaged.
+    """
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / "adapter"):
             if (adapter / "adapter_config.json").is_file():
-                hint = f"give it as --adapter {folder}, or as `afina chat {folder}`; --base is the model below it"
+                hint = f"--adapter {folder}, or `afina chat {folder}`; --base is the model under it"
                 raise BaseError("this is an adapter, not a model", where=str(folder), hint=hint)
         raise BaseError(
-            "no config.json in the model's folder",
+            "the model folder has no config.json",
             where=str(folder),
-            hint="is this a Hugging Face folder?",
+            hint="the path of a folder in the format of Hugging Face",
         )
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BaseError(
-                "cannot read the list of weight files", where=str(folder / INDEX)
-            ) from error
-        files = [folder / name for name in names]
-    else:
-        files = [folder / WEIGHTS]
+    files = _weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if (
         missing
@@ -161,13 +158,13 @@ def checked_weight_files(folder: Path) -> list[Path]:
         and not (folder / INDEX).is_file()
     ):
         raise BaseError(
-            "the weights are pickled (.bin), which can run code when opened",
+            "the weights are pickled (.bin), and opening them can run code",
             where=str(folder),
-            hint=f"convert them once: python -m afina.models.convert {folder} NEW_FOLDER",
+            hint=f"convert them: python -m afina.models.convert {folder} NEW_FOLDER",
         )
     if missing:
         why = (
-            "the download stopped half-way"
+            "the download is incomplete"
             if list(folder.rglob("*.incomplete")) or len(missing) < len(files)
             else None
         )
@@ -187,6 +184,19 @@ def file_bytes(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that the folder's index names, or the only one."""
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseError(
+            "cannot read the index of weight files", where=str(folder / INDEX)
+        ) from error
+    return [folder / name for name in names]
+
+
 def load_base(
     base: str = EMBEDDED,
     revision: str | None = None,
@@ -195,72 +205,87 @@ def load_base(
     device: str = "auto",
     quantization: Literal["none", "nf4"] = "none",
 ) -> CausalLM:
-    """A causal language model, frozen and in eval mode, with its tokenizer.
+    """Return a frozen causal language model in eval mode, with its tokenizer.
 
-    With `quantization` "nf4" the layers in its blocks are held in four bits a weight (`afina.models.nf4`); all else, and all
-    arithmetic, stays in `dtype`. Raises `BaseError` where the model is missing, damaged, closed, or no decoder.
+    Args:
+        base: "embedded", a path, or a name on the hub.
+        revision: Revision on the hub.
+        trust_remote_code: Run the model's own Python code.
+        dtype: Compute dtype; "auto" is the stored one.
+        device: Device; "auto" is the best one.
+        quantization: "nf4" stores the modules in layers in 4 bits per weight (`afina.models.nf4`);
+            others, and all arithmetic, use `dtype`.
+
+    Raises:
+        BaseError: the model is missing, damaged, gated, or not a decoder.
     """
     folder = resolve_model_dir(base, revision)
     files = checked_weight_files(folder)
     config = load_config(folder, base, trust_remote_code)
-    place = choose_device(device)
-    options = {
-        "dtype": choose_dtype(dtype, place, config, file_bytes(files)),
-        "trust_remote_code": trust_remote_code,
-    }
-    transformers.utils.logging.disable_progress_bar()
-    written = is_quantised(config, base)
-    quantization = "nf4" if written else quantization
+    target = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, target, config, file_bytes(files))
+    options = {"dtype": chosen_dtype, "trust_remote_code": trust_remote_code}
+    is_stored_quantized = is_quantized(config, base)
+    quantization = "nf4" if is_stored_quantized else quantization
     digest = hash_tensor_files(files) if quantization == "nf4" else None
 
     def load(attention: str) -> tuple[PreTrainedModel, list[LayerQuantization]]:
         chosen = options | {"attn_implementation": attention}
-        if written:
+        if is_stored_quantized:
             return read_nf4(folder, files, config, chosen), []
+        complete = partial(_load_complete, folder, base, chosen)
         if digest is None:
-            return _load_whole(folder, base, chosen), []
-        return load_nf4(
-            folder, files, config, digest, chosen, partial(_load_whole, folder, base, chosen)
-        )
+            return complete(), []
+        return load_nf4(folder, files, config, digest, chosen, complete)
 
-    try:
-        try:
-            (model, report), flat = load(ATTENTION_NAME), True
-        except (
-            ValueError,
-            KeyError,
-        ):  # families from before the AttentionInterface: run sequence by sequence
-            (model, report), flat = load("eager"), False
-    except (ValueError, KeyError, OSError) as error:
-        raise BaseError(
-            "transformers cannot load this model", where=base, why=str(error).splitlines()[0]
-        ) from error
+    model, report, supports_packing = _load_with_attention(load, base)
     model.requires_grad_(False)
-    model.eval().to(place)
+    model.eval().to(target)
     install_fast_modules(model)
-    made = CausalLM(
+    loaded = CausalLM(
         model=model,
         tokenizer=load_tokenizer(folder, base, trust_remote_code),
-        name=str(folder.resolve())
-        if base != EMBEDDED and Path(base).expanduser().is_dir()
-        else base,
+        name=_display_name(base, folder),
         revision=revision,
         folder=folder,
         files=files,
         remote_code=trust_remote_code and bool(getattr(config, "auto_map", None)),
-        supports_packing=flat,
+        supports_packing=supports_packing,
         quantization=quantization,
         quantization_report=report,
     )
     if digest is not None:
-        made.hash = digest  # known already: the weights need not be read again for it
-    return made
+        loaded.hash = digest  # known already: the weights are not read again for it
+    return loaded
 
 
-def _load_whole(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The model as transformers loads it.
+def _display_name(base: str, folder: Path) -> str:
+    """Return the absolute path of a folder, or the name of another base."""
+    is_folder = base != EMBEDDED and Path(base).expanduser().is_dir()
+    return str(folder.resolve()) if is_folder else base
 
-    Raises `BaseError` where it gave a tensor random numbers, because the files lack it or hold another shape.
+
+def _load_with_attention(
+    load: Callable[[str], tuple[PreTrainedModel, list[LayerQuantization]]], name: str
+) -> tuple[PreTrainedModel, list[LayerQuantization], bool]:
+    """Return model, quantization report, and whether it uses afina's packed attention."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        try:
+            return *load(ATTENTION_NAME), True
+        except (ValueError, KeyError):
+            # families from before the AttentionInterface: run sequence by sequence
+            return *load("eager"), False
+    except (ValueError, KeyError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise BaseError("transformers cannot load this model", where=name, why=why) from error
+
+
+def _load_complete(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Return the model as transformers loads it.
+
+    Raises:
+        BaseError: a tensor was initialized, since the files lack it or have another shape.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -268,7 +293,8 @@ def _load_whole(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedM
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
-        why = f"missing or of another shape: {pluralize(len(missing), 'tensor')}, the first: {missing[0]}"
+        count = pluralize(len(missing), "tensor")
+        why = f"missing or of another shape: {count}, the first: {missing[0]}"
         raise BaseError(
             "the weights do not fit config.json",
             where=name,
@@ -279,30 +305,36 @@ def _load_whole(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedM
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
-    """A model's configuration; raises `BaseError` where transformers does not know it, or it is an encoder-decoder."""
+    """Return a model's configuration.
+
+    Raises:
+        BaseError: transformers does not support it, or it is an encoder-decoder.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         needs_code = "trust_remote_code" in str(error)
         raise BaseError(
-            "this model brings Python code of its own"
+            "this model contains Python code"
             if needs_code
-            else "transformers does not know this model",
+            else "transformers does not support this model",
             where=name,
             why=str(error).splitlines()[0],
-            hint="read the code first; if you trust it: --trust-remote-code"
-            if needs_code
-            else None,
+            hint="review the code, then: --trust-remote-code" if needs_code else None,
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise BaseError(
-            f"{config.model_type} is an encoder-decoder; afina adapts decoders so far", where=name
+            f"{config.model_type} is an encoder-decoder, which is not supported", where=name
         )
     return config
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model; raises `BaseError` where there is none that can be read."""
+    """Return the tokenizer in a model folder.
+
+    Raises:
+        BaseError: there is none that can be read.
+    """
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:

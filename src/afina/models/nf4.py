@@ -1,7 +1,7 @@
-"""A frozen layer held in four bits a weight, and a whole model of them: the base of qlora and its kin.
+"""Linear modules in NF4, 4 bits per weight, and models of them: the base of qlora and its variants.
 
-`quantize_model` puts `NF4Linear` in the places of the blocks' Linear and Conv1D layers, openly and in this one file.
-Everything else (embeddings, output layer, norms, routers) stays as it is.
+`quantize_model` replaces the Linear and Conv1D modules in layers by `NF4Linear`; only this file
+does so. All else (embeddings, output layer, norms, routers, fused experts) keeps its dtype.
 """
 
 import sys
@@ -17,50 +17,51 @@ from afina.kernels.nf4 import NF4Weight, dequantize, errors, nf4_linear, quantiz
 from afina.models.fast_llama import LINEAR_TYPES
 from afina.models.frozen import full_tensor
 
-# names of modules that stay as they are, wherever they lie: few weights, and those that decide most
+# names of modules that are not quantized: few weights with a large effect
 SKIP = ("lm_head", "router", "gate", "shared_expert_gate")
-PARTS = (
-    "codes",
-    "scales",
-    "superscales",
-    "offset",
-)  # tensors of an NF4 weight, as named in the layer and on disk
+PARTS = ("codes", "scales", "superscales", "offset")  # tensors of an NF4 weight, also on disk
 
 
 @dataclass(frozen=True)
 class LayerQuantization:
-    """What quantising did to one layer."""
+    """Error of quantizing one module.
+
+    Attributes:
+        path: The module.
+        shape: (out, in).
+        relative_error: |W - W'| / |W|; 0.092 for normally distributed weights.
+        zeroed_ratio: Ratio of the weights that became zero.
+        bytes: Bytes of the stored tensors.
+    """
 
     path: str
-    shape: tuple[int, int]  # (out, in)
-    relative_error: float  # |W - W'| / |W|; normally distributed weights lose 0.092
-    zeroed_ratio: float  # share of the weights that are zero now and were not before
+    shape: tuple[int, int]
+    relative_error: float
+    zeroed_ratio: float
     bytes: int
 
     @property
     def bits(self) -> float:
-        """Stored bits a weight."""
+        """Stored bits per weight."""
         return 8 * self.bytes / (self.shape[0] * self.shape[1])
 
     def __str__(self) -> str:
         size = f"{self.shape[0]} x {self.shape[1]}"
-        return (
-            f"nf4  {self.path}  {size}  {self.bits:.3f} bits  error {100 * self.relative_error:.2f}%  "
-            f"made zero {100 * self.zeroed_ratio:.3f}%"
-        )
+        errors = f"error {100 * self.relative_error:.2f}%  zeroed {100 * self.zeroed_ratio:.3f}%"
+        return f"nf4  {self.path}  {size}  {self.bits:.3f} bits  {errors}"
 
 
-def print_quantization(done: LayerQuantization) -> None:
-    """One line on standard error."""
-    print(done, file=sys.stderr, flush=True)
+def print_quantization(error: LayerQuantization) -> None:
+    """Print the error of one module to standard error."""
+    print(error, file=sys.stderr, flush=True)
 
 
 class NF4Linear(nn.Module):
-    """y = W x + b with W (out, in) in NF4, written out during each product only.
+    """y = W x + b with W (out, in) in NF4, dequantized during each product only.
 
-    The stored tensors are frozen parameters, split by whole rows, so that they move and are saved like any other.
-    `dtype` is that of `weight`, and follows `.to(dtype)`; codes and scales keep their own. Products are made in the
-    dtype of x.
+    The stored tensors are frozen parameters, divided by complete rows, so that they are moved,
+    saved and sharded like others. `dtype` is that of `weight`, and follows `.to(dtype)`; codes and
+    scales keep theirs. Products are computed in the dtype of x.
     """
 
     bias: nn.Parameter | None
@@ -71,42 +72,48 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
-        self.transposed = False  # whether the layer was a Conv1D
+        self.transposed = False  # whether the module was a Conv1D
         self.codes = nn.Parameter(weight.codes, requires_grad=False)  # (out, ceil(in / 2)) uint8
         self.scales = nn.Parameter(weight.scales, requires_grad=False)  # (out, ceil(in / 64)) uint8
-        self.superscales = nn.Parameter(
-            weight.superscales, requires_grad=False
-        )  # (blocks / 256) float32
+        # (ceil(blocks / 256)) float32
+        self.superscales = nn.Parameter(weight.superscales, requires_grad=False)
         self.offset = nn.Parameter(weight.offset, requires_grad=False)  # (1) float32
-        self.bias = (
-            None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        )  # (out)
+        # (out)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def from_linear(cls, module: nn.Linear | Conv1D) -> "NF4Linear":
-        """The layer in four bits, its bias and dtype kept; raises `BaseError` where a weight is not finite."""
+        """Return the quantized module with its bias and dtype.
+
+        Raises:
+            BaseError: a weight is not finite.
+        """
         return cls.in_place_of(
             module, _quantize(as_matrix(module, module.weight.detach()), type(module).__name__)
         )
 
     @classmethod
     def in_place_of(cls, module: nn.Linear | Conv1D, weight: NF4Weight) -> "NF4Linear":
-        """The layer that holds `weight`, with the bias, dtype and mode of `module`."""
-        made = cls(weight, module.bias, module.weight.dtype).train(module.training)
-        made.transposed = isinstance(module, Conv1D)
-        return made
+        """Return a module with `weight` and the bias, dtype and mode of `module`."""
+        quantized = cls(weight, module.bias, module.weight.dtype).train(module.training)
+        quantized.transposed = isinstance(module, Conv1D)
+        return quantized
 
     def to_linear(self, matrix: Tensor | None = None) -> nn.Linear | Conv1D:
-        """The layer as the model had it, in `dtype`: it holds `matrix` (out, in), by default the dequantised one."""
+        """Return a module of the original kind, in `dtype`.
+
+        Args:
+            matrix: Its weight `(out, in)`; None: the dequantized one.
+        """
         matrix = (self.weight if matrix is None else matrix).to(self.dtype)
         sizes = (self.out_features, self.in_features)
         with torch.device("meta"):
-            made = Conv1D(*sizes) if self.transposed else nn.Linear(*sizes[::-1], bias=False)
-        made.bias = self.bias  # type: ignore[assignment]
-        made.weight = nn.Parameter(
+            quantized = Conv1D(*sizes) if self.transposed else nn.Linear(*sizes[::-1], bias=False)
+        quantized.bias = self.bias  # type: ignore[assignment]
+        quantized.weight = nn.Parameter(
             matrix.T.contiguous() if self.transposed else matrix, requires_grad=False
         )
-        return made.train(self.training)
+        return quantized.train(self.training)
 
     @property
     def quantized(self) -> NF4Weight:
@@ -116,29 +123,27 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W (out, in), written out anew at each call."""
+        """W (out, in), dequantized at each access."""
         return self.dequantize()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W (out, in), rounded once to `dtype`."""
+        """Return W `(out, in)`, rounded once to `dtype`."""
         return dequantize(self.quantized, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., out) of x (..., in)."""
+        """Return y `(..., out)` of x `(..., in)`."""
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return nf4_linear(x, self.quantized, bias)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        """Return the sizes that `print(model)` shows."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         exact = {name: getattr(self, name).detach() for name in ("superscales", "offset")}
         super()._apply(fn, recurse)
-        for (
-            name,
-            before,
-        ) in exact.items():  # .to(bfloat16) moves the scales, and leaves them in float32
+        for name, before in exact.items():  # .to(bfloat16) moves the scales and keeps float32
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 setattr(self, name, nn.Parameter(before.to(after.device), requires_grad=False))
@@ -147,7 +152,7 @@ class NF4Linear(nn.Module):
 
 
 def as_matrix(module: nn.Linear | Conv1D, weight: Tensor) -> Tensor:
-    """A stored weight as the matrix (out, in): transformers' Conv1D keeps it transposed."""
+    """Return a stored weight as the matrix `(out, in)`: transformers' Conv1D has it transposed."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -155,23 +160,28 @@ def _quantize(matrix: Tensor, where: str) -> NF4Weight:
     try:
         return quantize(matrix)
     except ValueError as error:
-        raise BaseError("this layer cannot be held in NF4", where=where, why=str(error)) from error
+        raise BaseError("this module cannot be quantized", where=where, why=str(error)) from error
 
 
 def quantize_module(path: str, matrix: Tensor) -> tuple[NF4Weight, LayerQuantization]:
-    """A matrix (out, in) in NF4, and what that did to it."""
+    """Return a matrix `(out, in)` in NF4, and its error."""
     weight = _quantize(matrix, path)
-    relative_error, zero_share = errors(matrix, weight)
-    return weight, LayerQuantization(path, weight.shape, relative_error, zero_share, weight.nbytes)
+    relative_error, zeroed_ratio = errors(matrix, weight)
+    return weight, LayerQuantization(
+        path, weight.shape, relative_error, zeroed_ratio, weight.nbytes
+    )
 
 
 def quantizable_modules(
     model: nn.Module, skip: Collection[str] = SKIP
 ) -> dict[str, nn.Linear | Conv1D]:
-    """The layers to quantise, by path: every Linear and Conv1D within a block, unless a part of its path is in `skip`.
+    """Return the modules to quantize by path: Linear and Conv1D in layers, without those in `skip`.
 
-    A block is a member of a list of modules: its path holds a number. Subclasses of Linear are left alone, since they
-    compute something else (Falcon's does not). Raises `BaseError` where no layer is left.
+    A module is in a layer if its path has a number. Subclasses of Linear are not quantized, since
+    they compute something else (Falcon's does not).
+
+    Raises:
+        BaseError: there is no such module.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     found = {
@@ -183,15 +193,13 @@ def quantizable_modules(
         and not set(path.split(".")) & set(skip)
     }
     if not found:
-        why = "its blocks hold no Linear layer, or it is quantised already"
-        raise BaseError(
-            "no layer of this model can be held in NF4", where=type(model).__name__, why=why
-        )
+        why = "its layers have no Linear module, or it is quantized already"
+        raise BaseError("this model cannot be quantized", where=type(model).__name__, why=why)
     return found  # type: ignore[return-value]
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path` of `model`."""
+    """Set `module` at `path` of `model`."""
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -200,28 +208,37 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def quantize_model(
     model: nn.Module,
     skip: Collection[str] = SKIP,
-    tell: Callable[[LayerQuantization], None] | None = None,
+    report_module: Callable[[LayerQuantization], None] | None = None,
 ) -> list[LayerQuantization]:
-    """Replace the layers of `candidates` by NF4 ones, in place; returns what that did to each, and tells it as it goes.
+    """Replace the `quantizable_modules` by NF4 ones in place.
 
-    Raises `BaseError` where no layer can be quantised, or where one holds numbers that are not finite.
+    Args:
+        model: The model.
+        skip: Names of modules that are not quantized.
+        report_module: Called with the error of each module.
+
+    Returns:
+        The errors of all modules.
+
+    Raises:
+        BaseError: no module can be quantized, or a weight is not finite.
     """
     report: list[LayerQuantization] = []
-    made: dict[nn.Module, NF4Linear] = {}
+    quantized: dict[nn.Module, NF4Linear] = {}
     for path, module in quantizable_modules(model, skip).items():
-        if module not in made:
-            weight, done = quantize_module(path, as_matrix(module, module.weight.detach()))
-            made[module] = NF4Linear.in_place_of(module, weight)
-            report.append(done)
-            if tell:
-                tell(done)
-        set_module(model, path, made[module])
+        if module not in quantized:
+            weight, error = quantize_module(path, as_matrix(module, module.weight.detach()))
+            quantized[module] = NF4Linear.in_place_of(module, weight)
+            report.append(error)
+            if report_module:
+                report_module(error)
+        set_module(model, path, quantized[module])
     return report
 
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module) -> None:
-    """Put ordinary Linear and Conv1D layers, in the compute dtype, in the places of the 4-bit ones."""
+    """Replace the 4-bit modules by Linear and Conv1D ones in the compute dtype, in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
             parent, _, child = path.rpartition(".")

@@ -1,13 +1,13 @@
-"""Load a base in four bits, one layer at a time, by way of a cache on disk.
+"""Load a base in NF4, one module at a time, through a cache on disk.
 
-    published tensors --one at a time--> NF4 --> cache/<hash of the base>/part-000.safetensors ... , about.json
+    published tensors --one at a time--> NF4 --> cache/<hash of the base>/part-000.safetensors ...
                                                   |  later loads start here
     empty model  <--- memory-mapped codes --------+
                  <--- published tensors of everything else, in the compute dtype
 
-The model is built without weights, so that the whole of it never exists in 16 bits. Codes are mapped, not read: pages
-of layers that are not in use cost no memory. Weights are quantised from the published precision, whatever the compute
-dtype, so that one cache serves all.
+The model is built without weights, so that it is never allocated in 16 bits. Codes are mapped and
+not read: modules that are not in use take no memory. Weights are quantized from the published
+precision for every compute dtype, so that one cache serves all.
 """
 
 import copy
@@ -31,7 +31,7 @@ from afina.io.atomic import atomic_directory, write_json
 from afina.io.hashing import hash_tensor_files
 from afina.io.safetensors import read_header
 from afina.kernels.nf4 import NF4Weight
-from afina.models.bnb_format import from_files, quantised_paths, tied_names
+from afina.models.bnb_format import from_files, quantized_paths, tied_names
 from afina.models.nf4 import (
     PARTS,
     SKIP,
@@ -45,30 +45,37 @@ from afina.models.nf4 import (
     set_module,
 )
 
-FORMAT = 1  # of the cache: another number makes it anew
-SHARD = (
-    32 * 2**20
-)  # bytes of a file of the cache, and of quantised tensors in memory while it is written
+CACHE_FORMAT = 1  # a cache with another number is replaced
+SHARD_BYTES = 32 * 2**20  # of a file of the cache, and of quantized tensors in memory meanwhile
 
-Places = dict[str, tuple[Path, list[int]]]  # name of a published tensor -> its file and shape
+Locations = dict[str, tuple[Path, list[int]]]  # name of a published tensor: its file and shape
 Tensors = dict[str, Tensor]
 
 
 def cache_root() -> Path:
-    """$AFINA_CACHE/nf4, or ~/.cache/afina/nf4."""
+    """Return $AFINA_CACHE/nf4, or ~/.cache/afina/nf4."""
     return (
         Path(os.environ.get("AFINA_CACHE") or Path.home() / ".cache" / "afina").expanduser() / "nf4"
     )
 
 
 class _NoWeights(TorchFunctionMode):
-    """Tensors made by torch.empty, as weights are, get no memory; computed ones (rotary frequencies, masks) are real."""
+    """Allocates no memory for torch.empty, as of weights; computed tensors (masks) are real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def _locations(files: list[Path]) -> Locations:
+    """Return file and shape of each tensor in `files`."""
+    return {
+        name: (file, list(entry.shape))
+        for file in files
+        for name, entry in read_header(file).items()
+    }
 
 
 @torch.no_grad()
@@ -78,26 +85,32 @@ def load_nf4(
     config: PretrainedConfig,
     digest: str,
     options: dict[str, Any],
-    whole: Callable[[], PreTrainedModel],
+    load_complete: Callable[[], PreTrainedModel],
     skip: Collection[str] = SKIP,
-    tell: Callable[[LayerQuantization], None] = print_quantization,
+    report_module: Callable[[LayerQuantization], None] = print_quantization,
 ) -> tuple[PreTrainedModel, list[LayerQuantization]]:
-    """The causal language model in `folder`, its blocks in NF4, and what quantising did to each layer.
+    """Return the causal language model in `folder` with its layers in NF4, and their errors.
 
-    `digest` is the hash of the published tensors in `files`; `options` are transformers' (dtype, attn_implementation,
-    trust_remote_code). Some families are loaded by `whole`, then quantised, and not cached: those whose files name
-    their tensors otherwise than the model does (fused experts, files without the model's prefix), those that cannot
-    be built without weights, and those that keep some modules in float32.
+    Families whose files have other tensor names than the model (fused experts), that cannot be
+    built without weights, or that keep modules in float32 are loaded complete, and not cached.
+
+    Args:
+        folder: The model's folder.
+        files: Its weight files; `digest` is the hash of their tensors.
+        config: Its configuration.
+        options: Further arguments of transformers.
+        load_complete: Loads the model without quantization.
+        skip: Names of modules that are not quantized.
+        report_module: Called with the error of each module.
+
+    Raises:
+        BaseError: a module cannot be quantized, or the files are damaged.
     """
-    places = {
-        name: (file, list(entry.shape))
-        for file in files
-        for name, entry in read_header(file).items()
-    }
+    locations = _locations(files)
     try:
         with _NoWeights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-        why = _hindrance(model, places)
+        why = _mismatch(model, locations)
     except (
         RuntimeError,
         ValueError,
@@ -106,17 +119,18 @@ def load_nf4(
         AttributeError,
         NotImplementedError,
     ) as error:
-        why = f"it cannot be built without weights: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = f"it cannot be built without weights: {reason}"
     if why:
-        model = whole()
-        print(f"nf4  the whole model was loaded before it is quantised: {why}", file=sys.stderr)
-        return model, quantize_model(model, skip, tell)
-    tensors, report = _quantised(model, places, cache_root() / digest, skip, tell)
-    quantised = quantizable_modules(model, skip)
-    widths = {path: as_matrix(module, module.weight).shape[1] for path, module in quantised.items()}
+        model = load_complete()
+        print(f"nf4  the entire model was loaded before quantization: {why}", file=sys.stderr)
+        return model, quantize_model(model, skip, report_module)
+    tensors, report = _quantized(model, locations, cache_root() / digest, skip, report_module)
+    modules = quantizable_modules(model, skip)
+    widths = {path: as_matrix(module, module.weight).shape[1] for path, module in modules.items()}
     _fill(
         model,
-        places,
+        locations,
         {
             p: NF4Weight(**{n: tensors[f"{p}.{n}"] for n in PARTS}, in_features=w)
             for p, w in widths.items()
@@ -131,47 +145,48 @@ def load_nf4(
 def read_nf4(
     folder: Path, files: list[Path], config: PretrainedConfig, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """A causal language model whose files hold NF4 codes; raises `BaseError` where a tensor is missing or of another kind."""
-    places = {
-        name: (file, list(entry.shape))
-        for file in files
-        for name, entry in read_header(file).items()
-    }
-    plain = copy.deepcopy(config)
-    del plain.quantization_config
+    """Return a causal language model whose files have NF4 codes.
+
+    Raises:
+        BaseError: a tensor is missing, unknown, or of another kind.
+    """
+    locations = _locations(files)
+    unquantized = copy.deepcopy(config)
+    del unquantized.quantization_config
     with _NoWeights():
-        model = AutoModelForCausalLM.from_config(plain, **options)
-    paths = quantised_paths(places)
+        model = AutoModelForCausalLM.from_config(unquantized, **options)
+    paths = quantized_paths(locations)
     parts = {
-        path: {n: _read(places, n) for n in places if n.startswith(f"{path}.weight")}
+        path: {n: _read(locations, n) for n in locations if n.startswith(f"{path}.weight")}
         for path in paths
     }
     missing = (
         model.state_dict().keys()
         - tied_names(model)
         - {f"{path}.weight" for path in paths}
-        - places.keys()
+        - locations.keys()
     )
     unknown = [path for path in paths if f"{path}.weight" not in model.state_dict()]
     if missing or unknown:
         why = f"the first: {min([*missing, *unknown])}"
         raise BaseError("the weights do not fit config.json", where=str(folder), why=why)
-    _fill(model, places, {path: from_files(path, tensors) for path, tensors in parts.items()})
+    _fill(model, locations, {path: from_files(path, tensors) for path, tensors in parts.items()})
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
-def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
-    """Why the published tensors are not, one for one, those of `model`; None if they are."""
-    stored = {name: shape for name, (_, shape) in places.items()}
+def _mismatch(model: PreTrainedModel, locations: Locations) -> str | None:
+    """Return why the published tensors are not those of `model`; None if they are."""
+    stored = {name: shape for name, (_, shape) in locations.items()}
     state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {name: shape for name, shape in state.items() if name not in tied_names(model)}
     if stored != wanted:
         names = sorted(stored.keys() ^ wanted.keys()) or sorted(
             n for n in wanted if stored[n] != wanted[n]
         )
-        return f"its files and the model differ in {pluralize(len(names), 'tensor')}, such as {names[0]}"
+        count = pluralize(len(names), "tensor")
+        return f"its files and the model differ in {count}, such as {names[0]}"
     unfinished = [
         name for name, buffer in model.named_buffers() if buffer.is_meta and name not in wanted
     ]
@@ -184,59 +199,59 @@ def _hindrance(model: PreTrainedModel, places: Places) -> str | None:
     )
 
 
-def _read(places: Places, name: str) -> Tensor:
-    """A published tensor, mapped; its file is opened for it alone, so that pages already used are given back."""
-    with safe_open(places[name][0], framework="pt") as file:
+def _read(locations: Locations, name: str) -> Tensor:
+    """Return a published tensor, mapped; its file is opened for it only, which frees used pages."""
+    with safe_open(locations[name][0], framework="pt") as file:
         return file.get_tensor(name)
 
 
 def _layers(
     model: nn.Module,
-    places: Places,
+    locations: Locations,
     skip: Collection[str],
-    tell: Callable[[LayerQuantization], None],
+    report_module: Callable[[LayerQuantization], None],
 ) -> Iterator[tuple[Tensors, LayerQuantization]]:
-    """The stored tensors of each layer in NF4, by name, and what quantising did to it."""
+    """Yield the stored tensors of each module in NF4, by name, and its error."""
     for path, module in quantizable_modules(model, skip).items():
-        weight, done = quantize_module(path, as_matrix(module, _read(places, f"{path}.weight")))
-        tell(done)
-        yield {f"{path}.{part}": getattr(weight, part) for part in PARTS}, done
+        weight, error = quantize_module(path, as_matrix(module, _read(locations, f"{path}.weight")))
+        report_module(error)
+        yield {f"{path}.{part}": getattr(weight, part) for part in PARTS}, error
 
 
-def _quantised(
+def _quantized(
     model: nn.Module,
-    places: Places,
+    locations: Locations,
     cache: Path,
     skip: Collection[str],
-    tell: Callable[[LayerQuantization], None],
+    report_module: Callable[[LayerQuantization], None],
 ) -> tuple[Tensors, list[LayerQuantization]]:
-    """All layers in NF4: from the cache, which is made where it is missing or damaged; in memory where it cannot be."""
+    """Return all modules in NF4 from the cache, which is written if needed, else from memory."""
     paths = list(quantizable_modules(model, skip))
     if found := _open(cache, paths):
         return found
     if cache.exists():
         print(
-            f"nf4  made anew, since it was damaged or for another choice of layers: {cache}",
+            f"nf4  cache replaced, damaged or of other modules: {cache}",
             file=sys.stderr,
         )
-    why = "what was written cannot be read back"
+    why = "the written cache cannot be read"
     try:
-        _write(cache, _layers(model, places, skip, tell))
-    except BaseError:  # a layer that cannot be quantised
+        _write(cache, _layers(model, locations, skip, report_module))
+    except BaseError:  # a module that cannot be quantized
         raise
-    except (AfinaError, OSError) as error:  # no place on the disk, or another process was faster
+    except (AfinaError, OSError) as error:  # no disk space, or another process was faster
         why = str(error).splitlines()[0]
     if found := _open(cache, paths):
         return found
-    print(f"nf4  kept in memory, not in the cache: {why}", file=sys.stderr)
-    done = list(_layers(model, places, skip, tell))
-    return {name: tensor for tensors, _ in done for name, tensor in tensors.items()}, [
-        report for _, report in done
+    print(f"nf4  in memory, not in the cache: {why}", file=sys.stderr)
+    error = list(_layers(model, locations, skip, report_module))
+    return {name: tensor for tensors, _ in error for name, tensor in tensors.items()}, [
+        report for _, report in error
     ]
 
 
 def _write(cache: Path, layers: Iterator[tuple[Tensors, LayerQuantization]]) -> None:
-    """Fill the folder `cache`, which appears when all is written."""
+    """Write the folder `cache`, which appears when it is complete."""
     report: list[LayerQuantization] = []
     parts: list[Path] = []
     shard: Tensors = {}
@@ -247,23 +262,23 @@ def _write(cache: Path, layers: Iterator[tuple[Tensors, LayerQuantization]]) -> 
             save_file(shard, parts[-1])
             shard.clear()
 
-        for tensors, done in layers:
-            report.append(done)
+        for tensors, error in layers:
+            report.append(error)
             shard |= tensors
-            if sum(t.nbytes for t in shard.values()) >= SHARD:
+            if sum(t.nbytes for t in shard.values()) >= SHARD_BYTES:
                 flush()
         if shard:
             flush()
         about = {
-            "format": FORMAT,
+            "format": CACHE_FORMAT,
             "hash": hash_tensor_files(parts),
-            "layers": [asdict(done) for done in report],
+            "layers": [asdict(error) for error in report],
         }
         write_json(folder / "about.json", about)
 
 
 def _open(cache: Path, paths: list[str]) -> tuple[Tensors, list[LayerQuantization]] | None:
-    """The cache's tensors, mapped, and its report; None where it is not there, not whole, or for other layers."""
+    """Return the cache's mapped tensors and errors; None if missing, damaged or outdated."""
     try:
         about = json.loads((cache / "about.json").read_text())
         report = [
@@ -272,8 +287,8 @@ def _open(cache: Path, paths: list[str]) -> tuple[Tensors, list[LayerQuantizatio
         ]
         parts = sorted(cache.glob("part-*.safetensors"))
         if (
-            about["format"] != FORMAT
-            or [done.path for done in report] != paths
+            about["format"] != CACHE_FORMAT
+            or [error.path for error in report] != paths
             or hash_tensor_files(parts) != about["hash"]
         ):
             return None
@@ -281,13 +296,13 @@ def _open(cache: Path, paths: list[str]) -> tuple[Tensors, list[LayerQuantizatio
         for part in parts:
             with safe_open(part, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception:  # whatever is wrong with it, it can be made again
+    except Exception:  # a damaged cache is written again
         return None
     return tensors, report
 
 
-def _fill(model: PreTrainedModel, places: Places, weights: Mapping[str, NF4Weight]) -> None:
-    """Give the empty model its weights: NF4 layers as in `weights`, all else from the published files."""
+def _fill(model: PreTrainedModel, locations: Locations, weights: Mapping[str, NF4Weight]) -> None:
+    """Fill an empty model: NF4 modules from `weights`, all else from the published files."""
     rest = model.state_dict().keys() - tied_names(model) - {f"{path}.weight" for path in weights}
     for path, weight in weights.items():
         module: Any = model.get_submodule(path)
@@ -296,7 +311,7 @@ def _fill(model: PreTrainedModel, places: Places, weights: Mapping[str, NF4Weigh
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         before = getattr(owner, child)
-        value = torch.empty(before.shape, dtype=before.dtype).copy_(_read(places, name))
+        value = torch.empty(before.shape, dtype=before.dtype).copy_(_read(locations, name))
         setattr(
             owner,
             child,

@@ -37,7 +37,7 @@ class PagedKV:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Write keys and values to the pool; return attention `(1, num_tokens, num_heads, value_dim)`.
+        """Write keys and values; return attention `(1, num_tokens, num_heads, value_dim)`.
 
         Keys and values of different widths (multi-head latent attention) share the wider one:
         zeros in a key change no score, and zeros in a value are cut from the result.

@@ -25,7 +25,7 @@ from afina.errors import BaseError
 from afina.io.adapter_config import AdapterConfig
 from afina.kernels.int8_blockwise import BLOCK as NESTED_BLOCK
 from afina.kernels.nf4 import BLOCK
-from afina.models.bnb_format import is_quantised
+from afina.models.bnb_format import is_quantized
 from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import ATTENTIONS, MLPS, NORMS
 from afina.models.loading import load_config, resolve_model_dir
@@ -160,7 +160,7 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
             hint="is this a Hugging Face folder?",
         )
     config = copy.deepcopy(load_config(folder, settings.base, settings.trust_remote_code))
-    quantized = is_quantised(config, settings.base)
+    quantized = is_quantized(config, settings.base)
     if quantized:
         del config.quantization_config
     try:
