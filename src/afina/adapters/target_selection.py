@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from afina.adapters.attach import ModuleWithAdapters
+from afina.adapters.coverage import frozen_parameters
 from afina.adapters.target_module import FreeParameter, TargetModule
 from afina.errors import SettingsError, did_you_mean
 from afina.io.name_patterns import NamePattern
@@ -117,13 +118,7 @@ def resolve_target_modules(
     for target in [targets] if isinstance(targets, str) else targets:
         hits = _hits(target, candidates, model)
         if not hits:
-            names = sorted(leaf_names(candidates))
-            raise SettingsError(
-                f"{target!r} matches no module that can be adapted",
-                where="target_modules",
-                why=None if any_kind or target not in GROUPS else f"{target!r} needs --method full",
-                hint=did_you_mean(target, names),
-            )
+            raise _unmatched(target, candidates, model, any_kind)
         wanted |= hits
     paths = tuple(
         p for p in candidates if p in wanted and (chosen is None or layer_index(p) in chosen)
@@ -135,6 +130,29 @@ def resolve_target_modules(
             why="no target module is in the selected layers",
         )
     return paths
+
+
+def _unmatched(
+    target: str, candidates: Mapping[str, nn.Module], model: nn.Module, any_kind: bool
+) -> SettingsError:
+    """Return the error of a target that no supported module matches."""
+    for one in frozen_parameters(model):
+        if target not in GROUPS and (
+            matches(target, one.path) or matches(target, one.path.rpartition(".")[0])
+        ):
+            return SettingsError(
+                f"{target!r} is not a module with one weight matrix, which the method needs",
+                where="target_modules",
+                why=f"{one.path} is a parameter of shape {one.shape}",
+                hint="--method full, or other target modules",
+            )
+    why = None if any_kind or target not in GROUPS else f"{target!r} needs --method full"
+    return SettingsError(
+        f"{target!r} matches no module that can be adapted",
+        where="target_modules",
+        why=why,
+        hint=did_you_mean(target, sorted(leaf_names(candidates))),
+    )
 
 
 def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:

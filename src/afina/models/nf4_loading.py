@@ -44,6 +44,7 @@ from afina.models.nf4 import (
     quantize_module,
     set_module,
 )
+from afina.models.parameters import describe_unquantized
 
 CACHE_FORMAT = 1  # a cache with another number is replaced
 SHARD_BYTES = 32 * 2**20  # of a file of the cache, and of quantized tensors in memory meanwhile
@@ -124,6 +125,9 @@ def load_nf4(
     if why:
         model = load_complete()
         print(f"nf4  the entire model was loaded before quantization: {why}", file=sys.stderr)
+        print(
+            f"nf4  {describe_unquantized(model, quantizable_modules(model, skip))}", file=sys.stderr
+        )
         return model, quantize_model(model, skip, report_module)
     tensors, report = _quantized(model, locations, cache_root() / digest, skip, report_module)
     modules = quantizable_modules(model, skip)
@@ -234,6 +238,7 @@ def _quantized(
             f"nf4  cache replaced, damaged or of other modules: {cache}",
             file=sys.stderr,
         )
+    print(f"nf4  {describe_unquantized(model, paths)}", file=sys.stderr)
     why = "the written cache cannot be read"
     try:
         _write(cache, _layers(model, locations, skip, report_module))

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from afina.adapters.coverage import count_base_parameters, target_coverage
 from afina.adapters.registry import get_method
 from afina.adapters.target_selection import layer_index
 from afina.data.packing import BatchSampler
@@ -19,7 +18,8 @@ from afina.data.table import read_table
 from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
-from afina.models.nf4 import NF4Linear
+from afina.models.nf4 import quantizable_modules
+from afina.models.parameters import describe_unquantized
 from afina.objectives.language_data import read_examples
 from afina.objectives.prepared import text_renderer
 from afina.objectives.registry import get_objective
@@ -123,7 +123,7 @@ def _plan_by_tokens(
     base = {
         "name": settings.base,
         "parameters": shape.parameters,
-        "kinds": shape.parameters_by_kind,
+        **_parts_of_base(shape, step),
     }
     if settings.compare_methods:
         load = _load(shape, settings, rows.workload)
@@ -147,7 +147,7 @@ def _plan_by_tokens(
     used |= {"output_dir": str(default_out(train_settings))} if train_settings else {}
     return PlanResult(
         settings=resolved(settings) | _targets(step.count.config) | used,
-        base=base,
+        base=base | target_coverage(shape.model, step.count.config).to_dict(),
         data=rows.about,
         steps=rows.steps,
         trainable_parameters=step.count.trainable,
@@ -164,7 +164,16 @@ def _plan_loaded(
     workload = setup.prepared.task.step_workload()
     step = run_step(shape, setup, workload, machine.device)
     cost = _cost(settings, step, workload or UNKNOWN_WORKLOAD, machine, setup.steps)
-    return _checked_plan(setup, cost, kinds=shape.parameters_by_kind)
+    return _checked_plan(setup, cost, **_parts_of_base(shape, step))
+
+
+def _parts_of_base(shape: ModelShape, step: StepCost) -> dict[str, Any]:
+    """Return the base's parameters by kind, and which are not in 4 bits on a 4-bit base."""
+    kinds = {"kinds": shape.parameters_by_kind}
+    if step.quantization != "nf4":
+        return kinds
+    modules = quantizable_modules(shape.model)
+    return kinds | {"unquantized": describe_unquantized(shape.model, modules)}
 
 
 def _checked_plan(setup: RunSetup, cost: dict[str, Any], **about_base: Any) -> PlanResult:
@@ -257,7 +266,11 @@ def _checked(setup: RunSetup) -> dict[str, Any]:
     prepared, spec = setup.prepared, setup.adapter.config
     return {
         "settings": resolved(setup.settings) | _used(setup),
-        "base": {"name": prepared.base.name, "parameters": parameters(prepared.base.model)},
+        "base": {
+            "name": prepared.base.name,
+            "parameters": count_base_parameters(prepared.base.model),
+            **target_coverage(prepared.base.model, spec).to_dict(),
+        },
         "data": {
             "format": prepared.data_info["format"],
             "objective": prepared.objective,
@@ -300,18 +313,3 @@ def _used(setup: RunSetup) -> dict[str, Any]:
         "learning_rate": setup.learning_rate,
         "eval_steps": setup.check_every,
     }
-
-
-def parameters(model: nn.Module) -> int:
-    """Return the number of parameters of the base, quantized ones included, without adapters."""
-    sizes: dict[int, int] = {}  # by parameter: tied ones count once
-    for name, module in model.named_modules():
-        if ".deltas." in name:
-            continue
-        if isinstance(module, NF4Linear):  # its codes are two weights per byte
-            sizes[id(module.codes)] = module.out_features * module.in_features
-            own = [] if module.bias is None else [module.bias]
-        else:
-            own = list(module.parameters(recurse=False))
-        sizes |= {id(parameter): parameter.numel() for parameter in own}
-    return sum(sizes.values())

@@ -51,6 +51,7 @@ class PlanResult(Result):
             *self._settings_and_data(),
             *self._example(),
             ResultText(self._trainable()),
+            *(ResultText(self.base[k]) for k in ("coverage", "unquantized") if k in self.base),
             *([] if self.cost is None else _cost(self.cost)),
         ]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import afina
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import detach
+from afina.adapters.coverage import target_coverage
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
 from afina.engine.routing_profile import ChatFrame, PromptEmbedder, build_profile, write_profile
@@ -191,6 +192,7 @@ def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:
             "dtype": str(prepared.base.dtype).removeprefix("torch."),
             "licence": _license(prepared.base.folder),
             "remote_code": prepared.base.remote_code,
+            **target_coverage(prepared.base.model, setup.adapter.config).to_dict(),
         },
         "data": prepared.data_info | {"skipped": prepared.skipped, "licence": None},
         "environment": {

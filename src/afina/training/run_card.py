@@ -150,6 +150,7 @@ def _facts(record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
         ("license of the data", "not stated: add it before publishing"),
         ("objective", record["objective"]),
         ("trainable parameters", f"{record['trainable_parameters']:,}"),
+        *([("targets", base["coverage"])] if "coverage" in base else []),
         ("trained", trained),
         ("peak memory", f"{record['peak_memory_mb']:,.0f} MB"),
         ("adapter", f"{record['adapter_kb']:,.0f} kB, hash `{record['adapter'][:16]}`"),
