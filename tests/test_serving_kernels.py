@@ -123,7 +123,7 @@ def test_paged_attention(
         (2, ()),
     ):  # with the kernel for pieces, and without
         with monkeypatch.context() as patch:
-            patch.setattr(paged, "WIDE", wide)
+            patch.setattr(paged, "FAST_ISAS", wide)
             patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
             made = pool.attend(window=window, softcap=softcap)
         assert made.dtype == kind[0]

@@ -132,15 +132,15 @@ def insert_wrapper(
 
 
 def remove_wrapper(
-    model: nn.Module, path: str, place: ModuleWithAdapters | ParameterWithAdapters
+    model: nn.Module, path: str, wrapper: ModuleWithAdapters | ParameterWithAdapters
 ) -> None:
     """Restore the original module or parameter at `path`."""
-    if isinstance(place, ModuleWithAdapters):
-        return _put(model, path, place.base)
+    if isinstance(wrapper, ModuleWithAdapters):
+        return _put(model, path, wrapper.base)
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
     parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
-    for known in [n for n in place.order if n in owner._parameters]:
+    for known in [n for n in wrapper.order if n in owner._parameters]:
         owner._parameters[known] = owner._parameters.pop(known)
 
 
@@ -214,8 +214,8 @@ def attach(
     """
     deltas = create_layers(model, spec, seed, name)
     for path, delta in deltas.items():
-        place = find_wrapper(model, path) or insert_wrapper(model, delta.layer, context)
-        place.deltas[name] = delta
+        wrapper = find_wrapper(model, path) or insert_wrapper(model, delta.layer, context)
+        wrapper.deltas[name] = delta
     return Adapter(name, spec, deltas)
 
 
@@ -240,10 +240,10 @@ def vocabulary_layers(model: Any) -> list[str]:
 def detach(model: nn.Module, adapter: Adapter) -> None:
     """Detach an adapter; modules without any are restored."""
     for path in adapter.layers:
-        place = find_wrapper(model, path)
-        assert place is not None
-        del place.deltas[adapter.name]
-        if not place.deltas and not (
-            isinstance(place, ModuleWithAdapters) and place.serving_layers
+        wrapper = find_wrapper(model, path)
+        assert wrapper is not None
+        del wrapper.deltas[adapter.name]
+        if not wrapper.deltas and not (
+            isinstance(wrapper, ModuleWithAdapters) and wrapper.serving_layers
         ):
-            remove_wrapper(model, path, place)
+            remove_wrapper(model, path, wrapper)

@@ -28,7 +28,7 @@ RESTART_KEYS = ("restart_every", "restarts")  # in afina.json: the interval, and
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of an adapter layer beside that of its base module, for the planner.
+    """Cost of an adapter layer in addition to its base module, for the planner.
 
     Attributes:
         saves_input: Whether backward reads x; layers that read the same x share it.

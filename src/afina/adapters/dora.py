@@ -114,10 +114,10 @@ class DoRA(LoRA):
         key = (a.dtype, *_state(*self.layer.module.parameters(), *self.layer.module.buffers()))
         known, squares, cross = self._base[0] == key, [], []
         for rows in self.layer.weight.detach().split(max(1, NORM_CHUNK // self.layer.in_features)):
-            wide = rows.to(a.dtype)
-            cross.append(a @ wide.T)
+            chunk = rows.to(a.dtype)
+            cross.append(a @ chunk.T)
             if not known:
-                squares.append(wide.square().sum(1))
+                squares.append(chunk.square().sum(1))
         if not known:
             self._base = (key, torch.cat(squares))
         return self._base[1], torch.cat(cross, 1).T

@@ -99,7 +99,7 @@ class FusedAdapters:
         return cls(adapted, segments, x, rows, is_in_place, differentiates_base)
 
     def _keep(self, x: Tensor) -> None:
-        """Prepare the kernels for further forward passes, and record what they were made of."""
+        """Prepare the kernels for further forward passes, and record their sources."""
         self._kernels = []
         for group in self._groups:
             weights = [layer.inference_weights(x.dtype) for layer in group.layers]

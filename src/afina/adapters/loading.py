@@ -76,7 +76,7 @@ def load_adapter(
 def check_base(folder: AdapterFolder, base: FrozenModel, require_known: bool = False) -> None:
     """Raise `AdapterError` where the adapter records another base than `base`.
 
-    Hashes are compared where both are known, else names; where neither says anything, a warning is
+    Hashes are compared where both are known, else names; where neither is known, a warning is
     logged and the shapes decide (`check_modules`).
 
     Args:
@@ -89,7 +89,7 @@ def check_base(folder: AdapterFolder, base: FrozenModel, require_known: bool = F
     same = same_base(recorded, loaded)
     if same is False:
         raise AdapterError(
-            "made for another base",
+            "trained on another base",
             where=str(folder.path),
             why=f"trained on {describe_base(recorded)}, this base is {describe_base(loaded)}",
             hint="give the base that it was trained on, or --allow-other-base",

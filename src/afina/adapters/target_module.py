@@ -11,6 +11,7 @@ So a method needs to know matrices only. `project` multiplies inputs by a low-ra
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class TargetModule:
             return module.in_channels * math.prod(module.kernel_size)
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
-        return module.nx if isinstance(module, Conv1D) else module.in_features  # type: ignore[return-value]
+        width: Any = module.nx if isinstance(module, Conv1D) else module.in_features
+        return int(width)
 
     @property
     def out_features(self) -> int:
@@ -76,7 +78,8 @@ class TargetModule:
             return module.out_channels
         if isinstance(module, nn.Embedding):
             return module.embedding_dim
-        return module.nf if isinstance(module, Conv1D) else module.out_features  # type: ignore[return-value]
+        width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
+        return int(width)
 
     def sizes(self, rank: int) -> ModuleSizes:
         """Return the sizes that shape rules of adapter tensors name, for an adapter of `rank`."""

@@ -179,9 +179,9 @@ def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
     return found
 
 
-def _parametrizations(module: nn.Module) -> list[nn.Module]:
+def _parametrizations(module: Any) -> list[nn.Module]:
     """Return the child that is no module of the model but the wrapper of adapted parameters."""
-    return [module.parametrizations] if parametrize.is_parametrized(module) else []  # type: ignore[list-item]
+    return [module.parametrizations] if parametrize.is_parametrized(module) else []
 
 
 def _loose(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

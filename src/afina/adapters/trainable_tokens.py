@@ -7,7 +7,7 @@ E' holds the rows themselves, and not a difference: a new token has no row in th
 PEFT these are `trainable_token_indices`. An adapter of any method may have them.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,12 @@ class TrainableTokens(AdapterLayer):
         """Return vectors `(..., d)` of tokens x, or logits `(..., V)` of vectors x `(..., d)`."""
         rows = self.weight.to(y0.dtype)
         if isinstance(self.layer.module, nn.Embedding):
-            place = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
-            own = (self.ids[place] == x)[..., None]
-            return torch.where(own, y0 + weight * (rows[place] - y0), y0)
-        before, bias = y0[..., self.ids], self.layer.module.bias
-        after = x @ rows.T if bias is None else x @ rows.T + bias[self.ids].to(y0.dtype)  # type: ignore[index]
+            index = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
+            own = (self.ids[index] == x)[..., None]
+            return torch.where(own, y0 + weight * (rows[index] - y0), y0)
+        before = y0[..., self.ids]
+        bias: Any = self.layer.module.bias
+        after = x @ rows.T if bias is None else x @ rows.T + bias[self.ids].to(y0.dtype)
         return y0.index_copy(-1, self.ids, before + weight * (after - before))
 
     def merged_weight(self, weight: Tensor) -> Tensor:

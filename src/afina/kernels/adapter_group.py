@@ -6,8 +6,8 @@
 A row is a token range, the index of an adapter in the group, and the factor of its output. There is
 one path: a group is *prepared* (`prepare`: the kernel's table of rows and the packed weights) and
 *applied* (`FusedKernel.add`, in place). Inference keeps what was prepared, training prepares in
-each forward pass. `apply` is the same operation registered in torch.library, out of place, for
-other devices and for torch.compile.
+each forward pass. `apply` is the same operation, registered in torch.library, with a new
+tensor as its result: for other devices and for torch.compile.
 """
 
 from abc import ABC, abstractmethod

@@ -59,7 +59,7 @@ def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `rms_norm`, in PyTorch."""
     # norm and scaling read x once each and round once; F.rms_norm makes float32 copies (4 times
     # slower)
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_statistics_dtype(x)).square_()
     scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
     return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
 
@@ -96,15 +96,15 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _statistics_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of the statistics: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.to(_wide(x), copy=True)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return wide.mul_(scale), scale
+    exact = x.to(_statistics_dtype(x), copy=True)
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return exact.mul_(scale), scale
 
 
 # ---- the operations

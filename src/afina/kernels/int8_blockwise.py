@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256  # values that share a scale
+CPU = torch.device("cpu")
 TINY = torch.finfo(torch.float32).tiny
 
 
 @lru_cache
-def dynamic_levels(signed: bool, device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
+def dynamic_levels(signed: bool, device: torch.device = CPU) -> Tensor:
     """Return the 256 levels, ascending, float32, from -0.993 or 0 to 1."""
     levels = [torch.tensor([0.0, 1.0], device="cpu")]
     for exponent in range(7):

@@ -124,7 +124,7 @@ def _padded(t: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x `(..., q)` with each pair, q / 2 apart, rotated; cos and sin are `(..., q / 2)`.
+    """Return x `(..., q)` with pairs at distance q / 2 rotated; cos and sin are `(..., q / 2)`.
 
     The paper writes pairs of neighbors: equal but for the order of inputs, and 3 times slower
     (512 x 1024, bfloat16).

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.kernels.dispatch import TYPES, data_pointer, kernels
-from afina.kernels.varlen_attention import WIDE
+from afina.kernels.varlen_attention import FAST_ISAS
 
 # Queries of a sequence up to which a kernel for few of them runs; with more, PyTorch's attention
 # over the gathered blocks.
@@ -117,7 +117,7 @@ def _run_cpp(
     num_blocks, _, kv_heads, block_size, _ = kv.shape
     few = limit = MAX_FEW_QUERIES
     runs = [(kernels.paged, few)]
-    if kernels.isa in WIDE:
+    if kernels.isa in FAST_ISAS:
         few = max(1, MAX_FEW_ROWS[query.dtype] * kv_heads // heads)
         limit = max((end - start for start, end in pairwise(cu_seqlens)), default=0)
         runs = [(kernels.paged, few)]

@@ -21,7 +21,7 @@ from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
 LOG2E = 1.4426950408889634
 # Instruction sets in which the kernel is 1.2 to 5 times as fast as PyTorch's attention; plain C++
 # has 0.3 of its rate, AVX2 less.
-WIDE = ("avx512bf16", "avx512")
+FAST_ISAS = ("avx512bf16", "avx512")
 
 
 def varlen_attention(
@@ -77,7 +77,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 def is_fast(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether `varlen_attention` is faster for these than PyTorch's attention."""
-    return kernels.isa in WIDE and _fits(query, key, value)
+    return kernels.isa in FAST_ISAS and _fits(query, key, value)
 
 
 # ---- references
@@ -135,7 +135,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return kernels.uses_cpp(query) and kernels.cpp_accepts(query, key, value)
 
 
-def _places(*tensors: Tensor) -> list[tuple[int, int, int]]:
+def _addresses(*tensors: Tensor) -> list[tuple[int, int, int]]:
     return [(data_pointer(x), x.stride(0), x.stride(1)) for x in tensors]
 
 
@@ -158,7 +158,7 @@ def _run(
         cu_seqlens,
         scaling,
         window,
-        _places(query, key, value, out),
+        _addresses(query, key, value, out),
         data_pointer(logs),
     )
     return out, logs
@@ -193,7 +193,7 @@ def _run_backward(
         cu_seqlens,
         scaling,
         window,
-        _places(query, key, value, grad, *gradients),
+        _addresses(query, key, value, grad, *gradients),
         data_pointer(logs),
     )
     return gradients

@@ -107,10 +107,12 @@ class CausalLM(FrozenModel):
         )
         if len(self.tokenizer) > before and names:
             self.model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-            for layer in (self.model.get_input_embeddings(), self.lm_head):
-                layer.weight[before:] = layer.weight[:before].float().mean(0)  # type: ignore[index,operator]
+            layers: list[Any] = [self.model.get_input_embeddings(), self.lm_head]
+            for layer in layers:
+                layer.weight[before:] = layer.weight[:before].float().mean(0)
                 layer.requires_grad_(False)
-        return {name: int(self.tokenizer.convert_tokens_to_ids(name)) for name in names}  # type: ignore[arg-type]
+        id_of: Any = self.tokenizer.convert_tokens_to_ids
+        return {name: int(id_of(name)) for name in names}
 
     def add_score_head(self) -> str:
         """Add a head from a hidden state to a scalar, initialized to zero, where there is none.
@@ -266,18 +268,18 @@ class CausalLM(FrozenModel):
         logits = self.all_logits(tokens, positions, bounds)[keep]
         return nn.functional.cross_entropy(logits, labels[keep], reduction="none")
 
-    def token_losses_from_hidden(self, hidden: Tensor, labels: Tensor, places: Tensor) -> Tensor:
+    def token_losses_from_hidden(self, hidden: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Return the cross-entropy `(n,)`, in nats (float32), of hidden states `(n, hidden_size)`.
 
-        `places` `(n,)` are their indices in the packed batch.
+        `indices` `(n,)` are their indices in the packed batch.
         """
         head = self.lm_head
         if type(head) in LINEAR_TYPES:
             assert isinstance(head, nn.Linear)
             return linear_cross_entropy(hidden, head.weight, head.bias, labels, self.softcap)
         segments, losses = self.forward_context.segments, []
-        kept = places.tolist() if segments.spans else []
-        for start in range(0, max(1, len(places)), HEAD_CHUNK):  # adapted head: recompute chunks
+        kept = indices.tolist() if segments.spans else []
+        for start in range(0, max(1, len(indices)), HEAD_CHUNK):  # adapted head: recompute chunks
             chunk = slice(start, start + HEAD_CHUNK)
             with self.forward_context.use(segments.select(kept[chunk])):
                 losses.append(

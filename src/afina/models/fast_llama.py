@@ -104,7 +104,8 @@ class FastAttention(nn.Module):
         self.sliding_window = getattr(
             attention, "sliding_window", own.get(type(attention).__name__)
         )
-        self._eager = sys.modules[type(attention).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        family: Any = sys.modules[type(attention).__module__]
+        self._eager = family.eager_attention_forward
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
         """Return `(batch, tokens, heads, head_dim)` of a projection, normalized as in the model."""
@@ -165,9 +166,9 @@ def install_fast_modules(model: nn.Module) -> None:
 
 
 def _is_silu(mlp: nn.Module) -> bool:
-    act = getattr(mlp, "act_fn", None)
+    activation = getattr(mlp, "act_fn", None)
     return (
-        isinstance(act, nn.SiLU)
-        or act is F.silu
-        or type(act).__name__ in ("SiLU", "SiLUActivation")
+        isinstance(activation, nn.SiLU)
+        or activation is F.silu
+        or type(activation).__name__ in ("SiLU", "SiLUActivation")
     )

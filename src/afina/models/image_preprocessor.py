@@ -145,7 +145,7 @@ def _plain_size(size: Any) -> Any:
 def to_8bit(image: Any, num_channels: int, where: str = "the picture") -> Any:
     """Return an image as a viewer shows it: upright, 8 bits, in grey or RGB, on white.
 
-    Whole numbers of 16 bits and fractions are scaled by the range that they are written for; what
+    Integers of 16 bits and fractions are scaled by the range that they are written for; what
     is transparent shows a white background.
 
     Args:
@@ -174,7 +174,7 @@ def to_8bit(image: Any, num_channels: int, where: str = "the picture") -> Any:
 
 
 def _scale_to_8bit(values: Any, mode: str, where: str) -> Any:
-    """Return whole numbers of 16 bits (0 to 65,535) or fractions (0 to 1) as values of 8 bits."""
+    """Return integers of 16 bits (0 to 65,535) or fractions (0 to 1) as values of 8 bits."""
     import numpy as np
 
     low, high = float(values.min()), float(values.max())

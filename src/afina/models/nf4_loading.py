@@ -123,12 +123,7 @@ def load_nf4(
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         why = f"it cannot be built without weights: {reason}"
     if why:
-        model = load_complete()
-        print(f"nf4  the entire model was loaded before quantization: {why}", file=sys.stderr)
-        print(
-            f"nf4  {describe_unquantized(model, quantizable_modules(model, skip))}", file=sys.stderr
-        )
-        return model, quantize_model(model, skip, report_module)
+        return _quantize_complete(load_complete(), why, skip, report_module)
     tensors, report = _quantized(model, locations, cache_root() / digest, skip, report_module)
     modules = quantizable_modules(model, skip)
     widths = {path: as_matrix(module, module.weight).shape[1] for path, module in modules.items()}
@@ -143,6 +138,18 @@ def load_nf4(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), report
+
+
+def _quantize_complete(
+    model: PreTrainedModel,
+    why: str,
+    skip: Collection[str],
+    report_module: Callable[[LayerQuantization], None],
+) -> tuple[PreTrainedModel, list[LayerQuantization]]:
+    """Quantize a loaded model, and print why it was not read one module at a time."""
+    print(f"nf4  the entire model was loaded before quantization: {why}", file=sys.stderr)
+    print(f"nf4  {describe_unquantized(model, quantizable_modules(model, skip))}", file=sys.stderr)
+    return model, quantize_model(model, skip, report_module)
 
 
 @torch.no_grad()

@@ -74,11 +74,11 @@ class AttentionMetadata:
                 groups[-1].append(pieces)
             else:
                 groups.append([pieces])
-        made, order = [], []
+        calls, order = [], []
         for group in groups:
             longest = sizes[group[-1]]
             rows = [
-                [place for start, end in pieces for place in range(start, end)] for pieces in group
+                [token for start, end in pieces for token in range(start, end)] for pieces in group
             ]
             index = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows])
             along, ends = (
@@ -86,9 +86,11 @@ class AttentionMetadata:
                 torch.tensor([sizes[pieces] for pieces in group])[:, None],
             )
             own = torch.tensor([pieces[-1][1] - pieces[-1][0] for pieces in group])[:, None]
-            made.append((index, ((along >= ends - own) & (along < ends)).flatten().nonzero()[:, 0]))
-            order.append(index.flatten()[made[-1][1]])
-        return made, torch.cat(order).argsort()
+            calls.append(
+                (index, ((along >= ends - own) & (along < ends)).flatten().nonzero()[:, 0])
+            )
+            order.append(index.flatten()[calls[-1][1]])
+        return calls, torch.cat(order).argsort()
 
     @cached_property
     def end_to_end(self) -> tuple[Tensor, tuple[int, ...], Tensor]:
@@ -98,7 +100,7 @@ class AttentionMetadata:
         own tokens among them, in the order of the batch.
         """
         rows = [
-            [place for start, end in pieces for place in range(start, end)]
+            [token for start, end in pieces for token in range(start, end)]
             for pieces in self.sequence_spans
         ]
         bounds = (0, *accumulate(map(len, rows)))
@@ -109,7 +111,7 @@ class AttentionMetadata:
             for i in range(length)
         ]
         return (
-            torch.tensor([place for row in rows for place in row]),
+            torch.tensor([token for row in rows for token in row]),
             bounds,
             torch.tensor([at for _, at in sorted(own)]),
         )
@@ -225,8 +227,8 @@ def _end_to_end(
     query, key, value = (x.unflatten(1, (-1, width)) for x in (query, key, value))
     if not flat.sequence_spans:
         return varlen_attention(query, key, value, flat.cu_seqlens, scaling, window)[None]
-    places, bounds, own = flat.end_to_end
-    query, key, value = (x.index_select(0, places) for x in (query, key, value))
+    tokens, bounds, own = flat.end_to_end
+    query, key, value = (x.index_select(0, tokens) for x in (query, key, value))
     out = varlen_attention(query, key, value, bounds, scaling, window)
     return out.index_select(0, own)[None]
 
@@ -250,9 +252,9 @@ def _grouped(
     groups, order = flat.groups
     outputs = []
     for index, kept in groups:
-        places = index.flatten().to(query.device)
+        tokens = index.flatten().to(query.device)
         q, k, v = (
-            x.index_select(0, places).view(*index.shape, -1, width).transpose(1, 2)
+            x.index_select(0, tokens).view(*index.shape, -1, width).transpose(1, 2)
             for x in (query, key, value)
         )
         length = index.shape[1]

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -53,7 +54,7 @@ def base_parameters(
 
 
 def _parameters(
-    module: nn.Module, prefix: str, unwrap: Callable[[nn.Module], nn.Module]
+    module: Any, prefix: str, unwrap: Callable[[nn.Module], nn.Module]
 ) -> Iterator[BaseParameter]:
     module = unwrap(module)
     own = dict(module.named_parameters(recurse=False))
@@ -63,7 +64,7 @@ def _parameters(
         own = {} if module.bias is None else {"bias": module.bias}
     elif parametrize.is_parametrized(module):
         wrapped = module.parametrizations
-        own |= {name: one.original for name, one in wrapped.items()}  # type: ignore[operator,union-attr]
+        own |= {name: one.original for name, one in wrapped.items()}
     for name, parameter in own.items():
         yield BaseParameter(f"{prefix}{name}", id(parameter), tuple(parameter.shape))
     for name, child in module.named_children():

@@ -43,7 +43,7 @@ import torch
 from afina.adapters.target_selection import layer_index
 from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
 from afina.kernels.dispatch import kernels
-from afina.kernels.varlen_attention import WIDE
+from afina.kernels.varlen_attention import FAST_ISAS
 from afina.models.causal_lm import HEAD_CHUNK, SCORE
 from afina.models.nf4 import quantizable_modules
 from afina.planning.estimates import (
@@ -192,7 +192,7 @@ class StepCost:
         heads, width = self.shape.heads
         log_sums = heads * 4 / self.shape.dtype.itemsize
         attention = 4.0 * width + 2 * log_sums
-        if self.device == "cpu" and kernels.isa in WIDE:
+        if self.device == "cpu" and kernels.isa in FAST_ISAS:
             attention = width * (1 + 2 * self.shape.num_kv_heads / heads) + log_sums
         return [
             layer.norms

@@ -56,16 +56,16 @@ def check_merge_method(name: str, **settings: Any) -> None:
 def _updates(method: MergeMethod) -> Sequence[Any]:
     """Return two updates of rank 2 and 3, new objects with the same values at each call."""
     generator = torch.Generator().manual_seed(0)
-    made: list[Any] = []
+    updates: list[Any] = []
     for rank, weight in ((2, 0.7), (3, 0.3)):
         b = torch.randn(NUM_OUTPUTS, rank, generator=generator, dtype=torch.float64)
         a = torch.randn(rank, NUM_INPUTS, generator=generator, dtype=torch.float64)
         if method.form == "entrywise":
             numbers = random_numbers(0, f"adapter {rank}", "layer")
-            made.append(WeightedMatrix((b @ a).float(), weight, numbers))
+            updates.append(WeightedMatrix((b @ a).float(), weight, numbers))
         else:
-            made.append(WeightedUpdate(LowRankUpdate(b, a), weight))
-    return made
+            updates.append(WeightedUpdate(LowRankUpdate(b, a), weight))
+    return updates
 
 
 def _dense(update: LowRankUpdate | Tensor) -> Tensor:

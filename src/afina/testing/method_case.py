@@ -26,8 +26,8 @@ def tokens(width: int) -> Callable[[], Tensor]:
 
 # module kind -> (the frozen module, an input of it): rows of a batch for convolutions, else tokens
 MODULE_KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "linear-narrow": (lambda: nn.Linear(23, 6), tokens(23)),
-    "linear-wide": (lambda: nn.Linear(7, 20, bias=False), tokens(7)),
+    "linear-down": (lambda: nn.Linear(23, 6), tokens(23)),
+    "linear-up": (lambda: nn.Linear(7, 20, bias=False), tokens(7)),
     "linear-square": (lambda: nn.Linear(11, 11), tokens(11)),
     "conv1d-gpt2": (lambda: Conv1D(13, 9), tokens(9)),
     "conv1d": (
@@ -96,7 +96,7 @@ class MethodCase:
         """Return the adapter's layer."""
         return adapter.layers["layer"]
 
-    def wide(self, adapter: Adapter) -> Adapter:
+    def to_float64(self, adapter: Adapter) -> Adapter:
         """Convert the adapter to float64 and return it."""
         self.delta(adapter).double()
         return adapter

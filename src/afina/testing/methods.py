@@ -75,7 +75,7 @@ def off_is_the_base(case: MethodCase) -> None:
 
 def merged_is_adapted(case: MethodCase) -> None:
     """Check that the merged weight gives the adapted output, float64, to 1e-9."""
-    adapter = case.wide(case.put())
+    adapter = case.to_float64(case.put())
     adapted = case.run(ON)
     merged = nn.Sequential(merged_module(case, adapter), case.model.after)
     torch.testing.assert_close(merged(case.x), adapted, rtol=1e-9, atol=1e-9)
@@ -134,15 +134,15 @@ def a_base_in_16_bits_runs(case: MethodCase) -> None:
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in adapter.parameters())
-    wide = MethodCase(case.method, case.kind, case.spec)  # the same numbers in float32
-    wide.model.load_state_dict(
-        {name: t.to(wide.before[name].dtype) for name, t in low.before.items()}
+    exact = MethodCase(case.method, case.kind, case.spec)  # the same numbers in float32
+    exact.model.load_state_dict(
+        {name: t.to(exact.before[name].dtype) for name, t in low.before.items()}
     )
-    wide.x = low.x.float() if low.x.is_floating_point() else low.x
+    exact.x = low.x.float() if low.x.is_floating_point() else low.x
     load_state(
-        wide.put(noise=0.0), {name: t.float() for name, t in tensors_of(adapter).items()}, "here"
+        exact.put(noise=0.0), {name: t.float() for name, t in tensors_of(adapter).items()}, "here"
     )
-    torch.testing.assert_close(y.float(), wide.run(ON), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(y.float(), exact.run(ON), rtol=0.05, atol=0.05)
 
 
 def two_adapters_do_not_touch_each_other(case: MethodCase) -> None:
@@ -165,8 +165,8 @@ def two_adapters_add_up(case: MethodCase) -> None:
     """Check that the outputs of two active adapters are summed by their weights."""
     case.model = nn.Sequential()
     case.model.add_module("layer", case.frozen)
-    case.wide(case.put("a"))
-    case.wide(case.put("b", seed=5))
+    case.to_float64(case.put("a"))
+    case.to_float64(case.put("b", seed=5))
     both = Segments(global_adapters=(("a", 1.0), ("b", 0.5)))
     if case.replaces:
         with raises(SettingsError, match="alone"):
@@ -176,16 +176,16 @@ def two_adapters_add_up(case: MethodCase) -> None:
     torch.testing.assert_close(case.run(both), a + 0.5 * (b - base), rtol=1e-9, atol=1e-9)
 
 
-def rows_are_everywhere_on_their_tokens(case: MethodCase) -> None:
+def spans_equal_all_tokens_on_their_range(case: MethodCase) -> None:
     """Check that a segment has the output of its adapter on all tokens, and others the base's."""
-    case.wide(case.put())
+    case.to_float64(case.put())
     rows = Segments(spans=(Segment(0, 2, "a"), Segment(4, NUM_TOKENS, "a")), unit=case.unit)
     if case.replaces:
         with raises(SettingsError, match="on all tokens"):
             case.run(rows)
         return
-    whole, base, some = case.run(ON), case.run(NO_ADAPTERS), case.run(rows)
-    torch.testing.assert_close(some[[0, 1, 4, 5]], whole[[0, 1, 4, 5]], rtol=1e-9, atol=1e-9)
+    complete, base, some = case.run(ON), case.run(NO_ADAPTERS), case.run(rows)
+    torch.testing.assert_close(some[[0, 1, 4, 5]], complete[[0, 1, 4, 5]], rtol=1e-9, atol=1e-9)
     assert torch.equal(some[2:4], base[2:4])
     halves = Segments(
         spans=(Segment(0, 3, "a", 0.5), Segment(3, NUM_TOKENS, "a", 0.5)), unit=case.unit
@@ -197,7 +197,7 @@ def the_weight_scales_the_delta(case: MethodCase) -> None:
     """Check that the weight scales what the adapter adds."""
     case.model = nn.Sequential()
     case.model.add_module("layer", case.frozen)
-    case.wide(case.put())
+    case.to_float64(case.put())
     if case.replaces:
         with raises(SettingsError, match="weight 1"):
             case.run(HALF)
@@ -213,7 +213,7 @@ def the_weight_scales_the_delta(case: MethodCase) -> None:
 
 def gradients_are_finite_differences(case: MethodCase) -> None:
     """Check all gradients against finite differences, float64."""
-    adapter = case.wide(case.put())
+    adapter = case.to_float64(case.put())
     delta = case.delta(adapter)
     for name in delta.no_grad_terms:
         value = getattr(delta, name)()
@@ -240,7 +240,7 @@ def shapes_on_disk_follow_the_rules(case: MethodCase) -> None:
 
 def low_rank_factors_are_the_update(case: MethodCase) -> None:
     """Check that the factors of `as_low_rank` multiply to the update, float64, to 1e-9."""
-    delta = case.delta(case.wide(case.put()))
+    delta = case.delta(case.to_float64(case.put()))
     factors = delta.as_low_rank()
     if factors is None:
         assert delta.low_rank_tensors is None
@@ -254,7 +254,7 @@ FLOAT64_PROMISES = {
     low_rank_factors_are_the_update,
     merged_is_adapted,
     two_adapters_add_up,
-    rows_are_everywhere_on_their_tokens,
+    spans_equal_all_tokens_on_their_range,
     the_weight_scales_the_delta,
     gradients_are_finite_differences,
 }
@@ -269,7 +269,7 @@ METHOD_PROMISES = [
     a_base_in_16_bits_runs,
     two_adapters_do_not_touch_each_other,
     two_adapters_add_up,
-    rows_are_everywhere_on_their_tokens,
+    spans_equal_all_tokens_on_their_range,
     the_weight_scales_the_delta,
     gradients_are_finite_differences,
     shapes_on_disk_follow_the_rules,

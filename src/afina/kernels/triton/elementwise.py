@@ -14,16 +14,16 @@ def _norm(x, weight, grad, out, width, eps, BACK: tl.constexpr, BLOCK: tl.conste
     start = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     there = at < width
-    wide = tl.load(x + start + at, mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + start + at, mask=there, other=0.0).to(tl.float32)
     factor = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / width + eps)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / width + eps)
     if BACK:
         inner = tl.load(grad + start + at, mask=there, other=0.0).to(tl.float32) * factor
-        normed = wide * scale
-        made = (inner - normed * (tl.sum(inner * normed) / width)) * scale
+        normed = value * scale
+        result = (inner - normed * (tl.sum(inner * normed) / width)) * scale
     else:
-        made = wide * scale * factor
-    tl.store(out + start + at, made.to(out.dtype.element_ty), mask=there)
+        result = value * scale * factor
+    tl.store(out + start + at, result.to(out.dtype.element_ty), mask=there)
 
 
 def _run_norm(x: Tensor, weight: Tensor, grad: Tensor, eps: float, back: bool) -> Tensor:
@@ -66,10 +66,10 @@ def _swiglu(gate, up, grad, out, of_up, count, BACK: tl.constexpr, BLOCK: tl.con
         d = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
         silu = g * sigmoid
         tl.store(of_up + at, (d * silu).to(of_up.dtype.element_ty), mask=there)
-        made = d * u * (sigmoid + silu * (1.0 - sigmoid))
+        result = d * u * (sigmoid + silu * (1.0 - sigmoid))
     else:
-        made = g * sigmoid * u
-    tl.store(out + at, made.to(out.dtype.element_ty), mask=there)
+        result = g * sigmoid * u
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=there)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _rotary(
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """Heads x (T, heads, d) turned by cos and sin (T, d), or turned back."""
+    """Return heads x `(T, heads, d)` rotated by cos and sin `(T, d)`, or back."""
     tokens, heads, width = x.shape
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     y, sizes = (

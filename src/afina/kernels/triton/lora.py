@@ -52,12 +52,12 @@ def _into(
     dtype = x.dtype.element_ty
     matrix = tl.load(matrices + adapter).to(tl.pointer_type(dtype))
     token = tile * TILE + tl.arange(0, TILE)
-    acting = (token >= start) & (token < end)
+    active = (token >= start) & (token < end)
     rank = first + tl.arange(0, WIDTH)
     sums = tl.zeros([TILE, WIDTH], tl.float32)
     for begin in range(part * span, tl.minimum(part * span + span, columns), COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
-        there = acting[:, None] & (column < columns)[None, :]
+        there = active[:, None] & (column < columns)[None, :]
         some = tl.load(
             x + token.to(tl.int64)[:, None] * columns + column[None, :], mask=there, other=0.0
         )
@@ -65,10 +65,10 @@ def _into(
             where = column.to(tl.int64)[:, None] * ranks + rank[None, :]
         else:
             where = rank.to(tl.int64)[None, :] * columns + column[:, None]
-        thin = tl.load(
+        low_rank = tl.load(
             matrix + where, mask=(rank < ranks)[None, :] & (column < columns)[:, None], other=0.0
         )
-        sums = tl.dot(some, thin, sums, input_precision="ieee")
+        sums = tl.dot(some, low_rank, sums, input_precision="ieee")
     inner = tl.arange(0, TILE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(
         low + (part * strip_count + strip).to(tl.int64) * TILE * WIDTH + inner,
@@ -89,7 +89,7 @@ def _low(low, strip, strip_count, PARTS: tl.constexpr, TILE: tl.constexpr, WIDTH
 @triton.jit
 def _out_of(
     y,
-    made,
+    result,
     low,
     matrices,
     strips,
@@ -103,7 +103,7 @@ def _out_of(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write made[tile, columns] = y + the outputs of the tile's strips."""
+    """Write result[tile, columns] = y + the outputs of the tile's strips."""
     tile = tl.program_id(0)
     token, column = (
         tile * TILE + tl.arange(0, TILE),
@@ -122,27 +122,27 @@ def _out_of(
             at = column.to(tl.int64)[None, :] * ranks + rank[:, None]
         else:
             at = rank.to(tl.int64)[:, None] * columns + column[None, :]
-        wide = tl.load(
+        factor = tl.load(
             matrix + at, mask=(rank < ranks)[:, None] & (column < columns)[None, :], other=0.0
         )
         sums = tl.dot(
             _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(dtype),
-            wide,
+            factor,
             sums,
             input_precision="ieee",
         )
-    tl.store(made + where, sums.to(dtype), mask=there)
+    tl.store(result + where, sums.to(dtype), mask=there)
 
 
 @triton.jit
 def _across(
     x,
     low,
-    made,
+    result,
     strips,
     order,
     firsts,
-    places,
+    offsets,
     tokens,
     columns,
     strip_count,
@@ -153,7 +153,7 @@ def _across(
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write made[split, ranks of an adapter, columns]: low^T x of every SPLITS-th strip."""
+    """Write result[split, ranks of an adapter, columns]: low^T x of every SPLITS-th strip."""
     group, split = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     dtype = x.dtype.element_ty
@@ -166,12 +166,12 @@ def _across(
             x + token.to(tl.int64)[:, None] * columns + column[None, :], mask=there, other=0.0
         )
         # zero for tokens outside the strip
-        thin = _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(dtype)
-        sums = tl.dot(tl.trans(thin), some, sums, input_precision="ieee")
-    place, ranks = tl.load(places + 2 * group), tl.load(places + 2 * group + 1)
+        low_rank = _low(low, strip, strip_count, PARTS, TILE, WIDTH).to(dtype)
+        sums = tl.dot(tl.trans(low_rank), some, sums, input_precision="ieee")
+    offset, ranks = tl.load(offsets + 2 * group), tl.load(offsets + 2 * group + 1)
     rank = tl.arange(0, WIDTH)
-    where = (split * rank_count + place + rank).to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(made + where, sums, mask=(rank < ranks)[:, None] & (column < columns)[None, :])
+    where = (split * rank_count + offset + rank).to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(result + where, sums, mask=(rank < ranks)[:, None] & (column < columns)[None, :])
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class SegmentTiling:
         order: `(count,)` int32: strips sorted by adapter and rank.
         group_firsts: `(groups + 1,)` int32: where each group, `width` ranks of an adapter, starts
             in `order`.
-        places: `(groups, 2)` int32: a group's first row among all ranks, and its number of rows.
+        offsets: `(groups, 2)` int32: a group's first row among all ranks, and its number of rows.
     """
 
     tile: int
@@ -202,12 +202,12 @@ class SegmentTiling:
     firsts: Tensor
     order: Tensor
     group_firsts: Tensor
-    places: Tensor
+    offsets: Tensor
 
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return len(self.places)
+        return len(self.offsets)
 
 
 @lru_cache(maxsize=64)
@@ -221,21 +221,21 @@ def build_tiling(
     """Return the strips of rows (start, end, adapter) over `tokens` tokens."""
     tile = 16 if tokens <= 64 else 32 if tokens <= 1024 else 64
     width = min(64, max(16, triton.next_power_of_2(-(-sum(ranks) // max(1, len(ranks))))))
-    made: list[tuple[tuple[int, ...], float]] = []
+    result: list[tuple[tuple[int, ...], float]] = []
     for (start, end, k), weight in zip(rows, weights, strict=True):
         tiles = range(start // tile, -(-end // tile)) if start < end else ()
-        made += [
+        result += [
             ((t, start, end, k, r, ranks[k]), weight)
             for t in tiles
             for r in range(0, ranks[k], width)
         ]
-    made.sort(key=lambda strip: strip[0][0])
-    strips = [strip for strip, _ in made]
+    result.sort(key=lambda strip: strip[0][0])
+    strips = [strip for strip, _ in result]
     firsts = _starts([strip[0] for strip in strips], -(-tokens // tile))
     order = sorted(range(len(strips)), key=lambda n: strips[n][3:5])
     groups = sorted({strip[3:5] for strip in strips})
-    place = list(accumulate(ranks, initial=0))
-    rows_of = [(place[k] + r, min(width, ranks[k] - r)) for k, r in groups]
+    offset = list(accumulate(ranks, initial=0))
+    rows_of = [(offset[k] + r, min(width, ranks[k] - r)) for k, r in groups]
     number = {group: n for n, group in enumerate(groups)}
     group_firsts = _starts([number[strips[n][3:5]] for n in order], len(groups))
 
@@ -246,12 +246,12 @@ def build_tiling(
             .to(device)
         )
 
-    of_strips = torch.tensor([weight for _, weight in made], dtype=torch.float32).to(device)
+    of_strips = torch.tensor([weight for _, weight in result], dtype=torch.float32).to(device)
     return SegmentTiling(
         tile,
         width,
         len(strips),
-        place[-1],
+        offset[-1],
         tensor(strips, 6),
         of_strips,
         tensor(firsts),
@@ -277,8 +277,8 @@ def _plan_of(x: Tensor, table: Tensor, weights: Tensor, matrices: list[Tensor]) 
 
 
 @lru_cache(maxsize=4096)
-def _addresses(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(places, dtype=torch.int64).to(device)
+def _addresses(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(offsets, dtype=torch.int64).to(device)
 
 
 class _Matrices:
@@ -286,8 +286,8 @@ class _Matrices:
 
     def __init__(self, matrices: list[Tensor]) -> None:
         self.across = all(m.T.is_contiguous() and not m.is_contiguous() for m in matrices)
-        self.held = matrices if self.across else [m.contiguous() for m in matrices]
-        self.table = _addresses(tuple(m.data_ptr() for m in self.held), matrices[0].device)
+        self.matrices = matrices if self.across else [m.contiguous() for m in matrices]
+        self.table = _addresses(tuple(m.data_ptr() for m in self.matrices), matrices[0].device)
 
 
 def _run_into(x: Tensor, matrices: _Matrices, plan: SegmentTiling) -> Tensor:
@@ -319,10 +319,10 @@ def _run_into(x: Tensor, matrices: _Matrices, plan: SegmentTiling) -> Tensor:
 
 def _run_out_of(y: Tensor, low: Tensor, matrices: _Matrices, plan: SegmentTiling) -> Tensor:
     tokens, columns = y.shape
-    made = torch.empty_like(y)
+    result = torch.empty_like(y)
     _out_of[(len(plan.firsts) - 1, triton.cdiv(columns, COLUMNS))](
         y,
-        made,
+        result,
         low,
         matrices.table,
         plan.strips,
@@ -336,7 +336,7 @@ def _run_out_of(y: Tensor, low: Tensor, matrices: _Matrices, plan: SegmentTiling
         WIDTH=plan.width,
         COLUMNS=COLUMNS,
     )
-    return made
+    return result
 
 
 def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -> list[Tensor]:
@@ -347,15 +347,15 @@ def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -
         if splits == 8:
             break
         splits *= 2
-    made = torch.zeros(splits, plan.rank_count, columns, dtype=torch.float32, device=x.device)
+    result = torch.zeros(splits, plan.rank_count, columns, dtype=torch.float32, device=x.device)
     _across[(plan.groups, blocks, splits)](
         x,
         low,
-        made,
+        result,
         plan.strips,
         plan.order,
         plan.group_firsts,
-        plan.places,
+        plan.offsets,
         tokens,
         columns,
         plan.count,
@@ -366,7 +366,7 @@ def _run_across(x: Tensor, low: Tensor, plan: SegmentTiling, ranks: list[int]) -
         WIDTH=plan.width,
         COLUMNS=COLUMNS,
     )
-    return [part.to(x.dtype, copy=True) for part in made.sum(0).split(ranks)]
+    return [part.to(x.dtype, copy=True) for part in result.sum(0).split(ranks)]
 
 
 def grouped_lora(
@@ -393,7 +393,7 @@ def grouped_lora_backward(
         )
     grad, x, ranks = grad.contiguous(), x.contiguous(), [len(t) for t in a]
     of_a, of_b = _Matrices(a), _Matrices(bt)
-    thin = _run_into(grad, of_b, plan)
-    grad_x = _run_out_of(torch.zeros_like(x), thin, of_a, plan)
+    low_rank = _run_into(grad, of_b, plan)
+    grad_x = _run_out_of(torch.zeros_like(x), low_rank, of_a, plan)
     low = _run_into(x, of_a, plan)
-    return grad_x, _run_across(x, thin, plan, ranks), _run_across(grad, low, plan, ranks)
+    return grad_x, _run_across(x, low_rank, plan, ranks), _run_across(grad, low, plan, ranks)

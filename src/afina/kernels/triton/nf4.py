@@ -119,7 +119,7 @@ def _few(
         at = start + tl.arange(0, DEPTH)[None, :]
         block = out.to(tl.int64)[:, None] * per_row + at
         absmax = _absmax(scales, superscales, offset, levels8, block, real & (at < per_row))
-        wide = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUT, DEPTH, 32)), (OUT, DEPTH * 32))
+        scale = tl.reshape(tl.broadcast_to(absmax[:, :, None], (OUT, DEPTH, 32)), (OUT, DEPTH * 32))
         byte = start * 32 + tl.arange(0, DEPTH * 32)[None, :]
         where = out.to(tl.int64)[:, None] * row_bytes + byte
         packed = tl.load(codes + where, mask=real & (byte < row_bytes), other=0).to(tl.int32)
@@ -129,8 +129,8 @@ def _few(
         odd = tl.load(
             x + row * width + 2 * byte + 1, mask=(row < rows) & (2 * byte + 1 < width), other=0.0
         )
-        high = (tl.load(levels + (packed >> 4)) * wide).to(dtype)
-        low = (tl.load(levels + (packed & 15)) * wide).to(dtype)
+        high = (tl.load(levels + (packed >> 4)) * scale).to(dtype)
+        low = (tl.load(levels + (packed & 15)) * scale).to(dtype)
         sums = tl.dot(even, tl.trans(high), sums, input_precision="ieee")
         sums = tl.dot(odd, tl.trans(low), sums, input_precision="ieee")
     if BIASED:
