@@ -202,7 +202,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         ("missing", r"missing: 1 tensor, the first: .*down_proj.lora_A"),
         ("unknown", r"without a module: 1 tensor, the first: .*layers.3.mlp.up_proj.extra"),
         ("shape", r"down_proj.lora_A.weight has the wrong shape"),
-        ("no-layer", r"the base has no such layer"),
+        ("no-layer", r"the base has no such module"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -271,7 +271,7 @@ def test_another_base_is_refused_by_its_hash(
 ) -> None:
     config = load_base(str(tiny)).model.config
     other = load_base(str(save_model(tmp_path / "other", config, tokenizer, seed=7)))
-    with pytest.raises(AdapterError, match="made for another base") as caught:
+    with pytest.raises(AdapterError, match="trained on another base") as caught:
         load_adapter(saved, other)
     assert "--allow-other-base" in str(caught.value)
     load_adapter(saved, other, allow_other_base=True)

@@ -235,7 +235,7 @@ def test_damaged_headers_and_lists(broken: Path) -> None:
     content = index.read_text()
     for damaged in ("{", "[]", "{}"):
         index.write_text(damaged)
-        assert "cannot read the list of weight files" in str(refused(broken))
+        assert "cannot read the index of weight files" in str(refused(broken))
     index.write_text(content)
     shard = sorted(broken.glob("*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
@@ -271,8 +271,8 @@ def test_pickled_weights_name_the_command_that_converts_them(
         object, old / "training_args.bin"
     )  # what transformers' Trainer leaves beside it, not for opening
     error = refused(old)
-    assert "can run code when opened" in str(error)
-    assert error.hint == f"convert them once: python -m afina.models.convert {old} NEW_FOLDER"
+    assert "opening them can run code" in str(error)
+    assert error.hint == f"convert them: python -m afina.models.convert {old} NEW_FOLDER"
     convert(old, tmp_path / "new")
     again = load_base(str(tmp_path / "new"))
     assert again.hash
@@ -302,7 +302,7 @@ def test_code_of_a_models_own_is_not_run_unless_told(tiny: Path, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "odd.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     error = refused(folder)
-    assert "Python code of its own" in str(error)
+    assert "contains Python code" in str(error)
     assert "--trust-remote-code" in str(error.hint)
     assert not (tmp_path / "ran").exists()
 
@@ -376,7 +376,7 @@ def test_an_adapter_is_no_base(train: Train) -> None:
 
 def test_a_device_that_is_not_there() -> None:
     name = "mps" if not torch.backends.mps.is_available() else "cuda"
-    with pytest.raises(SettingsError, match="is not available here"):
+    with pytest.raises(SettingsError, match="is not available"):
         load_base(device=name)
 
 
@@ -845,7 +845,7 @@ def test_an_adapter_on_another_base_is_refused_everywhere(
         lambda: afina.evaluate(run.folder, base=other, limit=1),
         lambda: afina.merge(run.folder, base=other, output_dir=tmp_path / "merged"),
     ):
-        with pytest.raises(AfinaError, match="made for another base"):
+        with pytest.raises(AfinaError, match="trained on another base"):
             call()
     assert (
         afina.merge(run.folder, base=other, output_dir=tmp_path / "merged", allow_other_base=True)[

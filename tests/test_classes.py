@@ -508,7 +508,7 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
     assert fresh.hash == base.hash == run.record["base"]["hash"]
     judged = evaluate(run.folder, model=fresh)
     assert judged["classes"]["confusion"] == run.record["classes"]["confusion"]
-    with pytest.raises(AdapterError, match="made for another base"):
+    with pytest.raises(AdapterError, match="trained on another base"):
         evaluate(run.folder, model=made(1))
     whole = made()
     adapter = load_adapter(run.folder, whole)

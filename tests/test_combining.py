@@ -672,7 +672,7 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
         ("owns the token '<x>'", lambda: combine([a["few"], tmp_path / "tokens"], output_dir=out)),
         ("owns tokens", lambda: combine([a["few"], tmp_path / "pefts"], output_dir=out)),
         ("active alone", lambda: opened(tiny, f"{lora},{tmp_path / 'full'}")),
-        ("one adapter, and these are several", lambda: opened(tiny, f"{lora},{a['few']}").adapter),
+        ("needed, and these are several", lambda: opened(tiny, f"{lora},{a['few']}").adapter),
         (
             "'dare' was renamed.*\n.*--merge-method dare_linear",
             lambda: combine([lora], merge_method="dare", output_dir=out),

@@ -374,7 +374,7 @@ def test_only_the_blocks_are_quantised() -> None:
     assert "error" in str(report[0])
     kept = {name: tensor for name, tensor in before.items() if name in model.state_dict()}
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
-    with pytest.raises(BaseError, match="quantised already"):
+    with pytest.raises(BaseError, match="quantized already"):
         quantize_model(model)
 
 

@@ -105,7 +105,7 @@ class AdapterRegistry:
         """Register the adapter in `folder` (an adapter or run folder) as `name`.
 
         Raises:
-            AdapterError: it is damaged, made for another base, of a method that cannot be served,
+            AdapterError: it is damaged, trained on another base, of a method that cannot be served,
                 or the name is taken.
             AuditError: no audit report admits it.
         """
