@@ -439,7 +439,9 @@ def test_full_learns_what_no_layer_owns(
 ) -> None:
     """The class token and the positions of a ViT lie beside layers: full trains them, and the base keeps its own."""
     _vision("vit").save_pretrained(tmp_path / "vit")
-    run = learn(pictures, tmp_path / "vit", "full", max_steps=3)
+    run = learn(
+        pictures, tmp_path / "vit", "full", max_steps=3, classify={"head_init": "random"}
+    )
     base = opened(run, tmp_path / "vit")
     before = state(base.model)
     total = sum(p.numel() for p in base.model.parameters())

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from afina.comparison.split import ComparisonSplit, split_rows
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import write_json, write_text
 from afina.io.migrations import rename_keys
+from afina.models.loading import configured_width
 from afina.objectives.registry import get_objective
 from afina.settings import CompareSettings, TrainSettings, as_settings
 from afina.training.setup.set_up import default_learning_rate, set_up_run
@@ -153,8 +154,14 @@ class Comparison:
         shutil.rmtree(folder, ignore_errors=True)
         return cost
 
+    @cached_property
+    def width(self) -> int | None:
+        """Hidden size of the base."""
+        return configured_width(self.settings)
+
     def _usual(self, name: str) -> float:
-        return default_learning_rate(self.preset(name).method, get_objective(self.rows.objective))
+        objective = get_objective(self.rows.objective)
+        return default_learning_rate(self.preset(name).method, objective, self.width)
 
     def schedule(
         self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int

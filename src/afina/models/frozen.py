@@ -26,6 +26,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def hidden_size(config: Any) -> int | None:
+    """Return the width of the (last) hidden states by a model's configuration; None if unknown."""
+    sizes = getattr(config, "hidden_sizes", None)
+    return sizes[-1] if sizes else getattr(config, "hidden_size", None)
+
+
 @dataclass
 class FrozenModel:
     """A frozen model to which adapters are attached, and from which they are detached.
@@ -57,6 +63,11 @@ class FrozenModel:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Width of the hidden states (of the last ones, where they differ); None if unknown."""
+        return hidden_size(getattr(self.model, "config", None))
 
     @cached_property
     def hash(self) -> str:

@@ -29,10 +29,12 @@ from afina.models.bnb_format import is_quantized
 from afina.models.causal_lm import CausalLM
 from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import install_fast_modules
+from afina.models.frozen import hidden_size
 from afina.models.nf4 import LayerQuantization
 from afina.models.nf4_loading import load_nf4, read_nf4
 from afina.models.packed_attention import ATTENTION_NAME
 from afina.settings import EMBEDDED
+from afina.settings.common import ModelSettings
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -302,6 +304,12 @@ def _load_complete(folder: Path, name: str, options: dict[str, Any]) -> PreTrain
             hint="download the model again",
         )
     return model
+
+
+def configured_width(settings: ModelSettings) -> int | None:
+    """Return the hidden size of the settings' base by its config.json; raise `BaseError`."""
+    folder = resolve_model_dir(settings.base, settings.revision, weights=False)
+    return hidden_size(load_config(folder, settings.base, settings.trust_remote_code))
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:

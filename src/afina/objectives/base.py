@@ -23,6 +23,7 @@ from afina.adapters.active import ActiveAdapters
 from afina.models.frozen import FrozenModel
 
 if TYPE_CHECKING:
+    from afina.adapters.attach import Adapter
     from afina.adapters.load_run import LoadedRun
     from afina.data.renderer import Example
     from afina.objectives.prepared import PreparedData
@@ -73,6 +74,7 @@ class Objective:
     head: ClassVar[str | None] = None  # module that the objective adds to the base
     saves_head: ClassVar[bool] = True  # whether that module is part of the saved adapter
     default_learning_rate_factor: ClassVar[float] = 1.0
+    min_default_steps: ClassVar[int] = 100  # of a run whose length is not given
     shares_base: ClassVar[bool] = True  # several runs can train on one loaded base
     shares_pass: ClassVar[bool] = False  # micro-batches of several runs can share a forward pass
     supports_processes: ClassVar[bool] = True  # runs under torchrun and FSDP
@@ -173,6 +175,10 @@ class Objective:
     def step_workload(self) -> "StepWorkload | None":
         """Return what an optimizer step computes, for the planner; None where it is not known."""
         return None
+
+    def initialize(self, adapter: "Adapter") -> bool:
+        """Set what a new run starts from; return whether that is a result worth keeping."""
+        return False
 
     def start_run(self, folder: Path) -> None:
         """Write into a run folder what must be known before the first step."""

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
+from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.segments import NO_ADAPTERS
 from afina.data.packing import IGNORE_INDEX
@@ -22,6 +24,8 @@ from afina.data.schemas import LABELED, LabeledRow
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import classification_scores, draw_confusion
+from afina.io.atomic import write_json
+from afina.io.strict_json import read_json_object
 from afina.models.classifier import Classifier, TokenPair, load_classifier
 from afina.objectives.base import LossSum, Objective, Units
 from afina.objectives.labeled_data import (
@@ -32,10 +36,17 @@ from afina.objectives.labeled_data import (
     split_by_class,
     tokenize_labeled_rows,
 )
+from afina.objectives.linear_probe import (
+    MAX_PROBE_ROWS,
+    fit_linear_probe,
+    head_features,
+    head_path,
+)
 from afina.objectives.prepared import PreparedData, describe_data, eval_rows_file
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
 
+PROBE_FILE = "probe.json"
 SORTING_WINDOW = 32  # batches whose rows are sorted by length together
 
 
@@ -169,6 +180,7 @@ class ClassificationObjective(PaddedObjective):
     units = Units("row", "classes")
     has_baseline = False
     report_key = "classes"
+    probe: Mapping[str, float] = MappingProxyType({})  # scores of the head that training began with
 
     def next_command(self, folder: Path) -> str:
         """Return the command that classifies an image or a text."""
@@ -209,6 +221,7 @@ class ClassificationObjective(PaddedObjective):
         size = rows_per_batch(settings, base, train)
         accumulation = settings.gradient_accumulation_steps
         task = cls(base, train, eval_rows, size, accumulation, settings.seed)
+        task.options = settings.group("classify")
         task.units = Units("row", "classes", "picture" if pictures else "token")
         return PreparedData(
             task=task,
@@ -282,8 +295,44 @@ class ClassificationObjective(PaddedObjective):
         return {"loss": self.eval_loss(active), "classes": scores}
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        """Return the scores of the trained classifier; without its head there is none before."""
-        return {**after["classes"], "verdict": []}
+        """Return the scores of the trained classifier and, in a run, those of the linear probe."""
+        scores = after["classes"]
+        if not self.probe:
+            return {**scores, "verdict": []}
+        sentence = (
+            f"A linear probe of the frozen base is right on {self.probe['accuracy']:.1f}% of the "
+            f"eval rows; after training, {scores['accuracy']:.1f}% are right."
+        )
+        return {**scores, "probe": self.probe, "verdict": [sentence]}
+
+    def initialize(self, adapter: Adapter) -> bool:
+        """Set the new head to the linear probe of the frozen base's features; False without one."""
+        path = head_path(self.base)
+        if path is None or self.options.head_init == "random":
+            return False
+        every = -(-len(self.train) // MAX_PROBE_ROWS)
+        rows = sorted(self.train[::every], key=self.length)  # rows of one length need no padding
+        parts = [rows[start : start + self._rows] for start in range(0, len(rows), self._rows)]
+        features = head_features(self.base, path, (self.collate(part, 0).inputs for part in parts))
+        targets = torch.tensor([row.target for row in rows], device=features.device)
+        head: Any = adapter.layers[path]
+        has_bias = getattr(head, "bias", None) is not None
+        weight, bias = fit_linear_probe(features, targets, len(self.base.labels), has_bias)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if has_bias:
+                head.bias.copy_(bias)
+        scores = self.evaluate(adapter.active)
+        self.probe = {"loss": scores["loss"], "accuracy": scores["classes"]["accuracy"]}
+        return True
+
+    def start_run(self, folder: Path) -> None:
+        """Record the scores of the linear probe, or read them where the run is resumed."""
+        file = folder / PROBE_FILE
+        if self.probe:
+            write_json(file, self.probe)
+        elif file.is_file():
+            self.probe = read_json_object(file)
 
     def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:
         """Draw the confusion table into `file`, where `write`, and record its path."""

@@ -67,6 +67,7 @@ class PolicyObjective(Objective):
     units = Units("answer", "")
     needs_reference = True
     default_learning_rate_factor = 0.1
+    min_default_steps = 1  # answers are sampled in each: a step takes minutes
     shares_base = False
     supports_processes = False
     maximizes_reward = True

@@ -34,7 +34,7 @@ from afina.planning.run_step import full_load, make_step, run_step
 from afina.planning.step_cost import StepCost
 from afina.settings import PlanSettings, TrainSettings, make_settings, resolved
 from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
-from afina.training.setup.set_up import RunSetup, default_out, set_up_run
+from afina.training.setup.set_up import RunSetup, default_out, run_length, set_up_run
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 UNKNOWN_WORKLOAD = StepWorkload(())  # full batches, and nothing in addition
@@ -251,13 +251,13 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
         settings.gradient_accumulation_steps,
         settings.seed,
     )
-    steps = max(1, round(settings.num_train_epochs * sampler.steps_per_epoch))
+    objective = get_objective(read.objective)
     return _Rows(
         about={**about, "objective": read.objective, "skipped": read.skipped} | read.counts,
         example=read.renderer.format_loss_mask(read.train[0]),
         used={"objective": read.objective, "max_length": read.renderer.max_length},
         workload=packed_workload(sampler, read.eval_examples),
-        steps=settings.max_steps or steps,
+        steps=run_length(settings, objective, sampler.steps_per_epoch),
     )
 
 

@@ -30,6 +30,15 @@ def declare_objective(name: str) -> None:
         _declared.append(name)
 
 
+@register_group("classify")
+class ClassifySettings(ObjectiveSettings):
+    """Settings of classification."""
+
+    head_init: Literal["probe", "random"] = setting(
+        "start of a new head. probe: logistic regression on the frozen base's features", "probe"
+    )
+
+
 class PreferenceSettings(ObjectiveSettings):
     """Settings of every objective that learns from preferences."""
 

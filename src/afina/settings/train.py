@@ -105,7 +105,10 @@ class TrainSettings(GroupedSettings):
     )
     skip_bad_rows: bool = setting("skip rows that cannot be used, and list them", False, job=True)
     # training
-    num_train_epochs: float = setting("passes over the rows (epochs)", 3.0, gt=0)
+    num_train_epochs: float | None = setting(
+        "passes over the rows (epochs); by default 3, and as many more as give 100 optimizer steps",
+        gt=0,
+    )
     max_steps: int | None = setting(
         "optimizer steps; takes precedence over num_train_epochs", ge=1, job=True
     )
@@ -114,8 +117,8 @@ class TrainSettings(GroupedSettings):
     )
     gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1, ge=1)
     learning_rate: float | None = setting(
-        "peak learning rate; by default 2e-4 for adapters, 2e-5 for full, a tenth of it for "
-        "preferences and rewards",
+        "peak learning rate; by default 2e-4 for adapters and 2e-5 for full on a base of hidden "
+        "size 4,096, more on narrower ones; a tenth of it for preferences and rewards",
         gt=0,
         job=True,
     )

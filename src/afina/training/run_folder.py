@@ -5,6 +5,7 @@ RUN/example.txt       one row as token ids are decoded, target tokens marked
 RUN/metrics.jsonl     one line per optimizer step
 RUN/eval.jsonl        the eval rows
 RUN/reference.json    dpo, kto, grpo, rloo and ppo: the reference policy
+RUN/probe.json        classify: scores of the linear probe that the head starts from
 RUN/completions/      grpo, rloo and ppo: some completions of each evaluation
 RUN/checkpoint/       the state from which --resume continues
 RUN/adapter/          the best adapter, in PEFT's format, and its routing profile

@@ -148,6 +148,11 @@ def _train_group(
     is_quiet = quiet or not processes.is_main_process
     display = NullProgress() if is_quiet else ProgressDisplay(setups)
     with processes.main_process_first():
+        # before the optimizers take their copies of the parameters
+        initialized = [
+            not _has_checkpoint(setup, folder) and setup.prepared.task.initialize(setup.adapter)
+            for setup, folder in zip(setups, folders, strict=True)
+        ]
         trainers = [
             Trainer(
                 setup,
@@ -162,8 +167,10 @@ def _train_group(
         new = [trainer for trainer in trainers if not _resume(trainer)]
     with display:
         with removed_on_failure([trainer.run for trainer in new]):
-            for trainer in trainers:
+            for trainer, is_candidate in zip(trainers, initialized, strict=True):
                 trainer.setup.prepared.task.start_run(trainer.run)
+                if is_candidate:
+                    trainer.evaluate()
                 if not trainer.progress.before:
                     baseline = trainer.setup.prepared.baseline
                     trainer.progress.before = _losses(trainer.setup, baseline)
@@ -172,12 +179,16 @@ def _train_group(
         return [failed.get(trainer) or _result(trainer) for trainer in trainers]
 
 
+def _has_checkpoint(setup: RunSetup, folder: Path) -> bool:
+    return setup.settings.resume and checkpoint.exists(folder)
+
+
 def _resume(trainer: Trainer) -> bool:
     """Load the checkpoint of a run, or begin its folder; return whether there was a checkpoint.
 
     A run that was interrupted before its first checkpoint begins again: nothing is lost.
     """
-    is_resumed = trainer.setup.settings.resume and checkpoint.exists(trainer.run)
+    is_resumed = _has_checkpoint(trainer.setup, trainer.run)
     if is_resumed:
         trainer.resume()
     elif trainer.world.is_main_process:

@@ -147,7 +147,7 @@ class Trainer:
             time.perf_counter() - start,
         )
         check = tick.step % setup.check_every == 0 or tick.step == setup.steps
-        tick = self._check(tick) if check else tick
+        tick = replace(tick, eval_loss=self.evaluate()) if check else tick
         tick = replace(tick, metrics=task.metrics(self.world.all_reduce))
         progress.seconds += time.perf_counter() - start
         self._log(tick)
@@ -173,8 +173,8 @@ class Trainer:
             else factor
         )
 
-    def _check(self, tick: StepMetrics) -> StepMetrics:
-        """Evaluate on the eval rows; save the adapter if it is the best so far."""
+    def evaluate(self) -> float:
+        """Return the loss on the eval rows; save the adapter if it is the best so far."""
         setup, progress = self.setup, self.progress
         setup.adapter.train(False)
         loss = self.world.broadcast(setup.prepared.task.eval_loss(setup.adapter.active))
@@ -187,7 +187,7 @@ class Trainer:
                 self.on_best(progress.step)
         else:
             progress.num_bad_evals += 1
-        return replace(tick, eval_loss=loss)
+        return loss
 
     def _log(self, tick: StepMetrics) -> None:
         if not self.world.is_main_process:

@@ -6,6 +6,7 @@ from typing import Any
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method
 from afina.errors import SettingsError
+from afina.models.loading import configured_width
 from afina.objectives.registry import get_objective
 from afina.server.errors import APIError, to_api_error
 from afina.server.jobs.requests import (
@@ -18,7 +19,13 @@ from afina.server.jobs.requests import (
 from afina.server.routes.files import path_of
 from afina.server.state import ServerState
 from afina.server.store import FileRow
-from afina.settings import TrainSettings, job_settings, make_settings, settings_groups
+from afina.settings import (
+    ServeSettings,
+    TrainSettings,
+    job_settings,
+    make_settings,
+    settings_groups,
+)
 from afina.training.setup.set_up import default_learning_rate
 
 SHARED_SETTINGS = (
@@ -56,7 +63,7 @@ def train_settings(
     values |= {"seed": seed, "data": str(path_of(state, training).resolve())}
     if validation is not None:
         values["eval_data"] = str(path_of(state, validation).resolve())
-    values |= _from_hyperparameters(body, hyperparameters) | body.afina
+    values |= _from_hyperparameters(body, hyperparameters, serve) | body.afina
     objective = JOB_OBJECTIVES[body.method.type]
     group = {**reward, **_from_method(hyperparameters)}
     if group:
@@ -75,14 +82,17 @@ def train_settings(
     return values
 
 
-def _from_hyperparameters(body: CreateJobRequest, given: Hyperparameters) -> dict[str, Any]:
+def _from_hyperparameters(
+    body: CreateJobRequest, given: Hyperparameters, serve: ServeSettings
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if given.n_epochs != "auto":
         values["num_train_epochs"] = given.n_epochs
     if body.method.type != "supervised":
         values["objective"] = JOB_OBJECTIVES[body.method.type]
     if given.learning_rate_multiplier != "auto":  # 1 is afina's own default
-        default = default_learning_rate("lora", get_objective(values.get("objective", "sft")))
+        objective = get_objective(values.get("objective", "sft"))
+        default = default_learning_rate("lora", objective, configured_width(serve))
         values["learning_rate"] = default * float(given.learning_rate_multiplier)
     if isinstance(given, ReinforcementParameters) and given.eval_interval != "auto":
         values["eval_steps"] = given.eval_interval

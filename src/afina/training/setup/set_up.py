@@ -25,7 +25,11 @@ from afina.training.setup.rank_allocation import resolve_auto_targets
 
 NAME = "adapter"
 AUTO = "auto"
-ADAPTER_LEARNING_RATE = {False: 2e-4, True: 2e-5}  # of adapters; of full
+# Peak rates on a base of hidden size 4,096. Narrower bases take larger ones: an adapter's grows as
+# 1 / width, as a hidden matrix's does under muP (arXiv 2203.03466), that of full as its root.
+ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
+REFERENCE_WIDTH, MAX_WIDTH_RATIO = 4096, 16.0
+DEFAULT_EPOCHS = 3.0
 STORED_NAMES = {"restart_steps": "restart_every"}  # in `options` of afina.json, which is hashed
 
 
@@ -165,10 +169,11 @@ def set_up_run(
             task.options, prepared.baseline, began_with, adapter.config.dropout
         )
     trained = (*adapter.config.target_modules, *adapter.config.modules_to_save)
-    rate = settings.learning_rate or default_learning_rate(method, task)
+    width = prepared.base.hidden_size
+    rate = settings.learning_rate or default_learning_rate(method, task, width)
     rates = match_patterns(settings.learning_rate_pattern, trained, "learning_rate_pattern")
     if task.head and not task.saves_head:  # it is initially zero, and needs a higher rate
-        head = max(rate, ADAPTER_LEARNING_RATE[method == "full"])
+        head = max(rate, method_learning_rate(method, width))
         rates = dict.fromkeys(adapter.config.modules_to_save, head) | rates
     return RunSetup(
         settings=settings,
@@ -176,12 +181,32 @@ def set_up_run(
         adapter=adapter,
         learning_rate=rate,
         rates=rates,
-        steps=settings.max_steps
-        or max(1, round(settings.num_train_epochs * prepared.task.steps_per_epoch)),
+        steps=run_length(settings, task, task.steps_per_epoch),
         steps_per_rollout=task.steps_per_rollout,
     )
 
 
-def default_learning_rate(method: str, objective: type[Objective] | Objective) -> float:
+def run_length(
+    settings: TrainSettings, objective: type[Objective] | Objective, steps_per_epoch: int
+) -> int:
+    """Return the optimizer steps of a run: as given, or 3 epochs and at least the objective's."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    if settings.num_train_epochs is not None:
+        return max(1, round(settings.num_train_epochs * steps_per_epoch))
+    return max(objective.min_default_steps, round(DEFAULT_EPOCHS * steps_per_epoch))
+
+
+def method_learning_rate(method: str, width: int | None) -> float:
+    """Return the usual peak learning rate of a method on a base of hidden size `width`."""
+    ratio = min(MAX_WIDTH_RATIO, REFERENCE_WIDTH / width) if width else 1.0
+    if method == "full":
+        return FULL_LEARNING_RATE * ratio**0.5
+    return ADAPTER_LEARNING_RATE * ratio
+
+
+def default_learning_rate(
+    method: str, objective: type[Objective] | Objective, width: int | None
+) -> float:
     """Return the usual learning rate of a method, scaled by the objective's factor."""
-    return ADAPTER_LEARNING_RATE[method == "full"] * objective.default_learning_rate_factor
+    return method_learning_rate(method, width) * objective.default_learning_rate_factor
