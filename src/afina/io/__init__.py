@@ -1,1 +1,1 @@
-"""Files: atomic writes, the strict readers of safetensors, JSON and adapter folders. No torch here."""
+"""Files: atomic writes, strict readers of safetensors, JSON and adapter folders; no torch."""

@@ -71,7 +71,7 @@ class AdapterConfig:
         return alpha / (rank**0.5 if self.scaling == "rslora" else rank)
 
     def canonical(self) -> dict[str, Any]:
-        """Return plain values under the keys of afina.json, of which the adapter's hash is made.
+        """Return plain values under the keys of afina.json, which the adapter's hash is of.
 
         The keys never change: another name would change the hash of every adapter.
         """

@@ -108,7 +108,7 @@ class AdapterFolder:
 
     @classmethod
     def read(cls, path: Path, strict: bool = False) -> "AdapterFolder":
-        """Read the adapter in `path` as `open` does, without comparing ranks: the audit lists them."""
+        """Read the adapter in `path` as `open` does, but without comparing ranks, for the audit."""
         folder = adapter_folder(path)
         limits = AUDIT_JSON if strict else ADAPTER_JSON
         peft = PeftConfig.from_file(folder / CONFIG_FILE, limits)
@@ -175,7 +175,7 @@ class AdapterFolder:
         return found
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return (out_features, in_features) of each module whose tensors tell them."""
+        """Return (out_features, in_features) of each module whose tensors determine them."""
         found = {}
         for path, parts in self.modules().items():
             for first, second in (
@@ -273,26 +273,26 @@ def _weights_file(folder: Path) -> Path:
 
 def _token_texts(peft: PeftConfig, tokenizer: Any, where: str) -> dict[str, int]:
     """Return the trained tokens of a PEFT configuration: text to id."""
-    place = f"{where}: trainable_token_indices"
+    location = f"{where}: trainable_token_indices"
     try:
         token_ids = peft.token_ids
     except ValueError as error:
-        raise AdapterError(str(error), where=place) from None
+        raise AdapterError(str(error), where=location) from None
     if not token_ids:
         return {}
     if tokenizer is None:
         why = "PEFT records tokens by id, and only the base's tokenizer has their texts"
-        raise AdapterError("this adapter owns tokens", where=place, why=why)
+        raise AdapterError("this adapter owns tokens", where=location, why=why)
     if token_ids[-1] >= len(tokenizer):
         why = f"the vocabulary ends at {len(tokenizer):,}"
         raise AdapterError(
-            f"token {token_ids[-1]:,} has no name in the base's tokenizer", where=place, why=why
+            f"token {token_ids[-1]:,} has no name in the base's tokenizer", where=location, why=why
         )
     texts = {tokenizer.convert_ids_to_tokens(token_id): token_id for token_id in token_ids}
     if None in texts:
         why = f"the vocabulary ends at {len(tokenizer):,}"
         raise AdapterError(
-            f"token {texts[None]:,} has no name in the base's tokenizer", where=place, why=why
+            f"token {texts[None]:,} has no name in the base's tokenizer", where=location, why=why
         )
     return texts
 

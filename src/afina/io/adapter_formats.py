@@ -7,7 +7,7 @@ own file by an entry point whose value is a module and the file's name in it:
     [project.entry-points."afina.formats"]
     vera = "afina_vera:formats.json"
 
-A shape rule is an expression of sizes, `(rank, channels, *kernel)`; two joined by `or`; or one under
+A shape rule is an expression of sizes, `(rank, channels, *kernel)`; two joined by `or`; or one per
 a condition, `(1, outputs, *ones) if kernel else (outputs,)`. The sizes of a module are
 
     inputs, outputs    width of its matrix: for convolutions inputs = channels x kernel

@@ -36,7 +36,7 @@ class _Part(BaseModel):
 
 
 class CanonicalConfig(_Part):
-    """`spec` of afina.json: the keys of `AdapterConfig.canonical()`, of which the hash is made."""
+    """`spec` of afina.json: the keys of `AdapterConfig.canonical()`, which the hash is of."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -74,7 +74,7 @@ class Parent(_Part):
 
 
 class RecordedChat(_Part):
-    """How an adapter is asked; `jinja` is the text of a template that came from a file."""
+    """Chat format of an adapter; `jinja` is the text of a template that came from a file."""
 
     template: Annotated[str, Field(max_length=4096)] | None = None
     kwargs: dict[Text, Any] = Field(default_factory=dict)
@@ -126,7 +126,7 @@ def read_metadata(folder: Path, limits: JsonLimits = ADAPTER_JSON) -> dict[str, 
 
 
 def check_version(version: Any, newest: int, where: str) -> None:
-    """Raise `AdapterError` where the format version of a file is no integer or newer than `newest`."""
+    """Raise `AdapterError` where a file's format version is no integer or above `newest`."""
     if type(version) is not int:
         what = f"format_version is {version!r:.40}"
         raise AdapterError(what, where=f"{where}: format_version", why="an integer is expected")

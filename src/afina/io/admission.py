@@ -1,11 +1,12 @@
-"""What has been audited, and whether it may be used: reports by the hash of an adapter's content.
+"""Admission of adapters: audit reports and revocations by the hash of an adapter's content.
 
-    AUDITS/HASH.json       the last report on that content: verdict, findings, what was looked at
-    AUDITS/revoked.jsonl   hashes that are refused whatever their reports say, with the reason
-    AUDITS/log.jsonl       every report, acceptance and revocation; each line holds the hash of the one before
+    AUDITS/HASH.json       the last report on that content: verdict, findings, gates run
+    AUDITS/revoked.jsonl   hashes that are rejected in spite of any report, with the reason
+    AUDITS/log.jsonl       every report, acceptance and revocation; each line has the previous hash
 
-AUDITS is $AFINA_AUDITS, or ~/.cache/afina/audits. It belongs to whoever may write there: that person could write a
-report by hand. It says what was seen, and is no signature; where others can write, set $AFINA_AUDITS elsewhere.
+AUDITS is $AFINA_AUDITS, or ~/.cache/afina/audits. A report is a record and no signature: every user
+with write permission there could write one by hand. Set $AFINA_AUDITS to a folder of your own where
+others can write.
 """
 
 import hashlib
@@ -22,22 +23,19 @@ from afina.io.atomic import write_json
 from afina.io.jsonl import append_jsonl, json_line
 
 HASH = re.compile(r"[0-9a-f]{64}")
-START = "0" * 64  # what the first line of the log follows
+START = "0" * 64  # previous hash of the log's first line
 
 
 def audits_folder() -> Path:
-    """$AFINA_AUDITS, or ~/.cache/afina/audits."""
-    told = os.environ.get("AFINA_AUDITS")
-    if told:
-        return Path(told).expanduser()
-    return (
-        Path(os.environ.get("AFINA_CACHE") or Path.home() / ".cache" / "afina").expanduser()
-        / "audits"
-    )
+    """Return $AFINA_AUDITS, or ~/.cache/afina/audits."""
+    if given := os.environ.get("AFINA_AUDITS"):
+        return Path(given).expanduser()
+    cache = os.environ.get("AFINA_CACHE") or Path.home() / ".cache" / "afina"
+    return Path(cache).expanduser() / "audits"
 
 
 def store_report(report: Mapping[str, Any]) -> Path:
-    """Write a report under the hash that it is of, and a line about it to the log; returns the file."""
+    """Store a report under its adapter's hash, and log it; return the file."""
     file = _file(str(report["hash"]))
     _log({"did": "audited", "hash": report["hash"], "verdict": report["verdict"]})
     write_json(file, report)
@@ -45,7 +43,11 @@ def store_report(report: Mapping[str, Any]) -> Path:
 
 
 def load_report(digest: str) -> dict[str, Any] | None:
-    """The last report on this content, or None; raises `AuditError` where it is damaged or of another adapter."""
+    """Return the last report on this content, or None.
+
+    Raises:
+        AuditError: The report is damaged, or of another adapter.
+    """
     file = _file(digest)
     if not file.is_file():
         return None
@@ -68,10 +70,18 @@ def load_report(digest: str) -> dict[str, Any] | None:
 
 
 def approved_report(digest: str, where: str = "", base: str | None = None) -> dict[str, Any]:
-    """The report that lets the content `digest` be used; raises `AuditError` where there is none.
+    """Return the report that approves the content `digest`.
 
-    It may be used when its last audit said allow, or said review and a person has accepted it since; never once revoked.
-    `base`: hash of the base that it shall act on, which must be the one that the audit looked at, if it had one.
+    Approved is a verdict of allow, and one of review that a person has accepted since; never
+    after a revocation.
+
+    Args:
+        digest: Hash of the adapter's content.
+        where: Name of the adapter in messages.
+        base: Hash of the base that it is used on: that of the audit, where the audit had one.
+
+    Raises:
+        AuditError: No report approves it.
     """
     where = where or digest[:12]
     reason = revocations().get(digest)
@@ -91,7 +101,7 @@ def approved_report(digest: str, where: str = "", base: str | None = None) -> di
         reasons = [
             finding["text"] for finding in report.get("findings", ()) if finding["level"] != "note"
         ]
-        review = f'look at it, then: afina audit {where} --accept "who, why"'
+        review = f'inspect it, then: afina audit {where} --accept "reviewer, reason"'
         hint = "do not use it" if report["verdict"] == "block" else review
         why = "; ".join(reasons[:3]) or None
         raise AuditError(
@@ -115,7 +125,7 @@ def require_report(require_audit: bool, digest: str, where: str, base: str | Non
 
 
 def revoke(digest: str, reason: str) -> None:
-    """Refuse this content from now on; raises `AuditError` where `digest` is no hash."""
+    """Reject this content from now on; raise `AuditError` where `digest` is no hash."""
     _file(digest)
     _log({"did": "revoked", "hash": digest, "reason": reason})
     append_jsonl(
@@ -132,20 +142,24 @@ def revocations() -> dict[str, str]:
 
 
 def read_log() -> list[dict[str, Any]]:
-    """The whole log; raises `AuditError` where a line was changed, taken out or put between."""
+    """Return the log; raise `AuditError` where a line was changed, removed or inserted."""
     file = audits_folder() / "log.jsonl"
     before, lines = START, _lines(file, ("after", "did", "hash", "at"))
     for number, line in enumerate(lines, 1):
         if line["after"] != before:
-            why = "its line before this one was changed or taken out"
+            why = "the previous line was changed or removed"
             raise AuditError("the audit log was tampered with", where=f"{file}:{number}", why=why)
-        before = hashlib.sha256(json_line(line, sort_keys=True).encode()).hexdigest()
+        before = _line_hash(line)
     return lines
+
+
+def _line_hash(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_line(line, sort_keys=True).encode()).hexdigest()
 
 
 def _log(event: dict[str, Any]) -> None:
     lines = read_log()
-    after = hashlib.sha256(json_line(lines[-1], sort_keys=True).encode()).hexdigest() if lines else START
+    after = _line_hash(lines[-1]) if lines else START
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"after": after, "at": now, **event}
     append_jsonl(audits_folder() / "log.jsonl", record, sort_keys=True)
@@ -179,6 +193,6 @@ def _file(digest: str) -> Path:
     if not HASH.fullmatch(digest):
         raise AuditError(
             f"{digest[:80]!r} is no hash of an adapter",
-            hint="64 digits; afina show --json tells an adapter's",
+            hint="64 digits; afina show --json prints that of an adapter",
         )
     return audits_folder() / f"{digest}.json"

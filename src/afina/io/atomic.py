@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, then renamed."""
+"""Atomic writes: files and folders are written under a temporary name, then renamed."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from afina.errors import AfinaError, SettingsError
 
 @contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full or closed disk into an error that says which, where and what to do."""
+    """Raise `AfinaError` with a hint where the disk is full or not writable."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 "the disk is full",
                 where=str(path),
                 why="nothing that was complete before is lost",
-                hint="free some space, then go on with --resume",
+                hint="free some space, then continue with --resume",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise AfinaError(
@@ -46,70 +46,69 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 "the disk is full",
                 where=str(path),
                 why="nothing that was complete before is lost",
-                hint="free some space, then go on with --resume",
+                hint="free some space, then continue with --resume",
             ) from error
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write `text` to `path` atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with translate_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("w", encoding="utf-8") as stream:
+            with temporary.open("w", encoding="utf-8") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())
-            beside.replace(path)
+            temporary.replace(path)
         finally:
-            with suppress(OSError):  # a parent that is a file: the error before this one says so
-                beside.unlink(missing_ok=True)
+            with suppress(OSError):  # a parent that is a file has raised already
+                temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON to `path`, whole or not at all."""
+    """Write `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write; when the block ends well it takes the place of `path`, else `path` stays as it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    made = not path.parent.exists()
+    """Yield a file to write, which replaces `path` at the end of the block; not after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    is_new_parent = not path.parent.exists()
     with translate_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield beside
-            beside.replace(path)
-            made = False
+            yield temporary
+            temporary.replace(path)
+            is_new_parent = False
         finally:
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
-                if made:
+                temporary.unlink(missing_ok=True)
+                if is_new_parent:
                     path.parent.rmdir()
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it takes the place of `path`, else `path` stays as it was."""
-    beside = path.with_name(f".{path.name}.new-{os.getpid()}")
+    """Yield a folder to fill, which replaces `path` at the end of the block; not after an error."""
+    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     with translate_os_errors(path):
         try:
-            shutil.rmtree(
-                beside, ignore_errors=True
-            )  # of a process killed earlier that had the same number, as in containers
-            beside.mkdir(parents=True)
-            yield beside
+            # of a killed process with the same id, as in containers
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
             if path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
-            beside.rename(path)
+            temporary.rename(path)
         finally:
             if old.exists() and not path.exists():
                 old.rename(path)
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -121,7 +120,7 @@ def require_new_directory(path: Path) -> None:
 
 
 def recover_interrupted_replace(path: Path) -> None:
-    """Bring back a folder whose replacement was cut off between its two renames, and sweep leftovers away."""
+    """Restore a folder whose replacement was interrupted between two renames; delete leftovers."""
     for old in path.parent.glob(f".{path.name}.old-*"):
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)

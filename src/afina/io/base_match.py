@@ -32,7 +32,7 @@ def same_base(first: RecordedBase, second: RecordedBase) -> bool | None:
 
 
 def canonical_name(name: str) -> str:
-    """Return the hub name of a folder in the hub's cache, the resolved path of a folder, or `name`."""
+    """Return the hub name of a folder in the hub's cache, a folder's resolved path, or `name`."""
     cached = HUB_CACHE.search(name)
     if cached:
         return f"{cached[1]}/{cached[2]}"

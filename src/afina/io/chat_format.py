@@ -1,4 +1,4 @@
-"""How a model is asked: chat template, its arguments and stop tokens, as one record.
+"""Chat format of a model: chat template, its arguments and stop tokens, as one record.
 
 settings ──> ChatFormat ──> run.json and afina.json, key `chat` ──> eval, generate, chat, serve,
                                                                    merged models and exports
@@ -22,7 +22,7 @@ FIELD_TYPES = {
 
 
 class HasChatFormat(Protocol):
-    """Settings that say how a model is asked."""
+    """Settings of a chat format."""
 
     @property
     def chat_template(self) -> str | None:
@@ -39,7 +39,7 @@ class HasChatFormat(Protocol):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model is asked.
+    """Chat format of a model.
 
     Attributes:
         template: "plain", "chatml", the path of a jinja file, or None for the tokenizer's own.
@@ -85,8 +85,8 @@ class ChatFormat:
     def record(self) -> dict[str, Any]:
         """Return the value of the key `chat` of run.json and afina.json.
 
-        It has the text of a template only where this is a file, which may be gone. The tokenizer
-        has its own, and an adapter from somebody else that brings none can be told by that.
+        It has the text of a template only where this is a file, which may be removed later. The
+        tokenizer has its own; an adapter of other authors that has none is recognized by that.
         """
         return {
             "template": self.template,
@@ -114,12 +114,13 @@ class ChatFormat:
     def exported_jinja(self) -> str | None:
         """The template for programs that know its text alone: the arguments are its defaults.
 
-        Who passes an argument of the same name overrides the default.
+        An argument of the same name overrides the default.
         """
         if self.jinja is None or not self.kwargs:
             return self.jinja
         defaults = "".join(
-            f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+            f"{{%- if {name} is not defined %}}"
+            f"{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
             for name, value in self.kwargs.items()
         )
         # ends in an expression: after a block tag, a line break of the template would be dropped

@@ -1,4 +1,4 @@
-"""Several adapters that are active together, each with a weight: on the command line and as a folder.
+"""Several adapters that are active together, each with a weight; as text and as a folder.
 
     A:0.6,B:0.4              two adapters or runs on the same tokens, without any file
 
@@ -116,15 +116,16 @@ def composition_parts(path: Path) -> list[tuple[Path, str, float]]:
 
 def _parse_part(path: Path, line: Any, where: str) -> tuple[Path, str, float]:
     fields = line if isinstance(line, dict) else {}
-    place, digest = fields.get("path"), fields.get("hash")
+    relative, digest = fields.get("path"), fields.get("hash")
     weight: Any = fields.get("weight")
     is_finite = type(weight) in (int, float) and math.isfinite(weight)
-    if not isinstance(place, str) or not isinstance(digest, str) or not is_finite:
+    if not isinstance(relative, str) or not isinstance(digest, str) or not is_finite:
         why = "path, hash and a finite weight are expected"
         raise AdapterError(f"a part is {line!r:.80}", where=where, why=why)
-    folder = path / place
-    if "\0" in place or not folder.resolve().is_relative_to(path.resolve()):
-        raise AdapterError("a part lies outside its composition", where=f"{where}: {place[:80]}")
+    folder = path / relative
+    if "\0" in relative or not folder.resolve().is_relative_to(path.resolve()):
+        location = f"{where}: {relative[:80]}"
+        raise AdapterError("a part lies outside its composition", where=location)
     return folder, digest, float(weight)
 
 
@@ -139,12 +140,15 @@ def hash_adapter_folder(folder: Path) -> str:
 
 
 def composition_hash(parts: Sequence[tuple[str, float]]) -> str:
-    """Return a composition's identity: SHA-256 (hex) over the sorted (hash, weight) of its parts."""
+    """Return a composition's identity: SHA-256 (hex) of the sorted (hash, weight) of its parts."""
     return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
 
 def write_composition(
-    out: Path, parts: Sequence[WeightedAdapter], base: Mapping[str, Any], metadata: Mapping[str, Any]
+    out: Path,
+    parts: Sequence[WeightedAdapter],
+    base: Mapping[str, Any],
+    metadata: Mapping[str, Any],
 ) -> str:
     """Copy the parts to `out` and list them in its afina.json; return the composition's hash."""
     hashes = [AdapterFolder.open(part.folder).verified_hash() for part in parts]
@@ -152,12 +156,12 @@ def write_composition(
     with atomic_directory(out) as folder:
         lines = []
         for number, (part, content) in enumerate(zip(parts, hashes, strict=True), 1):
-            place = f"{PARTS_DIR}/{number}-{display_name(part.folder)}"
-            (folder / place).mkdir(parents=True)
+            relative = f"{PARTS_DIR}/{number}-{display_name(part.folder)}"
+            (folder / relative).mkdir(parents=True)
             for name in (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE):
                 if (part.folder / name).is_file():
-                    shutil.copy2(part.folder / name, folder / place / name)
-            lines.append({"path": place, "hash": content, "weight": part.weight})
+                    shutil.copy2(part.folder / name, folder / relative / name)
+            lines.append({"path": relative, "hash": content, "weight": part.weight})
         about = {
             "format_version": FORMAT_VERSION,
             "afina": afina.__version__,

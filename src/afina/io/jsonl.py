@@ -33,7 +33,7 @@ def append_jsonl(
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log without lines that a crash left incomplete; none without a file."""
+    """Yield the records of a log without incomplete lines (after a crash); none without a file."""
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     for line in lines:
         try:

@@ -173,9 +173,7 @@ def migrate_comparison_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a comparison under today's names; those of version 2 are unchanged."""
     renamed = rename_keys(settings, COMPARISON_SETTINGS)
     variants = renamed.get("variants") or {}
-    return renamed | {
-        "variants": {name: migrate_settings(own) for name, own in variants.items()}
-    }
+    return renamed | {"variants": {name: migrate_settings(own) for name, own in variants.items()}}
 
 
 def migrate_comparison(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class NamePattern:
     def matches_end(self, path: str) -> bool:
         """Return whether the pattern matches the end of `path`, from a dot or the start on.
 
-        This is PEFT's rule, `re.match(rf"(.*\\.)?({pattern})$", path)`; PEFT's `$` is the path's end.
+        This is PEFT's rule, `re.match(rf"(.*\\.)?({pattern})$", path)`; `$` is the path's end.
         """
         starts = frozenset([0, *(n + 1 for n, character in enumerate(path) if character == ".")])
         return len(path) in _Matcher(path).sequence(self._nodes, starts)

@@ -64,7 +64,7 @@ MAX_RANK = 1 << 20
 EMPTY_VALUES: tuple[Any, ...] = (None, False, "", [], {})
 
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
-# an integer stays an integer: the adapter's hash is made of the number as it is written
+# an integer stays an integer: the adapter's hash is of the number as it is written
 Alpha = int | Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Text = Annotated[str, Field(max_length=4096)]

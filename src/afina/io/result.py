@@ -146,7 +146,7 @@ class Result(Mapping[str, Any]):
         ]
 
     def __getitem__(self, key: str) -> Any:
-        """Return the value of a JSON key; raise `KeyError` for one that the result does not have."""
+        """Return the value of a JSON key; raise `KeyError` for an unknown one."""
         if key not in self._names():
             raise KeyError(key)
         return getattr(self, key)

@@ -4,10 +4,10 @@
     header       JSON: {"name": {"dtype": "F32", "shape": [8, 64], "data_offsets": [0, 2048]}, ...}
     data         the tensors end to end
 
-For every file: the header starts with "{", is UTF-8, has every key once; numbers are integers; shape
-times element size is what the offsets span; the spans cover the data without hole or overlap. Audited
-adapters have the narrower `ADAPTER_LIMITS` besides. Parsers of the format differ in all of these, and
-what one skips another reads.
+For every file: the header starts with "{", is UTF-8, has every key once; numbers are integers;
+shape times element size is what the offsets span; the spans cover the data without hole or overlap.
+Audited adapters have the narrower `ADAPTER_LIMITS` besides. Parsers of the format differ in all of
+these, and what one skips another reads.
 """
 
 import json
@@ -91,7 +91,7 @@ ADAPTER_LIMITS = HeaderLimits(
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: dtype, shape, and the offsets of its bytes from the start of the file."""
+    """One tensor of a file: dtype, shape, and byte offsets from the start of the file."""
 
     name: str
     dtype: str
@@ -111,7 +111,7 @@ class TensorEntry:
 
 
 class _HeaderError(Exception):
-    """A fault in a header: subject, place inside the file, evidence."""
+    """A fault in a header: subject, name of the tensor, evidence."""
 
     def __init__(self, what: str, name: str = "", why: str | None = None) -> None:
         self.what, self.name, self.why = what, name, why
@@ -124,7 +124,7 @@ def read_header(
     """Return the tensors of a safetensors file by name, in the order of their bytes.
 
     Raises:
-        AfinaError: of the class `error`, where the file is missing, cut short, extended or malformed.
+        AfinaError: of the class `error`: the file is missing, cut short, extended or malformed.
     """
     try:
         with file.open("rb") as stream:
@@ -140,16 +140,14 @@ def read_open_header(
     limits: HeaderLimits = ADAPTER_LIMITS,
     error: type[AfinaError] = AdapterError,
 ) -> dict[str, TensorEntry]:
-    """Return the tensors of an open safetensors file; raise `error` on any fault, naming `where`."""
+    """Return the tensors of an open safetensors file; raise `error` with `where` on any fault."""
     hint = "download it again" if error is BaseError else "copy the adapter again"
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
     if not 2 <= length <= size - 8:
         why = f"header of {length:,} bytes in a file of {size:,} bytes"
-        raise error(
-            "not a safetensors file, or cut short", where=where, why=why, hint=hint
-        )
+        raise error("not a safetensors file, or cut short", where=where, why=why, hint=hint)
     if length > limits.max_header_bytes:
         why = f"at most {limits.max_header_bytes:,} bytes are read"
         raise error(f"header of {length:,} bytes", where=where, why=why)
@@ -177,9 +175,9 @@ def parse_header(
     try:
         return _parse_header(raw, num_bytes, offset, limits)
     except _HeaderError as fault:
-        place = f"{where}: {fault.name[:80]}" if fault.name else where
+        location = f"{where}: {fault.name[:80]}" if fault.name else where
         hint = "download it again" if error is BaseError else "copy the adapter again"
-        raise error(fault.what, where=place, why=fault.why, hint=hint) from None
+        raise error(fault.what, where=location, why=fault.why, hint=hint) from None
 
 
 def _parse_header(
@@ -279,7 +277,7 @@ def _are_integers(value: Any) -> bool:
 
 
 def check_safetensors(file: Path, error: type[AfinaError] = BaseError) -> None:
-    """Raise `error` unless the file is complete: as long as its header says, and well formed."""
+    """Raise `error` unless the file is complete: well formed, and as long as its header implies."""
     read_header(file, error=error)
 
 
@@ -297,7 +295,7 @@ def read_span(file: Path, begin: int, end: int, where: str) -> bytearray:
 def read_chunks(
     stream: BinaryIO, begin: int, end: int, where: str, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[bytes]:
-    """Yield bytes `begin` to `end` of a file in chunks; raise `AdapterError` where it ends early."""
+    """Yield bytes `begin` to `end` of a file in chunks; raise `AdapterError` at an early end."""
     stream.seek(begin)
     left = end - begin
     while left:
