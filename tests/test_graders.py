@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from afina.data.schemas import PROMPT
 from afina.data.table import read_table
 from afina.errors import AfinaError, DataError, SettingsError, TrainingError
+from afina.evaluation import metrics
 from afina.objectives.grader_formulas import make_formula
 from afina.objectives.graders import parse_grader
 from helpers import write_rows
@@ -342,3 +344,24 @@ def test_a_grader_judges_a_run(tiny: Path, general: Path, tmp_path: Path) -> Non
     bad = write_rows(tmp_path / "bad.jsonl", *({"prompt": f"say {n}"} for n in range(10)))
     with pytest.raises(AfinaError, match="reads a field that the row does not have"):
         train(bad, output_dir=tmp_path / "other", **values)
+
+
+@pytest.mark.parametrize("package", ["nltk", "rapidfuzz", "rouge_score"])
+def test_a_metric_without_its_package_names_the_extra_before_a_run(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = {"nltk": "gleu", "rapidfuzz": "fuzzy_match", "rouge_score": "rouge_3"}[package]
+    definition = {
+        "type": "text_similarity",
+        "name": "similar",
+        "input": "{{sample.output_text}}",
+        "reference": "{{item.reference}}",
+        "evaluation_metric": metric,
+    }
+    loaded = [name for name in sys.modules if name.partition(".")[0] == package]
+    for name in {package, *loaded}:
+        monkeypatch.setitem(sys.modules, name, None)
+    metrics._rouge_scorer.cache_clear()
+    with pytest.raises(SettingsError, match="is not installed") as caught:
+        parse_grader(definition, False)
+    assert caught.value.hint == "pip install 'afina[graders]'"

@@ -22,7 +22,7 @@ GRAPH: dict[str, tuple[str, ...]] = {
     "adapters": ("models",),
     "engine": ("adapters", "data"),
     "evaluation.intervals": ("errors",),
-    "evaluation.metrics": ("errors",),
+    "evaluation.metrics": ("io",),
     "evaluation.confusion": ("io",),
     "objectives": ("engine", "evaluation.intervals", "evaluation.confusion", "evaluation.metrics"),
     "evaluation": ("objectives",),

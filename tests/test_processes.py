@@ -441,6 +441,6 @@ def test_an_error_in_one_process_ends_all(
 
 def test_settings_know_where_each_process_computes() -> None:
     settings = TrainSettings(data=Path("x"), fsdp=True)
-    assert (settings.fsdp, settings.place) == (True, "cpu")
+    assert (settings.fsdp, settings.load_device) == (True, "cpu")
     settings = TrainSettings(data=Path("x"), device="cpu")
-    assert (settings.fsdp, settings.place) == (False, "cpu")
+    assert (settings.fsdp, settings.load_device) == (False, "cpu")

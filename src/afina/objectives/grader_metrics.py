@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import partial
 
 from afina.evaluation.metrics import rouge_f1
+from afina.io.extras import import_extra
 
 
 def fuzzy_match(text: str, reference: str) -> float:
     """Return the similarity by edit distance."""
-    from rapidfuzz.fuzz import ratio
-
-    return ratio(text, reference) / 100.0
+    fuzz = import_extra("rapidfuzz.fuzz", "graders")
+    return float(fuzz.ratio(text, reference)) / 100.0
 
 
 def bleu(text: str, reference: str) -> float:
@@ -22,11 +22,10 @@ def bleu(text: str, reference: str) -> float:
 
 def gleu(text: str, reference: str) -> float:
     """Return GLEU (Wu et al. 2016) of one text; 0 where one of them has no word."""
-    from nltk.translate.gleu_score import sentence_gleu
-
+    gleu_score = import_extra("nltk.translate.gleu_score", "graders")
     if not text.split() or not reference.split():
         return 0.0
-    return float(sentence_gleu([reference.split()], text.split()))
+    return float(gleu_score.sentence_gleu([reference.split()], text.split()))
 
 
 TEXT_SIMILARITIES: dict[str, Callable[[str, str], float]] = {

@@ -274,6 +274,7 @@ def _similarity(definition: Mapping[str, Any], name: str, where: str, _: bool) -
             where=where,
             hint=did_you_mean(metric, TEXT_SIMILARITIES),
         )
+    TEXT_SIMILARITIES[metric]("a word", "a word")  # imports its package before a long run
     return _compared(definition, name, where, TEXT_SIMILARITIES[metric])
 
 

@@ -61,7 +61,7 @@ class MaskedLMObjective(PaddedObjective):
             settings.revision,
             settings.trust_remote_code,
             settings.dtype,
-            settings.place,
+            settings.load_device,
         )
         length = settings.max_length or min(base.max_positions, 128)
         pieces = chunk_texts(base, table.rows, length)

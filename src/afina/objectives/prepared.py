@@ -137,7 +137,7 @@ class Preparation:
             settings.revision,
             settings.trust_remote_code,
             settings.dtype,
-            settings.place,
+            settings.load_device,
             get_preset(settings.method, 1).quantization,
         )
         own_tokens = base.add_tokens(settings.new_tokens)

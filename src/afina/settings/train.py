@@ -172,7 +172,7 @@ class TrainSettings(GroupedSettings):
         return list(dict.fromkeys(words)) if isinstance(words, list) else words
 
     @property
-    def place(self) -> str:
+    def load_device(self) -> str:
         """Device that the base is loaded to; with FSDP each layer moves when it is sharded."""
         return "cpu" if self.fsdp else self.device
 
