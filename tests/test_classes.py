@@ -307,7 +307,7 @@ def test_masked_tokens_then_labels(
     pretrained = learn(text, encoder, "full", objective="mlm", max_steps=120, max_length=16)
     losses = pretrained.record["losses"]
     assert losses["eval_loss_after"] < losses["eval_loss_before"] - 1
-    assert "hesitates between" in pretrained.record["verdict"][0]
+    assert "perplexity" in pretrained.record["verdict"][0]
     judged = evaluate(pretrained.folder)
     assert judged["after"]["loss"] < judged["before"]["loss"] - 1
     made = tmp_path / "made"

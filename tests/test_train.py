@@ -89,7 +89,7 @@ def test_a_run_learns_and_tells_its_story(
     assert losses["forgetting"] == losses["retention_loss_after"] - losses["retention_loss_before"] != 0
     assert story["perplexity"]["after"] == pytest.approx(math.exp(losses["eval_loss_after"]))
     assert len(story["verdict"]) == 3
-    assert story["verdict"][0].startswith("It learned")
+    assert story["verdict"][0].startswith("Eval loss improved")
     assert story["objective"] == objective
     assert story["format_version"] >= 1
     assert story["data"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
@@ -646,40 +646,40 @@ def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[s
         (
             {},
             0,
-            "It learned: on rows it had not seen it now hesitates between 2.72 tokens instead of 20.09",
+            "nats per token (95% CI 1.990 to 2.010, 200 eval rows); perplexity 20.09 to 2.72.",
         ),
-        ({"eval_loss_after": 2.99}, 0, "It learned next to nothing"),
-        ({"eval_loss_after": 3.1}, 0, "It did not learn"),
-        ({}, 1, "It does not overfit"),
-        ({"train_loss_after": 0.99}, 1, "It does not overfit"),
+        ({"eval_loss_after": 2.99}, 0, "Eval loss hardly changed"),
+        ({"eval_loss_after": 3.1}, 0, "Eval loss got worse"),
+        ({}, 1, "No overfitting"),
+        ({"train_loss_after": 0.99}, 1, "No overfitting"),
         (
             {"train_loss_after": 0.5},
             1,
-            "It overfits: the loss of rows it learned fell by 2.500, that of new rows by 2.000",
+            "It overfits: train loss fell by 2.500, eval loss by 2.000",
         ),
         (
             {"train_loss_after": 0.5, "train_loss_before": 2.5},
             1,
-            "It does not overfit",
+            "No overfitting",
         ),  # they were easier from the start
         ({"train_loss_after": 0.5, "error": 0.3}, 1, "Too few to tell whether it overfits"),
         (
             {"error": 0.3},
             1,
-            "No sign that it overfits, but the held-out rows are too few to be sure",
+            "No sign of overfitting, but too few eval rows to be sure",
         ),
         (
             {"eval_loss_after": 2.6, "rows": 3, "error": 0.1},
             0,
-            "(-0.400 nats a token on 3 held-out rows, 95% interval -0.830 to +0.030)",
+            "-0.400 nats per token (95% CI -0.830 to +0.030, 3 eval rows)",
         ),
-        ({"eval_loss_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
-        ({"eval_loss_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether it learned"),
-        ({"eval_loss_after": 2.5, "rows": 3, "error": 0.1}, 0, "It learned"),
+        ({"eval_loss_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether eval loss changed"),
+        ({"eval_loss_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether eval loss changed"),
+        ({"eval_loss_after": 2.5, "rows": 3, "error": 0.1}, 0, "Eval loss improved"),
         (
             {"rows": 1, "error": None},
             0,
-            "Too few to tell whether it learned: there is one held-out row.",
+            "Too few to tell whether eval loss changed: there is one eval row.",
         ),
         ({"rows": 1, "error": None}, 1, "Too few to tell whether it overfits"),
         (
@@ -687,13 +687,13 @@ def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[s
             1,
             "The best state, of step 4, was kept.",
         ),
-        ({}, 2, "It forgot nothing worth speaking of"),
-        ({"retention_loss_after": 2.04}, 2, "It forgot nothing worth speaking of"),
-        ({"retention_loss_after": 2.1}, 2, "It forgot a little: general text is 11% harder"),
-        ({"retention_loss_after": 3.0}, 2, "It forgot much: general text is 172% harder"),
-        ({"retention_loss_after": 1.5}, 2, "even easier"),
-        ({"retention_loss_after": 2000.0}, 2, "It forgot much"),
-        ({"eval_loss_before": 2000.0}, 0, "It learned"),
+        ({}, 2, "No forgetting"),
+        ({"retention_loss_after": 2.04}, 2, "No forgetting"),
+        ({"retention_loss_after": 2.1}, 2, "Some forgetting: the perplexity of general text rose by 11%"),
+        ({"retention_loss_after": 3.0}, 2, "Strong forgetting: the perplexity of general text rose by 172%"),
+        ({"retention_loss_after": 1.5}, 2, "changed by -39.3%"),
+        ({"retention_loss_after": 2000.0}, 2, "Strong forgetting"),
+        ({"eval_loss_before": 2000.0}, 0, "Eval loss improved"),
     ],
 )
 def test_verdicts(changes: dict[str, float], sentence: int, said: str) -> None:
@@ -716,7 +716,7 @@ def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) ->
         {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)
     ]
     said = train(write_rows(tmp_path / "t.jsonl", *rows), max_steps=1).record["verdict"]
-    assert said[0].startswith("Too few to tell whether it learned: there is one held-out row.")
+    assert said[0].startswith("Too few to tell whether eval loss changed: there is one eval row.")
     assert said[1].startswith("Too few to tell whether it overfits")
 
 

@@ -166,7 +166,7 @@ class Comparison:
     def schedule(
         self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int
     ) -> Schedule:
-        """Return the schedule that fits the rest of the budget; raise `SettingsError` if none does."""
+        """Return the schedule that fits the remaining budget; raise `SettingsError` if none does."""
         given, left = self.settings, self.settings.seconds - self.folder.spent
         fitted = choose_schedule(costs, judging, given.num_trials, steps, given.num_seeds, left)
         if fitted.seconds > left:
@@ -181,7 +181,7 @@ class Comparison:
         return fitted
 
     def shortened(self, schedule: Schedule, costs: Any, judging: float, pace: float) -> Schedule:
-        """Return the schedule, with fewer steps where the machine is too slow for one seed of it."""
+        """Return the schedule, with fewer steps where the machine is too slow for one seed."""
         left = self.settings.seconds - self.folder.spent
         some = {name: costs[name] for name in self.active_methods}
         steps = self.folder.compute_once(

@@ -1,7 +1,8 @@
-"""Published findings and own study results that `afina advise` cites, from findings.yaml and study.json.
+"""Published findings and study results that `afina advise` cites: findings.yaml, study.json.
 
-Figures of published findings are copied from their source. study.json, written by studies/study.py, says whether
-the same claim held in the reference study on the small embedded base; the published findings are about large models.
+Figures of published findings are copied from their source. study.json, written by
+studies/study.py, records whether the same claim was true in the reference study on the small
+embedded base; the published findings are about large models.
 """
 
 import json
@@ -16,7 +17,7 @@ HERE = Path(__file__).parent
 
 @cache
 def load_findings() -> dict[str, Any]:
-    """Return findings.yaml: "sources" and "claims" by finding, and "messages" by key and language."""
+    """Return findings.yaml: sources and claims by finding, messages by key and language."""
     content: dict[str, Any] = yaml.safe_load((HERE / "findings.yaml").read_text(encoding="utf-8"))
     return content
 

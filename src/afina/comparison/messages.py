@@ -1,4 +1,4 @@
-"""Sentences of a comparison's report, from messages.yaml; both languages have the same placeholders."""
+"""Sentences of a comparison's report, from messages.yaml, in English and Spanish."""
 
 from collections.abc import Callable
 from functools import cache

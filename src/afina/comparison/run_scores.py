@@ -143,10 +143,10 @@ class RunScorer:
         likeliest = max(sorted(counts), key=lambda label: counts[label])
         loss = {label: math.log(len(train) / n) for label, n in counts.items()}
         losses = {"": test, "train_": _sample(train, len(test))}
-        found = {}
+        found: dict[str, Any] = {}
         for prefix, rows in losses.items():
             found |= _losses(prefix, [LossSum(loss[row.label], 1) for row in rows])
-        return found | _classes([likeliest] * len(test), test)
+        return found | _classes([str(likeliest)] * len(test), test)
 
     def _classifier(self, folder: Path) -> dict[str, Any]:
         given = self.settings

@@ -1,6 +1,7 @@
-"""Trials, steps and seeds that fit a time budget; chosen before the first run, equal for all methods.
+"""Trials, steps and seeds that fit a time budget: chosen before all runs, equal for all methods.
 
-Successive halving: n learning rates with few steps, the better half with twice as many, until one is
+Successive halving: n learning rates with few steps, the better half with twice as many, until one
+is
 left, whose runs take all steps (new runs, since a learning rate schedule depends on the number of
 steps). Each method has the same number of trials, over the same range around its default rate.
 
@@ -20,7 +21,7 @@ ADAPTER_EVAL_SLOWDOWN = 1.3  # evaluating with an adapter, relative to the base 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Trials per method, steps per run, seeds, estimated seconds, and which of them were reduced."""
+    """Trials per method, steps per run, seeds, estimated seconds, and what was reduced."""
 
     trials: int
     steps: int

@@ -157,9 +157,7 @@ def _language(
 def _joined(row: Any) -> str:
     """A row with an answer, as plain text."""
     return (
-        "\n".join(map(text_of, row.messages))
-        if row.messages
-        else f"{row.prompt}{row.completion}"
+        "\n".join(map(text_of, row.messages)) if row.messages else f"{row.prompt}{row.completion}"
     )
 
 

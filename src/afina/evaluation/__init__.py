@@ -1,1 +1,1 @@
-"""How good is it? Losses, metrics, forgetting, a verdict in plain words."""
+"""Losses, metrics, retention loss, confidence intervals, and a verdict in sentences."""

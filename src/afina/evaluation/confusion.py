@@ -1,4 +1,4 @@
-"""How good is a classifier? Accuracy, F1, and who is taken for whom. Percent."""
+"""Accuracy, F1 and confusion matrix of a classifier, in percent."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from afina.io.atomic import translate_os_errors
 
 
 def confusion(predicted: Sequence[int], expected: Sequence[int], classes: int) -> list[list[int]]:
-    """Counts: row the class it is, column the class it was taken for."""
+    """Return counts `(classes, classes)`: rows are true classes, columns predicted ones."""
     table = [[0] * classes for _ in range(classes)]
     for was, right in zip(predicted, expected, strict=True):
         table[right][was] += 1
@@ -18,7 +18,7 @@ def confusion(predicted: Sequence[int], expected: Sequence[int], classes: int) -
 def classification_scores(
     predicted: Sequence[int], expected: Sequence[int], classes: int
 ) -> dict[str, Any]:
-    """Accuracy and macro F1 (the mean over classes that occur), in percent, and the confusion table."""
+    """Return accuracy and macro F1 over the classes that occur, in percent, and the matrix."""
     table = confusion(predicted, expected, classes)
     f1 = []
     for c in range(classes):
@@ -34,7 +34,7 @@ def classification_scores(
 
 
 def draw_confusion(table: Sequence[Sequence[int]], labels: Sequence[str], file: Path) -> None:
-    """The confusion table as a picture (PNG): rows are the true classes, in shares of each."""
+    """Draw the confusion matrix as PNG; rows are true classes, colors ratios of each row."""
     from matplotlib.figure import Figure
 
     shares = [[n / max(1, sum(row)) for n in row] for row in table]
@@ -44,8 +44,8 @@ def draw_confusion(table: Sequence[Sequence[int]], labels: Sequence[str], file: 
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     for i, row in enumerate(table):
         for j, n in enumerate(row):
             if n:
@@ -58,6 +58,6 @@ def draw_confusion(table: Sequence[Sequence[int]], labels: Sequence[str], file: 
                     color="white" if shares[i][j] > 0.5 else "black",
                     fontsize=8,
                 )
-    figure.colorbar(image, ax=axes, label="share of the true class")
+    figure.colorbar(image, ax=axes, label="ratio of the true class")
     with translate_os_errors(file):
         figure.savefig(file, dpi=120)

@@ -1,4 +1,4 @@
-"""`afina eval`: the base and the adapter on the same rows, side by side."""
+"""`afina eval`: metrics of the base and of the adapter on the same rows."""
 
 from pathlib import Path
 from typing import Any

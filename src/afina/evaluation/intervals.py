@@ -15,12 +15,12 @@ evaluated on the same rows:
 The estimate that is truncated at zero is a little too large, never too small on average. The error
 is a sum of two Student's t variables, of the rows with N - 1 and of the seeds with S - 1 degrees of
 freedom, as in the Behrens-Fisher problem: Satterthwaite's single t gave up to 7.7 false alarms in
-100 with three seeds that differ much, this one at most 4.9; with two seeds it is up to 6.5. With one
-seed the test is the plain t test over rows, and the variance between seeds is unknown.
+100 with three seeds that differ much, this one at most 4.9; with two seeds it is up to 6.5. With
+one seed the test is the plain t test over rows, and the variance between seeds is unknown.
 
 **Ratios.** The loss per target token is sum d / sum n over rows with n[i] target tokens each.
-`linearized_ratio` turns it into a table of one value per row with the same mean and, to first order,
-the same error, so that every interval of a mean applies to it.
+`linearized_ratio` converts it to a table of one value per row with the same mean and, to first
+order, the same error, so that every interval of a mean applies to it.
 
 References:
     Searle, Casella, McCulloch, Variance Components, 1992, section 4.3 (two-way random effects).
@@ -141,7 +141,7 @@ def variance_components(table: ArrayLike) -> VarianceComponents:
 
 
 def crossed_estimate(table: ArrayLike, seed: int = 0) -> Estimate:
-    """Return the mean of a table `(S, N)` with its 95% interval, by a bootstrap over rows and seeds.
+    """Return the mean of a table `(S, N)` with a 95% interval by bootstrap over rows and seeds.
 
     Rows are resampled with all their seeds, so that a percentage near 0 or 100 keeps its asymmetric
     interval. Resampling two or three seeds is of no use (three values have ten means): their part

@@ -83,7 +83,7 @@ class EvalResult(Result):
 
 @dataclass(frozen=True, eq=False)
 class GenerateResult(Result):
-    """Completions of prompts; of a classifier the likeliest class with its probability (`share`)."""
+    """Completions of prompts; of a classifier the class with its probability (`share`, 0 to 1)."""
 
     base: str
     adapter: str | None
@@ -117,7 +117,7 @@ def reward_rows(found: Mapping[str, Any]) -> TableRows:
 
 
 def preference_rows(found: Mapping[str, Any]) -> TableRows:
-    """Return rows (what, before, after) about eval preferences; empty cells before where unknown."""
+    """Return rows (label, before, after) of eval preferences; cells may be empty before."""
     rows: TableRows = []
     for name, label in PREFERENCE_LABELS.items():
         if name in found["after"]:

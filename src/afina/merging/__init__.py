@@ -1,1 +1,1 @@
-"""Adapters and bases made into one: merged models, with proof; adapters combined on their updates."""
+"""Merged models with proof, combinations of adapters, and exports."""

@@ -23,9 +23,9 @@ from afina.settings import ShowSettings, as_settings
 
 
 def show(run: str | Path | ShowSettings) -> ShowResult | CompositionInfo:
-    """What the adapter in `run` is: method, rank, where, size, base, parents, evaluation, and norms by layer.
+    """Return method, rank, modules, size, base, parents, evaluation and norms of an adapter.
 
-    A composition lists its parts, each described likewise.
+    A composition has a list of its parts, each with the same facts.
     """
     path = as_settings(ShowSettings, run, "adapter", {}).adapter
     if is_composition(path):
@@ -75,14 +75,14 @@ def adapter_info(folder: Path) -> AdapterInfo:
         combination=metadata.get("combination"),
         made_by=f"afina {metadata['afina']}"
         if "afina" in metadata
-        else f"no {METADATA_FILE}: made elsewhere",
+        else f"no {METADATA_FILE}: written by another program",
         norm_of="update" if source.is_low_rank else "numbers",
         norms={path: _norm(source, path) for path in spec.target_modules},
     )
 
 
 def _norm(source: AdapterSource, path: str) -> float:
-    """||D||, Frobenius, where the file tells it; else the norm of the numbers that it holds for the layer."""
+    """Return ||D|| (Frobenius) where the file determines it, else the norm of the parameters."""
     low = source.low_rank_update(path) if source.is_low_rank else None
     if low is not None:
         return lowrank.norm(low)
@@ -105,7 +105,7 @@ def _where(paths: tuple[str, ...]) -> dict[str, list[int]]:
 
 
 def leaf_and_block(path: str) -> tuple[str, int]:
-    """("mlp.up_proj", 3) of model.layers.3.mlp.up_proj; the whole path and -1 outside blocks."""
+    """Return ("mlp.up_proj", 3) of model.layers.3.mlp.up_proj; path and -1 outside layers."""
     block = layer_index(path)
     return (path, -1) if block is None else (re.sub(r"^.*?\.\d+\.", "", path), block)
 

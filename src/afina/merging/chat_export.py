@@ -1,4 +1,4 @@
-"""How a model is asked, in the files that other programs load: chat template and stop tokens.
+"""Chat template and stop tokens of a run, in the files that other programs load.
 
     run  ──ChatFormat──>  tokenizer (chat_template.jinja), generation_config.json (eos_token_id)
                           GGUF: tokenizer.chat_template, tokenizer.ggml.eot_token_id
@@ -56,7 +56,7 @@ def known_stop_ids(config: Any) -> set[int]:
 
 
 def check_chat_format(expected: list[int] | None, renderer: Renderer, merged: CausalLM) -> None:
-    """Raise `MergeError` where a merged model is not asked as the run was.
+    """Raise `MergeError` where a merged model has another chat format than the run.
 
     Args:
         expected: `probe_chat` of the run.

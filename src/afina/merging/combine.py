@@ -271,7 +271,7 @@ def _sum_of_ranks(path: str, here: Sequence[AdapterSource]) -> int:
 def best_low_rank(
     path: str, here: list[AdapterSource], rank: int | None, energy: float | None = None
 ) -> TruncatedUpdate | None:
-    """Return the best approximation of the exact weighted sum at `path`; None where it is no matrix.
+    """Return the best approximation of the weighted sum at `path`; None where it is no matrix.
 
     Its rank is `rank` at most, and the smallest that keeps `energy`; where neither is given, the
     sum of the adapters' ranks. Computed from the factors where all updates have some.

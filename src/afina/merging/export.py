@@ -1,4 +1,4 @@
-"""`afina export`: models and adapters for other programs, in Hugging Face's or llama.cpp's files."""
+"""`afina export`: models and adapters for other programs, as Hugging Face or GGUF files."""
 
 import shutil
 from dataclasses import replace
@@ -40,7 +40,7 @@ def export(run: str | Path | ExportSettings | None = None, **values: Any) -> Exp
 
 
 def _gguf(settings: ExportSettings) -> ExportResult:
-    """Write one file: `output` itself where it ends in .gguf, else a file in the folder `output`."""
+    """Write one file: `output` if it ends in .gguf, else a file in the folder `output`."""
     if settings.quantization != "none":
         hint = "leave --quantization out; llama-quantize converts a GGUF file to 4 bits"
         raise SettingsError("GGUF is written in 16 or 32 bits", where="quantization", hint=hint)

@@ -128,9 +128,9 @@ def _from_run(
         if source.attached is not None:
             _list_biases(source.attached, left_out)
     routes = [
-        (source.attached or load_adapter(source.part.folder, base, f"whole{number}")).active.scaled(
-            source.weight
-        )
+        (
+            source.attached or load_adapter(source.part.folder, base, f"original{number}")
+        ).active.scaled(source.weight)
         for number, source in enumerate(sources)
     ]
     return written, _losses(settings, base, run, ActiveAdapters.combine(routes))

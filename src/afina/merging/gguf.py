@@ -62,7 +62,7 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
         merge_into_base(base, adapter)
     # again: an output layer that has changed is no longer tied
     form = gguf_architecture(base.model.config, base.name)
-    kind = settings.outtype
+    kind: str = settings.outtype
     if kind == "auto":
         kind = next(name for name in TYPES if TYPES[name] == base.dtype)
     stops = install_chat_format(base, opened.chat_format).stop_token_ids

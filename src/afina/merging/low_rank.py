@@ -1,4 +1,4 @@
-"""Low-rank arithmetic on updates of one module, and the merge methods made of it, in float64.
+"""Low-rank arithmetic on updates of one module, and merge methods that use it, in float64.
 
 An update is D = B A, with B `(out, r)` and A `(r, in)`.
 
@@ -123,7 +123,7 @@ def truncate_dense(
 ) -> TruncatedUpdate:
     """Return the best low-rank approximation of a dense update `(out, in)`, float32 or float64.
 
-    A wide matrix of which few directions are needed is decomposed by random projections of fixed
+    A large matrix of which few directions are needed is decomposed by random projections of fixed
     seed, twice as many each time until they keep `energy`; the retained energy is a ratio of the
     exact squared norm.
     """

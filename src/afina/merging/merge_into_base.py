@@ -125,7 +125,7 @@ def _reload(base: FrozenModel, folder: Path, settings: MergeSettings) -> FrozenM
 
 
 def check_mergeable(base: FrozenModel, adapter: Adapter, where: str) -> None:
-    """Raise `MergeError` for a reward model, and for an adapter that is not active on all tokens."""
+    """Raise `MergeError` for a reward model, or an adapter not active on all tokens."""
     if SCORE in adapter.config.modules_to_save and isinstance(base, CausalLM):
         why = "the proof compares probabilities of text, and this model was trained on rewards"
         raise MergeError(
@@ -209,7 +209,7 @@ def _untie(model: Any, path: str) -> None:
 
 
 def make_probe(base: FrozenModel) -> Any:
-    """Return inputs to compare on: packed general text, rows for encoders, noise for image models."""
+    """Return inputs to compare on: packed general text, rows of text, or noise as images."""
     if isinstance(base, CausalLM):
         tokens = [token for example in retention_examples(base) for token in example.token_ids][
             : min(PROBE_TOKENS, base.max_positions)

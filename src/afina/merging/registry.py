@@ -149,7 +149,7 @@ def get_merge_method(name: str) -> MergeMethod:
 
 
 def merge_methods_table() -> str:
-    """Return the Markdown table of this package's merge methods, as docs/merge_methods.md has it."""
+    """Return the Markdown table of merge methods, as docs/merge_methods.md has it."""
     lines = ["| method | result | settings | precision | reference |", "|---|---|---|---|---|"]
     for name, method in MERGE_METHODS.items():
         settings = ", ".join(f"`{parameter}`" for parameter in method.parameters) or "none"

@@ -32,7 +32,7 @@ class MergeResult(Result):
     layers: int | None = optional()
 
     def content(self) -> list[Content]:
-        """Return where the model was written; of a merged one, how close it is to the adapted one."""
+        """Return the path of the model and, of a merged one, its difference to the adapted one."""
         if self.kl is None:
             return [ResultText(f"written: {self.out}")]
         agreement = 100 * (self.greedy_agreement or 0.0)
@@ -97,7 +97,7 @@ class ExtractResult(Result):
     energy: Mapping[str, Any] | None = optional()
 
     def content(self) -> list[Content]:
-        """Return ranks and losses, the retained energy, and the tensors that no matrix update has."""
+        """Return ranks, losses, the retained energy, and the tensors that were left out."""
         names = [name for name in ("base", "original", "extract") if name in self.loss]
         rows = [
             ("modules", str(self.layers)),

@@ -78,7 +78,7 @@ class AdapterSource:
         return found
 
     def low_rank_update(self, path: str) -> LowRankUpdate | None:
-        """Return the update of a module as low-rank factors; None where it is none, or needs the base."""
+        """Return the update of a module as low-rank factors; None where it needs the base."""
         tensors = {name: self.reader[name] for name in self.tensors_by_module[path]}
         factors = _factors(tensors, self.config, path)
         return None if factors is None else LowRankUpdate(*factors)
@@ -97,7 +97,7 @@ class AdapterSource:
         return TargetModule(path, frozen_module(self.base.model, path))
 
     def dense_update(self, path: str) -> Tensor | None:
-        """Return the update as a matrix `(out, in)`, float64; None where the weight is no matrix."""
+        """Return the update `(out, in)`, float64; None where the weight is no matrix."""
         if self.attached is None:
             low = self.low_rank_update(path)
             assert low is not None, "the base has to be loaded first"

@@ -55,7 +55,7 @@ class LoRATensorLayout:
 
 
 def tensor_layout(path: str, sources: Sequence[AdapterSource]) -> LoRATensorLayout:
-    """Return the layout at `path`: that of a LoRA among the sources, else that of the base's module."""
+    """Return the layout of a module: that of a LoRA among the sources, else of the base."""
     for source in sources:
         if source.base is None:
             names = {
@@ -159,7 +159,7 @@ def _config_of_ranks(ranks: Mapping[str, int], invocation: tuple[int, ...]) -> A
 
 
 def parent_config(sources: Sequence[AdapterSource]) -> PeftContext:
-    """Return what PEFT's configuration of a parent says about the base, else what the base says."""
+    """Return what PEFT's configuration of a parent records about the base, else the base's own."""
     for source in sources:
         peft = source.folder.peft
         if peft.is_lora:

@@ -116,8 +116,8 @@ def pairwise_workload(
 
     steps = [task.step_batches(step) for step in _counted_steps(task.steps_per_epoch)]
     workload = StepWorkload([[size(batch.flat) for batch in batches] for batches in steps])
-    mismatched = sum(len(row.mismatched.token_ids) for row in task.train if row.mismatched)
-    mismatched /= task.steps_per_epoch
+    tokens = [len(row.mismatched.token_ids) for row in task.train if row.mismatched]
+    mismatched = sum(tokens) / task.steps_per_epoch
     rows = (*task.train, *task.eval_rows)
     answers = [e for row in rows for e in (row.chosen, row.rejected, row.mismatched) if e]
     stored = sum(len(e.token_ids) for e in answers) if is_stored else 0
