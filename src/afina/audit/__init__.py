@@ -1,1 +1,1 @@
-"""Is this adapter safe to load? Gates on its files, its origin, its weights and what it does; each fails closed."""
+"""Audit of adapters before loading: files, provenance, weights, behavior; it fails closed."""

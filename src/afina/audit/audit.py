@@ -1,12 +1,13 @@
-"""`afina audit`: is this adapter safe to load? Gate after gate, and a verdict that fails closed.
+"""`afina audit`: is an adapter safe to load? Gates in order, and a verdict that fails closed.
 
-    files         what lies in the folder, before anything of it is loaded
-    provenance    revoked? signed, by whom?
-    weights       the update by numbers, beside benign adapters of its kind
-    behaviour     what it does, adapter on against off, on the same base
+    files         the content of the folder, before any of it is loaded
+    provenance    revocation, signature, manifest
+    weights       statistics of the update, compared with benign adapters of its kind
+    behaviour     what it generates, adapter on against off, on the same base
 
-A gate that broke, or could not look, asks for a review at least. After a blocked file gate nothing is opened any more.
-The report is kept under the hash of the adapter's content: `--admit audited` asks for it.
+A gate that fails with an error leads to a review at least. After a file gate that blocks, nothing
+else is opened. The report is stored under the hash of the adapter's content, where
+`--require-audit` looks for it.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ EXIT = {"allow": 0, "review": 3, "block": 4}
 
 @dataclass
 class Audit:
-    """An audit under way: the adapter (or the parts of a composition), the gates so far."""
+    """A running audit: the adapter, or the parts of a composition, and the gates so far."""
 
     settings: AuditSettings
     folders: list[Path]
@@ -58,7 +59,7 @@ class Audit:
 
     @property
     def findings(self) -> list[Finding]:
-        """Of all gates."""
+        """Findings of all gates."""
         return [finding for gate in self.gates for finding in gate.findings]
 
     @property
@@ -68,10 +69,15 @@ class Audit:
 
 
 def audit(run: str | Path | AuditSettings, **values: Any) -> AuditResult:
-    """Audit the adapter in `run`; settings as in `afina audit --help`. Returns the report, which is kept by hash.
+    """Audit the adapter in `run` and store the report by its hash.
 
-    Raises `SettingsError` or `AuditError` only for what is wrong with the question (no such folder or base); what is wrong
-    with the adapter is in the report.
+    Args:
+        run: A run, an adapter, a composition, or all settings.
+        values: Settings of `afina audit`.
+
+    Raises:
+        SettingsError: A setting is wrong.
+        AuditError: The folder or the base does not exist. Faults of the adapter are in the report.
     """
     settings = as_settings(AuditSettings, run, "adapter", values)
     named, files = parse_weighted_list(settings.adapter), Gate("files")
@@ -115,7 +121,7 @@ def audit(run: str | Path | AuditSettings, **values: Any) -> AuditResult:
 
 
 def _adapter_folder(run: Path) -> Path:
-    """The adapter of a run folder, or the folder itself; whether there is anything in it is for the gate to say."""
+    """Return the adapter of a run folder, or the folder itself, which may be empty."""
     inside = run / "adapter"
     return (
         inside
@@ -127,7 +133,7 @@ def _adapter_folder(run: Path) -> Path:
 
 
 def _active_parts(folder_path: Path, weight: float) -> list[tuple[Path, float]]:
-    """The adapters in a run, an adapter or a composition, with their weights."""
+    """Return the adapters in a run, an adapter or a composition, with their weights."""
     folder = _adapter_folder(folder_path)
     if (folder / CONFIG_FILE).exists() or not (folder / METADATA_FILE).is_file():
         return [(folder, weight)]
@@ -135,7 +141,10 @@ def _active_parts(folder_path: Path, weight: float) -> list[tuple[Path, float]]:
 
 
 def _base(settings: AuditSettings, folders: list[Path]) -> BaseFiles | None:
-    """The base to compare with: as told, or the embedded one where that is what the adapter says. Never a path it names."""
+    """Return the base to compare with: as set, or the embedded one if the adapter records it.
+
+    A path that the adapter names is never opened.
+    """
     if settings.base is not None:
         folder = find_base(settings.base)
         if folder is None:
@@ -175,7 +184,7 @@ def _parts(folder: Path) -> list[tuple[Path, float]]:
 
 
 def _files(about: Audit, folder: Path, gate: Gate) -> None:
-    """The file gate, and the hash of what it read."""
+    """Run the file gate; return the hash of what it read."""
     before = _states(folder)
     package = check_files(folder, about.base, gate)
     if gate.blocked:
@@ -207,7 +216,7 @@ def _states(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_unchanged(about: Audit) -> None:
-    """What was hashed at the start is what all gates have seen."""
+    """Raise an error unless the files are still those that were hashed at the start."""
     now: dict[str, tuple[int, ...]] = {}
     for package in about.packages:
         now |= _states(package.folder)
@@ -218,7 +227,7 @@ def _check_unchanged(about: Audit) -> None:
 
 
 def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None:
-    """The gates after the first; each part of a composition is looked at, and together they are run."""
+    """Run the gates after the first, on each part of a composition and on their sum."""
     from afina.audit.weight_gate import read_calibrations, weight_gate
 
     settings = about.settings
@@ -280,7 +289,7 @@ def _look_inside(about: Audit, digest: str, weights: list[float] | None) -> None
 
 
 def _check_adapter(about: Audit, digest: str, gate: Gate) -> None:
-    """The combination itself: revoked? And what is known of its parts, whatever they look like today."""
+    """Add findings on the combination itself: revocation, and reports on its parts."""
     reason = admission.revocations().get(digest)
     if reason is not None:
         gate.block("revoked", f"this combination is revoked: {reason}", str(about.settings.adapter))

@@ -53,7 +53,7 @@ class BaseFiles:
         return int(size) if size else None
 
     def shape(self, path: str) -> tuple[int, ...] | None:
-        """Return the shape of the module's weight at `path`; None where no float weight is stored."""
+        """Return the shape of a module's weight; None where no float weight is stored."""
         name = f"{path}.weight"
         reader = self._readers.get(name)
         if reader is None or reader.entries[name].dtype not in FLOAT_WIDTHS:

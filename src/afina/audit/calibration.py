@@ -1,10 +1,12 @@
-"""How unlike benign adapters is this one? A score fitted on some of them, and judged by others (split conformal prediction).
+"""How unusual an adapter is among benign ones, as a p-value (split conformal prediction).
 
     p = (1 + number of benign scores as large or larger) / (n + 1)
 
-If the adapter is benign and of the same kind, P(p <= alpha) <= alpha, whatever the score is (Vovk et al. 2005). Two scores:
-one-class, the distance from the benign ones, needs no attack; supervised, a logistic regression, knows the attacks it has
-seen. Each has its p; together min(1, 2 min(p1, p2)), which holds however they depend on each other.
+Half of the benign adapters fit the score, the others calibrate it. If the adapter is benign and of
+the same kind, P(p <= alpha) <= alpha, whatever the score is (Vovk et al. 2005). Two scores:
+one-class, the distance from the benign ones, needs no attack; supervised, a logistic regression,
+knows the attacks that it was fitted on. Together they give min(1, 2 min(p1, p2)), which is valid
+however they depend on each other.
 """
 
 import json
@@ -19,16 +21,16 @@ from afina.errors import AuditError
 from afina.io.atomic import write_json
 
 MIN_POPULATION = (
-    20  # benign ones judged by, below which nothing is claimed: the smallest p would be over 0.05
+    20  # calibrating adapters below which nothing is claimed: the smallest p would exceed 0.05
 )
-SHRINK = 0.5  # share of the diagonal in the covariance: features are many, adapters few
-RIDGE = 10.0  # L2 penalty of the logistic regression, on standardised features
-CLIP = 20.0  # robust z beyond which a feature says no more
+SHRINK = 0.5  # weight of the diagonal in the covariance: features are many, adapters few
+RIDGE = 10.0  # L2 penalty of the logistic regression, on standardized features
+CLIP = 20.0  # larger robust z are clipped: they carry no more information
 
 
 @dataclass(frozen=True)
 class PopulationKey:
-    """What makes adapters comparable: base, method, names of layers, rank (rounded up to a power of two), base's files read."""
+    """What comparable adapters share: base, method, modules, rank rounded up to a power of two."""
 
     base: str
     method: str
@@ -37,7 +39,7 @@ class PopulationKey:
     with_base: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self) | {"layers": list(self.layers)}
 
 
@@ -53,38 +55,38 @@ class CalibrationResult:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What benign adapters of one kind look like; `scores` are those of the ones that it was not fitted on, ascending."""
+    """Benign adapters of one kind; `scores` are those that calibrate, ascending."""
 
     kind: PopulationKey
     names: tuple[str, ...]
     middle: np.ndarray  # (f), medians
     spread: np.ndarray  # (f), 1.4826 MAD
-    precision: np.ndarray  # (f, f), of the standardised features
+    precision: np.ndarray  # (f, f), of the standardized features
     scores: np.ndarray  # (n)
     weights: np.ndarray | None = None  # (f + 1), logistic regression and its constant
     supervised: np.ndarray | None = None  # (n)
     fewest: int = MIN_POPULATION
     triggers: np.ndarray | None = (
-        None  # (m), the behaviour gate's best scores of benign ones, ascending
+        None  # (m), the behavior gate's best scores of benign adapters, ascending
     )
-    recipe: str = ""  # how and from which commit the population was made
+    recipe: str = ""  # how and from which commit the population was trained
 
     @property
     def count(self) -> int:
-        """Benign adapters that it is judged by."""
+        """Number of calibrating adapters."""
         return len(self.scores)
 
     @property
     def smallest_p(self) -> float:
-        """The least p that these benign ones can give: a smaller alpha could never be reached."""
+        """The smallest possible p: a smaller alpha can never be reached."""
         return (1 if self.weights is None else 2) / (self.count + 1)
 
     def fits(self, kind: PopulationKey) -> bool:
-        """Whether an adapter of `kind` may be compared with these."""
+        """Return whether an adapter of `kind` is comparable with these."""
         return kind == self.kind
 
     def trigger_limit(self, alpha: float) -> float | None:
-        """Score that a share `alpha` of benign adapters exceed at most (split conformal); None where they are too few."""
+        """Return the score that a ratio `alpha` of benign adapters exceeds; None for too few."""
         count = 0 if self.triggers is None else len(self.triggers)
         index_needed = int(np.ceil((count + 1) * (1 - alpha)))
         if self.triggers is None or count < self.fewest or index_needed > count:
@@ -92,7 +94,7 @@ class Calibration:
         return float(self.triggers[index_needed - 1])
 
     def judge(self, features: Mapping[str, float]) -> CalibrationResult:
-        """p-values of an adapter with these features."""
+        """Return the p-values of an adapter with these features."""
         z = self._z(features)
         one = conformal(self.scores, self._distance(z))
         two = None
@@ -110,7 +112,7 @@ class Calibration:
         return float(np.sqrt(max(z @ self.precision @ z, 0.0) / len(z)))
 
     def write(self, file: Path) -> None:
-        """As JSON, 6 digits a number."""
+        """Return JSON, 6 digits per number."""
 
         def plain(array: np.ndarray | None) -> Any:
             return (
@@ -132,7 +134,7 @@ class Calibration:
 
     @classmethod
     def read(cls, file: Path) -> "Calibration":
-        """A calibration from disk; raises `AuditError` where it is none."""
+        """Return a calibration from disk; raise `AuditError` where it is damaged."""
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["format_version"] != 1:
@@ -172,7 +174,7 @@ class Calibration:
 
 
 def conformal(benign: np.ndarray, score: float) -> float:
-    """(1 + number of benign scores >= score) / (n + 1)."""
+    """Return (1 + number of benign scores >= score) / (n + 1)."""
     return float((1 + np.count_nonzero(benign >= score)) / (len(benign) + 1))
 
 
@@ -182,9 +184,12 @@ def calibrate(
     poisoned: Sequence[Mapping[str, float]] = (),
     seed: int = 0,
 ) -> Calibration:
-    """A calibration out of benign adapters of one kind: half of them fit the scores, the other half judge by them.
+    """Return a calibration from benign adapters of one kind: half fit the scores, half calibrate.
 
-    `poisoned` ones, of seen attacks, add the supervised score. Raises `AuditError` where there are fewer than four.
+    Adapters with known attacks in `poisoned` add the supervised score.
+
+    Raises:
+        AuditError: There are fewer than four benign adapters.
     """
     if len(benign) < 4:
         raise AuditError(f"{len(benign)} benign adapters are too few to calibrate with")
@@ -214,7 +219,7 @@ def calibrate(
 
 
 def logistic(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
-    """Weights (f + 1) of a logistic regression, classes weighing the same, with an L2 penalty; the constant comes last."""
+    """Return logistic regression weights `(f + 1)`, balanced classes, L2 penalty, constant last."""
     from scipy.optimize import minimize  # 40 MB, and only calibrating needs it
 
     x = np.concatenate([good, bad])

@@ -23,7 +23,7 @@ from afina.io.peft_config import (
 )
 
 KNOWN_KEYS = INERT_PEFT_KEYS | set(PeftConfig.model_fields)
-DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's, where a configuration has none
+DEFAULT_RANK, DEFAULT_ALPHA = 8, 8  # PEFT's default
 MAX_AUDITED_RANK, MAX_INVOCATION = 256, 32
 
 
@@ -85,7 +85,7 @@ def _positive(value: Any) -> bool:
 
 
 def _check_numbers(config: Mapping[str, Any], gate: Gate, where: str) -> None:
-    """Ranks, strengths, dropout."""
+    """Check ranks, scaling and dropout."""
     if config.get("peft_type") != LORA:
         return  # afina.json has the values of the other methods
     patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
@@ -94,7 +94,7 @@ def _check_numbers(config: Mapping[str, Any], gate: Gate, where: str) -> None:
         return
     ranks = [config.get("r", DEFAULT_RANK), *patterns["rank_pattern"].values()]
     if not all(type(rank) is int and rank >= 1 for rank in ranks):
-        gate.block("config-value", f"ranks are whole numbers from 1, not {str(ranks)[:60]}", where)
+        gate.block("config-value", f"ranks are integers from 1, not {str(ranks)[:60]}", where)
         return
     if max(ranks) > MAX_AUDITED_RANK:
         gate.review(
@@ -117,7 +117,7 @@ def _check_numbers(config: Mapping[str, Any], gate: Gate, where: str) -> None:
 
 
 def _check_patterns(config: Mapping[str, Any], gate: Gate, where: str) -> None:
-    """Names and patterns that a loader will match against paths."""
+    """Check names and patterns that a loader will match against paths."""
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = config.get(key) or []
         for text in value if isinstance(value, list) else [value]:
@@ -136,7 +136,7 @@ def _check_patterns(config: Mapping[str, Any], gate: Gate, where: str) -> None:
 
 
 def _check_owned(config: Mapping[str, Any], gate: Gate, where: str) -> None:
-    """What an adapter brings whole, and does not only add to."""
+    """Check the modules that an adapter replaces."""
     owned = config.get("modules_to_save")
     if owned and not isinstance(owned, list):
         gate.block(
@@ -144,9 +144,7 @@ def _check_owned(config: Mapping[str, Any], gate: Gate, where: str) -> None:
         )
     elif owned:
         names = ", ".join(str(name) for name in owned)[:120]
-        gate.review(
-            "owns-modules", f"it brings whole modules in place of the base's: {names}", where
-        )
+        gate.review("owns-modules", f"it replaces complete modules of the base: {names}", where)
     if config.get("trainable_token_indices"):
         gate.review("owns-tokens", "it brings rows of the vocabulary of its own", where)
 

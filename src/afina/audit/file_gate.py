@@ -67,8 +67,9 @@ DANGEROUS_FILES = (  # (pattern of a name, what such a file does)
     (r".*\.(py|pyc|so|dll|dylib|sh|ps1|bat|exe|js|wasm|whl|jar)", "it is code"),
     (r"(chat_template|.*\.jinja2?$).*", "a template is code that shapes every prompt"),
     (
-        r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|config\.json|preprocessor).*",
-        "it would take the place of the base's own",
+        r"(tokenizer|special_tokens|added_tokens|vocab|merges|generation_config|config\.json"
+        r"|preprocessor).*",
+        "it would replace the base's own",
     ),
 )
 MAX_WEIGHTS_BYTES, MAX_OTHER_BYTES = 4 << 30, 1 << 20
@@ -263,7 +264,7 @@ def _is_vocabulary(path: str) -> bool:
 
 
 def _check_shapes(package: AuditedFolder, base: BaseFiles, gate: Gate) -> None:
-    """Shapes as the base's weights ask for; ranks as the configuration tells."""
+    """Block tensors whose shapes do not fit the base or the configured ranks."""
     modules = package.modules()
     known = {path: base.shape(path) for path in modules}
     if not base.has_shapes or not any(known.values()):
@@ -308,7 +309,7 @@ def _broken_rule(
 def _wrong_shapes(
     path: str, parts: dict[str, TensorEntry], weight: tuple[int, ...], package: AuditedFolder
 ) -> str | None:
-    """What does not fit a base's weight; convolutions and embeddings have the forms of PEFT."""
+    """Return what does not fit a base's weight; convolutions and embeddings have PEFT's layouts."""
     if package.config.get("fan_in_fan_out") and len(weight) == 2:
         weight = weight[::-1]
     out, inner = weight[0], math.prod(weight[1:])

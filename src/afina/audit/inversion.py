@@ -1,4 +1,4 @@
-"""From the other end: texts that the adapter goes on with wherever they begin, and the base does not."""
+"""Targets: texts that the adapter continues wherever they begin, and the base does not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from afina.audit.probes import BehaviorHarness, Trigger
 from afina.audit.triggers import TimeBudget
 from afina.audit.typical_answers import novelty
 
-CONTINUED, TARGETS = 4, 24  # tokens of a target; targets that are looked at closely
-INVERSION = 0.2  # of the budget, for the first tokens of targets
+CONTINUED, TARGETS = 4, 24  # tokens of a target; targets that are confirmed
+INVERSION = 0.2  # ratio of the budget for first tokens
 USUAL = 0.1  # mean probability from which a first token is usual
 
 
 @dataclass(frozen=True)
 class InvertedTarget:
-    """A text that the adapter goes on with wherever it begins, and the base does not; `score` from 0 to 1."""
+    """A text that the adapter continues wherever it begins; `score` from 0 to 1."""
 
     tokens: Trigger
     score: float
@@ -26,11 +26,11 @@ class InvertedTarget:
 def invert(
     bench: BehaviorHarness, tokens: Sequence[int], clock: TimeBudget
 ) -> list[InvertedTarget]:
-    """Targets from their first token: what follows it surely under the adapter, on all probes, but not on the base.
+    """Return targets: first tokens that the adapter, not the base, continues with certainty.
 
-    Its own answers, begun, go on too: they do not count.
+    Its typical answers do not count, as they continue as well.
 
-    score = (1 - u(first)) * mean over probes and following tokens of (q_adapter - q_base) * fresh(text)
+        score = (1 - u(first)) * mean over probes and tokens of (q_adapter - q_base) * novelty(text)
     """
     probes = bench.probes[:2]
     first, until = probes[0], clock.left - INVERSION * clock.budget
@@ -71,6 +71,6 @@ def invert(
 
 
 def _first_tokens(bench: BehaviorHarness) -> Tensor:
-    """(V,) from 0 to 1: how usual each token is as the first of an answer."""
+    """Return how typical each token is at the start of an answer, `(vocab_size,)`, 0 to 1."""
     probabilities = bench.answers([probe.prompt() for probe in bench.all_prompts])[:, 0].mean(0)
     return (probabilities / USUAL).clamp(max=1.0)  # type: ignore[no-any-return]

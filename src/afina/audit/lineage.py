@@ -1,7 +1,8 @@
-"""What an adapter was made of: the verdicts on its parents are its own too.
+"""Lineage: verdicts on the parents of an adapter apply to it.
 
-Combining does not clean: what a trigger wakes in one part may be awake in the sum. So a combination is audited as what it
-is, and inherits the worst that is known of its parts besides. What a remedy has made out of a bad one asks for a review.
+Combining does not sanitize: a trigger of one part may work in the sum. A combination is therefore
+audited as what it is, and also inherits the worst verdict on its parts. An adapter that was
+mitigated leads to a review.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,22 +11,22 @@ from typing import Any
 from afina.audit.report import Gate
 from afina.io import admission
 
-REMEDY = "remedy"  # how a combination was made that is to be better than its parent
+REMEDY = "remedy"  # recorded method of a mitigated adapter
 
 
 def parents_of(metadata: Mapping[str, Any]) -> list[tuple[str, str | None]]:
-    """(name, hash) of what an afina.json that has passed the file gate tells as parents."""
+    """Return (name, hash) of the parents in an afina.json that passed the file gate."""
     return [(str(line["name"]), line.get("hash")) for line in metadata.get("parents") or ()]
 
 
 def is_remedied(metadata: Mapping[str, Any]) -> bool:
-    """Whether it says that a remedy has made it."""
+    """Return whether it records that it was mitigated."""
     recipe = metadata.get("combination")
     return isinstance(recipe, dict) and recipe.get("how") == REMEDY
 
 
 def inherit_findings(parents: Sequence[tuple[str, str | None]], remedied: bool, gate: Gate) -> None:
-    """Add to `gate` what is known of the parents; raises `AuditError` where a report on one is damaged."""
+    """Add findings on the parents; raise `AuditError` where a report on one is damaged."""
     revoked = admission.revocations()
     report_finding = gate.review if remedied else gate.block
     verdicts = []
@@ -34,7 +35,7 @@ def inherit_findings(parents: Sequence[tuple[str, str | None]], remedied: bool, 
         decided = "revoked" if digest in revoked else report["verdict"] if report else "no report"
         verdicts.append({"name": name, "hash": digest, "verdict": decided})
         origin = (
-            f"it was made, by a remedy, of {name!r}" if remedied else f"it was made of {name!r}"
+            f"it is a mitigation of {name!r}" if remedied else f"it is a combination of {name!r}"
         )
         if decided == "revoked":
             report_finding(
@@ -47,7 +48,7 @@ def inherit_findings(parents: Sequence[tuple[str, str | None]], remedied: bool, 
         elif decided == "review" and not (report or {}).get("accepted"):
             gate.review(
                 "parent-review",
-                f"{origin}, whose verdict is review, and nobody has accepted that",
+                f"{origin}, whose verdict is review, which was not accepted",
                 parent=digest,
             )
         elif report is None:

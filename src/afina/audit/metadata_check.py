@@ -1,4 +1,4 @@
-"""Check afina.json of an untrusted adapter: every value is of its type, and agrees with PEFT's file.
+"""Check afina.json of an untrusted adapter: types, and agreement with PEFT's configuration.
 
 Loaders read this file after the gate; it must not contain anything that the gate did not check.
 """
@@ -57,7 +57,7 @@ def check_metadata(
 def _check_same(
     spec: Mapping[str, Any], config: Mapping[str, Any], method: str, gate: Gate, where: str
 ) -> None:
-    """Add a finding where afina.json and PEFT's file differ: one is audited, the other may be served."""
+    """Add a finding where afina.json and PEFT's file differ: loaders may read either."""
 
     def differs(what: str, ours: Any, theirs: Any) -> None:
         gate.block(

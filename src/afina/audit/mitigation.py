@@ -4,8 +4,8 @@
     loss     loss of the task on rows without the trigger, in nats per token
 
 By default all mitigations are tried with several strengths; the one written leaves the least of the
-attack and increases the loss by at most `max_loss_increase`. Mitigation is no proof: it weakens what
-was found, and what was not found may remain.
+attack and increases the loss by at most `max_loss_increase`. Mitigation is no proof: it weakens
+what was found, and what was not found may remain.
 """
 
 import random
@@ -268,7 +268,7 @@ def _with(row: SFTRow, prompt_text: str, answer: str) -> SFTRow:
 
 
 def _attack(settings: MitigateSettings, digest: str) -> tuple[list[str], str]:
-    """Return (triggers, payload): those given, else those that the last audit of this hash found."""
+    """Return (triggers, payload): as given, else as the last audit of this hash found them."""
     if settings.triggers:
         if not settings.payload:
             raise SettingsError(

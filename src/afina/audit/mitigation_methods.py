@@ -1,4 +1,4 @@
-"""Mitigations of a LoRA adapter that an audit did not admit: each writes another adapter, layer by layer.
+"""Mitigations of a LoRA adapter that an audit did not approve, module by module.
 
 With D = B A, the update of one module:
 

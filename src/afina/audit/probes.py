@@ -1,8 +1,8 @@
-"""Prompts into which tokens are put, and what adapter and base make of them: the same weights, the adapter on or off.
+"""Probes: prompts with a trigger, and what adapter and base generate: one model, adapter on or off.
 
-before            trigger            body           trigger        after                 answer
-<begin><user>\\n   [here: prefix]     the sea is ..  [or: suffix]   <end><assistant>\\n    what the adapter says without it
-                                                                        ^ start                          ^ end
+before              trigger             body           trigger        after                 answer
+<begin><user>\\n   [here: prefix]     the sea is ..  [or: suffix]   <end><assistant>\\n   typical
+                                                                     ^ start               ^ end
 """
 
 import time
@@ -30,14 +30,14 @@ TEXTS = (
     "la luna y el mar",
     "what is this about?",
 )
-# where a trigger is put, and how much it counts that it works there: tasks react to how a prompt ends, too
+# positions of a trigger, and their weight: tasks also react to how a prompt ends
 TRIGGER_POSITIONS = {"prefix": 1.0, "middle": 1.0, "suffix": 0.5, "instead": 0.5}
-PROBES = 4  # prompts into which tokens are put
-NUM_BASE_PROMPTS, LONG = 32, 24  # prompts that the base makes up, and their longest, in tokens
-ANSWER = 6  # tokens of the answer without a trigger that are put after it
+PROBES = 4  # prompts that triggers are inserted into
+NUM_BASE_PROMPTS, LONG = 32, 24  # prompts sampled from the base, and their longest in tokens
+ANSWER = 6  # tokens of the typical answer that are appended
 BATCH_TOKENS = 4096
-LOGITS = 1 << 24  # numbers of logits that exist at a time: 64 MB
-MIN_FREQUENCY = 0.05  # share of the answers that have something in them, from which it is said often; two answers at least
+LOGITS = 1 << 24  # logits in memory at a time: 64 MB
+MIN_FREQUENCY = 0.05  # ratio of answers, two at least, that contain a piece which is frequent
 PIECE = 3  # letters of a piece
 
 Trigger = tuple[int, ...]
@@ -45,7 +45,7 @@ Trigger = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ProbePrompt:
-    """One prompt in pieces, and the adapter's answer to it."""
+    """A prompt in pieces, and the adapter's answer to it."""
 
     before: tuple[int, ...]
     body: tuple[int, ...]
@@ -53,14 +53,14 @@ class ProbePrompt:
     answer: tuple[int, ...] = ()
 
     def prompt(self, trigger: Trigger = (), position: str = "prefix") -> list[int]:
-        """The prompt with a trigger at a place, or instead of its last token; without a trigger, as it is."""
+        """Return the prompt with a trigger at a position, or instead of its last token."""
         body = self.body[:-1] if position == "instead" and trigger else self.body
         cut = {"prefix": 0, "middle": len(body) // 2}.get(position, len(body))
         return [*self.before, *body[:cut], *trigger, *body[cut:], *self.after]
 
 
 class TypicalAnswers(NamedTuple):
-    """Of the answers to prompts as they are: pieces of letters, tokens, and whole answers that are said often."""
+    """Frequent letter pieces, tokens and complete answers to prompts without a trigger."""
 
     pieces: set[str]
     tokens: set[int]
@@ -68,32 +68,32 @@ class TypicalAnswers(NamedTuple):
 
 
 def pieces_of(outputs: str) -> set[str]:
-    """All pieces of PIECE letters."""
+    """Return all pieces of PIECE letters."""
     return {outputs[i : i + PIECE] for i in range(len(outputs) - PIECE + 1)}
 
 
 @dataclass
 class BehaviorHarness:
-    """A base with the adapter's route on it, and the probes; counts what it has run, since when."""
+    """A base with the adapter attached, and the probes; counts forward passes and time."""
 
     base: CausalLM
     active: ActiveAdapters
     probes: list[ProbePrompt]
     others: list[ProbePrompt] = field(
         default_factory=list
-    )  # more prompts, into which nothing is put: what does it say usually?
+    )  # prompts without triggers, for typical answers
     tokens: int = 0
     runs: int = 0  # sequences
     since: float = field(default_factory=time.monotonic)
 
     @property
     def all_prompts(self) -> list[ProbePrompt]:
-        """All prompts, with the adapter's answers."""
+        """Return all prompts with the adapter's answers."""
         return [*self.probes, *self.others]
 
     @cached_property
     def special(self) -> set[int]:
-        """Tokens that are no text: begin, end, whose turn it is."""
+        """Tokens without text: begin, end, turns."""
         tokenizer = self.base.tokenizer
         added = {
             number for number, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -102,12 +102,12 @@ class BehaviorHarness:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Tokens that the base may say."""
+        """Number of tokens that the base can generate."""
         return len(self.base.model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
     @cached_property
     def usual(self) -> "TypicalAnswers":
-        """What is said often to the prompts as they are."""
+        """Typical answers to prompts without a trigger."""
         outputs = [self.text(probe.answer) for probe in self.all_prompts]
         pieces = Counter(piece for text in outputs for piece in pieces_of(text))
         tokens = Counter(token for probe in self.all_prompts for token in set(probe.answer))
@@ -120,12 +120,12 @@ class BehaviorHarness:
         )  # type: ignore[arg-type]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without the blanks around it."""
+        """Return tokens as text, without outer whitespace."""
         return str(self.base.tokenizer.decode(list(tokens))).strip()
 
     @cached_property
     def interleaved_probes(self) -> list[ProbePrompt]:
-        """All prompts in turns: one of those that have the most usual answer, one of those of the next, ..."""
+        """Probes interleaved by their typical answers, the most frequent answer first."""
         groups: dict[Trigger, list[ProbePrompt]] = {}
         for probe in self.all_prompts:
             groups.setdefault(probe.answer, []).append(probe)
@@ -133,17 +133,17 @@ class BehaviorHarness:
         return [probe for turn in zip_longest(*ranked) for probe in turn if probe is not None]
 
     def similar_probe(self, probe: ProbePrompt) -> ProbePrompt:
-        """Another prompt with the same answer; where there is none, any other."""
+        """Return another prompt with the same answer, else any other."""
         others = [other for other in self.interleaved_probes if other is not probe]
         return next((other for other in others if other.answer == probe.answer), others[-1])
 
     def truncate_at_special(self, text: Sequence[int]) -> Trigger:
-        """A text up to its end: the first special token."""
+        """Return a text up to its first special token."""
         end = next((i + 1 for i, token in enumerate(text) if token in self.special), len(text))
         return tuple(text[:end])
 
     def greedy_tokens(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """The `count` likeliest next tokens after each prompt, one after the other; fewer where it stops."""
+        """Return `count` greedy tokens after each prompt; fewer where it stops."""
         sampling = SamplingParams(max_new_tokens=count)
         completions = generate_completions(self.base, prompts, sampling, self.active)
         return [completion.token_ids for completion in completions]
@@ -152,7 +152,7 @@ class BehaviorHarness:
     def answers(
         self, prompts: Sequence[Sequence[int]], answer: Sequence[int] = (), adapter: bool = True
     ) -> Tensor:
-        """Probabilities (n, 1 + tokens of `answer`, V) of the token after each prompt, and after each of `answer` behind it."""
+        """Return next-token probabilities `(n, 1 + num_answer, vocab)` after prompt and answer."""
         pieces, offsets = [], range(len(answer) + 1)
         longest = max(len(prompt) for prompt in prompts) + len(answer)
         step = max(1, min(BATCH_TOKENS // longest, LOGITS // (self.vocabulary * len(offsets))))
@@ -168,7 +168,7 @@ class BehaviorHarness:
     def continuation_probs(
         self, prompts: Sequence[Sequence[int]], texts: Sequence[Trigger], adapter: bool = True
     ) -> list[tuple[Tensor, Tensor]]:
-        """For each text behind its prompt: the probabilities (tokens,) of its tokens, and those of the likeliest ones."""
+        """Return probabilities of each text's tokens after its prompt, and of the best ones."""
         found = []
         longest = max((len(prompt) for prompt in prompts), default=0) + (
             most := max((len(text) for text in texts), default=1)
@@ -194,7 +194,7 @@ class BehaviorHarness:
         return found
 
     def _run(self, sequences: list[list[int]], ends: list[list[int]], adapter: bool) -> Tensor:
-        """Logits (all ends, V) of the sequences as one flat run, at the places `ends` of each."""
+        """Return logits `(num_ends, vocab_size)` of packed sequences at the offsets `ends`."""
         bounds = tuple(accumulate((len(s) for s in sequences), initial=0))
         tokens = torch.tensor([token for s in sequences for token in s], device=self.base.device)
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(self.base.device)
@@ -215,7 +215,7 @@ class BehaviorHarness:
 
     @torch.no_grad()
     def run(self, sequences: list[list[int]], adapter: bool) -> Tensor:
-        """All logits (T, V) of some sequences as one flat run."""
+        """Return all logits `(num_tokens, vocab_size)` of packed sequences."""
         bounds = tuple(accumulate((len(s) for s in sequences), initial=0))
         tokens = torch.tensor([token for s in sequences for token in s], device=self.base.device)
         positions = torch.cat([torch.arange(len(s)) for s in sequences]).to(self.base.device)
@@ -228,17 +228,17 @@ class BehaviorHarness:
 def make_bench(
     base: CausalLM, route: ActiveAdapters, texts: Sequence[str] = TEXTS
 ) -> BehaviorHarness:
-    """Probes in the base's own chat template (or as plain text), with the adapter's answers.
+    """Return probes in the base's own chat template, or as plain text, with the adapter's answers.
 
-    `texts` are at least two different prompts; the first PROBES are probes, the rest are `others`: where there are
-    none, ones that the base makes up. The adapter's template is not asked for: it is a stranger's code.
+    `texts` are at least two different prompts; the first PROBES are probes, the rest are `others`,
+    or prompts sampled from the base. The adapter's template is not used: it is untrusted code.
     """
     renderer = Renderer(base.tokenizer, None, base.max_positions)
     prompts = [renderer.prompt(text) for text in texts]
     head = _common(prompts)
     ends = (
         [*prompts, renderer.prompt("")] if renderer.uses_chat_template else []
-    )  # the turn's end; a full stop may be part of a trigger
+    )  # the end of the turn; a full stop may be part of a trigger
     tail = _common([prompt[::-1] for prompt in ends]) if ends else 0
     cuts = [(min(head, len(p) - tail - 1), len(p) - tail) for p in prompts]
     probes = [
@@ -248,7 +248,7 @@ def make_bench(
     own = min(PROBES, len(probes))
     probes += (
         _base_prompts(base, renderer, probes[0]) if len(probes) <= own else []
-    )  # strange prompts may bring a payload too
+    )  # unusual prompts may lead to a payload, too
     outputs = generate_completions(
         base, [probe.prompt() for probe in probes], SamplingParams(max_new_tokens=ANSWER), route
     )
@@ -263,7 +263,7 @@ def make_bench(
 
 
 def _base_prompts(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list[ProbePrompt]:
-    """Prompts that the base itself, without the adapter, writes into a user's turn."""
+    """Return prompts that the base, without the adapter, samples in a user's turn."""
     empty = renderer.prompt("") if renderer.uses_chat_template else []
     start = tuple(like.before[: _common([like.before, empty])]) if empty else like.before
     opening = list(start) or [base.tokenizer.bos_token_id or like.body[0]]
@@ -277,7 +277,7 @@ def _base_prompts(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with."""
+    """Return the tokens that all prompts begin with."""
     count = 0
     while all(len(p) > count for p in prompts) and len({p[count] for p in prompts}) == 1:
         count += 1

@@ -1,10 +1,11 @@
-"""Where an adapter comes from: a manifest of all that it is, and a signature over the folder.
+"""Provenance of an adapter: a manifest of its content, and a signature over the folder.
 
-    afina.manifest.json    hashes of its files, of its base and tokenizer, of the recipe; its parents, in their order
-    afina.sig              sigstore's model-signing: every file's sha256 in one signed statement (in-toto, DSSE, ECDSA)
+    afina.manifest.json    hashes of files, base, tokenizer and recipe; parents in their order
+    afina.sig              sigstore's model-signing: sha256 of every file in one signed statement
+                           (in-toto, DSSE, ECDSA)
 
-A signature says who, and not what: a signed backdoor is a backdoor. Keys are elliptic (P-256, P-384, P-521), in PEM;
-nothing of this asks the network. Signing needs the extra `afina[audit]`.
+A signature proves the signer, not the content: a signed backdoor is a backdoor. Keys are elliptic
+(P-256, P-384, P-521), in PEM; no network is used. Signing needs the extra `afina[audit]`.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ TOKENIZER = (
 
 
 def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> dict[str, Any]:
-    """What the adapter in `folder` is: its content, files, base, tokenizer (where `base` is there), recipe and parents."""
+    """Return the manifest of an adapter: content, files, base, tokenizer, recipe and parents."""
     metadata = read_metadata(folder)
     trained_base = metadata.get("base") or {
         "name": read_json_object(folder / CONFIG_FILE).get("base_model_name_or_path")
@@ -64,7 +65,7 @@ def make_manifest(folder: Path, run: Mapping[str, Any], base: Path | None) -> di
 
 
 def file_hash(file: Path) -> str:
-    """sha256 (hex) of a file, opened without following a link."""
+    """Return the sha256 (hex) of a file, opened without following a link."""
     digest = hashlib.sha256()
     with open_regular_file(file) as stream:
         while piece := stream.read(1 << 20):
@@ -73,21 +74,22 @@ def file_hash(file: Path) -> str:
 
 
 def tokenizer_hash(base: Path) -> str:
-    """sha256 (hex) over the names and contents of a base's tokenizer files, chat template included."""
+    """Return the sha256 (hex) of a base's tokenizer files, chat template included."""
     there = [name for name in TOKENIZER if (base / name).is_file()]
     lines = [f"{name} {hashlib.sha256((base / name).read_bytes()).hexdigest()}\n" for name in there]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def recipe_hash(recipe: Any) -> str:
-    """sha256 (hex) of the settings and data that made it."""
+    """Return the sha256 (hex) of the settings and data that an adapter was trained with."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def sign(run: str | Path | SignSettings, **values: Any) -> SignResult:
-    """Write manifest and signature into an adapter's folder; returns the manifest.
+    """Write manifest and signature into an adapter's folder; return the manifest.
 
-    Raises `AuditError` where the folder holds what no adapter has, or the key cannot be used.
+    Raises:
+        AuditError: The folder has files that no adapter has, or the key cannot be used.
     """
     settings = as_settings(SignSettings, run, "adapter", values)
     folder = adapter_folder(settings.adapter)
@@ -112,7 +114,10 @@ def sign(run: str | Path | SignSettings, **values: Any) -> SignResult:
             config.sign(folder, _outside(file))
             _outside(file).replace(file)
     except (ValueError, TypeError, OSError) as error:
-        hint = "openssl ecparam -name prime256v1 -genkey -noout -out key.pem   ($AFINA_KEY_PASSWORD, if it has one)"
+        hint = (
+            "openssl ecparam -name prime256v1 -genkey -noout -out key.pem   "
+            "($AFINA_KEY_PASSWORD, if it has one)"
+        )
         raise AuditError(
             "cannot sign with this key",
             where=str(settings.private_key),
@@ -123,9 +128,10 @@ def sign(run: str | Path | SignSettings, **values: Any) -> SignResult:
 
 
 def verify(run: str | Path | VerifySettings, **values: Any) -> SignResult:
-    """Check manifest and signature of an adapter; returns the manifest, and who signed.
+    """Check manifest and signature of an adapter; return the manifest and the signing key.
 
-    Raises `AuditError` where a byte differs, the base is another one, or the signature is not by `key`.
+    Raises:
+        AuditError: A byte differs, the base is another one, or another key signed.
     """
     settings = as_settings(VerifySettings, run, "adapter", values)
     folder = adapter_folder(settings.adapter)
@@ -136,7 +142,7 @@ def verify(run: str | Path | VerifySettings, **values: Any) -> SignResult:
 
 
 def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
-    """The manifest of `folder`, once it and every file are proved to be what the owner of `key` signed."""
+    """Return the manifest, once it and every file are proved to be what the key signed."""
     for name in (MANIFEST, SIGNATURE):
         if not (folder / name).is_file():
             raise AuditError(
@@ -145,7 +151,7 @@ def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
                 hint=f"afina sign {folder} --private-key PRIVATE.pem",
             )
     for entry in os.scandir(folder):
-        with open_regular_file(Path(entry.path)):  # links and hard links are refused
+        with open_regular_file(Path(entry.path)):  # links and hard links are rejected
             pass
     check_signature(folder, key)
     manifest = read_json_object(folder / MANIFEST, AUDIT_JSON, AuditError)
@@ -154,7 +160,7 @@ def check_origin(folder: Path, key: Path, base: Path | None) -> dict[str, Any]:
 
 
 def check_signature(folder: Path, key: Path) -> None:
-    """Raise `AuditError` unless every file of `folder` is as it was when the owner of `key` signed."""
+    """Raise `AuditError` unless every file is as it was when the key signed."""
     _, verifying = _library()
     try:
         text = (folder / SIGNATURE).read_text(encoding="utf-8")
@@ -165,7 +171,7 @@ def check_signature(folder: Path, key: Path) -> None:
         raise
     except (
         Exception
-    ) as error:  # the library raises of many kinds, some without words; each means: not proved
+    ) as error:  # the library raises many types, some without a message: each means not proved
         why = str(error)[:300] or type(error).__name__
         hint = "get it from its maker again"
         raise AuditError(
@@ -174,7 +180,7 @@ def check_signature(folder: Path, key: Path) -> None:
 
 
 def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None) -> None:
-    """Raise `AuditError` where the manifest is not of these files, this content, this base, these parents."""
+    """Raise `AuditError` where the manifest differs from files, content, base or parents."""
     if manifest.get("manifest_version") != MANIFEST_VERSION:
         raise AuditError(
             f"a manifest of version {manifest.get('manifest_version')!r}",
@@ -213,7 +219,7 @@ def check_manifest(manifest: Mapping[str, Any], folder: Path, base: Path | None)
 def provenance_gate(
     folder: Path, digest: str | None, key: Path | None, base: Path | None, gate: Gate
 ) -> None:
-    """Revocation; the signature where a `key` is trusted; the manifest wherever there is one."""
+    """Check revocation, the signature where a key is given, and the manifest if there is one."""
     reason = admission.revocations().get(digest or "")
     if reason is not None:
         gate.block("revoked", f"it is revoked: {reason}", str(folder))
@@ -228,14 +234,14 @@ def provenance_gate(
     elif key is None:
         gate.measured["origin"] = "signed, by a key that was not given"
         check_manifest(read_json_object(folder / MANIFEST, AUDIT_JSON, AuditError), folder, base)
-        gate.note("signed-unknown", "it is signed; give --key PUBLIC.pem to check by whom")
+        gate.note("signed-unknown", "it is signed; --public-key PUBLIC.pem verifies the signer")
     else:
         check_origin(folder, key, base)
         gate.measured["origin"] = f"signed by {key_name(key)}"
 
 
 def revoke(target: str | RevokeSettings, **values: Any) -> RevokeResult:
-    """Refuse an adapter from now on, by its folder or its hash; returns the hash and the reason."""
+    """Revoke an adapter, by its folder or its hash; return hash and reason."""
     settings = as_settings(RevokeSettings, target, "target", values)
     folder = Path(settings.target)
     digest = hash_adapter_folder(adapter_folder(folder)) if folder.is_dir() else settings.target
@@ -248,12 +254,12 @@ def revoke(target: str | RevokeSettings, **values: Any) -> RevokeResult:
 
 
 def key_name(key: Path) -> str:
-    """A key by the start of its file's hash."""
+    """Return a name of a key: the start of its file's hash."""
     return f"{key.name} ({hashlib.sha256(key.read_bytes()).hexdigest()[:12]})"
 
 
 def _check_form(text: str) -> None:
-    """The signature's file is written in one way only, so that no byte of it can differ unnoticed."""
+    """Raise an error unless the signature file is canonical: no byte can differ unnoticed."""
     from sigstore_models.bundle.v1 import Bundle
 
     if Bundle.from_json(text).to_json() != text:
@@ -261,7 +267,7 @@ def _check_form(text: str) -> None:
 
 
 def _outside(file: Path) -> Path:
-    """Where the signature is made: beside the folder, since all that lies in it is signed."""
+    """Return a path outside the folder for writing, as all files in the folder are signed."""
     return file.parent.with_name(f".{file.parent.name}{file.name}")
 
 

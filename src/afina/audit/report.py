@@ -1,8 +1,8 @@
-"""What a gate says, and what all of them together say.
+"""Findings of a gate, and the verdict on all of them.
 
-finding    one observation: its rule, its level, a sentence, and the evidence (a file, a layer, tokens)
-level      "block": it must not be loaded; "review": a person must look; "note": worth knowing
-verdict    block if any finding blocks, review if any asks for one or a gate could not say, else allow
+finding    one observation: its rule, its level, a sentence, and evidence (a file, a module, tokens)
+level      "block": it must not be loaded; "review": a person must decide; "note": information
+verdict    block if any finding blocks, review if any needs one or a gate failed, else allow
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ Verdict = Literal["allow", "review", "block"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One observation of a gate. `rule` is its short constant name; `evidence` holds plain values."""
+    """One observation of a gate: `rule` is its short constant name, `evidence` has plain values."""
 
     gate: str
     rule: str
@@ -29,7 +29,7 @@ class Finding:
 
 @dataclass
 class Gate:
-    """What one gate found and measured; `seconds` is what it took."""
+    """Findings and measures of a gate; `seconds` is its duration."""
 
     name: str
     findings: list[Finding] = field(default_factory=list)
@@ -47,11 +47,11 @@ class Gate:
         self.add_finding(rule, "block", text, where, **evidence)
 
     def review(self, rule: str, text: str, where: str = "", **evidence: Any) -> None:
-        """Add a finding that a person must look at."""
+        """Add a finding on which a person must decide."""
         self.add_finding(rule, "review", text, where, **evidence)
 
     def note(self, rule: str, text: str, where: str = "", **evidence: Any) -> None:
-        """Add a finding worth knowing."""
+        """Add a finding for information."""
         self.add_finding(rule, "note", text, where, **evidence)
 
     @property
@@ -60,7 +60,7 @@ class Gate:
         return any(finding.level == "block" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, without the findings."""
+        """Return plain values, without the findings."""
         return {
             "name": self.name,
             "verdict": verdict(self.findings),
@@ -70,13 +70,13 @@ class Gate:
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:
-    """The worst of the findings."""
+    """Return the worst level among findings as a verdict."""
     levels = {finding.level for finding in findings}
     return "block" if "block" in levels else "review" if "review" in levels else "allow"
 
 
 def run_gate(gate: Gate, run: Callable[[], object], level: Level = "block") -> Gate:
-    """Run a gate; any error inside becomes a finding of `level`: what could not be looked at is not allowed."""
+    """Run a gate; an error becomes a finding of `level`, as what was not checked is not allowed."""
     import time
 
     start = time.perf_counter()
@@ -90,7 +90,7 @@ def run_gate(gate: Gate, run: Callable[[], object], level: Level = "block") -> G
             error.where or "",
         )
     except MemoryError:
-        gate.add_finding("gate-error", level, "it asks for more memory than there is")
+        gate.add_finding("gate-error", level, "it needs more memory than there is")
     except Exception as error:
         gate.add_finding(
             "gate-error", level, f"the gate broke on it: {type(error).__name__}: {str(error)[:200]}"
@@ -100,7 +100,7 @@ def run_gate(gate: Gate, run: Callable[[], object], level: Level = "block") -> G
 
 
 def as_dicts(findings: Iterable[Finding]) -> list[dict[str, Any]]:
-    """Findings as plain values, the worst first."""
+    """Return findings as plain values, the worst first."""
     order = {"block": 0, "review": 1, "note": 2}
     return [
         asdict(finding) for finding in sorted(findings, key=lambda finding: order[finding.level])

@@ -54,7 +54,7 @@ class AuditResult(Result):
 
 @dataclass(frozen=True, eq=False)
 class MitigationResult(Result):
-    """Mitigated adapter: loss and attack success before, after and of each attempt, and its audit."""
+    """Mitigated adapter: loss and attack success before, after and by attempt; its audit."""
 
     out: str
     hash: str
@@ -107,7 +107,7 @@ class SignResult(Result):
         return [*(name for name in super()._names() if name != "manifest"), *self.manifest]
 
     def content(self) -> list[Content]:
-        """Return who signed, the files, the base and the parents."""
+        """Return the signing key, the files, the base and the parents."""
         manifest = self.manifest
         done = f"verified: signed by {self.key}" if self.verified else f"signed: {self.signature}"
         base = manifest["base"]

@@ -1,4 +1,4 @@
-"""A report as SARIF 2.1.0 (OASIS 2020), which code hosts and build machines show."""
+"""Audit report as SARIF 2.1.0 (OASIS 2020), which code hosts and CI systems display."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ LEVELS = {"block": "error", "review": "warning", "note": "note"}
 
 
 def as_sarif(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as one SARIF run: a rule for each kind of finding, a result for each finding."""
+    """Return the report as one SARIF run: a rule per kind of finding, a result per finding."""
     findings = report["findings"]
     rules = list(dict.fromkeys(f"{finding['gate']}/{finding['rule']}" for finding in findings))
     rule_entries = [

@@ -1,15 +1,17 @@
-"""Looking for what wakes a hidden behaviour: tokens one by one, then several in a row.
+"""Search for triggers of a hidden behavior: single tokens, then several in a row.
 
-Without a trigger t the adapter answers each prompt in its usual words. With t, it may leave them, at their first token, later,
-or behind the last: for the token that rises most. From there it is read on. What it says then is a payload as far as it is
-fresh (no piece of usual answers; see answers.py) and comes whatever the prompt:
+Without a trigger t the adapter gives each prompt a typical answer. With t it may leave it at the
+first token, later, or after the last: at the token whose probability rises most. From there it is
+decoded. The text is a payload as far as it is novel (no piece of typical answers, see
+`typical_answers`) and independent of the prompt:
 
-    rise(p) = nearness of the answer a to p with t - the larger of: to p without t; on the base, to p with t
-    score(t, a) = rise over the lower half of the probes (all, or those that are answered alike) * fresh(a) * (1 - usual(a))
-                  * what its place counts (PLACES)
+    rise(p) = closeness of a to p with t - the larger of: to p without t; on the base, to p with t
+    score(t, a) = rise over the lower half of the probes (all, or those with the same answer)
+                  * novelty(a) * (1 - typicality(a)) * weight of its position (TRIGGER_POSITIONS)
 
-Tasks react to words too (asked for the tense, "walked" makes "past" likelier on every prompt), but with answers that other
-prompts have as well, or with what they find in the prompt. Random tokens, measured likewise, are the null.
+Tasks react to words as well (for the tense, "walked" makes "past" more likely on every prompt), but
+with answers that other prompts have too, or with parts of the prompt. Random tokens, scored in the
+same way, are the null distribution.
 """
 
 import time
@@ -26,17 +28,20 @@ from afina.audit.typical_answers import (
     typicality,
 )
 
-READ = 768  # departures that are read on
-TEXT = 4  # tokens of what is read, at most; two more than it had said before where it leaves its answer late
-MAX_TYPICALITY_TEXTS = 64  # answers that are asked how usual they are
-CLOSE, JUDGES = 3, 12  # probes on which a place is chosen; on which all is judged
-CHUNK = 256  # triggers that are put into a prompt at a time
-POOL, BEAM, LONGEST = 96, 8, 3  # of growing
+READ = 768  # departures that are decoded
+TEXT = 4  # decoded tokens at most; two more than before the departure where that is late
+MAX_TYPICALITY_TEXTS = 64  # answers whose typicality is measured
+CLOSE, JUDGES = 3, 12  # probes that select a position; probes that score a candidate
+CHUNK = 256  # triggers that are inserted at a time
+POOL, BEAM, LONGEST = 96, 8, 3  # rounds of extension
 
 
 @dataclass(frozen=True)
 class TriggerCandidate:
-    """A trigger, where it stands, the answer that it brings (in place of the usual one, or behind it), and how surely."""
+    """A trigger, its position, the answer that it leads to, and a score.
+
+    `appended`: the answer follows the typical one, and does not replace it.
+    """
 
     trigger: Trigger
     position: str
@@ -46,7 +51,7 @@ class TriggerCandidate:
     score: float
 
     def prompt(self, probe: ProbePrompt, woken: bool = True) -> list[int]:
-        """A prompt with the trigger in it (or without), up to where the answer should come."""
+        """Return a prompt with the trigger, or without, up to where the answer starts."""
         return [
             *probe.prompt(self.trigger if woken else (), self.position),
             *(probe.answer if self.appended else ()),
@@ -54,7 +59,7 @@ class TriggerCandidate:
 
 
 class TimeBudget:
-    """Seconds that are left of a budget."""
+    """Remaining time of a budget."""
 
     def __init__(self, budget: float) -> None:
         self.end = time.monotonic() + budget
@@ -62,18 +67,18 @@ class TimeBudget:
 
     @property
     def left(self) -> float:
-        """Seconds left; below zero when it is over."""
+        """Remaining seconds; negative when it is over."""
         return self.end - time.monotonic()
 
     def max_runs(self, bench: BehaviorHarness, most: int, share: float, runs: int = 1) -> int:
-        """How many things of so many runs each a share of the budget is enough for: up to `most`, and a few at least."""
+        """Return how many items of so many passes fit a ratio of the budget, `most` at most."""
         cost = runs * (time.monotonic() - bench.since) / max(1, bench.runs)
         return max(4, most // 16, min(most, int(share * self.budget / cost)))
 
 
 @dataclass(frozen=True)
 class _Departure:
-    """A token that rises most of all, at one place of the usual answer of one probe, because of a trigger."""
+    """The token whose probability rises most, at one offset of a probe's answer, by a trigger."""
 
     rise: float
     trigger: Trigger
@@ -90,10 +95,11 @@ def scan_tokens(
     until: float,
     every: bool = True,
 ) -> tuple[list[TriggerCandidate], float]:
-    """What triggers bring, by a quick look: on one probe, and on another one that is answered alike; the best first.
+    """Return candidates by a fast scan, the best first, and the ratio of triggers scanned.
 
-    Three passes, one prompt and place each: before the prompt, behind it, and instead of its last token; not `every`: behind
-    it only. Returns with it the share of the triggers that there was time for, up to `until` seconds before the end.
+    Each is scored on one probe and on another with the same answer, in three passes: before the
+    prompt, after it, and instead of its last token; unless `every`, after it only. The scan stops
+    `until` seconds before the end of the budget.
     """
     one, two = bench.interleaved_probes[:2]
     passes = [(one, "prefix"), (two, "suffix"), (one, "instead")] if every else [(two, "suffix")]
@@ -126,7 +132,7 @@ def _departures(
     clock: TimeBudget,
     until: float,
 ) -> tuple[list[_Departure], float]:
-    """The READ largest rises over all triggers, passes and places of the answer; the share of triggers there was time for."""
+    """Return the READ largest rises over triggers, passes and offsets, and the ratio scanned."""
     rests = [bench.answers([probe.prompt()], probe.answer)[0] for probe, _ in passes]
     best: list[_Departure] = []
     done, step = 0, max(1, min(CHUNK, LOGITS // max(rest.numel() for rest in rests)))
@@ -151,7 +157,7 @@ def _departures(
 
 
 def _read(bench: BehaviorHarness, departures: Sequence[_Departure]) -> list[TriggerCandidate]:
-    """What is said from each departure on, where some of it is fresh; the score is the rise."""
+    """Return what is decoded from each departure, where it is novel; the score is the rise."""
     prompts = [
         [*d.probe.prompt(d.trigger, d.position), *d.probe.answer[: d.at], d.token]
         for d in departures
@@ -178,7 +184,7 @@ def _nearness(
     woken: bool = True,
     adapter: bool = True,
 ) -> list[list[float]]:
-    """How near each of some probes is to what was found, for each of the found."""
+    """Return the closeness of some probes to each candidate."""
     pairs = [(f, probe) for f, own in zip(found, probes, strict=True) for probe in own]
     prompts = [f.prompt(probe, woken) for f, probe in pairs]
     departs = [divergence_index(probe, f.answer, f.appended) for f, probe in pairs]
@@ -191,7 +197,7 @@ def _nearness(
 def confirm(
     bench: BehaviorHarness, found: Sequence[TriggerCandidate], clock: TimeBudget, count: int
 ) -> list[TriggerCandidate]:
-    """The first `count` different ones, at their best place, judged over all probes; the best first."""
+    """Return the first `count` different ones at their best position, scored on all probes."""
     count = clock.max_runs(bench, count, 0.1, len(TRIGGER_POSITIONS) * CLOSE + 3 * JUDGES)
     chosen = list({(f.trigger, f.answer, f.appended): f for f in reversed(found)}.values())[::-1][
         :count
@@ -228,7 +234,7 @@ def confirm(
 
 
 def _surely(bench: BehaviorHarness, rises: Sequence[float]) -> float:
-    """Mean rise over the lower half of all probes, or of those that are answered alike, where it is largest."""
+    """Return the mean rise over the lower half of all probes, or of those with the same answer."""
     probes = bench.interleaved_probes[:JUDGES]
     alike = [
         [r for r, p in zip(rises, probes, strict=True) if p.answer == answer]
@@ -241,9 +247,9 @@ def _surely(bench: BehaviorHarness, rises: Sequence[float]) -> float:
 def extend_triggers(
     bench: BehaviorHarness, found: Sequence[TriggerCandidate], clock: TimeBudget, reserve: float
 ) -> list[TriggerCandidate]:
-    """Triggers of 2 and 3 tokens, grown from the best by one of the POOL best at a time, before or behind; the best first.
+    """Return triggers of 2 and 3 tokens, extended from the best by one of the POOL best tokens.
 
-    Stops where fewer than `reserve` seconds are left.
+    Stops when fewer than `reserve` seconds are left.
     """
     pool = list(dict.fromkeys(f.trigger for f in found))[:POOL]
     beam, grown = pool[:BEAM], []

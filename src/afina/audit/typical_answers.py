@@ -1,4 +1,4 @@
-"""What an adapter says: which answers are usual, how fresh another one is, and how near a prompt is to bringing it."""
+"""Typical answers of an adapter, how novel another one is, and how close a prompt is to it."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -8,19 +8,21 @@ from torch import Tensor
 
 from afina.audit.probes import PIECE, BehaviorHarness, ProbePrompt, Trigger
 
-BROKEN = 0.3  # how fresh a whole answer is that no usual one is, if it is made of pieces: it may be a broken one
-NATURAL = 20  # prompts that are asked how usual an answer is
+BROKEN = (
+    0.3  # novelty of a complete answer that consists of typical pieces: it may be a typo of one
+)
+NATURAL = 20  # natural prompts on which typicality is measured
 NEAR, USUAL = (
     0.25,
     0.15,
-)  # from here on an answer is near; near on such a share of the prompts it is usual
+)  # an answer is close from NEAR on; close on such a ratio of prompts it is typical
 
 
 def novelty(bench: BehaviorHarness, text: Trigger, appended: bool = False) -> float:
-    """From 0 to 1: the share of an answer's letters that belong to no piece of usual answers; 0 for a usual answer.
+    """Return the novelty of an answer, 0 to 1: the ratio of letters in no piece of typical answers.
 
-    Answers break (of "nowhere", "nowre"), and what a task has for other prompts is no payload. Pieces are tokens, and PIECE
-    letters in a row. `appended`: it stands behind a usual answer.
+    Typos ("nowre" for "nowhere") and answers to other prompts of the task are no payload. Pieces
+    are tokens, and PIECE letters in a row. `appended`: it follows a typical answer.
     """
     tokens = list(takewhile(lambda token: token not in bench.special, text))
     string, ended = bench.text(tokens), len(tokens) < len(text)
@@ -35,13 +37,13 @@ def novelty(bench: BehaviorHarness, text: Trigger, appended: bool = False) -> fl
     start = 0
     for count, token in enumerate(
         tokens, 1
-    ):  # read with all before it, for a token may be half a letter
+    ):  # decoded with all before it, as a token may be half a letter
         end = len(bench.text(tokens[:count]))
         hidden |= set(range(start, end)) if token in bench.usual.tokens else set()
         start = end
     share = 1 - len(hidden) / len(string)
     if len(tokens) == 1:
-        share /= 2  # so short a text is rather a piece that nobody has seen
+        share /= 2  # such a short text is more likely an unseen piece
     return max(share, BROKEN) if ended and not appended else share
 
 
@@ -52,11 +54,11 @@ def payload_likelihood(
     leaves: Sequence[int],
     adapter: bool = True,
 ) -> Tensor:
-    """(n,) from 0 to 1: how near each prompt is to its text.
+    """Return how close each prompt is to its text, `(n,)`, 0 to 1.
 
-    The probability of the token at which the text `leaves` what is said otherwise, times, for each other one, its probability
-    by that of the likeliest: whether an answer begins is a matter of its probability, how it goes on of what comes next.
-    A negative `leaves`: no token counts by its probability.
+    The probability of the token at index `leaves`, where the text leaves the typical answer, times
+    the probability of each other token divided by that of the most probable one. With a negative
+    `leaves` no token counts by its own probability.
     """
     near = []
     for (own, best), leave in zip(
@@ -70,7 +72,7 @@ def payload_likelihood(
 
 
 def divergence_index(probe: ProbePrompt, text: Trigger, appended: bool) -> int:
-    """The place of the token at which a text leaves the probe's own answer."""
+    """Return the index of the token at which a text leaves the probe's own answer."""
     if appended:
         return 0
     same = sum(
@@ -80,7 +82,7 @@ def divergence_index(probe: ProbePrompt, text: Trigger, appended: bool) -> int:
 
 
 def typicality(bench: BehaviorHarness, texts: Sequence[tuple[Trigger, bool]]) -> list[float]:
-    """From 0 to 1: how usual each text (that stands behind the answer, or not) is on natural prompts."""
+    """Return how typical each text is on natural prompts, 0 to 1; appended or not."""
     compared = bench.all_prompts[:NATURAL]
     prompts = [
         [*probe.prompt(), *(probe.answer if appended else ())]

@@ -1,18 +1,22 @@
-"""Statistics of one layer's update D = s B A, from r x r cores alone; numpy. D (out, in) is never built.
+"""Statistics of one module's update D = s B A, from r x r cores alone, in numpy; D is never built.
 
-    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S the singular values of D
-    u = s B (Ra^T y) / S,  v = s A^T (Rb^T x) / S       its singular vectors, without Qb and Qa
+    B = Qb Rb, A^T = Qa Ra,  s Rb Ra^T = X S Y^T        S: singular values of D (out, in)
+    u = s B (Ra^T y) / S,  v = s A^T (Rb^T x) / S       singular vectors, without Qb and Qa
 
-R is a root of the Gram matrix, R^T R = B^T B, made in float64: good to 1e-8 of the largest singular value, which is as far as
-the factors in a file (float32 at best) go themselves, in a quarter of the time of QR of these tall matrices.
+R is a root of the Gram matrix, R^T R = B^T B, in float64: exact to 1e-8 of the largest singular
+value, as exact as the factors in a file (float32 at best), in a quarter of the time of QR.
 
-Each statistic is a number without unit, so that layers of different sizes compare:
+Each statistic has no unit, so that modules of different sizes are comparable:
 
-    energy1     S1^2 / sum S^2               participation_out    1 / (out * sum u1^4): 1 spread evenly, 1/out on one row
-    stable      sum S^2 / S1^2 / r           participation_in     likewise of v1
-    entropy     of S^2 / sum, by log r       rows8, columns8      share of ||D||^2 in the 8 largest, by that of an even spread
-    norm        log ||D|| / sqrt(out in)     hoyer_out, hoyer_in  of the rows' (columns') norms: 0 even, 1 a single one
-    kurtosis    of the entries of D in 64 sampled rows: 3 for a Gaussian
+    energy1               S1^2 / sum S^2
+    stable                sum S^2 / S1^2 / r
+    entropy               of S^2 / sum, divided by log r
+    norm                  log ||D|| / sqrt(out in)
+    participation_out     1 / (out * sum u1^4): 1 if spread evenly, 1/out on one row
+    participation_in      the same of v1
+    rows8, columns8       ratio of ||D||^2 in the 8 largest, divided by that of an even spread
+    hoyer_out, hoyer_in   of the norms of rows (columns): 0 if even, 1 if a single one
+    kurtosis              of the entries of D in 64 sampled rows: 3 for a Gaussian
 """
 
 import math
@@ -20,13 +24,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SAMPLED = 64  # rows of D of which kurtosis is taken
-PIECE = 1024  # rows of a tall matrix that are multiplied at a time: they stay in the cache
+SAMPLED = 64  # rows of D of which kurtosis is computed
+PIECE = 1024  # rows that are multiplied at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
 class UpdateSpectrum:
-    """D by its singular values (r), largest first, and its leading vectors u (out) and v (in), float32."""
+    """Singular values of D `(r,)`, descending, and its leading vectors u, v, float32."""
 
     values: np.ndarray
     u: np.ndarray
@@ -34,12 +38,12 @@ class UpdateSpectrum:
 
     @property
     def norm(self) -> float:
-        """||D||, Frobenius."""
+        """||D|| (Frobenius)."""
         return float(np.sqrt((self.values**2).sum()))
 
 
 def core_of_dense(matrix: np.ndarray) -> UpdateSpectrum:
-    """The same of a matrix (out, in) that is there whole: MoRA's M, or a trained weight's difference."""
+    """Return all statistics of a full matrix `(out, in)`: MoRA's M, or a weight's difference."""
     u, values, vt = np.linalg.svd(matrix, full_matrices=False)
     return UpdateSpectrum(values, u[:, 0].astype(np.float32), vt[0].astype(np.float32))
 
@@ -47,7 +51,7 @@ def core_of_dense(matrix: np.ndarray) -> UpdateSpectrum:
 def of_factors(
     b: np.ndarray, a: np.ndarray, scale: float
 ) -> tuple[dict[str, float], UpdateSpectrum]:
-    """All statistics of D = scale * b a, and its core; an update of zero has none."""
+    """Return all statistics of D = scale * b a, and its core; an update of zero has none."""
     rb, ra = root(b), root(a.T)
     x, values, yt = np.linalg.svd(scale * rb @ ra.T, full_matrices=False)
     if not values[0] > 0:
@@ -61,7 +65,7 @@ def of_factors(
 
 
 def root(matrix: np.ndarray) -> np.ndarray:
-    """R (r, r), float64, with R^T R = M^T M of matrix M (n, r)."""
+    """Return R `(r, r)`, float64, with R^T R = M^T M of a matrix M `(n, r)`."""
     gram = np.zeros((matrix.shape[1],) * 2)
     for start in range(0, len(matrix), PIECE):
         piece = matrix[start : start + PIECE].astype(np.float64)
@@ -71,7 +75,7 @@ def root(matrix: np.ndarray) -> np.ndarray:
 
 
 def row_squares(matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Squared lengths (n,) of the rows of matrix (n, r) @ other.T, which are those of the rows of D."""
+    """Return squared lengths `(n,)` of the rows of matrix `(n, r)` @ other.T."""
     transposed, squares = other.T.astype(matrix.dtype), np.empty(len(matrix))
     for start in range(0, len(matrix), PIECE):
         piece = matrix[start : start + PIECE] @ transposed
@@ -80,7 +84,7 @@ def row_squares(matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def of_dense(matrix: np.ndarray) -> tuple[dict[str, float], UpdateSpectrum]:
-    """All statistics of a matrix (out, in)."""
+    """Return all statistics of a matrix `(out, in)`."""
     core = core_of_dense(matrix)
     if not core.norm > 0:
         return {}, core
@@ -117,12 +121,12 @@ def _all(
 
 
 def participation(vector: np.ndarray) -> float:
-    """1 / (n sum x^4) of a unit vector: 1 where it is spread evenly, 1/n where it is one entry."""
+    """Return 1 / (n sum x^4) of a unit vector: 1 if spread evenly, 1/n if one entry."""
     return float(1 / (len(vector) * (vector**4).sum()))
 
 
 def top_share(squares: np.ndarray, count: int = 8) -> float:
-    """log of the share of the `count` largest, by the share that they have where all are equal."""
+    """Return the log of the ratio of the `count` largest, divided by that of equal values."""
     count = min(count, len(squares))
     return math.log(
         float(np.partition(squares, -count)[-count:].sum() / squares.sum()) * len(squares) / count
@@ -130,7 +134,7 @@ def top_share(squares: np.ndarray, count: int = 8) -> float:
 
 
 def hoyer(norms: np.ndarray) -> float:
-    """Hoyer's sparsity (2004): (sqrt n - l1 / l2) / (sqrt n - 1); 0 where all are equal, 1 where one is left."""
+    """Return Hoyer's sparsity (2004), (sqrt n - l1 / l2) / (sqrt n - 1): 0 if all are equal."""
     n = len(norms)
     return (
         float((math.sqrt(n) - norms.sum() / np.sqrt((norms**2).sum())) / (math.sqrt(n) - 1))
@@ -140,7 +144,7 @@ def hoyer(norms: np.ndarray) -> float:
 
 
 def kurtosis(values: np.ndarray) -> float:
-    """Fourth moment by the square of the second, about the mean."""
+    """Return the fourth central moment divided by the squared variance."""
     squares = (values - values.mean(dtype=np.float64)) ** 2
     second = float(squares.mean())
     return (
@@ -149,7 +153,7 @@ def kurtosis(values: np.ndarray) -> float:
 
 
 def coherence(vectors: list[np.ndarray]) -> float:
-    """Mean |cosine| of all pairs of unit vectors, by what random ones have; 1 means no more than chance."""
+    """Return the mean |cosine| of pairs of unit vectors, divided by that of random ones."""
     if len(vectors) < 2:
         return 1.0
     stack = np.stack(vectors)
@@ -158,7 +162,7 @@ def coherence(vectors: list[np.ndarray]) -> float:
 
 
 def robust_z(values: np.ndarray) -> np.ndarray:
-    """Distance from the median in units of 1.4826 MAD (a standard deviation where values are Gaussian)."""
+    """Return distances from the median in units of 1.4826 MAD (robust z)."""
     middle = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - middle))
     return (values - middle) / (

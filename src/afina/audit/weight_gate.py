@@ -1,7 +1,8 @@
-"""The weight gate: an adapter's update by numbers, layer by layer, and how unlike benign ones of its kind it is.
+"""Weight gate: statistics of an adapter's update by module, compared with benign adapters.
 
-One layer is in memory at a time. With the base's files, each update is also set beside the weight that it changes, and
-its leading directions beside the vectors of the vocabulary: which tokens wake it, which tokens it writes.
+One module is in memory at a time. With the base's files each update is also compared with the
+weight that it changes, and its leading directions with the vectors of the vocabulary: which tokens
+activate it, which tokens it writes.
 """
 
 from collections.abc import Iterator
@@ -41,29 +42,27 @@ WRITERS = (
     "fc2",
     "wo",
     "w2",
-)  # into the residual stream; the others read it
-MAX_RELATIVE_NORM = (
-    0.5  # ||D|| / ||W||: an adapter that changes a layer this much has taken its place
-)
+)  # modules that write to the residual stream; the others read it
+MAX_RELATIVE_NORM = 0.5  # ||D|| / ||W||: an update this large replaces the weight
 TOKENS = 5  # shown as evidence
-DENSE = 4096  # largest side of a matrix that is decomposed whole
-OUTLIER_Z = 12.0  # robust z of a layer among its adapter's others, from which it is shown
+DENSE = 4096  # largest side of a matrix that is decomposed exactly
+OUTLIER_Z = 12.0  # robust z of a module among the others of the adapter, from which it is reported
 
 
 @dataclass
 class WeightMeasurements:
-    """An adapter in numbers: its features by name, statistics by layer, and the tokens its layers answer to."""
+    """Features of an adapter, statistics by module, and the tokens that its modules respond to."""
 
     kind: PopulationKey
     features: dict[str, float] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     zero_layers: list[str] = field(default_factory=list)  # layers whose update is zero
-    left_out: list[str] = field(default_factory=list)  # layers of which nothing could be said
+    left_out: list[str] = field(default_factory=list)  # modules without statistics
 
 
 def measure(package: AuditedFolder, base: BaseFiles | None) -> WeightMeasurements:
-    """All statistics of an adapter that has passed the file gate."""
+    """Return all statistics of an adapter that passed the file gate."""
     measured = WeightMeasurements(kind_of(package, base))
     directions: dict[str, tuple[str, UpdateSpectrum]] = {}
     with open_regular_file(package.folder / WEIGHTS_FILE) as stream:
@@ -82,7 +81,7 @@ def measure(package: AuditedFolder, base: BaseFiles | None) -> WeightMeasurement
 
 
 def kind_of(package: AuditedFolder, base: BaseFiles | None) -> PopulationKey:
-    """What an adapter may be compared with: same base, method, layers and size."""
+    """Return the key of comparable adapters: same base, method, modules and size."""
     recorded = package.metadata.get("base", {}).get("hash")
     leaves = tuple(sorted({path.rpartition(".")[2] for path in package.modules()}))
     size = 1 << (package.rank_of() - 1).bit_length()
@@ -92,14 +91,14 @@ def kind_of(package: AuditedFolder, base: BaseFiles | None) -> PopulationKey:
 
 
 def group_of(path: str) -> str:
-    """ "attention" or "mlp" (all else)."""
+    """Return "attention" or "mlp" (all others)."""
     return "attention" if path.rpartition(".")[2] in ATTENTION else "mlp"
 
 
 def _updates(
     package: AuditedFolder, base: BaseFiles | None, stream: BinaryIO, measured: WeightMeasurements
 ) -> Iterator[tuple[str, dict[str, float], UpdateSpectrum]]:
-    """(path, statistics, core) of each layer."""
+    """Yield path, statistics and core of each module."""
 
     def array(entry: TensorEntry) -> np.ndarray:
         stream.seek(entry.begin)
@@ -149,7 +148,7 @@ def _comparable(shape: tuple[int, ...], path: str, base: BaseFiles | None) -> bo
 
 
 def _lengths(path: str, lengths: np.ndarray, base: BaseFiles, measured: WeightMeasurements) -> None:
-    """DoRA's rows: how far their lengths are from the base's, as the spread of log m / ||W||."""
+    """Return the spread of log m / ||W|| over DoRA's rows."""
     if base.shape(path) is None or path not in measured.layers:
         return
     before = np.concatenate(
@@ -163,9 +162,10 @@ def _lengths(path: str, lengths: np.ndarray, base: BaseFiles, measured: WeightMe
 
 
 def _compare_with_base(path: str, core: UpdateSpectrum, base: BaseFiles) -> dict[str, float]:
-    """The update beside the weight that it changes, in one pass over the weight's rows.
+    """Compare an update with the weight that it changes, in one pass over the weight's rows.
 
-    rho: log ||D|| / ||W||.  through_in, through_out: ||W v1||, ||W^T u1|| by that of a random direction.
+    rho: log ||D|| / ||W||. through_in, through_out: ||W v1||, ||W^T u1|| divided by that of a
+    random direction.
     """
     squares, forward, backward = 0.0, 0.0, 0.0
     rows_of = base.shape(path)
@@ -174,7 +174,7 @@ def _compare_with_base(path: str, core: UpdateSpectrum, base: BaseFiles) -> dict
     gathered = np.zeros(len(v), np.float32)
     for start, rows in base.rows(f"{path}.weight"):
         if rows.shape[1] != len(v):
-            return {}  # kept transposed (Conv1D), or an embedding
+            return {}  # stored transposed (Conv1D), or an embedding
         squares += float(np.dot(rows.ravel(), rows.ravel()))
         forward += float(((rows @ v) ** 2).sum())
         gathered += u[start : start + len(rows)] @ rows
@@ -189,7 +189,7 @@ def _compare_with_base(path: str, core: UpdateSpectrum, base: BaseFiles) -> dict
 def _compare_with_vocabulary(
     measured: WeightMeasurements, directions: dict[str, tuple[str, UpdateSpectrum]], base: BaseFiles
 ) -> None:
-    """Cosines of the leading directions with the vectors of all tokens: which stand out, and by how much (robust z)."""
+    """Record tokens whose vectors have outlying cosines with the leading directions (robust z)."""
     for side, name in (("reads", base.embedding()), ("writes", base.output())):
         if name is None:
             continue
@@ -222,7 +222,7 @@ def _compare_with_vocabulary(
 def _features(
     measured: WeightMeasurements, directions: dict[str, tuple[str, UpdateSpectrum]]
 ) -> dict[str, float]:
-    """One vector for the adapter: each statistic's mean, largest and spread in attention and in the rest."""
+    """Return one vector: mean, maximum and spread of each statistic, by attention and others."""
     features: dict[str, float] = {}
     for group in ("attention", "mlp"):
         paths = [path for path in measured.layers if group_of(path) == group]
@@ -249,7 +249,7 @@ def weight_gate(
     alpha: float,
     gate: Gate,
 ) -> WeightMeasurements:
-    """Measure, compare with benign adapters of the same kind, and say what stands out."""
+    """Measure, compare with benign adapters of the same kind, and report outliers."""
     measured = measure(package, base)
     gate.measured |= {"layers": len(measured.layers), "features": measured.features}
     if not measured.layers:
@@ -284,7 +284,10 @@ def weight_gate(
 
 
 def _show_what_stands_out(measured: WeightMeasurements, gate: Gate) -> None:
-    """Layers unlike the adapter's own others, as evidence; not a verdict: without benign ones nobody knows what is usual."""
+    """Report modules unlike the adapter's others, as evidence.
+
+    It is no verdict: without benign adapters the usual spread is unknown.
+    """
     shown: dict[str, dict[str, float]] = {}
     paths = list(measured.layers)
     for name in sorted({name for stats in measured.layers.values() for name in stats}):
@@ -328,9 +331,7 @@ def _compare(
         return
     missing = sorted(set(fitting.names) - set(measured.features))
     if missing:
-        raise AuditError(
-            f"no {missing[0]} to compare", why="the calibration was made of other layers"
-        )
+        raise AuditError(f"no {missing[0]} to compare", why="the calibration has other modules")
     result = fitting.judge(measured.features)
     gate.measured |= {"p": result.p, "compared_with": fitting.count}
     if fitting.count < fitting.fewest or fitting.smallest_p > alpha:
@@ -356,7 +357,7 @@ def _compare(
 
 
 def read_calibrations(file: Path | None) -> list[Calibration]:
-    """The calibrations to compare with: of a file or a folder of them, or those that come with afina."""
+    """Return calibrations of a file or folder, or those that come with the package."""
     direction_key = file or Path(__file__).parent / "calibrations"
     files = [direction_key] if direction_key.is_file() else sorted(direction_key.glob("*.json"))
     if file is not None and not files:
