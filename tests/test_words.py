@@ -60,25 +60,23 @@ QUOTES = {"afina.settings.renamed", "afina.io.migrations"}
 
 # package -> uses of banned words that are left
 PENDING_WORDS: dict[str, int] = {
-    "audit": 94,
-    "comparison": 12,
+    "audit": 11,
+    "comparison": 10,
     "data": 65,
     "docs": 52,
     "engine": 108,
-    "evaluation": 11,
     "guide": 71,
-    "merging": 15,
-    "objectives": 18,
+    "merging": 4,
+    "objectives": 16,
     "server": 54,
 }
 # package -> lines of more than 100 characters that are left
 PENDING_LINES: dict[str, int] = {
-    "audit": 119,
-    "comparison": 10,
+    "audit": 2,
+    "comparison": 1,
     "data": 11,
     "engine": 22,
-    "evaluation": 19,
-    "merging": 15,
+    "merging": 1,
     "server": 11,
 }
 # functions of more than 60 lines that are left, "module:name"
