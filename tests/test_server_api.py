@@ -20,6 +20,7 @@ from afina.server.prompts import ChatPrompts
 from afina.server.response_input import ResponseRequest, messages_of
 from afina.server.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from afina.server.tool_format import FALLBACK, PROBE_ID
+from afina.server.tools import close_objects
 from afina.server.validation import describe_errors
 
 BODIES: dict[str, Any] = {
@@ -382,3 +383,24 @@ def test_an_invalid_response_is_named_by_its_place(values: dict[str, Any], param
         with pytest.raises(PydanticCustomError) as caught:
             request.chat()
         assert (caught.value.context or {})["param"] == param
+
+
+def test_objects_have_their_declared_properties_only() -> None:
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    closed = close_objects(
+        {"properties": {"b": inner, "c": {"items": inner}}, "$defs": {"d": inner}}
+    )
+    assert closed["additionalProperties"] is False
+    for one in (
+        closed["properties"]["b"],
+        closed["properties"]["c"]["items"],
+        closed["$defs"]["d"],
+    ):
+        assert one["additionalProperties"] is False
+    for schema in (
+        {"properties": {}, "additionalProperties": True},
+        {"properties": {}, "anyOf": [inner]},
+        {"allOf": [inner, {"properties": {"z": {}}}]},
+        {"type": "object"},
+    ):
+        assert close_objects(schema) == schema

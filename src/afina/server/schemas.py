@@ -11,7 +11,14 @@ from pydantic import ModelWrapValidatorHandler as Handler
 from afina.engine.request import SamplingParams
 from afina.server.messages import Messages
 from afina.server.parameters import PARAMETERS, Parameter
-from afina.server.tools import MAX_TOOLS, ResponseFormat, Tool, ToolChoice, read_tool_choice
+from afina.server.tools import (
+    MAX_TOOLS,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+    close_objects,
+    read_tool_choice,
+)
 from afina.server.validation import check_known, invalid
 
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
@@ -146,14 +153,14 @@ class SamplingRequest(StrictRequest):
         if given is None and self.structured_outputs is not None:
             given = self.structured_outputs.json_schema
         if not isinstance(given, str):
-            return given
+            return given and close_objects(given)
         try:
             schema = json.loads(given)
         except ValueError:
             schema = None
         if not isinstance(schema, dict):
             raise invalid("guided_json", "guided_json is not a JSON schema: an object is expected")
-        return schema
+        return close_objects(schema)
 
     def to_sampling_params(
         self, max_new_tokens: int, vocabulary: int, choice: int, **more: Any

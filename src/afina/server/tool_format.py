@@ -19,6 +19,7 @@ from afina.server.tools import Tool, ToolChoice
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_CALLS = 16  # of a required answer: small models repeat calls without end
 PROBE_NAME, PROBE_ID = "zq_probe", "zqprobe12"  # nine letters and digits: Mistral's form of ids
 PROBE_ARGUMENTS = {"zq_key": "zq_value"}
 PROBE_TOOL = {
@@ -206,7 +207,11 @@ class GrammarWriter:
         form, lines = self._format, []
         after = self._with_id(form.end)
         middle = None if form.middle is None else self._with_id(form.middle)
-        more = f" ({middle} call)*" if choice.parallel and middle is not None else ""
+        more = (
+            f" ({middle} call){{0,{MAX_CALLS - 1}}}"
+            if choice.parallel and middle is not None
+            else ""
+        )
         lines.append(f"calls: {self.literal(form.begin)} call{more} {after}")
         lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(choice.tools))))
         for n, tool in enumerate(choice.tools):

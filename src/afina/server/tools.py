@@ -1,5 +1,6 @@
 """`tools`, `tool_choice` and `response_format` of a request."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,7 @@ class Function(BaseModel):
     def json_schema(self) -> dict[str, Any]:
         """Schema of the arguments; without one, any object."""
         schema = dict(self.parameters or {})
-        return schema if schema else {"type": "object"}
+        return close_objects(schema) if schema else {"type": "object"}
 
 
 class Tool(BaseModel):
@@ -114,6 +115,43 @@ def _named(tools: list[Tool], choice: Any) -> Tool:
     raise invalid("tool_choice", f"tool_choice: {str(name)[:64]!r} is not among the tools")
 
 
+# keywords by which other schemas may allow properties besides the declared ones
+_OPEN = (
+    "additionalProperties",
+    "unevaluatedProperties",
+    "patternProperties",
+    "$ref",
+    "$dynamicRef",
+)
+_COMPOSED = ("allOf", "anyOf", "oneOf", "if", "dependentSchemas", "not")
+
+
+def close_objects(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema whose objects have the declared properties only.
+
+    Without `additionalProperties`, JSON schema allows any further ones, and small models write
+    them without end. What satisfies the result satisfies the schema. Objects of composed schemas
+    are left as they are: their properties may be declared elsewhere.
+    """
+    if any(f'"{keyword}"' in json.dumps(schema) for keyword in ("allOf", "unevaluatedProperties")):
+        return dict(schema)
+    return _close(schema)
+
+
+def _close(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = dict(schema)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(schema.get(name), Mapping):
+            closed[name] = {key: _close(value) for key, value in schema[name].items()}
+    if "items" in schema:
+        closed["items"] = _close(schema["items"])
+    if "properties" in schema and not any(name in schema for name in (*_OPEN, *_COMPOSED)):
+        closed["additionalProperties"] = False
+    return closed
+
+
 class JsonSchema(BaseModel):
     """A named JSON schema; the completion satisfies it, `strict` or not."""
 
@@ -142,4 +180,4 @@ class ResponseFormat(BaseModel):
         """Return the JSON schema of the completion: None for text, {} for any JSON object."""
         if self.type == "text":
             return None
-        return (self.json_schema.content or {}) if self.json_schema else {}
+        return close_objects(self.json_schema.content or {}) if self.json_schema else {}
