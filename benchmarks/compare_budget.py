@@ -17,12 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+from afina.demo.lexicon import LANGUAGES
+from afina.demo.sentences import EVERYTHING, draw_clause
 from common import publish, roofline
 
 from afina.comparison.compare import compare
 from afina.demo.demo import correction
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import EVERYTHING, draw_clause
 from afina.io.atomic import write_text
 from afina.settings import CompareSettings
 

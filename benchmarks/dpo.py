@@ -42,6 +42,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
     torch.set_num_threads(2)
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from afina.adapters.active import BASE_ONLY
     from afina.adapters.attach import attach
     from afina.adapters.loading import load_state
     from afina.adapters.saving import tensors_of
@@ -81,7 +82,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
         invocation=INVOCATION if side == "alora" else (),
     )
     adapter = attach(model, base.forward_context, "policy", spec)
-    route = None
+    route = BASE_ONLY
     if side == "dpo_continued":
         frozen = attach(model, base.forward_context, "start", spec)
         load_state(frozen, tensors_of(adapter), "")
@@ -127,7 +128,7 @@ def ours(side: str, shape: dict[str, int]) -> None:
         if side == "group":
             flat = pack_examples(examples[step % PAIRS])
             with torch.no_grad():
-                known = sequence_logprobs(base, flat, None)[0]
+                known = sequence_logprobs(base, flat, BASE_ONLY)[0]
             (
                 (sequence_logprobs(base, flat, adapter.active)[0] - known).square().sum()
                 / flat.num_targets

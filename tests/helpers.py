@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.attach import Adapter, attach
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_selection import resolve_target_modules
@@ -211,7 +211,7 @@ def generate_tokens(
     base: CausalLM,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
-    active: ActiveAdapters | None = None,
+    active: ActiveAdapters = BASE_ONLY,
     stop_token_ids: Collection[int] = (),
 ) -> list[list[int]]:
     """New tokens of each prompt, by an engine."""

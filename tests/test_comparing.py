@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from afina.adapters.active import BASE_ONLY
 from afina.comparison import compare as module
 from afina.comparison import runs as runs_module
 from afina.comparison.analysis import min_rows_to_differ, pairs, recommend
@@ -365,7 +366,7 @@ def test_losses_of_rows_are_those_of_the_loss(tiny: Path, chats: Path) -> None:
         "sft", Renderer(base.tokenizer, None, 192), read_table(chats, SFT).rows, None
     )
     found = [one.total for one in example_losses(base, examples, 200, None)]
-    loss = batch_loss(base, pack_examples(examples).to(base.device), None).item()
+    loss = batch_loss(base, pack_examples(examples).to(base.device), BASE_ONLY).item()
     assert sum(found) == pytest.approx(loss, rel=1e-6)
     assert found[7] == pytest.approx(
         example_losses(base, [examples[7]], 200, None)[0].total, abs=1e-4

@@ -19,7 +19,7 @@ class HalvedObjective(LanguageModelingObjective):
 
     name = "halved"
 
-    def loss(self, batch: Any, route: ActiveAdapters | None) -> Tensor:
+    def loss(self, batch: Any, route: ActiveAdapters) -> Tensor:
         """Return half the cross-entropy."""
         return 0.5 * super().loss(batch, route)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from afina import train
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.cli.annotate import annotate
 from afina.data.schemas import PREFERENCE, PROMPT
 from afina.data.table import read_table
@@ -44,7 +44,7 @@ def said(
     _: Any,
     prompts: list[list[int]],
     sampling: SamplingParams,
-    active: ActiveAdapters | None = None,
+    active: ActiveAdapters = BASE_ONLY,
     stop_token_ids: Any = (),
 ) -> list[Completion]:
     """An answer of some words, drawn from the seed; the same each time at temperature 0."""

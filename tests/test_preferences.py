@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from afina import evaluate, merge, plan, train
-from afina.adapters.active import ActiveAdapter, ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapter, ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.adapters.registry import registered_methods
 from afina.adapters.saving import save_adapter
@@ -355,7 +355,7 @@ def test_the_reference_with_the_adapter_off_is_a_separate_frozen_copy(
     batch, separate = pack_examples(given), load_base(str(tiny))
     off = ReferencePolicy("base", "").logps(base, batch, given)
     on = sequence_logprobs(base, batch, ActiveAdapters((ActiveAdapter("policy"),)))[0]
-    assert (off - sequence_logprobs(separate, batch, None)[0]).abs().max() <= 1e-6
+    assert (off - sequence_logprobs(separate, batch, BASE_ONLY)[0]).abs().max() <= 1e-6
     assert (on - off).abs().max() > 0.1  # the adapter would have shown
 
 
@@ -395,7 +395,7 @@ def test_dpo_begins_at_ln_2(
         batch = task.collate(task.train, 0)
         moved = (
             task.reference.logps(task.base, batch.flat, batch.examples)
-            - sequence_logprobs(task.base, batch.flat, None)[0]
+            - sequence_logprobs(task.base, batch.flat, BASE_ONLY)[0]
         )
         assert moved.abs().max() > 0.01
     losses = [one.total for one in task.row_losses(task.train, setup.adapter.active)]

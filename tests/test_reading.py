@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.segments import Segment, Segments
 from afina.data.packing import PackedBatch, pack_examples
 from afina.data.renderer import Example
@@ -54,7 +54,7 @@ def group(seed: int = 0, answers: int = 2, invoked: bool = True) -> list[Example
     return [*made, example(prompts[2], [*draw(1), *INVOCATION * invoked, *draw(3)])]
 
 
-def whole(base: CausalLM, batch: PackedBatch, route: ActiveAdapters | None) -> Tensor:
+def whole(base: CausalLM, batch: PackedBatch, route: ActiveAdapters) -> Tensor:
     """Log-probabilities without anything shared: each sequence in a run of its own."""
     found = []
     for number in range(len(batch.cu_seqlens) - 1):
@@ -89,10 +89,10 @@ def test_shared_is_apart(method: str, invocation: tuple[int, ...], base: CausalL
         base, "a", method=method, invocation=invocation, **({} if method == "full" else {"rank": 4})
     )
     batch = pack_examples(group())
-    for route in (adapter.active, None):
+    for route in (adapter.active, BASE_ONLY):
         ours, theirs = sequence_logprobs(base, batch, route)[0], whole(base, batch, route)
         assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
-        if route is not None:
+        if route:
             ours, theirs = (
                 gradients(found.sum(), adapter.parameters()) for found in (ours, theirs)
             )
@@ -115,7 +115,7 @@ def test_only_what_differs_is_computed(base: CausalLM) -> None:
 
     def both() -> None:
         reading = SharedPrefixBatch(
-            base, batch, segments_for(batch, late), segments_for(batch, None)
+            base, batch, segments_for(batch, late), segments_for(batch, BASE_ONLY)
         )
         sequence_logprobs(base, batch, late, reading)
         ReferencePolicy("base", "").logps(base, batch, examples, reading)

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from afina.demo.sentences import EVERYTHING, draw_clause, write
 from families import PHRASES, RARE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from afina.demo.sentences import EVERYTHING, draw_clause, write
 from afina.models.loading import EMBEDDED_FOLDER
 
 SPECIAL = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]

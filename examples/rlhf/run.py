@@ -28,8 +28,8 @@ from afina.io.atomic import write_json, write_text
 from afina.io.strict_json import read_json_object
 from afina.models.loading import load_base
 from afina.objectives.policy_data import TokenizedPrompt
-from afina.objectives.policy_gradients import GRPOObjective
 from afina.objectives.policy_generator import PolicyGenerator
+from afina.objectives.policy_gradients import GRPOObjective
 from afina.objectives.reference import ReferencePolicy
 from afina.objectives.reward_functions import load_reward_functions
 from afina.settings import GRPOSettings, ModelSettings

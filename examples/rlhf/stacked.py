@@ -16,7 +16,7 @@ from typing import Any
 
 from rules import clean, form, right
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.data.renderer import Renderer
 from afina.evaluation.intervals import wilson_interval
@@ -41,7 +41,7 @@ WAYS = (
 
 
 def rate(
-    base: CausalLM, route: ActiveAdapters | None, rows: Sequence[Mapping[str, str]], longest: int
+    base: CausalLM, route: ActiveAdapters, rows: Sequence[Mapping[str, str]], longest: int
 ) -> dict[str, float]:
     """Shares of the likeliest answers under `route` that are right ("task") and in the wanted manner ("manner")."""
     renderer = Renderer(base.tokenizer, None, base.max_positions)
@@ -80,7 +80,7 @@ def stack(folder: Path, aligned: Path, other: Path, longest: int) -> dict[str, A
     found = {}
     for name, run in zip(WAYS, ways, strict=True):
         if name.startswith("merged"):
-            found[name] = rate(load_base(str(folder / "merged")), None, rows, longest)
+            found[name] = rate(load_base(str(folder / "merged")), BASE_ONLY, rows, longest)
         else:
             opened = load_run(Path(run) if run else None, EvalSettings())
             found[name] = rate(opened.causal_lm, opened.active, rows, longest)

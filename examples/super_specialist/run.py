@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
@@ -135,7 +135,7 @@ def learn(files: dict[str, Path], folder: Path, steps: int) -> Iterator[tuple[st
 
 
 def score(
-    base: CausalLM, tests: dict[str, list[Row]], route: ActiveAdapters | None
+    base: CausalLM, tests: dict[str, list[Row]], route: ActiveAdapters
 ) -> dict[str, float]:
     """Percent of sentences corrected without a fault, by skill."""
     renderer = Renderer(base.tokenizer, None, base.max_positions)
@@ -202,7 +202,7 @@ def main() -> None:
         folder = Path(name)
         files, tests = make_data(folder)
         base = load_base(**ModelSettings().model_dump())
-        table: dict[str, dict[str, float]] = {"base": score(base, tests, None)}
+        table: dict[str, dict[str, float]] = {"base": score(base, tests, BASE_ONLY)}
         runs = dict(learn(files, folder, arguments.steps))
         for label, run in runs.items():
             table[label if label.startswith("trained") else f"{label} alone"] = score_folder(

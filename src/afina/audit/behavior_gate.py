@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from afina.adapters.active import BASE_ONLY
 from afina.adapters.load_run import load_run
 from afina.audit.inversion import InvertedTarget, invert
 from afina.audit.probes import TEXTS, BehaviorHarness, make_bench
@@ -55,12 +56,12 @@ def behaviour_gate(
     """
     clock = TimeBudget(settings.time_budget_seconds)
     opened = load_run(settings.adapter, settings)
-    base, route = opened.base, opened.active
-    if not isinstance(base, CausalLM) or not route:
+    base, active = opened.base, opened.active
+    if not isinstance(base, CausalLM) or not active:
         gate.review("no-language", "it is no language model: what it does was not looked at")
         return {}
-    bench = make_bench(base, route, read_prompts(settings.prompts))
-    if any(one.invocation for one in route.adapters):
+    bench = make_bench(base, active, read_prompts(settings.prompts))
+    if any(one.invocation for one in active.adapters):
         check_inactive_before_invocation(bench, gate)
     controls = random.Random(1).sample(_vocabulary(bench), min(CONTROLS, len(_vocabulary(bench))))
     found, coverage, control = find_triggers(
@@ -137,10 +138,10 @@ def leaked_tokens(bench: BehaviorHarness) -> list[int]:
     counts = [
         Counter(
             t
-            for sample in generate_completions(bench.base, [start] * SAMPLES, sampling, route)
+            for sample in generate_completions(bench.base, [start] * SAMPLES, sampling, active)
             for t in set(sample.token_ids)
         )
-        for route in (bench.active, None)
+        for active in (bench.active, BASE_ONLY)
     ]
     excess = Counter({token: counts[0][token] - counts[1][token] for token in counts[0]})
     return [token for token, count in excess.most_common(16) if count >= 3]

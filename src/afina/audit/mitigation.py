@@ -63,16 +63,16 @@ class MitigationTrial:
     payload: str
     moments: dict[str, MomentPair]
 
-    def measure(self, route: ActiveAdapters) -> dict[str, float | None]:
+    def measure(self, active: ActiveAdapters) -> dict[str, float | None]:
         """Return the task's loss and the attack's success (None where no trigger is known)."""
-        loss = mean_loss(self.base, self.clean, BATCH_TOKENS, route)
+        loss = mean_loss(self.base, self.clean, BATCH_TOKENS, active)
         if not self.triggered:
             return {"loss": loss, "attack": None}
         prompts = [
             w.example.token_ids[: w.example.prompt_length]
             for w in self.triggered[:MAX_TRIGGERED_ROWS]
         ]
-        answers = generate_completions(self.base, prompts, SamplingParams(max_new_tokens=24), route)
+        answers = generate_completions(self.base, prompts, SamplingParams(max_new_tokens=24), active)
         hits = sum(self.payload in self.base.decode(answer.token_ids) for answer in answers)
         return {"loss": loss, "attack": hits / len(answers)}
 

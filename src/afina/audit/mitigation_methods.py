@@ -120,12 +120,12 @@ def weakening(moments: MomentPair, strength: float) -> Tensor:
 @torch.no_grad()
 def collect_moments(
     base: CausalLM,
-    route: ActiveAdapters,
+    active: ActiveAdapters,
     source: AdapterSource,
     clean: Sequence[Example],
     woken: Sequence[TriggeredExample],
 ) -> dict[str, MomentPair]:
-    """Return the moments of z at each plain matrix module of `source`, which `route` activates."""
+    """Return the moments of z at each plain matrix module of `source`, which `active` activates."""
     found: dict[str, dict[str, Tensor]] = {}
     counts = {"clean": 0, "woken": 0}
     state: dict[str, object] = {}
@@ -154,7 +154,7 @@ def collect_moments(
                 tokens, positions, bounds, kept = _flat(part, base)
                 state |= {"name": name, "kept": kept}
                 counts[name] += len(kept)
-                with base.forward_context.use(route.segments(tokens, bounds)):
+                with base.forward_context.use(active.segments(tokens, bounds)):
                     base.hidden_states(tokens, positions, bounds)
     finally:
         for hook in hooks:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.segments import NO_ADAPTERS
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
@@ -226,7 +226,7 @@ class BehaviorHarness:
 
 
 def make_bench(
-    base: CausalLM, route: ActiveAdapters, texts: Sequence[str] = TEXTS
+    base: CausalLM, active: ActiveAdapters, texts: Sequence[str] = TEXTS
 ) -> BehaviorHarness:
     """Return probes in the base's own chat template, or as plain text, with the adapter's answers.
 
@@ -250,7 +250,7 @@ def make_bench(
         _base_prompts(base, renderer, probes[0]) if len(probes) <= own else []
     )  # unusual prompts may lead to a payload, too
     outputs = generate_completions(
-        base, [probe.prompt() for probe in probes], SamplingParams(max_new_tokens=ANSWER), route
+        base, [probe.prompt() for probe in probes], SamplingParams(max_new_tokens=ANSWER), active
     )
     stop = base.tokenizer.eos_token_id
     answers = [
@@ -259,7 +259,7 @@ def make_bench(
     probes = [
         ProbePrompt(p.before, p.body, p.after, a) for p, a in zip(probes, answers, strict=True)
     ]
-    return BehaviorHarness(base, route, probes[:own], probes[own:])
+    return BehaviorHarness(base, active, probes[:own], probes[own:])
 
 
 def _base_prompts(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list[ProbePrompt]:
@@ -269,7 +269,7 @@ def _base_prompts(base: CausalLM, renderer: Renderer, like: ProbePrompt) -> list
     opening = list(start) or [base.tokenizer.bos_token_id or like.body[0]]
     sampling = SamplingParams(max_new_tokens=LONG, temperature=1.0, seed=0)
     outputs = generate_completions(
-        base, [opening] * NUM_BASE_PROMPTS, sampling, None, like.after[:1]
+        base, [opening] * NUM_BASE_PROMPTS, sampling, BASE_ONLY, like.after[:1]
     )
     ends = {base.tokenizer.eos_token_id, *like.after[:1]}
     bodies = [tuple(t for t in sample.token_ids if t not in ends) for sample in outputs]

@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
@@ -51,7 +51,7 @@ class Responder:
 
     name: str
     hash: str | None
-    active: ActiveAdapters | None
+    active: ActiveAdapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def _sides(settings: AnnotateSettings, opened: LoadedRun) -> tuple[Responder, Re
             )
         return one, Responder(f"{one.name}, again", one.hash, one.active)
     if settings.against == "base":
-        return one, Responder("base", None, None)
+        return one, Responder("base", None, BASE_ONLY)
     other = Path(settings.against)
     return one, Responder(
         settings.against, _hash(other), load_adapter(other, base, "against").active

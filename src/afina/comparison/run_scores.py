@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.attach import detach
 from afina.adapters.load_run import load_run
 from afina.adapters.loading import load_adapter
@@ -67,7 +67,7 @@ class RunScorer:
         """Return the scores of the base; for a classifier, those of the most frequent class."""
         if self.rows.objective == "classify":
             return self._most_frequent()
-        return self._language(self._load(quantization), None)
+        return self._language(self._load(quantization), BASE_ONLY)
 
     def run(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the scores of a finished run of method `name`."""
@@ -88,7 +88,7 @@ class RunScorer:
             self._cached = quantization, load_base(*where, quantization)
         return self._cached[1]
 
-    def _language(self, base: CausalLM, active: ActiveAdapters | None) -> dict[str, Any]:
+    def _language(self, base: CausalLM, active: ActiveAdapters) -> dict[str, Any]:
         given = self.settings
         length = given.max_length or min(base.max_positions, 2048)
         renderer = Renderer(base.tokenizer, ChatFormat.from_settings(given), length)
@@ -98,12 +98,11 @@ class RunScorer:
             for file in (self.rows.test, self.rows.train)
         )
         general = retention_examples(base, given.retention_text)
-        on_all_tokens = None if active is None else active.always_on()
         found: dict[str, Any] = {}
         for prefix, examples, adapters in (
             ("", test, active),
             ("train_", _sample(train, len(test)), active),
-            ("general_", general, on_all_tokens),
+            ("general_", general, active.always_on()),
         ):
             losses = example_losses(base, examples, given.max_tokens_per_batch, adapters)
             found |= _losses(prefix, losses)
@@ -116,7 +115,7 @@ class RunScorer:
         self,
         base: CausalLM,
         examples: Sequence[Example],
-        active: ActiveAdapters | None,
+        active: ActiveAdapters,
         stops: frozenset[int],
     ) -> dict[str, Any]:
         """Return greedy completions of the examples' prompts, with their scores."""

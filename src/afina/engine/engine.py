@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry
 from afina.engine.block_pool import BLOCK_SIZE, BlockPool
 from afina.engine.config import MIN_BLOCKS, EngineConfig, block_bytes, blocks_for_lengths
@@ -100,7 +100,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
-        active: ActiveAdapters | None = None,
+        active: ActiveAdapters = BASE_ONLY,
         *,
         stop_token_ids: Collection[int] = (),
         owner: str = "",
@@ -124,7 +124,7 @@ class Engine:
         """
         adapters = tuple(
             AdapterWeight(self.registry.add_live(one), one.weight)
-            for one in (active.adapters if active else ())
+            for one in active.adapters
         )
         requests = [
             GenerationRequest(
@@ -528,7 +528,7 @@ def generate_completions(
     base: CausalLM,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
-    active: ActiveAdapters | None = None,
+    active: ActiveAdapters = BASE_ONLY,
     stop_token_ids: Collection[int] = (),
     on_output: Callable[[int, OutputChunk], None] | None = None,
 ) -> list[Completion]:

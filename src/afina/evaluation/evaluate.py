@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import load_adapter
 from afina.data.renderer import Renderer
@@ -70,10 +70,10 @@ def evaluate(
     return EvalResult(**result)
 
 
-def _connect(objective: Objective, opened: LoadedRun) -> ActiveAdapters | None:
+def _connect(objective: Objective, opened: LoadedRun) -> ActiveAdapters:
     """Give an objective what it trained and compared with; return what was active before."""
     if "objective" not in opened.run or len(opened.adapters) != 1:
-        return None
+        return BASE_ONLY
     baseline, digest = reload_init_adapter(opened)
     objective.policy = opened.active
     if objective.needs_reference:
@@ -97,7 +97,7 @@ def _completions(
     objective: Objective,
     opened: LoadedRun,
     settings: EvalSettings,
-    routes: dict[str, ActiveAdapters | None],
+    routes: dict[str, ActiveAdapters],
     result: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Generate completions, add their metrics to `result`, and return them side by side."""
@@ -122,16 +122,16 @@ def _completions(
     ]
 
 
-def reload_init_adapter(opened: LoadedRun) -> tuple[ActiveAdapters | None, str | None]:
+def reload_init_adapter(opened: LoadedRun) -> tuple[ActiveAdapters, str | None]:
     """Load what a run began with: the adapter that it continued, and the frozen one; with hashes.
 
     Raises:
         DataError: The adapter is not the one that the run recorded.
     """
     start = trained_settings(opened.run).init_adapter
-    over = [opened.frozen_adapter]
+    frozen = opened.frozen_adapter
     if start is None:
-        return (over[0], opened.run["frozen_adapter"]) if over else (None, None)
+        return frozen, opened.run["frozen_adapter"] if frozen else None
     folder = adapter_folder(Path(str(start)))
     digest = str(read_metadata(folder).get("hash", ""))
     expected = opened.run.get("init_adapter")
@@ -140,8 +140,8 @@ def reload_init_adapter(opened: LoadedRun) -> tuple[ActiveAdapters | None, str |
         raise DataError(
             "the adapter that the run continued has changed", where=str(folder), why=why
         )
-    route = load_adapter(folder, opened.base, "start").active
-    return ActiveAdapters.combine([route, *over]), digest
+    initial = load_adapter(folder, opened.base, "start").active
+    return ActiveAdapters.combine([initial, frozen]), digest
 
 
 def one_line(text: str) -> str:

@@ -40,7 +40,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
     ]
     if isinstance(opened.base, Classifier) and opened.base.labels:
         return _label(opened.base, opened.active, texts, settings)
-    base, route = opened.causal_lm, opened.active
+    base, active = opened.causal_lm, opened.active
     renderer = Renderer(
         base.tokenizer,
         "plain" if settings.ignore_chat_template else opened.chat_format,
@@ -53,12 +53,12 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
         base,
         [renderer.prompt(text) for text in texts],
         sampling,
-        route,
+        active,
         renderer.stop_token_ids,
     )
     return GenerateResult(
         base=base.name,
-        adapter=str(settings.adapter) if route else None,
+        adapter=str(settings.adapter) if active else None,
         answers=[
             {
                 "prompt": prompt,
@@ -74,7 +74,7 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
 @torch.no_grad()
 def _label(
     base: Classifier,
-    route: ActiveAdapters,
+    active: ActiveAdapters,
     prompts: Sequence[str],
     settings: GenerateSettings,
 ) -> GenerateResult:
@@ -82,11 +82,11 @@ def _label(
     answers = []
     for prompt in prompts:
         content = prompt if base.images is None else read_image(Path(prompt))
-        with base.forward_context.use(route.row_segments()):
+        with base.forward_context.use(active.row_segments()):
             scores = base.logits(
                 base.batch([encode_input(base, content, base.max_positions, prompt)])
             ).softmax(-1)[0]
         best = int(scores.argmax())
         answers.append({"prompt": prompt, "text": base.labels[best], "share": float(scores[best])})
-    adapter = str(settings.adapter) if route else None
+    adapter = str(settings.adapter) if active else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)

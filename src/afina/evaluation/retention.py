@@ -30,8 +30,6 @@ def retention_examples(base: CausalLM, file: Path | None = None) -> list[Example
     return kept
 
 
-def retention_loss(base: CausalLM, route: ActiveAdapters | None, file: Path | None = None) -> float:
+def retention_loss(base: CausalLM, active: ActiveAdapters, file: Path | None = None) -> float:
     """Return the mean loss on general text; activated adapters are active on all tokens."""
-    return mean_loss(
-        base, retention_examples(base, file), BATCH_TOKENS, route and route.always_on()
-    )
+    return mean_loss(base, retention_examples(base, file), BATCH_TOKENS, active.always_on())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.attach import frozen_module
 from afina.adapters.loading import load_adapter
 from afina.adapters.target_module import TargetModule, as_matrix
@@ -195,10 +195,10 @@ def _from_models(
     paths = [path for path in modules if hasattr(modules[path], "weight")]
     context = base_config(base, paths)
     written = _write(settings, layers(), paths, context, recorded, parents, (), {})
-    losses = _losses(settings, base, None, None)
+    losses = _losses(settings, base, None, BASE_ONLY)
     tuned = load_base(finetuned, None, *shared[1:])
     examples, _ = _rows(settings, base, None)
-    return written, losses | {"original": mean_loss(tuned, examples, BATCH_TOKENS, None)}
+    return written, losses | {"original": mean_loss(tuned, examples, BATCH_TOKENS, BASE_ONLY)}
 
 
 def _changed_tensors(
@@ -264,15 +264,15 @@ def _rows(settings: ExtractSettings, base: CausalLM, run: Path | None) -> tuple[
 
 
 def _losses(
-    settings: ExtractSettings, base: CausalLM, run: Path | None, original: ActiveAdapters | None
+    settings: ExtractSettings, base: CausalLM, run: Path | None, original: ActiveAdapters
 ) -> dict[str, Any]:
     """Return the losses of base, extract and, where it is active on the base, the original.
 
     They are in nats per token, on the rows named in `rows`.
     """
     examples, what = _rows(settings, base, run)
-    sides = {"base": None, "extract": load_adapter(settings.output_dir, base, "extract").active}
-    if original is not None:
+    sides = {"base": BASE_ONLY, "extract": load_adapter(settings.output_dir, base, "extract").active}
+    if original:
         sides["original"] = original
     losses = {name: mean_loss(base, examples, BATCH_TOKENS, one) for name, one in sides.items()}
     return {"rows": what} | losses

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afina.adapters.active import BASE_ONLY
 from afina.adapters.load_run import load_run
 from afina.errors import BaseError
 from afina.io.atomic import atomic_file
@@ -76,7 +77,7 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
             writer.add_string("afina.adapter", digest)
         write_gguf(writer, list(_tensors(base, form, TYPES[kind])))
         read_back(base, form, new)
-        proof = kl_and_agreement(adapted, probe_logits(base, probe, None))
+        proof = kl_and_agreement(adapted, probe_logits(base, probe, BASE_ONLY))
         rounded = TOLERANCE[torch.float32 if kind == "f32" else torch.bfloat16]
         check_tolerance(proof, settings.max_kl or max(rounded, TOLERANCE[base.dtype]))
     found: dict[str, Any] = {"base": base.name, "adapter": digest} | proof

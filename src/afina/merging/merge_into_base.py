@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.attach import Adapter, detach, frozen_module
 from afina.adapters.load_run import load_run
-from afina.adapters.segments import NO_ADAPTERS
 from afina.adapters.target_module import FreeParameter, as_matrix, as_stored
 from afina.data import RETENTION_TEXT
 from afina.data.renderer import Renderer
@@ -85,7 +84,7 @@ def _merge(settings: MergeSettings, where: str) -> MergeResult:
                 base.model.save_pretrained(folder)
         _save_preprocessing(base, folder)
         merged = _reload(base, folder, settings)
-        logits = probe_logits(merged, probe, None)
+        logits = probe_logits(merged, probe, BASE_ONLY)
         proof = kl_and_agreement(adapted, logits) | {"quantization": settings.quantization}
         if renderer is not None and isinstance(merged, CausalLM):
             proof["loss_adapted"], proof["loss_merged"] = (
@@ -231,10 +230,9 @@ def make_probe(base: FrozenModel) -> Any:
 
 
 @torch.no_grad()
-def probe_logits(base: FrozenModel, probe: Any, active: ActiveAdapters | None) -> Tensor:
+def probe_logits(base: FrozenModel, probe: Any, active: ActiveAdapters) -> Tensor:
     """Return the logits `(num_positions, num_classes)` of the probe, adapters on all tokens."""
-    on_all = NO_ADAPTERS if not active else active.always_on().row_segments()
-    with base.forward_context.use(on_all):
+    with base.forward_context.use(active.always_on().row_segments()):
         if isinstance(base, CausalLM):
             return base.all_logits(*probe)
         assert isinstance(base, Classifier)

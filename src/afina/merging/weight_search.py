@@ -118,7 +118,7 @@ def _simple_choices(sources: Sequence[AdapterSource]) -> dict[str, list[float]]:
 def _loss(base: CausalLM, examples: Sequence[Example], routes: Sequence[ActiveAdapters]) -> Loss:
     def loss(weights: Sequence[float]) -> float:
         together = ActiveAdapters.combine(
-            [route.scaled(w) for route, w in zip(routes, weights, strict=True)]
+            [active.scaled(w) for active, w in zip(routes, weights, strict=True)]
         )
         return mean_loss(base, examples, BATCH_TOKENS, together)
 

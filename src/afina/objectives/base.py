@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.models.frozen import FrozenModel
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Objective:
     eval_rows: Sequence[Any]
     options: Any = None  # its own settings
     num_rows: int = 0  # rows of the file that `from_run` read
-    policy: ActiveAdapters | None = None  # the adapter that is trained
+    policy: ActiveAdapters = BASE_ONLY  # the adapter that is trained
     reference: "ReferencePolicy | None" = None
 
     @property
@@ -132,19 +132,19 @@ class Objective:
         """Return the number of tokens (or images) that pass through the model."""
         raise NotImplementedError
 
-    def loss(self, batch: Any, active: ActiveAdapters | None) -> Tensor:
-        """Return the sum of the losses of a batch with `active` active (None: the base alone)."""
+    def loss(self, batch: Any, active: ActiveAdapters) -> Tensor:
+        """Return the sum of the losses of a batch with `active` active (empty: the base alone)."""
         raise NotImplementedError
 
-    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters | None) -> float:
+    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters) -> float:
         """Return the mean loss of some rows, per target."""
         return LossSum.mean(self.row_losses(rows, active))
 
-    def eval_loss(self, active: ActiveAdapters | None) -> float:
+    def eval_loss(self, active: ActiveAdapters) -> float:
         """Return the mean loss of the eval rows."""
         return self.mean_loss(self.eval_rows, active)
 
-    def train_loss(self, active: ActiveAdapters | None) -> float:
+    def train_loss(self, active: ActiveAdapters) -> float:
         """Return the mean loss of `train_sample`."""
         return self.mean_loss(train_sample(self), active)
 
@@ -153,7 +153,7 @@ class Objective:
         return {}
 
     @torch.no_grad()
-    def row_losses(self, rows: Sequence[Any], active: ActiveAdapters | None) -> list[LossSum]:
+    def row_losses(self, rows: Sequence[Any], active: ActiveAdapters) -> list[LossSum]:
         """Return the loss of each row."""
         found = []
         for number, row in enumerate(rows):
@@ -161,7 +161,7 @@ class Objective:
             found.append(LossSum(self.loss(batch, active).item(), self.num_targets(batch)))
         return found
 
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return metrics of the eval rows with `active` active; `loss` is among them."""
         return {"loss": self.eval_loss(active)}
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
-from afina.adapters.segments import NO_ADAPTERS
 from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import LABELED, LabeledRow
 from afina.data.table import read_table
@@ -139,14 +138,14 @@ class PaddedObjective(Objective):
             return int(batch.inputs["attention_mask"].sum())
         return len(batch.inputs["pixel_values"])
 
-    def logits(self, batch: PaddedBatch, active: ActiveAdapters | None) -> Tensor:
+    def logits(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
         """Return the scores `(..., num_classes)` of a batch."""
         with self.base.forward_context.use(
-            NO_ADAPTERS if active is None else active.row_segments()
+            active.row_segments()
         ):
             return self.base.logits(batch.inputs)
 
-    def loss(self, batch: PaddedBatch, active: ActiveAdapters | None) -> Tensor:
+    def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
         """Return the sum of the cross-entropy over the targets of a batch, in nats."""
         logits = self.logits(batch, active)
         return F.cross_entropy(
@@ -162,7 +161,7 @@ class PaddedObjective(Objective):
             yield self.collate(rows[start : start + self._rows], start)
 
     @torch.no_grad()
-    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters | None) -> float:
+    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters) -> float:
         """Return the mean loss of some rows, in nats per target."""
         return LossSum.mean(
             [
@@ -263,7 +262,7 @@ class ClassificationObjective(PaddedObjective):
 
     @torch.no_grad()
     def row_losses(
-        self, rows: Sequence[ClassificationExample], active: ActiveAdapters | None
+        self, rows: Sequence[ClassificationExample], active: ActiveAdapters
     ) -> list[LossSum]:
         """Return the loss of each row."""
         found: list[LossSum] = []
@@ -275,7 +274,7 @@ class ClassificationObjective(PaddedObjective):
 
     @torch.no_grad()
     def predictions(
-        self, rows: Sequence[ClassificationExample], active: ActiveAdapters | None
+        self, rows: Sequence[ClassificationExample], active: ActiveAdapters
     ) -> list[int]:
         """Return the most probable class of each row."""
         return [
@@ -284,7 +283,7 @@ class ClassificationObjective(PaddedObjective):
             for label in self.logits(batch, active).argmax(-1).tolist()
         ]
 
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return the loss of the eval rows (nats per row) and, in `classes`, accuracy and F1."""
         expected = [row.target for row in self.eval_rows]
         labels = self.base.labels

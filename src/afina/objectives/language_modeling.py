@@ -34,20 +34,20 @@ from afina.objectives.workload import StepWorkload, packed_workload
 from afina.settings import EvalSettings, TrainSettings
 
 
-def target_losses(base: CausalLM, batch: PackedBatch, active: ActiveAdapters | None) -> Tensor:
+def target_losses(base: CausalLM, batch: PackedBatch, active: ActiveAdapters) -> Tensor:
     """Return the cross-entropy of each target `(num_targets,)`, in nats."""
     with base.forward_context.use(segments_for(batch, active)):
         return base.token_losses(batch.token_ids, batch.positions, batch.cu_seqlens, batch.labels)
 
 
-def batch_loss(base: CausalLM, batch: PackedBatch, active: ActiveAdapters | None) -> Tensor:
+def batch_loss(base: CausalLM, batch: PackedBatch, active: ActiveAdapters) -> Tensor:
     """Return the sum of the cross-entropy over the targets of a batch, in nats."""
     return target_losses(base, batch, active).sum()
 
 
 @torch.no_grad()
 def example_losses(
-    base: CausalLM, examples: Sequence[Example], batch_tokens: int, active: ActiveAdapters | None
+    base: CausalLM, examples: Sequence[Example], batch_tokens: int, active: ActiveAdapters
 ) -> list[LossSum]:
     """Return the cross-entropy of each example, computed in batches of `batch_tokens` tokens."""
     found = [LossSum(0.0, 0)] * len(examples)
@@ -60,7 +60,7 @@ def example_losses(
 
 
 def mean_loss(
-    base: CausalLM, examples: Sequence[Example], batch_tokens: int, active: ActiveAdapters | None
+    base: CausalLM, examples: Sequence[Example], batch_tokens: int, active: ActiveAdapters
 ) -> float:
     """Return the mean cross-entropy over the targets of `examples`, in nats per token."""
     return LossSum.mean(example_losses(base, examples, batch_tokens, active))
@@ -140,15 +140,15 @@ class LanguageModelingObjective(Objective):
         """Return the number of tokens."""
         return len(batch.token_ids)
 
-    def loss(self, batch: PackedBatch, active: ActiveAdapters | None) -> Tensor:
+    def loss(self, batch: PackedBatch, active: ActiveAdapters) -> Tensor:
         """Return the sum of the cross-entropy over the targets of a batch, in nats."""
         return batch_loss(self.base, batch, active)
 
-    def row_losses(self, rows: Sequence[Example], active: ActiveAdapters | None) -> list[LossSum]:
+    def row_losses(self, rows: Sequence[Example], active: ActiveAdapters) -> list[LossSum]:
         """Return the loss of each row."""
         return example_losses(self.base, rows, self._batch_tokens, active)
 
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return the loss of the eval rows (nats per token) and its perplexity."""
         loss = self.eval_loss(active)
         return {"loss": loss, "perplexity": perplexity(loss)}

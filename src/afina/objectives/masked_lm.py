@@ -95,7 +95,7 @@ class MaskedLMObjective(PaddedObjective):
         objective.num_rows = len(rows)
         return objective
 
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return the loss of the eval rows (nats per masked token) and its perplexity."""
         loss = self.eval_loss(active)
         return {"loss": loss, "perplexity": perplexity(loss)}

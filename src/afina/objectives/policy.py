@@ -252,7 +252,7 @@ class PolicyObjective(Objective):
         return len(batch.flat.token_ids)
 
     def read(
-        self, batch: RolloutBatch, active: ActiveAdapters | None, value: bool = False
+        self, batch: RolloutBatch, active: ActiveAdapters, value: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probabilities (nats) at the policy's temperature and, with `value`, values.
 
@@ -277,7 +277,7 @@ class PolicyObjective(Objective):
         with base.forward_context.use(segments):
             return logps, base.model.get_submodule(SCORE)(hidden.float())[:, 0]
 
-    def loss(self, batch: RolloutBatch, active: ActiveAdapters | None) -> Tensor:
+    def loss(self, batch: RolloutBatch, active: ActiveAdapters) -> Tensor:
         """Return the sum of the losses of the completions' tokens; in training, record metrics."""
         logps, values = self.read(batch, active, batch.returns is not None)
         old = logps.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -294,7 +294,7 @@ class PolicyObjective(Objective):
     def eval_completions(
         self,
         rows: Sequence[TokenizedPrompt],
-        active: ActiveAdapters | None,
+        active: ActiveAdapters,
         temperature: float = 0.0,
     ) -> tuple[list[Completion], list[Example], dict[str, Tensor]]:
         """Return a completion of each prompt, the same as examples, and their rewards by part."""
@@ -304,7 +304,7 @@ class PolicyObjective(Objective):
         return written, examples, self._judge(rows, examples)
 
     @torch.no_grad()
-    def sampled_metrics(self, active: ActiveAdapters | None) -> dict[str, float]:
+    def sampled_metrics(self, active: ActiveAdapters) -> dict[str, float]:
         """Return metrics of sampled completions; `kl` and `entropy` are nats per token."""
         written, examples, scores = self.eval_completions(
             self.eval_rows, active, self.options.temperature
@@ -317,7 +317,7 @@ class PolicyObjective(Objective):
             sums.add({"kl": kl_estimate(logps, batch.reference), "entropy": -logps})
         return sums.means()
 
-    def eval_loss(self, active: ActiveAdapters | None) -> float:
+    def eval_loss(self, active: ActiveAdapters) -> float:
         """Return minus the mean reward of greedy completions of the eval prompts; save some."""
         self._check = MetricSums()
         written, _, scores = self.eval_completions(self.eval_rows, active)
@@ -331,7 +331,7 @@ class PolicyObjective(Objective):
             write_json(self._folder / f"{self._at:06d}.json", {"step": self._at, "answers": lines})
         return -float(scores["reward"].mean())
 
-    def train_loss(self, active: ActiveAdapters | None) -> float:
+    def train_loss(self, active: ActiveAdapters) -> float:
         """Return minus the mean reward of greedy completions of `train_sample`."""
         return -float(self.eval_completions(train_sample(self), active)[2]["reward"].mean())
 
@@ -354,7 +354,7 @@ class PolicyObjective(Objective):
         rows: Sequence[TokenizedPrompt],
         seed: int,
         temperature: float,
-        active: ActiveAdapters | None,
+        active: ActiveAdapters,
         run: str,
     ) -> list[Completion]:
         begin, prompts = time.perf_counter(), [query.token_ids for query in rows]
@@ -371,7 +371,7 @@ class PolicyObjective(Objective):
         self.seconds["judging"] += time.perf_counter() - begin
         return scores
 
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return metrics of greedy completions of the eval prompts, and of sampled ones.
 
         `kl` and `entropy` (nats per token) are those of sampled completions; `completions` are the

@@ -47,7 +47,7 @@ class PolicyGenerator:
         seed: int,
         max_new_tokens: int,
         temperature: float,
-        active: ActiveAdapters | None,
+        active: ActiveAdapters,
         run: str,
     ) -> list[Completion]:
         """Return a completion of each prompt; prompt i draws with `seed` + i.

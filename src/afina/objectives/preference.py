@@ -132,7 +132,7 @@ class PairwiseObjective(Objective):
         self._step, self._check = MetricSums(), MetricSums()
 
     def score_batch(
-        self, batch: PreferenceBatch, active: ActiveAdapters | None
+        self, batch: PreferenceBatch, active: ActiveAdapters
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss of each row `(num_rows,)`, in the order of the batch, and metrics."""
         raise NotImplementedError
@@ -168,7 +168,7 @@ class PairwiseObjective(Objective):
         """Return the number of tokens."""
         return len(batch.flat.token_ids)
 
-    def loss(self, batch: PreferenceBatch, active: ActiveAdapters | None) -> Tensor:
+    def loss(self, batch: PreferenceBatch, active: ActiveAdapters) -> Tensor:
         """Return the sum of the losses of the rows; in training, record metrics."""
         losses, metrics = self.score_batch(batch, active)
         if torch.is_grad_enabled():
@@ -176,7 +176,7 @@ class PairwiseObjective(Objective):
         return losses.sum()
 
     def row_losses(
-        self, rows: Sequence[PreferenceExample], active: ActiveAdapters | None
+        self, rows: Sequence[PreferenceExample], active: ActiveAdapters
     ) -> list[LossSum]:
         """Return the loss of each row."""
         return self._packed_losses(rows, active, MetricSums())
@@ -185,7 +185,7 @@ class PairwiseObjective(Objective):
     def _packed_losses(
         self,
         rows: Sequence[PreferenceExample],
-        active: ActiveAdapters | None,
+        active: ActiveAdapters,
         metrics: MetricSums,
     ) -> list[LossSum]:
         """Return the loss of each row, computed on packed batches, and add to `metrics`."""
@@ -201,12 +201,12 @@ class PairwiseObjective(Objective):
             metrics.add(some)
         return found
 
-    def eval_loss(self, active: ActiveAdapters | None) -> float:
+    def eval_loss(self, active: ActiveAdapters) -> float:
         """Return the mean loss of the eval rows, and record their metrics."""
         self._check = MetricSums()
         return LossSum.mean(self._packed_losses(self.eval_rows, active, self._check))
 
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return the loss and the metrics of the eval rows: accuracies, margins, logps."""
         sums = MetricSums()
         loss = LossSum.mean(self._packed_losses(self.eval_rows, active, sums))
@@ -229,7 +229,7 @@ class PreferenceObjective(PairwiseObjective):
     default_learning_rate_factor = 0.1  # preferences are trained from a model that is good already
 
     def score_batch(
-        self, batch: PreferenceBatch, active: ActiveAdapters | None
+        self, batch: PreferenceBatch, active: ActiveAdapters
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss of each row `(num_rows,)` and metrics of the completions."""
         (logps, tokens), known = self._logps(batch.flat, batch.examples, active)
@@ -244,7 +244,7 @@ class PreferenceObjective(PairwiseObjective):
         return torch.cat(kto_losses(self.options, good, bad, z)), metrics | {"z": z[None]}
 
     def _logps(
-        self, flat: PackedBatch, examples: Sequence[Example], active: ActiveAdapters | None
+        self, flat: PackedBatch, examples: Sequence[Example], active: ActiveAdapters
     ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """Return `sequence_logprobs` and, where there is a reference, its log-probabilities.
 
@@ -259,7 +259,7 @@ class PreferenceObjective(PairwiseObjective):
         return sequence_logprobs(base, flat, active, reading), known
 
     @torch.no_grad()
-    def _kl_baseline(self, mismatched: KLSamples, active: ActiveAdapters | None) -> Tensor:
+    def _kl_baseline(self, mismatched: KLSamples, active: ActiveAdapters) -> Tensor:
         """Return z, the mean log-ratio of a step's mismatched completions, at least 0; once."""
         if mismatched.kl_baseline is None:
             ratios = [torch.zeros(0, device=self.base.device)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from afina.adapters.active import ActiveAdapters
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
 from afina.data.renderer import Renderer
@@ -41,7 +41,7 @@ class PreparedData:
         trainable_tokens: Number of new tokens by module.
         max_length: Longest sequence in tokens; None for images.
         counts: Figures of the rows, for `afina plan`.
-        baseline: What the outcome is compared with; None is the base without adapters.
+        baseline: What the outcome is compared with; empty is the base without adapters.
         init_adapter: Hash of the adapter that the run continues.
         frozen_adapter: Hash of the adapter that it trains on top of.
         reward_hash: Content hash of the reward functions.
@@ -57,7 +57,7 @@ class PreparedData:
     trainable_tokens: dict[str, int] = field(default_factory=dict)
     max_length: int | None = None
     counts: dict[str, Any] = field(default_factory=dict)
-    baseline: ActiveAdapters | None = None
+    baseline: ActiveAdapters = BASE_ONLY
     init_adapter: str | None = None
     frozen_adapter: str | None = None
     reward_hash: str | None = None

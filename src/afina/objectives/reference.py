@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from afina.adapters.active import ActiveAdapters
-from afina.adapters.segments import NO_ADAPTERS, Segments
+from afina.adapters.active import BASE_ONLY, ActiveAdapters
+from afina.adapters.segments import Segments
 from afina.data.packing import PackedBatch, batches_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.errors import SettingsError, TrainingError
@@ -31,15 +31,15 @@ from afina.settings import DPOSettings, KTOSettings, PolicySettings
 REFERENCE_FILE, LOGPROBS_FILE = "reference.json", "reference.safetensors"
 
 
-def segments_for(batch: PackedBatch, active: ActiveAdapters | None) -> Segments:
-    """Return the adapter segments of a batch under `active`; no adapters if it is None."""
-    return NO_ADAPTERS if active is None else active.segments(batch.token_ids, batch.cu_seqlens)
+def segments_for(batch: PackedBatch, active: ActiveAdapters) -> Segments:
+    """Return the adapter segments of a batch under `active`."""
+    return active.segments(batch.token_ids, batch.cu_seqlens)
 
 
 def sequence_logprobs(
     base: CausalLM,
     batch: PackedBatch,
-    active: ActiveAdapters | None,
+    active: ActiveAdapters,
     reading: SharedPrefixBatch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probability (nats, float32) and count of the targets of each sequence.
@@ -65,14 +65,14 @@ class ReferencePolicy:
     """Reference policy: its mode, the reason for it, and its log-probabilities.
 
     Attributes:
-        active: the frozen adapter, None for the base.
+        active: the frozen adapter, empty for the base.
         adapter: hash of the frozen adapter.
         cached_logprobs: precomputed log-probabilities in nats, by `example_key`.
     """
 
     mode: str
     why: str
-    active: ActiveAdapters | None = None
+    active: ActiveAdapters = BASE_ONLY
     adapter: str | None = None
     cached_logprobs: dict[str, float] = field(default_factory=dict)
 
@@ -171,14 +171,14 @@ def _read(file: Path, of: str) -> dict[str, float]:
 
 def select_reference(
     options: DPOSettings | KTOSettings | PolicySettings,
-    start: ActiveAdapters | None,
+    start: ActiveAdapters,
     adapter: str | None,
     dropout: float,
 ) -> ReferencePolicy:
     """Return the reference policy of a run.
 
     Args:
-        start: the frozen initial adapter, None if the run begins at zero.
+        start: the frozen initial adapter, empty if the run begins at zero.
         adapter: hash of the initial adapter.
         dropout: dropout of the adapter.
 
@@ -186,7 +186,7 @@ def select_reference(
         SettingsError: the settings are ambiguous, or the adapter has dropout.
     """
     mode = options.reference
-    if mode == "base" and start is not None:
+    if mode == "base" and start:
         why = "the policy begins with the adapter, its reference would not: an untrained margin"
         hint = "omit `reference`; or afina merge the adapter, and train on the merged model"
         raise SettingsError(
@@ -195,7 +195,7 @@ def select_reference(
             why=why,
             hint=hint,
         )
-    if mode == "adapter" and start is None:
+    if mode == "adapter" and not start:
         hint = "--init-adapter RUN continues from an adapter"
         raise SettingsError("there is no adapter to be the reference", where="reference", hint=hint)
     if dropout:

@@ -34,7 +34,7 @@ from afina.objectives.workload import StepWorkload, pairwise_workload
 NUM_BINS = 10  # of confidences from a half to one
 
 
-def score_sequences(base: CausalLM, batch: PackedBatch, active: ActiveAdapters | None) -> Tensor:
+def score_sequences(base: CausalLM, batch: PackedBatch, active: ActiveAdapters) -> Tensor:
     """Return the reward of each sequence `(num_sequences,)`, float32; 0 without an adapter."""
     table = segments_for(batch, active)
     inputs = SharedPrefixBatch(base, batch, table).inputs_for(table)
@@ -67,7 +67,7 @@ class RewardModelObjective(PairwiseObjective):
     shares_base = False
 
     def score_batch(
-        self, batch: PreferenceBatch, active: ActiveAdapters | None
+        self, batch: PreferenceBatch, active: ActiveAdapters
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the loss of each pair `(num_pairs,)`, and rewards, margins and lengths."""
         found = score_sequences(self.base, batch.flat, active)
@@ -87,7 +87,7 @@ class RewardModelObjective(PairwiseObjective):
         return pairwise_workload(self, lambda batch: len(batch.cu_seqlens) - 1, final)
 
     @torch.no_grad()
-    def evaluate(self, active: ActiveAdapters | None) -> dict[str, Any]:
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return the loss and metrics of the eval pairs, with the calibration error (ratio)."""
         margins = [
             self.score_batch(self.collate([row], 0), active)[1]["rewards/margins"]

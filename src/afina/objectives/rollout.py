@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.segments import NO_ADAPTERS, Segments
+from afina.adapters.segments import Segments
 from afina.data.packing import IGNORE_INDEX, PackedBatch, pack_examples
 from afina.data.renderer import Example
 from afina.engine.request import Completion
@@ -54,10 +54,8 @@ class RolloutBatch:
         hidden = masked_tokens(examples).to(device)
         return cls(pack_examples(examples).to(device), hidden, counts, empty, empty)
 
-    def segments(self, active: ActiveAdapters | None) -> Segments:
-        """Return the adapter segments of the batch; no adapters if `active` is None."""
-        if active is None:
-            return NO_ADAPTERS
+    def segments(self, active: ActiveAdapters) -> Segments:
+        """Return the adapter segments of the batch."""
         return active.segments(self.masked_token_ids, self.flat.cu_seqlens)
 
     def drift(self) -> Tensor:

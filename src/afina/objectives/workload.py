@@ -135,7 +135,7 @@ def pairwise_workload(
 
 def policy_workload(task: "PolicyObjective", batch_tokens: int) -> StepWorkload:
     """Return the workload of a policy objective: generation, and passes over the completions."""
-    assert task.policy is not None
+    assert task.policy
     options, num_iterations = task.options, task.options.num_iterations
     new_tokens = options.max_new_tokens
     passes, prompt_tokens = [], []

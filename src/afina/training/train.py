@@ -212,7 +212,7 @@ def _resolve_checkpointing(setups: Sequence[RunSetup], processes: ProcessContext
         setup.settings, setup.why = setup.settings.model_copy(update=update), why
 
 
-def _losses(setup: RunSetup, active: ActiveAdapters | None) -> dict[str, float]:
+def _losses(setup: RunSetup, active: ActiveAdapters) -> dict[str, float]:
     """Return eval loss and retention loss in nats per token; of a policy, minus its reward."""
     base = setup.prepared.base
     losses = {"eval_loss": setup.prepared.task.eval_loss(active)}

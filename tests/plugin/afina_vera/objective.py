@@ -15,6 +15,6 @@ class HalvedObjective(LanguageModelingObjective):
 
     name = "halved"
 
-    def loss(self, batch: Any, route: ActiveAdapters | None) -> Tensor:
+    def loss(self, batch: Any, route: ActiveAdapters) -> Tensor:
         """Return the summed loss of a batch."""
         return SCALE * super().loss(batch, route)

@@ -83,8 +83,7 @@ def stack_on_adapter(
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     adapter.frozen_companions = (frozen.active,)
-    parts = [part for part in (prepared.baseline, frozen.active) if part is not None]
-    prepared.baseline = ActiveAdapters.combine(parts)
+    prepared.baseline = ActiveAdapters.combine([prepared.baseline, frozen.active])
     prepared.frozen_adapter = read_metadata(folder).get("hash", "")
 
 
