@@ -20,7 +20,7 @@ from afina.data.packing import (
     train_eval_split,
 )
 from afina.data.renderer import Example, Renderer
-from afina.data.schemas import SFT, SFTRow
+from afina.data.schemas import SFT, SFTRow, text_of
 from afina.data.table import Table, read_table
 from afina.errors import AfinaError, DataError
 
@@ -50,7 +50,7 @@ def write(tmp_path: Path):
 def contents(row: SFTRow) -> object:
     """What a row holds, wherever it came from."""
     if row.messages is not None:
-        return [(message["role"], message["content"]) for message in row.messages]
+        return [(message["role"], text_of(message)) for message in row.messages]
     return row.text if row.text is not None else (row.prompt, row.completion)
 
 
@@ -75,7 +75,7 @@ GOOD = {
             }
         ),
         "openai-chat",
-        [("system", "be kind"), *CHAT],
+        [("developer", "be kind"), *CHAT],
     ),
     "chat-tool-calls": (
         jsonl(
@@ -113,14 +113,20 @@ GOOD = {
                 "tools": "[]",
                 "conversations": [
                     {"from": "human", "value": "who?"},
-                    {"from": "function_call", "value": "{}"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
                     {"from": "observation", "value": "2"},
                     {"from": "gpt", "value": "me"},
                 ],
             }
         ),
         "sharegpt",
-        [("system", "be kind"), CHAT[0], ("assistant", "{}"), ("tool", "2"), CHAT[1]],
+        [
+            ("system", "be kind"),
+            CHAT[0],
+            ("assistant", '[{"name": "f", "arguments": {}}]'),
+            ("tool", "2"),
+            CHAT[1],
+        ],
     ),
     "alpaca": (jsonl({"instruction": "who?", "input": "", "output": "me"}), "alpaca", CHAT),
     "alpaca-all": (
