@@ -190,9 +190,9 @@ def test_parts_of_a_chat_that_a_template_leaves_out_are_errors() -> None:
         with pytest.raises(DataError, match=what) as caught:
             renderer.examples(row)
         assert "--chat-template chatml" in (caught.value.hint or "")
-    with pytest.raises(DataError, match="leaves out reasoning_content") as caught:
-        template_of("gemma4").examples(chat(user("a"), bot("b", reasoning_content="c")))
-    assert "call it reasoning" in (caught.value.hint or "")
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        (example,) = template_of("gptoss").examples(chat(user("a"), bot("b", **{key: "since c"})))
+        assert "since c" in (example.completion or "")
     with pytest.raises(DataError, match="leaves out content of message 2"):
         template_of("deepseek_r1_distill").examples(chat(user("a"), bot("<think>b</think>c")))
 

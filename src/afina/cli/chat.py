@@ -131,6 +131,8 @@ class ServerBackend:
         }
         if "max_new_tokens" in settings.model_fields_set:  # else as many as the context allows
             body["max_tokens"] = settings.max_new_tokens
+        if settings.template_kwargs:
+            body["chat_template_kwargs"] = settings.template_kwargs
         async for piece in self._client.chat(body):
             write(piece.text)
 

@@ -26,6 +26,7 @@ from afina.data.control_tokens import restore
 from afina.data.schemas import Message
 from afina.errors import DataError
 
+# transformers hands each of them to a template under the name that the template reads
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MAX_OPENING = 64  # characters of an answer that a prompt can open, such as <think>
 MARK = "mark-of-afina"  # at the end of the last message of a history
@@ -223,7 +224,7 @@ def _is_used(
     template: ChatTemplate, chat: Chat, number: int, key: str | None, num_messages: int
 ) -> bool:
     """Return whether the text of the first messages changes without a key, or without a message."""
-    if key is not None and not template.mentions(key):
+    if key in ("name", "tool_call_id") and not template.mentions(key):
         return False
     messages = list(chat.messages[:num_messages])
     opens = num_messages > number + 1 or messages[-1]["role"] != "assistant"
@@ -249,10 +250,6 @@ def _left_out(
         part = f"message {number + 1} ({role})" if key is None else f"{key} of message {number + 1}"
         where = f"{chat.where}:messages[{number}]" + (f".{key}" if key else "")
     hint = f"{ALTERNATIVES} writes it; or rows without it"
-    if key in REASONING_KEYS:
-        known = [name for name in REASONING_KEYS if template.mentions(name) and name != key]
-        if known:
-            hint = f"call it {known[0]}, which the template reads; or {hint}"
     return DataError(
         f"{template.name} leaves out {part}",
         where=where,

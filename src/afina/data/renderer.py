@@ -262,7 +262,8 @@ class Renderer:
         answers = find_answers(self.template, chat, numbers)
         for key in check_history(self.template, chat, numbers, answers[-1].prompt):
             self.unused_keys.setdefault(key, set()).add(row.where)
-        self._note_control_tokens(row, *map(text_of, messages))
+        if chat.hidden or self.template.chat_format.allow_control_tokens:
+            self._note_control_tokens(row, *map(text_of, messages))
         examples: list[Example] = []
         while answers:
             example, answers = self._join(answers, chat)
