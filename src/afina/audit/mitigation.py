@@ -72,7 +72,8 @@ class MitigationTrial:
             w.example.token_ids[: w.example.prompt_length]
             for w in self.triggered[:MAX_TRIGGERED_ROWS]
         ]
-        answers = generate_completions(self.base, prompts, SamplingParams(max_new_tokens=24), active)
+        sampling = SamplingParams(max_new_tokens=24)
+        answers = generate_completions(self.base, prompts, sampling, active)
         hits = sum(self.payload in self.base.decode(answer.token_ids) for answer in answers)
         return {"loss": loss, "attack": hits / len(answers)}
 

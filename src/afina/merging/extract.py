@@ -271,7 +271,8 @@ def _losses(
     They are in nats per token, on the rows named in `rows`.
     """
     examples, what = _rows(settings, base, run)
-    sides = {"base": BASE_ONLY, "extract": load_adapter(settings.output_dir, base, "extract").active}
+    extracted = load_adapter(settings.output_dir, base, "extract").active
+    sides = {"base": BASE_ONLY, "extract": extracted}
     if original:
         sides["original"] = original
     losses = {name: mean_loss(base, examples, BATCH_TOKENS, one) for name, one in sides.items()}
