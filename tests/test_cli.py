@@ -579,7 +579,7 @@ def test_train_eval_merge_export(
     status, result, err = said(capsys, "train", chats, "--output-dir", out, *flags)
     assert status == 0
     assert result["folder"] == str(out)
-    assert "held-out loss" in err  # progress goes to standard error
+    assert "eval loss" in err  # progress goes to standard error
     status, result, _ = said(capsys, "eval", out, "--max-new-tokens", 8, "--limit", 3)
     assert status == 0
     assert {"exact_match", "chrf", "loss"} <= set(result["after"])
