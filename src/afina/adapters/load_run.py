@@ -199,9 +199,9 @@ def _load(
     shared = (revision, settings.trust_remote_code, settings.dtype, settings.device)
     objective = record.get("objective")
     if objective == "classify":
-        return load_classifier(
-            name, record["data"]["labels"], record["data"]["format"] == "pictures", *shared
-        )
+        about = record["data"]
+        is_images, task = about["format"] == "pictures", about.get("task", "classes")
+        return load_classifier(name, about["labels"], is_images, *shared, task=task)
     if objective == "mlm":
         return load_masked(name, *shared)
     return load_base(name, *shared, "nf4" if origin.get("storage") == "nf4" else "none")

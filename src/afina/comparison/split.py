@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from afina.data.packing import train_eval_split
-from afina.data.schemas import LABELED, SFT, LabeledRow, text_of
+from afina.data.schemas import CLASSES, LABELED, SFT, LabeledRow, task_of, text_of
 from afina.data.table import read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.io.atomic import write_json, write_text
@@ -119,6 +119,13 @@ def _read(settings: CompareSettings, objective: str) -> Any:
             "these rows hold pictures",
             where=str(settings.data),
             why=why,
+            hint=f"afina train {settings.data}",
+        )
+    if objective == "classify" and (task := task_of(table.rows)) != CLASSES:
+        raise SettingsError(
+            f"compare evaluates classes, and these labels are {task}",
+            where=str(settings.data),
+            why=f"the first label is {table.rows[0].label!r}",
             hint=f"afina train {settings.data}",
         )
     return table

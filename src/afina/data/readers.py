@@ -62,7 +62,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_records(
-    path: Path, data: bytes, is_header: Callable[[list[str]], bool], text_is_lines: bool = False
+    path: Path,
+    data: bytes,
+    is_header: Callable[[list[str]], bool],
+    is_row: Callable[[list[str]], bool],
+    text_is_lines: bool = False,
 ) -> Records:
     """Return the records of a file, by the reader that fits its content.
 
@@ -73,6 +77,7 @@ def read_records(
         path: The file, for its ending and for error messages.
         data: Its content.
         is_header: Whether these names, the first line of a text, are the header of a CSV file.
+        is_row: Whether a JSON object with these keys is a row, and does not hold rows.
         text_is_lines: Plain text has one prompt per line, and is never taken for CSV.
     """
     suffix = path.suffix.lower()
@@ -85,7 +90,7 @@ def read_records(
         raise DataError("not a Parquet file", where=str(path), why=why)
     text = decode(path, data)
     if looks_like_json(path, text):
-        return read_json(path, text, is_header)
+        return read_json(path, text, is_row)
     if text_is_lines and suffix not in CSV_SUFFIXES:
         return read_lines(path, text)
     delimiter = find_delimiter(path, text, is_header)

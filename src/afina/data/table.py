@@ -201,7 +201,10 @@ def _read_source(
         has_all_given = bool(given) and given <= set(names)
         return has_all_given or schema.is_header(own.fields_in(names) | usual.fields_in(names))
 
-    source = read_records(path, data, is_header, schema.text_is_lines)
+    def is_row(names: list[str]) -> bool:
+        return bool(mapping.of_file(names).fields_in(names) | usual.fields_in(names))
+
+    source = read_records(path, data, is_header, is_row, schema.text_is_lines)
     if limit is not None:
         return list(islice((r for r in source if isinstance(r[1], dict)), limit)), "", ""
     records = list(source)

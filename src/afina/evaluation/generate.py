@@ -15,6 +15,7 @@ from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.evaluation.results import GenerateResult
 from afina.models.classifier import Classifier
+from afina.objectives.label_tasks import LabelTask
 from afina.objectives.labeled_data import encode_input
 from afina.settings import GenerateSettings, as_settings
 
@@ -83,10 +84,8 @@ def _label(
     for prompt in prompts:
         content = prompt if base.images is None else read_image(Path(prompt))
         with base.forward_context.use(active.row_segments()):
-            scores = base.logits(
-                base.batch([encode_input(base, content, base.max_positions, prompt)])
-            ).softmax(-1)[0]
-        best = int(scores.argmax())
-        answers.append({"prompt": prompt, "text": base.labels[best], "share": float(scores[best])})
+            rows = base.batch([encode_input(base, content, base.max_positions, prompt)])
+            text, share = LabelTask(base.task, base.labels).answer(base.logits(rows)[0])
+        answers.append({"prompt": prompt, "text": text} | ({} if share is None else {"share": share}))
     adapter = str(settings.adapter) if active else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)

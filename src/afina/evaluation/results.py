@@ -32,6 +32,15 @@ PREFERENCE_LABELS = {
     "calibration_error": "calibration error",
 }
 RATIOS = ("rewards/accuracies", "calibration_error")
+LABEL_SCORES = {  # of several labels a row, and of numbers
+    "f1": ("micro F1", "{:.1f}%"),
+    "macro_f1": ("macro F1", "{:.1f}%"),
+    "exact": ("exact rows", "{:.1f}%"),
+    "pearson": ("Pearson", "{:.3f}"),
+    "spearman": ("Spearman", "{:.3f}"),
+    "mae": ("mean absolute error", "{:.4g}"),
+    "rmse": ("RMSE", "{:.4g}"),
+}
 MAX_EXAMPLES = 3
 
 
@@ -142,7 +151,14 @@ def reference_line(reference: Mapping[str, Any] | None) -> list[Content]:
 
 
 def class_scores(classes: Mapping[str, Any], row_kind: str) -> ResultText:
-    """Return accuracy and F1 in percent on `row_kind` rows, and where the confusion matrix is."""
+    """Return the scores on `row_kind` rows, and where the confusion matrix of classes is."""
+    if "accuracy" not in classes:
+        shown = [
+            f"{label} {form.format(classes[name])}"
+            for name, (label, form) in LABEL_SCORES.items()
+            if classes.get(name) is not None
+        ]
+        return ResultText(f"{', '.join(shown)} on {pluralize(classes['rows'], row_kind)}")
     return ResultText(
         f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% "
         f"on {pluralize(classes['rows'], row_kind)}; confusion matrix: {classes['picture']}"

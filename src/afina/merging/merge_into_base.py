@@ -119,7 +119,8 @@ def _reload(base: FrozenModel, folder: Path, settings: MergeSettings) -> FrozenM
     if not isinstance(base, Classifier):
         return load_base(str(folder), **how)
     if base.labels:
-        return load_classifier(str(folder), base.labels, base.images is not None, **how)
+        images = base.images is not None
+        return load_classifier(str(folder), base.labels, images, task=base.task, **how)
     return load_masked(str(folder), **how)
 
 

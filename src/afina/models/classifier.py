@@ -37,6 +37,12 @@ from afina.models.loading import (
     silence_transformers,
 )
 
+PROBLEM_TYPES = {  # names of the tasks in config.json
+    "classes": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+
 
 @dataclass(frozen=True)
 class TokenPair:
@@ -68,6 +74,7 @@ class Classifier(FrozenModel):
     """
 
     labels: tuple[str, ...] = ()
+    task: str = "classes"  # what the labels are: classes, multi-label or regression
     new_modules: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     images: ImagePreprocessor | None = None
@@ -139,6 +146,7 @@ def load_classifier(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    task: str = "classes",
 ) -> Classifier:
     """Return a frozen classifier over `labels`, of images (`pictures`) or text.
 
@@ -148,12 +156,15 @@ def load_classifier(
     kind: Any = AutoModelForImageClassification if pictures else AutoModelForSequenceClassification
     options = {
         "num_labels": len(labels),
+        "problem_type": PROBLEM_TYPES[task],
         "id2label": dict(enumerate(labels)),
         "label2id": {n: i for i, n in enumerate(labels)},
     }
-    return _load(
+    loaded = _load(
         kind, base, tuple(labels), pictures, revision, trust_remote_code, dtype, device, options
     )
+    loaded.task = task
+    return loaded
 
 
 def load_masked(

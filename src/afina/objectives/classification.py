@@ -4,9 +4,11 @@ loss = - sum over rows of log p(class | row)   /   rows
 """
 
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,20 +21,22 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import IGNORE_INDEX
-from afina.data.schemas import LABELED, LabeledRow
+from afina.data.schemas import CLASSES, LABELED, LabeledRow
 from afina.data.table import read_table
-from afina.errors import DataError, SettingsError
-from afina.evaluation.confusion import classification_scores, draw_confusion
+from afina.errors import DataError, SettingsError, pluralize
+from afina.evaluation.confusion import draw_confusion
 from afina.io.atomic import write_json
 from afina.io.strict_json import read_json_object
 from afina.models.classifier import Classifier, TokenPair, load_classifier
 from afina.objectives.base import LossSum, Objective, Units
+from afina.objectives.label_tasks import LabelTask, balanced_weights
 from afina.objectives.labeled_data import (
     ClassificationExample,
-    check_classes,
     check_encoder_settings,
+    known_rows,
+    rows_of_frequent_classes,
     rows_per_batch,
-    split_by_class,
+    split_rows,
     tokenize_labeled_rows,
 )
 from afina.objectives.linear_probe import (
@@ -44,6 +48,7 @@ from afina.objectives.linear_probe import (
 from afina.objectives.prepared import PreparedData, describe_data, eval_rows_file
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
+from afina.settings.objectives import ClassifySettings
 
 PROBE_FILE = "probe.json"
 SORTING_WINDOW = 32  # batches whose rows are sorted by length together
@@ -61,7 +66,8 @@ class PaddedBatch:
         some = slice(number, None, of) if number < len(self.targets) else slice(1)
         targets = self.targets[some]
         if number >= len(self.targets):
-            targets = torch.full_like(targets, IGNORE_INDEX)
+            nothing = math.nan if targets.is_floating_point() else IGNORE_INDEX
+            targets = torch.full_like(targets, nothing)
         return PaddedBatch({name: t[some] for name, t in self.inputs.items()}, targets)
 
 
@@ -179,7 +185,21 @@ class ClassificationObjective(PaddedObjective):
     units = Units("row", "classes")
     has_baseline = False
     report_key = "classes"
+    settings_class = ClassifySettings
     probe: Mapping[str, float] = MappingProxyType({})  # scores of the head that training began with
+
+    def __init__(
+        self,
+        base: Classifier,
+        train: Sequence[Any],
+        held: Sequence[Any],
+        rows: int,
+        accumulate: int,
+        seed: int,
+        task: LabelTask | None = None,
+    ) -> None:
+        super().__init__(base, train, held, rows, accumulate, seed)
+        self.task = task or LabelTask(base.task, base.labels)
 
     def next_command(self, folder: Path) -> str:
         """Return the command that classifies an image or a text."""
@@ -192,17 +212,17 @@ class ClassificationObjective(PaddedObjective):
         check_encoder_settings(settings)
         table = read_table(settings.data, LABELED, settings.columns, settings.skip_bad_rows)
         pictures = table.format == "pictures"
-        labels = check_classes(table.rows)
-        if len(labels) < 2:
-            why = f"all rows are {labels[0]!r}" if labels else "no row can be used"
-            raise DataError("fewer than two classes", where=str(settings.data), why=why)
+        options, skipped = settings.group("classify"), list(table.skipped)
+        all_rows = rows_of_frequent_classes(table.rows, options.min_class_rows, skipped)
+        label_task = _label_task(all_rows, options)
+        labels = label_task.labels
         if settings.eval_data is not None:
             other = read_table(
                 settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows
             )
-            rows, eval_labeled = table.rows, other.rows
+            rows, eval_labeled = all_rows, known_rows(other.rows, label_task, skipped)
         else:
-            rows, eval_labeled = split_by_class(table.rows, settings.eval_size, settings.seed)
+            rows, eval_labeled = split_rows(all_rows, label_task, settings.eval_size, settings.seed)
         base = base or load_classifier(
             settings.base,
             labels,
@@ -211,26 +231,37 @@ class ClassificationObjective(PaddedObjective):
             settings.trust_remote_code,
             settings.dtype,
             settings.load_device,
+            label_task.kind,
         )
-        skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
         train = tokenize_labeled_rows(base, rows, length, leave_out)
         eval_rows = tokenize_labeled_rows(base, eval_labeled, length, leave_out)
+        if options.class_weights == "balanced":
+            weights = balanced_weights([row.target for row in train], len(base.labels))
+            label_task = replace(label_task, weights=weights)
+        label_task = replace(label_task, labels=base.labels)
+        not_evaluated = _not_evaluated(label_task, rows, eval_labeled)
         size = rows_per_batch(settings, base, train)
         accumulation = settings.gradient_accumulation_steps
-        task = cls(base, train, eval_rows, size, accumulation, settings.seed)
-        task.options = settings.group("classify")
-        task.units = Units("row", "classes", "picture" if pictures else "token")
+        task = cls(base, train, eval_rows, size, accumulation, settings.seed, label_task)
+        task.options = options
+        choices = "classes" if label_task.kind == CLASSES else ""
+        task.units = Units("row", choices, "picture" if pictures else "token")
         return PreparedData(
             task=task,
-            data_info=describe_data(table, len(eval_rows)) | {"labels": list(labels)},
+            data_info=describe_data(table, len(eval_rows))
+            | {"labels": list(labels)}
+            | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
+            | ({"not_evaluated": not_evaluated} if not_evaluated else {}),
             skipped=skipped,
-            example=f"{rows[0].where if pictures else str(rows[0].content)} -> {rows[0].label}",
+            example=_show(rows[0], pictures),
             eval_records=[row.record() for row in eval_labeled],
             modules_to_save=base.new_modules,
             max_length=length if base.images is None else None,
-            counts={"train": len(train), "held_out": len(eval_rows), "classes": len(labels)},
+            counts={"train": len(train), "held_out": len(eval_rows), "classes": len(labels)}
+            | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
+            | ({"not_evaluated": _list_counts(not_evaluated)} if not_evaluated else {}),
         )
 
     @classmethod
@@ -260,6 +291,16 @@ class ClassificationObjective(PaddedObjective):
         targets = torch.tensor([row.target for row in rows], device=self.base.device)
         return PaddedBatch(self.base.batch([row.content for row in rows]), targets)
 
+    def num_targets(self, batch: PaddedBatch) -> int:
+        """Return the number of rows with a label."""
+        targets = batch.targets
+        is_known = targets.isfinite().all(-1) if targets.is_floating_point() else targets != IGNORE_INDEX
+        return int(is_known.sum())
+
+    def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
+        """Return the sum of the losses of a batch, in nats; squared errors of a regression."""
+        return self.task.losses(self.logits(batch, active), batch.targets).sum()
+
     @torch.no_grad()
     def row_losses(
         self, rows: Sequence[ClassificationExample], active: ActiveAdapters
@@ -267,30 +308,29 @@ class ClassificationObjective(PaddedObjective):
         """Return the loss of each row."""
         found: list[LossSum] = []
         for batch in self.batches(rows):
-            logits = self.logits(batch, active).double()
-            losses = F.cross_entropy(logits, batch.targets, reduction="none")
+            losses = self.task.losses(self.logits(batch, active).double(), batch.targets)
             found += [LossSum(loss, 1) for loss in losses.tolist()]
         return found
 
     @torch.no_grad()
+    def row_logits(
+        self, rows: Sequence[ClassificationExample], active: ActiveAdapters
+    ) -> Tensor:
+        """Return the scores of rows `(num_rows, num_outputs)`, on the CPU."""
+        return torch.cat([self.logits(batch, active).cpu() for batch in self.batches(rows)])
+
     def predictions(
         self, rows: Sequence[ClassificationExample], active: ActiveAdapters
     ) -> list[int]:
         """Return the most probable class of each row."""
-        return [
-            label
-            for batch in self.batches(rows)
-            for label in self.logits(batch, active).argmax(-1).tolist()
-        ]
+        return self.row_logits(rows, active).argmax(-1).tolist()
 
     def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
-        """Return the loss of the eval rows (nats per row) and, in `classes`, accuracy and F1."""
-        expected = [row.target for row in self.eval_rows]
-        labels = self.base.labels
-        scores = classification_scores(
-            self.predictions(self.eval_rows, active), expected, len(labels)
-        )
-        scores |= {"labels": list(labels), "rows": len(self.eval_rows)}
+        """Return the loss of the eval rows (nats per row), and in `classes` the task's scores."""
+        logits = self.row_logits(self.eval_rows, active)
+        scores = self.task.scores(logits, [row.target for row in self.eval_rows])
+        scores |= {"labels": list(self.base.labels), "rows": len(self.eval_rows)}
+        scores |= {} if self.task.kind == CLASSES else {"task": self.task.kind}
         return {"loss": self.eval_loss(active), "classes": scores}
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +347,8 @@ class ClassificationObjective(PaddedObjective):
     def initialize(self, adapter: Adapter) -> bool:
         """Set the new head to the linear probe of the frozen base's features; False without one."""
         path = head_path(self.base)
-        if path is None or self.options.head_init == "random":
+        is_classes = self.task.kind == CLASSES  # the probe is a logistic regression
+        if path is None or not is_classes or self.options.head_init == "random":
             return False
         every = -(-len(self.train) // MAX_PROBE_ROWS)
         rows = sorted(self.train[::every], key=self.length)  # rows of one length need no padding
@@ -334,10 +375,54 @@ class ClassificationObjective(PaddedObjective):
             self.probe = read_json_object(file)
 
     def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:
-        """Draw the confusion table into `file`, where `write`, and record its path."""
+        """Draw the confusion matrix of classes into `file`, where `write`, and record its path."""
+        if "confusion" not in result:
+            return
         if write:
             draw_confusion(result["confusion"], self.base.labels, file)
         result["picture"] = str(file)
+
+
+def _label_task(rows: Sequence[LabeledRow], options: ClassifySettings) -> LabelTask:
+    """Return the task of rows under the settings; raises `DataError` or `SettingsError`."""
+    if not rows:
+        raise DataError("no class has enough rows", why=f"min_class_rows: {options.min_class_rows}")
+    task = LabelTask.of(rows)
+    given = sorted(name for name in options.model_fields_set if not _is_default(options, name))
+    if task.kind != CLASSES and given:
+        raise SettingsError(
+            f"classify.{given[0]} has no effect: the labels are {task.kind}",
+            where=f"classify.{given[0]}",
+            why=f"the first label is {rows[0].label!r}",
+            hint="leave it out",
+        )
+    return replace(task, smoothing=options.label_smoothing)
+
+
+def _is_default(options: ClassifySettings, name: str) -> bool:
+    return getattr(options, name) == ClassifySettings.model_fields[name].default
+
+
+def _not_evaluated(
+    task: LabelTask, rows: Sequence[LabeledRow], held: Sequence[LabeledRow]
+) -> dict[str, int]:
+    """Return the classes that no eval row has, with the number of their training rows."""
+    if task.kind != CLASSES:
+        return {}
+    counts, evaluated = Counter(str(row.label) for row in rows), {row.label for row in held}
+    return {label: counts[label] for label in task.labels if label not in evaluated}
+
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({pluralize(count, 'row')})" for name, count in counts.items())
+
+
+def _show(row: LabeledRow, pictures: bool) -> str:
+    """Return a row as text, with its label."""
+    content = row.where if pictures else str(row.content)
+    pair = "" if row.pair is None else f" | {row.pair}"
+    label = ", ".join(row.label) if isinstance(row.label, tuple) else row.label
+    return f"{content}{pair} -> {label}"
 
 
 def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[LabeledRow]:

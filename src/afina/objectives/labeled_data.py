@@ -1,16 +1,18 @@
 """Labeled rows and texts for classifiers and encoders: tokenized or resized, checked, split."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from afina.adapters.presets import get_preset
 from afina.data.images import open_image
-from afina.data.schemas import CLASSES, LabeledRow, class_names, task_of
+from afina.data.schemas import CLASSES, LabeledRow
 from afina.data.table import parse_rows
-from afina.errors import DataError, SettingsError
+from afina.errors import DataError, SettingsError, pluralize
 from afina.models.classifier import Classifier
+from afina.objectives.label_tasks import LabelTask
 from afina.settings import TrainSettings
 
 
@@ -20,7 +22,7 @@ class ClassificationExample:
 
     where: str
     content: Any
-    target: int
+    target: Any
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,16 @@ def tokenize_labeled_rows(
     Raises:
         DataError: A row cannot be used, or none is left.
     """
-    numbers = {label: number for number, label in enumerate(base.labels)}
+    task = LabelTask(base.task, base.labels)
 
     def make(where: str, row: LabeledRow) -> ClassificationExample:
         content = encode_input(base, row.content, max_length, where, row.pair)
-        return ClassificationExample(where, content, _number(row, numbers))
+        return ClassificationExample(where, content, task.target(row))
 
     tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
     if not tokenized:
         raise DataError("no row is left to train on")
     return tokenized
-
-
-def _number(row: LabeledRow, numbers: dict[str, int]) -> int:
-    if row.label not in numbers:
-        raise DataError(
-            f"class {row.label!r} does not occur in the training rows",
-            where=row.where,
-            why=f"known: {', '.join(numbers)}",
-        )
-    return numbers[row.label]
 
 
 def encode_input(
@@ -89,19 +81,6 @@ def encode_input(
             f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=where, hint=hint
         )
     return tokens
-
-
-def check_classes(rows: Sequence[LabeledRow]) -> tuple[str, ...]:
-    """Return the names of the classes of rows; raises `DataError` where labels are no classes."""
-    task = task_of(rows)
-    if task != CLASSES:
-        raise DataError(
-            f"these labels are for another task: {task}",
-            where=f"{rows[0].where}:label",
-            why=f"found {rows[0].label!r}; a class is a text, a whole number or a boolean",
-            hint="one class per row",
-        )
-    return class_names(rows)
 
 
 def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[TokenizedText]:
@@ -163,28 +142,60 @@ def rows_per_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any
     return max(1, round(settings.max_tokens_per_batch / size))
 
 
-def split_by_class(
-    rows: list[LabeledRow], share: float, seed: int
+def split_rows(
+    rows: list[LabeledRow], task: LabelTask, share: float, seed: int
 ) -> tuple[list[LabeledRow], list[LabeledRow]]:
-    """Return training and eval rows: about `share` of each class, at least one row, for eval.
+    """Return training and eval rows: about `share` of them, of classes about `share` of each.
 
-    Rows of equal content are on one side.
+    Rows of equal content are on one side. A class with one row, or with equal ones only, is trained
+    and not evaluated.
+
+    Raises:
+        DataError: no class has two different rows.
     """
     groups: dict[tuple[Any, ...], list[LabeledRow]] = {}
     for row in rows:
         groups.setdefault((row.label, row.content, row.pair), []).append(row)
-    by_label: dict[str, list[list[LabeledRow]]] = {}
+    by_label: dict[Any, list[list[LabeledRow]]] = {}
     for (label, *_), group in sorted(groups.items(), key=lambda item: item[1][0].where):
-        by_label.setdefault(label, []).append(group)
+        by_label.setdefault(label if task.kind == CLASSES else task.kind, []).append(group)
     train, eval_rows = [], []
     for label, of_label in by_label.items():
-        if len(of_label) < 2:
-            hint = "at least two different rows, one of them for evaluation"
-            raise DataError(
-                f"class {label!r} has one row only", where=of_label[0][0].where, hint=hint
-            )
         random.Random(f"{seed}{label}").shuffle(of_label)
         cut = min(len(of_label) - 1, max(1, round(share * len(of_label))))
         eval_rows += [row for group in of_label[:cut] for row in group]
         train += [row for group in of_label[cut:] for row in group]
+    if not eval_rows:
+        counts = ", ".join(f"{label}: {len(of)}" for label, of in by_label.items())
+        hint = "at least two different rows of a class, one of them for evaluation"
+        why = f"different rows of each class: {counts}"
+        raise DataError("no row is left for evaluation", where=rows[0].where, why=why, hint=hint)
     return train, eval_rows
+
+
+def rows_of_frequent_classes(
+    rows: list[LabeledRow], min_rows: int, skipped: list[str]
+) -> list[LabeledRow]:
+    """Return the rows of classes with at least `min_rows` rows; the others are added to `skipped`."""
+    counts = Counter(row.label for row in rows)
+    kept = []
+    for row in rows:
+        if counts[row.label] >= min_rows:
+            kept.append(row)
+        else:
+            found = pluralize(counts[row.label], "row")
+            skipped.append(f"{row.where}: class {row.label!r} has {found}, fewer than {min_rows}")
+    return kept
+
+
+def known_rows(
+    rows: list[LabeledRow], task: LabelTask, skipped: list[str]
+) -> list[LabeledRow]:
+    """Return the eval rows whose classes occur in training; the others are added to `skipped`."""
+    if task.kind != CLASSES:
+        return rows
+    unknown = [row for row in rows if row.label not in task.labels]
+    skipped += [
+        f"{row.where}: class {row.label!r} does not occur in the training rows" for row in unknown
+    ]
+    return [row for row in rows if row.label in task.labels]

@@ -27,6 +27,7 @@ DATA_LABELS = {
     "control_tokens_as_text": "rows with control tokens in their texts, read as text",
     "control_tokens_as_tokens": "rows with control tokens in their texts, read as tokens",
     "split_chats": "chats with an example for each answer",
+    "not_evaluated": "classes not evaluated",
 }
 ORDINALS = {2: "nd", 3: "rd"}
 UPPER_BOUND = "- this family's layers are estimated from above (an upper bound), not counted"

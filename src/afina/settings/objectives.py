@@ -37,6 +37,14 @@ class ClassifySettings(ObjectiveSettings):
     head_init: Literal["probe", "random"] = setting(
         "start of a new head. probe: logistic regression on the frozen base's features", "probe"
     )
+    min_class_rows: int = setting("leave out classes with fewer rows", 1, ge=1)
+    class_weights: Literal["equal", "balanced"] = setting(
+        "weight of a row in the loss; balanced: classes with few rows count as much as others",
+        "equal",
+    )
+    label_smoothing: float = setting(
+        "ratio of the target's probability that is spread over all classes", 0.0, ge=0.0, lt=1.0
+    )
 
 
 class PreferenceSettings(ObjectiveSettings):

@@ -107,9 +107,9 @@ class PromptSchema(Schema[PromptRow]):
             reference, prompt = text_of(prompt[-1]), prompt[:-1]
         if not prompt:
             raise DataError("no prompt", where=record.where, why="there is nothing to answer")
-        for name in ("completion", "output", "reference"):
-            if record.has(name):
-                reference = usable_text(record.get(name), record.field_location(name))
+        answer = next((n for n in ("reference", "output", "completion") if record.has(n)), None)
+        if answer is not None:
+            reference = usable_text(record.get(answer), record.field_location(answer))
         tools = parse_tools(record)
         if tools:  # a template writes them before messages
             prompt = as_messages(prompt, "user")

@@ -3,7 +3,8 @@
 openai-chat         messages: [{role, content}, ...]
 sharegpt            conversations: [{from, value}, ...], system (optional)
 alpaca              instruction, output, and optionally input, system, history
-prompt-completion   prompt, completion (or label)
+prompt-completion   prompt, completion (or label), system (optional)
+input-output        input, output, system (optional)
 text                text
 """
 
@@ -31,6 +32,7 @@ REQUIRED_FIELDS = (
     ("alpaca", {"instruction", "output"}),
     ("prompt-completion", {"prompt", "completion"}),
     ("prompt-completion", {"prompt", "label"}),
+    ("input-output", {"input", "output"}),
     ("text", {"text"}),
 )
 
@@ -148,14 +150,21 @@ def _parse_alpaca(record: RawRecord) -> SFTRow:
     return SFTRow(record.where, messages=messages, tools=parse_tools(record))
 
 
+_COMPLETION_FIELDS = {
+    "prompt-completion": ("prompt", "completion"),
+    "input-output": ("input", "output"),
+}
+
+
 def _parse_completion(record: RawRecord) -> SFTRow:
     """Return a prompt with its completion, or with its label, which may be a number.
 
     With a system message or tools the row is a chat.
     """
-    prompt, opening, tools = record.text("prompt"), system_message(record), parse_tools(record)
-    if record.has("completion") or not record.has("label"):
-        completion = record.text("completion")
+    asked, answered = _COMPLETION_FIELDS[record.format]
+    prompt, opening, tools = record.text(asked), system_message(record), parse_tools(record)
+    if record.has(answered) or not record.has("label"):
+        completion = record.text(answered)
     else:
         label = record.get("label")
         value = str(label) if isinstance(label, int) else label
@@ -174,5 +183,6 @@ PARSERS: dict[str, Callable[[RawRecord], SFTRow]] = {
     "openai-chat": _parse_chat,
     "alpaca": _parse_alpaca,
     "prompt-completion": _parse_completion,
+    "input-output": _parse_completion,
     "text": _parse_text,
 }
