@@ -623,12 +623,12 @@ def test_a_class_that_training_never_showed(
 ) -> None:
     """In the held-out rows, and in those of `eval`; a file of one class alone may be judged on."""
     unseen = write_rows(tmp_path / "odd.jsonl", {"text": "what a film", "label": "odd"})
-    with pytest.raises(DataError, match="class 'odd' was not among the training rows") as caught:
-        learn(table, encoder, eval_data=unseen)
+    with pytest.raises(DataError, match="class 'odd' does not occur in the training") as caught:
+        learn(table, encoder, eval_data=unseen, eval_size=0.1)
     assert str(caught.value.where).endswith("odd.jsonl:1")
     assert caught.value.why == "known: bad, good"
     run = learn(table, encoder)
-    with pytest.raises(DataError, match="class 'odd' was not"):
+    with pytest.raises(DataError, match="class 'odd' does not occur"):
         evaluate(run.folder, data=unseen)
     one = write_rows(tmp_path / "one.jsonl", {"text": "what a great film this is", "label": "good"})
     assert evaluate(run.folder, data=one)["classes"]["accuracy"] == 100

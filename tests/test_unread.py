@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from afina.data.renderer import Renderer
 from afina.data.schemas import LABELED, PREFERENCE, PROMPT, SFT, Schema
 from afina.data.table import read_table
-from afina.errors import DataError
+from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
+from afina.settings import TrainSettings
+from afina.training.setup.no_effect import NO_EFFECT, check_effects
 from helpers import write_rows
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -240,3 +242,42 @@ def test_every_column_beside_a_format_is_learned_named_or_refused(
         assert refused or name in unused or (examples, unused) != without, name
         if name in ("id", "source", "url", "score", "created_at"):
             assert examples == without[0] and name in unused, name
+
+
+IGNORED: list[tuple[dict[str, Any], str]] = [
+    ({"invocation": "now"}, "invocation"),
+    ({"method": "full", "alpha": 3.0}, "alpha"),
+    ({"method": "freeze", "scaling": "rslora"}, "scaling"),
+    ({"method": "full", "rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"parameter_budget": 100}, "parameter_budget"),
+    ({"eval_size": 0.2, "eval_data": "b.jsonl"}, "eval_size"),
+    ({"num_train_epochs": 2.0, "max_steps": 3}, "num_train_epochs"),
+    ({"objective": "classify", "chat_template": "plain"}, "chat_template"),
+    ({"objective": "mlm", "retention_text": "a.txt"}, "retention_text"),
+    ({"objective": "classify", "new_tokens": ["<a>"]}, "new_tokens"),
+    ({"objective": "classify", "template_kwargs": {"a": 1}}, "template_kwargs"),
+    ({"objective": "classify", "allow_control_tokens": True}, "allow_control_tokens"),
+    ({"revision": "main"}, "revision"),
+]
+
+
+@pytest.mark.parametrize(("values", "name"), IGNORED, ids=[name for _, name in IGNORED])
+def test_a_setting_that_nothing_reads_is_refused(values: dict[str, Any], name: str) -> None:
+    settings = TrainSettings(data=Path("a.jsonl"), **values)
+    with pytest.raises(SettingsError, match=f"{name} .* has no effect here") as caught:
+        check_effects(settings)
+    assert caught.value.where == name
+    used = {
+        "invocation": {"method": "alora"},
+        "parameter_budget": {"target_modules": "auto"},
+        "eval_size": {"eval_data": None},
+        "num_train_epochs": {"max_steps": None},
+        "revision": {"base": "someone/a-model"},
+    }
+    other = used.get(name, {"method": "lora", "objective": "sft"})
+    check_effects(TrainSettings(data=Path("a.jsonl"), **values | other))
+
+
+def test_every_such_setting_is_tested() -> None:
+    assert {name for _, name in IGNORED} == set(NO_EFFECT)
+    assert set(NO_EFFECT) <= set(TrainSettings.model_fields)

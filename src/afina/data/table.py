@@ -88,6 +88,9 @@ def read_table(
         >>> table = read_table(Path("qa.csv"), SFT, {"prompt": "question", "completion": "answer"})
     """
     path = Path(path)
+    if path.is_dir() and columns:
+        hint = "leave --columns out"
+        raise DataError("a folder of pictures has no columns", where=str(path), hint=hint)
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, columns or {})
     records, digest, note = _read_source(path, schema, mapping)
     objects = [record for _, record in records if isinstance(record, dict)]
@@ -96,7 +99,7 @@ def read_table(
         raise broken
     names = list(dict.fromkeys(name for record in objects for name in record))
     mapping = mapping.of_file(names, objects)
-    if not path.is_dir():  # a folder has no columns
+    if not path.is_dir():
         mapping.check_given(path)
     found = schema.find_format(path, mapping)
     parsed: list[RawRecord] = []

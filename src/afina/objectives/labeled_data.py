@@ -188,12 +188,17 @@ def rows_of_frequent_classes(
     return kept
 
 
-def known_rows(
-    rows: list[LabeledRow], task: LabelTask, skipped: list[str]
-) -> list[LabeledRow]:
-    """Return the eval rows whose classes occur in training; the others are added to `skipped`."""
+def known_rows(rows: list[LabeledRow], task: LabelTask, skipped: list[str]) -> list[LabeledRow]:
+    """Return the eval rows whose classes occur in training; the others are added to `skipped`.
+
+    Raises:
+        DataError: none of the rows has such a class.
+    """
     if task.kind != CLASSES:
         return rows
+    if all(row.label not in task.labels for row in rows):
+        what = f"class {rows[0].label!r} does not occur in the training rows"
+        raise DataError(what, where=rows[0].where, why=f"known: {', '.join(task.labels)}")
     unknown = [row for row in rows if row.label not in task.labels]
     skipped += [
         f"{row.where}: class {row.label!r} does not occur in the training rows" for row in unknown

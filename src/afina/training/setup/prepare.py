@@ -7,6 +7,7 @@ from afina.models.classifier import Classifier
 from afina.objectives.prepared import PreparedData
 from afina.objectives.registry import get_objective
 from afina.settings import TrainSettings
+from afina.training.setup.no_effect import check_effects
 from afina.training.setup.processes import world
 
 AUTO_TEXT = "sft"  # "auto" on rows of text: sft, or pretrain where no row has an answer
@@ -41,4 +42,6 @@ def prepare(settings: TrainSettings, base: CausalLM | Classifier | None = None) 
     if not objective.supports_processes and (world().size > 1 or settings.fsdp):
         why = "each process would generate and score all completions"
         raise SettingsError(f"{name} runs in one process only", where="torchrun", why=why)
-    return objective.prepare(settings.model_copy(update={"objective": name}), base)
+    settings = settings.model_copy(update={"objective": name})
+    check_effects(settings)
+    return objective.prepare(settings, base)
