@@ -13,6 +13,7 @@ from afina.data.images import read_image
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
+from afina.errors import SettingsError
 from afina.evaluation.results import GenerateResult
 from afina.models.classifier import Classifier
 from afina.objectives.label_tasks import LabelTask
@@ -40,7 +41,8 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
         if line
     ]
     if isinstance(opened.base, Classifier) and opened.base.labels:
-        return _label(opened.base, opened.active, texts, settings)
+        has_pairs = bool(((opened.run or {}).get("data") or {}).get("pairs"))
+        return _label(opened.base, opened.active, texts, settings, has_pairs)
     base, active = opened.causal_lm, opened.active
     renderer = Renderer(
         base.tokenizer,
@@ -78,14 +80,32 @@ def _label(
     active: ActiveAdapters,
     prompts: Sequence[str],
     settings: GenerateSettings,
+    has_pairs: bool,
 ) -> GenerateResult:
-    """Return the most probable class of each text or image, one at a time."""
+    """Return what each text, pair of texts or image is classified as, one at a time."""
     answers = []
     for prompt in prompts:
         content = prompt if base.images is None else read_image(Path(prompt))
+        pair = None
+        if has_pairs and isinstance(content, str):
+            content, pair = _split_pair(content)
+        tokens = encode_input(base, content, base.max_positions, prompt, pair)
         with base.forward_context.use(active.row_segments()):
-            rows = base.batch([encode_input(base, content, base.max_positions, prompt)])
+            rows = base.batch([tokens])
             text, share = LabelTask(base.task, base.labels).answer(base.logits(rows)[0])
         answers.append({"prompt": prompt, "text": text} | ({} if share is None else {"share": share}))
     adapter = str(settings.adapter) if active else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)
+
+
+def _split_pair(prompt: str) -> tuple[str, str]:
+    """Return the two texts of a prompt for a run of pairs; raises `SettingsError`."""
+    first, tab, second = prompt.partition("\t")
+    if not (tab and first.strip() and second.strip()):
+        raise SettingsError(
+            "this adapter reads pairs of texts",
+            where="prompts",
+            why=f"found one text: {prompt[:60]!r}",
+            hint="put a tab between the two: $'first text\\tsecond text'",
+        )
+    return first, second

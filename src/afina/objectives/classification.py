@@ -23,7 +23,8 @@ from afina.adapters.load_run import LoadedRun
 from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import CLASSES, LABELED, LabeledRow
 from afina.data.table import read_table
-from afina.errors import DataError, SettingsError, pluralize
+from afina.data.unread import list_unused
+from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import draw_confusion
 from afina.io.atomic import write_json
 from afina.io.strict_json import read_json_object
@@ -253,7 +254,8 @@ class ClassificationObjective(PaddedObjective):
             data_info=describe_data(table, len(eval_rows))
             | {"labels": list(labels)}
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
-            | ({"not_evaluated": not_evaluated} if not_evaluated else {}),
+            | ({"not_evaluated": not_evaluated} if not_evaluated else {})
+            | ({"pairs": True} if any(row.pair is not None for row in rows) else {}),
             skipped=skipped,
             example=_show(rows[0], pictures),
             eval_records=[row.record() for row in eval_labeled],
@@ -261,7 +263,7 @@ class ClassificationObjective(PaddedObjective):
             max_length=length if base.images is None else None,
             counts={"train": len(train), "held_out": len(eval_rows), "classes": len(labels)}
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
-            | ({"not_evaluated": _list_counts(not_evaluated)} if not_evaluated else {}),
+            | ({"not_evaluated": list_unused(not_evaluated)} if not_evaluated else {}),
         )
 
     @classmethod
@@ -411,10 +413,6 @@ def _not_evaluated(
         return {}
     counts, evaluated = Counter(str(row.label) for row in rows), {row.label for row in held}
     return {label: counts[label] for label in task.labels if label not in evaluated}
-
-
-def _list_counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} ({pluralize(count, 'row')})" for name, count in counts.items())
 
 
 def _show(row: LabeledRow, pictures: bool) -> str:

@@ -133,9 +133,13 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
 
 
 def unused_columns(data: Mapping[str, Any]) -> list[Content]:
-    """Return the line that names the columns of the data that were not used."""
-    unused = list_unused(data.get("unused_columns") or {})
-    return [ResultText(f"columns not used: {unused}")] if unused else []
+    """Return lines that name the columns that were not used, and the classes without eval rows."""
+    unused, rare = (
+        list_unused(data.get(name) or {}) for name in ("unused_columns", "not_evaluated")
+    )
+    lines = [f"columns not used: {unused}"] if unused else []
+    lines += [f"classes trained and not evaluated: {rare}"] if rare else []
+    return [ResultText(line) for line in lines]
 
 
 def loss_rows(losses: Mapping[str, Any]) -> TableRows:
