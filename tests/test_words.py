@@ -62,21 +62,21 @@ QUOTES = {"afina.settings.renamed", "afina.io.migrations"}
 PENDING_WORDS: dict[str, int] = {
     "audit": 11,
     "comparison": 10,
-    "data": 65,
-    "docs": 53,
+    "data": 39,
+    "docs": 45,
     "engine": 108,
     "guide": 71,
     "merging": 4,
-    "objectives": 16,
+    "objectives": 15,
     "server": 54,
 }
 # package -> lines of more than 100 characters that are left
 PENDING_LINES: dict[str, int] = {
-    "audit": 3,
+    "audit": 2,
     "comparison": 1,
-    "data": 11,
+    "data": 6,
     "engine": 22,
-    "merging": 2,
+    "merging": 1,
     "server": 11,
 }
 # functions of more than 60 lines that are left, "module:name"

@@ -76,7 +76,7 @@ Columns = Mapping[str, str | Sequence[str] | None]  # what `--columns` gives
 
 @dataclass(frozen=True)
 class ColumnTemplate:
-    """A field made of several columns or of a fixed text, as `--columns` gives it.
+    """A field composed of several columns or of a fixed text, as `--columns` gives it.
 
     "{context}\\n\\n{question}" is a text with columns in it; [context, question] are columns with a
     blank line between them, without the empty ones.
@@ -138,8 +138,8 @@ class ColumnMapping:
         given: What `--columns` gives: {field: column}.
         names: Columns of the file, in order.
         left_out: Columns that `--columns` leaves out: {column: null}.
-        templates: Fields that are made of several columns or of a fixed text.
-        records: The file's records, by which columns can be told apart.
+        templates: Fields that are composed of several columns or are a fixed text.
+        records: The file's records, whose values distinguish its columns.
     """
 
     candidates: Mapping[str, tuple[str, ...]]

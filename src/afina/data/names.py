@@ -1,70 +1,24 @@
 """What the name of a column means, in English and Spanish: "respuesta_agente" is an answer.
 
-The last word of an English name says what it is, and the first word of a Spanish one:
+The last word of an English name decides, and the first word of a Spanish one:
 `customer_text`, `texto_cliente`.
 """
 
 import re
 import unicodedata
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 ANSWER, PROMPT, CONTEXT, SYSTEM, TEXT = "answer", "prompt", "context", "system", "text"
 LABEL, SCORE, CHOSEN, REJECTED = "label", "score", "chosen", "rejected"
 REASONING, TOOLS, WEIGHT, MEDIA, TOKENS = "reasoning", "tools", "weight", "media", "tokens"
-NONE, UNKNOWN = "none", "unknown"  # without a meaning for training; a name that says nothing
+NONE, UNKNOWN = "none", "unknown"  # without a meaning for training; a name without known words
 
-_WORDS = {
-    ANSWER: "answer response reply output completion target solution summary translation "
-    "generation correction rewrite paraphrase gold truth highlight assistant bot gpt chatgpt ai "
-    "headline simplification respuesta contestacion replica salida solucion resumen traduccion "
-    "correccion objetivo asistente reescritura",
-    PROMPT: "prompt question instruction query input request ask problem task user human "
-    "utterance dialogue dialog source original pregunta consulta instruccion entrada peticion "
-    "problema tarea usuario humano enunciado solicitud dialogo q",
-    CONTEXT: "context passage background evidence document article paragraph snippet contexto "
-    "pasaje documento articulo parrafo evidencia fondo antecedente",
-    SYSTEM: "system sys persona sistema",
-    TEXT: "text sentence content body message review comment tweet post email mail description "
-    "abstract story premise hypothesis phrase complaint feedback transcript note subject title "
-    "texto frase oracion contenido cuerpo mensaje resena opinion comentario correo descripcion "
-    "historia premisa hipotesis queja relato nota asunto titulo cita quote poem poema lyric letra",
-    LABEL: "label class category intent sentiment emotion topic tag genre polarity department "
-    "team priority type kind status verdict decision language stance toxicity toxic spam "
-    "hate etiqueta clase categoria intencion sentimiento emocion tema genero polaridad departamento "
-    "equipo prioridad tipo estado veredicto idioma rating star estrella valoracion grade severity "
-    "urgency mood ner kto gravedad urgencia entailment",
-    SCORE: "similarity similitud relevance relevancia",
-    CHOSEN: "chosen preferred better winner accepted best good elegida elegido preferida preferido "
-    "mejor buena ganadora aceptada win",
-    REJECTED: "rejected dispreferred worse loser worst bad rechazada rechazado peor mala perdedora "
-    "lose",
-    REASONING: "reasoning thinking thought thoughts rationale cot chain explanation razonamiento "
-    "pensamiento explicacion justificacion",
-    TOOLS: "tool function call herramienta funcion llamada",
-    WEIGHT: "weight peso train trainable mask",
-    MEDIA: "image picture photo img audio video imagen foto pixel speech",
-    TOKENS: "ids token",
-}
-_NO_MEANING = (
-    "id idx index uid uuid guid key hash sha md5 url uri link href path file filename filepath line "
-    "row date time timestamp created updated at year month day version revision split fold set "
-    "subset license author name first last lang locale num number count len length size total "
-    "score difficulty quality model generator engine temperature meta metadata domain origin "
-    "dataset corpus provider annotator worker price amount position start end offset page rank "
-    "seed step batch turns level country city place region zip phone username login device "
-    "browser ip user_id views votes likes upvotes shares probability prob confidence percent age "
-    "identificador indice clave enlace ruta archivo fecha hora creado actualizado ano mes dia "
-    "licencia autor nombre apellido numero cantidad longitud puntuacion puntaje dificultad calidad "
-    "modelo dominio origen fuente pais ciudad telefono precio pagina edad n no nr nro customer "
-    "client agent cliente agente vendedor seller buyer product producto item sku brand marca order "
-    "pedido ticket case caso channel canal store tienda by"
-)
-_FIRST_WITHOUT_MEANING = (
-    "id idx num n no nr nro count is has fecha hora numero identificador indice score puntuacion "
-    "url link enlace date time created length len nombre row line"
-)
-_WHOLE_NAMES = {  # names that mean something else than their words
+WORDS_FILE = Path(__file__).parent / "column_names.yaml"
+_FULL_NAMES = {  # names that mean something else than their words
     "parallel_tool_calls": NONE,
     "input_ids": TOKENS,
     "attention_mask": TOKENS,
@@ -88,10 +42,10 @@ _WHOLE_NAMES = {  # names that mean something else than their words
     "language_model": NONE,
     "set": NONE,
 }
+_WORDS: dict[str, str] = yaml.safe_load(WORDS_FILE.read_text(encoding="utf-8"))
+_NOTHING, _NOTHING_FIRST = (frozenset(_WORDS.pop(name).split()) for name in (NONE, "none_first"))
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
-_NOTHING = frozenset(_NO_MEANING.split())
-_NOTHING_FIRST = frozenset(_FIRST_WITHOUT_MEANING.split())
-# a word of a weak role only says that there is text, or a person: other words of a name decide
+# a word of a weak role only means that there is text, or a person: other words of a name decide
 _WEAK = (TEXT, PROMPT, CONTEXT)
 
 
@@ -117,14 +71,14 @@ def _singular(word: str) -> str:
 
 @cache
 def meaning_of(name: str) -> str:
-    """Return what a column's name means: one of the words above; `UNKNOWN` where it says nothing.
+    """Return what a column's name means: one of the words above; `UNKNOWN` for a name without known words.
 
     Raises nothing: the values of the column have to confirm what its name promises.
     """
     words = split_name(name)
-    whole = _WHOLE_NAMES.get("_".join(words)) or _WHOLE_NAMES.get(name.lower())
-    if whole is not None:
-        return whole
+    known = _FULL_NAMES.get("_".join(words)) or _FULL_NAMES.get(name.lower())
+    if known is not None:
+        return known
     if not words:
         return UNKNOWN
     named = [word for word in words if not word.isdigit()]

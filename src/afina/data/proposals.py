@@ -1,8 +1,8 @@
 """Readings of a table whose columns no schema knows: up to three, each with an example to compare.
 
-A reading follows from what the names of columns mean and from their values: few different values are
-classes; numbers, lists and identifiers are neither prompt nor answer. The order of columns decides
-nothing but the order in which texts are put together.
+A reading follows from what the names of columns mean and from their values: few different values
+are classes; numbers, lists and identifiers are neither prompt nor answer. The order of columns
+decides only the order in which texts are joined.
 """
 
 import re
@@ -94,7 +94,7 @@ class Column:
     def can_be_label(self) -> bool:
         """Whether its values can be classes, or sets of them."""
         if len(self.values) > 2 and self.num_distinct < 2:
-            return False  # the same everywhere
+            return False  # the same in all rows
         few = self.has_few_values or len(self.values) < 6
         if self.kind == "list":
             return all(isinstance(item, str) for value in self.values for item in value)
@@ -216,7 +216,7 @@ def propose(
 
 
 def _find_texts(columns: Sequence[Column]) -> list[Column]:
-    """Return the texts of a table; beside sentences, single words are names or remarks."""
+    """Return the texts of a table; where there are sentences, single words are names or remarks."""
     texts = [column for column in columns if _is_text(column)]
     has_prose = any(column.is_prose for column in texts)
     return [c for c in texts if not has_prose or c.role == ANSWER or c.num_words >= 2]
@@ -239,7 +239,7 @@ def _rank(column: Column) -> int:
 
 
 def _order_in_pair(column: Column) -> tuple[int, int, str]:
-    """Where a text stands in a pair: what is asked or given first, then by number or letter."""
+    """Where a text stands in a pair: what is questions or given first, then by number or letter."""
     words = split_name(column.name)
     is_second = bool(set(words) & _SECOND) or column.role in (CONTEXT, ANSWER)
     is_first = column.role == PROMPT or bool(set(words) & _FIRST)
@@ -294,7 +294,7 @@ def _pairs(columns: Sequence[Column], texts: Sequence[Column]) -> list[Proposal]
 def _rated(
     columns: Sequence[Column], texts: Sequence[Column], answers: Sequence[Column]
 ) -> list[Proposal]:
-    """Return answers with true or false beside them."""
+    """Return answers with a column of true or false."""
     rates = [c for c in columns if c.kind == "boolean" and c.role in (LABEL, CHOSEN)]
     parts = [c for c in texts if c.role != ANSWER]
     if len(answers) != 1 or len(rates) != 1 or not parts:
@@ -340,13 +340,13 @@ def _labels_as_text(labels: Sequence[Column], texts: Sequence[Column]) -> list[P
 
 
 def _unsure(columns: Sequence[Column], texts: Sequence[Column]) -> list[Proposal]:
-    """Return both directions of two texts of which nothing says which one is the answer."""
+    """Return both directions of two texts of which either can be the answer."""
     if len(texts) != 2:
         return []
-    asked = [c for c in texts if c.role == PROMPT]
+    questions = [c for c in texts if c.role == PROMPT]
     orders = [texts, texts[::-1]]
-    if len(asked) == 1:
-        orders = [order for order in orders if order[0] is asked[0]]
+    if len(questions) == 1:
+        orders = [order for order in orders if order[0] is questions[0]]
     return [
         Proposal(COMPLETION, {"prompt": a.name, "completion": b.name}, None, "completion")
         for a, b in orders

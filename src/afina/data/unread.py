@@ -2,7 +2,8 @@
 
 An id, a source or a date says nothing to a model. A column that repeats what was read (the prompt
 beside the messages that begin with it) adds nothing. Any other column whose name has a meaning for
-training would change what is learned, and is an error that says how to use it or to leave it out.
+training would change what is learned, and is an error with the option that uses it or leaves it
+out.
 """
 
 from collections import Counter
@@ -48,7 +49,7 @@ def check_unread(
 
 
 def list_unused(counts: Mapping[str, int]) -> str:
-    """Return "id (12 rows), url (12 rows)" for columns that were not used; "" where there are none."""
+    """Return "id (12 rows), url (12 rows)" of columns that were not used; "" for none."""
     return ", ".join(f"{name} ({pluralize(count, 'row')})" for name, count in counts.items())
 
 
@@ -97,7 +98,7 @@ def _unread_error(
         f"the column {name!r} would not be read, and its name means {meaning}",
         where=f"{record.where}:{name}",
         why=f"{pluralize(count, 'row')} of {path.name} have a value there; rows of format "
-        f"{format} have no place for it",
+        f"{format} do not have it",
         hint=f"{use}; or {hint}" if use else hint,
     )
 

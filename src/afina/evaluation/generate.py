@@ -93,7 +93,8 @@ def _label(
         with base.forward_context.use(active.row_segments()):
             rows = base.batch([tokens])
             text, share = LabelTask(base.task, base.labels).answer(base.logits(rows)[0])
-        answers.append({"prompt": prompt, "text": text} | ({} if share is None else {"share": share}))
+        known = {} if share is None else {"share": share}
+        answers.append({"prompt": prompt, "text": text} | known)
     adapter = str(settings.adapter) if active else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)
 

@@ -193,18 +193,20 @@ class ClassificationObjective(PaddedObjective):
         self,
         base: Classifier,
         train: Sequence[Any],
-        held: Sequence[Any],
+        eval_rows: Sequence[Any],
         rows: int,
         accumulate: int,
         seed: int,
         task: LabelTask | None = None,
     ) -> None:
-        super().__init__(base, train, held, rows, accumulate, seed)
+        super().__init__(base, train, eval_rows, rows, accumulate, seed)
         self.task = task or LabelTask(base.task, base.labels)
 
     def next_command(self, folder: Path) -> str:
-        """Return the command that classifies an image or a text."""
+        """Return the command that classifies an image, a text or a pair of texts."""
         given = '"some text"' if self.base.images is None else "FILE.png"
+        if any(isinstance(row.content, TokenPair) for row in self.train[:1]):
+            given = "$'first text\\tsecond text'"
         return f"afina generate {given} --adapter {folder}"
 
     @classmethod
@@ -296,8 +298,9 @@ class ClassificationObjective(PaddedObjective):
     def num_targets(self, batch: PaddedBatch) -> int:
         """Return the number of rows with a label."""
         targets = batch.targets
-        is_known = targets.isfinite().all(-1) if targets.is_floating_point() else targets != IGNORE_INDEX
-        return int(is_known.sum())
+        if targets.is_floating_point():
+            return int(targets.isfinite().all(-1).sum())
+        return int((targets != IGNORE_INDEX).sum())
 
     def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
         """Return the sum of the losses of a batch, in nats; squared errors of a regression."""
@@ -406,12 +409,12 @@ def _is_default(options: ClassifySettings, name: str) -> bool:
 
 
 def _not_evaluated(
-    task: LabelTask, rows: Sequence[LabeledRow], held: Sequence[LabeledRow]
+    task: LabelTask, rows: Sequence[LabeledRow], eval_rows: Sequence[LabeledRow]
 ) -> dict[str, int]:
     """Return the classes that no eval row has, with the number of their training rows."""
     if task.kind != CLASSES:
         return {}
-    counts, evaluated = Counter(str(row.label) for row in rows), {row.label for row in held}
+    counts, evaluated = Counter(str(row.label) for row in rows), {row.label for row in eval_rows}
     return {label: counts[label] for label in task.labels if label not in evaluated}
 
 

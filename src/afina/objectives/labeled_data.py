@@ -176,7 +176,7 @@ def split_rows(
 def rows_of_frequent_classes(
     rows: list[LabeledRow], min_rows: int, skipped: list[str]
 ) -> list[LabeledRow]:
-    """Return the rows of classes with at least `min_rows` rows; the others are added to `skipped`."""
+    """Return the rows of classes with at least `min_rows` rows; others go to `skipped`."""
     counts = Counter(row.label for row in rows)
     kept = []
     for row in rows:

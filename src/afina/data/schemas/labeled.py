@@ -1,6 +1,6 @@
 """Labeled rows: a text, a pair of texts or an image with what is to be predicted of it.
 
-The type of the labels is the task: a text, a whole number or a boolean is a class, a list is a set
+The type of the labels is the task: a text, an integer or a boolean is a class, a list is a set
 of classes (multi-label), and a fraction is a number to predict (regression).
 """
 
@@ -33,7 +33,7 @@ class LabeledRow:
     """What is to be classified and its label.
 
     Attributes:
-        where: Place of the row.
+        where: Location of the row.
         content: A text, or the bytes of an image file.
         label: A class, several classes, or a number.
         pair: The second text of a pair.

@@ -5,7 +5,7 @@ OpenAI          {"input": {"messages": [...]}, "preferred_output": [...],
 pairs           {"prompt": ..., "chosen": ..., "rejected": ...}  texts, messages, or lists of these
 conversations   {"conversations" or "messages": [...], "chosen": {...}, "rejected": {...}}
 full chats      {"chosen": [...], "rejected": [...]}   the prompt is their shared beginning,
-                up to the last turn that both have; the chats can be texts ("Human: ... Assistant: ...")
+                up to the last turn that both have; the chats can be texts with speakers
 Alpaca          {"instruction": ..., "input": ..., "chosen": ..., "rejected": ...}
 labels (KTO)    {"messages": [...], "label": true}, {"prompt", "completion", "label"},
                 {"instruction", "output", "kto_tag"}
@@ -35,7 +35,8 @@ PAIRS, LABELS = "pairs", "labels"  # the formats of preference rows
 ANSWER_FIELDS = ("chosen", "rejected")
 # a turn of a chat that is written as one text, as in Anthropic's HH-RLHF
 _TURN = re.compile(
-    r"(?:^|\n)[ \t]*(?:###[ \t]*)?(Human|User|Usuario|Humano|Assistant|Asistente|System|Sistema)[ \t]*:",
+    r"(?:^|\n)[ \t]*(?:###[ \t]*)?"
+    r"(Human|User|Usuario|Humano|Assistant|Asistente|System|Sistema)[ \t]*:",
     re.IGNORECASE,
 )
 _SPEAKERS = {"usuario": "user", "humano": "user", "asistente": "assistant", "sistema": "system"}

@@ -161,8 +161,8 @@ def _parse_completion(record: RawRecord) -> SFTRow:
 
     With a system message or tools the row is a chat.
     """
-    asked, answered = _COMPLETION_FIELDS[record.format]
-    prompt, opening, tools = record.text(asked), system_message(record), parse_tools(record)
+    prompt_field, answered = _COMPLETION_FIELDS[record.format]
+    prompt, opening, tools = record.text(prompt_field), system_message(record), parse_tools(record)
     if record.has(answered) or not record.has("label"):
         completion = record.text(answered)
     else:
