@@ -9,7 +9,9 @@ needs them.
 """
 
 import os
+import re
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +26,23 @@ from afina.io.adapter_folder import AdapterFolder
 from afina.io.admission import require_report
 from afina.io.regular_file import FileFingerprint, fingerprint
 from afina.models.causal_lm import CausalLM
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,199}")
+
+
+def check_adapter_name(name: str, reserved: Collection[str] = ()) -> None:
+    """Raise `AdapterError` for a name that no request could use.
+
+    A request may name several adapters, with weights: `a:0.7,b:0.3`.
+
+    Args:
+        reserved: names that mean something else, such as the base's.
+    """
+    if name in reserved:
+        raise AdapterError(f"name {name!r} is taken: it does not mean an adapter here")
+    if ADAPTER_NAME.fullmatch(name) is None:
+        why = "it must be 1 to 200 letters, digits and _ . : @ -, and begin with a letter or digit"
+        raise AdapterError(f"name {name[:60]!r} is not possible", why=why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +106,17 @@ class _Label:
 class AdapterRegistry:
     """Adapters that requests may name. All changes are atomic; any thread may call."""
 
-    def __init__(self, base: CausalLM, require_audit: bool = False) -> None:
-        """`require_audit`: accept only adapters with an audit report that approves them."""
+    def __init__(
+        self, base: CausalLM, require_audit: bool = False, reserved_names: Collection[str] = ()
+    ) -> None:
+        """Store the rules of all adapters.
+
+        Args:
+            require_audit: accept only adapters with an audit report that approves them.
+            reserved_names: names that no adapter may have.
+        """
         self.base, self.require_audit = base, require_audit
+        self.reserved_names = frozenset(reserved_names)
         self._layouts = AdapterLayoutCache(base)
         self._lock = threading.RLock()
         self._labels: dict[str, _Label] = {}
@@ -109,6 +136,7 @@ class AdapterRegistry:
                 or the name is taken.
             AuditError: no audit report admits it.
         """
+        check_adapter_name(name, self.reserved_names)
         content = self._read(Path(folder))
         with self._lock:
             if name in self._labels:
@@ -130,7 +158,8 @@ class AdapterRegistry:
             return entry
 
     def rename(self, old: str, new: str) -> RegisteredAdapter:
-        """Give an adapter another name."""
+        """Give an adapter another name; raise `AdapterError` where it is taken or not possible."""
+        check_adapter_name(new, self.reserved_names)
         with self._lock:
             label = self._label(old)
             if new in self._labels:

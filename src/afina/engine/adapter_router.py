@@ -1,10 +1,10 @@
-"""Choosing the adapter by the query: the one whose own prompts are closest, as the base itself sees them.
+"""Routing of a prompt to the adapter whose training prompts are closest in the base's hidden states.
 
-    query --> means of the base's states --> white (as general text is spread) --> white (as one adapter's prompts are)
-          --> cosine with every point of every adapter's profile --> the adapter with the closest point, or the base
+    prompt --> mean hidden states --> whitened by general text --> whitened within adapters
+           --> cosine with each point of each adapter's profile --> the closest adapter, or the base
 
-The second whitening is linear discriminant analysis (Fisher 1936): directions in which the prompts of one and the same
-adapter differ say little about which adapter is meant.
+The second whitening is linear discriminant analysis (Fisher 1936): directions in which the prompts
+of one adapter differ do not distinguish adapters.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,19 +18,17 @@ from afina.engine.routing_profile import ChatFrame, Embedder, PromptEmbedder
 from afina.errors import AdapterError
 from afina.models.causal_lm import CausalLM
 
-THRESHOLD = 0.35  # cosine under which the base answers; benchmarks/routing.py has what it lets through and what not
-MARGIN = 0.03  # how much closer an adapter must be to be fetched instead of taking a resident one
-PIECE, PIECES = 24, 256  # general text is read in pieces about as long as questions
-SHRINK_GENERAL, SHRINK_WITHIN = (
-    0.3,
-    1.0,
-)  # of the mean variance, added to all: few pieces, and few points, estimate them
-GROWTH = 1.25  # profiles since the last second whitening at which it is made anew
+THRESHOLD = 0.35  # cosine below which the base answers; benchmarks/routing.py measures its errors
+MARGIN = 0.03  # cosine by which an adapter must be closer than a loaded one to be loaded instead
+PIECE, PIECES = 24, 256  # tokens of a piece of general text, about a prompt's length; pieces
+# multiples of the mean variance, added to all variances: they are estimated from few points
+SHRINK_GENERAL, SHRINK_WITHIN = 0.3, 1.0
+GROWTH = 1.25  # ratio of new profiles at which the second whitening is computed again
 
 
 @dataclass(frozen=True)
 class RoutingDecision:
-    """The adapter that was chosen (None: the base), how close it is (cosine, -1 to 1), and why in words."""
+    """Routed adapter (None: the base), its cosine (-1 to 1), and the reason in words."""
 
     name: str | None
     score: float
@@ -38,10 +36,13 @@ class RoutingDecision:
 
 
 class AdapterRouter:
-    """Knows the profiles of adapters by name, and chooses among them. Not safe to change from several threads at once.
+    """Router among the profiles of adapters, by name. Not thread-safe.
 
-    `frame` is what the chat template writes around a question; `embedding` makes vectors of prompts, by default the
-    base itself does.
+    Args:
+        frame: tokens that the chat template writes around a prompt.
+        threshold: cosine below which the base answers.
+        margin: cosine by which a loaded adapter may be farther than the closest one.
+        embedding: computes vectors of prompts; by default the base's hidden states.
     """
 
     def __init__(
@@ -55,23 +56,24 @@ class AdapterRouter:
         self.threshold, self.margin, self._frame = threshold, margin, frame or ChatFrame()
         self.embedding = embedding or PromptEmbedder(base)
         self._set_general(self.embedding(_general(base)))
-        self._points: dict[str, Tensor] = {}  # name -> (k, r), white as general text
+        self._points: dict[str, Tensor] = {}  # name -> (k, r), whitened by general text
         self._within = torch.eye(self._to_white.shape[1])
-        self._fitted = 0  # profiles that the second whitening has seen
+        self._fitted = 0  # profiles of the last second whitening
         self._table: tuple[list[str], Tensor, Tensor] | None = None
 
     def add_profile(self, name: str, profile: Tensor) -> None:
-        """Know an adapter by its profile (k, parts, d), in the place of what went by this name.
+        """Add or replace the profile `(k, parts, d)` of an adapter.
 
-        Raises `AdapterError` for a profile of another shape than this embedding's.
+        Raises:
+            AdapterError: the profile has another shape than vectors of this embedding.
         """
         if profile.shape[1:] != self._scale.shape[:1] + self._shape:
-            raise AdapterError("this profile was not made by this embedding", where=name)
+            raise AdapterError("the profile is of another embedding", where=name)
         self._points[name] = self._white(profile)
         self._table = None
 
     def remove_profile(self, name: str) -> None:
-        """Know it no more; nothing happens where it was not known."""
+        """Remove the profile of an adapter, if there is one."""
         if self._points.pop(name, None) is not None:
             self._table = None
 
@@ -81,9 +83,12 @@ class AdapterRouter:
         resident: Collection[str] = (),
         among: Collection[str] | None = None,
     ) -> RoutingDecision:
-        """The adapter for a query: a prompt's tokens, or its vectors (parts, d). A resident one is taken when it is close.
+        """Return the routing decision for a prompt.
 
-        Only adapters `among` these (None: all) are looked at and spoken of: others may be somebody's own.
+        Args:
+            query: token ids of the prompt, or its vectors `(parts, d)`.
+            resident: loaded adapters, preferred within the margin.
+            among: adapters that may be chosen or named in the reason; None: all.
         """
         names, points, owners = self._table or self._tabulate()
         open_to = [row for row, name in enumerate(names) if among is None or name in among]
@@ -118,7 +123,7 @@ class AdapterRouter:
         return RoutingDecision(names[best], scores[best], why)
 
     def _set_general(self, vectors: Tensor) -> None:
-        """The first whitening, from vectors (n, parts, d) of general text."""
+        """Compute the first whitening from vectors `(n, parts, d)` of general text."""
         self._shape = vectors.shape[2:]
         self._centre = vectors.mean(0)
         spread = vectors - self._centre
@@ -132,12 +137,12 @@ class AdapterRouter:
         self._to_white = directions.T / (variance + SHRINK_GENERAL * variance.mean()).sqrt()
 
     def _white(self, vectors: Tensor) -> Tensor:
-        """Vectors (n, parts, d) as points (n, r) of length 1 in which general text is spread alike in all directions."""
+        """Return whitened points `(n, r)` of length 1 of vectors `(n, parts, d)`."""
         centred = ((vectors - self._centre) / self._scale).flatten(1)
         return torch.nn.functional.normalize(centred @ self._to_white, dim=-1)
 
     def _tabulate(self) -> tuple[list[str], Tensor, Tensor]:
-        """All names, their points (n, r) one after another, and whose each is (n)."""
+        """Return all names, their points `(n, r)`, and the index of each point's name `(n,)`."""
         names = list(self._points)
         if not self._fitted <= len(names) <= GROWTH * self._fitted:
             self._fit_within()
@@ -149,7 +154,7 @@ class AdapterRouter:
         return self._table
 
     def _fit_within(self) -> None:
-        """The second whitening, from how the points of each adapter lie around their mean."""
+        """Compute the second whitening from the points of each adapter around their mean."""
         around = torch.cat([points - points.mean(0) for points in self._points.values()])
         variance, directions = torch.linalg.eigh(around.T @ around / len(around))
         variance = variance.clamp_min(0.0)
@@ -159,7 +164,7 @@ class AdapterRouter:
 
 
 def _general(base: CausalLM) -> list[list[int]]:
-    """The built-in general text in pieces of tokens, spread over all of it."""
+    """Return evenly spaced pieces of the built-in general text, as token ids."""
     text = RETENTION_TEXT.read_text(encoding="utf-8")
     tokens = base.tokenizer(text, add_special_tokens=False, verbose=False)[
         "input_ids"

@@ -18,21 +18,25 @@ class EngineConfig:
         pool_bytes: size of the pool of keys, values and adapters.
         max_num_batched_tokens: tokens of a step while sequences decode; four times as many else.
         max_num_seqs: sequences of a step.
-        max_num_waiting: queued requests, beyond which requests are rejected.
+        max_num_waiting: queued requests of one client, beyond which its requests are rejected.
+        max_total_waiting: queued requests of all clients together, likewise.
         host_cache_bytes: adapters kept in host memory, for a pool on a GPU.
         merged_weights_bytes: limit of a second copy of the weights, with a hot adapter merged in;
             0 never merges.
         require_audit: serve only adapters with an audit report, and hash an adapter's tensors
             again each time they are read.
+        reserved_names: names that no adapter may have, such as the base's.
     """
 
     pool_bytes: int = 1 << 30
     max_num_batched_tokens: int = 512
     max_num_seqs: int = MAX_NUM_SEQS
     max_num_waiting: int = 1024
+    max_total_waiting: int = 1 << 20
     host_cache_bytes: int = 0
     merged_weights_bytes: int = 0
     require_audit: bool = False
+    reserved_names: tuple[str, ...] = ()
 
 
 def block_bytes(base: CausalLM, cache: KVCache) -> int:

@@ -31,7 +31,8 @@ class Detokenizer:
         skip_special_tokens: bool = True,
     ) -> None:
         self.stopped, self._skip_special = False, skip_special_tokens
-        self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
+        self._tokenizer = tokenizer
+        self._stop = [StopMatcher(string) for string in stop if string]
         # tokens whose text was returned, which the decoder needs as context for the next ones
         self._before: list[int] = []
         self._new: list[int] = []
@@ -76,26 +77,45 @@ class Detokenizer:
         """Return what of the pending text and `text` is certain."""
         if self.stopped:
             return ""
-        text = self._pending + text
-        found = [
-            (place + len(string), place)
-            for string in self._stop
-            if (place := text.find(string)) >= 0
-        ]
-        if found:
-            self.stopped, self._pending = True, ""
-            return text[: min(found)[1]]
-        longest = max((len(string) for string in self._stop), default=1)
-        pending = next(
-            (
-                n
-                for n in range(min(longest - 1, len(text)), 0, -1)
-                if any(s.startswith(text[-n:]) for s in self._stop)
-            ),
-            0,
-        )
+        known, text = len(self._pending), self._pending + text
+        for at in range(known, len(text)):
+            ends = [at + 1 - len(stop.text) for stop in self._stop if stop.accept(text[at])]
+            if ends:  # the first that is complete; of several, the one that begins first
+                self.stopped, self._pending = True, ""
+                return text[: min(ends)]
+        pending = max((stop.matched for stop in self._stop), default=0)
         self._pending = text[len(text) - pending :]
         return text[: len(text) - pending]
+
+
+class StopMatcher:
+    """Search of one stop string in a stream of characters, in constant time per character.
+
+    References:
+        Knuth, Morris, Pratt 1977, "Fast pattern matching in strings".
+
+    Attributes:
+        matched: length of the longest beginning of the string that ends the stream so far.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0
+        self._shorter = [0] * len(text)  # longest proper beginning that ends text[: i + 1]
+        for at in range(1, len(text)):
+            self._shorter[at] = self._extend(self._shorter[at - 1], text[at])
+
+    def _extend(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.text[matched] == character)
+
+    def accept(self, character: str) -> bool:
+        """Append a character; return whether the string is complete now."""
+        self.matched = self._extend(self.matched, character)
+        if self.matched < len(self.text):
+            return False
+        self.matched = self._shorter[-1]
+        return True
 
 
 def detokenize(

@@ -6,7 +6,9 @@ an error for schemas that it does not support.
 """
 
 import json
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,21 @@ if TYPE_CHECKING:
 JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+MAX_COMPILED = 64  # schemas that are kept
+MAX_SCHEMA_CHARACTERS = 200_000  # of its JSON text
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Raise `DataError` for a panic of llguidance, which is not an `Exception` in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError("the schema cannot be followed", why=_first_line(str(error))) from error
+
+
 class GrammarMatcher:
     """State of one completion in its schema; `stops` are allowed once it is complete."""
 
@@ -33,13 +50,13 @@ class GrammarMatcher:
     def allowed_tokens(self, vocabulary: int) -> Tensor:
         """Return which tokens may come next, bool `(vocab_size,)`."""
         allowed = torch.zeros(vocabulary, dtype=torch.bool)
-        if not self.is_finished:
-            bits = np.unpackbits(
-                np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little"
-            )[:vocabulary]
-            allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
-            self._check()
-        allowed[self._stops] = self._matcher.is_accepting()
+        with _panics_are_errors():
+            if not self.is_finished:
+                packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+                bits = np.unpackbits(packed, bitorder="little")[:vocabulary]
+                allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
+                self._check()
+            allowed[self._stops] = self._matcher.is_accepting()
         return allowed
 
     def accept_token(self, token: int) -> None:
@@ -47,9 +64,10 @@ class GrammarMatcher:
         if token in self._stops:
             self.is_finished = True
             return
-        self._matcher.consume_token(token)
-        self._check()
-        self.is_finished = self._matcher.is_stopped()
+        with _panics_are_errors():
+            self._matcher.consume_token(token)
+            self._check()
+            self.is_finished = self._matcher.is_stopped()
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -60,7 +78,7 @@ class GrammarMatcher:
 
 
 class GrammarCompiler:
-    """Compiler of JSON schemas for one tokenizer; the latest 64 are cached.
+    """Compiler of JSON schemas for one tokenizer; the latest `MAX_COMPILED` are cached.
 
     Raises:
         SettingsError: llguidance is not installed.
@@ -83,6 +101,7 @@ class GrammarCompiler:
             ) from error
         self._matcher = LLMatcher
         self._known: dict[str, LLMatcher] = {}
+        self._lock = threading.Lock()
 
     def of(self, schema: Mapping[str, Any] | str, stops: Collection[int]) -> GrammarMatcher:
         """Return a matcher at the start of a JSON schema or of a Lark grammar.
@@ -93,12 +112,24 @@ class GrammarCompiler:
             DataError: the schema is invalid or not supported.
         """
         is_lark = isinstance(schema, str)
-        text = schema if isinstance(schema, str) else json.dumps(schema or {"type": "object"})
-        if text not in self._known:
-            while len(self._known) >= 64:
-                del self._known[next(iter(self._known))]
-            self._known[text] = self._compile(text, is_lark)
-        return GrammarMatcher(self._known[text].deep_copy(), stops)
+        try:
+            text = schema if isinstance(schema, str) else json.dumps(schema or {"type": "object"})
+        except (RecursionError, ValueError, TypeError) as error:
+            raise DataError("this is no JSON schema", why=str(error)) from error
+        if len(text) > MAX_SCHEMA_CHARACTERS:
+            raise DataError(
+                f"a JSON schema of {len(text):,} characters",
+                why=f"at most {MAX_SCHEMA_CHARACTERS:,} are compiled",
+            )
+        matcher = self._known.get(text)
+        if matcher is None:
+            with _panics_are_errors():
+                matcher = self._compile(text, is_lark)
+            with self._lock:  # several threads compile
+                while len(self._known) >= MAX_COMPILED:
+                    del self._known[next(iter(self._known))]
+                self._known[text] = matcher
+        return GrammarMatcher(matcher.deep_copy(), stops)
 
     def _compile(self, text: str, is_lark: bool) -> "LLMatcher":
         try:

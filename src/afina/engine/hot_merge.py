@@ -7,6 +7,7 @@ The base's own weights do not change, so that unmerging is exact. Steps of both 
 decide whether merging is faster, and two thresholds keep it from alternating.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from afina.engine.memory import MemoryManager
 from afina.engine.sequence import AdapterSpan, ScheduledChunk
 from afina.models.causal_lm import CausalLM
 
+LOG = logging.getLogger("afina.engine")
 MERGE_RATIO, UNMERGE_RATIO = 0.8, 0.5  # ratio of recent tokens that are one adapter's
 GAIN = 1.01  # speedup that merged steps must have to stay
 RECENT = 0.98  # decay of a step's weight with each later one
@@ -100,8 +102,14 @@ class HotAdapterMerger:
     def _decide(self) -> None:
         if self.hot_adapter is not None:
             until = time.perf_counter() + SLICE
-            while not self.ready and time.perf_counter() < until:
-                next(self._work, None)
+            try:
+                while not self.ready and time.perf_counter() < until:
+                    next(self._work, None)
+            except Exception:  # out of memory: requests continue on the base's own weights
+                LOG.exception("an adapter could not be merged")
+                self._rejected.add(self.hot_adapter)
+                self.unmerge()
+                return
             if self._share(self.hot_adapter) < UNMERGE_RATIO or not self._pays():
                 self.unmerge()
             return
@@ -155,9 +163,9 @@ class HotAdapterMerger:
         resident = self.memory.residents[name]
         for place in resident.layout.places or ():
             adapted = get_or_insert_wrapper(self.base, place.path)
-            thin = adapted.serving_layers[name]
-            assert isinstance(thin, LoRAView)
-            adapted.serving_layers[_label(name)] = MergedLinear.of(adapted.layer, thin)
+            view = adapted.serving_layers[name]
+            assert isinstance(view, LoRAView)
+            adapted.serving_layers[_label(name)] = MergedLinear.of(adapted.layer, view)
             yield
         self.ready = True
         self.memory.registry.locations[name] = "merged"

@@ -8,7 +8,7 @@ Adapters of one configuration share one `AdapterLayout`: which tensor belongs to
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -203,7 +203,11 @@ class AdapterLayoutCache:
     ) -> tuple[LoRAOffsets, ...] | None:
         """Return the offsets of A and B of each layer; None where not low-rank only."""
         kind = get_method(spec.method)
-        if not kind.low_rank_tensors or spec.trainable_tokens or spec.method_settings.get("restarts"):
+        if (
+            not kind.low_rank_tensors
+            or spec.trainable_tokens
+            or spec.method_settings.get("restarts")
+        ):
             return None
         places, generator = [], torch.Generator()
         left = set(entries)
@@ -272,11 +276,11 @@ class LoadedAdapter:
             return
         self.memory.copy_(raw)
         for begin, step, count, rank, outputs in self.layout.contiguous_groups:
-            stretches = self.memory.as_strided(
+            spans = self.memory.as_strided(
                 (count, rank * outputs), (step, 1), self.memory.storage_offset() + begin
             )
-            turned = stretches.unflatten(1, (outputs, rank)).mT.contiguous()
-            stretches.copy_(turned.flatten(1))
+            transposed = spans.unflatten(1, (outputs, rank)).mT.contiguous()
+            spans.copy_(transposed.flatten(1))
 
     def activate(self, base: CausalLM) -> None:
         """Add it to the layers."""
@@ -289,14 +293,22 @@ class LoadedAdapter:
             ].view(self.layout.dtype)
             try:
                 assign_state(adapter, self._tensors(flat), self.name)
-            except AdapterError:
+            except BaseException:
                 detach(base.model, adapter)
                 raise
             adapter.train(False)
             self._adapter, self._present = adapter, True
             return
         self._present = True
-        for place in self.layout.places:
+        try:
+            self._set_views(base, self.layout.places)
+        except BaseException:
+            self.deactivate(base)
+            raise
+
+    def _set_views(self, base: CausalLM, places: Sequence[LoRAOffsets]) -> None:
+        """Give each module views of its matrices in the pool."""
+        for place in places:
             a = self.memory[place.a : place.a + place.rank * place.inputs].view(
                 place.rank, place.inputs
             )
@@ -311,8 +323,8 @@ class LoadedAdapter:
         size, tensors = self.layout.dtype.itemsize, {}
         for name, entry in self.layout.entries.items():
             if name not in self.layout.frozen:
-                stretch = flat[entry.begin // size : entry.end // size]
-                tensors[name] = stretch.view(entry.shape)
+                elements = flat[entry.begin // size : entry.end // size]
+                tensors[name] = elements.view(entry.shape)
         return tensors
 
     def deactivate(self, base: CausalLM, evicted: bool = False) -> None:
@@ -328,7 +340,7 @@ class LoadedAdapter:
             self._adapter = None
             return
         for place in self.layout.places or ():
-            del get_or_insert_wrapper(base, place.path).serving_layers[self.name]
+            get_or_insert_wrapper(base, place.path).serving_layers.pop(self.name, None)
 
 
 def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
@@ -341,7 +353,7 @@ def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
 
 
 def read_numbers(file: Path, layout: AdapterLayout) -> Tensor:
-    """The file's stretch of numbers, in its own dtype, on the host."""
+    """Return the elements of the file in its own dtype, in host memory."""
     end = layout.offset + layout.numbers * layout.dtype.itemsize
     data = read_span(file, layout.offset, end, str(file))
     return torch.frombuffer(data, dtype=layout.dtype)

@@ -5,7 +5,6 @@ segments     (0, 256, "law")                 (256, 257, "tone")    active adapte
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from afina.adapters.segments import Segment, Segments
 from afina.engine.kv_cache import KVCache
 from afina.engine.sequence import ScheduledChunk, SequenceState
 from afina.models.causal_lm import CausalLM
+from afina.models.packed_attention import AttentionMetadata
 
 
 class ModelRunner:
@@ -36,6 +36,27 @@ class ModelRunner:
             The sequences whose last token was computed, and float32 logits after it
             `(num_complete, vocab_size)`.
         """
+        tokens, positions, metadata = self._inputs(chunks)
+        complete = [n for n, (s, count) in enumerate(chunks) if s.num_uncomputed_tokens == count]
+        active = segments or self.segments(chunks, metadata.cu_seqlens)
+        with self.base.forward_context.use(active):
+            logits = self.base.next_token_logits(tokens, positions, metadata, complete)
+        return [chunks[n][0] for n in complete], logits
+
+    @torch.no_grad()
+    def hidden_sums(self, chunks: Sequence[ScheduledChunk]) -> list[tuple[ScheduledChunk, Tensor]]:
+        """Compute the chunks; return each with the sum of its last hidden states.
+
+        The sums are float32 `(hidden_size,)`.
+        """
+        tokens, positions, metadata = self._inputs(chunks)
+        with self.base.forward_context.use(self.segments(chunks, metadata.cu_seqlens)):
+            hidden = self.base.hidden_states(tokens, positions, metadata).float()
+        parts = hidden.tensor_split(metadata.cu_seqlens[1:-1])
+        return [(chunk, part.sum(0).cpu()) for chunk, part in zip(chunks, parts, strict=True)]
+
+    def _inputs(self, chunks: Sequence[ScheduledChunk]) -> tuple[Tensor, Tensor, AttentionMetadata]:
+        """Return token ids and positions `(num_tokens,)` of the chunks, and their metadata."""
         device = self.base.device
         tokens: list[int] = []
         positions: list[int] = []
@@ -43,17 +64,11 @@ class ModelRunner:
             first = sequence.num_computed_tokens
             tokens += sequence.token_ids[first : first + count]
             positions += range(first, first + count)
-        metadata = self.cache.metadata(chunks)
-        complete = [n for n, (s, count) in enumerate(chunks) if s.num_uncomputed_tokens == count]
-        active = segments or self.segments(chunks, metadata.cu_seqlens)
-        with self.base.forward_context.use(active):
-            logits = self.base.next_token_logits(
-                torch.tensor(tokens, device=device),
-                torch.tensor(positions, device=device),
-                metadata,
-                complete,
-            )
-        return [chunks[n][0] for n in complete], logits
+        return (
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            self.cache.metadata(chunks),
+        )
 
     def segments(self, chunks: Sequence[ScheduledChunk], cu_seqlens: tuple[int, ...]) -> Segments:
         """Return the active adapters of each token.
@@ -78,25 +93,6 @@ class ModelRunner:
             segments = Segments(spans=tuple(spans))
         self._last_segments = (key, segments)
         return segments
-
-    @torch.no_grad()
-    def embed(
-        self, prompts: Sequence[tuple[int, ...]], active: Sequence[tuple[str, float]]
-    ) -> Tensor:
-        """Return normalized means of the last hidden states, float32 `(num_prompts, hidden_size)`.
-
-        Args:
-            active: adapters on all tokens, and their weights.
-        """
-        bounds = (0, *accumulate(map(len, prompts)))
-        device = self.base.device
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
-        spans = tuple(Segment(0, bounds[-1], name, weight) for name, weight in active)
-        with self.base.forward_context.use(Segments(spans=spans)):
-            hidden = self.base.hidden_states(tokens, positions, bounds).float()
-        means = torch.stack([part.mean(0) for part in hidden.tensor_split(bounds[1:-1])])
-        return torch.nn.functional.normalize(means, dim=-1)
 
 
 def _on_all_tokens(sequence: SequenceState) -> Segments:

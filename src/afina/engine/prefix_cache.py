@@ -4,10 +4,10 @@
                                                   ├── "e case: ..." by 3f9a...  under an adapter
                                                   └── "e other ..."
 
-A tree of full blocks, shared by all requests. The key of a block is its tokens, the adapters that
-are active on them (content hashes, not names), and all blocks before it. Tokens before the
+A tree of full blocks. The key of a block is its tokens, the adapters that are active on them
+(content hashes, not names), the salt of the request, and all blocks before it. Tokens before the
 invocation of an activated adapter are computed by the base, so that the base and all activated
-adapters share them.
+adapters share them. Requests with different salts share nothing.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,19 @@ from time import monotonic
 
 from afina.engine.block_pool import BLOCK_SIZE
 
-AdapterSpans = tuple[
-    tuple[str, float, int], ...
-]  # content hash, weight, first active token of the block
-Key = tuple[tuple[int, ...], AdapterSpans, str]  # tokens, adapters, owner of a private block
+# content hash, weight, first active token of the block
+AdapterSpans = tuple[tuple[str, float, int], ...]
+Key = tuple[tuple[int, ...], AdapterSpans, str]  # tokens, adapters, salt or owner of the block
 
 
 @dataclass(eq=False)
 class PrefixNode:
-    """A full block; `ref_count` is the number of running sequences that read it."""
+    """A full block.
+
+    Attributes:
+        ref_count: running sequences that read it.
+        clients: clients whose requests have computed or read it.
+    """
 
     key: Key
     page: int
@@ -34,6 +38,7 @@ class PrefixNode:
     depth: int = 0
     ref_count: int = 0
     last_used: float = 0.0  # seconds of the monotonic clock
+    clients: set[str] = field(default_factory=set)
 
 
 class PrefixCache:
@@ -155,11 +160,14 @@ def block_keys(
     owner: str,
     start: int,
     end: int,
+    salt: str = "",
 ) -> list[Key]:
     """Return the keys of full blocks `start` to `end` (excluded) of a sequence.
 
     Args:
         spans: content hash, weight and first active token of each adapter.
+        owner: of the adapters; blocks on which one is active are private to it.
+        salt: all blocks are private to it; replaces `owner`.
     """
     keys: list[Key] = []
     for page in range(start, end):
@@ -169,5 +177,6 @@ def block_keys(
             for name, weight, begin in spans
             if begin < first + BLOCK_SIZE
         )
-        keys.append((tuple(tokens[first : first + BLOCK_SIZE]), active, owner if active else ""))
+        private = salt or (owner if active else "")
+        keys.append((tuple(tokens[first : first + BLOCK_SIZE]), active, private))
     return keys

@@ -69,6 +69,10 @@ class GenerationRequest:
         client: client of the fair queue; empty: one client for each set of adapters.
         stop_token_ids: tokens that end the completion in addition to the base's own.
         streams: whether text comes with each token; otherwise with the last chunk.
+        cache_salt: cached blocks of different salts are never shared; empty: shared with all
+            other requests without a salt.
+        request_id: identifies the request in the log.
+        is_embedding: return the mean of the prompt's last hidden states and generate nothing.
     """
 
     prompt: tuple[int, ...]
@@ -78,6 +82,9 @@ class GenerationRequest:
     client: str = ""
     stop_token_ids: frozenset[int] = frozenset()
     streams: bool = True
+    cache_salt: str = ""
+    request_id: str = ""
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,10 @@ class OutputChunk:
 
     Attributes:
         finish_reason: set in the last chunk of a request only.
+        error: what ended the request, for its sender: nothing of other requests.
+        cause: the exception behind `error`, which may name files of this machine.
         num_cached_tokens: prompt tokens that came from the prefix cache.
+        embedding: vector of length 1, in the last chunk of a request for an embedding.
     """
 
     text: str = ""
@@ -103,7 +113,9 @@ class OutputChunk:
     logprobs: tuple[Logprob, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cause: Exception | None = None
     num_cached_tokens: int = 0
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What an adapter is for, as a few points: means over the prompts that it learned from, as the base itself sees them.
+"""Routing profile of an adapter: a few means of the base's hidden states over its training prompts.
 
-    prompt --> states after block 0 (words) and after the middle one (sense), each the mean over its tokens --> (2 d)
-    all prompts --> halved along their widest direction, again and again --> up to 16 groups --> their means
+    prompt  --> hidden states after the embedding and the middle layer, means over tokens --> (2, d)
+    prompts --> split at the median of their widest direction, repeatedly --> up to 16 groups: means
 
-No text is kept, and every mean is over at least four prompts: one prompt's mean of word vectors would tell its words.
+No text is stored, and each mean is over at least four prompts: the mean word vector of one prompt
+would reveal its words.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,21 +27,25 @@ from afina.models.causal_lm import CausalLM
 FILE = "profile.safetensors"
 PROMPTS = 128  # of the adapter's training prompts
 HALVINGS, LEAST = 4, 4  # up to 16 groups, of at least 4 prompts
-LONGEST = 256  # tokens of a prompt that are read: its beginning and its end
+LONGEST = 256  # tokens of a prompt that are embedded: its beginning and its end
 BATCH_TOKENS = 2048
 
 
 class Embedder(Protocol):
-    """Prompts as vectors. `key` names what made them: points under different keys cannot be compared."""
+    """Vectors of prompts.
+
+    Attributes:
+        key: identifies the embedding; profiles with different keys cannot be compared.
+    """
 
     key: str
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Vectors (n, parts, d) in float32 of prompts in tokens, which are not empty."""
+        """Return float32 vectors `(n, parts, d)` of non-empty prompts of token ids."""
 
 
 class PromptEmbedder:
-    """Prompts as the base sees them, without any adapter: (n, 2, d)."""
+    """Mean hidden states of the base, without adapters: `(n, 2, d)`."""
 
     def __init__(self, base: CausalLM) -> None:
         self._base, self._layers = base, (0, base.num_layers // 2)
@@ -48,7 +53,7 @@ class PromptEmbedder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Vectors (n, 2, d) in float32."""
+        """Return float32 vectors `(n, 2, d)` of prompts of token ids."""
         half = min(LONGEST, self._base.max_positions) // 2
         read = [list(p) if len(p) <= 2 * half else [*p[:half], *p[-half:]] for p in prompts]
         with self._base.forward_context.use(NO_ADAPTERS):
@@ -74,14 +79,14 @@ def _batches(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """What a chat template writes around the last question: it says nothing of what is asked."""
+    """Tokens that a chat template writes around the last prompt; they are not part of it."""
 
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, renderer: Renderer) -> "ChatFrame":
-        """The frame of the renderer's template."""
+        """Return the frame of the renderer's template."""
         if not renderer.uses_chat_template:
             return cls()
         first, second = renderer.prompt("one"), renderer.prompt("7 €")
@@ -96,7 +101,7 @@ class ChatFrame:
         return cls(tuple(before[start:]), tuple(after))
 
     def question(self, prompt: Sequence[int]) -> list[int]:
-        """The tokens of the last question in a prompt of this template; the whole prompt where it has another form."""
+        """Return the last message of a prompt, or all of a prompt without this frame."""
         tokens, opening, closing = list(prompt), list(self.opening), list(self.closing)
         end = len(tokens) - len(closing)
         if not opening or tokens[end:] != closing:
@@ -109,57 +114,59 @@ class ChatFrame:
 
 
 def _shared(first: list[int], second: list[int]) -> list[int]:
-    """The tokens with which both begin."""
+    """Return the common prefix of two token lists."""
     return [
         a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     ]
 
 
 def build_profile(embedding: Embedder, questions: Sequence[Sequence[int]]) -> Tensor | None:
-    """The points (k, parts, d) that stand for an adapter's questions in tokens; None where there are fewer than four."""
-    asked = [question for question in questions if question]
-    asked = asked[:: max(1, len(asked) // PROMPTS)][:PROMPTS]
-    if len(asked) < LEAST:
+    """Return the profile `(k, parts, d)` of training prompts of token ids; None for fewer than four."""
+    prompts = [question for question in questions if question]
+    prompts = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
+    if len(prompts) < LEAST:
         return None
-    vectors = embedding(asked)
+    vectors = embedding(prompts)
     spread = vectors - vectors.mean(0)
     scaled = (spread / spread.square().mean((0, 2), keepdim=True).sqrt().clamp_min(1e-12)).flatten(
         1
     )
     return torch.stack(
-        [vectors[rows].mean(0) for rows in _halve(scaled, torch.arange(len(asked)), HALVINGS)]
+        [vectors[rows].mean(0) for rows in _halve(scaled, torch.arange(len(prompts)), HALVINGS)]
     )
 
 
 def _halve(points: Tensor, rows: Tensor, times: int) -> list[Tensor]:
-    """The `rows` of points (n, D) in groups of equal size, cut along the widest direction of each."""
+    """Return the `rows` of points `(n, D)` in groups of equal size, split along their widest directions."""
     if times == 0 or len(rows) < 2 * LEAST:
         return [rows]
     own = points[rows] - points[rows].mean(0)
-    widest = torch.linalg.eigh(own @ own.T)[1][:, -1]  # the rows' places along it
+    widest = torch.linalg.eigh(own @ own.T)[1][:, -1]  # positions along it
     order, middle = rows[widest.argsort(stable=True)], len(rows) // 2
     return _halve(points, order[:middle], times - 1) + _halve(points, order[middle:], times - 1)
 
 
 def write_profile(folder: Path, profile: Tensor, key: str) -> None:
-    """Put the profile beside the adapter in `folder`."""
+    """Write the profile to the adapter's `folder`."""
     with atomic_file(folder / FILE) as file:
         save_file({"points": profile.contiguous()}, file, {"embedding": key, "format_version": "1"})
 
 
 def read_profile(folder: Path, key: str) -> Tensor | None:
-    """The profile in an adapter's folder: (k, parts, d); None where there is none, or one made by another embedding.
+    """Return the profile `(k, parts, d)` in an adapter's folder.
 
-    Raises `AdapterError` for a damaged file.
+    Returns:
+        None where there is no profile, or one of another embedding.
+
+    Raises:
+        AdapterError: the file is damaged.
     """
     if not (folder / FILE).is_file():
         return None
     try:
         with safe_open(folder / FILE, "pt") as file:
-            told, points = (
-                (file.metadata() or {}).get("embedding"),
-                file.get_tensor("points").float(),
-            )
+            recorded = (file.metadata() or {}).get("embedding")
+            points = file.get_tensor("points").float()
     except (SafetensorError, OSError) as error:
         raise AdapterError("cannot be read", where=str(folder / FILE), why=str(error)) from error
     if points.ndim != 3 or not len(points) or not bool(points.isfinite().all()):
@@ -168,4 +175,4 @@ def read_profile(folder: Path, key: str) -> Tensor | None:
             where=str(folder / FILE),
             why="points (k, parts, d) of finite numbers are expected",
         )
-    return points if told == key else None
+    return points if recorded == key else None

@@ -1,23 +1,24 @@
 """Selection of the tokens of the next forward pass.
 
-    running   decoding: one token each, always          then, up to the token budget of a step,
-              the next chunk of a long prompt
-    waiting   from the client with the least service    (virtual token counter, arXiv 2401.00588)
+    running   decoding: one token each, always
+    prompts   then, up to the token budget of a step, chunks of running and waiting prompts, always
+              of the client with the least service      (virtual token counter, arXiv 2401.00588)
 
-Decoding never waits for a long prompt, and a client that fills the queue does not delay others.
-When blocks run out, the youngest sequence is preempted: its tokens stay, its keys and values are
-computed again.
+Decoding never waits for a long prompt, and a client that fills the queue does not delay others: a
+client with less than its share of sequences and blocks is admitted in the place of the youngest
+sequence of the client with the most. A preempted sequence keeps its tokens; its keys and values are
+computed again where the prefix cache does not have them any more.
 """
 
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from afina.engine.kv_cache import KVCache
 from afina.engine.memory import MemoryManager
 from afina.engine.sequence import AdapterSpan, ScheduledChunk, SequenceState, SequenceStatus
-from afina.errors import AdapterError
 
 DECODE_TOKEN_WEIGHT = 2.0  # service that a generated token counts, in prompt tokens
 MAX_DEFER_SECONDS = 5.0  # longest that a request waits for steps on merged weights
@@ -41,11 +42,13 @@ class Scheduler:
         self.waiting: dict[str, deque[SequenceState]] = {}
         self.running: list[SequenceState] = []
         self.virtual_tokens: dict[str, float] = {}
-        self.load_failures: list[tuple[SequenceState, AdapterError]] = []
+        self.load_failures: list[tuple[SequenceState, Exception]] = []
         self.preemptions = 0
         self.should_defer: Callable[[Sequence[AdapterSpan]], bool] = lambda spans: False
         self._deferred_since: dict[int, float] = {}  # seconds of the monotonic clock, by seq_id
         self._skipped_steps: dict[str, int] = {}  # steps without room, by client
+        self._preempted: set[int] = set()  # in the present step, by seq_id
+        self._lacks_room = False  # why the last admission failed
         memory.pool.on_block_moved = self._on_block_moved
 
     @property
@@ -68,6 +71,7 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """Return the chunks of the next forward pass, with blocks allocated; empty if none fits."""
         chunks: list[ScheduledChunk] = []
+        self._preempted.clear()
         decoding = [s for s in self.running if self._is_decoding(s)]
         for sequence in decoding:
             if sequence.is_running and self._allocate_up_to(
@@ -76,16 +80,35 @@ class Scheduler:
                 chunks.append((sequence, 1))
         # without decoding sequences no one waits for this step: long chunks have more throughput
         budget = self.max_num_batched_tokens * (1 if chunks else 4) - len(chunks)
-        if not self.cache.keeps_tokens:
-            budget = sys.maxsize
-        for sequence in [s for s in self.running if not self._is_decoding(s)]:
-            budget -= self._add_chunk(sequence, budget, chunks)
-        while budget > 0 and len(self.running) < self.max_num_seqs:
-            admitted = self._admit_next()
-            if admitted is None:
-                break
-            budget -= self._add_chunk(admitted, budget, chunks)
+        self._add_prompts(budget if self.cache.keeps_tokens else sys.maxsize, chunks)
         return [chunk for chunk in chunks if chunk[0].is_running]  # some may have been preempted
+
+    def _add_prompts(self, budget: int, chunks: list[ScheduledChunk]) -> None:
+        """Add chunks of prompts up to `budget` tokens, of the client with the least service first."""
+        prompts: dict[str, deque[SequenceState]] = {}
+        for sequence in self.running:
+            if not self._is_decoding(sequence):
+                prompts.setdefault(sequence.client_id, deque()).append(sequence)
+        spent: Counter[str] = Counter()  # in this step
+        closed: set[str] = set()  # clients of which no further request can be admitted now
+        while budget > 0:
+            waiting = [c for c, queue in self.waiting.items() if queue and c not in closed]
+            clients = [*(c for c, own in prompts.items() if own), *waiting]
+            if not clients:
+                return
+            client = min(clients, key=lambda c: self.virtual_tokens.get(c, 0.0) + spent[c])
+            if prompts.get(client):
+                sequence: SequenceState | None = prompts[client].popleft()
+            else:
+                sequence = self._admit_next(client)
+            if sequence is None:
+                closed.add(client)
+                if self._skipped_steps.get(client, 0) > MAX_SKIPPED_STEPS and self.running:
+                    closed |= self.waiting.keys()
+                continue
+            count = self._add_chunk(sequence, budget, chunks)
+            budget -= count
+            spent[client] += count
 
     def _is_decoding(self, sequence: SequenceState) -> bool:
         return self.cache.keeps_tokens and sequence.num_uncomputed_tokens == 1
@@ -111,7 +134,8 @@ class Scheduler:
             if block is not None:
                 sequence.block_table.append(block)
                 continue
-            youngest = max(self.running, key=lambda s: s.seq_id)
+            blocks = self._blocks_by_client()
+            youngest = max(self.running, key=lambda s: (blocks[s.client_id], s.seq_id))
             self.preempt(youngest)
             if youngest is sequence:
                 return False
@@ -121,6 +145,7 @@ class Scheduler:
         """Free the blocks of a running sequence and return it to the front of its queue."""
         self.free_blocks(sequence)
         self.preemptions += 1
+        self._preempted.add(sequence.seq_id)
         self.add(sequence, at_front=True)
 
     def free_blocks(self, sequence: SequenceState) -> None:
@@ -136,25 +161,57 @@ class Scheduler:
 
     # ---- admission
 
-    def _admit_next(self) -> SequenceState | None:
-        """Admit the next request of the client with the least service for which there is room."""
-        clients = [client for client, queue in self.waiting.items() if queue]
-        for client in sorted(clients, key=lambda client: self.virtual_tokens[client]):
-            sequence = self.waiting[client][0]
-            if self._is_deferred(sequence):
-                continue
-            if self._admit(sequence):
-                self.waiting[client].popleft()
+    def _admit_next(self, client: str) -> SequenceState | None:
+        """Admit the next request of a client; None where it has none or there is no room for it."""
+        queue = self.waiting[client]
+        while queue:
+            sequence = queue[0]
+            if sequence.seq_id in self._preempted or self._is_deferred(sequence):
+                return None
+            if len(self.running) >= self.max_num_seqs and not self._make_way(client):
+                return None
+            is_admitted = self._admit(sequence)
+            while not is_admitted and self._lacks_room and self._make_way(client, sequence):
+                is_admitted = self._admit(sequence)
+            if is_admitted:
+                queue.popleft()
                 self._skipped_steps.pop(client, None)
                 self._deferred_since.pop(sequence.seq_id, None)
                 return sequence
-            if any(sequence is failed for failed, _ in self.load_failures):
-                self.waiting[client].popleft()
-                return self._admit_next()
-            self._skipped_steps[client] = self._skipped_steps.get(client, 0) + 1
-            if self._skipped_steps[client] > MAX_SKIPPED_STEPS and self.running:
+            if all(sequence is not failed for failed, _ in self.load_failures):
+                self._skipped_steps[client] = self._skipped_steps.get(client, 0) + 1
                 return None
+            queue.popleft()
         return None
+
+    def _make_way(self, client: str, sequence: SequenceState | None = None) -> bool:
+        """Preempt a sequence of the client with the most, for a client that has less than a share.
+
+        A share is an equal part for each client that waits or runs: of the running sequences, or
+        of the pool's blocks where `sequence` lacks them. The youngest sequence is preempted.
+        """
+        if sequence is None:
+            used, needed, total = Counter(s.client_id for s in self.running), 1, self.max_num_seqs
+        else:
+            used, total = self._blocks_by_client(), self.memory.pool.count
+            needed = self._blocks_for(sequence)
+        clients = used.keys() | {c for c, queue in self.waiting.items() if queue}
+        share = max(1.0, total / len(clients))
+        most = max(used, key=lambda c: used[c], default=client)
+        if most == client or used[client] + needed > share or used[most] <= share:
+            return False
+        self.preempt(max((s for s in self.running if s.client_id == most), key=lambda s: s.seq_id))
+        return True
+
+    def _blocks_by_client(self) -> Counter[str]:
+        blocks: Counter[str] = Counter()
+        for sequence in self.running:
+            blocks[sequence.client_id] += len(sequence.block_table)
+        return blocks
+
+    def _blocks_for(self, sequence: SequenceState) -> int:
+        """Return the blocks of a sequence's present tokens."""
+        return -(-len(sequence.token_ids) // self.cache.block_size)
 
     def _is_deferred(self, sequence: SequenceState) -> bool:
         """Return whether merged steps continue without it; with one admitted, others may follow."""
@@ -167,6 +224,7 @@ class Scheduler:
 
     def _admit(self, sequence: SequenceState) -> bool:
         """Load its adapters and match its prefix; return False where there is no room now."""
+        self._lacks_room = False
         if self.running and not sequence.can_share_step(self.running[0]):
             return False
         required = sequence.required_adapters
@@ -181,11 +239,11 @@ class Scheduler:
                 if not self.memory.load(content):
                     break
                 loaded.append(content.hash)
-        except AdapterError as error:
+        except Exception as error:  # of any kind: it ends the requests of this adapter only
             self.load_failures.append((sequence, error))
-        blocks = -(-len(sequence.token_ids) // self.cache.block_size)
-        fits = self.memory.num_available_blocks >= blocks or not self.running
+        fits = self.memory.num_available_blocks >= self._blocks_for(sequence) or not self.running
         if len(loaded) < len(required) or not fits:
+            self._lacks_room = all(sequence is not failed for failed, _ in self.load_failures)
             for digest in loaded:
                 self.memory.release(digest)
             return False
@@ -195,15 +253,22 @@ class Scheduler:
         return True
 
     def _match_prefix(self, sequence: SequenceState) -> None:
-        """Take over blocks of the prefix cache, but for the last token: its logits are needed."""
+        """Take over blocks of the prefix cache, but for the last token: its logits are needed.
+
+        An embedding needs the hidden states of all tokens, which are not cached.
+        """
+        client = sequence.request.client
         full_blocks = (len(sequence.token_ids) - 1) // self.cache.block_size
-        sequence.prefix_nodes = self.memory.tree.match(sequence.block_keys(full_blocks))
-        sequence.block_table = [node.page for node in sequence.prefix_nodes]
-        sequence.num_computed_tokens = len(sequence.prefix_nodes) * self.cache.block_size
-        if not sequence.num_completion_tokens:
-            sequence.num_cached_tokens = max(
-                sequence.num_cached_tokens, sequence.num_computed_tokens
-            )
+        end = 0 if sequence.request.is_embedding else full_blocks
+        nodes = self.memory.tree.match(sequence.block_keys(end))
+        if not sequence.is_counted:  # what other clients have computed is not reported
+            own = sum(1 for _ in takewhile(lambda node: client in node.clients, nodes))
+            sequence.num_cached_tokens = own * self.cache.block_size
+        for node in nodes:
+            node.clients.add(client)
+        sequence.prefix_nodes = nodes
+        sequence.block_table = [node.page for node in nodes]
+        sequence.num_computed_tokens = len(nodes) * self.cache.block_size
 
     # ---- after the forward pass
 
@@ -225,6 +290,7 @@ class Scheduler:
             at = len(sequence.prefix_nodes)
             parent = sequence.prefix_nodes[-1] if sequence.prefix_nodes else tree.root
             node = tree.insert(parent, key, sequence.block_table[at])
+            node.clients.add(sequence.request.client)
             if node.page != sequence.block_table[at]:
                 self.memory.pool.free(sequence.block_table[at])
                 sequence.block_table[at] = node.page

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from torch import Tensor
+
 from afina.adapters.active import last_start
 from afina.adapters.segments import Segment
 from afina.engine.adapter_registry import AdapterRecord, LiveAdapter
@@ -34,6 +36,8 @@ class SequenceState:
         prefix_nodes: the first blocks of `block_table`, shared through the prefix cache.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         is_counted: whether the engine's statistics include it.
+        hidden_sum: sum of the last hidden states so far, float32 `(hidden_size,)`, of a request
+            for an embedding.
     """
 
     seq_id: int
@@ -51,6 +55,7 @@ class SequenceState:
     num_cached_tokens: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     is_counted: bool = False
+    hidden_sum: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt)
@@ -116,8 +121,9 @@ class SequenceState:
 
     def block_keys(self, end: int) -> list[Key]:
         """Return keys of the full blocks after those in the prefix cache, up to block `end`."""
+        request, start = self.request, len(self.prefix_nodes)
         return block_keys(
-            self.token_ids, self.adapter_spans, self.request.owner, len(self.prefix_nodes), end
+            self.token_ids, self.adapter_spans, request.owner, start, end, request.cache_salt
         )
 
     def segments(self, offset: int, count: int) -> list[Segment]:
