@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ OPERATIONS: dict[str, Callable[[str, str], bool]] = {
     "like": lambda text, reference: reference in text,
     "ilike": lambda text, reference: reference.casefold() in text.casefold(),
 }
-VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 PATH = re.compile(r"\s*(item|sample)((?:\.[^\s.\[\]{}]+|\[\d+\])+)\s*")
+MAX_FILLED_LENGTH = 4_000_000  # characters of a template with its values
 
 Scope = Mapping[str, Any]  # {"item": {...}, "sample": {...}}
 
@@ -125,7 +126,7 @@ class GraderTemplate:
         if not isinstance(text, str):
             raise SettingsError("expected a text", where=where)
         paths = []
-        for variable in VARIABLE.findall(text):
+        for variable in _split(text)[1]:
             found = PATH.fullmatch(variable)
             if found is None or (
                 found[1] == "sample" and not re.match(r"\.(output_text$|output_json\b)", found[2])
@@ -139,8 +140,15 @@ class GraderTemplate:
 
     def fill(self, scope: Scope) -> str:
         """Return the text with the values of its variables; other types than text as JSON."""
-        values = iter([_look(scope, path) for path in self.paths])
-        return VARIABLE.sub(lambda _: _as_text(next(values)), self.text)
+        filled, length = [], 0
+        for part, path in zip_longest(_split(self.text)[0], self.paths):
+            filled.append(part)
+            filled += [] if path is None else [_as_text(_look(scope, path))]
+            length += sum(map(len, filled[-2:]))
+            if length > MAX_FILLED_LENGTH:
+                what = f"a filled template has more than {MAX_FILLED_LENGTH:,} characters"
+                raise DataError(what)
+        return "".join(filled)
 
     def check(self, item: Mapping[str, Any], where: str) -> None:
         """Raise `DataError` where a row lacks a field that the template reads."""
@@ -152,6 +160,19 @@ class GraderTemplate:
                     name = ".".join(map(str, path[1:]))
                     what = "the grader reads a field that the row does not have"
                     raise DataError(what, where=f"{where}:{name}") from None
+
+
+def _split(text: str) -> tuple[list[str], list[str]]:
+    """Return the texts around the variables `{{ ... }}` of a template, and the variables.
+
+    Time grows with the length of the text only, also where braces are never closed.
+    """
+    texts, variables, start = [], [], 0
+    while (begin := text.find("{{", start)) >= 0 and (end := text.find("}}", begin + 2)) >= 0:
+        texts.append(text[start:begin])
+        variables.append(text[begin + 2 : end])
+        start = end + 2
+    return [*texts, text[start:]], variables
 
 
 def _look(scope: Scope, path: tuple[str | int, ...]) -> Any:

@@ -1,7 +1,8 @@
 """The database: files, jobs, their events and checkpoints, adapters. SQLite, or PostgreSQL by URL.
 
 A response is sent after its changes are on the disk: each `write` is one transaction, committed at
-the end of the block. The tables are created and changed by the migrations in `migrations/`.
+the end of the block; reading takes no lock of writers. The tables are created and changed by the
+migrations in `migrations/`.
 """
 
 import time
@@ -21,6 +22,7 @@ from sqlalchemy import (
     Integer,
     create_engine,
     event,
+    func,
     select,
     update,
 )
@@ -56,9 +58,17 @@ class FileRow(BaseRow):
 
 
 class JobRow(BaseRow):
-    """A fine-tuning job. `status`: queued, running, paused, succeeded, failed or cancelled."""
+    """A fine-tuning job. `status`: queued, running, paused, succeeded, failed or cancelled.
+
+    Attributes:
+        server: the server that runs it, until the Unix time `lease`, unless it is renewed.
+        started: when the present attempt began.
+        attempt: attempts to begin its process since one has succeeded.
+        idempotency_key: of the request that created it; the same request again creates no other.
+    """
 
     __tablename__ = "jobs"
+    __table_args__ = (Index("job_of_key", "owner", "idempotency_key", unique=True),)
     id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str | None] = mapped_column(index=True)
     status: Mapped[str] = mapped_column(default="queued", index=True)
@@ -71,6 +81,11 @@ class JobRow(BaseRow):
     tokens: Mapped[int | None]
     created: Mapped[int] = mapped_column(default=now)
     finished: Mapped[int | None]
+    server: Mapped[str | None]
+    lease: Mapped[int | None]
+    started: Mapped[int | None]
+    attempt: Mapped[int] = mapped_column(default=0, server_default="0")
+    idempotency_key: Mapped[str | None]
 
 
 class JobEvent(BaseRow):
@@ -107,6 +122,7 @@ class AdapterRow(BaseRow):
     folder: Mapped[str]
     owner: Mapped[str | None]
     created: Mapped[int] = mapped_column(default=now)
+    bytes: Mapped[int] = mapped_column(default=0, server_default="0")  # in the state directory
 
 
 Row = TypeVar("Row", bound=BaseRow)
@@ -123,11 +139,8 @@ class Store:
             )
             if self.engine.dialect.name == "sqlite":
                 event.listen(self.engine, "connect", _durable)
-                event.listen(
-                    self.engine,
-                    "begin",
-                    lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"),
-                )
+                event.listen(self.engine, "begin", _begin)
+            self._reader = self.engine.execution_options(read_only=True)
             migrate(self.engine)
         except (SQLAlchemyError, ImportError) as error:
             hint = (
@@ -144,34 +157,84 @@ class Store:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Yield a session that only reads."""
+        with Session(self._reader, expire_on_commit=False) as session:
+            yield session
+
     def add(self, *rows: BaseRow) -> None:
         """Insert rows."""
         with self.write() as session:
-            session.add_all(rows)
+            for row in rows:  # in this order: an event refers to its job
+                session.add(row)
+                session.flush()
 
     def get(self, table: type[Row], key: Any) -> Row | None:
         """Return a row by its primary key, or None; PostgreSQL has no keys that contain NUL."""
-        with self.write() as session:
+        with self.read() as session:
             return None if "\0" in str(key) else session.get(table, key)
 
     def query(
         self, table: type[Row], *where: Any, order: Sequence[Any] = (), limit: int | None = None
     ) -> list[Row]:
         """Return the rows that satisfy `where`."""
-        with self.write() as session:
+        with self.read() as session:
             return list(session.scalars(select(table).where(*where).order_by(*order).limit(limit)))
 
-    def transition(self, job: str, of: tuple[str, ...], **values: Any) -> bool:
-        """Update a job if its status is one of `of`; return whether it was."""
+    def transition(
+        self,
+        job: str,
+        of: tuple[str, ...],
+        *rows: BaseRow,
+        where: Sequence[Any] = (),
+        **values: Any,
+    ) -> bool:
+        """Update a job if its status is one of `of`; return whether it was.
+
+        Args:
+            rows: what the change stands for, such as its event: inserted with it, or not at all.
+            where: further conditions of the change.
+        """
+        conditions = (JobRow.id == job, JobRow.status.in_(of), *where)
         with self.write() as session:
-            changed = session.execute(
-                update(JobRow).where(JobRow.id == job, JobRow.status.in_(of)).values(**values)
-            )
-            return bool(changed.rowcount)  # type: ignore[attr-defined]
+            changed = session.execute(update(JobRow).where(*conditions).values(**values))
+            if not changed.rowcount:  # type: ignore[attr-defined]
+                return False
+            for row in rows:
+                session.merge(row) if isinstance(row, AdapterRow) else session.add(row)
+            return True
+
+    def latest_starts(self) -> dict[str | None, int]:
+        """Return when the last job of each key was started."""
+        with self.read() as session:
+            latest = func.max(JobRow.started)
+            rows = session.execute(select(JobRow.owner, latest).group_by(JobRow.owner)).all()
+            return {owner: int(started or 0) for owner, started in rows}
+
+    def num_unfinished(self, owner: str | None) -> int:
+        """Return how many jobs of a key have not ended."""
+        with self.read() as session:
+            is_open = JobRow.status.in_(("queued", "running", "paused"))
+            found = session.scalar(select(func.count()).where(JobRow.owner == owner, is_open))
+            return int(found or 0)
+
+    def stored_bytes(self, owner: str | None) -> int:
+        """Return the size of a key's files, and of the adapters of its jobs."""
+        with self.read() as session:
+            tables = (FileRow, AdapterRow)
+            sums = [select(func.sum(t.bytes)).where(t.owner == owner) for t in tables]
+            return sum(int(session.scalar(one) or 0) for one in sums)
 
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+def _begin(connection: Any) -> None:
+    """Begin a transaction of SQLite: one that writes takes the lock at once, and one that reads none."""
+    is_reading = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN DEFERRED" if is_reading else "BEGIN IMMEDIATE")
 
 
 def _durable(connection: Any, _: Any) -> None:

@@ -9,6 +9,7 @@ from afina.errors import SettingsError
 from afina.models.loading import configured_width
 from afina.objectives.registry import get_objective
 from afina.server.errors import APIError, to_api_error
+from afina.server.jobs.limits import check_job_limits
 from afina.server.jobs.requests import (
     JOB_OBJECTIVES,
     CreateJobRequest,
@@ -58,6 +59,7 @@ def train_settings(
         APIError: a setting is unknown, out of its range, or may not be set by a job.
     """
     _check_names(body.afina)
+    check_job_limits(body.afina)
     serve = state.settings
     values: dict[str, Any] = {name: getattr(serve, name) for name in SHARED_SETTINGS}
     values |= {"seed": seed, "data": str(path_of(state, training).resolve())}

@@ -13,17 +13,20 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete
+from sqlalchemy import update
 
 from afina.data.unread import list_unused
 from afina.engine.engine import Engine
-from afina.errors import AfinaError
-from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json
+from afina.errors import AdapterError, AfinaError, AuditError, BaseError, DataError
+from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json, write_text
 from afina.io.strict_json import read_json_object
+from afina.server.jobs.bounded import limit_process
 from afina.server.jobs.process import ERROR, GRADER, JOB, RUN
 from afina.server.jobs.watcher import RunWatcher
 from afina.server.logs import LOG
@@ -34,6 +37,9 @@ from afina.settings import ServeSettings
 # between two checks of running jobs: an adapter is served within a second of the end of its job
 POLL_SECONDS = 0.1
 IDLE_POLL_SECONDS = 5.0  # between two checks of the table where no job runs
+LEASE_SECONDS = 60  # after so long without a renewal, another server takes a job over
+MAX_ATTEMPTS = 8  # to start a process, within 4 minutes
+RETRY_SECONDS = 5.0  # between two attempts to store the end of a job
 
 
 @dataclass
@@ -44,6 +50,8 @@ class _Running:
     process: "subprocess.Popen[bytes]"
     watcher: RunWatcher
     steps: set[int] = field(default_factory=set)  # of checkpoints that are stored already
+    new_events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # not stored yet
+    retry_at: float = 0.0  # seconds of the monotonic clock: when its end is handled again
 
 
 class JobWorker:
@@ -53,8 +61,11 @@ class JobWorker:
         self, settings: ServeSettings, store: Store, engine: Engine, metrics: ServerMetrics
     ) -> None:
         self.settings, self.store, self.engine, self.metrics = settings, store, engine, metrics
+        self.server_id = ""  # of the state directory, whose lock this process has
         self._inherited_fds: tuple[int, ...] = ()
         self._running: dict[str, _Running] = {}
+        self._retry_at: dict[str, float] = {}  # seconds of the monotonic clock, by job
+        self._renewed = 0.0
         self._wake, self._ending = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="afina-jobs", daemon=True)
 
@@ -66,13 +77,8 @@ class JobWorker:
                 the state directory.
         """
         self._inherited_fds = inherited_fds
-        for job in self.store.query(JobRow, JobRow.status == "running"):
-            self.store.transition(job.id, ("running",), status="queued")
-            self.add_event(
-                job.id,
-                "The server was restarted; the job resumes from its last checkpoint",
-                "warn",
-            )
+        self.server_id = _stored_id(self.settings.state_dir / "server.id")
+        self._take_back_lost()
         self._thread.start()
 
     def stop(self) -> None:
@@ -88,7 +94,7 @@ class JobWorker:
 
     def add_event(self, job: str, message: str, level: str = "info", **data: Any) -> None:
         """Add an event to a job."""
-        self.store.add(JobEvent(job=job, level=level, message=message, data=data))
+        self.store.add(event_of(job, message, level, **data))
 
     # ---- the thread
 
@@ -99,34 +105,110 @@ class JobWorker:
             except Exception:  # a full disk or a lost database: logged, and tried again
                 LOG.exception("the job worker failed and continues")
                 time.sleep(1.0)
-            self._wake.wait(POLL_SECONDS if self._running else IDLE_POLL_SECONDS)
+            is_waiting = bool(self._running or self._retry_at)
+            self._wake.wait(POLL_SECONDS if is_waiting else IDLE_POLL_SECONDS)
             self._wake.clear()
         for running in self._running.values():
             _end(running.process)
 
     def _check_jobs(self) -> None:
         """Follow the running jobs, end those that are no longer wanted, and start queued ones."""
+        self._renew_leases()
         jobs = self.store.query(JobRow, JobRow.id.in_(self._running)) if self._running else []
-        status = {job.id: job.status for job in jobs}
+        current = {job.id for job in jobs if job.status == "running" and self._is_own(job)}
         for running in list(self._running.values()):
-            # polled before its run folder is read, so that nothing of the run is missed
-            has_ended = running.process.poll() is not None
-            if status.get(running.job.id) != "running":
-                _end(running.process)
-                del self._running[running.job.id]
-                continue
-            self._follow(running)
-            if has_ended:
-                del self._running[running.job.id]
-                self._finish(running)
-        num_free = self.settings.max_training_jobs - len(self._running)
-        if num_free <= 0:
+            try:
+                self._check_running(running, running.job.id in current)
+            except Exception:  # the others are followed all the same
+                LOG.exception("a job could not be followed", extra={"job": running.job.id})
+        self._take_back_lost()
+        while len(self._running) < self.settings.max_training_jobs:
+            if not self._claim_next():
+                return
+
+    def _check_running(self, running: _Running, is_wanted: bool) -> None:
+        """Follow one job, and store its end."""
+        job = running.job
+        # polled before its run folder is read, so that nothing of the run is missed
+        has_ended = running.process.poll() is not None
+        if not is_wanted:
+            _end(running.process)
+            del self._running[job.id]
             return
-        order = [JobRow.created, JobRow.id]
-        queued = self.store.query(JobRow, JobRow.status == "queued", order=order, limit=num_free)
-        for job in queued:
-            if self.store.transition(job.id, ("queued",), status="running"):
+        try:
+            self._follow(running)
+        finally:
+            if not has_ended and time.time() - (job.started or 0) > self._max_seconds:
+                _end(running.process)
+                self._fail(job, f"it took longer than {self.settings.job_max_hours:g} h")
+                del self._running[job.id]
+            elif has_ended and time.monotonic() >= running.retry_at:
+                self._finish(running)
+                del self._running[job.id]
+
+    @property
+    def _max_seconds(self) -> float:
+        return self.settings.job_max_hours * 3600
+
+    def _is_own(self, job: JobRow) -> bool:
+        return job.server == self.server_id
+
+    def _renew_leases(self) -> None:
+        """Extend the leases of the running jobs, in a third of their time."""
+        if not self._running or time.monotonic() - self._renewed < LEASE_SECONDS / 3:
+            return
+        with self.store.write() as session:
+            own = (JobRow.id.in_(self._running), JobRow.server == self.server_id)
+            session.execute(update(JobRow).where(*own).values(lease=now() + LEASE_SECONDS))
+        self._renewed = time.monotonic()
+
+    def _take_back_lost(self) -> None:
+        """Queue running jobs without a process: of an earlier start, or of a server that has ended."""
+        for job in self.store.query(JobRow, JobRow.status == "running"):
+            is_lost = job.id not in self._running if self._is_own(job) else (job.lease or 0) < now()
+            if is_lost:
+                message = "The server was restarted; the job resumes from its last checkpoint"
+                where = (JobRow.server == job.server,) if job.server else (JobRow.server.is_(None),)
+                event = event_of(job.id, message, "warn")
+                self.store.transition(job.id, ("running",), event, where=where, status="queued")
+
+    def _claim_next(self) -> bool:
+        """Start a queued job of the key with the fewest running ones; return whether there is one."""
+        queued = self.store.query(
+            JobRow, JobRow.status == "queued", order=[JobRow.created, JobRow.id]
+        )
+        waiting = {job.id for job in queued}
+        self._retry_at = {job: at for job, at in self._retry_at.items() if job in waiting}
+        ready = [job for job in queued if self._retry_at.get(job.id, 0.0) <= time.monotonic()]
+        if not ready:
+            return False
+        running = Counter(one.job.owner for one in self._running.values())
+        latest = self.store.latest_starts()
+        job = min(ready, key=lambda one: (running[one.owner], latest.get(one.owner, 0)))
+        claim: dict[str, Any] = {"server": self.server_id, "lease": now() + LEASE_SECONDS}
+        claim |= {"started": now(), "attempt": job.attempt + 1}
+        if self.store.transition(job.id, ("queued",), status="running", **claim):
+            for name, value in claim.items():
+                setattr(job, name, value)
+            self._retry_at.pop(job.id, None)
+            try:
                 self._begin(job)
+            except Exception as error:  # a full disk, no more processes: nothing of the job itself
+                LOG.exception("a job could not be started", extra={"job": job.id})
+                self._give_back(job, error)
+        return True
+
+    def _give_back(self, job: JobRow, error: Exception) -> None:
+        """Queue a job that could not be started for another attempt; fail it after the last one."""
+        running = self._running.pop(job.id, None)
+        if running is not None:
+            _end(running.process)
+        if job.attempt >= MAX_ATTEMPTS:
+            self._fail(job, "the server could not start the training process")
+            return
+        self._retry_at[job.id] = time.monotonic() + min(60.0, 2.0**job.attempt)
+        event = event_of(job.id, "The job could not be started; it is tried again", "warn")
+        self.store.transition(job.id, ("running",), event, status="queued")
 
     def _begin(self, job: JobRow) -> None:
         """Start or resume the process of a job."""
@@ -137,6 +219,10 @@ class JobWorker:
         reinforcement = job.request["method"].get("reinforcement")
         if reinforcement:
             write_json(folder / GRADER, reinforcement["grader"])
+        events = self.store.query(JobEvent, JobEvent.job == job.id)
+        step = max((event.data.get("step", 0) for event in events), default=0)
+        checkpoints = self.store.query(JobCheckpoint, JobCheckpoint.job == job.id)
+        stored = {checkpoint.step for checkpoint in checkpoints}
         number = str(threads)
         with (folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -147,61 +233,70 @@ class JobWorker:
                 env={**os.environ, "OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number},
                 pass_fds=self._inherited_fds,
             )
-        events = self.store.query(JobEvent, JobEvent.job == job.id)
-        step = max((event.data.get("step", 0) for event in events), default=0)
-        checkpoints = self.store.query(JobCheckpoint, JobCheckpoint.job == job.id)
-        stored = {checkpoint.step for checkpoint in checkpoints}
         self._running[job.id] = _Running(job, process, RunWatcher(folder / RUN, step), stored)
-        self.add_event(job.id, f"Fine-tuning job {'resumed' if step else 'started'}")
+        limit_process(process.pid, self._memory_bytes)
+        event = event_of(job.id, f"Fine-tuning job {'resumed' if step else 'started'}")
+        self.store.transition(job.id, ("running",), event, attempt=0)
         LOG.info("job started", extra={"job": job.id, "trainer": process.pid, "threads": threads})
 
     def _follow(self, running: _Running) -> None:
         """Store what is new in the run folder: events and checkpoints."""
-        job, events = running.job, running.watcher.events()
-        if events:
-            rows = [JobEvent(job=job.id, level="info", message=m, data=data) for m, data in events]
-            self.store.add(*rows)
+        job = running.job
+        running.new_events += running.watcher.events()
+        if running.new_events:
+            self.store.add(*(event_of(job.id, m, **data) for m, data in running.new_events))
+            running.new_events.clear()
         step = running.watcher.best_step()
         if step is None or step in running.steps:
             return
         folder = self.settings.state_dir / "adapters" / job.id / f"step-{step}"
         if not running.watcher.copy(folder, step):
             return
-        running.steps.add(step)
         name = f"{job.model}:ckpt-step-{step}"
         metrics = running.watcher.metrics_at(step)
         row = JobCheckpoint(model=name, job=job.id, step=step, metrics=metrics)
         try:
-            self._serve(name, folder, job.owner, row)
+            adapter = self._register(name, folder, job.owner)
         except AfinaError as error:
             message = f"The checkpoint of step {step} cannot be served: {error.what}"
             self.add_event(job.id, message, "warn")
+            running.steps.add(step)
+            return
+        with self.store.write() as session:
+            session.merge(adapter)
+            session.merge(row)
+        running.steps.add(step)
 
-    def _serve(self, name: str, folder: Path, owner: str | None, *rows: Any) -> None:
-        """Register the adapter in `folder` as `name`, also for the time after a restart."""
+    @property
+    def _memory_bytes(self) -> int | None:
+        limit = self.settings.job_memory_gb
+        return None if limit is None else round(limit * 1e9)
+
+    def _register(self, name: str, folder: Path, owner: str | None) -> AdapterRow:
+        """Register the adapter in `folder` as `name`; return its row of the store."""
         registry = self.engine.registry
         if registry.get(name) is None:
             registry.add(name, folder, owner)
-        with self.store.write() as session:
-            session.merge(AdapterRow(name=name, folder=str(folder), owner=owner))
-            session.add_all(rows)
-
-    def _withdraw(self, name: str) -> None:
-        self.engine.registry.remove(name)
-        with self.store.write() as session:
-            session.execute(delete(AdapterRow).where(AdapterRow.name == name))
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return AdapterRow(name=name, folder=str(folder), owner=owner, bytes=size)
 
     def _finish(self, running: _Running) -> None:
-        """Register the adapter of a job whose process has ended, or store its error."""
+        """Register the adapter of a job whose process has ended, or store its error.
+
+        Raises:
+            Exception: The machine has failed, not the job: it is tried again in `RETRY_SECONDS`.
+        """
         job, code = running.job, running.process.returncode
         folder = folder_of(self.settings, job)
+        running.retry_at = time.monotonic() + RETRY_SECONDS
         try:
             if code == 0:
                 self._succeed(job, folder / RUN)
             else:
                 self._fail(job, _failure_reason(folder, code))
-        except (AfinaError, OSError) as error:
-            self._fail(job, f"the adapter cannot be served: {error}")
+        except (AdapterError, AuditError, BaseError, DataError) as error:
+            self._fail(job, f"the adapter cannot be served: {error.what}")
+        shutil.rmtree(folder / RUN / "checkpoint", ignore_errors=True)  # it is not resumed
 
     def _succeed(self, job: JobRow, run: Path) -> None:
         place = self.settings.state_dir / "adapters" / job.id / "final"
@@ -209,29 +304,44 @@ class JobWorker:
         with atomic_directory(place) as new:
             shutil.copytree(run / "adapter", new, dirs_exist_ok=True)
         record = read_json_object(run / "run.json")
-        self._serve(job.model, place, job.owner)
-        if not self.store.transition(
-            job.id, ("running",), status="succeeded", finished=now(), tokens=int(record["tokens"])
-        ):
-            self._withdraw(job.model)  # cancelled while its adapter was copied
+        row = self._register(job.model, place, job.owner)
+        unused = list_unused(record["data"].get("unused_columns") or {})
+        events = [
+            event_of(job.id, f"New fine-tuned model created: {job.model}"),
+            *([event_of(job.id, f"Columns not used: {unused}", "warn")] if unused else []),
+            *(event_of(job.id, sentence) for sentence in record["verdict"]),
+            event_of(job.id, "The job has successfully completed"),
+        ]
+        values = {"status": "succeeded", "finished": now(), "tokens": int(record["tokens"])}
+        try:
+            is_done = self.store.transition(job.id, ("running",), row, *events, **values)
+        except BaseException:
+            self.engine.registry.remove(job.model)
+            raise
+        if not is_done:  # cancelled while its adapter was copied
+            self.engine.registry.remove(job.model)
             return
-        self.add_event(job.id, f"New fine-tuned model created: {job.model}")
-        if unused := list_unused(record["data"].get("unused_columns") or {}):
-            self.add_event(job.id, f"Columns not used: {unused}", "warn")
-        for sentence in record["verdict"]:
-            self.add_event(job.id, sentence)
-        self.add_event(job.id, "The job has successfully completed")
         self.metrics.jobs.labels("succeeded").inc()
         LOG.info("job succeeded", extra={"job": job.id, "model": job.model})
 
     def _fail(self, job: JobRow, message: str) -> None:
         error = {"code": "training_failed", "message": message, "param": None}
-        if self.store.transition(
-            job.id, ("running",), status="failed", finished=now(), error=error
-        ):
-            self.add_event(job.id, message, "error")
+        event, values = event_of(job.id, message, "error"), {"finished": now(), "error": error}
+        if self.store.transition(job.id, ("running",), event, status="failed", **values):
             self.metrics.jobs.labels("failed").inc()
             LOG.warning("job failed", extra={"job": job.id, "why": message})
+
+
+def event_of(job: str, message: str, level: str = "info", **data: Any) -> JobEvent:
+    """Return the row of an event."""
+    return JobEvent(job=job, level=level, message=message, data=data)
+
+
+def _stored_id(file: Path) -> str:
+    """Return the identity of a state directory, created where it is missing."""
+    if not file.is_file():
+        write_text(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8").strip()
 
 
 def folder_of(settings: ServeSettings, job: JobRow) -> Path:

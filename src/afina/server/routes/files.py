@@ -40,6 +40,7 @@ def upload(
         raise APIError(
             400, f"purpose {purpose[:50]!r} is not supported: it must be {PURPOSE}", "purpose"
         )
+    _check_quota(state, caller, file.size or 0)
     path = Path((file.filename or "").replace("\\", "/"))
     name = path.name.replace("\0", "")[:200] or "rows.jsonl"
     row = FileRow(
@@ -55,6 +56,17 @@ def upload(
         os.fsync(stream.fileno())
     state.store.add(row)
     return to_response(row)
+
+
+def _check_quota(state: ServerState, caller: Principal, size: int) -> None:
+    """Raise `APIError` 413 where a file would exceed what the caller may store."""
+    limit, used = state.settings.max_stored_gb_per_key, state.store.stored_bytes(caller.name)
+    if used + size > limit * 1e9:
+        what = (
+            f"this key stores {used:,} bytes of files and adapters, and the file has {size:,}; "
+            f"the limit is {limit:g} GB: delete files or models first"
+        )
+        raise APIError(413, what, "file", "quota_exceeded")
 
 
 @router.get("/v1/files")

@@ -1,10 +1,11 @@
 """/v1/fine_tuning/alpha/graders: validate a grader, and grade a completion.
 
-Code of a grader runs in a subprocess, for `GRADER_SECONDS` at most, and only on servers that
-allow it (--allow-python-graders).
+A grader runs in a subprocess with bounds of time and memory, which ends with its client and with
+the server; code of a grader runs only on servers that allow it (--allow-python-graders).
 """
 
 import json
+import sys
 import time
 from typing import Annotated, Any
 
@@ -12,15 +13,16 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from afina.errors import AfinaError, SettingsError
-from afina.io.subprocesses import SubprocessError, run_in_subprocess
 from afina.objectives.graders import Grader, parse_grader
 from afina.server.errors import APIError, to_api_error
+from afina.server.jobs.bounded import BoundedProcess
+from afina.server.middleware import cancel_on_disconnect
 from afina.server.routes.files import Owner
 from afina.server.schemas import StrictRequest
 from afina.server.state import ServerState, get_state
 
 router = APIRouter()
-GRADER_SECONDS = 30.0
+GRADER_SECONDS, GRADER_BYTES = 30.0, 1 << 30  # of one grader's process
 # characters of a compared text: the time of some similarities is the product of two lengths
 MAX_CHARACTERS = 20_000
 GRADER_ERRORS = (  # names of OpenAI's API
@@ -69,26 +71,26 @@ def grader_of(state: ServerState, definition: Any, param: str) -> Grader:
 
 
 @router.post("/v1/fine_tuning/alpha/graders/validate")
-def validate(body: ValidateGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
+async def validate(body: ValidateGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
     """Return the grader if it is valid."""
-    grader_of(get_state(request), body.grader, "grader")
+    state = get_state(request)
+    await state.grader_pool.run(lambda: grader_of(state, body.grader, "grader"))
     return {"grader": body.grader}
 
 
 @router.post("/v1/fine_tuning/alpha/graders/run")
-def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
+async def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, Any]:
     """Return the reward of a completion, and the scores of the grader's parts."""
-    grader = grader_of(get_state(request), body.grader, "grader")
+    state = get_state(request)
+    grader = await state.grader_pool.run(lambda: grader_of(state, body.grader, "grader"))
     if len(json.dumps(body.item)) > MAX_CHARACTERS:
         raise APIError(400, f"item: longer than {MAX_CHARACTERS:,} characters", "item")
     start, errors, details = time.perf_counter(), dict.fromkeys(GRADER_ERRORS, False), None
     reward, parts = 0.0, dict[str, float]()
     try:
         grader.check(body.item, "item")
-        if grader.is_code:
-            reward, parts = _grade_in_subprocess(grader, body)
-        else:
-            reward, parts = grader.grade(body.model_sample, body.item)
+        work = _grade_in_subprocess(state, grader, body)
+        reward, parts = await cancel_on_disconnect(request.receive, work)
     except AfinaError as error:
         details = "; ".join(part for part in (error.where, error.what, error.why) if part)
         errors["python_grader_runtime_error" if grader.is_code else "other_error"] = True
@@ -114,14 +116,21 @@ def run(body: RunGraderRequest, request: Request, caller: Owner) -> dict[str, An
     }
 
 
-def _grade_in_subprocess(grader: Grader, body: RunGraderRequest) -> tuple[float, dict[str, float]]:
+async def _grade_in_subprocess(
+    state: ServerState, grader: Grader, body: RunGraderRequest
+) -> tuple[float, dict[str, float]]:
     """Return (reward, scores of the parts), computed in a subprocess."""
     given = {"grader": grader.definition, "answer": body.model_sample, "item": body.item}
+    command = (sys.executable, "-m", "afina.objectives.graders")
+    process = BoundedProcess(command, json.dumps(given), GRADER_SECONDS, GRADER_BYTES)
     try:
-        result = run_in_subprocess("afina.objectives.graders", given=given, timeout=GRADER_SECONDS)
-    except SubprocessError as error:
-        if not error.is_timeout:
-            raise
+        code, output, log = await state.grader_pool.run(process.run)
+    finally:
+        process.kill()  # the client has disconnected, or the server is stopping
+    if code is None:
         why = f"more than {GRADER_SECONDS:.0f} s"
-        raise SettingsError("the grader's code took too long", why=why) from None
+        raise SettingsError("the grader took too long", why=why)
+    if code:
+        raise SettingsError((log.strip().splitlines() or ["the grader failed"])[-1][:500])
+    result = json.loads(output.strip().splitlines()[-1])
     return result["reward"], result["parts"]

@@ -5,13 +5,15 @@ import secrets
 import uuid
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
+from sqlalchemy.exc import IntegrityError
 
 from afina.server.auth import Principal
 from afina.server.errors import APIError, not_found
 from afina.server.jobs.process import GRADER
 from afina.server.jobs.requests import CreateJobRequest, Hyperparameters
 from afina.server.jobs.settings import train_settings
+from afina.server.jobs.worker import event_of
 from afina.server.pagination import list_page, paginate
 from afina.server.routes.files import Owner, find
 from afina.server.routes.graders import grader_of
@@ -20,6 +22,7 @@ from afina.server.store import JobCheckpoint, JobEvent, JobRow, now
 
 router = APIRouter()
 Limit = Annotated[int, Query(ge=1, le=1000)]
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=255)]
 MOVED_EVENTS = {
     "cancelled": "The job was cancelled",
     "paused": "The job was paused",
@@ -28,9 +31,18 @@ MOVED_EVENTS = {
 
 
 @router.post("/v1/fine_tuning/jobs")
-def create(body: CreateJobRequest, request: Request, caller: Owner) -> dict[str, Any]:
-    """Queue a job; its adapter belongs to the caller."""
-    state = get_state(request)
+def create(
+    body: CreateJobRequest, request: Request, caller: Owner, idempotency_key: IdempotencyKey = None
+) -> dict[str, Any]:
+    """Queue a job; its adapter belongs to the caller.
+
+    The same request with the same Idempotency-Key returns the same job.
+    """
+    state, key = get_state(request), idempotency_key
+    known = _known_job(state, caller, body, key)
+    if known is not None:
+        return to_response(known)
+    _check_count(state, caller)
     if body.model != state.base_name:
         what = f"jobs train adapters of the base, which is {state.base_name!r}"
         raise APIError(400, what, "model", "model_not_found")
@@ -65,12 +77,45 @@ def create(body: CreateJobRequest, request: Request, caller: Owner) -> dict[str,
         training_file=training.id,
         validation_file=validation.id if validation else None,
         seed=seed,
+        idempotency_key=key,
         model=f"ft:{state.base_name.rpartition('/')[2]}:afina:{body.suffix or ''}:{name[6:14]}",
     )
-    state.store.add(job)
-    state.worker.add_event(job.id, f"Created fine-tuning job: {job.id}")
+    try:
+        state.store.add(job, event_of(job.id, f"Created fine-tuning job: {job.id}"))
+    except IntegrityError:  # the same request, sent twice at once
+        if (known := _known_job(state, caller, body, key)) is None:
+            raise
+        return to_response(known)
     state.worker.wake()
     return to_response(job)
+
+
+def _known_job(
+    state: ServerState, caller: Principal, body: CreateJobRequest, key: str | None
+) -> JobRow | None:
+    """Return the job that a request with this idempotency key has created, or None.
+
+    Raises:
+        APIError: 409 where that request was another one.
+    """
+    if key is None:
+        return None
+    found = state.store.query(JobRow, JobRow.owner == caller.name, JobRow.idempotency_key == key)
+    if not found:
+        return None
+    sent = body.model_dump(mode="json")
+    if any(found[0].request.get(name) != value for name, value in sent.items()):
+        what = "the Idempotency-Key was sent with another request before"
+        raise APIError(409, what, "Idempotency-Key", "idempotency_key_reused")
+    return found[0]
+
+
+def _check_count(state: ServerState, caller: Principal) -> None:
+    """Raise `APIError` 429 where the caller has too many jobs."""
+    limit = state.settings.max_jobs_per_key
+    if state.store.num_unfinished(caller.name) >= limit:
+        what = f"{limit} jobs of this key have not ended: wait, or cancel one"
+        raise APIError(429, what, code="too_many_jobs", retry_after=60.0)
 
 
 @router.get("/v1/fine_tuning/jobs")
@@ -111,11 +156,11 @@ def _move(
     state = get_state(request)
     job = _find(state, caller, name)
     finished = now() if status == "cancelled" else None
-    if not state.store.transition(job.id, of, status=status, finished=finished):
+    event = event_of(job.id, MOVED_EVENTS[status])
+    if not state.store.transition(job.id, of, event, status=status, finished=finished):
         current = _find(state, caller, name).status
         what = f"a job that is {current} cannot become {status}"
         raise APIError(409, what, code="wrong_status")
-    state.worker.add_event(job.id, MOVED_EVENTS[status])
     if status == "cancelled":
         state.metrics.jobs.labels("cancelled").inc()
     state.worker.wake()

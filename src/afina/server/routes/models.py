@@ -1,6 +1,7 @@
 """/v1/models, and for administrators /v1/adapters: load, replace, rename and unload adapters."""
 
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,8 +123,19 @@ def delete_model(model: str, request: Request) -> dict[str, Any]:
         raise APIError(
             403 if caller.name else 401, f"{model} belongs to another key", code="not_owner"
         )
+    row = state.store.get(AdapterRow, model)
     remove_adapter(state, model)
+    if row is not None:
+        _free_files(state, Path(row.folder))
     return {"id": model, "object": "model", "deleted": True}
+
+
+def _free_files(state: ServerState, folder: Path) -> None:
+    """Delete the adapter of a job, where no other name refers to it."""
+    own = state.settings.state_dir.resolve() / "adapters"
+    is_used = state.store.query(AdapterRow, AdapterRow.folder == str(folder), limit=1)
+    if not is_used and own in folder.resolve().parents:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @router.get("/v1/adapters")
@@ -173,7 +185,13 @@ def rename(
         if row is not None:
             session.delete(row)
             session.add(
-                AdapterRow(name=body.name, folder=row.folder, owner=row.owner, created=row.created)
+                AdapterRow(
+                    name=body.name,
+                    folder=row.folder,
+                    owner=row.owner,
+                    created=row.created,
+                    bytes=row.bytes,
+                )
             )
     state.metrics.forget(name)
     return to_response(entry)
