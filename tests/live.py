@@ -17,6 +17,7 @@ from afina.adapters.attach import detach
 from afina.adapters.saving import save_adapter
 from afina.models.loading import load_base
 from afina.server.app import make_app
+from afina.server.connections import BoundedProtocol
 from afina.server.serve import build_server, close
 from afina.server.state import ServerState
 from afina.settings import ServeSettings
@@ -54,7 +55,9 @@ class Live:
 def live(**settings: Any) -> Iterator[Live]:
     """Serve until the block ends."""
     state = build_server(ServeSettings(dtype="float32", **settings))
-    server = uvicorn.Server(uvicorn.Config(make_app(state), log_config=None, access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(state), http=BoundedProtocol, log_config=None, access_log=False)
+    )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -34,6 +35,7 @@ from afina.server.state import ServerState, get_state
 from afina.server.validation import describe_errors
 
 ROUTES = (chat, completions, embeddings, responses, models, files, jobs, graders, extensions)
+MIN_FREE_BYTES = 64_000_000  # of the state directory's disk: below, files and jobs would fail
 
 
 def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> FastAPI:
@@ -88,11 +90,13 @@ def healthz(request: Request) -> dict[str, str]:
 
 
 def readyz(request: Request) -> JSONResponse:
-    """Return 200 where engine and database can be used, else 503."""
+    """Return 200 where engine, database and disk can be used, else 503."""
     state = get_state(request)
     if not (state.ready and state.engine.alive):
         raise APIError(503, "not ready", code="not_ready", retry_after=1.0)
     state.store.get(models.AdapterRow, "")
+    if shutil.disk_usage(state.settings.state_dir).free < MIN_FREE_BYTES:
+        raise APIError(503, "the disk is full", code="disk_full", retry_after=60.0)
     return JSONResponse({"status": "ready"})
 
 

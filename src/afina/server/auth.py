@@ -11,7 +11,7 @@ characters of a guess are right.
 import hashlib
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,19 @@ class Principal:
     """The sender of a request: the name of its key (None without one) and its rights.
 
     Files, jobs and adapters that it creates belong to `name`.
+
+    Attributes:
+        address: network address of a sender without a key.
     """
 
     name: str | None = None
     admin: bool = False
+    address: str = field(default="", compare=False)
+
+    @property
+    def client(self) -> str:
+        """The client of fair queues: a key, or an address without a key."""
+        return f"address {self.address}" if self.name is None else f"key {self.name}"
 
     def can_see(self, owner: str | None) -> bool:
         """Return whether something that belongs to `owner` (None: public) is visible."""

@@ -38,7 +38,7 @@ def set_up_logs() -> None:
     """Log afina's and uvicorn's records to standard error, in the same form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("afina.server", "uvicorn", "uvicorn.error"):
+    for name in ("afina.server", "afina.engine", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = (
             [handler] if name != "uvicorn.error" else [],

@@ -10,12 +10,15 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afina.server.errors import APIError
+from afina.server.fair_pool import CLIENT
 from afina.server.logs import LOG
 from afina.server.state import ServerState
 
@@ -64,7 +67,10 @@ class RequestMiddleware:
         try:
             try:
                 limit = self._admit(scope)
-                await self.app(scope, _measured(receive, limit), answer)
+                body = _measured(receive, limit)
+                if scope["method"] in ("POST", "PUT", "PATCH") and scope["path"] != UPLOAD:
+                    body = await _with_bounded_depth(body)
+                await self.app(scope, body, answer)
             except APIError as error:
                 await error.response()(scope, receive, answer)
         except ClientDisconnected:
@@ -90,8 +96,10 @@ class RequestMiddleware:
         settings = self.state.settings
         limit = settings.max_file_bytes + FORM_BYTES if upload else settings.max_body_bytes
         if path not in PUBLIC_PATHS:
-            caller = self.state.keys.caller(headers)
+            address = (scope.get("client") or ("", 0))[0]
+            caller = replace(self.state.keys.caller(headers), address=address)
             scope["state"]["caller"], scope["state"]["log"]["key"] = caller, caller.name
+            CLIENT.set(caller.client)
             if upload and caller.name is None and not caller.admin:
                 what = "an upload needs a key: Authorization: Bearer KEY"
                 raise APIError(401, what, code="no_key")
@@ -147,6 +155,34 @@ def _measured(receive: Receive, limit: int) -> Receive:
         return message
 
     return measured
+
+
+async def _with_bounded_depth(receive: Receive) -> Receive:
+    """Read a body, and return what gives it again; raise `APIError` 400 where it is nested too deep.
+
+    pydantic's parser stops at 200 levels of JSON, whatever follows; others recurse without a limit.
+    Other errors of the body are left to the route.
+    """
+    messages: list[Message] = []
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+        if messages[-1]["type"] == "http.disconnect":
+            raise ClientDisconnected
+    body = b"".join(message.get("body", b"") for message in messages)
+    try:
+        from_json(body)
+    except ValueError as error:
+        if "recursion limit" in str(error):
+            what = "the body is not valid: its JSON has more than 200 levels"
+            raise APIError(400, what, code="too_deep") from None
+    except RecursionError:
+        raise APIError(400, "the body is not valid: its JSON is nested too deep") from None
+    complete: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return complete.pop() if complete else await receive()
+
+    return again
 
 
 async def cancel_on_disconnect(

@@ -1,4 +1,4 @@
-"""Rate limits per key: concurrent requests and tokens per minute (429 with Retry-After).
+"""Rate limits per key: concurrent sequences and tokens per minute (429 with Retry-After).
 
 The middleware limits the size of a body, and the engine the number of waiting requests.
 """
@@ -15,7 +15,7 @@ from afina.server.errors import APIError
 
 @dataclass
 class _Usage:
-    """Running requests of a key, and the tokens that it may still use, as of `updated`."""
+    """Running sequences of a key, and the tokens that it may still use, as of `updated`."""
 
     tokens: float
     running: int = 0
@@ -23,7 +23,9 @@ class _Usage:
 
 
 class RateLimiter:
-    """Concurrent requests and tokens per minute of each key; None: no limit. Thread-safe.
+    """Concurrent sequences and tokens per minute of each key; None: no limit. Thread-safe.
+
+    A request with several prompts or choices counts as so many sequences.
 
     Tokens are refilled evenly. A request is accepted while there are any, and its tokens are
     subtracted when it has ended, since the length of a completion is not known before.
@@ -35,25 +37,26 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     @contextmanager
-    def running(self, caller: Principal) -> Iterator[None]:
-        """Count one request of the caller while the block runs; raise `APIError` 429 at a limit."""
+    def running(self, caller: Principal, sequences: int = 1) -> Iterator[None]:
+        """Count a request of the caller while the block runs; raise `APIError` 429 at a limit."""
         with self._lock:
             use = self._current(caller)
-            if self.requests is not None and use.running >= self.requests:
+            if self.requests is not None and use.running + sequences > self.requests:
                 message = (
-                    f"{use.running} requests of this key are running; the limit is {self.requests}"
+                    f"{use.running} sequences of this key are running, and the request has "
+                    f"{sequences}; the limit is {self.requests}"
                 )
                 raise APIError(429, message, code="too_many_requests", retry_after=1.0)
             if self.tokens is not None and use.tokens <= 0:
                 wait = 60.0 * (1.0 - use.tokens) / self.tokens
                 message = f"this key has used its {self.tokens:,} tokens per minute"
                 raise APIError(429, message, code="rate_limit_exceeded", retry_after=wait)
-            use.running += 1
+            use.running += sequences
         try:
             yield
         finally:
             with self._lock:
-                use.running -= 1
+                use.running -= sequences
 
     def spend(self, caller: Principal, tokens: int) -> None:
         """Subtract the prompt and completion tokens of a request."""

@@ -1,6 +1,8 @@
 """`afina serve`: builds base, engine, store, job worker and application, and runs uvicorn."""
 
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +11,30 @@ from typing import IO, Any
 import uvicorn
 
 from afina.engine.engine import Engine, EngineConfig
-from afina.errors import AfinaError, SettingsError
-from afina.io.adapter_folder import CONFIG_FILE
+from afina.errors import BaseError, SettingsError
 from afina.io.result import Result
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.server.app import make_app
 from afina.server.auth import APIKeys
+from afina.server.connections import BoundedProtocol
 from afina.server.formats import ServedFormats
 from afina.server.jobs.worker import JobWorker
 from afina.server.logs import LOG, set_up_logs
 from afina.server.metrics import ServerMetrics
 from afina.server.rate_limits import RateLimiter
-from afina.server.routes.models import NAME
 from afina.server.routing import ServedAdapterRouter
-from afina.server.state import ServerState, served_name
-from afina.server.store import AdapterRow, Store
+from afina.server.startup import register_adapters
+from afina.server.state import AUTO, ServerState, served_name
+from afina.server.store import Store
+from afina.server.supervisor import supervise
+from afina.server.text_limit import TextLimit
 from afina.settings import ServeSettings, make_settings
 
 # wait for the lock on the state directory: the jobs of a killed server end after some seconds
 LOCK_SECONDS = 15.0
+FAILED_SECONDS = 10.0  # after a failure of the engine, clients receive their errors until then
+MAX_WAITING = 8192  # queued sequences of all keys together; one key has 1,024 of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +43,7 @@ class ServeResult(Result):
 
     base: str
     adapters: int
+    exit_status: int = 0
 
 
 def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
@@ -52,6 +59,10 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
         serve(base="HuggingFaceTB/SmolLM2-135M", adapters=["runs"], port=8000)
     """
     settings = settings or make_settings(ServeSettings, values)
+    if settings.supervise:
+        return ServeResult(
+            base=served_name(settings.base), adapters=0, exit_status=supervise(settings)
+        )
     set_up_logs()
     lock = _lock_state_dir(settings.state_dir)
     state = build_server(settings)
@@ -60,6 +71,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
         app,
         host=settings.host,
         port=settings.port,
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         lifespan="on",
@@ -81,12 +93,28 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     # uvicorn stops at these signals, and raises them once more after it has stopped
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(config)
+    state.engine.on_failure = lambda error: _end_process(server)
     try:
-        uvicorn.Server(config).run()
+        server.run()
     finally:
         close(state)
         lock.close()
+    if state.engine.failure is not None:
+        raise BaseError(
+            "the engine has stopped after an error",
+            why=str(state.engine.failure),
+            hint="afina serve --supervise starts the server again",
+        )
     return ServeResult(base=state.base_name, adapters=count)
+
+
+def _end_process(server: uvicorn.Server) -> None:
+    """End the process after a failure of the engine, even where a thread does not end."""
+    server.should_exit = True
+    timer = threading.Timer(FAILED_SECONDS, lambda: os._exit(1))
+    timer.daemon = True
+    timer.start()
 
 
 def build_server(settings: ServeSettings) -> ServerState:
@@ -117,8 +145,9 @@ def build_server(settings: ServeSettings) -> ServerState:
         worker=JobWorker(settings, store, engine, metrics),
         router=ServedAdapterRouter(base, formats.base.renderer, engine.registry),
         formats=formats,
+        text_limit=TextLimit(formats.base.renderer, base.max_positions),
     )
-    _register_adapters(state)
+    register_adapters(state)
     engine.start()
     return state
 
@@ -137,6 +166,8 @@ def engine_settings(settings: ServeSettings, base: CausalLM) -> EngineConfig:
         host_cache_bytes=host,
         merged_weights_bytes=merged,
         require_audit=settings.require_audit,
+        max_total_waiting=MAX_WAITING,
+        reserved_names=(served_name(settings.base), AUTO),
     )
 
 
@@ -147,54 +178,8 @@ def close(state: ServerState) -> None:
         state.worker.stop()
         state.engine.stop()
         state.store.close()
-        state.tokenizer_pool.shutdown()
-
-
-def _register_adapters(state: ServerState) -> None:
-    """Register the adapters of the store, then those of the folders in the settings."""
-    registry = state.engine.registry
-    for row in state.store.query(AdapterRow):
-        try:
-            registry.add(row.name, Path(row.folder), row.owner)
-        except AfinaError as error:  # files deleted or changed: the other adapters are served
-            LOG.error("an adapter cannot be loaded", extra={"adapter": row.name, "why": str(error)})
-    for root in state.settings.adapters:
-        if _has_adapter(root):
-            _register_folder(state, root)
-            continue
-        folders = [folder for folder in sorted(root.expanduser().glob("*")) if _has_adapter(folder)]
-        registered = [_register_if_compatible(state, folder) for folder in folders]
-        if not any(registered):
-            raise SettingsError(
-                "no adapter of this base in the folder",
-                where=str(root),
-                hint="--adapters FOLDER_OF_RUNS, or a run",
-            )
-
-
-def _register_folder(state: ServerState, folder: Path) -> None:
-    """Register an adapter under the name of its folder, unless that name is registered already."""
-    name = folder.resolve().name
-    if not NAME.fullmatch(name):
-        raise SettingsError(
-            f"an adapter cannot be served as {name!r}", where=str(folder), hint="rename the folder"
-        )
-    if state.engine.registry.get(name) is None:
-        state.engine.registry.add(name, folder)
-
-
-def _register_if_compatible(state: ServerState, folder: Path) -> bool:
-    """Register an adapter; log one that is damaged or of another base, and return False."""
-    try:
-        _register_folder(state, folder)
-    except AfinaError as error:
-        LOG.warning("not served", extra={"adapter": folder.name, "why": str(error)})
-        return False
-    return True
-
-
-def _has_adapter(folder: Path) -> bool:
-    return any((path / CONFIG_FILE).is_file() for path in (folder, folder / "adapter"))
+        state.tokenizer_pool.close()
+        state.grader_pool.close()
 
 
 def _lock_state_dir(folder: Path) -> IO[str]:

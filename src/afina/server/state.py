@@ -1,10 +1,9 @@
 """The state of a server, and the resolution of a request's `model` to base and adapters."""
 
-import asyncio
 import math
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +12,13 @@ from fastapi import Request
 from afina.data.renderer import Renderer
 from afina.engine.engine import Engine
 from afina.engine.request import AdapterWeight, RegisteredAdapter
-from afina.errors import AuditError, DataError
+from afina.errors import AuditError, BusyError, DataError
 from afina.io.admission import approved_report
 from afina.io.composition import composition_hash
 from afina.models.causal_lm import CausalLM
 from afina.server.auth import APIKeys, Principal
 from afina.server.errors import APIError, not_found, to_api_error
+from afina.server.fair_pool import FairThreadPool
 from afina.server.formats import ServedFormats
 from afina.server.jobs.worker import JobWorker
 from afina.server.metrics import ServerMetrics
@@ -27,6 +27,7 @@ from afina.server.rate_limits import RateLimiter
 from afina.server.routing import ServedAdapterRouter
 from afina.server.schemas import ChatCompletionRequest, StrictRequest
 from afina.server.store import Store
+from afina.server.text_limit import TextLimit
 from afina.settings import EMBEDDED, ServeSettings
 
 AUTO = "auto"  # the name that routes a prompt to an adapter
@@ -43,6 +44,8 @@ class ResolvedModel:
     names: tuple[str, ...] = ()
     parts: tuple[AdapterWeight, ...] = ()
     owner: str = ""  # of the KV cache blocks; "" where every adapter is public
+    client: str = ""  # for the engine's fair queue
+    cache_salt: str = ""  # of the KV cache blocks; "" where they are shared
     choice: dict[str, Any] | None = None  # the routing decision of "auto": adapter, score, why
 
     @property
@@ -71,11 +74,14 @@ class ServerState:
     worker: JobWorker
     router: ServedAdapterRouter
     formats: ServedFormats
+    text_limit: TextLimit
     ready: bool = True
-    # one thread for templates and tokenizing: a long text does not block other requests' streams
-    tokenizer_pool: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(1, "tokens")
+    # templates, tokenizing and grammars: a long text blocks neither streams nor other clients
+    tokenizer_pool: FairThreadPool = field(
+        default_factory=lambda: FairThreadPool(max(2, (os.cpu_count() or 2) // 2), "tokens")
     )
+
+    grader_pool: FairThreadPool = field(default_factory=lambda: FairThreadPool(2, "graders"))
 
     @property
     def renderer(self) -> Renderer:
@@ -115,15 +121,20 @@ class ServerState:
         Raises:
             APIError: 404 for an unknown adapter, 403 for one without the required audit report.
         """
+        chosen = self._resolve(caller, model, prompt)
+        salt = "" if self.settings.share_prefix_cache else (caller.name or "")
+        return replace(self._check_audit(chosen), client=caller.client, cache_salt=salt)
+
+    def _resolve(self, caller: Principal, model: str, prompt: Sequence[int]) -> ResolvedModel:
         if model == self.base_name:
             return ResolvedModel(model)
         if model == AUTO:
-            return self._check_audit(self._route(caller, prompt))
+            return self._route(caller, prompt)
         adapters = [self._parse_weighted(caller, text) for text in model.split(",")]
         if len(adapters) > MAX_ADAPTERS:
             what = f"model names {len(adapters)} adapters; a request uses at most {MAX_ADAPTERS}"
             raise APIError(400, what, "model")
-        return self._check_audit(_resolved(model, adapters))
+        return _resolved(model, adapters)
 
     def build_chat(
         self, caller: Principal, model: str, body: ChatCompletionRequest
@@ -160,14 +171,14 @@ class ServerState:
         return chosen
 
     async def run_in_tokenizer_thread(self, make: Callable[[], Result]) -> Result:
-        """Return the result of `make`, run in the tokenizer thread, off the event loop.
+        """Return the result of `make`, run in a tokenizer thread, off the event loop.
 
         Raises:
-            APIError: 400 where `make` raises `DataError`.
+            APIError: 400 where `make` raises `DataError`, 503 where too many tasks wait.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.tokenizer_pool, make)
-        except DataError as error:
+            return await self.tokenizer_pool.run(make)
+        except (DataError, BusyError) as error:
             raise to_api_error(error, "messages") from None
 
     def _parse_weighted(self, caller: Principal, text: str) -> tuple[RegisteredAdapter, float]:

@@ -24,9 +24,9 @@ from afina.engine.request import (
     RequestHandle,
     SamplingParams,
 )
-from afina.errors import AfinaError
+from afina.errors import AfinaError, DataError, SettingsError
 from afina.server.auth import Principal
-from afina.server.errors import APIError, to_api_error
+from afina.server.errors import RETRY_SECONDS, APIError, to_api_error
 from afina.server.middleware import cancel_on_disconnect
 from afina.server.schemas import SamplingRequest
 from afina.server.state import ResolvedModel, ServerState
@@ -83,9 +83,9 @@ class CompletionStream:
             what = "the engine has stopped after an error; see the server's log"
             raise APIError(503, what, code="broken", retry_after=10.0)
         answers = cls(state, caller, chosen, requests, log)
-        answers._stack.enter_context(state.limits.running(caller))
+        answers._stack.enter_context(state.limits.running(caller, len(requests)))
         # in a thread: compiling a grammar may take seconds
-        submitted = answers._loop.run_in_executor(None, answers._submit)
+        submitted = asyncio.ensure_future(state.tokenizer_pool.run(answers._submit, chosen.client))
         try:
             await asyncio.shield(submitted)
         except AfinaError as error:
@@ -99,13 +99,14 @@ class CompletionStream:
         )
         return answers
 
-    def _close_after_disconnect(self, submitted: "asyncio.Future[None]") -> None:
+    def _close_after_disconnect(self, submitted: "asyncio.Task[None]") -> None:
         submitted.exception()  # retrieved, so that asyncio does not log it
         self.close()
 
     def _submit(self) -> None:
         for number, request in enumerate(self.requests):
             self._num_prompt_tokens += len(request.prompt)
+            request = replace(request, request_id=self.log["request"])
             self._running[number] = self.state.engine.add_request(request, self._listener(number))
 
     def _listener(self, number: int) -> Callable[[OutputChunk], None]:
@@ -129,8 +130,7 @@ class CompletionStream:
                 raise APIError(503, what, code="timeout", retry_after=10.0)
             number, event = item
             if event.finish_reason == "error":
-                what = f"{self.chosen.label}: {event.error or 'the engine failed'}"
-                raise APIError(500, what, "model", "engine_error")
+                raise engine_error(self.chosen.label, event)
             if event.finish_reason == "cancelled":
                 raise APIError(503, "the server is stopping", code="stopping", retry_after=10.0)
             if first and event.token_ids:
@@ -238,6 +238,17 @@ class EventStream(StreamingResponse):
             self._answers.close()
 
 
+def engine_error(model: str, event: OutputChunk) -> APIError:
+    """Return the API error of a request that ended with an error in the engine.
+
+    What a request itself has caused, such as its schema, is its sender's error (400).
+    """
+    if isinstance(event.cause, DataError | SettingsError):
+        return to_api_error(event.cause)
+    what = f"{model}: {event.error or 'the engine failed'}"
+    return APIError(500, what, "model", "engine_error", retry_after=RETRY_SECONDS)
+
+
 async def with_comments(content: AsyncIterator[str]) -> AsyncIterator[str]:
     """Yield the events, and a comment after each `COMMENT_SECONDS` without one.
 
@@ -302,6 +313,8 @@ def requests_for(
             tuple(prompt),
             adapters=chosen.parts,
             owner=chosen.owner,
+            client=chosen.client,
+            cache_salt=chosen.cache_salt,
             stop_token_ids=stops | frozenset(body.stop_token_ids),
         )
         made += [replace(request, sampling=one) for one in sampling]

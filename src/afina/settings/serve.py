@@ -55,7 +55,11 @@ class ServeSettings(ModelSettings):
     max_body_bytes: int = setting("largest request body, in bytes", 8_000_000, ge=1024)
     max_file_bytes: int = setting("largest uploaded file, in bytes", 512_000_000, ge=1024)
     max_requests_per_key: int | None = setting(
-        "largest number of concurrent requests per key", ge=1
+        "largest number of concurrent sequences per key: each prompt and choice counts", ge=1
+    )
+    share_prefix_cache: bool = setting(
+        "share cached blocks of prompts between keys; times then reveal what others have sent",
+        False,
     )
     max_tokens_per_minute: int | None = setting(
         "largest number of prompt and completion tokens per key and minute", ge=1
@@ -63,10 +67,6 @@ class ServeSettings(ModelSettings):
     request_timeout: float = setting("seconds after which a request is ended", 600.0, gt=0.0)
     shutdown_timeout: float = setting(
         "seconds that running requests have to finish when the server is stopped", 30.0, ge=0.0
-    )
-    # fine-tuning jobs while serving
-    max_training_jobs: int = setting(
-        "largest number of jobs that train at once; 0: none, jobs wait in the queue", 1, ge=0
     )
     strict_requests: bool = setting(
         "reject parameters without effect, instead of ignoring them by name", False
@@ -76,6 +76,9 @@ class ServeSettings(ModelSettings):
     )
     cors_origins: list[str] = setting(
         "web pages that may send requests from a browser (https://chat.example); '*' for all", []
+    )
+    supervise: bool = setting(
+        "run the server in a process of its own, and start it again when it ends by itself", False
     )
     # fine-tuning jobs while serving
     max_training_jobs: int = setting(
@@ -89,6 +92,14 @@ class ServeSettings(ModelSettings):
         10,
         ge=0,
         le=19,
+    )
+    job_max_hours: float = setting("longest time of one attempt of a job, in hours", 24.0, gt=0.0)
+    job_memory_gb: float | None = setting(
+        "largest memory of a job's process, in GB; by default the machine's", gt=0.0
+    )
+    max_jobs_per_key: int = setting("largest number of jobs per key that have not ended", 100, ge=1)
+    max_stored_gb_per_key: float = setting(
+        "largest size of a key's files and adapters in the state folder, in GB", 20.0, gt=0.0
     )
     allow_python_graders: bool = setting(
         "jobs may run Python code of the client, with this server's rights", False

@@ -61,6 +61,7 @@ async def start_chat(
     state, caller, log = get_state(request), current_principal(request), request.state.log
     model = requested_model(request, body.model)
     log |= {"user": body.safety_identifier or body.user, "stream": body.stream or None}
+    state.text_limit.check([body.messages, body.tools], "messages")
     chosen, prompt = await state.run_in_tokenizer_thread(
         lambda: state.build_chat(caller, model, body)
     )

@@ -120,6 +120,8 @@ def tokens_of(
             return state.renderer.prompt(text, raw=True)
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    for prompt in prompts:
+        state.text_limit.check(prompt, "prompt")
     encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     for tokens in encoded:
         if not tokens:

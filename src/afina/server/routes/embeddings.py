@@ -39,9 +39,16 @@ async def embed(body: EmbeddingRequest, request: Request) -> Response:
     )
     used = sum(map(len, prompts))
     log |= {"user": body.user, "model": chosen.label, "prompt_tokens": used}
-    with state.limits.running(caller):
+    with state.limits.running(caller, len(prompts)):
         try:
-            future = state.engine.embed([tuple(tokens) for tokens in prompts], chosen.parts)
+            future = state.engine.embed(
+                [tuple(tokens) for tokens in prompts],
+                chosen.parts,
+                owner=chosen.owner,
+                client=chosen.client,
+                cache_salt=chosen.cache_salt,
+                request_id=log["request"],
+            )
             vectors = await asyncio.wait_for(
                 cancel_on_disconnect(request.receive, asyncio.wrap_future(future)),
                 state.settings.request_timeout,

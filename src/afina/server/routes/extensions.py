@@ -90,6 +90,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     else:
         chat = body.chat
         make = lambda: state.formats.of(names).build(chat).tokens  # noqa: E731
+    state.text_limit.check([body.prompt, body.messages, body.tools], "prompt")
     tokens = await state.run_in_tokenizer_thread(make)
     names = state.base.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return {
