@@ -1,8 +1,11 @@
 """Does the server last? `python benchmarks/serve_lasting.py --minutes 30`
 
-A server on the embedded base (float32), asked for more than it can do, while adapters are replaced, renamed, removed and brought
-back without a pause. Every answer is compared with what the version that was named gives alone; every refusal must be a proper
-4xx or 503; memory is written down every five seconds.
+A server on the embedded base (float32) has more requests than it can compute, while adapters are
+replaced, renamed, removed and registered again without a pause, and hostile clients send what may
+end others' requests: parameters at the ends of their ranges, schemas, long and deeply nested bodies,
+graders, embeddings, hang-ups, half a head. Every completion is compared with the one that the named
+version gives alone; every error must be a proper 4xx or 503; memory, threads and file descriptors
+are recorded every five seconds.
 """
 
 import argparse
@@ -26,6 +29,51 @@ from typing import Any
 from common import publish, roofline
 
 VERSIONS, NAMES, PROMPTS, NEW = 12, 6, 24, 6
+CHAT: dict[str, Any] = {"model": "embedded", "messages": [{"role": "user", "content": "hello"}]}
+GRADER = {"type": "string_check", "name": "x", "reference": "a", "operation": "eq"}
+# path and body of requests that may not harm others, whatever their own answer is
+ATTACKS: list[tuple[str, Any]] = [
+    (
+        "/v1/chat/completions",
+        {**CHAT, "max_tokens": 8, "presence_penalty": 2, "repetition_penalty": 10},
+    ),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 8, "temperature": 2, "logit_bias": {"5": 100}}),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 8, "stop": ["e", "a" * 9000]}),
+    *(
+        (
+            "/v1/chat/completions",
+            {
+                **CHAT,
+                "max_tokens": 8,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "s", "schema": schema},
+                },
+            },
+        )
+        for schema in (
+            {"$ref": "#"},
+            {"type": "string", "pattern": "(a|a)*b"},
+            {"enum": ["x" * 1000] * 500},
+        )
+    ),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "messages": [{"role": "user", "content": "the sea " * 400_000}]},
+    ),
+    ("/v1/chat/completions", "[" * 100_000),
+    ("/v1/embeddings", {"model": "embedded", "input": ["the house by the road " * 20] * 50}),
+    ("/v1/completions", {"model": "embedded", "prompt": ["tell a story"] * 64, "max_tokens": 100}),
+    ("/v1/fine_tuning/alpha/graders/validate", {"grader": {**GRADER, "input": "{{" * 40_000}}),
+    (
+        "/v1/fine_tuning/alpha/graders/run",
+        {
+            "grader": {**GRADER, "input": "{{ item.x }}" * 1000},
+            "model_sample": "a",
+            "item": {"x": "y" * 9000},
+        },
+    ),
+]
 
 
 def make_material(folder: Path) -> dict[str, dict[str, str]]:
@@ -97,6 +145,11 @@ class Load:
         self.improper: list[str] = []
         self.lost = 0
         self.memory: list[tuple[float, float]] = []
+        self.threads: list[int] = []
+        self.files: list[int] = []
+        self.attacked: Counter[int] = Counter()
+        self.hung_up = 0
+        self.silent: list[asyncio.StreamWriter] = []
 
     async def client(self, seed: int) -> None:
         rng = random.Random(seed)
@@ -159,17 +212,57 @@ class Load:
                 self.improper.append(f"admin {done.status_code} {done.text[:200]}")
             await asyncio.sleep(rng.random() * 0.3)
 
-    async def watch(self, process: int) -> None:
-        begin = time.monotonic()
+    async def attacker(self, seed: int) -> None:
+        """Send hostile requests, and hang up during a third of them."""
+        rng = random.Random(seed)
         while time.monotonic() < self.until:
-            pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+            path, body = rng.choice(ATTACKS)
+            text = body if isinstance(body, str) else json.dumps(body)
+            head = {"content-type": "application/json"}
+            work = asyncio.ensure_future(self.http.post(path, content=text, headers=head))
+            try:
+                patience = rng.random() * 0.5 if rng.random() < 0.33 else 100.0
+                got = await asyncio.wait_for(work, patience)
+            except TimeoutError:
+                self.hung_up += 1
+                continue
+            except Exception as error:
+                self.improper.append(f"attack {path}: {error!r}")
+                continue
+            self.attacked[got.status_code] += 1
+            if got.status_code >= 500 and got.status_code != 503:
+                self.improper.append(f"attack {path}: {got.status_code} {got.text[:200]}")
+            await asyncio.sleep(rng.random())
+
+    async def half_head(self, port: int) -> None:
+        """Open connections that never send a complete head."""
+        while time.monotonic() < self.until:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n")
+            self.silent.append(writer)
+            await asyncio.sleep(0.5)
+            if len(self.silent) > 200:
+                self.silent.pop(0).close()
+
+    async def watch(self, process: int) -> None:
+        begin, place = time.monotonic(), Path(f"/proc/{process}")
+        while time.monotonic() < self.until:
+            pages = int((place / "statm").read_text().split()[1])
             self.memory.append((time.monotonic() - begin, pages * os.sysconf("SC_PAGE_SIZE") / 1e6))
+            self.threads.append(len(list((place / "task").iterdir())))
+            self.files.append(len(list((place / "fd").iterdir())))
             await asyncio.sleep(5)
 
-    async def run(self, clients: int, process: int) -> None:
+    async def run(self, clients: int, attackers: int, process: int, port: int) -> None:
         await asyncio.gather(
-            self.admin(), self.watch(process), *(self.client(n) for n in range(clients))
+            self.admin(),
+            self.watch(process),
+            self.half_head(port),
+            *(self.client(n) for n in range(clients)),
+            *(self.attacker(n) for n in range(attackers)),
         )
+        for writer in self.silent:
+            writer.close()
         await self.http.aclose()
 
 
@@ -177,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=48)
+    parser.add_argument("--attackers", type=int, default=4)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="afina-lasting-"))
     known = make_material(folder / "adapters")
@@ -210,7 +304,7 @@ def main() -> None:
     try:
         wait_for(port)
         load = Load(f"http://127.0.0.1:{port}", known, hashes, 60 * options.minutes)
-        asyncio.run(load.run(options.clients, server.pid))
+        asyncio.run(load.run(options.clients, options.attackers, server.pid, port))
         server.terminate()
         ended = server.wait(60)
     finally:
@@ -228,6 +322,9 @@ def main() -> None:
         "lost": float(load.lost),
         "improper_refusals": float(len(load.improper)),
         "memory_growth": late / early,
+        "thread_growth": max(load.threads[third:]) / max(load.threads[: 2 * third]),
+        "attacks": float(sum(load.attacked.values()) + load.hung_up),
+        "open_files": float(max(load.files)),
         "memory_mb": late,
         "requests_per_second": requests / (60 * options.minutes),
         "exit_status": float(ended),
@@ -244,6 +341,7 @@ def main() -> None:
         print(f"{key:24} {value:12.3f}")
     repeats = {
         "memory": load.memory,
+        "attacks": dict(load.attacked),
         "statuses": dict(load.statuses),
         "wrong": load.wrong[:20],
         "improper": load.improper[:20],
