@@ -582,7 +582,8 @@ def test_exits_are_asked_as_the_run(asked: str | None, tmp_path: Path) -> None:
     base = load_base(str(tmp_path / "base"))
     (tmp_path / "own.jinja").write_text(ASKED)
     template = str(tmp_path / "own.jinja") if asked == "file" else asked
-    renderer = Renderer(base.tokenizer, ChatFormat(template, {"loud": True}), 128)
+    arguments = {"loud": True} if asked == "file" else {}
+    renderer = Renderer(base.tokenizer, ChatFormat(template, arguments), 128)
     record = {"chat": renderer.chat_format.record()}
     save_adapter(put(base, rank=2), base, tmp_path / "a", record)
     expected, stops = renderer.prompt(PROBE_CHAT), renderer.stop_token_ids

@@ -78,14 +78,32 @@ def check_chat_format(expected: list[int] | None, renderer: Renderer, merged: Ca
 
 def export_tokenizer(adapter: Path, chat_format: ChatFormat, out: Path) -> None:
     """Write the chat template of an adapter, with the base's tokenizer where that can be found."""
-    name = recorded_base(adapter).get("name")
+    tokenizer, template = resolve_template(adapter, chat_format)
+    if tokenizer is not None:
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(out)
+    elif template is not None:
+        write_text(out / TEMPLATE_FILE, template)
+
+
+def resolve_template(
+    adapter: Path, chat_format: ChatFormat, base: str | None = None
+) -> tuple[Any, str | None]:
+    """Return the tokenizer of an adapter's base and the text of the adapter's chat template.
+
+    Args:
+        adapter: The adapter.
+        chat_format: How it was trained; a built-in template, or the tokenizer's, has no text yet.
+        base: The base, if it is not that which the adapter records.
+
+    Returns:
+        The tokenizer, None where the base cannot be found, and the template, None without one.
+    """
+    recorded = recorded_base(adapter)
+    name = str(base or recorded.get("name"))
     try:
-        folder = resolve_model_dir(str(name), recorded_base(adapter).get("revision"))
-        tokenizer = load_tokenizer(folder, str(name), trust_remote_code=False)
+        folder = resolve_model_dir(name, None if base else recorded.get("revision"))
+        tokenizer = load_tokenizer(folder, name, trust_remote_code=False)
     except BaseError:
-        if chat_format.exported_jinja is not None:
-            write_text(out / TEMPLATE_FILE, chat_format.exported_jinja)
-        return
-    renderer = Renderer(tokenizer, chat_format, 1 << 30)
-    tokenizer.chat_template = renderer.chat_format.exported_jinja  # type: ignore[assignment]
-    tokenizer.save_pretrained(out)
+        return None, chat_format.exported_jinja
+    return tokenizer, Renderer(tokenizer, chat_format, 1 << 30).chat_format.exported_jinja

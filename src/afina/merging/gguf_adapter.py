@@ -13,6 +13,7 @@ from afina.adapters.load_run import recorded_format
 from afina.errors import AdapterError, MergeError, SettingsError
 from afina.io.atomic import atomic_file
 from afina.io.composition import expand_composition, parse_weighted_list, recorded_base
+from afina.merging.chat_export import resolve_template
 from afina.merging.gguf_architecture import gguf_architecture, library, write_gguf
 from afina.merging.gguf_tokenizer import portable
 from afina.merging.results import ExportResult
@@ -56,6 +57,9 @@ def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
         order = form.order(f"{path}.weight", len(b))
         tensors.append((f"{there}.lora_a", low.a, torch.float32))
         tensors.append((f"{there}.lora_b", b if order is None else b[order], torch.float32))
+    chat, template = recorded_format(source.part.folder), None
+    if chat is not None:
+        _, template = resolve_template(source.part.folder, chat, settings.base)
     with atomic_file(file) as new:
         writer = gguf.GGUFWriter(new, form.family)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -63,9 +67,8 @@ def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         writer.add_string("afina.adapter", source.hash)
-        template = recorded_format(source.part.folder)
-        if template is not None and template.exported_jinja is not None:
-            writer.add_chat_template(portable(template.exported_jinja))
+        if template is not None:
+            writer.add_chat_template(portable(template))
         write_gguf(writer, tensors)
     return ExportResult(
         out=str(file),
