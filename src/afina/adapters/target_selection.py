@@ -186,11 +186,8 @@ def _parametrizations(module: Any) -> list[nn.Module]:
 
 def _loose(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Return the module's own parameters, with or without adapters on them."""
-    over = (
-        {n: p.original for n, p in module.parametrizations.items()}
-        if _parametrizations(module)
-        else {}
-    )  # type: ignore[operator,union-attr]
+    wrapped: Any = module.parametrizations if _parametrizations(module) else {}
+    over = {name: parametrization.original for name, parametrization in wrapped.items()}
     return [*module.named_parameters(recurse=False), *over.items()]
 
 

@@ -112,10 +112,11 @@ def describe_columns(
         for name, value in record.items():
             kept = values.setdefault(str(name), [])
             kept += [] if is_blank(value) else [value]
-    roles = {c: _FIELD_ROLES.get(f) for f, c in (given or {}).items() if isinstance(c, str)}
+    roles: dict[str, str | None] = {}
+    roles |= {c: _FIELD_ROLES.get(f) for f, c in (given or {}).items() if isinstance(c, str)}
     lower = {name.lower() for name in values}
     if {"q", "a"} <= lower:
-        roles = {name: ANSWER for name in values if name.lower() == "a"} | roles
+        roles = dict.fromkeys((n for n in values if n.lower() == "a"), ANSWER) | roles
     return [
         Column(name, roles.get(name) or meaning_of(name), _kind_of_values(own), own)
         for name, own in values.items()

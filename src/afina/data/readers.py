@@ -163,9 +163,9 @@ def read_json(path: Path, text: str, is_row: Callable[[list[str]], bool]) -> Rec
         return
     single = _single_object(text)
     if single is not None:
-        line = 1 + text[: len(text) - len(text.lstrip())].count("\n")
+        start = 1 + text[: len(text) - len(text.lstrip())].count("\n")
         is_line = "\n" not in text.strip()
-        where = f"{path}:{line}" if is_line else f"{path}:row 1"
+        where = f"{path}:{start}" if is_line else f"{path}:row 1"
         yield from _rows_of_object(path, single, is_row, where)
         return
     # not splitlines, which would cut at a U+2028 inside a string

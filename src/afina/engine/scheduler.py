@@ -98,15 +98,15 @@ class Scheduler:
                 return
             client = min(clients, key=lambda c: self.virtual_tokens.get(c, 0.0) + spent[c])
             if prompts.get(client):
-                sequence: SequenceState | None = prompts[client].popleft()
+                admitted: SequenceState | None = prompts[client].popleft()
             else:
-                sequence = self._admit_next(client)
-            if sequence is None:
+                admitted = self._admit_next(client)
+            if admitted is None:
                 closed.add(client)
                 if self._skipped_steps.get(client, 0) > MAX_SKIPPED_STEPS and self.running:
                     closed |= self.waiting.keys()
                 continue
-            count = self._add_chunk(sequence, budget, chunks)
+            count = self._add_chunk(admitted, budget, chunks)
             budget -= count
             spent[client] += count
 

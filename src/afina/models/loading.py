@@ -156,7 +156,7 @@ def checked_weight_files(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if (
         missing
-        and (list(folder.glob("*.bin")) or list(folder.glob("*.pt*")))
+        and (any(folder.glob("*.bin")) or any(folder.glob("*.pt*")))
         and not (folder / INDEX).is_file()
     ):
         raise BaseError(

@@ -256,10 +256,9 @@ def _quantized(
     if found := _open(cache, paths):
         return found
     print(f"nf4  in memory, not in the cache: {why}", file=sys.stderr)
-    error = list(_layers(model, locations, skip, report_module))
-    return {name: tensor for tensors, _ in error for name, tensor in tensors.items()}, [
-        report for _, report in error
-    ]
+    layers = list(_layers(model, locations, skip, report_module))
+    tensors = {name: tensor for own, _ in layers for name, tensor in own.items()}
+    return tensors, [report for _, report in layers]
 
 
 def _write(cache: Path, layers: Iterator[tuple[Tensors, LayerQuantization]]) -> None:

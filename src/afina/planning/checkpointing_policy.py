@@ -54,9 +54,8 @@ def choose_level(
     step: StepCost, load: Workload, machine: Machine
 ) -> tuple[StepCost, str | int, str | None]:
     """Return the step at its checkpointing level, the level, and the reason of an automatic one."""
-    level = step.settings.gradient_checkpointing
-    if level != "auto":
-        return step, level, None
+    if step.settings.gradient_checkpointing != "auto":
+        return step, step.settings.gradient_checkpointing, None
     if not step.shape.model.supports_gradient_checkpointing:
         return step, "off", "this model family does not support gradient checkpointing"
     if machine.memory is None:

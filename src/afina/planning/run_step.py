@@ -54,11 +54,11 @@ def run_step(
         shape.model.add_module(SCORE, head)
     step = make_step(shape, setup.settings, device, config)
     parameters = setup.prepared.base.model.named_parameters()
-    extra = sum(p.nbytes for n, p in parameters if ".deltas." in n and not p.requires_grad)
+    extra: float = sum(p.nbytes for n, p in parameters if ".deltas." in n and not p.requires_grad)
     if workload is not None:
         prefixes = [one.prefix_tokens for passes in workload.passes for one in passes]
         extra += workload.extra_bytes + step.kv_bytes_per_token * max(prefixes)
-    return replace(step, extra_bytes=float(extra))
+    return replace(step, extra_bytes=extra)
 
 
 def full_load(shape: ModelShape, settings: TrainSettings) -> Workload:

@@ -158,7 +158,7 @@ class CallParser:
             rf'\{{\s*(?:"(?:type|id)"\s*:\s*"[^"]*"\s*,\s*)*"(?:{name_keys})"\s*:\s*'
             rf'"(?P<name>{alternatives})"\s*,\s*"(?:{argument_keys})"\s*:\s*(?=\{{)'
         )
-        self._literal_header = None
+        self._literal_header: re.Pattern[str] | None = None
         if between is not None:
             gap = r"\s*".join(re.escape(part) for part in between.split())
             self._literal_header = re.compile(
@@ -223,8 +223,8 @@ class CallParser:
     def _before_call(self, deltas: list[Delta]) -> bool:
         """After a marker or a call: the header of a call, or an object to be read whole."""
         for header in (self._header, self._literal_header):
-            found = header.search(self._pending) if header is not None else None
-            if found is not None and self._is_glue(self._pending[: found.start()], header):
+            found = header.search(self._pending) if header else None
+            if header and found and self._is_glue(self._pending[: found.start()], header):
                 self._begin(deltas, found["name"])
                 self._pending = self._pending[found.end() :]
                 self._scanner, self._state = JsonScanner(), self._in_arguments
@@ -298,7 +298,7 @@ def _read_call(text: str, names: set[str]) -> tuple[str, str] | None:
     if isinstance(value.get("function"), dict):
         value = value["function"]
     name = next((value[key] for key in NAME_KEYS if key in value), None)
-    arguments = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
+    arguments: Any = next((value[key] for key in ARGUMENT_KEYS if key in value), {})
     if not isinstance(name, str) or name not in names:
         return None
     if isinstance(arguments, str):

@@ -60,5 +60,5 @@ def wrong_method(app: FastAPI, path: str, method: str) -> APIError:
             allowed |= methods
     text = ", ".join(sorted(allowed))
     error = APIError(405, f"{method} is not allowed on {path[:200]}; allowed: {text}")
-    error.headers["allow"] = text
+    error.headers = {**(error.headers or {}), "allow": text}
     return error

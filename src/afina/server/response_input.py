@@ -11,6 +11,11 @@ from afina.server.schemas import ChatCompletionRequest, Model, StreamOptions, St
 from afina.server.tools import MAX_TOOLS, Tool, read_tool_choice
 from afina.server.validation import check_known, invalid, validate
 
+SHARED_WITH_CHAT = (
+    *("model", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty"),
+    *("parallel_tool_calls", "tool_choice", "chat_template_kwargs", "stream", "user"),
+    "safety_identifier",
+)
 LOGPROBS = "message.output_text.logprobs"
 INCLUDES = (LOGPROBS, "reasoning.encrypted_content")  # the latter: thoughts are not encrypted
 CHAT_NAMES = {  # parameters of chats, and what they are called here
@@ -94,9 +99,7 @@ class ResponseRequest(StrictRequest):
 
     def chat(self) -> ChatCompletionRequest:
         """Return the chat whose answer is the response; raises a validation error."""
-        same = ("model", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty")
-        same += ("parallel_tool_calls", "tool_choice", "chat_template_kwargs", "stream", "user")
-        values = {name: getattr(self, name) for name in (*same, "safety_identifier")}
+        values = {name: getattr(self, name) for name in SHARED_WITH_CHAT}
         values |= {
             "messages": messages_of(self.input, self.instructions),
             "tools": [tool.model_dump() for tool in self.tools],

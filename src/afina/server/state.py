@@ -217,7 +217,8 @@ def _resolved(
 ) -> ResolvedModel:
     owner = next((entry.owner for entry, _ in adapters if entry.owner is not None), "")
     parts = tuple(AdapterWeight(entry.hash, weight) for entry, weight in adapters)
-    return ResolvedModel(label, tuple(entry.name for entry, _ in adapters), parts, owner, choice)
+    names = tuple(entry.name for entry, _ in adapters)
+    return ResolvedModel(label, names, parts, owner, choice=choice)
 
 
 def served_name(base: str) -> str:

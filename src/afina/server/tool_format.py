@@ -149,7 +149,7 @@ def describe_tools(tools: Sequence[Tool]) -> str:
 
 def plain_history(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with calls and their results as text, for templates without tools."""
-    plain = []
+    plain: list[dict[str, Any]] = []
     for message in messages:
         calls = message.get("tool_calls", [])
         texts = [message["content"]] if message["content"] else []

@@ -154,7 +154,7 @@ def parse_message(turn: Any, where: str) -> Message | None:
         raise DataError("the field is missing", where=f"{where}.{content_key}")
     if role != "tool" and not ((content or "").strip() or calls or more.keys() - {"name"}):
         raise DataError("the field is empty", where=f"{where}.{content_key}")
-    message = {"role": role, "content": content} | more
+    message: dict[str, Any] = {"role": role, "content": content} | more
     if calls:
         message["tool_calls"] = calls
     weight = turn.get("weight")

@@ -312,7 +312,11 @@ class JobWorker:
             *(event_of(job.id, sentence) for sentence in record["verdict"]),
             event_of(job.id, "The job has successfully completed"),
         ]
-        values = {"status": "succeeded", "finished": now(), "tokens": int(record["tokens"])}
+        values: dict[str, Any] = {
+            "status": "succeeded",
+            "finished": now(),
+            "tokens": int(record["tokens"]),
+        }
         try:
             is_done = self.store.transition(job.id, ("running",), row, *events, **values)
         except BaseException:
@@ -326,8 +330,9 @@ class JobWorker:
 
     def _fail(self, job: JobRow, message: str) -> None:
         error = {"code": "training_failed", "message": message, "param": None}
-        event, values = event_of(job.id, message, "error"), {"finished": now(), "error": error}
-        if self.store.transition(job.id, ("running",), event, status="failed", **values):
+        event = event_of(job.id, message, "error")
+        values: dict[str, Any] = {"status": "failed", "finished": now(), "error": error}
+        if self.store.transition(job.id, ("running",), event, **values):
             self.metrics.jobs.labels("failed").inc()
             LOG.warning("job failed", extra={"job": job.id, "why": message})
 

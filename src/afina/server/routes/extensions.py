@@ -92,12 +92,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         make = lambda: state.formats.of(names).build(chat).tokens  # noqa: E731
     state.text_limit.check([body.prompt, body.messages, body.tools], "prompt")
     tokens = await state.run_in_tokenizer_thread(make)
-    names = state.base.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+    to_strings = state.base.tokenizer.convert_ids_to_tokens
+    strings = to_strings(tokens) if body.return_token_strs else None
     return {
         "count": len(tokens),
         "max_model_len": state.base.max_positions,
         "tokens": tokens,
-        "token_strs": names,
+        "token_strs": strings,
     }
 
 
