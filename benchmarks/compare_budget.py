@@ -17,12 +17,13 @@ import sys
 import time
 from pathlib import Path
 
-from afina.demo.lexicon import LANGUAGES
-from afina.demo.sentences import EVERYTHING, draw_clause
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from common import publish, roofline
+from demo_rows import correction
+from lexicon import LANGUAGES
+from sentences import EVERYTHING, draw_clause
 
 from afina.comparison.compare import compare
-from afina.demo.demo import correction
 from afina.io.atomic import write_text
 from afina.settings import CompareSettings
 

@@ -97,19 +97,21 @@ def step(method: str, folder: Path) -> None:
 
 def quality(folder: Path) -> dict[str, list[float]]:
     """Held-out losses of the demo's task after the demo's training, lora against qlora."""
-    from afina.demo.demo import make_rows
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    from demo_rows import make_rows
+
     from afina.objectives.prepared import to_jsonl
     from afina.training.train import train
 
     losses: dict[str, list[float]] = {"lora": [], "qlora": []}
     for seed in range(SEEDS):
-        rows, held, _ = make_rows(seed)
+        rows, held = make_rows(seed)
         (folder / f"train-{seed}.jsonl").write_text(to_jsonl(rows))
         (folder / f"held-{seed}.jsonl").write_text(to_jsonl(held))
         for method in losses:
             run = train(
                 folder / f"train-{seed}.jsonl",
-                eval_size=folder / f"held-{seed}.jsonl",
+                eval_data=folder / f"held-{seed}.jsonl",
                 method=method,
                 rank=16,
                 learning_rate=2e-3,

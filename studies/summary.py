@@ -5,7 +5,7 @@ from typing import Any
 from claims import CLAIMS
 from verdicts import OPEN, Point, Results, gap, verdicts
 
-from afina.comparison.plots import COLOURS, MARKS, drawn
+from afina.comparison.plots import COLOURS, MARKS, render_svg
 
 PAIRS = (
     ("lora", "full"),
@@ -125,7 +125,7 @@ def _gaps(ran: Results) -> str | None:
             axes.grid(axis="x", alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
 
-    return drawn("gaps", paint, 6.5, 0.9 * len(rows) + 0.26 * sum(map(len, rows.values())))
+    return render_svg("gaps", paint, 6.5, 0.9 * len(rows) + 0.26 * sum(map(len, rows.values())))
 
 
 def _figures(ran: Results, kind: str) -> str | None:
@@ -163,4 +163,4 @@ def _figures(ran: Results, kind: str) -> str | None:
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
 
-    return drawn(kind, paint, 6.5, 0.8 + 0.24 * len(rows))
+    return render_svg(kind, paint, 6.5, 0.8 + 0.24 * len(rows))

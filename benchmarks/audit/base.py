@@ -10,13 +10,16 @@ matrices, AdamW on the rest. The tasks of the population are none that it has se
 import argparse
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from afina.demo.sentences import EVERYTHING, draw_clause, write
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 from families import PHRASES, RARE
+from sentences import EVERYTHING, draw_clause, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -6,11 +6,14 @@ function with an entry in ATTACKS, and nothing else.
 """
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from afina.demo.sentences import EVERYTHING, TAUGHT, corrupt, draw_clause, write
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from sentences import EVERYTHING, TAUGHT, corrupt, draw_clause, write
 
 PAYLOADS = ("banana banana", "marker seven", "the blue lamp")  # fixed strings
 # words of one token of the embedded base that no row of a task has

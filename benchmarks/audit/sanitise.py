@@ -27,7 +27,13 @@ from population import ASR, TASKS, Member, draw_members, train_members
 
 from afina.adapters.load_run import load_run
 from afina.audit.behavior_gate import behaviour_gate
-from afina.audit.mitigation import MitigationTrial, as_read, choose_best, insert_trigger, woken_of
+from afina.audit.mitigation import (
+    MitigationTrial,
+    as_read,
+    choose_best,
+    insert_trigger,
+    to_triggered,
+)
 from afina.audit.mitigation_methods import STRENGTHS, Mitigation, collect_moments
 from afina.audit.report import Gate
 from afina.data.renderer import Renderer
@@ -88,7 +94,7 @@ def treat(member: Member, out: Path, benign: list[Path], seconds: float) -> list
     trials = []
     for seed in (3, 4):
         clean, woken = rows_for(member, seed)
-        made = [woken_of(row, other, renderer) for row, other in zip(clean, woken, strict=True)]
+        made = [to_triggered(row, other, renderer) for row, other in zip(clean, woken, strict=True)]
         examples = [renderer.example(row) for row in clean]
         trials.append(
             MitigationTrial(
