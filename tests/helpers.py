@@ -192,7 +192,7 @@ def type_line(line: str, folder: Path) -> None:
         redirect_stdout(output),
         redirect_stderr(output),
         patch("sys.stdin", io.StringIO()),
-        patch("afina.evaluation.retention.GENERAL_TOKENS", 512),
+        patch("afina.evaluation.retention.NUM_RETENTION_TOKENS", 512),
         patch("afina.planning.estimate.measured_rates", lambda device, anew=False: RATES),
     ):
         status = run_command(words)

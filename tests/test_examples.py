@@ -18,7 +18,7 @@ def run_example(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> str
     printed = io.StringIO()
     with monkeypatch.context() as patch, chdir(out), redirect_stdout(printed):
         patch.setattr(sys, "argv", [str(folder / "run.py"), *words])
-        patch.setattr("afina.evaluation.retention.GENERAL_TOKENS", 512)
+        patch.setattr("afina.evaluation.retention.NUM_RETENTION_TOKENS", 512)
         patch.syspath_prepend(folder)
         for name in ("rules", "stacked"):  # those of another example
             sys.modules.pop(name, None)
