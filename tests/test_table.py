@@ -339,6 +339,11 @@ def test_keys_of_turns_are_read_named_or_refused(tmp_path: Path) -> None:
             read(**{name: value})
 
 
+def test_a_label_next_to_a_text_is_named_where_the_text_alone_is_read(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", {"text": "some words", "label": "x"})
+    assert read_table(file, SFT).unused_columns == {"label": 1}
+
+
 def test_own_schemas_are_registered() -> None:
     for schema in (SFT, PREFERENCE, PROMPT, LABELED):
         assert ROW_SCHEMAS.get(schema.name) is type(schema)

@@ -38,8 +38,10 @@ def check_unread(
             if name in refused or schema.keeps_record:
                 continue
             meaning = refused_meaning(str(name), value)
-            if meaning is None:
-                continue
+            if meaning is None or (
+                format == "text" and schema.name == "sft" and name in LABEL_NAMES
+            ):
+                continue  # labels next to texts are learned unless the text alone is requested
             texts = _leaves_read(record) if texts is None else texts
             if not _repeats(value, texts):
                 refused[name] = record, meaning
