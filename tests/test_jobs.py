@@ -422,7 +422,7 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
     ("values", "word"),
     [
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 4}}}}, "batch_size"),
-        ({"method": {"type": "dpo", "supervised": {}}}, "another method"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         ({"extra_body": {"afina": {"init_adapter": "/etc"}}}, "init_adapter"),
         ({"method": {"type": "reinforcement"}}, "reinforcement"),
         ({"method": {"type": "telepathy"}}, "telepathy"),
@@ -436,7 +436,7 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
                     "reinforcement": {"grader": SAME, "response_format": {"type": "json_object"}},
                 }
             },
-            "freely",
+            "free text",
         ),
         (
             {
@@ -461,8 +461,8 @@ def test_rows_that_cannot_be_used_fail_the_job_with_their_line(
         ({"extra_body": {"afina": {"method": "full"}}}, "full"),
         ({"extra_body": {"learning": 1}}, "learning"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
-        ({"suffix": "../up"}, "suffix"),
-        ({"model": "another"}, "made for the base"),
+        ({"suffix": "u" * 1001}, "suffix"),
+        ({"model": "another"}, "jobs train adapters of the base"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
     ],
 )

@@ -112,11 +112,14 @@ def describe_columns(
         for name, value in record.items():
             kept = values.setdefault(str(name), [])
             kept += [] if is_blank(value) else [value]
-    roles: dict[str, str | None] = {}
-    roles |= {c: _FIELD_ROLES.get(f) for f, c in (given or {}).items() if isinstance(c, str)}
+    roles: dict[str, str | None] = {
+        column: _FIELD_ROLES.get(field)
+        for field, column in (given or {}).items()
+        if isinstance(column, str)
+    }
     lower = {name.lower() for name in values}
     if {"q", "a"} <= lower:
-        roles = dict.fromkeys((n for n in values if n.lower() == "a"), ANSWER) | roles
+        roles = {**dict.fromkeys((n for n in values if n.lower() == "a"), ANSWER), **roles}
     return [
         Column(name, roles.get(name) or meaning_of(name), _kind_of_values(own), own)
         for name, own in values.items()
@@ -224,6 +227,8 @@ def _find_texts(columns: Sequence[Column]) -> list[Column]:
 
 
 def _is_text(column: Column) -> bool:
+    if column.role == ANSWER and column.kind in ("number", "fraction"):
+        return True  # the answers to sums: by its name it is nothing else
     if column.kind != "text":
         return False
     if column.role in (ANSWER, PROMPT, CONTEXT, TEXT):

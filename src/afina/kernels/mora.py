@@ -167,8 +167,8 @@ def _to_ints(layouts: Sequence[MoRALayout]) -> list[int]:
 
 
 def _from_ints(numbers: Sequence[int]) -> list[MoRALayout]:
-    fields = zip(*[iter(numbers)] * 6, strict=True)
-    return [MoRALayout(*sizes, bool(shares), bool(rotates)) for *sizes, shares, rotates in fields]
+    fields = [numbers[start : start + 6] for start in range(0, len(numbers), 6)]
+    return [MoRALayout(*own[:4], bool(own[4]), bool(own[5])) for own in fields]
 
 
 def pack_mora(m: Tensor, dtype: torch.dtype, transposed: bool = True) -> Tensor:

@@ -112,7 +112,7 @@ class ImagePreprocessor:
 def _height_and_width(size: Any) -> tuple[int, int]:
     if isinstance(size, dict):
         edge = size.get("shortest_edge")
-        return int(size.get("height", edge)), int(size.get("width", edge))
+        return size.get("height", edge), size.get("width", edge)  # type: ignore[return-value]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
