@@ -359,11 +359,37 @@ def test_completions_go_on_with_texts_and_tokens(
     assert pieces == expected
 
 
+def test_prompts_have_logprobs_where_they_are_echoed(
+    server: Live, client: openai.OpenAI, alone: Any
+) -> None:
+    """As lm-evaluation-harness scores: nothing of the prefix cache, and no token is returned."""
+    import torch
+
+    text = "the sol and the luna went by the road at night " * 4
+    tokens = alone.renderer.prompt(text, raw=True)
+    with torch.no_grad():
+        logits = alone.base.all_logits(
+            torch.tensor(tokens), torch.arange(len(tokens)), (0, len(tokens))
+        )
+    expected = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    for more in ({}, {}, {"stream": True}):  # the second time, the prefix would be cached
+        got = client.completions.create(
+            model=name_of(server), prompt=text, max_tokens=0, echo=True, logprobs=2, **more
+        )
+        choice = next(iter(got)).choices[0] if more else got.choices[0]
+        told = choice.logprobs
+        assert choice.text == text and told.token_logprobs[0] is None
+        assert told.token_logprobs[1:] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert len(told.tokens) == len(told.text_offset) == len(tokens)
+        assert max(told.top_logprobs[1].values()) >= told.token_logprobs[1]
+    assert got and choice.finish_reason in (None, "length")
+
+
 def test_completions_refuse_what_they_cannot_do(client: openai.OpenAI) -> None:
     wrong: list[dict[str, Any]] = [
         {"suffix": "end"},
         {"best_of": 3},
-        {"echo": True, "logprobs": 1},
+        {"max_tokens": 0},
         {"prompt": [99_999]},
         {"prompt": []},
     ]

@@ -204,8 +204,15 @@ class EngineLoop:
             if finish:
                 text += sequence.end_text()
         logprobs = (logprob,) if sampling.logprobs is not None else ()
-        cached = sequence.num_cached_tokens
-        chunk = OutputChunk(text, (token,), logprobs, finish, num_cached_tokens=cached)
+        is_first = sequence.num_completion_tokens == 1
+        chunk = OutputChunk(
+            text,
+            (token,),
+            logprobs,
+            finish,
+            num_cached_tokens=sequence.num_cached_tokens,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first else (),
+        )
         if finish:
             self._remove(sequence)
         self._emit(sequence, chunk)

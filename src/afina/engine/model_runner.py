@@ -4,16 +4,19 @@ chunks     | prompt of s4, tokens 512..767 | s1 | s2 | s3 |        one packed ba
 segments     (0, 256, "law")                 (256, 257, "tone")    active adapters by token range
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from afina.adapters.segments import Segment, Segments
 from afina.engine.kv_cache import KVCache
+from afina.engine.request import Logprob
 from afina.engine.sequence import ScheduledChunk, SequenceState
 from afina.models.causal_lm import CausalLM
 from afina.models.packed_attention import AttentionMetadata
+
+SCORED_ROWS = 64  # tokens whose logits are computed at once: 39 MB with a vocabulary of 152,000
 
 
 class ModelRunner:
@@ -27,7 +30,7 @@ class ModelRunner:
     def run(
         self, chunks: Sequence[ScheduledChunk], segments: Segments | None = None
     ) -> tuple[list[SequenceState], Tensor]:
-        """Compute the chunks.
+        """Compute the chunks, and log-probabilities of prompts where they are requested.
 
         Args:
             segments: active adapters, where they are not each sequence's own.
@@ -40,7 +43,13 @@ class ModelRunner:
         complete = [n for n, (s, count) in enumerate(chunks) if s.num_uncomputed_tokens == count]
         active = segments or self.segments(chunks, metadata.cu_seqlens)
         with self.base.forward_context.use(active):
-            logits = self.base.next_token_logits(tokens, positions, metadata, complete)
+            read = self.base.logits_reader(tokens, positions, metadata)
+            logits = read([metadata.cu_seqlens[n + 1] - 1 for n in complete])
+            for (sequence, count), start in zip(chunks, metadata.cu_seqlens, strict=False):
+                if sequence.is_scored:
+                    score_prompt(
+                        sequence, count, lambda rows, at=start: read([at + r for r in rows])
+                    )
         return [chunks[n][0] for n in complete], logits
 
     @torch.no_grad()
@@ -99,3 +108,27 @@ def _on_all_tokens(sequence: SequenceState) -> Segments:
     """Return the adapters of `sequence` as active on all tokens of the batch."""
     labels = {content.hash: content.layer_key for content in sequence.adapters}
     return Segments(tuple((labels[name], weight) for name, weight, _ in sequence.adapter_spans))
+
+
+def score_prompt(
+    sequence: SequenceState, count: int, read: Callable[[Sequence[int]], Tensor]
+) -> None:
+    """Add the log-probabilities of the prompt's tokens that follow those of a chunk.
+
+    Args:
+        count: tokens of the chunk, which begins at `sequence.num_computed_tokens`.
+        read: logits after tokens of the chunk, float32 `(num_tokens, vocab_size)`.
+    """
+    first, top = sequence.num_computed_tokens, sequence.request.sampling.prompt_logprobs or 0
+    del sequence.prompt_logprobs[first:]  # of an attempt that failed
+    following = sequence.token_ids[first + 1 : first + count + 1]
+    for start in range(0, len(following), SCORED_ROWS):
+        targets = following[start : start + SCORED_ROWS]
+        scores = read(range(start, start + len(targets))).log_softmax(-1)
+        own = scores.gather(-1, torch.tensor(targets, device=scores.device)[:, None])[:, 0].tolist()
+        best = scores.topk(min(top, scores.shape[-1]))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        sequence.prompt_logprobs += [
+            Logprob(token, value, tuple(zip(tokens, values, strict=True)))
+            for token, value, (tokens, values) in zip(targets, own, pairs, strict=True)
+        ]

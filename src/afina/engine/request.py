@@ -30,6 +30,8 @@ class SamplingParams:
         grammar: grammar of the completion in llguidance's form of Lark; replaces `json_schema`.
         min_tokens: stop tokens are not sampled before this many tokens.
         skip_special_tokens: whether special tokens are left out of the text.
+        prompt_logprobs: most probable tokens to report with each token of the prompt; None: the
+            prompt has no log-probabilities. Such a prompt is computed without the prefix cache.
     """
 
     max_new_tokens: int = 128
@@ -49,6 +51,7 @@ class SamplingParams:
     grammar: str | None = None
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class OutputChunk:
         cause: the exception behind `error`, which may name files of this machine.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         embedding: vector of length 1, in the last chunk of a request for an embedding.
+        prompt_logprobs: of each token of the prompt but the first, in the first chunk.
     """
 
     text: str = ""
@@ -116,6 +120,7 @@ class OutputChunk:
     cause: Exception | None = None
     num_cached_tokens: int = 0
     embedding: tuple[float, ...] = ()
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)

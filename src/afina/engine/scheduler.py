@@ -255,11 +255,13 @@ class Scheduler:
     def _match_prefix(self, sequence: SequenceState) -> None:
         """Take over blocks of the prefix cache, but for the last token: its logits are needed.
 
-        An embedding needs the hidden states of all tokens, which are not cached.
+        An embedding needs the hidden states of all tokens, which are not cached; log-probabilities
+        of the prompt need its logits.
         """
         client = sequence.request.client
         full_blocks = (len(sequence.token_ids) - 1) // self.cache.block_size
-        end = 0 if sequence.request.is_embedding else full_blocks
+        needs_all = sequence.request.is_embedding or sequence.is_scored
+        end = 0 if needs_all else full_blocks
         nodes = self.memory.tree.match(sequence.block_keys(end))
         if not sequence.is_counted:  # what other clients have computed is not reported
             own = sum(1 for _ in takewhile(lambda node: client in node.clients, nodes))

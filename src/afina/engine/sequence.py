@@ -11,7 +11,7 @@ from afina.engine.adapter_registry import AdapterRecord, LiveAdapter
 from afina.engine.block_pool import BLOCK_SIZE
 from afina.engine.detokenizer import Detokenizer
 from afina.engine.prefix_cache import Key, PrefixNode, block_keys
-from afina.engine.request import GenerationRequest, OnOutput
+from afina.engine.request import GenerationRequest, Logprob, OnOutput
 from afina.engine.sampler import Sampler
 
 AdapterSpan = tuple[str, float, int]  # content hash, weight, first token
@@ -38,6 +38,7 @@ class SequenceState:
         is_counted: whether the engine's statistics include it.
         hidden_sum: sum of the last hidden states so far, float32 `(hidden_size,)`, of a request
             for an embedding.
+        prompt_logprobs: of the prompt's tokens after the first, where they are requested.
     """
 
     seq_id: int
@@ -56,6 +57,7 @@ class SequenceState:
     status: SequenceStatus = SequenceStatus.WAITING
     is_counted: bool = False
     hidden_sum: Tensor | None = None
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt)
@@ -74,6 +76,11 @@ class SequenceState:
     def client_id(self) -> str:
         """Client of the fair queue: the request's own, or else its set of adapters."""
         return self.request.client or "+".join(part.adapter for part in self.request.adapters)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the next chunk is a part of a prompt whose log-probabilities are requested."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_completion_tokens == 0
 
     @property
     def num_uncomputed_tokens(self) -> int:

@@ -204,12 +204,30 @@ class CausalLM(FrozenModel):
         ends = bounds.cu_seqlens if isinstance(bounds, AttentionMetadata) else bounds
         chosen = range(len(ends) - 1) if wanted is None else wanted
         last = [ends[sequence + 1] - 1 for sequence in chosen]
+        return self.logits_reader(tokens, positions, bounds)(last)
+
+    def logits_reader(
+        self,
+        tokens: Tensor,  # (num_tokens,)
+        positions: Tensor,  # (num_tokens,)
+        bounds: tuple[int, ...] | AttentionMetadata,
+    ) -> Callable[[Sequence[int]], Tensor]:
+        """Run one forward pass; return what computes the logits after ascending token indices.
+
+        The logits are float32 `(num_indices, vocab_size)`; all at once may not fit into memory.
+        """
         if not self._split_head:
-            return self._complete_forward(tokens, positions, bounds)[last]
-        index = torch.tensor(last, dtype=torch.int64, device=tokens.device)
-        hidden = self.hidden_states(tokens, positions, bounds)[index]
-        with self.forward_context.use(self.forward_context.segments.select(last)):
-            return self.logits(hidden)
+            whole = self._complete_forward(tokens, positions, bounds)
+            return lambda rows: whole[list(rows)]
+        hidden = self.hidden_states(tokens, positions, bounds)
+        segments = self.forward_context.segments
+
+        def read(rows: Sequence[int]) -> Tensor:
+            index = torch.tensor(list(rows), dtype=torch.int64, device=hidden.device)
+            with self.forward_context.use(segments.select(rows)):
+                return self.logits(hidden[index])
+
+        return read
 
     def _complete_forward(
         self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...] | AttentionMetadata

@@ -1,6 +1,7 @@
 """Log-probabilities in the form of OpenAI's two APIs: text, bytes and logprob of each token."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from afina.engine.request import Logprob
@@ -54,10 +55,27 @@ def chat_logprobs(base: CausalLM, logprobs: Sequence[Logprob]) -> dict[str, Any]
     return {"content": content, "refusal": None}
 
 
+def prompt_and_text_logprobs(
+    base: CausalLM,
+    prompt: Sequence[int],
+    prompt_logprobs: Sequence[Logprob],
+    logprobs: Sequence[Logprob],
+) -> dict[str, Any]:
+    """Return `logprobs` of a choice with echo: the first token of the prompt has none."""
+    first = token_bytes(base, prompt[0]).decode(errors="replace")
+    rest = text_logprobs(base, [*prompt_logprobs, *logprobs], len(first))
+    return {
+        "tokens": [first, *rest["tokens"]],
+        "token_logprobs": [None, *rest["token_logprobs"]],
+        "top_logprobs": [None, *rest["top_logprobs"]],
+        "text_offset": [0, *rest["text_offset"]],
+    }
+
+
 def text_logprobs(base: CausalLM, logprobs: Sequence[Logprob], start: int = 0) -> dict[str, Any]:
     """Return `logprobs` of a choice of completions; `start` is the first `text_offset`."""
     pieces = [token_bytes(base, p.token).decode(errors="replace") for p in logprobs]
-    offsets = [start + sum(len(piece) for piece in pieces[:n]) for n in range(len(pieces))]
+    offsets = [*accumulate(map(len, pieces), initial=start)][:-1]
     top = [
         {
             token_bytes(base, token).decode(errors="replace"): max(value, MIN_LOGPROB)

@@ -151,9 +151,9 @@ COMPLETIONS = (
     _SAMPLING
     | _used(
         prompt="a text or token ids, or a list of them",
-        max_tokens="most tokens of a completion, 16 by default",
+        max_tokens="most tokens of a completion, 16 by default; 0 with echo scores the prompt",
         logprobs="log-probabilities with the most probable tokens, 0 to 5",
-        echo="the prompt before the completion",
+        echo="the prompt before the completion, with its logprobs where they are requested",
         best_of="only equal to n, since all completions are returned",
         add_special_tokens="false leaves out the first (BOS) token of a text (as in vLLM)",
     )

@@ -282,10 +282,8 @@ class CompletionRequest(SamplingRequest):
     def _check_parameters(self) -> "CompletionRequest":
         if self.best_of not in (None, self.n):
             raise invalid("best_of", "best_of must equal n, since all completions are returned")
-        if self.max_tokens == 0:
-            raise invalid("max_tokens", "max_tokens is 0: at least 1 token is generated")
-        if self.echo and self.logprobs is not None:
-            raise invalid("echo", "echo is not valid with logprobs: those of prompts are missing")
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "max_tokens is 0: nothing is returned without echo")
         if self.n * len(prompts_of(self.prompt)) > 256:
             raise invalid("prompt", "prompt: at most 256 completions in one request")
         return self

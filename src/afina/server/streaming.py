@@ -41,6 +41,7 @@ class CompletionBuffer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     finish: FinishReason = "stop"
     cached: int = 0
 
@@ -141,6 +142,7 @@ class CompletionStream:
             written.text += event.text
             written.tokens += event.token_ids
             written.logprobs += event.logprobs
+            written.prompt_logprobs += event.prompt_logprobs
             if event.finish_reason is not None:
                 written.finish, written.cached = event.finish_reason, event.num_cached_tokens
                 left -= 1

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,10 +10,16 @@ from fastapi.responses import JSONResponse
 
 from afina.server.auth import current_principal
 from afina.server.errors import APIError
-from afina.server.logprobs import text_logprobs
+from afina.server.logprobs import prompt_and_text_logprobs, text_logprobs
 from afina.server.schemas import CompletionRequest, prompts_of
 from afina.server.state import ServerState, get_state, note_ignored, requested_model
-from afina.server.streaming import CompletionStream, EventStream, requests_for, sse
+from afina.server.streaming import (
+    CompletionBuffer,
+    CompletionStream,
+    EventStream,
+    requests_for,
+    sse,
+)
 
 router = APIRouter()
 
@@ -36,8 +42,9 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         body,
         chosen,
         tokens,
-        None if body.max_tokens == -1 else body.max_tokens,
+        None if body.max_tokens == -1 else max(1, body.max_tokens),
         logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
         json_schema=body.json_schema,
         skip_special_tokens=body.skip_special_tokens,
     )
@@ -52,23 +59,46 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         "model": chosen.label,
     }
     if body.stream:
-        return EventStream(
-            answers, _stream(state, body, answers, head, echoes, len(prompts)), chosen.headers
-        )
+        content = _stream(state, body, answers, head, echoes, len(prompts))
+        return EventStream(answers, content, chosen.headers)
     written = await answers.collect(request.receive)
     choices = [
-        {
-            "index": number,
-            "text": echoes[number] + one.text,
-            "logprobs": None if body.logprobs is None else text_logprobs(state.base, one.logprobs),
-            "finish_reason": one.finish,
-        }
+        _choice(state, body, number, requests[number].prompt, echoes[number], one)
         for number, one in enumerate(written)
     ]
-    payload = head | {"choices": choices, "usage": answers.usage(len(prompts))}
-    return JSONResponse(
-        payload | ({"afina": chosen.choice} if chosen.choice else {}), headers=chosen.headers
-    )
+    payload = head | {"choices": choices, "usage": _usage(body, answers, len(prompts))}
+    return JSONResponse(payload | chosen.body, headers=chosen.headers)
+
+
+def _choice(
+    state: ServerState,
+    body: CompletionRequest,
+    number: int,
+    prompt: Sequence[int],
+    echo: str,
+    one: CompletionBuffer,
+) -> dict[str, Any]:
+    """Return one choice; with `max_tokens` 0 it is the prompt alone."""
+    is_empty = body.max_tokens == 0
+    logprobs, generated = None, () if is_empty else one.logprobs
+    if body.logprobs is not None and body.echo:
+        logprobs = prompt_and_text_logprobs(state.base, prompt, one.prompt_logprobs, generated)
+    elif body.logprobs is not None:
+        logprobs = text_logprobs(state.base, generated)
+    return {
+        "index": number,
+        "text": echo + ("" if is_empty else one.text),
+        "logprobs": logprobs,
+        "finish_reason": "length" if is_empty else one.finish,
+    }
+
+
+def _usage(body: CompletionRequest, answers: CompletionStream, prompts: int) -> dict[str, Any]:
+    """Return the token counts; a token is generated for `max_tokens` 0 too, and not returned."""
+    usage = answers.usage(prompts)
+    if body.max_tokens == 0:
+        usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+    return usage
 
 
 async def _stream(
@@ -79,27 +109,30 @@ async def _stream(
     echoes: list[str],
     prompts: int,
 ) -> AsyncIterator[str]:
-    """Yield the chunks of all completions in order of arrival."""
+    """Yield the chunks of all completions in order of arrival; an echo is in the first ones."""
     has_usage = body.stream_options is not None and body.stream_options.include_usage
     head = head | ({"usage": None} if has_usage else {})
-    offsets = [0] * len(echoes)
+    offsets, is_first = [0] * len(echoes), [True] * len(echoes)
     try:
         async for number, event in answers.events():
-            text, echoes[number] = echoes[number] + event.text, ""
-            logprobs = None
-            if body.logprobs is not None:
-                logprobs = text_logprobs(state.base, event.logprobs, offsets[number])
-                offsets[number] += sum(map(len, logprobs["tokens"]))
-            choice = {
-                "index": number,
-                "text": text,
-                "logprobs": logprobs,
-                "finish_reason": event.finish_reason,
-            }
-            if text or event.logprobs or event.finish_reason:
-                yield sse(head | {"choices": [choice]})
+            one = CompletionBuffer(event.text, list(event.token_ids), list(event.logprobs))
+            one.prompt_logprobs = list(event.prompt_logprobs)
+            one.finish = event.finish_reason or one.finish
+            if not (is_first[number] or one.text or one.logprobs or event.finish_reason):
+                continue
+            with_echo = body.model_copy(update={"echo": body.echo and is_first[number]})
+            prompt = answers.requests[number].prompt
+            echo = echoes[number] if is_first[number] else ""
+            choice = _choice(state, with_echo, number, prompt, echo, one)
+            is_first[number] = False
+            choice["finish_reason"] = choice["finish_reason"] if event.finish_reason else None
+            if choice["logprobs"]:
+                places = choice["logprobs"]["text_offset"]
+                choice["logprobs"]["text_offset"] = [offsets[number] + at for at in places]
+                offsets[number] += sum(map(len, choice["logprobs"]["tokens"]))
+            yield sse(head | {"choices": [choice]})
         if has_usage:
-            yield sse(head | {"choices": [], "usage": answers.usage(prompts)})
+            yield sse(head | {"choices": [], "usage": _usage(body, answers, prompts)})
     except APIError as error:
         yield sse(error.body)
     yield "data: [DONE]\n\n"

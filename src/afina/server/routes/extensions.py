@@ -114,6 +114,20 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     return {"prompt": text}
 
 
+@router.get("/tokenizer_info")
+def tokenizer_info(request: Request) -> dict[str, Any]:
+    """Return class, special tokens and chat template of the tokenizer, as in vLLM."""
+    state = get_state(request)
+    tokenizer = state.base.tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "model_max_length": state.base.max_positions,
+        **{name: getattr(tokenizer, name, None) for name in names},
+        "chat_template": state.renderer.template.jinja,
+    }
+
+
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 def load_lora_adapter(body: LoadRequest, request: Request, caller: Admin) -> str:
     """Register an adapter, or replace it with `load_inplace`."""
