@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 QUESTION = "What is the weather in Lima?"
 SCHEMA = {
@@ -32,7 +32,7 @@ def openai_chat(url: str, model: str) -> None:
     from pydantic import BaseModel
 
     class City(BaseModel):
-        city: str
+        city: Literal["Lima", "Cusco"]
 
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -70,7 +70,7 @@ def openai_responses(url: str, model: str) -> None:
     from pydantic import BaseModel
 
     class City(BaseModel):
-        city: str
+        city: Literal["Lima", "Cusco"]
 
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     tool: Any = {"type": "function", **TOOL["function"], "strict": True}
@@ -126,7 +126,7 @@ def langchain(url: str, model: str) -> None:
     class City(BaseModel):
         """A city."""
 
-        city: str
+        city: Literal["Lima", "Cusco"]
 
     chat = ChatOpenAI(model=model, base_url=f"{url}/v1", api_key="none", max_tokens=60)
     assert chat.invoke(QUESTION).content is not None
@@ -148,7 +148,7 @@ def instructor(url: str, model: str) -> None:
     from pydantic import BaseModel
 
     class City(BaseModel):
-        city: str
+        city: Literal["Lima", "Cusco"]
 
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
         client = instructor.from_openai(
@@ -158,7 +158,7 @@ def instructor(url: str, model: str) -> None:
             model=model,
             messages=[{"role": "user", "content": QUESTION}],
             response_model=City,
-            max_tokens=80,
+            max_tokens=600,
             max_retries=0,
         )
         assert isinstance(got, City)
@@ -166,8 +166,6 @@ def instructor(url: str, model: str) -> None:
 
 def pydantic_ai(url: str, model: str) -> None:
     """An agent with a typed result."""
-    from typing import Literal
-
     from pydantic import BaseModel
     from pydantic_ai import Agent
     from pydantic_ai.models.openai import OpenAIChatModel
@@ -198,7 +196,7 @@ def openai_agents(url: str, model: str) -> None:
     asked = []
 
     @function_tool
-    def weather(city: str) -> str:
+    def weather(city: Literal["Lima", "Cusco"]) -> str:
         """Return the weather of a city."""
         asked.append(city)
         return "sunny"
@@ -242,7 +240,7 @@ def lm_eval(url: str, model: str) -> None:
     scorer = LocalCompletionsAPI(
         base_url=f"{url}/v1/completions",
         model=model,
-        tokenizer_backend="remote" if "--remote" in sys.argv else None,
+        tokenizer_backend="remote",
         tokenized_requests=False,
         max_length=512,
     )

@@ -17,11 +17,13 @@ PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 CLIENTS = (
     "openai_chat",
     "openai_responses",
+    "openai_batches",
     "langchain",
     "instructor",
     "pydantic_ai",
     "openai_agents",
     "litellm",
+    "lm_eval",
 )
 pytestmark = [
     pytest.mark.slow,

@@ -16,11 +16,13 @@ from starlette.middleware.cors import CORSMiddleware
 import afina
 from afina.errors import AfinaError
 from afina.server.auth import require_admin
+from afina.server.batches import BatchRunner
 from afina.server.errors import APIError, server_fault, to_api_error
 from afina.server.logs import LOG
 from afina.server.middleware import ClientDisconnected, RequestMiddleware
 from afina.server.paths import unknown_path, wrong_method
 from afina.server.routes import (
+    batches,
     chat,
     completions,
     embeddings,
@@ -34,7 +36,18 @@ from afina.server.routes import (
 from afina.server.state import ServerState, get_state
 from afina.server.validation import describe_errors
 
-ROUTES = (chat, completions, embeddings, responses, models, files, jobs, graders, extensions)
+ROUTES = (
+    chat,
+    completions,
+    embeddings,
+    responses,
+    models,
+    files,
+    jobs,
+    graders,
+    batches,
+    extensions,
+)
 MIN_FREE_BYTES = 64_000_000  # of the state directory's disk: below, files and jobs would fail
 
 
@@ -42,8 +55,10 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
     """Return the ASGI application; `stop` is called after its last request."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.batches.resume()
         yield
+        app.state.batches.stop()
         stop()
 
     app = FastAPI(
@@ -54,7 +69,7 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
         docs_url=None,
         redoc_url=None,
     )
-    app.state.afina = state
+    app.state.afina, app.state.batches = state, BatchRunner(state, app)
     for module in ROUTES:
         app.include_router(module.router)
     app.add_api_route("/healthz", healthz)

@@ -25,6 +25,7 @@ from afina.server.state import ServerState
 DEPLOYMENT = re.compile(r"/openai/deployments/(.+?)/(chat/completions|completions|embeddings)")
 PUBLIC_PATHS = ("/", "/docs", "/health", "/healthz", "/readyz")  # without a key
 UPLOAD = "/v1/files"
+CALLER = "afina.caller"  # key of the scope of an internal request: its sender
 BODY_SECONDS = 120.0  # a body that takes longer to arrive is rejected
 FORM_BYTES = 65_536  # of an upload besides the file: multipart boundaries and fields
 Result = TypeVar("Result")
@@ -97,7 +98,7 @@ class RequestMiddleware:
         limit = settings.max_file_bytes + FORM_BYTES if upload else settings.max_body_bytes
         if path not in PUBLIC_PATHS:
             address = (scope.get("client") or ("", 0))[0]
-            caller = replace(self.state.keys.caller(headers), address=address)
+            caller = scope.get(CALLER) or replace(self.state.keys.caller(headers), address=address)
             scope["state"]["caller"], scope["state"]["log"]["key"] = caller, caller.name
             CLIENT.set(caller.client)
             if upload and caller.name is None and not caller.admin:

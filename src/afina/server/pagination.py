@@ -7,20 +7,20 @@ from sqlalchemy import and_, or_
 
 from afina.server.auth import Principal
 from afina.server.errors import not_found
-from afina.server.store import FileRow, JobRow, Store
+from afina.server.store import BatchRow, FileRow, JobRow, Store
 
 
 def paginate(
     store: Store,
     caller: Principal,
-    table: type[FileRow] | type[JobRow],
+    table: type[FileRow] | type[JobRow] | type[BatchRow],
     to_response: Callable[[Any], dict[str, Any]],
     limit: int,
     after: str | None = None,
     *where: Any,
     newest_first: bool = True,
 ) -> dict[str, Any]:
-    """Return a page of the files or jobs that the caller can see.
+    """Return a page of the files, jobs or batches that the caller can see.
 
     Raises:
         APIError: 404 where `after` is not one of them.

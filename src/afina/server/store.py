@@ -125,6 +125,37 @@ class AdapterRow(BaseRow):
     bytes: Mapped[int] = mapped_column(default=0, server_default="0")  # in the state directory
 
 
+class BatchRow(BaseRow):
+    """A batch of requests.
+
+    `status`: validating, in_progress, cancelling, completed, failed or cancelled.
+
+    Attributes:
+        admin: rights of its requests.
+        details: metadata of its sender.
+        errors: of lines that are not valid.
+        total: number of requests; `completed` and `failed` count them once the batch has ended.
+    """
+
+    __tablename__ = "batches"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str | None] = mapped_column(index=True)
+    admin: Mapped[bool]
+    status: Mapped[str] = mapped_column(index=True)
+    endpoint: Mapped[str]
+    input_file: Mapped[str]
+    output_file: Mapped[str | None]
+    error_file: Mapped[str | None]
+    details: Mapped[dict[str, Any]]
+    errors: Mapped[list[Any]] = mapped_column(JSON, default=list)
+    total: Mapped[int] = mapped_column(default=0)
+    completed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    created: Mapped[int] = mapped_column(default=now)
+    started: Mapped[int | None]
+    finished: Mapped[int | None]
+
+
 Row = TypeVar("Row", bound=BaseRow)
 
 

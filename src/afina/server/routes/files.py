@@ -12,13 +12,13 @@ from fastapi.responses import FileResponse
 from afina.io.atomic import atomic_file
 from afina.server.auth import Principal, require_key
 from afina.server.errors import APIError, not_found
-from afina.server.pagination import list_page, paginate
+from afina.server.pagination import paginate
 from afina.server.state import ServerState, get_state
 from afina.server.store import FileRow, JobRow
 
 router = APIRouter()
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-PURPOSE = "fine-tune"
+PURPOSES = ("fine-tune", "batch")  # of uploads; "batch_output" is that of results
 Owner = Annotated[Principal, Depends(require_key)]
 Limit = Annotated[int, Query(ge=1, le=10_000)]
 
@@ -34,12 +34,11 @@ def path_of(state: ServerState, file: FileRow) -> Path:
 def upload(
     request: Request, caller: Owner, file: UploadFile, purpose: Annotated[str, Form()]
 ) -> dict[str, Any]:
-    """Store a file of rows for fine-tuning jobs."""
+    """Store a file of rows for fine-tuning jobs, or of requests for a batch."""
     state = get_state(request)
-    if purpose != PURPOSE:
-        raise APIError(
-            400, f"purpose {purpose[:50]!r} is not supported: it must be {PURPOSE}", "purpose"
-        )
+    if purpose not in PURPOSES:
+        what = f"purpose {purpose[:50]!r} is not supported: it must be {' or '.join(PURPOSES)}"
+        raise APIError(400, what, "purpose")
     _check_quota(state, caller, file.size or 0)
     path = Path((file.filename or "").replace("\\", "/"))
     name = path.name.replace("\0", "")[:200] or "rows.jsonl"
@@ -79,8 +78,7 @@ def list_files(
     after: str | None = None,
 ) -> dict[str, Any]:
     """Return the caller's files, newest first."""
-    if purpose not in (None, PURPOSE):
-        return list_page([], limit)
+    where = [] if purpose is None else [FileRow.purpose == purpose]
     return paginate(
         get_state(request).store,
         caller,
@@ -88,6 +86,7 @@ def list_files(
         to_response,
         limit,
         after,
+        *where,
         newest_first=order == "desc",
     )
 
