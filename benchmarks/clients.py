@@ -128,7 +128,7 @@ def langchain(url: str, model: str) -> None:
 
         city: Literal["Lima", "Cusco"]
 
-    chat = ChatOpenAI(model=model, base_url=f"{url}/v1", api_key="none", max_tokens=60)
+    chat = ChatOpenAI(model=model, base_url=f"{url}/v1", api_key="none", max_tokens=400)
     assert chat.invoke(QUESTION).content is not None
     assert list(chat.stream(QUESTION))
     bound = chat.bind_tools([City], tool_choice="any")
@@ -201,15 +201,15 @@ def openai_agents(url: str, model: str) -> None:
         asked.append(city)
         return "sunny"
 
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         asked.clear()
         agent = Agent(
             name="guide",
             instructions="Use the tool.",
             model=kind(model=model, openai_client=client),
             tools=[weather],
-            model_settings=ModelSettings(tool_choice="required", max_tokens=100),
+            model_settings=ModelSettings(tool_choice="required", max_tokens=400),
         )
         result = asyncio.run(Runner.run(agent, QUESTION))
         assert asked

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -14,11 +15,13 @@ from pydantic_core import PydanticCustomError
 
 from afina.data.renderer import Renderer
 from afina.engine.grammar import GrammarCompiler
+from afina.errors import AdapterError
 from afina.server.output_parser import CallParser, ReasoningSplitter
 from afina.server.parameters import PARAMETERS, parameters_page
 from afina.server.prompts import ChatPrompts
 from afina.server.response_input import ResponseRequest, messages_of
 from afina.server.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+from afina.server.startup import AdapterFolders
 from afina.server.tool_format import FALLBACK, PROBE_ID
 from afina.server.tools import close_objects
 from afina.server.validation import describe_errors
@@ -404,3 +407,59 @@ def test_objects_have_their_declared_properties_only() -> None:
         {"type": "object"},
     ):
         assert close_objects(schema) == schema
+
+
+# ---- folders of adapters
+
+
+class Registry:
+    """A registry whose adapters are words in files; `bad` is damaged."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, str] = {}
+
+    def get(self, name: str) -> str | None:
+        return self.words.get(name)
+
+    def add(self, name: str, folder: Path, owner: str | None = None) -> None:
+        word = (folder / "adapter_model.safetensors").read_text()
+        if word == "bad":
+            raise AdapterError("the file is damaged")
+        self.words[name] = word
+
+    replace = add
+
+
+def test_folders_are_served_once_they_can_be(tmp_path: Path) -> None:
+    def put(name: str, word: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / "adapter_model.safetensors").write_text(word)
+
+    registry, unserved = Registry(), {}
+    state: Any = SimpleNamespace(
+        unserved=unserved,
+        retry_adapter=None,
+        store=SimpleNamespace(query=lambda table: []),
+        settings=SimpleNamespace(adapters=[tmp_path, tmp_path / "missing"]),
+        engine=SimpleNamespace(registry=registry),
+    )
+    put("good", "one")
+    put("later", "bad")
+    folders = AdapterFolders(state)
+    folders.register_all()
+    assert registry.words == {"good": "one"}
+    assert unserved["later"].reason == "the file is damaged"
+    assert not state.retry_adapter("later")  # nothing has changed
+    put("later", "whole")
+    assert state.retry_adapter("later") and not unserved
+    put("new", "three")
+    put("good", "one, changed")
+    folders.scan()
+    assert "new" not in registry.words  # it may still be written
+    folders.scan()
+    assert registry.words == {"good": "one, changed", "later": "whole", "new": "three"}
+    put("good", "bad")
+    for _ in range(3):
+        folders.scan()
+    assert registry.words["good"] == "one, changed"

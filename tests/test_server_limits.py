@@ -21,7 +21,7 @@ from afina.objectives.graders import GraderTemplate, parse_grader
 from afina.server.connections import BoundedProtocol
 from afina.server.fair_pool import FairThreadPool
 from afina.server.jobs.bounded import BoundedProcess
-from afina.server.startup import register_adapters
+from afina.server.startup import AdapterFolders
 from afina.server.supervisor import Supervisor
 from afina.server.text_limit import count_characters
 from live import KEYS, Live, live, make_adapters
@@ -332,9 +332,11 @@ def test_a_folder_that_fails_keeps_nothing_from_starting(
     registry.remove("one")
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_read", broken)
-        register_adapters(server.state)
+        AdapterFolders(server.state).register_all()
     assert registry.list_adapters() == []
-    register_adapters(server.state)
+    assert server.state.unserved["one"].reason == "its files cannot be read"
+    AdapterFolders(server.state).register_all()
+    assert not server.state.unserved
     assert [entry.name for entry in registry.list_adapters()] == ["one"]
 
 

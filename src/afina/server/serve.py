@@ -24,7 +24,7 @@ from afina.server.logs import LOG, set_up_logs
 from afina.server.metrics import ServerMetrics
 from afina.server.rate_limits import RateLimiter
 from afina.server.routing import ServedAdapterRouter
-from afina.server.startup import register_adapters
+from afina.server.startup import AdapterFolders
 from afina.server.state import AUTO, ServerState, served_name
 from afina.server.store import Store
 from afina.server.supervisor import supervise
@@ -147,7 +147,10 @@ def build_server(settings: ServeSettings) -> ServerState:
         formats=formats,
         text_limit=TextLimit(formats.base.renderer, base.max_positions),
     )
-    register_adapters(state)
+    folders = AdapterFolders(state)
+    folders.register_all()
+    if settings.watch:
+        folders.watch()
     engine.start()
     return state
 

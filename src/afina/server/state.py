@@ -34,6 +34,7 @@ AUTO = "auto"  # the name that routes a prompt to an adapter
 MAX_ADAPTERS = 8  # of a weighted sum in one request
 MAX_WEIGHT = 100.0  # largest magnitude of an adapter's weight
 Result = TypeVar("Result")
+Files = tuple[tuple[str, int, int], ...]  # path, time of change in ns, size
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class ResolvedModel:
         return {"x-afina-adapter": self.label, "x-afina-score": f"{self.choice['score']:.4f}"}
 
 
+@dataclass(frozen=True)
+class UnservedAdapter:
+    """An adapter that could not be registered, and the files that were read."""
+
+    folder: Path
+    owner: str | None
+    reason: str
+    files: Files
+
+
 @dataclass
 class ServerState:
     """Everything that the routes of one server share."""
@@ -76,6 +87,8 @@ class ServerState:
     formats: ServedFormats
     text_limit: TextLimit
     ready: bool = True
+    unserved: dict[str, UnservedAdapter] = field(default_factory=dict)  # by name
+    retry_adapter: Callable[[str], bool] = lambda name: False  # one whose files have changed
     # templates, tokenizing and grammars: a long text blocks neither streams nor other clients
     tokenizer_pool: FairThreadPool = field(
         default_factory=lambda: FairThreadPool(max(2, (os.cpu_count() or 2) // 2), "tokens")
@@ -185,6 +198,8 @@ class ServerState:
         """Parse NAME or NAME:WEIGHT; a name may contain colons, and the full text goes first."""
         text = text.strip()
         entry = self.visible_adapter(caller, text)
+        if entry is None and self.retry_adapter(text):
+            entry = self.visible_adapter(caller, text)
         if entry is not None:
             return entry, 1.0
         name, _, weight = text.rpartition(":")
@@ -194,7 +209,11 @@ class ServerState:
             value = math.nan
         entry = self.visible_adapter(caller, name)
         if entry is None or math.isnan(value):
-            raise not_found("model", text, "model")
+            unserved = self.unserved.get(text)
+            if unserved is None or not caller.can_see(unserved.owner):
+                raise not_found("model", text, "model")
+            what = f"{text} is not served, for a reason that is in the server's log"
+            raise APIError(404, what, "model", "model_not_served")
         if abs(value) > MAX_WEIGHT:
             what = f"model: the weight {value:g} of {name} is out of range: -100 to 100"
             raise APIError(400, what, "model")

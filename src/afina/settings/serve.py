@@ -21,6 +21,7 @@ class ServeSettings(ModelSettings):
     adapters: list[Path] = setting(
         "folders of runs or adapters: each is served under its name, more may be loaded later", []
     )
+    watch: bool = setting("serve new and changed folders of --adapters without a restart", False)
     require_audit: bool = setting("accept only adapters that `afina audit` has approved", False)
     quantization: Literal["none", "nf4"] = setting(
         "none: the base in 16 or 32 bits per weight; nf4: in 4 bits", "none"

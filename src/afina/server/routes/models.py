@@ -140,14 +140,19 @@ def _free_files(state: ServerState, folder: Path) -> None:
 
 @router.get("/v1/adapters")
 def list_adapters(request: Request) -> dict[str, Any]:
-    """Return the adapters that the caller can see, with method, size and location."""
-    return {
-        "object": "list",
-        "data": [
-            to_response(entry)
-            for entry in get_state(request).visible_adapters(current_principal(request))
-        ],
-    }
+    """Return the adapters that the caller can see, with method, size and location.
+
+    For administrators, `unserved` has those that could not be loaded, each with the reason.
+    """
+    state, caller = get_state(request), current_principal(request)
+    data = [to_response(entry) for entry in state.visible_adapters(caller)]
+    if not caller.admin:
+        return {"object": "list", "data": data}
+    unserved = [
+        {"id": name, "object": "adapter", "owner": one.owner, "reason": one.reason}
+        for name, one in sorted(state.unserved.items())
+    ]
+    return {"object": "list", "data": data, "unserved": unserved}
 
 
 @router.post("/v1/adapters", status_code=201)
