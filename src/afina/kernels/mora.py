@@ -168,7 +168,7 @@ def _to_ints(layouts: Sequence[MoRALayout]) -> list[int]:
 
 def _from_ints(numbers: Sequence[int]) -> list[MoRALayout]:
     fields = [numbers[start : start + 6] for start in range(0, len(numbers), 6)]
-    return [MoRALayout(*own[:4], bool(own[4]), bool(own[5])) for own in fields]
+    return [MoRALayout(a, b, c, d, bool(e), bool(f)) for a, b, c, d, e, f in fields]
 
 
 def pack_mora(m: Tensor, dtype: torch.dtype, transposed: bool = True) -> Tensor:
