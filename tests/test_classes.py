@@ -581,11 +581,11 @@ def rows_with(change: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, 
         (lambda rows: None, {"columns": {"label": "lable"}}, "no column 'lable'"),
         (lambda rows: None, {"columns": {"lable": "label"}}, "unknown field 'lable'"),
         (lambda rows: rows[7].update(text="film " * 60), {}, "62 tokens, more than the 32 allowed"),
-        (lambda rows: None, {"method": "qlora"}, "4-bit storage is for language models"),
+        (lambda rows: None, {"method": "qlora"}, "NF4 quantization is for causal language models"),
         (
             lambda rows: None,
             {"method": "alora"},
-            "an activated adapter needs a text with an answer",
+            "an activated adapter needs rows with prompt and completion",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import torch
 
+from afina.adapters.active import BASE_ONLY
 from afina.data.renderer import Renderer
 from afina.engine.engine import generate_completions
 from afina.engine.grammar import GrammarCompiler
@@ -80,9 +81,7 @@ def test_an_answer_that_ends_satisfies_its_schema(
     renderer = Renderer(embedded.tokenizer, None, embedded.max_positions)
     prompts = [renderer.prompt(text) for text in ("Tell me about Ana as JSON.", "¡Hola!", "7")]
     sampling = SamplingParams(96, temperature=temperature, json_schema=schema, seed=3)
-    answers = generate_completions(
-        embedded, prompts, sampling, None, renderer.stop_token_ids
-    )
+    answers = generate_completions(embedded, prompts, sampling, BASE_ONLY, renderer.stop_token_ids)
     for said in answers:
         assert len(said.token_ids) < 96, said.text
         jsonschema.validate(
@@ -140,7 +139,9 @@ def test_the_grammar_wins_over_bias_and_ends_with_a_stop_token() -> None:
     # "ab" cannot go on: it is finished at once; 1 could: it ends by the stop token, not allowed before
     text, said = say({"enum": ["a", "ab"]}, flat, logit_bias={other: 100.0, stop: 50.0})
     assert json.loads(text) == "ab" and said[-1] != stop
-    text, said = say({"type": "integer"}, flat, logit_bias={width - 1: 100.0, stop: 90.0, digit: 5.0})
+    text, said = say(
+        {"type": "integer"}, flat, logit_bias={width - 1: 100.0, stop: 90.0, digit: 5.0}
+    )
     assert text == "1" and said == [digit, stop]
 
 

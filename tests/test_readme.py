@@ -204,7 +204,7 @@ def test_methods_in_the_table_are_registered() -> None:
     named = [row[0].strip("`") for row in table if re.fullmatch(r"`[a-z]+`", row[0])]
     assert {"lora", "full", "freeze"} <= set(named)
     for name in named:
-        assert get_preset(name, blocks=4).method in registered_methods()
+        assert get_preset(name, num_layers=4).method in registered_methods()
 
 
 def test_error_in_the_docs_is_the_real_one(workplace: Path) -> None:

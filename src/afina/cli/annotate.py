@@ -248,7 +248,8 @@ def _text(prompt: Prompt) -> str:
 def _read_judgements(file: Path) -> list[dict[str, Any]]:
     """Return the judgements so far; an incomplete last line is removed from the file."""
     done = [migrate_judgement(line) for line in read_jsonl(file)]
-    if file.is_file() and file.read_text(encoding="utf-8").count("\n") != len(done):
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if text.count("\n") != len(done) or (text and text[-1] != "\n"):
         write_jsonl(file, done)
     return done
 

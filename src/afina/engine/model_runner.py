@@ -5,6 +5,7 @@ segments     (0, 256, "law")                 (256, 257, "tone")    active adapte
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,9 +48,7 @@ class ModelRunner:
             logits = read([metadata.cu_seqlens[n + 1] - 1 for n in complete])
             for (sequence, count), start in zip(chunks, metadata.cu_seqlens, strict=False):
                 if sequence.is_scored:
-                    score_prompt(
-                        sequence, count, lambda rows, at=start: read([at + r for r in rows])
-                    )
+                    score_prompt(sequence, count, partial(_read_after, read, start))
         return [chunks[n][0] for n in complete], logits
 
     @torch.no_grad()
@@ -108,6 +107,11 @@ def _on_all_tokens(sequence: SequenceState) -> Segments:
     """Return the adapters of `sequence` as active on all tokens of the batch."""
     labels = {content.hash: content.layer_key for content in sequence.adapters}
     return Segments(tuple((labels[name], weight) for name, weight, _ in sequence.adapter_spans))
+
+
+def _read_after(read: Callable[[Sequence[int]], Tensor], start: int, rows: Sequence[int]) -> Tensor:
+    """Return the logits after tokens of a chunk that begins at `start` of the batch."""
+    return read([start + row for row in rows])
 
 
 def score_prompt(

@@ -10,6 +10,7 @@ JOB_LIMITS: dict[str, float] = {
     "rank": 1024,
     "alpha": 1e5,
     "rank_pattern": 1024,
+    "layers": 10_000,
     "max_length": 1 << 17,
     "max_steps": 1_000_000,
     "max_tokens_per_batch": 1 << 17,

@@ -108,7 +108,9 @@ def _find(state: ServerState, caller: Principal, batch: str) -> BatchRow:
 def _to_response(request: Request, row: BatchRow) -> dict[str, Any]:
     """Return the response object of a batch, as in OpenAI's API."""
     completed, failed = _runner(request).counts(row)
-    ended = {f"{status}_at": None for status in ("completed", "failed", "cancelled")}
+    ended: dict[str, int | None] = {
+        f"{status}_at": None for status in ("completed", "failed", "cancelled")
+    }
     if row.finished is not None:
         ended[f"{row.status}_at"] = row.finished
     return {
