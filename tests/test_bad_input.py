@@ -165,7 +165,7 @@ def test_too_little_text_to_hold_some_out(train: Train, tmp_path: Path) -> None:
 
 
 def test_an_objective_that_the_rows_cannot_have(train: Train, text: Path) -> None:
-    with pytest.raises(DataError, match="plain text has no answers") as caught:
+    with pytest.raises(DataError, match="plain text has no completion") as caught:
         train(text, objective="sft")
     assert caught.value.hint == "--objective pretrain"
 
@@ -361,9 +361,7 @@ def test_a_missing_folder_is_first_of_all_a_missing_folder(
     with pytest.raises(BaseError) as caught:
         load_base(name)
     assert str(caught.value.what).startswith("no such folder, and")
-    assert str(caught.value.why).startswith(
-        f"there is no {tmp_path / name}; HF_HUB_OFFLINE is set"
-    )
+    assert str(caught.value.why).startswith(f"there is no {tmp_path / name}; HF_HUB_OFFLINE is set")
 
 
 def test_an_adapter_is_no_base(train: Train) -> None:
@@ -501,7 +499,9 @@ def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
     del content["identity"]["settings"]["early_stopping_patience"]
     file.write_text(json.dumps(content))
     assert train(resume=True).record["adapter"] == run.record["adapter"]
-    with pytest.raises(TrainingError, match="the setting early_stopping_patience is not set in the run, 3 now"):
+    with pytest.raises(
+        TrainingError, match="the setting early_stopping_patience is not set in the run, 3 now"
+    ):
         train(resume=True, early_stopping_patience=3)
 
 
@@ -745,9 +745,7 @@ def test_a_learning_rate_that_is_far_too_high(train: Train, tmp_path: Path) -> N
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all()), name
 
 
-def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(
-    train: Train, tmp_path: Path
-) -> None:
+def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(train: Train, tmp_path: Path) -> None:
     """The last step breaks the numbers, so only the check after it can see it: nothing of it is kept."""
     good = train(output_dir=tmp_path / "good", max_steps=4, eval_steps=2)
     state = load_file(good.folder / "checkpoint" / "state.safetensors")

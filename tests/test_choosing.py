@@ -177,9 +177,9 @@ def test_the_closest_is_chosen_a_resident_one_when_close_and_else_the_base(base:
     choosing.add_profile("north east", points(180))
     choosing.add_profile("west", points(3))
     assert choosing.route(points(3)[0]).name == "west"
-    with pytest.raises(AdapterError, match="not made by this embedding"):
+    with pytest.raises(AdapterError, match="of another embedding"):
         choosing.add_profile("other", torch.zeros(1, 2, 2))
-    with pytest.raises(AdapterError, match="not made by this embedding"):
+    with pytest.raises(AdapterError, match="of another embedding"):
         choosing.add_profile("other", torch.zeros(1, 1, 3))
 
 

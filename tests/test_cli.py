@@ -172,6 +172,7 @@ GROUP_SAMPLES: dict[str, tuple[str, Any]] = {
     "mora.grouping": ("adjacent", "adjacent"),
     "mora.use_alpha": ("true", True),
     "mora.restart_steps": ("100", 100),
+    "classify.head_init": ("random", "random"),
     "classify.min_class_rows": ("2", 2),
     "classify.class_weights": ("balanced", "balanced"),
     "classify.label_smoothing": ("0.1", 0.1),
@@ -192,7 +193,10 @@ GROUP_SAMPLES: dict[str, tuple[str, Any]] = {
     f"{objective}.{name}": sample
     for objective in ("grpo", "rloo", "ppo")
     for name, sample in {
-        "reward_funcs": ("{rules.py:form: 1, runs/reward: 0.5}", {"rules.py:form": 1.0, "runs/reward": 0.5}),
+        "reward_funcs": (
+            "{rules.py:form: 1, runs/reward: 0.5}",
+            {"rules.py:form": 1.0, "runs/reward": 0.5},
+        ),
         "allow_python_graders": ("true", True),
         "num_generations": ("4", 4),
         "prompts_per_step": ("3", 3),
@@ -230,9 +234,7 @@ def test_train_has_at_most_50_settings_and_the_samples_are_all_of_them() -> None
 
 
 def test_group_samples_are_every_setting_of_every_group() -> None:
-    found = {
-        f"{name}.{key}" for name, kind in settings_groups.items() for key in kind.model_fields
-    }
+    found = {f"{name}.{key}" for name, kind in settings_groups.items() for key in kind.model_fields}
     assert found == set(GROUP_SAMPLES)
 
 
@@ -246,7 +248,9 @@ def group_values(name: str) -> tuple[str, str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", GROUP_SAMPLES)
-def test_every_group_setting_is_a_flag_a_yaml_key_and_an_argument(name: str, tmp_path: Path) -> None:
+def test_every_group_setting_is_a_flag_a_yaml_key_and_an_argument(
+    name: str, tmp_path: Path
+) -> None:
     text, value = GROUP_SAMPLES[name]
     group, key, others = group_values(name)
     own = {key: value}
@@ -331,7 +335,9 @@ def test_settings_of_version_1_are_those_of_today(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()  # a run's folder
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(old))
     resumed = parse(["train", "--config", str(tmp_path / "settings.yaml"), "--resume"])[1]
-    assert resumed.model_copy(update={"resume": False, "output_dir": settings.output_dir}) == settings
+    assert (
+        resumed.model_copy(update={"resume": False, "output_dir": settings.output_dir}) == settings
+    )
     assert resumed.output_dir == tmp_path  # type: ignore[attr-defined]
     now = resolved(settings) | {"format_version": 2}
     assert make_settings(TrainSettings, migrate_settings(now)) == make_settings(
@@ -456,7 +462,11 @@ def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     [
         (["trian", "x"], "unknown command 'trian'", "'train'"),
         (["train", "x", "--learning_rte", "1"], "unknown flag --learning-rte", "'--learning-rate'"),
-        (["train", "x", "--learning-rate_=1"], "unknown flag --learning-rate-", "'--learning-rate'"),
+        (
+            ["train", "x", "--learning-rate_=1"],
+            "unknown flag --learning-rate-",
+            "'--learning-rate'",
+        ),
         (["train", "x", "--dpo.bta", "1"], "unknown flag --dpo.bta", "did you mean '--dpo.beta'?"),
         (["train", "x", "--beta", "1"], "unknown flag --beta", "--dpo.beta"),
         (["train", "x", "--options", "{}"], "unknown flag --options", "--dpo.beta"),
@@ -578,7 +588,16 @@ def test_train_eval_merge_export(
     capsys: pytest.CaptureFixture[str], tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    flags = ["--base", tiny, "--max-steps", 3, "--retention-text", general, "--learning-rate", "3e-3"]
+    flags = [
+        "--base",
+        tiny,
+        "--max-steps",
+        3,
+        "--retention-text",
+        general,
+        "--learning-rate",
+        "3e-3",
+    ]
     status, result, err = said(capsys, "train", chats, "--output-dir", out, *flags)
     assert status == 0
     assert result["folder"] == str(out)
@@ -661,7 +680,9 @@ def test_chat(
     capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scripted through standard input: the adapter off and on, the conversation forgotten."""
-    script = "/help\n/of\nsay sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
+    script = (
+        "/help\n/of\nsay sol mar\n/off\n/new\nsay sol mar\n/on\n/new\n\nsay sol mar\nand now?\n"
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
     status = run(
         ["chat", str(trained), "--max-new-tokens", "5", "--system-prompt", "be kind", "--json"]

@@ -177,7 +177,9 @@ def test_done_is_not_done_again(
     """In Spanish, from what is there; other settings are another comparison, and so are other rows."""
     monkeypatch.setattr(runs_module, "train_many", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(module.RunScorer, "run", lambda *_: pytest.fail("judged again"))
-    asked = {name: made["settings"][name] for name in (*ASKED, "base", "retention_text", "output_dir")}
+    asked = {
+        name: made["settings"][name] for name in (*ASKED, "base", "retention_text", "output_dir")
+    }
     again = compare(chats, **(asked | {"lang": "es"}))
     assert again["methods"] == made["methods"]
     assert "Coste" in (Path(made["folder"]) / "report.html").read_text()
@@ -365,11 +367,11 @@ def test_losses_of_rows_are_those_of_the_loss(tiny: Path, chats: Path) -> None:
     examples = tokenize_rows(
         "sft", Renderer(base.tokenizer, None, 192), read_table(chats, SFT).rows, None
     )
-    found = [one.total for one in example_losses(base, examples, 200, None)]
+    found = [one.total for one in example_losses(base, examples, 200, BASE_ONLY)]
     loss = batch_loss(base, pack_examples(examples).to(base.device), BASE_ONLY).item()
     assert sum(found) == pytest.approx(loss, rel=1e-6)
     assert found[7] == pytest.approx(
-        example_losses(base, [examples[7]], 200, None)[0].total, abs=1e-4
+        example_losses(base, [examples[7]], 200, BASE_ONLY)[0].total, abs=1e-4
     )
 
 

@@ -159,7 +159,8 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
 def _open_sources(settings: MitigateSettings) -> tuple[AdapterSource, list[AdapterSource]]:
     """Return the adapter and the benign ones; raise `AdapterError` where one is no single LoRA."""
     [source, *others] = open_sources([settings.adapter])
-    benign = open_sources([str(folder) for folder in settings.benign_adapters or ()])
+    folders = [str(folder) for folder in settings.benign_adapters or ()]
+    benign = open_sources(folders) if folders else []
     for one in (source, *benign):
         if not one.is_low_rank or others:
             raise AdapterError(

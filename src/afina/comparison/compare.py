@@ -86,7 +86,10 @@ class Comparison:
         line = self.folder.path / "line.txt"
         if not line.is_file():
             write_text(line, "The sun is above the sea. El sol está sobre el mar.\n")
-        return self.run(name, rate, steps, 0, out).model_copy(update={"retention_text": line})
+        run = self.run(name, rate, steps, 0, out)
+        if self.rows.objective == "classify":  # a classifier has no retention loss
+            return run
+        return run.model_copy(update={"retention_text": line})
 
     # ---- before the first run
 
