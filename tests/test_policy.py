@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from afina import evaluate, merge, plan, train
+from afina.adapters.active import BASE_ONLY
 from afina.adapters.load_run import load_run
 from afina.data.schemas import PROMPT
 from afina.data.table import read_table
@@ -252,7 +253,12 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None
         tiny,
         asked,
         objective="ppo",
-        options={"beta": 0.5, "num_iterations": 2, "whiten_advantages": False, "num_generations": 1},
+        options={
+            "beta": 0.5,
+            "num_iterations": 2,
+            "whiten_advantages": False,
+            "num_generations": 1,
+        },
     )
     task = setup.prepared.task
     assert isinstance(task, PolicyObjective)
@@ -278,7 +284,8 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(tiny: Path, asked: Path) -> None
 
 def _counts(batch: Any) -> list[int]:
     return [
-        int((part >= 0).sum()) for part in batch.flat.labels.tensor_split(batch.flat.cu_seqlens[1:-1])
+        int((part >= 0).sum())
+        for part in batch.flat.labels.tensor_split(batch.flat.cu_seqlens[1:-1])
     ]
 
 
@@ -315,7 +322,7 @@ def test_what_was_written_is_what_is_read(method: str, tiny: Path, asked: Path) 
     task, base = setup.prepared.task, setup.prepared.base
     assert isinstance(task, PolicyObjective)
     route, rows = setup.adapter.active, task.eval_rows[:4]
-    plain = [answer.token_ids for answer in task.eval_completions(rows, None)[0]]
+    plain = [answer.token_ids for answer in task.eval_completions(rows, BASE_ONLY)[0]]
     written, examples, _ = task.eval_completions(rows, route)
     assert [answer.token_ids for answer in written] != plain
     batch = task.pack(examples)
@@ -390,7 +397,10 @@ def test_a_reward_model_judges_on_the_same_base(
     assert tick["reward"] == pytest.approx(
         0.5 * tick["reward_judge"] + 2 * tick["reward_rules.py:short"], abs=1e-6
     )
-    assert [judge["name"] for judge in run.record["policy"]["reward_functions"]] == ["judge", "rules.py:short"]
+    assert [judge["name"] for judge in run.record["policy"]["reward_functions"]] == [
+        "judge",
+        "rules.py:short",
+    ]
     setup = ready(tiny, asked, options=told)
     task, base = setup.prepared.task, setup.prepared.base
     assert isinstance(task, PolicyObjective)
@@ -405,7 +415,7 @@ def test_a_reward_model_judges_on_the_same_base(
 def test_a_rule_sees_prompt_answer_and_reference(tiny: Path, asked: Path) -> None:
     task = ready(tiny, asked, options={"reward_funcs": "rules.py:meant"}).prepared.task
     assert isinstance(task, PolicyObjective)
-    assert task.eval_completions(task.eval_rows, None)[2]["reward"].tolist() == [1.0] * len(
+    assert task.eval_completions(task.eval_rows, BASE_ONLY)[2]["reward"].tolist() == [1.0] * len(
         task.eval_rows
     )
 
@@ -437,8 +447,14 @@ def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked:
         ({"grpo": {"reward_funcs": {"rules.py:vowels": 0.0}}}, "weight is 0"),
         ({"grpo": {"reward_funcs": {}}}, "reward_funcs is empty: at least one"),
         ({"grpo": {"reward_funcs": "rules.py:vowels", "lam": 0.9}}, "unknown setting grpo.lam"),
-        ({"grpo": {"reward_funcs": "rules.py:vowels", "num_generations": 1}}, "grpo.num_generations cannot be 1"),
-        ({"grpo": {"reward_funcs": "rules.py:vowels", "loss_type": "ipo"}}, "unknown setting grpo.loss_type"),
+        (
+            {"grpo": {"reward_funcs": "rules.py:vowels", "num_generations": 1}},
+            "grpo.num_generations cannot be 1",
+        ),
+        (
+            {"grpo": {"reward_funcs": "rules.py:vowels", "loss_type": "ipo"}},
+            "unknown setting grpo.loss_type",
+        ),
         (
             {"grpo": {"reward_funcs": "rules.py:vowels", "reference": "adapter"}},
             "there is no adapter to be the reference",
@@ -447,7 +463,10 @@ def test_a_rule_that_fails_says_on_what(rule: str, what: str, tiny: Path, asked:
             {"grpo": {"reward_funcs": "rules.py:vowels", "num_iterations": 2}, "eval_steps": 3},
             "eval_steps is 3",
         ),
-        ({"grpo": {"reward_funcs": "rules.py:vowels", "max_new_tokens": 500}}, "500 for the answer"),
+        (
+            {"grpo": {"reward_funcs": "rules.py:vowels", "max_new_tokens": 500}},
+            "500 for the answer",
+        ),
         ({"grpo": {"reward_funcs": "rules.py:vowels"}, "dropout": 0.1}, "a reference and dropout"),
         (
             {"grpo": {"reward_funcs": "rules.py:vowels"}, "gradient_accumulation_steps": 2},
@@ -481,7 +500,9 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
     user, answer = {"role": "user", "content": "say sol"}, {"role": "assistant", "content": "sol"}
     lines = tmp_path / "lines.txt"
     lines.write_text("say sol\n\nsay mar\n")
-    assert [(row.where, row.prompt, row.reference) for row in read_table(lines, PROMPT, {}).rows] == [
+    assert [
+        (row.where, row.prompt, row.reference) for row in read_table(lines, PROMPT, {}).rows
+    ] == [
         (f"{lines}:1", "say sol", None),
         (f"{lines}:3", "say mar", None),
     ]
@@ -496,10 +517,14 @@ def test_every_form_of_a_prompt(tmp_path: Path) -> None:
     rows = read_table(told, PROMPT, {}).rows
     assert [row.text for row in rows] == ["say sol"] * 5
     assert [row.reference for row in rows] == ["sol", "sol", None, "sol", "sol"]
-    again = read_table(write_rows(tmp_path / "b.jsonl", *(row.record() for row in rows)), PROMPT, {}).rows
+    again = read_table(
+        write_rows(tmp_path / "b.jsonl", *(row.record() for row in rows)), PROMPT, {}
+    ).rows
     assert [(r.prompt, r.reference) for r in again] == [(r.prompt, r.reference) for r in rows]
     (tmp_path / "c.csv").write_text("question,answer\nsay sol,sol\n")
-    (row,) = read_table(tmp_path / "c.csv", PROMPT, {"prompt": "question", "completion": "answer"}).rows
+    (row,) = read_table(
+        tmp_path / "c.csv", PROMPT, {"prompt": "question", "completion": "answer"}
+    ).rows
     assert (row.prompt, row.reference) == ("say sol", "sol")
     with pytest.raises(DataError, match="no prompt"):
         read_table(write_rows(tmp_path / "d.jsonl", {"text": "say sol"}), PROMPT, {})
@@ -558,7 +583,11 @@ def test_a_run_tells_its_story(
         ("grpo", {"num_iterations": 2}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("rloo", {}), ("ppo", {"num_iterations": 2}), ("grpo", {"init_adapter": "sft"}))
+            for case in (
+                ("rloo", {}),
+                ("ppo", {"num_iterations": 2}),
+                ("grpo", {"init_adapter": "sft"}),
+            )
         ),
     ],
 )
@@ -609,7 +638,9 @@ def test_the_reward_rises_on_prompts_that_it_has_not_seen(
     learn: Learn, objective: str, seed: int, asked: Path, tmp_path: Path
 ) -> None:
     told = {"max_new_tokens": 8} | (
-        {"num_generations": 1, "prompts_per_step": 32} if objective == "ppo" else {"num_generations": 6, "prompts_per_step": 6}
+        {"num_generations": 1, "prompts_per_step": 32}
+        if objective == "ppo"
+        else {"num_generations": 6, "prompts_per_step": 6}
     )
     steps = 24 if objective == "ppo" else 12
     run = learn(

@@ -206,6 +206,6 @@ def select_reference(
             why=why,
             hint="--dropout 0",
         )
-    why = "the run begins with an adapter" if start is not None else "the adapter begins at zero"
-    mode = mode if mode == "precomputed" else "base" if start is None else "adapter"
+    why = "the run begins with an adapter" if start else "the adapter begins at zero"
+    mode = mode if mode == "precomputed" else "adapter" if start else "base"
     return ReferencePolicy(mode, why, start, adapter)
