@@ -160,7 +160,7 @@ def test_wrong_sweeps_are_refused_before_anything_begins(
         (f"data: {chats}\nruns:\n  - {{rank: 0}}\n", "rank cannot be 0"),
         ("runs:\n  - {rank: 3}\n", "data is missing"),
         (f"data: {chats}\nruns:\n  - {{name: a}}\n  - {{name: a}}\n", "share a folder"),
-        (f"data: {chats}\nruns:\n  - {{name: ../a}}\n", "lies in its sweep's"),
+        (f"data: {chats}\nruns:\n  - {{name: ../a}}\n", "is in that of its sweep"),
     ):
         sweep.write_text(text)
         with pytest.raises(SettingsError) as caught:

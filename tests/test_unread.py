@@ -251,7 +251,6 @@ IGNORED: list[tuple[dict[str, Any], str]] = [
     ({"method": "full", "rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ({"parameter_budget": 100}, "parameter_budget"),
     ({"eval_size": 0.2, "eval_data": "b.jsonl"}, "eval_size"),
-    ({"num_train_epochs": 2.0, "max_steps": 3}, "num_train_epochs"),
     ({"objective": "classify", "chat_template": "plain"}, "chat_template"),
     ({"objective": "mlm", "retention_text": "a.txt"}, "retention_text"),
     ({"objective": "classify", "new_tokens": ["<a>"]}, "new_tokens"),
@@ -271,7 +270,6 @@ def test_a_setting_that_nothing_reads_is_refused(values: dict[str, Any], name: s
         "invocation": {"method": "alora"},
         "parameter_budget": {"target_modules": "auto"},
         "eval_size": {"eval_data": None},
-        "num_train_epochs": {"max_steps": None},
         "revision": {"base": "someone/a-model"},
     }
     other = used.get(name, {"method": "lora", "objective": "sft"})

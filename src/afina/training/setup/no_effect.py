@@ -63,11 +63,6 @@ NO_EFFECT: dict[str, NoEffect] = {
         "the eval rows are those of eval_data",
         "leave one of the two out",
     ),
-    "num_train_epochs": NoEffect(
-        lambda settings: settings.max_steps is not None,
-        "the run ends after max_steps",
-        "leave one of the two out",
-    ),
     "revision": NoEffect(_is_local, "the base is a folder, which has one revision", "leave it out"),
 }
 
