@@ -804,6 +804,7 @@ def test_a_long_command_prints_at_once_and_while_it_is_silent(
         assert capsys.readouterr().err == "afina: audit started\n"
         time.sleep(0.4)
         assert "audit has run for 0 s" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # else the log is JSON lines only
     with signs_of_life("serve", "start"):
         print("ready", file=sys.stderr)
         time.sleep(0.4)

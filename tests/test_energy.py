@@ -12,7 +12,11 @@ from afina.errors import SettingsError
 from afina.models.loading import load_base
 from afina.settings import TrainSettings, make_settings
 from afina.training.setup.prepare import prepare
-from afina.training.setup.rank_allocation import BATCHES, allocate_ranks, gradient_spectra
+from afina.training.setup.rank_allocation import (
+    NUM_GRADIENT_STEPS,
+    allocate_ranks,
+    gradient_spectra,
+)
 from afina.training.setup.set_up import set_up_run
 from afina.training.train import train
 
@@ -60,7 +64,7 @@ def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
     assert all(torch.equal(p, before[name]) for name, p in base.model.state_dict().items())
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     loss = torch.zeros(())
-    for step in range(min(BATCHES, prepared.task.steps_per_epoch)):
+    for step in range(min(NUM_GRADIENT_STEPS, prepared.task.steps_per_epoch)):
         for batch in prepared.task.step_batches(step):
             rows = [slice(a, b) for a, b in pairwise(batch.cu_seqlens)]
             logits = torch.cat([plain(batch.token_ids[None, row]).logits[0] for row in rows])

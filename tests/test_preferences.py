@@ -664,7 +664,7 @@ def test_the_better_answers_becoming_unlikely_is_a_warning_with_a_remedy() -> No
 def test_the_sft_term_keeps_the_better_answers_likely(
     learn: Learn, pairs: Path, tmp_path: Path
 ) -> None:
-    told = {"max_steps": 10, "eval_steps": 10, "max_tokens_per_batch": 2000}
+    told = {"objective": "dpo", "max_steps": 10, "eval_steps": 10, "max_tokens_per_batch": 2000}
     found = [
         learn(pairs, tmp_path / str(sft), dpo={"sft_weight": sft}, **told).record["preferences"][
             "after"

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import afina
-from afina.data.packing import PackedBatch
+from afina.data.packing import IGNORE_INDEX, PackedBatch
 from afina.errors import SettingsError
 from afina.models.fsdp import decoder_layers
 from afina.models.loading import load_base
-from afina.objectives.classification import IGNORE, PaddedBatch
+from afina.objectives.classification import PaddedBatch
 from afina.objectives.language_modeling import LanguageModelingObjective
 from afina.settings import TrainSettings
 from afina.training.setup.set_up import set_up_run
@@ -139,7 +139,7 @@ def test_parts_of_rows() -> None:
         [1, 3],
     ]
     assert batch.shard(1, 2).inputs["input_ids"].tolist() == [[2, 3], [6, 7]]
-    assert batch.shard(5, 6).targets.tolist() == [IGNORE]
+    assert batch.shard(5, 6).targets.tolist() == [IGNORE_INDEX]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])

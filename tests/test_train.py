@@ -746,6 +746,7 @@ def test_rows_of_an_encoder_are_measured_too(
             objective=objective,
             max_steps=2,
             output_dir=tmp_path / objective,
+            retention_text=None,
         )
         low, high = run.record["losses"]["eval_interval"]
         assert low < run.record["losses"]["eval_change"]["mean"] < high
@@ -843,7 +844,8 @@ def test_nothing_imports_resource_but_the_one_place() -> None:
         for folder in ("src", "benchmarks", "recipes")
         for file in (root / folder).rglob("*.py")
     ]
-    assert [file.name for file in files if "import resource" in file.read_text()] == ["process_memory.py"]
+    found = [file.name for file in files if "import resource" in file.read_text()]
+    assert sorted(found) == ["bounded.py", "process_memory.py"]  # both on systems that have it
 
 
 def test_telemetry_is_off_unless_it_is_asked_for() -> None:

@@ -32,10 +32,10 @@ def signs_of_life(command: str, duration: Duration) -> Iterator[None]:
 
     Args:
         command: Name of the command.
-        duration: "short": nothing is printed; "start": until the first line of the command itself;
-            "long": until it ends.
+        duration: "short": nothing is printed; "start": until the first line of the command itself,
+            on a terminal only, because a server's log is JSON lines; "long": until it ends.
     """
-    if duration == "short":
+    if duration == "short" or (duration == "start" and not sys.stderr.isatty()):
         yield
         return
     stream, watched, done = sys.stderr, WatchedStream(sys.stderr), threading.Event()

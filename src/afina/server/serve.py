@@ -64,6 +64,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
             base=served_name(settings.base), adapters=0, exit_status=supervise(settings)
         )
     set_up_logs()
+    LOG.info("starting", extra={"base": settings.base})
     lock = _lock_state_dir(settings.state_dir)
     state = build_server(settings)
     app = make_app(state, lambda: close(state))
