@@ -63,7 +63,7 @@ PENDING_WORDS: dict[str, int] = {
     "audit": 11,
     "comparison": 10,
     "data": 39,
-    "docs": 42,
+    "docs": 43,
     "engine": 108,
     "guide": 71,
     "merging": 4,
@@ -77,7 +77,7 @@ PENDING_LINES: dict[str, int] = {
     "data": 6,
     "engine": 22,
     "merging": 1,
-    "server": 11,
+    "server": 16,
 }
 # functions of more than 60 lines that are left, "module:name"
 PENDING_FUNCTIONS: set[str] = set()

@@ -217,8 +217,8 @@ class CausalLM(FrozenModel):
         The logits are float32 `(num_indices, vocab_size)`; all at once may not fit into memory.
         """
         if not self._split_head:
-            whole = self._complete_forward(tokens, positions, bounds)
-            return lambda rows: whole[list(rows)]
+            logits = self._complete_forward(tokens, positions, bounds)
+            return lambda rows: logits[list(rows)]
         hidden = self.hidden_states(tokens, positions, bounds)
         segments = self.forward_context.segments
 

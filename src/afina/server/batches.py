@@ -223,10 +223,10 @@ def _done(folder: Path) -> set[str]:
         if not path.exists():
             continue
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
-        done |= {json.loads(line)["custom_id"] for line in whole.splitlines()}
+        complete = data[: data.rfind(b"\n") + 1]
+        if len(complete) < len(data):
+            os.truncate(path, len(complete))
+        done |= {json.loads(line)["custom_id"] for line in complete.splitlines()}
     return done
 
 

@@ -100,7 +100,7 @@ class ReasoningSplitter:
                 pieces.append((True, thought.rstrip("\n")))
                 self._state, self._pending = "gap", rest
             else:
-                cut = len(self._pending) - held(self._pending, ("\n" + self._end, self._end))
+                cut = len(self._pending) - overlap(self._pending, ("\n" + self._end, self._end))
                 cut = len(self._pending[:cut].rstrip("\n"))
                 pieces.append((True, self._pending[:cut]))
                 self._pending = self._pending[cut:]
@@ -120,7 +120,7 @@ class ReasoningSplitter:
         return [(self._state == "inside", rest)] if rest else []
 
 
-def held(text: str, markers: Sequence[str]) -> int:
+def overlap(text: str, markers: Sequence[str]) -> int:
     """Return how many characters at the end of `text` may begin one of the markers."""
     longest = min(len(text), max(map(len, markers), default=1) - 1)
     for n in range(longest, 0, -1):
@@ -195,7 +195,7 @@ class CallParser:
         text = self._pending.lstrip()
         if not text:
             return False
-        if held(text, self._markers) == len(text) or text == "[":
+        if overlap(text, self._markers) == len(text) or text == "[":
             return False
         is_object = re.match(r"\[?\s*\{", text) is not None
         if is_object or re.fullmatch(r"\[\s*", text):
@@ -205,23 +205,23 @@ class CallParser:
         return True
 
     def _in_text(self, deltas: list[Delta]) -> bool:
-        places = [(at, m) for m in self._markers if (at := self._pending.find(m)) >= 0]
-        if places:
-            at, marker = min(places)
+        positions = [(at, m) for m in self._markers if (at := self._pending.find(m)) >= 0]
+        if positions:
+            at, marker = min(positions)
             content = self._pending[:at].rstrip()
             deltas.append(Delta("content", content))
             self._raw = self._pending[len(content) : at + len(marker)]
             self._pending = self._pending[at + len(marker) :]
             self._state = self._before_call
             return True
-        cut = len(self._pending) - held(self._pending, self._markers)
+        cut = len(self._pending) - overlap(self._pending, self._markers)
         cut = len(self._pending[:cut].rstrip())  # white space before a call is no content
         deltas.append(Delta("content", self._pending[:cut]))
         self._pending = self._pending[cut:]
         return False
 
     def _before_call(self, deltas: list[Delta]) -> bool:
-        """After a marker or a call: the header of a call, or an object to be read whole."""
+        """After a marker or a call: the header of a call, or an object to be read completely."""
         for header in (self._header, self._literal_header):
             found = header.search(self._pending) if header else None
             if header and found and self._is_glue(self._pending[: found.start()], header):

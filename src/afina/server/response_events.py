@@ -122,12 +122,12 @@ class ResponseBuilder:
         return {"type": kind, "sequence_number": self._number, **fields}
 
     @property
-    def _place(self) -> Event:
+    def _position(self) -> Event:
         assert self._item is not None
         return {"item_id": self._item["id"], "output_index": len(self.response["output"])}
 
     def _delta(self, name: str, text: str, **fields: Any) -> Event:
-        return self._event(name, **self._place, delta=text, **fields)
+        return self._event(name, **self._position, delta=text, **fields)
 
     def _open(self, kind: str) -> Iterator[Event]:
         part: Event = {"type": PART_TYPES[kind], "text": ""}
@@ -141,7 +141,7 @@ class ResponseBuilder:
         yield self._added()
         item["content"] = [part]
         yield self._event(
-            "response.content_part.added", **self._place, content_index=0, part=dict(part)
+            "response.content_part.added", **self._position, content_index=0, part=dict(part)
         )
 
     def _open_call(self, name: str) -> Iterator[Event]:
@@ -176,23 +176,23 @@ class ResponseBuilder:
 
     def _close(self, status: str) -> Iterator[Event]:
         """Yield the events that end the open item."""
-        item, place = self._item, self._place if self._item is not None else {}
+        item, position = self._item, self._position if self._item is not None else {}
         if item is None:
             return
         item["status"] = status
         if self._kind == "call":
             name, arguments = item["name"], item["arguments"]
             event = "response.function_call_arguments.done"
-            yield self._event(event, **place, name=name, arguments=arguments)
+            yield self._event(event, **position, name=name, arguments=arguments)
         else:
             part = item["content"][0]
             name = f"response.{PART_TYPES[self._kind]}.done"
             more = {"logprobs": part["logprobs"]} if self._kind == "message" else {}
-            yield self._event(name, **place, content_index=0, text=part["text"], **more)
+            yield self._event(name, **position, content_index=0, text=part["text"], **more)
             yield self._event(
-                "response.content_part.done", **place, content_index=0, part=dict(part)
+                "response.content_part.done", **position, content_index=0, part=dict(part)
             )
-        index = place["output_index"]
+        index = position["output_index"]
         yield self._event("response.output_item.done", output_index=index, item=dict(item))
         self.response["output"].append(item)
         self._item, self._kind = None, ""

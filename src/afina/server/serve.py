@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import BaseError, SettingsError
@@ -68,18 +69,6 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     lock = _lock_state_dir(settings.state_dir)
     state = build_server(settings)
     app = make_app(state, lambda: close(state))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http=BoundedProtocol,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        timeout_keep_alive=round(settings.keep_alive),
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
-        server_header=False,
-    )
     state.worker.start(inherited_fds=(lock.fileno(),))
     count = len(state.engine.registry.list_adapters())
     LOG.info(
@@ -94,7 +83,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     # uvicorn stops at these signals, and raises them once more after it has stopped
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(_uvicorn_config(settings, app))
     state.engine.on_failure = lambda error: _end_process(server)
     try:
         server.run()
@@ -108,6 +97,21 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
             hint="afina serve --supervise starts the server again",
         )
     return ServeResult(base=state.base_name, adapters=count)
+
+
+def _uvicorn_config(settings: ServeSettings, app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=BoundedProtocol,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=round(settings.keep_alive),
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+        server_header=False,
+    )
 
 
 def _end_process(server: uvicorn.Server) -> None:

@@ -299,12 +299,12 @@ class JobWorker:
         shutil.rmtree(folder / RUN / "checkpoint", ignore_errors=True)  # it is not resumed
 
     def _succeed(self, job: JobRow, run: Path) -> None:
-        place = self.settings.state_dir / "adapters" / job.id / "final"
-        recover_interrupted_replace(place)
-        with atomic_directory(place) as new:
+        final = self.settings.state_dir / "adapters" / job.id / "final"
+        recover_interrupted_replace(final)
+        with atomic_directory(final) as new:
             shutil.copytree(run / "adapter", new, dirs_exist_ok=True)
         record = read_json_object(run / "run.json")
-        row = self._register(job.model, place, job.owner)
+        row = self._register(job.model, final, job.owner)
         unused = list_unused(record["data"].get("unused_columns") or {})
         events = [
             event_of(job.id, f"New fine-tuned model created: {job.model}"),
