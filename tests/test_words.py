@@ -64,18 +64,18 @@ PENDING_WORDS: dict[str, int] = {
     "comparison": 10,
     "data": 39,
     "docs": 43,
-    "engine": 108,
+    "engine": 86,
     "guide": 71,
     "merging": 4,
     "objectives": 15,
-    "server": 54,
+    "server": 38,
 }
 # package -> lines of more than 100 characters that are left
 PENDING_LINES: dict[str, int] = {
     "audit": 2,
     "comparison": 1,
     "data": 6,
-    "engine": 22,
+    "engine": 5,
     "merging": 1,
     "server": 16,
 }
