@@ -252,7 +252,6 @@ IGNORED: list[tuple[dict[str, Any], str]] = [
     ({"parameter_budget": 100}, "parameter_budget"),
     ({"eval_size": 0.2, "eval_data": "b.jsonl"}, "eval_size"),
     ({"objective": "classify", "chat_template": "plain"}, "chat_template"),
-    ({"objective": "mlm", "retention_text": "a.txt"}, "retention_text"),
     ({"objective": "classify", "new_tokens": ["<a>"]}, "new_tokens"),
     ({"objective": "classify", "template_kwargs": {"a": 1}}, "template_kwargs"),
     ({"objective": "classify", "allow_control_tokens": True}, "allow_control_tokens"),

@@ -46,9 +46,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "chat_template": _NO_CHAT,
     "template_kwargs": _NO_CHAT,
     "allow_control_tokens": _NO_CHAT,
-    "retention_text": NoEffect(
-        _is_encoder, "forgetting is measured on language models", "leave it out"
-    ),
     "new_tokens": NoEffect(_is_encoder, "only language models have new tokens", "leave it out"),
     "invocation": NoEffect(
         _is_not_activated, "only an activated method has an invocation", "--method alora"
