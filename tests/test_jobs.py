@@ -95,7 +95,7 @@ def test_a_file_is_kept_and_given_back(
     with pytest.raises(openai.NotFoundError):
         alice.files.retrieve(file.id)
     with pytest.raises(openai.BadRequestError, match="fine-tune"):
-        alice.files.create(file=b"{}", purpose="batch")
+        alice.files.create(file=b"{}", purpose="vision")
 
 
 def test_lists_come_in_pages(alice: openai.OpenAI) -> None:
