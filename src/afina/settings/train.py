@@ -118,7 +118,8 @@ class TrainSettings(GroupedSettings):
     gradient_accumulation_steps: int = setting("micro-batches per optimizer step", 1, ge=1)
     learning_rate: float | None = setting(
         "peak learning rate; by default 2e-4 for adapters and 2e-5 for full on a base of hidden "
-        "size 4,096, more on narrower ones; a tenth of it for preferences and rewards",
+        "size 4,096, more on narrower ones; a quarter of it for classes, a tenth for preferences "
+        "and rewards",
         gt=0,
         job=True,
     )
