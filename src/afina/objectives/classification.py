@@ -186,6 +186,9 @@ class ClassificationObjective(PaddedObjective):
     units = Units("row", "classes")
     has_baseline = False
     report_key = "classes"
+    # The head starts as a probe. At the full rate the eval loss of 600 rows of SST-2 on
+    # all-MiniLM-L6-v2 only rose from there: 0.597 to 0.615 in 20 steps, with a train loss of 0.03.
+    default_learning_rate_factor = 0.25
     settings_class = ClassifySettings
     probe: Mapping[str, float] = MappingProxyType({})  # scores of the head that training began with
 
