@@ -193,7 +193,7 @@ def type_line(line: str, folder: Path) -> None:
         redirect_stderr(output),
         patch("sys.stdin", io.StringIO()),
         patch("afina.evaluation.retention.NUM_RETENTION_TOKENS", 512),
-        patch("afina.planning.estimate.measured_rates", lambda device, anew=False: RATES),
+        patch("afina.planning.machine.measured_rates", lambda device, anew=False: RATES),
     ):
         status = run_command(words)
     is_review = words[0] == "audit" and "--accept" not in words

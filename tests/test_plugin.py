@@ -23,9 +23,9 @@ SESSION = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from afina.cli.main import run
-from afina.planning import estimate
+from afina.planning import machine
 from helpers import RATES
-estimate.measured_rates = lambda device, anew=False: RATES
+machine.measured_rates = lambda device, anew=False: RATES
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
