@@ -20,6 +20,7 @@ from afina.io.migrations import migrate_comparison
 from afina.io.result import format_bytes
 from afina.planning.plan import plan
 from afina.settings import AdviseSettings, Goal, PlanSettings, make_settings
+from afina.settings.common import MODEL_SETTINGS
 
 MAX_FEW_SHOT = 20  # examples that fit into a prompt
 MANY_TEXTS = 5000  # texts of a domain from which on a small adapter may be too small
@@ -145,10 +146,8 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
 def _plan_settings(
     settings: AdviseSettings, method: str, changed: Mapping[str, Any]
 ) -> PlanSettings:
-    same = ("base", "revision", "trust_remote_code", "dtype", "device")
-    return PlanSettings(
-        method=method, **changed, **{name: getattr(settings, name) for name in same}
-    )
+    same = {name: getattr(settings, name) for name in MODEL_SETTINGS}
+    return PlanSettings(method=method, **changed, **same)
 
 
 # ---- the user's own comparisons

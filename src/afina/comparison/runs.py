@@ -16,6 +16,7 @@ from afina.comparison.split import ComparisonSplit
 from afina.errors import AfinaError, TrainingError
 from afina.io.atomic import write_json
 from afina.settings import CompareSettings, TrainSettings, make_settings
+from afina.settings.common import CHAT_SETTINGS, MODEL_SETTINGS
 from afina.training.checkpoint import FOLDER, SETTINGS
 from afina.training.train import train_many
 
@@ -35,14 +36,8 @@ def run_settings(
 ) -> TrainSettings:
     """Return the settings of one run of a method or variant."""
     same = (
-        "base",
-        "revision",
-        "trust_remote_code",
-        "dtype",
-        "device",
-        "chat_template",
-        "template_kwargs",
-        "allow_control_tokens",
+        *MODEL_SETTINGS,
+        *CHAT_SETTINGS,
         "retention_text",
         "max_length",
         "max_tokens_per_batch",

@@ -53,6 +53,11 @@ class ModelSettings(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("where to compute", "auto")
 
 
+# what a command that starts runs passes on to each: the base, and how prompts are rendered
+MODEL_SETTINGS = tuple(ModelSettings.model_fields)
+CHAT_SETTINGS = ("chat_template", "template_kwargs", "allow_control_tokens")
+
+
 def template_kwargs_setting(default: str = "none") -> Any:
     """Declare `template_kwargs`; `default` describes what is used without it."""
     description = (

@@ -6,7 +6,6 @@ from typing import Any
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method
 from afina.errors import SettingsError
-from afina.models.loading import configured_width
 from afina.objectives.registry import get_objective
 from afina.server.errors import APIError, to_api_error
 from afina.server.jobs.limits import check_job_limits
@@ -21,24 +20,13 @@ from afina.server.routes.files import path_of
 from afina.server.state import ServerState
 from afina.server.store import FileRow
 from afina.settings import (
-    ServeSettings,
     TrainSettings,
     job_settings,
     make_settings,
     settings_groups,
 )
+from afina.settings.common import CHAT_SETTINGS, MODEL_SETTINGS
 from afina.training.setup.set_up import default_learning_rate
-
-SHARED_SETTINGS = (
-    "base",
-    "revision",
-    "trust_remote_code",
-    "dtype",
-    "device",
-    "chat_template",
-    "template_kwargs",
-    "allow_control_tokens",
-)
 
 
 def train_settings(
@@ -61,11 +49,14 @@ def train_settings(
     _check_names(body.afina)
     check_job_limits(body.afina)
     serve = state.settings
-    values: dict[str, Any] = {name: getattr(serve, name) for name in SHARED_SETTINGS}
+    values: dict[str, Any] = {
+        name: getattr(serve, name) for name in (*MODEL_SETTINGS, *CHAT_SETTINGS)
+    }
     values |= {"seed": seed, "data": str(path_of(state, training).resolve())}
     if validation is not None:
         values["eval_data"] = str(path_of(state, validation).resolve())
-    values |= _from_hyperparameters(body, hyperparameters, serve) | body.afina
+    width = state.base.hidden_size
+    values |= _from_hyperparameters(body, hyperparameters, width) | body.afina
     objective = JOB_OBJECTIVES[body.method.type]
     group = {**reward, **_from_method(hyperparameters)}
     if group:
@@ -85,7 +76,7 @@ def train_settings(
 
 
 def _from_hyperparameters(
-    body: CreateJobRequest, given: Hyperparameters, serve: ServeSettings
+    body: CreateJobRequest, given: Hyperparameters, width: int | None
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if given.n_epochs != "auto":
@@ -94,7 +85,7 @@ def _from_hyperparameters(
         values["objective"] = JOB_OBJECTIVES[body.method.type]
     if given.learning_rate_multiplier != "auto":  # 1 is afina's own default
         objective = get_objective(values.get("objective", "sft"))
-        default = default_learning_rate("lora", objective, configured_width(serve))
+        default = default_learning_rate("lora", objective, width)
         values["learning_rate"] = default * float(given.learning_rate_multiplier)
     if isinstance(given, ReinforcementParameters) and given.eval_interval != "auto":
         values["eval_steps"] = given.eval_interval
