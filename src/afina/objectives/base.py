@@ -176,9 +176,9 @@ class Objective:
         """Return what an optimizer step computes, for the planner; None where it is not known."""
         return None
 
-    def initialize(self, adapter: "Adapter") -> bool:
-        """Set what a new run starts from; return whether that is a result worth keeping."""
-        return False
+    def initialize(self, adapter: "Adapter") -> float | None:
+        """Set what a new run starts from; return its eval loss where that state may be kept."""
+        return None
 
     def start_run(self, folder: Path) -> None:
         """Write into a run folder what must be known before the first step."""

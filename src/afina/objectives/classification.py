@@ -147,9 +147,7 @@ class PaddedObjective(Objective):
 
     def logits(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
         """Return the scores `(..., num_classes)` of a batch."""
-        with self.base.forward_context.use(
-            active.row_segments()
-        ):
+        with self.base.forward_context.use(active.row_segments()):
             return self.base.logits(batch.inputs)
 
     def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
@@ -321,9 +319,7 @@ class ClassificationObjective(PaddedObjective):
         return found
 
     @torch.no_grad()
-    def row_logits(
-        self, rows: Sequence[ClassificationExample], active: ActiveAdapters
-    ) -> Tensor:
+    def row_logits(self, rows: Sequence[ClassificationExample], active: ActiveAdapters) -> Tensor:
         """Return the scores of rows `(num_rows, num_outputs)`, on the CPU."""
         return torch.cat([self.logits(batch, active).cpu() for batch in self.batches(rows)])
 
@@ -352,12 +348,12 @@ class ClassificationObjective(PaddedObjective):
         )
         return {**scores, "probe": self.probe, "verdict": [sentence]}
 
-    def initialize(self, adapter: Adapter) -> bool:
-        """Set the new head to the linear probe of the frozen base's features; False without one."""
+    def initialize(self, adapter: Adapter) -> float | None:
+        """Set a new head to the linear probe of the frozen features; return its eval loss."""
         path = head_path(self.base)
         is_classes = self.task.kind == CLASSES  # the probe is a logistic regression
         if path is None or not is_classes or self.options.head_init == "random":
-            return False
+            return None
         every = -(-len(self.train) // MAX_PROBE_ROWS)
         rows = sorted(self.train[::every], key=self.length)  # rows of one length need no padding
         parts = [rows[start : start + self._rows] for start in range(0, len(rows), self._rows)]
@@ -372,7 +368,7 @@ class ClassificationObjective(PaddedObjective):
                 head.bias.copy_(bias)
         scores = self.evaluate(adapter.active)
         self.probe = {"loss": scores["loss"], "accuracy": scores["classes"]["accuracy"]}
-        return True
+        return float(scores["loss"])
 
     def start_run(self, folder: Path) -> None:
         """Record the scores of the linear probe, or read them where the run is resumed."""

@@ -149,8 +149,10 @@ def _train_group(
     display = NullProgress() if is_quiet else ProgressDisplay(setups)
     with processes.main_process_first():
         # before the optimizers take their copies of the parameters
-        initialized = [
-            not _has_checkpoint(setup, folder) and setup.prepared.task.initialize(setup.adapter)
+        initial_losses = [
+            None
+            if _has_checkpoint(setup, folder)
+            else setup.prepared.task.initialize(setup.adapter)
             for setup, folder in zip(setups, folders, strict=True)
         ]
         trainers = [
@@ -167,10 +169,10 @@ def _train_group(
         new = [trainer for trainer in trainers if not _resume(trainer)]
     with display:
         with removed_on_failure([trainer.run for trainer in new]):
-            for trainer, is_candidate in zip(trainers, initialized, strict=True):
+            for trainer, initial_loss in zip(trainers, initial_losses, strict=True):
                 trainer.setup.prepared.task.start_run(trainer.run)
-                if is_candidate:
-                    trainer.evaluate()
+                if initial_loss is not None:
+                    trainer.keep_best(initial_loss)
                 if not trainer.progress.before:
                     baseline = trainer.setup.prepared.baseline
                     trainer.progress.before = _losses(trainer.setup, baseline)

@@ -175,9 +175,13 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Return the loss on the eval rows; save the adapter if it is the best so far."""
-        setup, progress = self.setup, self.progress
-        setup.adapter.train(False)
-        loss = self.world.broadcast(setup.prepared.task.eval_loss(setup.adapter.active))
+        adapter = self.setup.adapter
+        adapter.train(False)
+        return self.keep_best(self.setup.prepared.task.eval_loss(adapter.active))
+
+    def keep_best(self, eval_loss: float) -> float:
+        """Return the loss of the main process; save the adapter if it is the best so far."""
+        progress, loss = self.progress, self.world.broadcast(eval_loss)
         if not math.isfinite(loss):  # before saving: the best adapter so far is kept
             progress.step -= 1
             raise self.not_finite("eval loss")
