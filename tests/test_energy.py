@@ -109,7 +109,7 @@ def test_by_itself_it_costs_no_more_than_all_layers(tiny: Path, chats: Path) -> 
 
 
 def test_what_it_cannot_do(tiny: Path, chats: Path) -> None:
-    with pytest.raises(SettingsError, match="plain storage"):
+    with pytest.raises(SettingsError, match="base that is not quantized"):
         set_up_run(settings(tiny, chats, method="qlora"))
     with pytest.raises(SettingsError, match="only methods with a rank"):
         set_up_run(settings(tiny, chats, method="full"))
