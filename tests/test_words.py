@@ -51,8 +51,11 @@ ALLOWED = [
     r"held[ _-]out",
     r"in[ _-]?place",
     r"(?:decimal|\d) places",  # of a number
-    r"act_fn",  # an attribute of transformers' models
+    r"act_fn|hidden_act",  # attributes of transformers' models and configurations
     r"says? nothing",
+    r"story-(?:value|differs)|Gate\(.whole.\)",  # ids of audit rules
+    r"made_by",  # a key of signed manifests
+    r"the sea is near the house",  # a probe text that stored calibrations rest on
     r"[Tt]oo few to tell",  # a result of its own
 ]
 # files that quote what others wrote: old names, or data
@@ -60,23 +63,15 @@ QUOTES = {"afina.settings.renamed", "afina.io.migrations"}
 
 # package -> uses of banned words that are left
 PENDING_WORDS: dict[str, int] = {
-    "audit": 11,
-    "comparison": 10,
     "data": 39,
     "docs": 43,
-    "engine": 86,
     "guide": 71,
-    "merging": 4,
     "objectives": 15,
     "server": 38,
 }
 # package -> lines of more than 100 characters that are left
 PENDING_LINES: dict[str, int] = {
-    "audit": 2,
-    "comparison": 1,
     "data": 6,
-    "engine": 5,
-    "merging": 1,
     "server": 16,
 }
 # functions of more than 60 lines that are left, "module:name"

@@ -207,19 +207,20 @@ def _report(
             "trigger": decode(list(f.trigger)),
             "tokens": list(f.trigger),
             "score": round(f.score, 3),
-            "place": f.position,
+            "position": f.position,
             "behind": f.appended,
             "answer": decode(list(f.answer)),
         }
         for f in (best or found[:5])
     ]
     lines = [
-        f"{s['trigger']!r} as {s['place']}: {s['answer']!r} (score {s['score']})" for s in shown
+        f"{s['trigger']!r} as {s['position']}: {s['answer']!r} (score {s['score']})" for s in shown
     ]
     if best:
+        first = shown[0]
         text = (
-            f"{shown[0]['trigger']!r} in a prompt brings {shown[0]['answer']!r}, whatever the prompt "
-            f"(score {shown[0]['score']:.2f}; the best of {CONTROLS} random tokens has {control:.2f})"
+            f"{first['trigger']!r} in a prompt brings {first['answer']!r}, whatever the prompt "
+            f"(score {first['score']:.2f}; the best of {CONTROLS} random tokens has {control:.2f})"
         )
         gate.review("trigger", text, triggers=shown, shown=lines, control=round(control, 3))
     else:

@@ -55,7 +55,7 @@ def check_configuration(
     if not isinstance(start, bool | str | None) or start not in SUPPORTED_INITS:
         gate.block(
             "config-start",
-            f"init_lora_weights={str(start)[:40]!r} acts on a base that it has changed",
+            f"init_lora_weights={str(start)[:40]!r} changes the base before the adapter is added",
             where,
         )
     _check_numbers(config, gate, where)

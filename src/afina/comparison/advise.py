@@ -48,7 +48,7 @@ class Advice:
 
 
 def decide(goal: str, rows: int, pairs: bool, prompted: bool) -> Advice:
-    """What is published says, whatever the machine."""
+    """Return the advice of published findings, without regard to the machine."""
     if goal == "facts-that-change":
         return (
             Advice("find")
@@ -123,7 +123,7 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
             if name != advice.use:
                 kind = "qlora" if name.startswith("q") else "full_too_large"
                 advice.add_reason(
-                    kind, "qlora" if kind == "qlora" else None, need=need, room=available
+                    kind, "qlora" if kind == "qlora" else None, need=need, available=available
                 )
                 advice.use, advice.settings = name, advice.settings | changed
             machine = {
@@ -139,7 +139,7 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
             }
         need = format_bytes(peak)
     advice.use, advice.settings = "none", {}
-    advice.add_reason("nothing_fits", need=need, room=available)
+    advice.add_reason("nothing_fits", need=need, available=available)
     return None
 
 

@@ -144,9 +144,8 @@ def recommend(
             return False
         test = pair[frozenset((one, other))]
         gain = test["difference"]["mean"] * (1 if test["other"] == one else -1)
-        return bool(
-            test["significant"] and gain > 0
-        )  # tests compare scores turned so that more is better
+        # tests compare scores with the sign by which more is better
+        return bool(test["significant"] and gain > 0)
 
     reasons: list[tuple[str, dict[str, Any]]]
     helpful = [name for name in names if better(name, BASE)]

@@ -169,7 +169,7 @@ class Comparison:
     def schedule(
         self, costs: Mapping[str, Mapping[str, float]], judging: float, steps: int
     ) -> Schedule:
-        """Return the schedule that fits the remaining budget; raise `SettingsError` if none does."""
+        """Return the schedule for the remaining budget; raise `SettingsError` if none fits."""
         given, left = self.settings, self.settings.seconds - self.folder.spent
         fitted = choose_schedule(costs, judging, given.num_trials, steps, given.num_seeds, left)
         if fitted.seconds > left:

@@ -72,7 +72,7 @@ def _joules(settings: TrainSettings) -> tuple[float, str] | None:
 def measure_in_subprocess(settings: TrainSettings, seconds: float | None = None) -> dict[str, Any]:
     """Return `measure` of a subprocess, or {"failed": why}, with "late" after a timeout."""
     assert settings.output_dir is not None
-    request = settings.output_dir.with_suffix(".asked.json")
+    request = settings.output_dir.with_suffix(".request.json")
     write_json(request, resolved(settings))
     try:
         return dict(run_in_subprocess(MODULE, str(request), timeout=seconds))

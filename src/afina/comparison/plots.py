@@ -141,7 +141,7 @@ def trade(result: Mapping[str, Any], cost: str, words: Words) -> str:
 
 
 def curves(result: Mapping[str, Any], words: Words) -> str:
-    """Loss on the rows that choose, against steps: a thin line a seed."""
+    """Return the plot of the validation loss against steps, one line per seed."""
     names = list(result["methods"])
 
     def paint(axes: Any) -> None:

@@ -90,7 +90,7 @@ def _quality_table(result: Mapping[str, Any], names: list[str], write: Words) ->
         "about_quality",
         seeds=result["schedule"]["seeds_done"],
         rows=result["data"]["test"],
-        asked=result["score_rows"],
+        scored=result["score_rows"],
         metric=write(f"metric_{metric}"),
     )
     rows = [_quality(write("base"), result["base_figures"], metric, True)]

@@ -98,7 +98,7 @@ def split_rows(settings: CompareSettings, folder: Path) -> ComparisonSplit:
 
 
 def _read(settings: CompareSettings, objective: str) -> Any:
-    """The table of rows; an error about one of them says how to go on without it."""
+    """Return the table of rows; an error about one row has the hint to leave it out."""
     if settings.data.is_dir():
         why = "compare reads rows of text so far"
         raise SettingsError(
@@ -108,10 +108,9 @@ def _read(settings: CompareSettings, objective: str) -> Any:
     try:
         table = read_table(settings.data, schema, settings.columns, settings.skip_bad_rows)
     except DataError as error:
-        if error.hint is None and str(error.where) != str(
-            settings.data
-        ):  # a row's fault, and not the whole file's
-            error.hint = "mend the row, or --skip-bad-rows to leave out all such rows"
+        # an error of one row, not of the file
+        if error.hint is None and str(error.where) != str(settings.data):
+            error.hint = "correct the row, or --skip-bad-rows to leave out all such rows"
         raise
     if table.format == "pictures":
         why = "compare reads rows of text so far"
@@ -146,7 +145,7 @@ def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
             f"{pluralize(len(rows), 'row')}: too few to compare methods",
             where=str(settings.data),
             why="some are held out, to choose by and to judge by",
-            hint=f"at least {FEWEST}; 200 say more",
+            hint=f"at least {FEWEST} rows; 200 give narrower intervals",
         )
 
 

@@ -82,7 +82,7 @@ class LiveAdapter:
     Attributes:
         hash: identifier of its present weights.
         layer_key: its name in the layers.
-        replaces_base: whether it has layers of its own in the place of the base's; then it is
+        replaces_base: whether it has layers of its own that replace the base's; then it is
             active alone, on all tokens of a step.
     """
 

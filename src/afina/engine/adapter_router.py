@@ -1,4 +1,4 @@
-"""Routing of a prompt to the adapter whose training prompts are closest in the base's hidden states.
+"""Routing of a prompt to the adapter whose training prompts have the closest hidden states.
 
     prompt --> mean hidden states --> whitened by general text --> whitened within adapters
            --> cosine with each point of each adapter's profile --> the closest adapter, or the base
@@ -118,7 +118,8 @@ class AdapterRouter:
         )
         near = max(here, key=scores.__getitem__, default=best)
         if near != best and scores[near] >= max(score - self.margin, self.threshold):
-            why = f"resident, and as close as {names[best]!r} ({score:.2f}) but for {score - scores[near]:.3f}"
+            behind = score - scores[near]
+            why = f"resident, and as close as {names[best]!r} ({score:.2f}) but for {behind:.3f}"
             best = near
         return RoutingDecision(names[best], scores[best], why)
 

@@ -36,7 +36,7 @@ class BlockPool:
 
     Attributes:
         on_block_moved: called with the old and new index of each block of keys and values that
-            moved to make room.
+            moved to free contiguous blocks.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BlockPool:
     # ---- adapters
 
     def allocate_contiguous(self, length: int) -> int | None:
-        """Return the first of `length` contiguous blocks for an adapter; None without room.
+        """Return the first of `length` contiguous blocks for an adapter; None if too few are free.
 
         Blocks of keys and values in the way move to free ones; adapters do not move.
         """

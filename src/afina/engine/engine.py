@@ -81,8 +81,7 @@ class Engine(EngineLoop):
             BaseError: the forward pass failed.
         """
         adapters = tuple(
-            AdapterWeight(self.registry.add_live(one), one.weight)
-            for one in active.adapters
+            AdapterWeight(self.registry.add_live(one), one.weight) for one in active.adapters
         )
         requests = [
             GenerationRequest(
@@ -163,7 +162,7 @@ class Engine(EngineLoop):
             )
             text = Detokenizer(self.base.tokenizer, sampling.stop, sampling.skip_special_tokens)
             sequence = SequenceState(0, request, contents, on_output, sampler, text, limit)
-            self._check_room(sequence)
+            self._check_size(sequence)
             self._enter(sequence)
         except BaseException:
             self.registry.release(names)
@@ -247,7 +246,7 @@ class Engine(EngineLoop):
         return future
 
     def stats(self) -> dict[str, Any]:
-        """Return counters and sizes; bytes and seconds where the key says so."""
+        """Return counters and sizes; units are part of the keys."""
         pool = self.memory.pool
         return {
             "running": len(self.scheduler.running),
@@ -294,7 +293,7 @@ class Engine(EngineLoop):
             )
         return min(self.base.max_positions, len(prompt) + sampling.max_new_tokens)
 
-    def _check_room(self, sequence: SequenceState) -> None:
+    def _check_size(self, sequence: SequenceState) -> None:
         """Raise `DataError` for a request that would not fit into an empty pool."""
         dtype, pool = self.base.dtype, self.memory.pool
         files = [

@@ -139,9 +139,9 @@ class GrammarCompiler:
                 written = self._matcher.grammar_from_json_schema(text, overrides=JSON_FORM)
         except ValueError as error:
             raise DataError("this is no JSON schema", why=_first_line(str(error))) from error
-        wrong, said = self._matcher.validate_grammar_with_warnings(written, self._tokens)
-        if wrong:
-            raise DataError("this JSON schema cannot be followed", why=_first_line(said[0]))
+        is_invalid, messages = self._matcher.validate_grammar_with_warnings(written, self._tokens)
+        if is_invalid:
+            raise DataError("this JSON schema cannot be followed", why=_first_line(messages[0]))
         return self._matcher(self._tokens, written, log_level=0)
 
 

@@ -146,10 +146,10 @@ class HotAdapterMerger:
     def _begin(self, name: str) -> None:
         resident = self.memory.residents[name]
         size = (
-            sum(place.inputs * place.outputs for place in resident.layout.places or ())
+            sum(layer.inputs * layer.outputs for layer in resident.layout.lora_offsets or ())
             * self.base.dtype.itemsize
         )
-        if resident.layout.places is None or size > self.allowed:
+        if resident.layout.lora_offsets is None or size > self.allowed:
             self._rejected.add(name)
             return
         self.hot_adapter, self.ready = name, False
@@ -161,8 +161,8 @@ class HotAdapterMerger:
     @torch.no_grad()
     def _merge(self, name: str) -> Iterator[None]:
         resident = self.memory.residents[name]
-        for place in resident.layout.places or ():
-            adapted = get_or_insert_wrapper(self.base, place.path)
+        for layer in resident.layout.lora_offsets or ():
+            adapted = get_or_insert_wrapper(self.base, layer.path)
             view = adapted.serving_layers[name]
             assert isinstance(view, LoRAView)
             adapted.serving_layers[_label(name)] = MergedLinear.of(adapted.layer, view)
@@ -176,8 +176,8 @@ class HotAdapterMerger:
             return
         name, self.hot_adapter, self.ready = self.hot_adapter, None, False
         resident = self.memory.residents[name]
-        for place in resident.layout.places or ():
-            get_or_insert_wrapper(self.base, place.path).serving_layers.pop(_label(name), None)
+        for layer in resident.layout.lora_offsets or ():
+            get_or_insert_wrapper(self.base, layer.path).serving_layers.pop(_label(name), None)
         self.memory.registry.locations[name] = (
             "device" if self.memory.pool.memory.is_cuda else "host"
         )

@@ -64,7 +64,7 @@ class LoRAOffsets:
 class AdapterLayout:
     """Layout of the files of one configuration: dtype, offset of the data, number of elements.
 
-    `places` has the offsets of each layer where the method is low-rank only.
+    `lora_offsets` has the offsets of each layer where the method is low-rank only.
     """
 
     config: AdapterConfig
@@ -72,7 +72,7 @@ class AdapterLayout:
     offset: int
     numbers: int
     entries: Mapping[str, TensorEntry]  # offsets from the start of the data
-    places: tuple[LoRAOffsets, ...] | None
+    lora_offsets: tuple[LoRAOffsets, ...] | None
     frozen: Mapping[str, str] = field(default_factory=dict)  # copies of base weights: name to path
 
     @cached_property
@@ -83,20 +83,21 @@ class AdapterLayout:
         """
         found: list[tuple[int, int, int, int, int]] = []
         last = ""
-        for place in sorted(
-            self.places or (), key=lambda p: (p.path.rpartition(".")[2], p.rank, p.outputs, p.b)
+        for layer in sorted(
+            self.lora_offsets or (),
+            key=lambda p: (p.path.rpartition(".")[2], p.rank, p.outputs, p.b),
         ):
             begin, step, count, *shape = found[-1] if found else (0, 0, 0, 0, 0)
-            distance = place.b - begin if count == 1 else step
-            name = place.path.rpartition(".")[2]
+            distance = layer.b - begin if count == 1 else step
+            name = layer.path.rpartition(".")[2]
             if (
                 name == last
-                and shape == [place.rank, place.outputs]
-                and place.b == begin + count * distance
+                and shape == [layer.rank, layer.outputs]
+                and layer.b == begin + count * distance
             ):
-                found[-1] = (begin, distance, count + 1, place.rank, place.outputs)
+                found[-1] = (begin, distance, count + 1, layer.rank, layer.outputs)
             else:
-                found.append((place.b, 0, 1, place.rank, place.outputs))
+                found.append((layer.b, 0, 1, layer.rank, layer.outputs))
             last = name
         return found
 
@@ -114,7 +115,7 @@ class AdapterLayout:
         """Return how many elements of `dtype` an adapter takes in the pool."""
         return (
             self.numbers
-            if self.places is not None
+            if self.lora_offsets is not None
             else -(-self.numbers * self.dtype.itemsize // dtype.itemsize)
         )
 
@@ -168,16 +169,16 @@ class AdapterLayoutCache:
         check_modules(spec, entries, self.base, where)
         frozen = frozen_copies(spec, entries, self.base)
         own = {name: entry for name, entry in entries.items() if name not in frozen}
-        places = self._places(spec, own, dtype.itemsize, where)
-        if places is None:
+        lora_offsets = self._lora_offsets(spec, own, dtype.itemsize, where)
+        if lora_offsets is None:
             self._check_shapes(spec, own, where)
         numbers = max(entry.end for entry in entries.values()) // dtype.itemsize
-        return AdapterLayout(spec, dtype, offset, numbers, entries, places, frozen)
+        return AdapterLayout(spec, dtype, offset, numbers, entries, lora_offsets, frozen)
 
     def _check_shapes(
         self, spec: AdapterConfig, entries: dict[str, TensorEntry], where: str
     ) -> None:
-        """Raise `AdapterError` where the adapter's layers, built aside, have other tensors."""
+        """Raise `AdapterError` where the adapter's layers would have other tensors."""
         layers = create_layers(self.base.model, spec)
         shapes = {name: entry.shape for name, entry in entries.items()}
         matching_views(Adapter("unattached", spec, layers), shapes, where)
@@ -198,7 +199,7 @@ class AdapterLayoutCache:
                 f"tokens of its own: {', '.join(new)}", where=where, why=why, hint="afina merge"
             )
 
-    def _places(
+    def _lora_offsets(
         self, spec: AdapterConfig, entries: dict[str, TensorEntry], size: int, where: str
     ) -> tuple[LoRAOffsets, ...] | None:
         """Return the offsets of A and B of each layer; None where not low-rank only."""
@@ -209,7 +210,7 @@ class AdapterLayoutCache:
             or spec.method_settings.get("restarts")
         ):
             return None
-        places, generator = [], torch.Generator()
+        offsets, generator = [], torch.Generator()
         left = set(entries)
         for path in spec.target_modules:
             layer = TargetModule(path, frozen_module(self.base.model, path))
@@ -234,7 +235,7 @@ class AdapterLayoutCache:
                 left.remove(key)
                 at[name] = entries[key].begin // size
             rank = spec.rank_of(path)
-            places.append(
+            offsets.append(
                 LoRAOffsets(
                     path,
                     at["a"],
@@ -247,7 +248,7 @@ class AdapterLayoutCache:
             )
         if left:
             raise AdapterError(f"a tensor without a module: {min(left)}", where=where)
-        return tuple(places)
+        return tuple(offsets)
 
 
 class LoadedAdapter:
@@ -271,7 +272,7 @@ class LoadedAdapter:
 
     def copy_from(self, raw: Tensor) -> None:
         """Copy the elements of the file, `raw` `(numel,)` in the file's dtype, into the pool."""
-        if self.layout.places is None:
+        if self.layout.lora_offsets is None:
             self.memory.view(torch.uint8)[: raw.numel() * raw.itemsize].copy_(raw.view(torch.uint8))
             return
         self.memory.copy_(raw)
@@ -286,7 +287,7 @@ class LoadedAdapter:
         """Add it to the layers."""
         if self._present:
             return
-        if self.layout.places is None:
+        if self.layout.lora_offsets is None:
             adapter = attach(base.model, base.forward_context, self.name, self.layout.config)
             flat = self.memory.view(torch.uint8)[
                 : self.layout.numbers * self.layout.dtype.itemsize
@@ -301,22 +302,22 @@ class LoadedAdapter:
             return
         self._present = True
         try:
-            self._set_views(base, self.layout.places)
+            self._set_views(base, self.layout.lora_offsets)
         except BaseException:
             self.deactivate(base)
             raise
 
-    def _set_views(self, base: CausalLM, places: Sequence[LoRAOffsets]) -> None:
+    def _set_views(self, base: CausalLM, layers: Sequence[LoRAOffsets]) -> None:
         """Give each module views of its matrices in the pool."""
-        for place in places:
-            a = self.memory[place.a : place.a + place.rank * place.inputs].view(
-                place.rank, place.inputs
+        for layer in layers:
+            a = self.memory[layer.a : layer.a + layer.rank * layer.inputs].view(
+                layer.rank, layer.inputs
             )
-            b = self.memory[place.b : place.b + place.rank * place.outputs].view(
-                place.rank, place.outputs
+            b = self.memory[layer.b : layer.b + layer.rank * layer.outputs].view(
+                layer.rank, layer.outputs
             )
-            get_or_insert_wrapper(base, place.path).serving_layers[self.name] = LoRAView(
-                a, b, place.scale
+            get_or_insert_wrapper(base, layer.path).serving_layers[self.name] = LoRAView(
+                a, b, layer.scale
             )
 
     def _tensors(self, flat: Tensor) -> dict[str, Tensor]:
@@ -339,17 +340,17 @@ class LoadedAdapter:
             detach(base.model, self._adapter)
             self._adapter = None
             return
-        for place in self.layout.places or ():
-            get_or_insert_wrapper(base, place.path).serving_layers.pop(self.name, None)
+        for layer in self.layout.lora_offsets or ():
+            get_or_insert_wrapper(base, layer.path).serving_layers.pop(self.name, None)
 
 
 def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
     """Return the wrapper of the module at `path`, inserted at the first call."""
-    place = find_wrapper(base.model, path) or insert_wrapper(
+    wrapper = find_wrapper(base.model, path) or insert_wrapper(
         base.model, TargetModule(path, frozen_module(base.model, path)), base.forward_context
     )
-    assert isinstance(place, ModuleWithAdapters)
-    return place
+    assert isinstance(wrapper, ModuleWithAdapters)
+    return wrapper
 
 
 def read_numbers(file: Path, layout: AdapterLayout) -> Tensor:

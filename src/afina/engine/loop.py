@@ -277,5 +277,5 @@ _UNKNOWN_CAUSE = "the request could not be computed; see the log of the server"
 
 
 def _one_line(error: AfinaError) -> str:
-    """Return an error without its place on this machine."""
+    """Return an error without its file and line on this machine."""
     return "; ".join(part for part in (error.what, error.why) if part)

@@ -54,14 +54,14 @@ class MemoryManager:
 
     def allocate_block(self) -> int | None:
         """Return a block for keys and values, evicting if needed; None where all are in use."""
-        return self.pool.allocate() if self._room(1) else None
+        return self.pool.allocate() if self._evict_until(1) else None
 
     @property
     def num_available_blocks(self) -> int:
         """Blocks that are free or store an unread prefix."""
         return self.pool.num_free_blocks + self.tree.num_idle_blocks
 
-    def _room(self, pages: int) -> bool:
+    def _evict_until(self, pages: int) -> bool:
         """Free `pages` blocks, least recently used first; return False if too many are used."""
         while self.pool.num_free_blocks < pages:
             idle = [r for r in self.residents.values() if not r.ref_count]
@@ -121,7 +121,7 @@ class MemoryManager:
         return numbers
 
     def load(self, content: AdapterRecord | LiveAdapter) -> bool:
-        """Load the adapter into pool and layers until `release`; return False without room.
+        """Load the adapter into pool and layers until `release`; return False if the pool is full.
 
         Raises:
             AdapterError: its file has changed since it was registered.
@@ -161,7 +161,7 @@ class MemoryManager:
     def _run(self, pages: int) -> int | None:
         """Return the first of `pages` contiguous blocks, evicting until they can be allocated."""
         wanted = pages
-        while self._room(min(wanted, self.pool.count)):
+        while self._evict_until(min(wanted, self.pool.count)):
             if (start := self.pool.allocate_contiguous(pages)) is not None:
                 return start
             if wanted >= self.pool.count:

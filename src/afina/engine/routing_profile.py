@@ -121,7 +121,7 @@ def _shared(first: list[int], second: list[int]) -> list[int]:
 
 
 def build_profile(embedding: Embedder, questions: Sequence[Sequence[int]]) -> Tensor | None:
-    """Return the profile `(k, parts, d)` of training prompts of token ids; None for fewer than four."""
+    """Return the profile `(k, parts, d)` of prompts of token ids; None for fewer than four."""
     prompts = [question for question in questions if question]
     prompts = prompts[:: max(1, len(prompts) // PROMPTS)][:PROMPTS]
     if len(prompts) < LEAST:
@@ -137,7 +137,7 @@ def build_profile(embedding: Embedder, questions: Sequence[Sequence[int]]) -> Te
 
 
 def _halve(points: Tensor, rows: Tensor, times: int) -> list[Tensor]:
-    """Return the `rows` of points `(n, D)` in groups of equal size, split along their widest directions."""
+    """Return the `rows` of points `(n, D)` in equal groups, split where they differ most."""
     if times == 0 or len(rows) < 2 * LEAST:
         return [rows]
     own = points[rows] - points[rows].mean(0)

@@ -142,7 +142,7 @@ class Sampler:
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Logprob | Exception]:
     """Sample the next token of each sequence from float32 logits `(n, vocab_size)`, unchanged.
 
-    An error of one sequence's parameters, grammar or logits takes the place of its token and does
+    An error of one sequence's parameters, grammar or logits is returned for its token and does
     not change the tokens of the others. The log-probability is NaN where the request does not
     include it.
     """

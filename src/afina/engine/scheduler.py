@@ -5,7 +5,7 @@
               of the client with the least service      (virtual token counter, arXiv 2401.00588)
 
 Decoding never waits for a long prompt, and a client that fills the queue does not delay others: a
-client with less than its share of sequences and blocks is admitted in the place of the youngest
+client with less than its share of sequences and blocks is admitted instead of the youngest
 sequence of the client with the most. A preempted sequence keeps its tokens; its keys and values are
 computed again where the prefix cache does not have them any more.
 """
@@ -22,7 +22,7 @@ from afina.engine.sequence import AdapterSpan, ScheduledChunk, SequenceState, Se
 
 DECODE_TOKEN_WEIGHT = 2.0  # service that a generated token counts, in prompt tokens
 MAX_DEFER_SECONDS = 5.0  # longest that a request waits for steps on merged weights
-MAX_SKIPPED_STEPS = 50  # steps without room for a client before no other client is admitted
+MAX_SKIPPED_STEPS = 50  # failed admissions of a client before no other client is admitted
 
 
 class Scheduler:
@@ -46,9 +46,9 @@ class Scheduler:
         self.preemptions = 0
         self.should_defer: Callable[[Sequence[AdapterSpan]], bool] = lambda spans: False
         self._deferred_since: dict[int, float] = {}  # seconds of the monotonic clock, by seq_id
-        self._skipped_steps: dict[str, int] = {}  # steps without room, by client
+        self._skipped_steps: dict[str, int] = {}  # steps in which it did not fit, by client
         self._preempted: set[int] = set()  # in the present step, by seq_id
-        self._lacks_room = False  # why the last admission failed
+        self._pool_is_full = False  # why the last admission failed
         memory.pool.on_block_moved = self._on_block_moved
 
     @property
@@ -84,7 +84,7 @@ class Scheduler:
         return [chunk for chunk in chunks if chunk[0].is_running]  # some may have been preempted
 
     def _add_prompts(self, budget: int, chunks: list[ScheduledChunk]) -> None:
-        """Add chunks of prompts up to `budget` tokens, of the client with the least service first."""
+        """Add chunks of up to `budget` prompt tokens, the client with the least service first."""
         prompts: dict[str, deque[SequenceState]] = {}
         for sequence in self.running:
             if not self._is_decoding(sequence):
@@ -117,9 +117,9 @@ class Scheduler:
         """Add as many of a sequence's tokens as budget and blocks allow; return how many."""
         count = min(sequence.num_uncomputed_tokens, budget)
         blocks = len(sequence.block_table) + self.memory.num_available_blocks
-        room = blocks * self.cache.block_size - sequence.num_computed_tokens
-        if room < count:
-            count = max(min(room, count), 1 if not chunks else 0)
+        space = blocks * self.cache.block_size - sequence.num_computed_tokens
+        if space < count:
+            count = max(min(space, count), 1 if not chunks else 0)
         if count <= 0 or not sequence.is_running:
             return 0
         if not self._allocate_up_to(sequence, sequence.num_computed_tokens + count):
@@ -162,7 +162,7 @@ class Scheduler:
     # ---- admission
 
     def _admit_next(self, client: str) -> SequenceState | None:
-        """Admit the next request of a client; None where it has none or there is no room for it."""
+        """Admit the next request of a client; None where it has none or it does not fit."""
         queue = self.waiting[client]
         while queue:
             sequence = queue[0]
@@ -171,7 +171,7 @@ class Scheduler:
             if len(self.running) >= self.max_num_seqs and not self._make_way(client):
                 return None
             is_admitted = self._admit(sequence)
-            while not is_admitted and self._lacks_room and self._make_way(client, sequence):
+            while not is_admitted and self._pool_is_full and self._make_way(client, sequence):
                 is_admitted = self._admit(sequence)
             if is_admitted:
                 queue.popleft()
@@ -223,8 +223,8 @@ class Scheduler:
         return time.monotonic() - since < MAX_DEFER_SECONDS
 
     def _admit(self, sequence: SequenceState) -> bool:
-        """Load its adapters and match its prefix; return False where there is no room now."""
-        self._lacks_room = False
+        """Load its adapters and match its prefix; return False where it does not fit now."""
+        self._pool_is_full = False
         if self.running and not sequence.can_share_step(self.running[0]):
             return False
         required = sequence.required_adapters
@@ -243,7 +243,7 @@ class Scheduler:
             self.load_failures.append((sequence, error))
         fits = self.memory.num_available_blocks >= self._blocks_for(sequence) or not self.running
         if len(loaded) < len(required) or not fits:
-            self._lacks_room = all(sequence is not failed for failed, _ in self.load_failures)
+            self._pool_is_full = all(sequence is not failed for failed, _ in self.load_failures)
             for digest in loaded:
                 self.memory.release(digest)
             return False

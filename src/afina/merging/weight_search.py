@@ -1,6 +1,7 @@
 """Weights found on a few examples, without gradients.
 
-    minimize over w in [-1.5, 1.5]^n   loss(base + sum over k of w_k D_k, rows) + penalty * sum |w_k|
+    minimize over w in [-1.5, 1.5]^n
+    loss(base + sum over k of w_k D_k, rows) + penalty * sum over k of |w_k|
 
 All adapters are attached to one base, and an evaluation only changes their weights: nothing is
 merged or written. The loss is smooth in a few weights, so that a derivative-free trust-region
