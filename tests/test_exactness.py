@@ -350,12 +350,9 @@ def test_kill_9_and_resume(tiny: Path, chats: Path, general: Path, tmp_path: Pat
         dropout=0.1,
     )
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "afina", "train", chats, *flags, "--output-dir", tmp_path / "cut"],
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "afina", "train", chats, *flags, "--output-dir"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, tmp_path / "cut"], env=ENVIRONMENT, **silent)
     log = tmp_path / "cut" / "metrics.jsonl"
     deadline = time.monotonic() + 100
     while not (log.exists() and log.read_text().count("\n") > 40):
@@ -370,10 +367,15 @@ def test_kill_9_and_resume(tiny: Path, chats: Path, general: Path, tmp_path: Pat
     assert log.read_text().count("\n") - done <= 4 + 1, (
         "more was lost than the steps since the last checkpoint"
     )
-    cut = afina.train(chats, output_dir=tmp_path / "cut", resume=True, **settings)
-    whole = afina.train(chats, output_dir=tmp_path / "whole", **settings)
-    assert cut.record["adapter"] == whole.record["adapter"]
+    # each in a process of its own, as the killed one was
+    runs = [[*command, tmp_path / "cut", "--resume"], [*command, tmp_path / "whole"]]
+    ends = [subprocess.Popen(run, env=ENVIRONMENT, **silent) for run in runs]
+    assert [end.wait() for end in ends] == [0, 0]
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    cut, whole = (
+        json.loads((tmp_path / name / "run.json").read_text()) for name in ("cut", "whole")
+    )
+    assert cut["adapter"] == whole["adapter"]
 
 
 # recomputed activations
