@@ -174,7 +174,7 @@ CLAIMS = [
         said(
             "LoRA forgot less of the general text.",
             "LoRA forgot more of the general text, not less.",
-            "LoRA did not forget less everywhere: it depends on the task and on the learning rate.",
+            "LoRA did not forget less in all parts: it depends on the task and on the learning rate.",
         ),
     ),
     Claim(
@@ -187,7 +187,7 @@ CLAIMS = [
         said(
             "MoRA memorised more new facts than LoRA.",
             "MoRA did not memorise new facts better than LoRA.",
-            "Our rows cannot tell MoRA from LoRA at memorising facts.",
+            "These rows do not distinguish MoRA from LoRA at memorizing facts.",
         ),
     ),
     Claim(
@@ -200,7 +200,7 @@ CLAIMS = [
         said(
             "At adding numbers, training everything did better than MoRA of rank 8.",
             "At adding numbers, MoRA of rank 8 did as well as training everything.",
-            "Our rows cannot tell MoRA from training everything at adding numbers.",
+            "These rows do not distinguish MoRA from full fine-tuning at adding numbers.",
         ),
     ),
     Claim(
@@ -213,7 +213,7 @@ CLAIMS = [
         said(
             "Rank 64 brought MoRA further than rank 8.",
             "Rank 64 did worse than rank 8.",
-            "Rank 64 made no difference that shows.",
+            "Rank 64 has no measurable effect.",
         ),
     ),
     Claim(
@@ -226,7 +226,7 @@ CLAIMS = [
         said(
             "Rank 64 memorised more than rank 8.",
             "Rank 64 memorised less than rank 8.",
-            "Rank 64 made no difference that shows.",
+            "Rank 64 has no measurable effect.",
         ),
     ),
     Claim(
@@ -239,7 +239,7 @@ CLAIMS = [
         said(
             "The MLP layers alone did as well as all of them.",
             "The MLP layers alone did worse than all of them.",
-            "Our rows cannot tell the MLP layers alone from all of them.",
+            "These rows do not distinguish the MLP layers from all linear layers.",
         ),
     ),
     Claim(
@@ -252,12 +252,12 @@ CLAIMS = [
         said(
             "The attention alone did worse.",
             "The attention alone did no worse.",
-            "Our rows cannot tell attention from MLP layers.",
+            "These rows do not distinguish attention from MLP layers.",
         ),
     ),
     Claim(
         "auto",
-        "Ranks chosen by gradient energy (targets: auto) do better than the same rank everywhere.",
+        "Ranks chosen by gradient energy (targets: auto) do better than one rank for all layers.",
         "afina's own claim",
         "",
         ("layers",),
@@ -266,7 +266,7 @@ CLAIMS = [
         said(
             "Choosing the layers by their gradients paid.",
             "Choosing the layers by their gradients did not pay.",
-            "Our rows cannot tell whether choosing the layers by their gradients pays.",
+            "These rows do not show whether choosing ranks by gradient energy pays.",
         ),
     ),
     Claim(
@@ -294,7 +294,7 @@ CLAIMS = [
         said(
             "DoRA did better than LoRA.",
             "DoRA did no better than LoRA.",
-            "Our rows cannot tell DoRA from LoRA.",
+            "These rows do not distinguish DoRA from LoRA.",
         ),
     ),
     Claim(
@@ -307,7 +307,7 @@ CLAIMS = [
         said(
             "After training, the model in 4 bits was as good as the one in 16.",
             "The model in 4 bits stayed behind after training.",
-            "Our rows cannot tell whether the model in 4 bits stays behind after training.",
+            "These rows do not show whether the 4-bit base is worse after training.",
         ),
     ),
     Claim(
@@ -321,7 +321,7 @@ CLAIMS = [
         said(
             "The better base with the smaller method won.",
             "The weaker base with the stronger method won.",
-            "Our rows cannot tell whether base or method matters more.",
+            "These rows do not show whether the base or the method matters more.",
         ),
     ),
     Claim(
@@ -335,7 +335,7 @@ CLAIMS = [
         said(
             "With few rows the model learned the rows rather than the task.",
             "Few rows were no harm.",
-            "Few rows made no difference that shows.",
+            "Few rows have no measurable effect.",
         ),
     ),
     Claim(
@@ -348,7 +348,7 @@ CLAIMS = [
         said(
             "With few rows LoRA was the safer choice.",
             "With few rows LoRA overfitted more.",
-            "With few rows LoRA overfitted as much as training everything, as far as our rows can tell.",
+            "With few rows, no difference in overfitting between LoRA and full fine-tuning is measurable.",
         ),
     ),
     Claim(
