@@ -743,3 +743,18 @@ def test_the_command_line(
     assert "accuracy" in capsys.readouterr().out
     assert run_cli(["generate", "what a lovely film this is", "--adapter", str(run)]) == 0
     assert capsys.readouterr().out.startswith(("good", "bad"))
+
+
+def test_examples_of_encoders_are_shown(
+    encoder: Path, vision: Path, table: Path, text: Path, pictures: Path
+) -> None:
+    def show(data: Path, base: Path, objective: str) -> list[dict[str, Any]]:
+        common: Any = {"device": "cpu", "show": 2, "show_longest": True}
+        return plan(data, base=str(base), objective=objective, **common)["examples"]
+
+    classes = show(table, encoder, "classify")
+    assert classes[0]["text"].startswith("[CLS] ") and " [SEP] -> «" in classes[0]["text"]
+    assert classes[2]["tokens"] >= classes[0]["tokens"] and classes[2]["is_longest"]
+    assert show(text, encoder, "mlm")[0]["text"].endswith("[SEP]")
+    first = show(pictures, vision, "classify")[0]
+    assert first["text"] == f"{first['where']} (8 x 8) -> «lying»" and first["tokens"] is None

@@ -262,14 +262,15 @@ def test_a_70b_model_in_a_second(large: Path) -> None:
 
 def test_rows_are_counted_without_weights(tiny: Path, chats: Path, tmp_path: Path) -> None:
     """With a tokenizer beside its configuration, a model without weights is planned for as one with them."""
-    whole = afina.plan(chats, base=str(tiny))
+    whole = afina.plan(chats, base=str(tiny), show=2)
     for file in tiny.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    bare = afina.plan(chats, base=str(tmp_path))
+    bare = afina.plan(chats, base=str(tmp_path), show=2)
     assert bare["cost"] == whole["cost"]
     assert {**bare["data"], "objective": "sft"} == whole["data"]
     assert bare["example"] == whole["example"]
+    assert bare["examples"] == whole["examples"] and len(bare["examples"]) == 2
     for name in ("steps", "trainable_parameters", "layers"):
         assert bare[name] == whole[name]
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -620,6 +621,8 @@ def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judg
             rows, base=str(tiny), objective=objective, **SMALL, **{objective: options | more}
         )["cost"]
 
+    shown = afina.plan(rows, base=str(tiny), objective="grpo", show=1, **SMALL, grpo=options)
+    assert shown["examples"][0]["text"].endswith("«...»")
     plain = cost()
     assert all(plain["phases"][name] > 0 for name in ("learning", "reading", "writing"))
     assert any("scoring" in what for what in plain["not_counted"]) and any(
@@ -663,3 +666,48 @@ def test_the_dial_turns_for_pairs_too(
         yaml.safe_load((run.folder / "settings.yaml").read_text())["gradient_checkpointing"]
         == "all"
     )
+
+
+SHOWN: list[tuple[str, dict[str, Any], Any]] = [
+    ("sft", {"prompt": "Who is it {}?", "completion": "It is me."}, "«It is me.<|end|>»"),
+    ("pretrain", {"text": "The sea is blue {}."}, "«he sea is blue"),
+    ("dpo", {"prompt": "Who {}?", "chosen": "Me.", "rejected": "No idea."}, "worse: "),
+    ("kto", {"prompt": "Who {}?", "completion": "Me.", "label": True}, "better: "),
+    ("reward", {"prompt": "Who {}?", "chosen": "Me.", "rejected": "No idea."}, "better: "),
+]
+
+
+@pytest.mark.parametrize(("objective", "row", "part"), SHOWN, ids=[name for name, *_ in SHOWN])
+def test_examples_are_shown_as_the_model_reads_them(
+    objective: str, row: dict[str, Any], part: str, tiny: Path, tmp_path: Path
+) -> None:
+    names = ["a" * n for n in range(1, 9)]
+    rows = [
+        {key: v.format(name) if isinstance(v, str) else v for key, v in row.items()}
+        for name in names
+    ]
+    if objective == "kto":
+        rows[1]["label"] = rows[2]["label"] = False
+    file = write_rows(tmp_path / "rows.jsonl", *rows)
+    values = {"base": str(tiny), "objective": objective, **SMALL}
+    result = afina.plan(file, show=3, show_longest=True, **values)
+    examples = result["examples"]
+    assert [one.get("is_longest", False) for one in examples] == [False] * 3 + [True] * 3
+    shown, longest = examples[:3], examples[3:]
+    assert [one["where"] for one in shown] == sorted({one["where"] for one in shown})
+    assert all(one["where"].startswith(f"{file}:") and one["tokens"] > 0 for one in examples)
+    assert longest[0]["tokens"] == max(one["tokens"] for one in examples)
+    assert part[:8] in shown[0]["text"]
+    assert "examples" in dict(result) and f"example of {shown[1]['where']}" in result.to_markdown()
+    assert 0 < shown[0]["targets"] < shown[0]["tokens"]
+    # without the option there is one example, as ever
+    assert [*afina.plan(file, **values)["examples"]] == []
+
+
+def test_examples_need_rows(large: Path, chats: Path) -> None:
+    for values, why in (({}, "no rows"), ({"data": chats, "compare_methods": True}, "a table")):
+        with pytest.raises(SettingsError, match="show has no effect here") as caught:
+            afina.plan(base=str(large), show=2, **values)
+        assert why in str(caught.value)
+    with pytest.raises(SettingsError, match="examples need a tokenizer"):
+        afina.plan(chats, base=str(large), show_longest=True)

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,7 +47,12 @@ from afina.objectives.linear_probe import (
     head_features,
     head_path,
 )
-from afina.objectives.prepared import PreparedData, describe_data, eval_rows_file
+from afina.objectives.prepared import (
+    PreparedData,
+    ShownExample,
+    describe_data,
+    eval_rows_file,
+)
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
 from afina.settings.objectives import ClassifySettings
@@ -260,7 +266,7 @@ class ClassificationObjective(PaddedObjective):
             | ({"not_evaluated": not_evaluated} if not_evaluated else {})
             | ({"pairs": True} if any(row.pair is not None for row in rows) else {}),
             skipped=skipped,
-            example=_show(rows[0], pictures),
+            show=partial(_show, task),
             eval_records=[row.record() for row in eval_labeled],
             modules_to_save=base.new_modules,
             max_length=length if base.images is None else None,
@@ -417,12 +423,16 @@ def _not_evaluated(
     return {label: counts[label] for label in task.labels if label not in evaluated}
 
 
-def _show(row: LabeledRow, pictures: bool) -> str:
-    """Return a row as text, with its label."""
-    content = row.where if pictures else str(row.content)
-    pair = "" if row.pair is None else f" | {row.pair}"
-    label = ", ".join(row.label) if isinstance(row.label, tuple) else row.label
-    return f"{content}{pair} -> {label}"
+def _show(task: ClassificationObjective, row: ClassificationExample) -> ShownExample:
+    """Return a row as the model reads it, with its label; an image by its file."""
+    label = task.task.format_target(row.target)
+    if task.base.images is not None:
+        height, width = task.base.images.size
+        return ShownExample(row.where, None, None, f"{row.where} ({width} x {height}) -> «{label}»")
+    tokens = row.content.token_ids if isinstance(row.content, TokenPair) else row.content
+    assert task.base.tokenizer is not None
+    text = task.base.tokenizer.decode(tokens)
+    return ShownExample(row.where, len(tokens), None, f"{text} -> «{label}»")
 
 
 def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[LabeledRow]:

@@ -65,6 +65,15 @@ class LabelTask:
             return self.labels.index(named[0])
         return [float(label in named) for label in self.labels]
 
+    def format_target(self, target: Any) -> str:
+        """Return the label that a target of `target` stands for."""
+        if self.kind == REGRESSION:
+            return f"{target[0]:g}"
+        if self.kind == CLASSES:
+            return self.labels[target]
+        named = [label for label, value in zip(self.labels, target, strict=True) if value]
+        return ", ".join(named) or "none"
+
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each row `(num_rows,)` in nats; 0 where a row has no target."""
         if self.kind == CLASSES:

@@ -6,6 +6,7 @@ The two differ only in which tokens are targets.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from afina.objectives.prepared import (
     Preparation,
     PreparedData,
     eval_source,
+    show_example,
 )
 from afina.objectives.reference import segments_for
 from afina.objectives.registry import get_objective, register_objective
@@ -84,8 +86,8 @@ class LanguageModelingObjective(Objective):
         ]
         objective: Any = get_objective(rows.objective) if settings.objective == "auto" else cls
         task = objective(prep.base, rows.train, rows.eval_examples, *prep.packing)
-        example = prep.renderer.format_loss_mask(rows.train[0])
-        return prep.finish(task, table, rows.skipped, example, records, **rows.counts)
+        show = partial(show_example, prep.renderer)
+        return prep.finish(task, table, rows.skipped, show, records, **rows.counts)
 
     @classmethod
     def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "LanguageModelingObjective":

@@ -29,6 +29,7 @@ from afina.objectives.labeled_data import (
 from afina.objectives.language_data import infer_objective
 from afina.objectives.prepared import (
     PreparedData,
+    ShownExample,
     count_rows,
     describe_data,
     eval_source,
@@ -74,7 +75,9 @@ class MaskedLMObjective(PaddedObjective):
             task=cls(base, train, eval_rows, size, accumulation, settings.seed),
             data_info=describe_data(table, len(eval_rows)),
             skipped=list(table.skipped),
-            example=str(decode(train[0].token_ids)),
+            show=lambda row: ShownExample(
+                row.where, len(row.token_ids), None, str(decode(row.token_ids))
+            ),
             eval_records=[
                 {"text": str(decode(t.token_ids, skip_special_tokens=True))} for t in eval_rows
             ],

@@ -47,6 +47,7 @@ from afina.objectives.prepared import (
     BATCH_TOKENS,
     Preparation,
     PreparedData,
+    ShownExample,
     eval_source,
     trained_settings,
 )
@@ -93,8 +94,12 @@ class PolicyObjective(Objective):
         )
         task = cls(options, prep.base, train, eval_rows, rewards, prep.renderer, *prep.packing[::2])
         records = [query.row.record(rewards.needs_items) for query in eval_rows]
-        example = str(prep.base.tokenizer.decode(train[0].token_ids)) + "«...»"
-        prepared = prep.finish(task, table, skipped, example, records, longest=task.max_length)
+
+        def show(row: TokenizedPrompt) -> ShownExample:
+            text = prep.base.tokenizer.decode(row.token_ids)
+            return ShownExample(row.where, len(row.token_ids), None, f"{text}«...»")
+
+        prepared = prep.finish(task, table, skipped, show, records, longest=task.max_length)
         prepared.reward_hash = rewards.content_hash
         return prepared
 

@@ -11,6 +11,7 @@ however they are packed.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,8 +28,8 @@ from afina.objectives.metric_sums import MetricSums, report_metrics
 from afina.objectives.preference_batch import KLSamples, PreferenceBatch, pack_preferences
 from afina.objectives.preference_data import (
     PreferenceExample,
-    format_preference,
     read_comparable,
+    show_preference,
     split_preferences,
     tokenize_preferences,
 )
@@ -93,7 +94,7 @@ class PairwiseObjective(Objective):
             task,
             table,
             skipped,
-            format_preference(prep.renderer, examples[0]),
+            partial(show_preference, prep.renderer),
             [row.record() for row, _ in eval_rows],
             longest=max(len(e.token_ids) for c in examples for e in c.completions),
             **prep.renderer.counts,

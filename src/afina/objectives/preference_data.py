@@ -20,6 +20,7 @@ from afina.data.schemas import (
 from afina.data.table import Table, parse_rows, read_table, summarize_skipped
 from afina.errors import DataError
 from afina.objectives.language_data import mask_before_invocation
+from afina.objectives.prepared import ShownExample
 from afina.settings import TrainSettings
 
 MAX_MISMATCH_TRIES = 8  # other rows whose completion is tried with a prompt
@@ -170,11 +171,13 @@ def split_preferences(
     return train, eval_rows
 
 
-def format_preference(renderer: Renderer, choice: PreferenceExample) -> str:
+def show_preference(renderer: Renderer, choice: PreferenceExample) -> ShownExample:
     """Return a row as the model reads it, its completions marked."""
     sides = (("better", choice.chosen), ("worse", choice.rejected))
-    return "\n".join(
+    text = "\n".join(
         f"{name}: {renderer.format_loss_mask(example)}"
         for name, example in sides
         if example is not None
     )
+    targets = sum(sum(example.loss_mask) for example in choice.completions)
+    return ShownExample(choice.where, len(choice.token_ids), targets, text)

@@ -1,7 +1,7 @@
 """The outcome of preparing a run's rows, and what all objectives on text prepare alike."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
-from afina.data.renderer import Renderer
+from afina.data.renderer import Example, Renderer
 from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
@@ -26,6 +26,23 @@ DEFAULT_MAX_LENGTH = 2048  # tokens of a sequence, where the base could read mor
 Piece = TypeVar("Piece")
 
 
+@dataclass(frozen=True)
+class ShownExample:
+    """A training row as the model reads it.
+
+    Attributes:
+        where: Location of the row.
+        tokens: Number of its tokens; None for an image.
+        targets: Number of target tokens; None where a token is no target or targets are random.
+        text: Its tokens as text, with the target tokens between « and ».
+    """
+
+    where: str
+    tokens: int | None
+    targets: int | None
+    text: str
+
+
 @dataclass
 class PreparedData:
     """An objective with its rows on a base, and what a run records about its data.
@@ -34,7 +51,7 @@ class PreparedData:
         task: The objective.
         data_info: The entry `data` of run.json.
         skipped: Rows that were left out, with the reason of each.
-        example: One row as the model reads it, its target tokens marked.
+        show: Returns a training row as the model reads it.
         eval_records: The eval rows, to be read again by `afina eval`.
         invocation: Token ids that activate the adapter; empty for one that is always active.
         modules_to_save: Modules that the adapter contains completely.
@@ -50,7 +67,7 @@ class PreparedData:
     task: Objective
     data_info: dict[str, Any]
     skipped: list[str]
-    example: str
+    show: Callable[[Any], ShownExample]
     eval_records: list[dict[str, Any]]
     invocation: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
@@ -61,6 +78,11 @@ class PreparedData:
     init_adapter: str | None = None
     frozen_adapter: str | None = None
     reward_hash: str | None = None
+
+    @property
+    def example(self) -> str:
+        """The first training row as the model reads it, its target tokens marked."""
+        return self.show(self.task.train[0]).text
 
     @property
     def base(self) -> FrozenModel:
@@ -161,7 +183,7 @@ class Preparation:
         task: Objective,
         table: Any,
         skipped: list[str],
-        example: str,
+        show: Callable[[Any], ShownExample],
         eval_records: list[dict[str, Any]],
         **counts: Any,
     ) -> PreparedData:
@@ -170,7 +192,7 @@ class Preparation:
             task=task,
             data_info=describe_data(table, len(task.eval_rows)),
             skipped=skipped,
-            example=example,
+            show=show,
             eval_records=eval_records,
             invocation=self.invocation,
             modules_to_save=self.modules_to_save,
@@ -178,6 +200,20 @@ class Preparation:
             max_length=self.renderer.max_length,
             counts=count_rows(task.train, task.eval_rows) | counts,
         )
+
+
+def row_length(row: Any) -> int:
+    """Return the tokens of a row by which rows are packed and compared; 0 for an image."""
+    tokens = getattr(row, "token_ids", None)
+    if tokens is None:
+        tokens = getattr(row, "content", ())
+    return 0 if hasattr(tokens, "shape") else len(tokens)
+
+
+def show_example(renderer: Renderer, example: Example) -> ShownExample:
+    """Return an example as text, its target tokens marked."""
+    tokens, targets = len(example.token_ids), sum(example.loss_mask)
+    return ShownExample(example.where, tokens, targets, renderer.format_loss_mask(example))
 
 
 def count_rows(train: Sequence[Any], eval_rows: Sequence[Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ checks before its first step. Otherwise its configuration is enough: a 70B model
 laptop.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from afina.models.loading import load_tokenizer
 from afina.models.nf4 import quantizable_modules
 from afina.models.parameters import describe_unquantized
 from afina.objectives.language_data import read_examples
-from afina.objectives.prepared import text_renderer
+from afina.objectives.prepared import ShownExample, row_length, show_example, text_renderer
 from afina.objectives.registry import get_objective
 from afina.objectives.workload import StepWorkload, packed_workload
 from afina.planning.checkpointing_policy import choose_level
@@ -37,6 +39,7 @@ from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
 from afina.training.setup.set_up import RunSetup, default_out, run_length, set_up_run
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+DEFAULT_SHOWN = 3  # longest examples that a plan prints, where --show is not given
 UNKNOWN_WORKLOAD = StepWorkload(())  # full batches, and nothing in addition
 
 
@@ -46,6 +49,7 @@ class _Rows:
 
     about: dict[str, Any] = field(default_factory=dict)
     example: str | None = None
+    examples: list[dict[str, Any]] = field(default_factory=list)
     used: dict[str, Any] = field(default_factory=dict)  # settings that the rows determine
     workload: StepWorkload = UNKNOWN_WORKLOAD
     steps: int | None = None
@@ -71,12 +75,35 @@ def plan(
         given = {} if data is None else {"data": Path(data)}
         settings = make_settings(PlanSettings, given | values)
     train_settings = _train_settings(settings)
+    _check_show(settings)
     objective = settings.objective
     if train_settings is not None:
         objective = resolve_objective(train_settings)
     if get_objective(AUTO_TEXT if objective == "auto" else objective).planned_by_tokens:
         return _plan_by_tokens(settings, train_settings)
     return _plan_with_rows(settings, train_settings, objective)
+
+
+def _check_show(settings: PlanSettings) -> None:
+    """Raise `SettingsError` where examples are requested and none are read."""
+    name = next((n for n in ("show", "show_longest") if getattr(settings, n)), None)
+    if name is not None and (settings.data is None or settings.compare_methods):
+        why = "there are no rows" if settings.data is None else "compare_methods is a table"
+        hint = "afina plan DATA" if settings.data is None else "leave compare_methods out"
+        raise SettingsError(f"{name} has no effect here", where=name, why=why, hint=hint)
+
+
+def _select_examples(
+    settings: PlanSettings, rows: Sequence[Any], show: Callable[[Any], ShownExample]
+) -> list[dict[str, Any]]:
+    """Return the examples to print: some spread over the rows, then the longest ones."""
+    wanted = settings.show or 0
+    spread = [rows[n * len(rows) // wanted] for n in range(wanted)] if wanted < len(rows) else rows
+    chosen = [asdict(show(row)) for row in spread[:wanted]]
+    if settings.show_longest:
+        longest = sorted(rows, key=row_length, reverse=True)[: settings.show or DEFAULT_SHOWN]
+        chosen += [asdict(show(row)) | {"is_longest": True} for row in longest]
+    return chosen
 
 
 def _train_settings(settings: PlanSettings) -> TrainSettings | None:
@@ -101,11 +128,11 @@ def _plan_with_rows(
     setup = set_up_run(train_settings)
     workload = setup.prepared.task.step_workload()
     if workload is None:
-        return PlanResult(**_checked(setup), cost=None)
+        return PlanResult(**_checked(setup, settings), cost=None)
     machine = detect_machine(settings, settings.remeasure)
     shape = read_model_shape(settings, machine.device)
     step = run_step(shape, setup, workload, machine.device)
-    return _checked_plan(setup, _cost(settings, step, workload, machine, setup.steps))
+    return _checked_plan(setup, settings, _cost(settings, step, workload, machine, setup.steps))
 
 
 def _plan_by_tokens(
@@ -153,6 +180,7 @@ def _plan_by_tokens(
         trainable_parameters=step.count.trainable,
         layers=len(step.count.layers),
         example=rows.example,
+        examples=rows.examples,
         cost=cost,
     )
 
@@ -164,7 +192,7 @@ def _plan_loaded(
     workload = setup.prepared.task.step_workload()
     step = run_step(shape, setup, workload, machine.device)
     cost = _cost(settings, step, workload or UNKNOWN_WORKLOAD, machine, setup.steps)
-    return _checked_plan(setup, cost, **_parts_of_base(shape, step))
+    return _checked_plan(setup, settings, cost, **_parts_of_base(shape, step))
 
 
 def _parts_of_base(shape: ModelShape, step: StepCost) -> dict[str, Any]:
@@ -176,8 +204,10 @@ def _parts_of_base(shape: ModelShape, step: StepCost) -> dict[str, Any]:
     return kinds | {"unquantized": describe_unquantized(shape.model, modules)}
 
 
-def _checked_plan(setup: RunSetup, cost: dict[str, Any], **about_base: Any) -> PlanResult:
-    checked = _checked(setup)
+def _checked_plan(
+    setup: RunSetup, settings: PlanSettings, cost: dict[str, Any], **about_base: Any
+) -> PlanResult:
+    checked = _checked(setup, settings)
     checked["settings"] |= {"gradient_checkpointing": cost["checkpointing"]["used"]}
     checked["base"] |= about_base
     return PlanResult(**checked, cost=cost)
@@ -241,6 +271,9 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
         "skipped": list(table.skipped),
     }
     if not any((shape.folder / name).is_file() for name in TOKENIZERS):
+        if settings.show or settings.show_longest:
+            hint = "load its tokenizer into that folder, or leave --show out"
+            raise SettingsError("examples need a tokenizer", where=str(shape.folder), hint=hint)
         return _Rows(about, steps=settings.max_steps)
     tokenizer = load_tokenizer(shape.folder, settings.base, settings.trust_remote_code)
     renderer = text_renderer(settings, tokenizer, shape.max_positions)
@@ -255,13 +288,14 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
     return _Rows(
         about={**about, "objective": read.objective, "skipped": read.skipped} | read.counts,
         example=read.renderer.format_loss_mask(read.train[0]),
+        examples=_select_examples(settings, read.train, partial(show_example, read.renderer)),
         used={"objective": read.objective, "max_length": read.renderer.max_length},
         workload=packed_workload(sampler, read.eval_examples),
         steps=run_length(settings, objective, sampler.steps_per_epoch),
     )
 
 
-def _checked(setup: RunSetup) -> dict[str, Any]:
+def _checked(setup: RunSetup, settings: PlanSettings) -> dict[str, Any]:
     """Return settings, base, data and adapter of a run that is set up."""
     prepared, spec = setup.prepared, setup.adapter.config
     return {
@@ -284,6 +318,7 @@ def _checked(setup: RunSetup) -> dict[str, Any]:
         "trainable_parameters": setup.adapter.num_parameters(),
         "layers": len({*spec.target_modules, *spec.modules_to_save}),
         "example": prepared.example,
+        "examples": _select_examples(settings, prepared.task.train, prepared.show),
     }
 
 

@@ -45,6 +45,7 @@ class PlanResult(Result):
     layers: int
     example: str | None
     cost: Mapping[str, Any] | None
+    examples: Sequence[Mapping[str, Any]] = ()
 
     def content(self) -> list[Content]:
         """Return the tables of settings, data and costs, and the example with its target tokens."""
@@ -78,7 +79,19 @@ class PlanResult(Result):
     def _example(self) -> list[Content]:
         if self.example is None:
             return []
-        return [ResultText("one example, target tokens marked:", "bold"), ResultText(self.example)]
+        if not self.examples:
+            head = ResultText("one example, target tokens marked:", "bold")
+            return [head, ResultText(self.example)]
+        lines: list[Content] = []
+        for example in self.examples:
+            tokens, targets = (
+                "" if example[name] is None else f", {pluralize(example[name], what)}"
+                for name, what in (("tokens", "token"), ("targets", "target token"))
+            )
+            kind = "longest example" if example.get("is_longest") else "example"
+            title = f"{kind} of {example['where']}{tokens}{targets}:"
+            lines += [ResultText(title, "bold"), ResultText(example["text"])]
+        return lines
 
     def _trainable(self) -> str:
         trainable, total = self.trainable_parameters, self.base["parameters"]

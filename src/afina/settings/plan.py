@@ -15,6 +15,12 @@ class PlanSettings(TrainSettings):
     compare_methods: bool = setting(
         "all methods in one table: memory, time, trainable parameters, size of the file", False
     )
+    show: int | None = setting(
+        "training examples to print as the model reads them, spread over the rows", ge=1
+    )
+    show_longest: bool = setting(
+        "print the longest training examples, as many as --show or 3", False
+    )
     remeasure: bool = setting(
         "measure this machine again: a few seconds, stored for later plans", False
     )
