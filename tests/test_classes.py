@@ -18,6 +18,7 @@ from afina.adapters.attach import detach
 from afina.adapters.loading import load_adapter
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.cli.main import run as run_cli
+from afina.data.packing import group_in_order, group_padded
 from afina.errors import AdapterError, AfinaError, BaseError, DataError, SettingsError
 from afina.evaluation.confusion import classification_scores, confusion
 from afina.evaluation.evaluate import evaluate
@@ -25,7 +26,6 @@ from afina.evaluation.generate import generate
 from afina.io.strict_json import read_json_object
 from afina.merging.merge_into_base import merge, merge_into_base
 from afina.models.classifier import Classifier, ImagePreprocessor, load_classifier
-from afina.objectives.classification import batch_indices
 from afina.planning.plan import plan
 from afina.training.train import TrainResult, train
 from afina.training.trainer import Trainer
@@ -703,16 +703,22 @@ def test_rows_of_like_length_share_a_batch() -> None:
     """Each row once an epoch, another order each epoch, next to no padding, batches in no order of length."""
     rng = random.Random(0)
     lengths = [rng.randrange(1, 50) for _ in range(1000)]
-    epochs = [batch_indices(lengths, 16, 0, epoch) for epoch in (0, 1)]
+    epochs = [group_padded(lengths, 400, random.Random(epoch)) for epoch in (0, 1)]
     for batches in epochs:
         assert sorted(i for batch in batches for i in batch) == list(range(1000))
-        assert len(batches) == 63
-        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-        assert padded < 1.1 * sum(lengths)
+        padded = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert max(padded) <= 400
+        assert sum(padded) < 1.1 * sum(lengths)
         means = [sum(lengths[i] for i in batch) / len(batch) for batch in batches]
         assert means != sorted(means)
     assert epochs[0] != epochs[1]
-    assert epochs[0] == batch_indices(lengths, 16, 0, 0)
+    assert epochs[0] == group_padded(lengths, 400, random.Random(0))
+
+
+def test_rows_in_order_keep_the_bound_of_tokens() -> None:
+    lengths = [3, 5, 2, 9, 1, 1, 30, 4]
+    assert group_in_order(lengths, 10, False) == [[0, 1, 2], [3, 4], [5], [6], [7]]
+    assert group_in_order(lengths, 10, True) == [[0, 1], [2], [3], [4, 5], [6], [7]]
 
 
 def test_scores() -> None:

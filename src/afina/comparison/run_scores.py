@@ -31,7 +31,7 @@ from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.loading import load_base
 from afina.objectives.base import LossSum
-from afina.objectives.classification import ClassificationObjective
+from afina.objectives.classification import EVAL_BATCH_TOKENS, ClassificationObjective
 from afina.objectives.labeled_data import tokenize_labeled_rows
 from afina.objectives.language_data import tokenize_rows
 from afina.objectives.language_modeling import example_losses
@@ -39,7 +39,6 @@ from afina.settings import CompareSettings, EvalSettings
 
 LONG_COMPLETION = 12  # words: for a longer median, chrF distinguishes more than an exact match
 SCORES = ("exact_match", "accuracy", "chrf", "rouge")
-ROWS_PER_BATCH = 32  # of a classifier
 
 
 class RunScorer:
@@ -159,7 +158,7 @@ class RunScorer:
             tokenize_labeled_rows(base, some, length, None)
             for some in (read_table(self.rows.train, LABELED).rows, rows)
         )
-        task = ClassificationObjective(base, train, test, ROWS_PER_BATCH, 1, 0)
+        task = ClassificationObjective(base, train, test, EVAL_BATCH_TOKENS, 1, 0)
         found = _losses("", task.row_losses(test, opened.active))
         found |= _losses("train_", task.row_losses(_sample(train, len(test)), opened.active))
         return found | _classes(

@@ -36,6 +36,7 @@ from afina.models.loading import (
     resolve_model_dir,
     silence_transformers,
 )
+from afina.models.packed_encoder import PackedEncoder
 
 PROBLEM_TYPES = {  # names of the tasks in config.json
     "classes": "single_label_classification",
@@ -102,11 +103,28 @@ class Classifier(FrozenModel):
             getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or 512
         )
 
+    @cached_property
+    def packed(self) -> PackedEncoder | None:
+        """The model on rows without padding; None for images, and where it needs padded rows."""
+        if self.tokenizer is None:
+            return None
+        texts = ("one two three four five six seven eight nine", "ten", "eleven twelve")
+        probe = self.batch([self.encode(text) for text in texts])
+        return PackedEncoder.where_equal(self.model, self.forward_context, probe)
+
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the scores `(rows, classes)`, float32."""
+        """Return the scores `(rows, classes)`, or of each position, float32."""
         if not isinstance(self.model, PreTrainedModel):  # a torch module: pixels to scores
             return self.model(inputs["pixel_values"]).float()
+        if self.packed is not None:
+            return self.packed.logits(inputs).float()
         return self.model(**inputs).logits.float()
+
+    def token_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the scores of each token `(num_tokens, num_outputs)`, float32, without padding."""
+        if self.packed is not None:
+            return self.packed.token_logits(inputs).float()
+        return self.model(**inputs).logits[inputs["attention_mask"].bool()].float()
 
     def encode(self, text: str, pair: str | None = None) -> list[int] | TokenPair:
         """Return a text, or two, as tokens with the tokenizer's special ones."""

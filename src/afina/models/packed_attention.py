@@ -46,6 +46,7 @@ class AttentionMetadata:
             a prefix; the last range is its own.
         before: keys and values of a prefix outside the batch.
         captured_kv: receives the keys and values of this batch.
+        is_causal: whether a token attends to no later one; not in encoders.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -53,15 +54,16 @@ class AttentionMetadata:
     sequence_spans: tuple[SequenceSpans, ...] = ()
     before: PrefixKV | None = None
     captured_kv: PrefixKV | None = None
+    is_causal: bool = True
 
     @cached_property
-    def groups(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def groups(self) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
         """Groups of sequences of similar length, each for one call of attention.
 
-        For each group (index, kept): `index` `(n, max_length)` selects its tokens from the batch,
-        short sequences padded by their last token; `kept` are the positions of its own tokens among
-        the n * max_length. Then the permutation that returns the groups' own tokens to the order
-        of the batch. Padding is at most a fifth of the tokens.
+        For each group (index, kept, lengths): `index` `(n, max_length)` selects its tokens from the
+        batch, short sequences padded by their last token; `kept` are the positions of its own
+        tokens among the n * max_length; `lengths` are `(n, 1)`. Then the permutation that returns
+        the groups' own tokens to the order of the batch. Padding is at most a fifth of the tokens.
         """
         sequences = self.sequence_spans or tuple(
             ((start, end),) for start, end in pairwise(self.cu_seqlens)
@@ -86,9 +88,8 @@ class AttentionMetadata:
                 torch.tensor([sizes[pieces] for pieces in group])[:, None],
             )
             own = torch.tensor([pieces[-1][1] - pieces[-1][0] for pieces in group])[:, None]
-            calls.append(
-                (index, ((along >= ends - own) & (along < ends)).flatten().nonzero()[:, 0])
-            )
+            kept = ((along >= ends - own) & (along < ends)).flatten().nonzero()[:, 0]
+            calls.append((index, kept, ends))
             order.append(index.flatten()[calls[-1][1]])
         return calls, torch.cat(order).argsort()
 
@@ -125,17 +126,31 @@ def _allowed(queries: int, keys: int, window: int | None, device: torch.device) 
     return allowed if window is None else allowed & (key > position - window)
 
 
+def _allowed_both_ways(lengths: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """Return the mask of padded rows without causality, bool `(n, 1, 1 or keys, keys)`, or None.
+
+    With a window, a token attends to those at most `window - 1` tokens away.
+    """
+    position = torch.arange(keys, device=lengths.device)
+    own = (position < lengths)[:, None, None]  # (n, 1, 1, keys)
+    if not _within(keys, window):
+        assert window is not None
+        return own & ((position[:, None] - position).abs() < window)
+    return None if bool(own.all()) else own
+
+
 def _attend(
     query: Tensor,  # (n, num_heads, q, head_dim)
     key: Tensor,  # (n, num_kv_heads, k, head_dim)
     value: Tensor,  # (n, num_kv_heads, k, value_dim)
-    allowed: Tensor | None,  # bool (q, k)
+    allowed: Tensor | None,  # bool, broadcast to (n, num_heads, q, k)
     scaling: float,
     softcap: float | None,
     dropout: float,
+    is_causal: bool,
 ) -> Tensor:
-    """Return attention `(n, num_heads, q, value_dim)`; without `allowed`, causal and q = k."""
-    if softcap is None and allowed is None and not dropout:
+    """Return attention `(n, num_heads, q, value_dim)`; if causal without `allowed`, q = k."""
+    if softcap is None and allowed is None and not dropout and is_causal:
         return causal_attention(query, key, value, scaling)
     if softcap is None:
         grouped = query.shape[1] != key.shape[1]
@@ -145,18 +160,17 @@ def _attend(
             value,
             allowed,
             dropout,
-            is_causal=allowed is None,
+            is_causal=is_causal and allowed is None,
             scale=scaling,
             enable_gqa=grouped,
         )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if allowed is None:
+    if allowed is None and is_causal:
         allowed = _allowed(query.shape[2], key.shape[2], None, query.device)
     scores = torch.tanh(query @ key.mT * (scaling / softcap)) * softcap
-    weights = (
-        scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
-    )
+    scores = scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 
 
@@ -185,7 +199,7 @@ def flat_attention(
             layer, query, key, value, flat.cu_seqlens, scaling, sliding_window, softcap
         ), None
     run = _with_before(module, query, key, value, flat)
-    if softcap is None and not dropout and is_fast(query, key, value):
+    if flat.is_causal and softcap is None and not dropout and is_fast(query, key, value):
         return _end_to_end(*run, query.shape[-1], flat, scaling, sliding_window), None
     return _grouped(*run, query.shape[-1], flat, scaling, sliding_window, softcap, dropout), None
 
@@ -244,24 +258,28 @@ def _grouped(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    """Return attention within each sequence, a group at a time; padding is last, hence masked.
+    """Return attention within each sequence, a group at a time; padding is last, and masked.
 
     Attention of a shared prefix is repeated for each of its sequences, and these outputs dropped:
     only attention is repeated, no product with weights.
     """
     groups, order = flat.groups
     outputs = []
-    for index, kept in groups:
+    for index, kept, lengths in groups:
         tokens = index.flatten().to(query.device)
         q, k, v = (
             x.index_select(0, tokens).view(*index.shape, -1, width).transpose(1, 2)
             for x in (query, key, value)
         )
         length = index.shape[1]
-        allowed = (
-            None if _within(length, window) else _allowed(length, length, window, query.device)
-        )
-        out = _attend(q, k, v, allowed, scaling, softcap, dropout).transpose(1, 2).flatten(0, 1)
+        if not flat.is_causal:
+            allowed = _allowed_both_ways(lengths.to(query.device), length, window)
+        elif _within(length, window):
+            allowed = None
+        else:
+            allowed = _allowed(length, length, window, query.device)
+        out = _attend(q, k, v, allowed, scaling, softcap, dropout, flat.is_causal)
+        out = out.transpose(1, 2).flatten(0, 1)
         outputs.append(out if len(kept) == len(out) else out[kept.to(query.device)])
     together = torch.cat(outputs)
     in_order = len(groups) == 1 and bool((order == torch.arange(len(order))).all())

@@ -129,19 +129,6 @@ def check_encoder_settings(settings: TrainSettings) -> None:
         )
 
 
-def rows_per_batch(settings: TrainSettings, base: Classifier, rows: Sequence[Any]) -> int:
-    """Return the rows of a micro-batch of `max_tokens_per_batch` tokens.
-
-    A patch of 16 x 16 pixels counts as a token.
-    """
-    if base.images is not None:
-        height, width = base.images.size
-        size = max(16.0, height * width / 256)
-    else:
-        size = sum(len(getattr(row, "token_ids", None) or row.content) for row in rows) / len(rows)
-    return max(1, round(settings.max_tokens_per_batch / size))
-
-
 def split_rows(
     rows: list[LabeledRow], task: LabelTask, share: float, seed: int
 ) -> tuple[list[LabeledRow], list[LabeledRow]]:

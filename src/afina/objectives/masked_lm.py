@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
@@ -19,12 +21,11 @@ from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.models.classifier import Classifier, load_masked
 from afina.objectives.base import Units, perplexity
-from afina.objectives.classification import PaddedBatch, PaddedObjective
+from afina.objectives.classification import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
 from afina.objectives.labeled_data import (
     TokenizedText,
     check_encoder_settings,
     chunk_texts,
-    rows_per_batch,
 )
 from afina.objectives.language_data import infer_objective
 from afina.objectives.prepared import (
@@ -69,10 +70,9 @@ class MaskedLMObjective(PaddedObjective):
         train, eval_rows = hold_out_every_nth(pieces, settings.eval_size, settings.data)
         assert base.tokenizer is not None
         decode = base.tokenizer.decode
-        size = rows_per_batch(settings, base, train)
-        accumulation = settings.gradient_accumulation_steps
+        tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
         return PreparedData(
-            task=cls(base, train, eval_rows, size, accumulation, settings.seed),
+            task=cls(base, train, eval_rows, tokens, accumulation, settings.seed),
             data_info=describe_data(table, len(eval_rows)),
             skipped=list(table.skipped),
             show=lambda row: ShownExample(
@@ -94,7 +94,7 @@ class MaskedLMObjective(PaddedObjective):
         rows = read_table(file, SFT, columns).rows
         length = opened.run["settings"]["max_length"] or min(base.max_positions, 128)
         texts = chunk_texts(base, rows, length)
-        objective = cls(base, texts, texts, 32, 1, 0)
+        objective = cls(base, texts, texts, EVAL_BATCH_TOKENS, 1, 0)
         objective.num_rows = len(rows)
         return objective
 
@@ -106,6 +106,13 @@ class MaskedLMObjective(PaddedObjective):
     def length(self, row: TokenizedText) -> int:
         """Return the tokens of a row."""
         return len(row.token_ids)
+
+    def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
+        """Return the sum of the cross-entropy over the masked tokens of a batch, in nats."""
+        with self.base.forward_context.use(active.row_segments()):
+            logits = self.base.token_logits(batch.inputs)
+        targets = batch.targets[batch.inputs["attention_mask"].bool()]
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def collate(self, rows: Sequence[TokenizedText], seed: int) -> PaddedBatch:
         """Return tokens, some of them masked, and the masked ones as targets `(rows, longest)`."""
