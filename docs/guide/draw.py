@@ -1,6 +1,6 @@
 """The guide's pictures, as SVG, in each language: `python docs/guide/draw.py` draws them again.
 
-A picture is a function from a sheet and its words to nothing; words.yaml has the words, one line a label. Numbers in the
+A picture is a function that draws on a sheet with its words; words.yaml has the words, one line a label. Numbers in the
 pictures are worked out here, so that they agree with the drawing.
 """
 
@@ -95,8 +95,10 @@ class Sheet:
     ) -> None:
         """A rectangle with words in its middle, smaller where they would not fit; a letter is about 0.6 of its size wide."""
         self.box(x, y, w, h, fill)
-        room = (w - 12) / (0.62 if bold else 0.56) / max(len(line) for line in words.split(" / "))
-        self.text(x + w / 2, y + h / 2, words, min(size, int(room)), ink, bold=bold)
+        largest = (
+            (w - 12) / (0.62 if bold else 0.56) / max(len(line) for line in words.split(" / "))
+        )
+        self.text(x + w / 2, y + h / 2, words, min(size, int(largest)), ink, bold=bold)
 
     def arrow(self, x1: float, y1: float, x2: float, y2: float, fill: str = INK) -> None:
         """A line with a point at its second end."""
@@ -168,7 +170,7 @@ def fine_tuning(s: Sheet, w: Words) -> None:
 
 
 def lora(s: Sheet, w: Words) -> None:
-    """A large frozen square, and two thin strips beside it."""
+    """A large frozen square, and two low-rank matrices."""
     size, rank = 1000, 8
     s.card(60, 60, 190, 190, w["frozen"], BASE, "#ffffff", 17, bold=True)
     s.text(
@@ -212,7 +214,7 @@ def qlora(s: Sheet, w: Words) -> None:
 
 
 def mora(s: Sheet, w: Words) -> None:
-    """The same count of numbers as two strips or as one square."""
+    """The same count of numbers as two low-rank matrices or as one square."""
     rank, size = 8, 1000
     side = int((2 * size * rank) ** 0.5)
     s.text(190, 44, "LoRA", 20, bold=True)
@@ -331,7 +333,7 @@ def choosing(s: Sheet, w: Words) -> None:
 
 
 def report(s: Sheet, w: Words) -> None:
-    """Intervals: two that lie apart, two that do not."""
+    """Intervals: two that are separate, two that overlap."""
     s.text(380, 36, w["title"], 15, GREY)
     for x in (0, 25, 50, 75, 100):
         at = 170 + 5.2 * x
@@ -348,7 +350,7 @@ def report(s: Sheet, w: Words) -> None:
         ends = {"x1": 170 + 5.2 * low, "x2": 170 + 5.2 * high}
         s.add("line", **ends, y1=y, y2=y, stroke=colour, stroke_width=8, stroke_linecap="round")
         s.add("circle", cx=170 + 5.2 * mean, cy=y, r=8, fill=INK)
-    s.text(400, 122, w["apart"], 14, GOOD, bold=True)
+    s.text(400, 122, w["separate"], 14, GOOD, bold=True)
     s.text(400, 190, w["overlap"], 14, "#b45309", bold=True)
     s.text(380, 308, w["interval"], 13, GREY)
 
