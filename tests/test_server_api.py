@@ -95,7 +95,7 @@ def test_an_invalid_message_is_named_by_its_place(messages: Any, param: str) -> 
 @pytest.mark.parametrize(
     ("values", "param", "words"),
     [
-        ({"n": True}, "n", "whole number"),
+        ({"n": True}, "n", "an integer"),
         ({"n": "2"}, "n", "found the text '2'"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"temperature": 3}, "temperature", "at most 2"),

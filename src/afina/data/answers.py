@@ -64,7 +64,7 @@ def find_answers(template: ChatTemplate, chat: Chat, numbers: Sequence[int]) -> 
     """Return the answers of a chat at these indices, in order.
 
     Raises:
-        DataError: the template rejects the chat, leaves out a part of it, or does not end an answer.
+        DataError: the template rejects the chat, omits a part of it, or does not end an answer.
     """
     answers = [_find_answer(template, chat, number) for number in numbers]
     for number, answer in zip(numbers, answers, strict=True):
@@ -150,7 +150,7 @@ def _prefix_error(template: ChatTemplate, chat: Chat, prompt: str, written: str)
         f"{template.name} opens an answer in a way that the answer does not continue",
         where=chat.where,
         why=f"generation is given {given!r}, and the chat has {found!r}",
-        hint=f"other --template-kwargs, {ALTERNATIVES} writes each message alike wherever it stands",
+        hint=f"other --template-kwargs, {ALTERNATIVES} writes each message alike at every position",
     )
 
 
@@ -180,7 +180,7 @@ def check_history(
         prompt: The prompt of the last of them.
 
     Raises:
-        DataError: the template leaves out tools, a message, or a key that says something.
+        DataError: the template omits tools, a message, or a key that is not implied by others.
     """
     if chat.tools and not _contains(prompt, *_leaves(list(chat.tools))):
         without = template.write(replace(chat, tools=()), numbers[-1], True)
@@ -198,7 +198,7 @@ def check_history(
 
 
 def _check_implied(template: ChatTemplate, chat: Chat, number: int, key: str) -> None:
-    """Raise `DataError` where a key that is left out says more than the order of the messages."""
+    """Raise `DataError` where an omitted key is not implied by the order of the messages."""
     message = chat.messages[number]
     start = number
     while start and chat.messages[start]["role"] == "tool":

@@ -60,7 +60,7 @@ class Chat:
 
     Attributes:
         messages: The messages, without weights.
-        where: Place of the row, for errors.
+        where: Location of the row, for errors.
         tools: Functions in OpenAI's form; empty where there are none.
         kwargs: Arguments of the template.
         hidden: Control tokens of the texts; the nth has the nth placeholder.
@@ -172,7 +172,7 @@ class ChatTemplate:
 
         Args:
             messages: Messages in OpenAI's form; arguments of calls can be objects.
-            where: Place of the row, for errors.
+            where: Location of the row, for errors.
             tools: Functions in OpenAI's form.
             template_kwargs: Arguments, besides and in place of those of the format.
         """
@@ -226,7 +226,7 @@ class ChatTemplate:
         Args:
             messages: Messages in OpenAI's form.
             opens_answer: Whether the text ends where the next answer begins.
-            where: Place of the row, for errors.
+            where: Location of the row, for errors.
             tools: Functions in OpenAI's form.
             template_kwargs: Arguments, besides and in place of those of the format.
 
@@ -312,7 +312,7 @@ class ChatTemplate:
 
     @cached_property
     def read_in_answers(self) -> frozenset[str]:
-        """Control tokens by which the template takes an answer apart, such as `</think>`."""
+        """Control tokens by which the template splits an answer, such as `</think>`."""
         looks = r"(?:split|replace|startswith|endswith|strip|lstrip|rstrip|find)\(\s*"
         jinja = self.jinja or ""
         quoted = {

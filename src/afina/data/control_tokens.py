@@ -7,7 +7,7 @@
 `<|im_end|>` in a text is replaced by a private-use character before the template runs. Where a
 rendered chat has such characters, it is encoded by a copy of the tokenizer in which every control
 token is called by a random name: the template's are renamed, and the texts' own come back as text.
-A chat without them is encoded as ever, so its tokens are those of the whole text.
+A chat without them is encoded as ever, so its tokens are those of the full text.
 """
 
 import json

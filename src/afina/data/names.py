@@ -71,7 +71,7 @@ def _singular(word: str) -> str:
 
 @cache
 def meaning_of(name: str) -> str:
-    """Return what a column's name means: one of the words above; `UNKNOWN` for a name without known words.
+    """Return the meaning of a column's name, one of the words above, or `UNKNOWN`.
 
     Raises nothing: the values of the column have to confirm what its name promises.
     """
@@ -93,7 +93,7 @@ def meaning_of(name: str) -> str:
         return next(iter(strong or weak), NONE) if person else NONE
     roles = [_ROLES[word] for word in reversed(named) if word in _ROLES]
     strong_roles = [role for role in roles if role not in _WEAK]
-    for first in (SYSTEM, CHOSEN, REJECTED, REASONING):  # whatever else the name says
+    for first in (SYSTEM, CHOSEN, REJECTED, REASONING):  # before all other words of the name
         if first in strong_roles:
             return first
     if strong_roles:

@@ -148,14 +148,14 @@ def group_by_length(
     while window:
         batch = [window.pop(0)]
         window += islice(rest, 1)
-        room, at = batch_tokens - lengths[batch[0]], 0
-        while at < len(window) and room > 0:
-            if lengths[window[at]] > room:
+        space, at = batch_tokens - lengths[batch[0]], 0
+        while at < len(window) and space > 0:
+            if lengths[window[at]] > space:
                 at += 1
                 continue
             batch.append(window.pop(at))
             window += islice(rest, 1)
-            room -= lengths[batch[-1]]
+            space -= lengths[batch[-1]]
         batches.append(batch)
     return batches
 

@@ -28,7 +28,7 @@ class Example:
     """The tokens of one row.
 
     Attributes:
-        where: Place of the row, "file:line".
+        where: Location of the row, "file:line".
         token_ids: Tokens of the row, of the last trained answer at most.
         loss_mask: Whether each token is a target; the first one never is.
         prompt_length: Number of tokens before the last answer, where generation starts.
@@ -48,7 +48,7 @@ class Renderer:
 
     Args:
         tokenizer: The base model's tokenizer.
-        template: How the model is asked; a text is the name or path of a template, and None is the
+        template: The chat format; a text is the name or path of a template, and None is the
             tokenizer's own.
         max_length: Length of the longest example, in tokens.
 
@@ -62,19 +62,20 @@ class Renderer:
         template: ChatFormat | str | None,
         max_length: int,
     ) -> None:
-        asked = template if isinstance(template, ChatFormat) else ChatFormat(template)
+        chat_format = template if isinstance(template, ChatFormat) else ChatFormat(template)
         first = tokenizer("a")["input_ids"][:1]
         self._bos = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.template = ChatTemplate(tokenizer, asked, self._bos is not None)
-        self.uses_chat_template = self.template.jinja is not None and asked.template != "plain"
+        self.template = ChatTemplate(tokenizer, chat_format, self._bos is not None)
+        has_jinja = self.template.jinja is not None
+        self.uses_chat_template = has_jinja and chat_format.template != "plain"
         """Whether a prompt that is a text becomes a user's message."""
         self.unused_keys: dict[str, set[str]] = {}
-        """Keys of messages that the template does not read, with the places of their rows."""
+        """Keys of messages that the template does not read, with the locations of their rows."""
         self.control_rows: dict[str, set[str]] = {}
-        """Places of rows whose texts contain control tokens, by how these are read."""
+        """Locations of rows whose texts contain control tokens, by how these are read."""
         self.split_rows: set[str] = set()
-        """Places of chats that are more than one example."""
+        """Locations of chats that are more than one example."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -86,7 +87,7 @@ class Renderer:
 
     @property
     def chat_format(self) -> ChatFormat:
-        """How the model is asked, with the text of the template and its stop tokens."""
+        """The chat format, with the text of the template and its stop tokens."""
         template = self.template
         stops = tuple(map(str, self.tokenizer.convert_ids_to_tokens(sorted(self.stop_token_ids))))
         return replace(template.chat_format, jinja=template.jinja, stop_tokens=stops)
@@ -181,7 +182,7 @@ class Renderer:
             it.
         """
         if row.text is None:
-            tokens = self._whole(row)
+            tokens = self._sequence(row)
         else:
             self._note_control_tokens(row, row.text, raw=True)
             tokens = [*self._with_bos(self._encode(row.text)), self._eos(row.where)]
@@ -280,7 +281,7 @@ class Renderer:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What a plan tells about the rows rendered so far, as far as there is something to tell."""
+        """Counts of the rows rendered so far that a plan reports; without those that are zero."""
         counts: dict[str, Any] = {kind: len(rows) for kind, rows in self.control_rows.items()}
         if self.split_rows:
             counts["split_chats"] = len(self.split_rows)
@@ -290,7 +291,7 @@ class Renderer:
         return counts
 
     def _join(self, answers: list[Answer], chat: Chat) -> tuple[Example, list[Answer]]:
-        """Return an example with the last answer and all that its text has alike, and the others."""
+        """Return an example of the last answer and those that its text contains, and the others."""
         *earlier, last = answers
         full = last.prompt + last.text + last.rest
         tokens, prompt = (self._encode(text, chat.hidden) for text in (full, last.prompt))
@@ -310,8 +311,8 @@ class Renderer:
         completion = restore(last.completion, chat.hidden)
         return Example(chat.where, tokens, mask, len(prompt), completion), left
 
-    def _whole(self, row: SFTRow) -> list[int]:
-        """Return the tokens of a chat up to its last trained answer, or of a prompt and completion."""
+    def _sequence(self, row: SFTRow) -> list[int]:
+        """Return the tokens of a chat to its last trained answer, or of prompt and completion."""
         messages = self._messages(row)
         if messages is None:
             return self._completion(row)[0]
@@ -323,7 +324,7 @@ class Renderer:
     def _completion(self, row: SFTRow) -> tuple[list[int], int, str]:
         """Return the tokens of a prompt and its completion, where the latter begins, and it.
 
-        Generation is given the tokens of the prompt: where a token of the whole text would span its
+        Generation is given the tokens of the prompt: where a token of the full text would span its
         end, the two are encoded separately.
         """
         prompt, completion = row.prompt or "", row.completion or ""

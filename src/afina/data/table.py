@@ -27,7 +27,7 @@ from afina.data.unread import check_unread
 from afina.errors import DataError, pluralize
 
 TEXT_FORMAT = "text"
-MAX_PLACES_SHOWN = 3  # places named for each reason why rows were skipped
+MAX_LINES_SHOWN = 3  # lines named for each reason why rows were skipped
 RowT = TypeVar("RowT")
 InputT = TypeVar("InputT")
 
@@ -127,7 +127,7 @@ def detect_schema(path: Path, columns: Columns) -> DetectedSchema | None:
     A file that cannot be read is not recognized: reading all of it gives the better error.
 
     Raises:
-        DataError: the file has a column `text` and others that say what the text is for; the hint
+        DataError: the file has a column `text` and others that give it a role; the hint
             has the ways to read it.
     """
     if path.is_dir():
@@ -225,7 +225,7 @@ def parse_rows(
     """Return `parse(where, row)` of each row.
 
     Args:
-        rows: Pairs of place and row; a row can be the `DataError` that reading it raised.
+        rows: Pairs of location and row; a row can be the `DataError` that reading it raised.
         parse: Returns the parsed row; raises `DataError` for one that cannot be used.
         skipped: Where rows that cannot be used are listed as "file:line:field: what". With None the
             first of them is an error.
@@ -256,12 +256,12 @@ def summarize_skipped(skipped: Sequence[str]) -> str:
 
 
 def _summarize_group(lines: Sequence[tuple[str, str]]) -> str:
-    places = ", ".join(_line_of(where) for where, _ in lines[:MAX_PLACES_SHOWN])
-    num_hidden = len(lines) - MAX_PLACES_SHOWN
+    numbers = ", ".join(_line_of(where) for where, _ in lines[:MAX_LINES_SHOWN])
+    num_hidden = len(lines) - MAX_LINES_SHOWN
     rest = f" and {num_hidden:,} more" if num_hidden > 0 else ""
     plural = "s" * (len(lines) > 1)
     first = ":" if len({what for _, what in lines}) == 1 else ", the first:"
-    return f"{pluralize(len(lines), 'row')} (line{plural} {places}{rest}){first} {lines[0][1]}"
+    return f"{pluralize(len(lines), 'row')} (line{plural} {numbers}{rest}){first} {lines[0][1]}"
 
 
 def _line_of(where: str) -> str:

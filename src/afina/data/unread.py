@@ -1,7 +1,7 @@
 """Columns that the rows of a schema do not read: named where they mean nothing, else refused.
 
 An id, a source or a date says nothing to a model. A column that repeats what was read (the prompt
-beside the messages that begin with it) adds nothing. Any other column whose name has a meaning for
+of messages that begin with it) adds nothing. Any other column whose name has a meaning for
 training would change what is learned, and is an error with the option that uses it or leaves it
 out.
 """

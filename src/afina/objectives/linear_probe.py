@@ -47,13 +47,13 @@ def fit_linear_probe(
 def _best_penalty(z: Tensor, targets: Tensor, num_classes: int) -> float:
     if len(z) < MIN_ROWS_TO_CHOOSE:
         return DEFAULT_PENALTY
-    held = torch.arange(len(z), device=z.device) % 5 == 0
+    is_eval = torch.arange(len(z), device=z.device) % 5 == 0
 
-    def held_loss(penalty: float) -> float:
-        weight, bias = _fit(z[~held], targets[~held], num_classes, penalty, True)
-        return F.cross_entropy(z[held] @ weight.T + bias, targets[held]).item()
+    def eval_loss(penalty: float) -> float:
+        weight, bias = _fit(z[~is_eval], targets[~is_eval], num_classes, penalty, True)
+        return F.cross_entropy(z[is_eval] @ weight.T + bias, targets[is_eval]).item()
 
-    return min(PENALTIES, key=held_loss)
+    return min(PENALTIES, key=eval_loss)
 
 
 def _fit(

@@ -184,8 +184,8 @@ class PolicyObjective(Objective):
         """Return the prompts of a step: the next ones of endless passes, each shuffled anew."""
         first = step // self.options.num_iterations * self._num_prompts
         chosen, orders = [], {}
-        for place in range(first, first + self._num_prompts):
-            epoch, at = divmod(place, len(self.train))
+        for index in range(first, first + self._num_prompts):
+            epoch, at = divmod(index, len(self.train))
             if epoch not in orders:
                 rng = random.Random(f"{self._seed}:{epoch}")
                 orders[epoch] = rng.sample(range(len(self.train)), len(self.train))

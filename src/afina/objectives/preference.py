@@ -63,7 +63,7 @@ class PairwiseObjective(Objective):
         options: The objective's own settings, if it has any.
         base: The model.
         train: Training rows.
-        held: Eval rows.
+        eval_rows: Eval rows.
         batch_tokens: Tokens of a micro-batch.
         accumulate: Micro-batches per optimizer step.
         seed: Seed of the order of rows.

@@ -69,7 +69,7 @@ class SharedPrefixBatch:
                 batch.token_ids, batch.positions, batch.labels, batch.cu_seqlens, table
             )
         spans = list(zip(firsts, batch.cu_seqlens[1:], strict=True))
-        kept = [place for start, end in spans for place in range(start, end)]
+        kept = [index for start, end in spans for index in range(start, end)]
         bounds = tuple(accumulate((end - start for start, end in spans), initial=0))
         before, stretches = self._before, self._stretches[1]
         pieces = []
@@ -113,15 +113,15 @@ class SharedPrefixBatch:
     def _stretches(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Return batch indices of adapter-free prefixes, each once, and each sequence's span."""
         tokens = self.batch.token_ids.tolist() if any(self._cuts) else []
-        places: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}
+        stretches: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}
         kept: list[int] = []
         found = []
         for start, cut in zip(self.batch.cu_seqlens, self._cuts, strict=False):
             key = tuple(tokens[start : start + cut])
-            if key not in places:
-                places[key] = (len(kept), len(kept) + cut)
+            if key not in stretches:
+                stretches[key] = (len(kept), len(kept) + cut)
                 kept += range(start, start + cut)
-            found.append(places[key])
+            found.append(stretches[key])
         return kept, found
 
     @cached_property

@@ -1,1 +1,1 @@
-"""The HTTP side: OpenAI's API over the engine, fine-tuning jobs beside it, keys, limits, metrics, logs."""
+"""The HTTP side: OpenAI's API over the engine, fine-tuning jobs, keys, limits, metrics, logs."""

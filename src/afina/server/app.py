@@ -123,7 +123,7 @@ def metrics(request: Request) -> Response:
 
 
 def _check_query_parameters(request: Request) -> None:
-    """Raise `APIError` for an unknown query parameter; Azure's api-version is accepted on all paths."""
+    """Raise `APIError` for an unknown query parameter; all paths accept Azure's api-version."""
     parameters = request.scope["route"].dependant.query_params
     known = {"api-version", *(parameter.alias for parameter in parameters)}
     for name in request.query_params:

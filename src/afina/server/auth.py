@@ -147,7 +147,7 @@ def require_key(request: Request) -> Principal:
 
 
 def require_admin(request: Request) -> Principal:
-    """Return the sender of a request that changes the server; raise 401 or 403 without an admin key."""
+    """Return the sender of a request to change the server; raise 401 or 403 without admin key."""
     caller = require_key(request)
     if not caller.admin:
         what = f"this path needs an admin key; the key {caller.name!r} is none"

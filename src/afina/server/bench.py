@@ -66,7 +66,7 @@ class BenchResult(Result):
 
 
 def _latency_row(run: Mapping[str, Any]) -> tuple[str, ...]:
-    keys = [f"{what}_p{share}" for what in ("first", "whole") for share in (50, 95, 99)]
+    keys = [f"{what}_p{share}" for what in ("first", "last") for share in (50, 95, 99)]
     waits = ("-" if run[key] is None else f"{run[key]:.3f}" for key in keys)
     return (f"{run['rate']:g}", f"{run['requests']:,}", f"{run['failed']:,}", *waits)
 
@@ -148,7 +148,7 @@ def summarize(rate: float, outcomes: Sequence[RequestTiming], seconds: float) ->
     }
     for name, values in (
         ("first", sorted(one.first for one in good)),
-        ("whole", sorted(one.last for one in good)),
+        ("last", sorted(one.last for one in good)),
     ):
         summary |= {f"{name}_p{share}": _quantile(values, share / 100) for share in (50, 95, 99)}
     between = sorted((one.last - one.first) / (one.pieces - 1) for one in good if one.pieces > 1)
@@ -170,7 +170,7 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name, title in zip(
         figure.subplots(1, 2),
-        ("first", "whole"),
+        ("first", "last"),
         ("first text chunk", "last text chunk"),
         strict=True,
     ):

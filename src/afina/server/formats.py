@@ -1,7 +1,7 @@
-"""The chat format of each served model: an adapter is asked as it was trained.
+"""The chat format of each served model: that of an adapter's training rows.
 
-What the server's settings say holds for all: a chat template in place of the adapters' own, or
-arguments of it. Whether control tokens in texts are read is the server's alone, no adapter's.
+The server's settings apply to all of them: a chat template instead of the adapters' own, or
+arguments of it. Whether control tokens in texts are read is a setting of the server alone.
 """
 
 import json

@@ -31,7 +31,7 @@ class ServerMetrics:
             buckets=LATENCY_BUCKETS,
             **options,
         )
-        self.whole = Histogram(
+        self.last = Histogram(
             "afina_request_seconds",
             "From a request to its last token",
             buckets=LATENCY_BUCKETS,

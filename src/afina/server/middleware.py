@@ -159,7 +159,7 @@ def _measured(receive: Receive, limit: int) -> Receive:
 
 
 async def _with_bounded_depth(receive: Receive) -> Receive:
-    """Read a body, and return what gives it again; raise `APIError` 400 where it is nested too deep.
+    """Return a receiver of the same body; raise `APIError` 400 if it is nested too deeply.
 
     pydantic's parser stops at 200 levels of JSON, whatever follows; others recurse without a limit.
     Other errors of the body are left to the route.

@@ -45,7 +45,7 @@ class AdapterFolders:
         threading.Thread(target=self._watch, name="afina-adapters", daemon=True).start()
 
     def retry(self, name: str) -> bool:
-        """Register an adapter that is not served, if its files have changed; return whether it is."""
+        """Register an adapter that is not served, if its files changed; return whether it is."""
         with self._lock:
             known = self.unserved.get(name)
             if known is None or read_files(known.folder) == known.files:

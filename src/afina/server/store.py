@@ -163,7 +163,7 @@ class Store:
     """The tables of one database URL. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        """Connect and migrate the tables; raise `SettingsError` where the database cannot be used."""
+        """Connect and migrate the tables; raise `SettingsError` if the database cannot be used."""
         try:
             self.engine: Engine = create_engine(
                 url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True
@@ -184,7 +184,7 @@ class Store:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """Yield a session that is committed at the end of the block, and rolled back on an error."""
+        """Yield a session that is committed at the end of the block, or rolled back on an error."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
@@ -263,7 +263,7 @@ class Store:
 
 
 def _begin(connection: Any) -> None:
-    """Begin a transaction of SQLite: one that writes takes the lock at once, and one that reads none."""
+    """Begin a transaction of SQLite: a writing one takes the lock at once, a reading one none."""
     is_reading = connection.get_execution_options().get("read_only", False)
     connection.exec_driver_sql("BEGIN DEFERRED" if is_reading else "BEGIN IMMEDIATE")
 

@@ -197,7 +197,7 @@ class CompletionStream:
             metrics.read.labels(name).inc(read)
             metrics.cached.labels(name).inc(cached)
             metrics.written.labels(name).inc(wrote)
-        metrics.whole.observe(time.perf_counter() - self._began)
+        metrics.last.observe(time.perf_counter() - self._began)
         self.state.limits.spend(self.caller, read + wrote)
         self.log |= {
             "model": self.chosen.label,
@@ -296,7 +296,7 @@ def requests_for(
     Raises:
         APIError: 400 where a prompt and `max_tokens` exceed the context of the base.
     """
-    context, made = state.base.max_positions, []
+    context, requests = state.base.max_positions, []
     stops = state.formats.of(chosen.names).renderer.stop_token_ids
     for prompt in prompts:
         needed = len(prompt) + (max_tokens or 1)
@@ -319,5 +319,5 @@ def requests_for(
             cache_salt=chosen.cache_salt,
             stop_token_ids=stops | frozenset(body.stop_token_ids),
         )
-        made += [replace(request, sampling=one) for one in sampling]
-    return made
+        requests += [replace(request, sampling=one) for one in sampling]
+    return requests

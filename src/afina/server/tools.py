@@ -75,7 +75,7 @@ class ToolChoice:
 
     @property
     def is_strict(self) -> bool:
-        """Whether a function asks that its schema be followed where the model may call it."""
+        """Whether a function requires strict arguments where the model may call it."""
         return any(tool.function.strict for tool in self.tools)
 
 

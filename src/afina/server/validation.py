@@ -1,7 +1,7 @@
 """Validation errors as sentences: which parameter, what was found, what is accepted.
 
 pydantic reports one error for each member of a union and for each step inside it. Here the errors
-of one place become one sentence, of the place that got furthest, without pydantic's own terms.
+of one field become one sentence, of the field that matched furthest, without pydantic's terms.
 """
 
 import re
@@ -19,10 +19,10 @@ Model = TypeVar("Model", bound=BaseModel)
 # by pydantic's error type: what is accepted
 ACCEPTED = {
     "string_type": "a text",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a smaller whole number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "a smaller integer",
     "float_type": "a number",
     "float_parsing": "a number",
     "finite_number": "a finite number",
@@ -54,7 +54,7 @@ def invalid(param: str, message: str) -> PydanticCustomError:
     """Return an error to raise in a validator.
 
     Args:
-        param: name relative to the place of the validator; "" in the validator of a field.
+        param: name relative to the field of the validator; "" in the validator of a field.
         message: a sentence that names the parameter.
     """
     return PydanticCustomError("afina", "{message}", {"message": message, "param": param})
@@ -79,7 +79,7 @@ def validate(kind: type[Model], values: Any, names: Mapping[str, str] | None = N
         names: parameters of that kind, by the names that the client knows.
 
     Raises:
-        PydanticCustomError: the first invalid place, under the client's name.
+        PydanticCustomError: the first invalid field, under the client's name.
     """
     try:
         return kind.model_validate(values)
@@ -93,7 +93,7 @@ def validate(kind: type[Model], values: Any, names: Mapping[str, str] | None = N
 
 
 def describe_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str]:
-    """Return (sentence, parameter) of the first invalid place of a request.
+    """Return (sentence, parameter) of the first invalid field of a request.
 
     Args:
         errors: pydantic's errors, whose locations begin with "body", "query", "path" or "header".
@@ -101,7 +101,7 @@ def describe_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str
     """
     located = [(_real_path(error, body), error) for error in errors]
     first = located[0][0]
-    # the members of a union report at the same place or within it
+    # the members of a union report at the same field or within it
     same = [(p, e) for p, e in located if p[: len(first)] == first or first[: len(p)] == p]
     own = [(p, e) for p, e in same if e["type"] == "afina"]
     depth = max(len(path) for path, _ in own or same)
@@ -109,8 +109,8 @@ def describe_errors(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str
     here = [error for p, error in own or same if p == path]
     if own:
         given = here[0]["ctx"]
-        place = format_path((*path, given["param"]) if given["param"] else path)
-        return str(given["message"]), place
+        param = format_path((*path, given["param"]) if given["param"] else path)
+        return str(given["message"]), param
     where = format_path(path)
     return _sentence(where, here), where or str(here[0]["loc"][0])
 

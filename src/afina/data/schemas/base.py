@@ -41,7 +41,7 @@ class Schema(ABC, Generic[RowT]):
     def recognizes(self, records: Sequence[RawRecord]) -> str | None:
         """Return the format of records that are rows of this schema and of no other; else None.
 
-        `--objective auto` asks this about the first record of a file.
+        `--objective auto` calls this with the first record of a file.
         """
 
     def objective(self, format: str) -> str:

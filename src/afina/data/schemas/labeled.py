@@ -45,7 +45,7 @@ class LabeledRow:
     pair: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return the row for a file; an image by the place of its file."""
+        """Return the row for a file; an image by the path of its file."""
         content = {"text": self.content} if isinstance(self.content, str) else {"file": self.where}
         content |= {} if self.pair is None else {"text_pair": self.pair}
         label = list(self.label) if isinstance(self.label, tuple) else self.label

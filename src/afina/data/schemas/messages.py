@@ -32,7 +32,7 @@ TURN_KEYS = SPEAKER_KEYS.union(
     TEMPLATE_KEYS, ("content", "value", "weight", "tool_calls", "function_call")
 )
 
-Message = dict[str, Any]  # role, content (a text, or None beside calls), and what else a turn has
+Message = dict[str, Any]  # role, content (a text, or None with calls), and other keys of a turn
 Prompt = str | tuple[Message, ...]  # a text to continue, or messages to answer
 
 
@@ -224,8 +224,8 @@ def parse_alpaca_prompt(record: RawRecord) -> tuple[Message, ...]:
 def parse_prompt(record: RawRecord, has_answers: bool = False) -> Prompt:
     """Return the prompt of a row: messages, a text, or Alpaca's instruction.
 
-    A system message comes first; a text stays a text where the row has none. Messages beside a
-    prompt and its answers (`has_answers`) are the chat that one of them makes, and no prompt.
+    A system message comes first; a text stays a text where the row has none. Messages in a row
+    with a prompt and answers (`has_answers`) are the chat of one of them, and no prompt.
     """
     if record.has("messages") and not (has_answers and record.has("prompt")):
         opening = system_message(record)

@@ -8,8 +8,8 @@
 Training runs in a separate process because a backward pass would delay every completion in the
 engine's thread, because the operating system then shares the machine (threads, niceness), and
 because a crash does not end the server. When the server ends, the pipe to standard input closes and
-the process ends at once; its checkpoint is kept. The pipe is watched before torch is imported, which
-takes seconds, during which the state directory would stay locked.
+the process ends at once; its checkpoint is kept. The pipe is watched before torch is imported:
+the import takes seconds, during which the state directory would stay locked.
 """
 
 import json

@@ -50,7 +50,7 @@ class RunWatcher:
         return step if step in self._evals else None
 
     def copy(self, target: Path, step: int) -> bool:
-        """Copy the best adapter to `target`; return False where the run has replaced it meanwhile."""
+        """Copy the best adapter to `target`; return False if the run replaced it meanwhile."""
         before = self._metadata()
         try:
             with atomic_directory(target) as new:

@@ -1,6 +1,6 @@
 """The job worker: a thread that has each queued job trained by a process and serves its adapter.
 
-    queued --> running --> succeeded | failed          paused, cancelled: by request; ends the process
+    queued --> running --> succeeded | failed     paused, cancelled: by request; ends the process
        ^----------'  the server stopped: after a restart the job resumes from its checkpoint
 
 Progress is read from the run folder: each evaluation becomes an event, each new best adapter a
@@ -163,7 +163,7 @@ class JobWorker:
         self._renewed = time.monotonic()
 
     def _take_back_lost(self) -> None:
-        """Queue running jobs without a process: of an earlier start, or of a server that has ended."""
+        """Queue running jobs without a process: of an earlier start or of another server."""
         for job in self.store.query(JobRow, JobRow.status == "running"):
             is_lost = job.id not in self._running if self._is_own(job) else (job.lease or 0) < now()
             if is_lost:
@@ -173,7 +173,7 @@ class JobWorker:
                 self.store.transition(job.id, ("running",), event, where=where, status="queued")
 
     def _claim_next(self) -> bool:
-        """Start a queued job of the key with the fewest running ones; return whether there is one."""
+        """Start a queued job of the key with the fewest running ones; return False without one."""
         queued = self.store.query(
             JobRow, JobRow.status == "queued", order=[JobRow.created, JobRow.id]
         )

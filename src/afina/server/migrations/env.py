@@ -1,4 +1,4 @@
-"""Alembic's entry: it is called by `afina.server.store.migrate`, with a connection in a transaction."""
+"""Alembic's entry, called by `afina.server.store.migrate` with a connection in a transaction."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""/v1/batches: requests of an uploaded file, run while the server has room."""
+"""/v1/batches: requests of an uploaded file, run while the server has free capacity."""
 
 import uuid
 from typing import Annotated, Any, Literal

@@ -46,14 +46,14 @@ async def chat(body: ChatCompletionRequest, request: Request) -> Response:
 
 
 async def start_chat(
-    body: ChatCompletionRequest, request: Request, asked: StrictRequest | None = None
+    body: ChatCompletionRequest, request: Request, received: StrictRequest | None = None
 ) -> tuple[ChatPrompt, CompletionStream]:
     """Queue the completions of a chat.
 
     Args:
         body: The chat.
         request: The request.
-        asked: The body of the request, where the chat was made of another.
+        received: The body of the request, where the chat was converted from another kind.
 
     Raises:
         APIError: what the template, the registry, the limits or the engine reject.
@@ -66,7 +66,7 @@ async def start_chat(
         lambda: state.build_chat(caller, model, body)
     )
     uses_effort = state.formats.of(chosen.names).uses_effort()
-    note_ignored(request, asked or body, () if uses_effort else ("reasoning_effort",))
+    note_ignored(request, received or body, () if uses_effort else ("reasoning_effort",))
     requests = requests_for(
         state,
         body,

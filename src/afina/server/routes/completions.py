@@ -127,8 +127,8 @@ async def _stream(
             is_first[number] = False
             choice["finish_reason"] = choice["finish_reason"] if event.finish_reason else None
             if choice["logprobs"]:
-                places = choice["logprobs"]["text_offset"]
-                choice["logprobs"]["text_offset"] = [offsets[number] + at for at in places]
+                starts = choice["logprobs"]["text_offset"]
+                choice["logprobs"]["text_offset"] = [offsets[number] + at for at in starts]
                 offsets[number] += sum(map(len, choice["logprobs"]["tokens"]))
             yield sse(head | {"choices": [choice]})
         if has_usage:

@@ -86,7 +86,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         names = state.resolve_model(caller, requested_model(request, body.model)).names
     if body.prompt is not None:
         text = body.prompt
-        make = lambda: tokens_of(state, [text], body.add_special_tokens)[0] if text else []  # noqa: E731
+        special = body.add_special_tokens
+        make = lambda: tokens_of(state, [text], special)[0] if text else []  # noqa: E731
     else:
         chat = body.chat
         make = lambda: state.formats.of(names).build(chat).tokens  # noqa: E731
@@ -190,6 +191,7 @@ def docs(request: Request) -> str:
 
 def _parameter_rows(endpoint: str) -> list[str]:
     return [
-        f"<tr><td><code>{name}</code></td><td>{rule.handling}</td><td>{html.escape(rule.why)}</td></tr>"
+        f"<tr><td><code>{name}</code></td><td>{rule.handling}</td>"
+        f"<td>{html.escape(rule.why)}</td></tr>"
         for name, rule in PARAMETERS[endpoint].items()
     ]

@@ -1,4 +1,4 @@
-"""Who runs a job and until when; keys of requests that are sent twice; sizes of adapters."""
+"""The server that runs a job, with its lease; idempotency keys; sizes of adapters."""
 
 import sqlalchemy as sa
 from alembic import op
