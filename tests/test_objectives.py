@@ -9,6 +9,7 @@ from torch import Tensor
 
 import afina
 from afina.adapters.active import ActiveAdapters
+from afina.data.schemas import ROW_SCHEMAS
 from afina.objectives.language_modeling import LanguageModelingObjective
 from afina.objectives.registry import OBJECTIVES, get_objective
 from afina.settings.objectives import objective_names
@@ -63,6 +64,6 @@ def test_own_objective_trains_resumes_evaluates_and_reports(
 def test_class_facts_of_every_objective(name: str) -> None:
     objective = get_objective(name)
     assert objective.name == name
-    assert objective.schema in ("sft", "labeled", "preference", "prompt")
+    assert objective.schema in ROW_SCHEMAS
     assert 0 < objective.default_learning_rate_factor <= 1
     assert not (objective.shares_pass and not objective.shares_base)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from afina.data.proposals import describe_columns, propose
-from afina.data.schemas import LABELED, PREFERENCE, SFT
+from afina.data.proposals import CLOSE, SIMILAR, describe_columns, propose
+from afina.data.schemas import EMBEDDING, LABELED, PREFERENCE, SFT
 from afina.data.table import detect_schema, read_table
 from afina.errors import DataError
 from helpers import write_rows
@@ -199,9 +199,9 @@ def test_first_reading_is_what_the_columns_mean(
         _, verb, path, *flags = shlex.split(proposal.command(file))
         given = dict(zip(flags[::2], flags[1::2], strict=True))
         mapping = yaml.safe_load(given.get("--columns", "{}"))
-        schema = {"classify": LABELED, "dpo": PREFERENCE, "kto": PREFERENCE}.get(
-            given.get("--objective", ""), SFT
-        )
+        schemas: dict[str, Any] = {"classify": LABELED, "embed": EMBEDDING}
+        schemas |= dict.fromkeys(("dpo", "kto"), PREFERENCE)
+        schema = schemas.get(given.get("--objective", ""), SFT)
         assert verb == "plan" and len(read_table(Path(path), schema, mapping).rows) == 8
         assert "«" in proposal.example(records[0])
 
@@ -241,3 +241,29 @@ def test_columns_of_which_nothing_is_known_are_listed_with_their_kinds(tmp_path:
     assert "n1 (number), w (list), k (identifier)" in str(caught.value.why)
     assert "COLUMN" in str(caught.value.hint)
     assert json.dumps(LISTS[0]) not in str(caught.value.hint)
+
+
+DEGREES = [n / 10 for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "kinds"),
+    [
+        (
+            {"sentence1": ASKED, "sentence2": SAID, "score": DEGREES},
+            ["a number to predict", SIMILAR],
+        ),
+        ({"sentence1": ASKED, "sentence2": SAID}, ["prompt and completion", CLOSE, "plain text"]),
+        ({"query": ASKED, "passage": SAID}, ["prompt and completion", CLOSE, "plain text"]),
+        ({"question": ASKED, "answer": SAID}, ["prompt and completion", CLOSE, "plain text"]),
+    ],
+)
+def test_two_texts_are_also_proposed_as_embeddings(
+    columns: dict[str, list[Any]], kinds: list[str], tmp_path: Path
+) -> None:
+    found = propose(make_table(columns))
+    assert [one.kind for one in found][: len(kinds)] == kinds
+    file = write_rows(tmp_path / "a.jsonl", *make_table(columns))
+    close = next(one for one in found if one.objective == "embed")
+    assert f"afina plan {file} --objective embed" in close.command(file)
+    assert read_table(file, EMBEDDING, close.columns).rows[0].anchor == ASKED[0]

@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from afina.data.renderer import Renderer
-from afina.data.schemas import LABELED, PREFERENCE, PROMPT, SFT, Schema
+from afina.data.schemas import EMBEDDING, LABELED, PREFERENCE, PROMPT, SFT, Schema
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
@@ -83,6 +83,12 @@ FORMATS: dict[str, tuple[Schema[Any], dict[str, Any]]] = {
     "prompts": (PROMPT, {"prompt": "Who is it?", "reference": "It is me.", "tools": [TOOL]}),
     "prompts of chats": (PROMPT, {"messages": [SYSTEM, USER, ANSWER], "tools": [TOOL]}),
     "classes": (LABELED, {"text": "The sea is blue.", "text_pair": "It is green.", "label": "no"}),
+    "text pairs": (EMBEDDING, {"query": "Where is it?", "passage": "It is in Lima."}),
+    "triplets": (
+        EMBEDDING,
+        {"anchor": "Where is it?", "positive": "It is in Lima.", "negative": "Not at all."},
+    ),
+    "scored pairs": (EMBEDDING, {"sentence1": "A man.", "sentence2": "A woman.", "score": 0.5}),
     "pictures": (LABELED, {"image": {"bytes": b"x"}, "label": "sea"}),
 }
 # columns beside those of a format, with and without a meaning
@@ -180,6 +186,8 @@ def render(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
         if hasattr(row, "item"):
             prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
             return str(prompt), row.tools, row.reference
+        if hasattr(row, "anchor"):
+            return row.anchor, row.positives, row.negatives, row.score
         if hasattr(row, "content"):
             return row.content, row.pair, row.label
         return tokens(row)
@@ -240,7 +248,8 @@ def test_every_column_beside_a_format_is_learned_named_or_refused(
         examples, unused = read(tmp_path / "b.jsonl", schema, row | {name: value}, render)
         refused = isinstance(examples, str) and name in examples
         assert refused or name in unused or (examples, unused) != without, name
-        if name in ("id", "source", "url", "score", "created_at"):
+        neutral = ("id", "source", "url", "score", "created_at")
+        if name in neutral and name not in schema.fields:
             assert examples == without[0] and name in unused, name
 
 
@@ -252,6 +261,7 @@ IGNORED: list[tuple[dict[str, Any], str]] = [
     ({"parameter_budget": 100}, "parameter_budget"),
     ({"eval_size": 0.2, "eval_data": "b.jsonl"}, "eval_size"),
     ({"objective": "classify", "chat_template": "plain"}, "chat_template"),
+    ({"objective": "embed", "chat_template": "plain"}, "chat_template"),
     ({"objective": "classify", "new_tokens": ["<a>"]}, "new_tokens"),
     ({"objective": "classify", "template_kwargs": {"a": 1}}, "template_kwargs"),
     ({"objective": "classify", "allow_control_tokens": True}, "allow_control_tokens"),

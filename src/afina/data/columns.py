@@ -6,6 +6,7 @@ columns of the file      context   question           completion   id
 """
 
 import json
+import math
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,17 @@ def usable_text(value: Any, where: str, may_be_empty: bool = False) -> str:
     except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair, no tokenizer does
         raise DataError("not valid Unicode", where=where, why=str(error)) from None
     return value
+
+
+def finite_number(value: Any, where: str) -> float:
+    """Return a number, also one that a CSV cell holds as text; raises `DataError`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"expected a number, found {value!r}", where=where)
+    return number
 
 
 def is_blank(value: Any) -> bool:

@@ -183,6 +183,7 @@ class Proposal:
 
 PAIRS, CLASSES, NUMBERS = "pairs of answers", "classes", "a number to predict"
 COMPLETION, PLAIN, RATED = "prompt and completion", "plain text", "good and bad answers"
+CLOSE, SIMILAR = "texts that belong together", "similarity of two texts"
 
 
 def _value(column: Any, record: Mapping[str, Any]) -> str:
@@ -209,12 +210,13 @@ def propose(
     classes = [p for label in labels for p in _classes(label, texts)]
     plain = _plain([column for column in texts if column not in labels])
     found = _pairs(columns, texts) + _rated(columns, texts, answers)
+    close = _embeddings(texts, labels)
     if answered:
-        found += [*answered, *classes[:1]]
+        found += [*answered, *classes[:1], *close]
     elif classes:
-        found += [*classes[:2], *_labels_as_text(labels, texts)]
+        found += [*classes[:1], *close, *classes[1:2], *_labels_as_text(labels, texts)]
     else:
-        found += _unsure(columns, texts)
+        found += _unsure(texts, close)
     found = [*found[: MAX_PROPOSALS - bool(plain)], *plain]
     return [_with_unread(p, columns) for p in found[:MAX_PROPOSALS]]
 
@@ -345,18 +347,32 @@ def _labels_as_text(labels: Sequence[Column], texts: Sequence[Column]) -> list[P
     return [Proposal(COMPLETION, fields, None, "completion")]
 
 
-def _unsure(columns: Sequence[Column], texts: Sequence[Column]) -> list[Proposal]:
-    """Return both directions of two texts of which either can be the answer."""
+def _embeddings(texts: Sequence[Column], labels: Sequence[Column]) -> list[Proposal]:
+    """Return two texts as close ones, or as more or less similar where there is a number."""
+    scores = [column for column in labels if column.kind == "fraction"]
+    if len(texts) != 2 or (labels and not scores):
+        return []
+    first, second = (column.name for column in sorted(texts, key=_order_in_pair))
+    fields = {"anchor": first, "positive": second}
+    if scores:
+        return [Proposal(SIMILAR, fields | {"score": scores[0].name}, "embed", "score")]
+    return [Proposal(CLOSE, fields, "embed", "positive")]
+
+
+def _unsure(texts: Sequence[Column], close: Sequence[Proposal]) -> list[Proposal]:
+    """Return two texts of which either can be the answer, or which are close."""
     if len(texts) != 2:
         return []
     questions = [c for c in texts if c.role == PROMPT]
     orders = [texts, texts[::-1]]
     if len(questions) == 1:
         orders = [order for order in orders if order[0] is questions[0]]
-    return [
+    both = [
         Proposal(COMPLETION, {"prompt": a.name, "completion": b.name}, None, "completion")
         for a, b in orders
     ]
+    is_pair = split_name(texts[0].name)[:-1] == split_name(texts[1].name)[:-1] != ()
+    return [both[0], *close, *both[1:]] if is_pair else [*both, *close]
 
 
 def _plain(texts: Sequence[Column]) -> list[Proposal]:

@@ -15,6 +15,7 @@ from afina.data.columns import ColumnMapping, Columns, RawRecord
 from afina.data.proposals import SAMPLE, ask_for_reading, propose
 from afina.data.readers import Record, is_windows_1252, read_bytes, read_records
 from afina.data.schemas import (
+    EMBEDDING,
     LABELED,
     PICTURES,
     PREFERENCE,
@@ -167,10 +168,10 @@ def _detection_order() -> list[Schema[Any]]:
     Labels come before preferences, as a table of texts with labels can have any other columns.
     SFT rows are what remains, and prompts are read only where the objective is given.
     """
-    own = (LABELED, PREFERENCE, SFT, PROMPT)
+    own = (LABELED, PREFERENCE, EMBEDDING, SFT, PROMPT)
     names = {schema.name for schema in own}
     others = [schema() for name, schema in ROW_SCHEMAS.items() if name not in names]
-    return [LABELED, PREFERENCE, *others]
+    return [LABELED, PREFERENCE, EMBEDDING, *others]
 
 
 def _first_records(

@@ -117,7 +117,8 @@ def _use_of(
         return "learn from good and bad answers: --objective kto"
     if role == SYSTEM and schema.name in ("sft", "preference"):
         return f"read it as the system message: {columns_flag({**given, 'system': name})}"
-    if role in WORDED and record.has("prompt") and "." not in name:
+    has_prompt = "prompt" in schema.fields and record.has("prompt")
+    if role in WORDED and has_prompt and "." not in name:
         prompt = record.mapping.column_of("prompt", record.raw)
         both = f"{{{name}}}\n\n{{{prompt}}}"
         return f"put it before the prompt: {columns_flag({**given, 'prompt': both})}"

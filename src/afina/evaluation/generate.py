@@ -6,18 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.data.images import read_image
 from afina.data.renderer import Renderer
+from afina.data.schemas import EMBEDDING
+from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
 from afina.evaluation.results import GenerateResult
 from afina.models.classifier import Classifier
+from afina.models.encoder import Encoder
+from afina.objectives.embedding import default_length
 from afina.objectives.label_tasks import LabelTask
 from afina.objectives.labeled_data import encode_input
+from afina.objectives.prepared import recorded_eval_rows
 from afina.settings import GenerateSettings, as_settings
 
 
@@ -40,6 +46,8 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
         for line in (sys.stdin.read().splitlines() if p == "-" else [p])
         if line
     ]
+    if isinstance(opened.base, Encoder):
+        return _embed(opened.base, opened.active, texts, settings)
     if isinstance(opened.base, Classifier) and opened.base.labels:
         has_pairs = bool(((opened.run or {}).get("data") or {}).get("pairs"))
         return _label(opened.base, opened.active, texts, settings, has_pairs)
@@ -95,6 +103,38 @@ def _label(
             text, share = LabelTask(base.task, base.labels).answer(base.logits(rows)[0])
         known = {} if share is None else {"share": share}
         answers.append({"prompt": prompt, "text": text} | known)
+    adapter = str(settings.adapter) if active else None
+    return GenerateResult(base=base.name, adapter=adapter, answers=answers)
+
+
+@torch.no_grad()
+def _embed(
+    base: Encoder, active: ActiveAdapters, prompts: Sequence[str], settings: GenerateSettings
+) -> GenerateResult:
+    """Return the vector of each text, and the nearest other text among the eval rows of the run."""
+    length = default_length(base)
+
+    def vectors(texts: Sequence[str]) -> torch.Tensor:
+        with base.forward_context.use(active.row_segments()):
+            parts = [
+                base.embed(base.batch([encode_input(base, t, length, t[:40]) for t in some]))
+                for some in (texts[at : at + 16] for at in range(0, len(texts), 16))
+            ]
+        return torch.cat(parts)
+
+    file = recorded_eval_rows(Path(str(settings.adapter)))
+    rows = read_table(file, EMBEDDING).rows if file.is_file() else []
+    known = list(dict.fromkeys(t for row in rows for t in (*row.positives, *row.negatives)))
+    found = vectors(prompts)
+    answers: list[dict[str, Any]] = []
+    units = F.normalize(vectors(known), dim=-1) if known else None
+    for prompt, vector in zip(prompts, found, strict=True):
+        near: dict[str, Any] = {"text": ", ".join(f"{x:.4f}" for x in vector.tolist())}
+        if units is not None:
+            cosines = units @ F.normalize(vector, dim=0)
+            best = int(cosines.argmax())
+            near = {"text": known[best], "similarity": float(cosines[best])}
+        answers.append({"prompt": prompt} | near | {"embedding": vector.tolist()})
     adapter = str(settings.adapter) if active else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)
 

@@ -1,6 +1,6 @@
 """Results of `afina eval` and `afina generate`, and the rows that run cards share with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,10 @@ PREFERENCE_LABELS = {
     "calibration_error": "calibration error",
 }
 RATIOS = ("rewards/accuracies", "calibration_error")
-LABEL_SCORES = {  # of several labels a row, and of numbers
+LABEL_SCORES = {  # of several labels a row, of rankings, and of numbers
+    "ndcg_at_10": ("nDCG@10", "{:.1f}%"),
+    "mrr_at_10": ("MRR@10", "{:.1f}%"),
+    "accuracy_at_1": ("accuracy@1", "{:.1f}%"),
     "f1": ("micro F1", "{:.1f}%"),
     "macro_f1": ("macro F1", "{:.1f}%"),
     "exact": ("exact rows", "{:.1f}%"),
@@ -92,7 +95,10 @@ class EvalResult(Result):
 
 @dataclass(frozen=True, eq=False)
 class GenerateResult(Result):
-    """Completions of prompts; of a classifier the class with its probability (`share`, 0 to 1)."""
+    """Completions of prompts; of a classifier the class with its probability (`share`, 0 to 1).
+
+    Of an encoder, the nearest eval text, its cosine (`similarity`) and the vector (`embedding`).
+    """
 
     base: str
     adapter: str | None
@@ -100,13 +106,15 @@ class GenerateResult(Result):
 
     def content(self) -> list[Content]:
         """Return the texts, one a line."""
-        return [
-            ResultText(
-                one["text"] + (f"  ({100 * one['share']:.1f}%)" if "share" in one else ""),
-                wraps=False,
-            )
-            for one in self.answers
-        ]
+        return [ResultText(one["text"] + "".join(_notes(one)), wraps=False) for one in self.answers]
+
+
+def _notes(answer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the probability of a class, or the cosine of a text."""
+    if "share" in answer:
+        yield f"  ({100 * answer['share']:.1f}%)"
+    if "similarity" in answer:
+        yield f"  (cosine {answer['similarity']:.3f})"
 
 
 def reward_rows(found: Mapping[str, Any]) -> TableRows:
@@ -126,18 +134,21 @@ def reward_rows(found: Mapping[str, Any]) -> TableRows:
 
 
 def preference_rows(found: Mapping[str, Any]) -> TableRows:
-    """Return rows (label, before, after) of eval preferences; cells may be empty before."""
+    """Return rows (label, before, after) of eval preferences or scores; cells may be empty."""
     rows: TableRows = []
-    for name, label in PREFERENCE_LABELS.items():
+    forms = {
+        name: (label, "{:.1%}" if name in RATIOS else "{:.3f}")
+        for name, label in PREFERENCE_LABELS.items()
+    }
+    for name, (label, form) in (forms | LABEL_SCORES).items():
         if name in found["after"]:
-            form = "{:.1%}" if name in RATIOS else "{:.3f}"
             sides = (found["before"].get(name), found["after"][name])
             rows.append((label, *("" if side is None else form.format(side) for side in sides)))
     return rows
 
 
 def preferences(found: Mapping[str, Any]) -> list[Content]:
-    """Return the table of eval preferences, and what the policy was compared with."""
+    """Return the table of eval preferences or of scores, and what the policy was compared with."""
     title = pluralize(found["rows"], "eval row")
     table = ResultTable(title, preference_rows(found), ("", "before", "after"))
     return [table, *reference_line(found.get("reference"))]

@@ -83,6 +83,16 @@ class RecordedChat(_Part):
     stop_tokens: Annotated[list[Text], Field(max_length=64)] = Field(default_factory=list)
 
 
+class RecordedEmbedding(_Part):
+    """How an encoder and an adapter turn a text into one vector."""
+
+    pooling: Text = "mean"
+    normalize: bool = True
+    prompt: Annotated[str, Field(max_length=4096)] = ""
+    lowercase: bool = False
+    max_length: Annotated[int, Field(ge=1)] | None = None
+
+
 class AdapterMetadata(_Part):
     """The content of an adapter's afina.json."""
 
@@ -91,6 +101,7 @@ class AdapterMetadata(_Part):
     spec: CanonicalConfig
     base: RecordedBase = RecordedBase()
     chat: RecordedChat | None = None
+    embedding: RecordedEmbedding | None = None
     parents: Annotated[list[Parent], Field(max_length=MAX_PARENTS)] = Field(default_factory=list)
 
     @classmethod

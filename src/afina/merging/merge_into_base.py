@@ -31,6 +31,7 @@ from afina.merging.results import MergeResult
 from afina.models.bnb_format import write_nf4
 from afina.models.causal_lm import SCORE, CausalLM
 from afina.models.classifier import Classifier, load_classifier, load_masked
+from afina.models.encoder import Encoder, load_encoder
 from afina.models.frozen import FrozenModel
 from afina.models.image_preprocessor import IMAGE_CONFIG
 from afina.models.loading import load_base, silence_transformers
@@ -38,6 +39,7 @@ from afina.models.nf4 import dequantize_model, print_quantization, quantize_mode
 from afina.settings import MergeSettings, as_settings
 
 PROBE_TOKENS = 512
+EMBEDDING_SCALE = 20.0  # of cosines, where an encoder's vectors are compared as probabilities
 # nats per token between adapted and merged model. On the embedded base a skill's adapter changes
 # the answers by 0.12; merging by 1e-9 in float32, and by 0.001 in bfloat16, where computing the
 # adapted model in bfloat16 changes them as much
@@ -105,6 +107,8 @@ def _save_preprocessing(base: FrozenModel, folder: Path) -> None:
     tokenizer = getattr(base, "tokenizer", None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if isinstance(base, Encoder):
+        base.embedding.save(folder, base.hidden_size or 0)
     if base.folder is not None and (base.folder / IMAGE_CONFIG).is_file():
         shutil.copy2(base.folder / IMAGE_CONFIG, folder / IMAGE_CONFIG)
 
@@ -118,6 +122,8 @@ def _reload(base: FrozenModel, folder: Path, settings: MergeSettings) -> FrozenM
     }
     if not isinstance(base, Classifier):
         return load_base(str(folder), **how)
+    if isinstance(base, Encoder):
+        return load_encoder(str(folder), **how)
     if base.labels:
         images = base.images is not None
         return load_classifier(str(folder), base.labels, images, task=base.task, **how)
@@ -237,6 +243,10 @@ def probe_logits(base: FrozenModel, probe: Any, active: ActiveAdapters) -> Tenso
         if isinstance(base, CausalLM):
             return base.all_logits(*probe)
         assert isinstance(base, Classifier)
+        if isinstance(base, Encoder):  # the cosines of each text of the probe with the others
+            units = nn.functional.normalize(base.embed(probe), dim=-1)
+            cosines = EMBEDDING_SCALE * (units @ units.T)
+            return cosines[~torch.eye(len(units), dtype=torch.bool)].view(len(units), -1)
         return base.logits(probe).flatten(0, -2)
 
 

@@ -178,7 +178,7 @@ def load_classifier(
         "id2label": dict(enumerate(labels)),
         "label2id": {n: i for i, n in enumerate(labels)},
     }
-    loaded = _load(
+    loaded = load_frozen(
         kind, base, tuple(labels), pictures, revision, trust_remote_code, dtype, device, options
     )
     loaded.task = task
@@ -193,12 +193,12 @@ def load_masked(
     device: str = "auto",
 ) -> Classifier:
     """Return a frozen masked language model: a classifier of each position over the vocabulary."""
-    return _load(
+    return load_frozen(
         AutoModelForMaskedLM, base, (), False, revision, trust_remote_code, dtype, device, {}
     )
 
 
-def _load(
+def load_frozen(
     kind: Any,
     base: str,
     labels: tuple[str, ...],
@@ -209,6 +209,7 @@ def _load(
     device: str,
     options: dict[str, Any],
 ) -> Classifier:
+    """Return a frozen model of the auto class `kind`; raises `BaseError`."""
     folder = resolve_model_dir(base, revision)
     files = checked_weight_files(folder)
     config = load_config(folder, base, trust_remote_code)

@@ -90,7 +90,7 @@ class PackedEncoder:
         """
         attention, packed = model.config._attn_implementation, None
         with silence_transformers(), torch.no_grad(), context.use(NO_ADAPTERS):
-            expected = model(**probe).logits.float()
+            expected = _scores(model(**probe)).float()
             try:
                 packed = cls(model, context)
                 found = packed.logits(probe).float()
@@ -108,7 +108,10 @@ class PackedEncoder:
         return None
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the model's logits of padded rows; heads read hidden states that are padded."""
+        """Return the model's logits of padded rows; heads read hidden states that are padded.
+
+        Without a head, the last hidden states `(rows, longest, width)`.
+        """
         return self._run(inputs, unpack=True)
 
     def token_logits(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -128,7 +131,7 @@ class PackedEncoder:
                 position_ids=(rows.positions + self._first_position)[None],
                 flat=AttentionMetadata(rows.cu_seqlens, is_causal=False),
             )
-        return output.logits
+        return _scores(output)
 
     @contextmanager
     def _token_segments(self, rows: PackedRows) -> Iterator[None]:
@@ -160,6 +163,11 @@ class PackedEncoder:
             return (rows.unpack(output[0]), *output[1:])
         output["last_hidden_state"] = rows.unpack(output.last_hidden_state)
         return output
+
+
+def _scores(output: Any) -> Tensor:
+    """Return the logits of a model's output; of a model without a head, the hidden states."""
+    return output.logits if "logits" in output else output.last_hidden_state
 
 
 def _layers_owner(model: PreTrainedModel) -> nn.Module:

@@ -68,7 +68,7 @@ class Objective:
     """
 
     name: ClassVar[str] = ""
-    schema: ClassVar[str] = "sft"  # kind of row: sft, labeled, preference or prompt
+    schema: ClassVar[str] = "sft"  # kind of row: the name of a row schema
     units: Units = Units()
     needs_reference: ClassVar[bool] = False  # compares with the policy that the run began with
     head: ClassVar[str | None] = None  # module that the objective adds to the base

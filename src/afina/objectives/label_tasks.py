@@ -99,7 +99,7 @@ class LabelTask:
             return classification_scores(predicted, list(targets), len(self.labels))
         if self.kind == MULTI_LABEL:
             return _multi_label_scores(logits.sigmoid() >= THRESHOLD, torch.tensor(targets) > 0)
-        return _regression_scores(logits[:, 0].double(), torch.tensor(targets)[:, 0].double())
+        return regression_scores(logits[:, 0].double(), torch.tensor(targets)[:, 0].double())
 
     def answer(self, logits: Tensor) -> tuple[str, float | None]:
         """Return what one row is by its logits, and its probability where there is one."""
@@ -139,7 +139,7 @@ def _multi_label_scores(predicted: Tensor, expected: Tensor) -> dict[str, Any]:
     }
 
 
-def _regression_scores(predicted: Tensor, expected: Tensor) -> dict[str, Any]:
+def regression_scores(predicted: Tensor, expected: Tensor) -> dict[str, Any]:
     """Return correlations, None where all values are equal, and errors in the label's unit."""
     from scipy import stats  # type: ignore[import-untyped]
 

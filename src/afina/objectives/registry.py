@@ -19,6 +19,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     modules=(
         "afina.objectives.language_modeling",
         "afina.objectives.classification",
+        "afina.objectives.embedding",
         "afina.objectives.masked_lm",
         "afina.objectives.preference",
         "afina.objectives.reward_model",

@@ -19,6 +19,7 @@ from afina.io.result import (
 DATA_LABELS = {
     "train": "train rows",
     "held_out": "eval rows",
+    "pairs_per_batch": "pairs of a micro-batch",
     "longest": "longest sequence (tokens)",
     "labelled_percent": "target tokens (%)",
     "unused_columns": "columns not used",

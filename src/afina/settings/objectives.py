@@ -11,7 +11,7 @@ from afina.settings.groups import ObjectiveSettings, register_group
 
 PREFERENCES = ("dpo", "kto", "orpo", "simpo", "reward")  # learn from labeled answers
 POLICIES = ("grpo", "rloo", "ppo")  # learn from rewards of sampled answers
-OBJECTIVES = ("auto", "sft", "pretrain", "classify", "mlm", *PREFERENCES, *POLICIES)
+OBJECTIVES = ("auto", "sft", "pretrain", "classify", "embed", "mlm", *PREFERENCES, *POLICIES)
 ANSWERS_PER_STEP = 64  # sampled answers of a step, where prompts_per_step is not given
 
 
@@ -44,6 +44,28 @@ class ClassifySettings(ObjectiveSettings):
     )
     label_smoothing: float = setting(
         "ratio of the target's probability that is spread over all classes", 0.0, ge=0.0, lt=1.0
+    )
+
+
+@register_group("embed")
+class EmbedSettings(ObjectiveSettings):
+    """Settings of embeddings."""
+
+    scale: float = setting(
+        "factor of the cosine in the loss of pairs (1 / temperature)", 20.0, gt=0.0
+    )
+    pairs_per_batch: int | None = setting(
+        "pairs of a micro-batch; the positives of the others are the negatives of each. By "
+        "default as many as max_tokens_per_batch allows",
+        ge=2,
+    )
+    pooling: Literal["auto", "mean", "cls", "max", "mean_sqrt_len", "weightedmean", "lasttoken"] = (
+        setting("from tokens to one vector; auto: as the base's files say, else the mean", "auto")
+    )
+    max_score: float = setting(
+        "scored pairs: the score of equal texts, a cosine of 1; scores are divided by it",
+        1.0,
+        gt=0.0,
     )
 
 

@@ -26,6 +26,7 @@ from afina.io.chat_format import CHAT_KEY, ChatFormat
 from afina.io.run_record import RUN_FORMAT_VERSION
 from afina.io.strict_json import read_json_object
 from afina.models.causal_lm import CausalLM
+from afina.models.encoder import EMBEDDING_KEY, Encoder
 from afina.objectives.base import perplexity
 from afina.settings import resolved
 from afina.training.run_card import model_card, plot_losses, plot_rewards
@@ -166,6 +167,12 @@ def chat_record(setup: RunSetup) -> dict[str, Any]:
     if not isinstance(base, CausalLM):
         return {}
     return {CHAT_KEY: _renderer(setup, base).chat_format.record()}
+
+
+def embedding_record(setup: RunSetup) -> dict[str, Any]:
+    """Return how an encoder turns texts into vectors, for afina.json; nothing for other models."""
+    base = setup.prepared.base
+    return {EMBEDDING_KEY: base.embedding.record()} if isinstance(base, Encoder) else {}
 
 
 def _facts(setup: RunSetup, folder: Path) -> dict[str, Any]:

@@ -125,8 +125,9 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
     parts: list[Content] = [ResultTable(title, rows, (first, "before", "after"))]
     if policy is not None:
         parts += reference_line(policy.get("reference"))
-    if "preferences" in record:
-        parts += preferences(record["preferences"])
+    for key in ("preferences", "embedding"):
+        if key in record:
+            parts += preferences(record[key])
     if "classes" in record:
         parts.append(class_scores(record["classes"], "eval row"))
     return parts

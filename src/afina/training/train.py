@@ -22,7 +22,7 @@ from afina.objectives.registry import get_objective, register_objective
 from afina.planning.checkpointing_policy import choose_checkpointing
 from afina.settings import TrainSettings, make_settings
 from afina.training import checkpoint
-from afina.training.finish import chat_record, finish_run
+from afina.training.finish import chat_record, embedding_record, finish_run
 from afina.training.progress import NullProgress, ProgressDisplay
 from afina.training.results import TrainResult
 from afina.training.run_folder import begin_run, check_folder, removed_on_failure, run_identity
@@ -227,7 +227,7 @@ def _save_best(setup: RunSetup, folder: Path, step: int) -> None:
     """Save the adapter of an evaluation that is the best so far."""
     data = {key: setup.prepared.data_info[key] for key in ("path", "sha256")}
     metadata = {"data": data, "objective": setup.prepared.objective, "step": step}
-    metadata |= chat_record(setup)
+    metadata |= chat_record(setup) | embedding_record(setup)
     if setup.prepared.frozen_adapter is not None:
         metadata["frozen_adapter"] = setup.prepared.frozen_adapter
     adapter = setup.adapter

@@ -4,6 +4,7 @@ A schema of another package is registered by an entry point of the group `afina.
 """
 
 from afina.data.schemas.base import ROW_SCHEMAS, Schema, register_schema
+from afina.data.schemas.embedding import SCORED, EmbeddingRow, EmbeddingSchema
 from afina.data.schemas.labeled import (
     CLASSES,
     MULTI_LABEL,
@@ -27,6 +28,7 @@ from afina.data.schemas.sft import SFTRow, SFTSchema
 
 __all__ = [
     "CLASSES",
+    "EMBEDDING",
     "LABELED",
     "LABELS",
     "MULTI_LABEL",
@@ -36,7 +38,9 @@ __all__ = [
     "PROMPT",
     "REGRESSION",
     "ROW_SCHEMAS",
+    "SCORED",
     "SFT",
+    "EmbeddingRow",
     "LabeledRow",
     "Message",
     "PreferenceRow",
@@ -53,3 +57,4 @@ __all__ = [
 ]
 
 SFT, LABELED, PREFERENCE, PROMPT = SFTSchema(), LabeledSchema(), PreferenceSchema(), PromptSchema()
+EMBEDDING = EmbeddingSchema()

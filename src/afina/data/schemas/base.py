@@ -82,6 +82,9 @@ class Schema(ABC, Generic[RowT]):
 ROW_SCHEMAS: Registry[type[Schema[Any]]] = Registry(
     "row schema",
     "afina.row_schemas",
-    [f"afina.data.schemas.{name}" for name in ("sft", "preference", "prompt", "labeled")],
+    [
+        f"afina.data.schemas.{name}"
+        for name in ("sft", "preference", "prompt", "labeled", "embedding")
+    ],
 )
 register_schema = ROW_SCHEMAS.register
