@@ -245,7 +245,8 @@ def test_texts(learn: Callable[..., TrainResult], table: Path, encoder: Path, me
     is_story_of_a_classifier(run)
     assert run.record["classes"]["accuracy"] >= 90
     assert run.record["losses"]["eval_loss_after"] < run.record["losses"]["eval_loss_before"] - 0.2
-    assert "nats per row" in run.record["verdict"][0]
+    assert run.record["verdict"][0].startswith("Learned: accuracy")
+    assert "nats per row" in run.record["verdict"][1]
     again = evaluate(run.folder)
     assert again["classes"]["confusion"] == run.record["classes"]["confusion"]
     assert again["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"], abs=1e-5)

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 import afina
-from afina.evaluation.intervals import LossChange
 from afina.evaluation.metrics import (
     METRICS,
     accuracy,
@@ -27,7 +26,6 @@ from afina.evaluation.metrics import (
     exact_match,
     rouge,
 )
-from afina.evaluation.verdict import LossReport, verdict
 from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from afina.settings import TrainSettings, make_settings
@@ -86,10 +84,16 @@ def test_a_run_learns_and_tells_its_story(
     losses = story["losses"]
     assert losses["eval_loss_after"] < losses["eval_loss_before"] - 0.5
     assert losses["train_loss_after"] < losses["eval_loss_before"]
-    assert losses["forgetting"] == losses["retention_loss_after"] - losses["retention_loss_before"] != 0
+    assert (
+        losses["forgetting"]
+        == losses["retention_loss_after"] - losses["retention_loss_before"]
+        != 0
+    )
     assert story["perplexity"]["after"] == pytest.approx(math.exp(losses["eval_loss_after"]))
-    assert len(story["verdict"]) == 3
-    assert story["verdict"][0].startswith("Eval loss improved")
+    said = " ".join(story["verdict"])
+    assert "Too few eval rows to tell (5 eval rows)" in said
+    assert "retention loss" in story["verdict"][-1]
+    assert (story["score"] is not None) == (objective == "sft")
     assert story["objective"] == objective
     assert story["format_version"] >= 1
     assert story["data"]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
@@ -189,7 +193,9 @@ def test_eval_finds_what_the_run_found(train: Train) -> None:
     losses = run.record["losses"]
     assert judged["before"]["loss"] == pytest.approx(losses["eval_loss_before"], rel=1e-5)
     assert judged["after"]["loss"] == pytest.approx(losses["eval_loss_after"], rel=1e-5)
-    assert judged["after"]["perplexity"] == pytest.approx(math.exp(losses["eval_loss_after"]), rel=1e-4)
+    assert judged["after"]["perplexity"] == pytest.approx(
+        math.exp(losses["eval_loss_after"]), rel=1e-4
+    )
     assert judged["rows"] == len(judged["examples"]) == 5
     assert judged["after"]["chrf"] > judged["before"]["chrf"]
     for metric in METRICS:
@@ -447,8 +453,8 @@ def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
     assert run.record["steps"] == checks[-1][1] == best[1] + 3 * 4
     assert run.record["losses"]["best_step"] == best[1]
     assert run.record["losses"]["eval_loss_after"] == pytest.approx(best[0], rel=1e-6)
-    assert f"The best state, of step {best[1]}, was kept." in run.record["verdict"][1]
-    assert run.record["verdict"][1].startswith("It overfits")
+    said = " ".join(run.record["verdict"])
+    assert f"The best state, of step {best[1]}, was kept." in said and "It overfits" in said
     again = train(
         data,
         eval_data=held,
@@ -623,87 +629,12 @@ def test_scores_by_name() -> None:
     }
 
 
-def lost(rows: int = 200, error: float | None = 0.005, **changes: Any) -> list[str]:
-    values: dict[str, Any] = {
-        "eval_loss_before": 3.0,
-        "eval_loss_after": 1.0,
-        "train_loss_before": 3.0,
-        "train_loss_after": 1.0,
-        "retention_loss_before": 2.0,
-        "retention_loss_after": 2.0,
-        "eval_rows": rows,
-        **changes,
-    }
-    for side in ("eval", "train"):
-        mean = values[f"{side}_loss_after"] - values[f"{side}_loss_before"]
-        values[f"{side}_change"] = LossChange(rows, mean, error)
-    return verdict(LossReport(**values))
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence", "said"),
-    [
-        (
-            {},
-            0,
-            "nats per token (95% CI 1.990 to 2.010, 200 eval rows); perplexity 20.09 to 2.72.",
-        ),
-        ({"eval_loss_after": 2.99}, 0, "Eval loss hardly changed"),
-        ({"eval_loss_after": 3.1}, 0, "Eval loss got worse"),
-        ({}, 1, "No overfitting"),
-        ({"train_loss_after": 0.99}, 1, "No overfitting"),
-        (
-            {"train_loss_after": 0.5},
-            1,
-            "It overfits: train loss fell by 2.500, eval loss by 2.000",
-        ),
-        (
-            {"train_loss_after": 0.5, "train_loss_before": 2.5},
-            1,
-            "No overfitting",
-        ),  # they were easier from the start
-        ({"train_loss_after": 0.5, "error": 0.3}, 1, "Too few to tell whether it overfits"),
-        (
-            {"error": 0.3},
-            1,
-            "No sign of overfitting, but too few eval rows to be sure",
-        ),
-        (
-            {"eval_loss_after": 2.6, "rows": 3, "error": 0.1},
-            0,
-            "-0.400 nats per token (95% CI -0.830 to +0.030, 3 eval rows)",
-        ),
-        ({"eval_loss_after": 2.6, "rows": 3, "error": 0.1}, 0, "Too few to tell whether eval loss changed"),
-        ({"eval_loss_after": 3.4, "rows": 3, "error": 0.1}, 0, "Too few to tell whether eval loss changed"),
-        ({"eval_loss_after": 2.5, "rows": 3, "error": 0.1}, 0, "Eval loss improved"),
-        (
-            {"rows": 1, "error": None},
-            0,
-            "Too few to tell whether eval loss changed: there is one eval row.",
-        ),
-        ({"rows": 1, "error": None}, 1, "Too few to tell whether it overfits"),
-        (
-            {"train_loss_after": 0.5, "best_step": 4, "last_step": 9},
-            1,
-            "The best state, of step 4, was kept.",
-        ),
-        ({}, 2, "No forgetting"),
-        ({"retention_loss_after": 2.04}, 2, "No forgetting"),
-        ({"retention_loss_after": 2.1}, 2, "Some forgetting: the perplexity of general text rose by 11%"),
-        ({"retention_loss_after": 3.0}, 2, "Strong forgetting: the perplexity of general text rose by 172%"),
-        ({"retention_loss_after": 1.5}, 2, "changed by -39.3%"),
-        ({"retention_loss_after": 2000.0}, 2, "Strong forgetting"),
-        ({"eval_loss_before": 2000.0}, 0, "Eval loss improved"),
-    ],
-)
-def test_verdicts(changes: dict[str, float], sentence: int, said: str) -> None:
-    assert said in lost(**changes)[sentence]
-
-
 def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
     """The change whose interval is told is the change of the losses in the table."""
     losses = (run := train(max_tokens_per_batch=64)).record["losses"]
-    assert losses["eval_change"]["rows"] == losses["eval_rows"] == run.record["data"]["held_out"] > 1
+    assert (
+        losses["eval_change"]["rows"] == losses["eval_rows"] == run.record["data"]["held_out"] > 1
+    )
     for side in ("eval", "train"):
         assert losses[f"{side}_change"]["mean"] == pytest.approx(
             losses[f"{side}_loss_after"] - losses[f"{side}_loss_before"], abs=1e-5
@@ -715,9 +646,12 @@ def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) ->
     rows = [
         {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)
     ]
-    said = train(write_rows(tmp_path / "t.jsonl", *rows), max_steps=1).record["verdict"]
-    assert said[0].startswith("Too few to tell whether eval loss changed: there is one eval row.")
-    assert said[1].startswith("Too few to tell whether it overfits")
+    run = train(write_rows(tmp_path / "t.jsonl", *rows), max_steps=1)
+    said = run.record["verdict"]
+    assert said[0].startswith("Too few eval rows to tell (1 eval row): exact match 0.0% to ")
+    assert said[1].startswith("On training rows: exact match 0.0% to ")
+    assert run.record["cause"] == "steps" and "fewer than 100" in said[2]
+    assert f"--config {run.folder}/settings.yaml --max-steps 100" in run.next_command
 
 
 def test_rows_of_an_encoder_are_measured_too(

@@ -1,18 +1,19 @@
 """`afina eval`: metrics of the base and of the adapter on the same rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import load_adapter
-from afina.data.renderer import Renderer
-from afina.engine.engine import generate_completions
-from afina.engine.request import SamplingParams
+from afina.data.renderer import Example, Renderer
 from afina.errors import DataError
+from afina.evaluation.answer_scores import generate_answers, score_answers
 from afina.evaluation.metrics import check_metrics, compute_metrics
 from afina.evaluation.results import EvalResult
 from afina.evaluation.retention import retention_loss
+from afina.evaluation.verdict import forgetting_sentence, score_sentence
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
 from afina.models.causal_lm import CausalLM
@@ -21,6 +22,7 @@ from afina.objectives.base import Objective
 from afina.objectives.prepared import trained_settings
 from afina.objectives.reference import select_reference
 from afina.objectives.registry import get_objective
+from afina.objectives.task_score import TaskScore
 from afina.settings import EvalSettings, as_settings
 
 DEFAULT_OBJECTIVE = "sft"  # of a base alone, or of an adapter without its run
@@ -51,9 +53,11 @@ def evaluate(
         return EvalResult(**result | _evaluate_alone(objective, opened, settings))
     routes = {"before": baseline} | ({"after": opened.active} if opened.active else {})
     sides = {when: objective.evaluate(route) for when, route in routes.items()}
+    score, sentences = None, []
     if "after" in sides and objective.report_key:
         result |= {"objective": objective.name}
         report = objective.report(sides["before"], sides["after"])
+        score, sentences = report.pop("score", None), report.pop("verdict")
         sides = {
             when: {"loss": sides[when]["loss"]} | report.pop(when) for when in ("before", "after")
         }
@@ -62,12 +66,34 @@ def evaluate(
         for when, route in routes.items():
             sides[when]["retention_loss"] = retention_loss(base, route)
     result |= sides
-    if isinstance(base, CausalLM) and "after" in sides:
-        before, after = (result[when]["retention_loss"] for when in ("before", "after"))
-        result["forgetting"] = after - before
     if isinstance(base, CausalLM) and not objective.report_key:
-        result["examples"] = _completions(objective, opened, settings, routes, result)
+        result["examples"], score = _completions(objective, opened, settings, routes, result)
+    if "after" in sides:
+        if isinstance(base, CausalLM):
+            before, after = (sides[when]["retention_loss"] for when in ("before", "after"))
+            result["forgetting"] = after - before
+            sentences = [*sentences, forgetting_sentence(before, after)]
+        result |= _decision(score, sentences, objective, opened, settings.adapter)
     return EvalResult(**result)
+
+
+def _decision(
+    score: TaskScore | None,
+    sentences: Sequence[str],
+    objective: Objective,
+    opened: LoadedRun,
+    adapter: Path | None,
+) -> dict[str, Any]:
+    """Return score, verdict and next command; that of the run where its task is not learned."""
+    if score is None:
+        return {"verdict": sentences}
+    is_learned = score.outcome == "better" and score.mostly_right
+    command = objective.next_command(Path(str(adapter))) if is_learned else None
+    return {
+        "score": score.to_dict(),
+        "verdict": [score_sentence(score), *sentences],
+        "next_command": command or opened.run.get("next_command"),
+    }
 
 
 def _connect(objective: Objective, opened: LoadedRun) -> ActiveAdapters:
@@ -87,10 +113,11 @@ def _evaluate_alone(
     """Return the metrics of a model that cannot be evaluated without its adapter."""
     after = objective.evaluate(opened.active)
     report = objective.report({}, after)
-    report.pop("verdict")
+    score, sentences = report.pop("score", None), report.pop("verdict")
     name = "confusion.png" if settings.data is None else "confusion-eval.png"
     objective.plot(report, Path(str(settings.adapter)) / name, True)
-    return {"loss": after["loss"], str(objective.report_key): report}
+    decision = _decision(score, sentences, objective, opened, settings.adapter)
+    return {"loss": after["loss"], str(objective.report_key): report} | decision
 
 
 def _completions(
@@ -99,27 +126,29 @@ def _completions(
     settings: EvalSettings,
     routes: dict[str, ActiveAdapters],
     result: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Generate completions, add their metrics to `result`, and return them side by side."""
+) -> tuple[list[dict[str, Any]], TaskScore | None]:
+    """Generate completions, add their metrics to `result`; return them and the task's score."""
     base = opened.causal_lm
     prompted = objective.expected_completions()[: settings.limit]
     if not prompted:
-        return []
+        return [], None
     renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
-    prompts = [example.token_ids[: example.prompt_length] for example in prompted]
     expected = [example.completion or "" for example in prompted]
-    texts: dict[str, list[str]] = {}
-    for when, route in routes.items():
-        sampling = SamplingParams(settings.max_new_tokens)
-        stops = renderer.stop_token_ids
-        found = generate_completions(base, prompts, sampling, route, stops)
-        texts[when] = [completion.text for completion in found]
+    stops = renderer.stop_token_ids
+    texts = generate_answers(base, prompted, routes, stops, settings.max_new_tokens)
+    for when in routes:
         result[when] |= compute_metrics(settings.metrics, texts[when], expected)
-    return [
-        {"prompt": one_line(base.decode(prompt)), "expected": completion}
+    examples = [
+        {"prompt": prompt_text(base, example), "expected": completion}
         | {when: texts[when][number] for when in routes}
-        for number, (prompt, completion) in enumerate(zip(prompts, expected, strict=True))
+        for number, (example, completion) in enumerate(zip(prompted, expected, strict=True))
     ]
+    return examples, score_answers(texts, expected) if "after" in texts else None
+
+
+def prompt_text(base: CausalLM, example: Example) -> str:
+    """Return a prompt as the model reads it, with the marks of its template and its lines."""
+    return str(base.tokenizer.decode(example.token_ids[: example.prompt_length]))
 
 
 def reload_init_adapter(opened: LoadedRun) -> tuple[ActiveAdapters, str | None]:

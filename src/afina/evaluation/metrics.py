@@ -30,9 +30,19 @@ def accuracy(answers: Sequence[str], expected: Sequence[str]) -> float:
 
 def chrf(answers: Sequence[str], expected: Sequence[str]) -> float:
     """Return chrF: agreement of character n-grams (Popović 2015)."""
+    return _chrf_scorer().corpus_score(list(answers), [list(expected)]).score  # type: ignore[no-any-return]
+
+
+def sentence_chrf(answer: str, expected: str) -> float:
+    """Return chrF of one answer."""
+    return _chrf_scorer().sentence_score(answer, [expected]).score  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _chrf_scorer() -> Any:
     from sacrebleu.metrics import CHRF
 
-    return CHRF().corpus_score(list(answers), [list(expected)]).score
+    return CHRF()
 
 
 def bleu(answers: Sequence[str], expected: Sequence[str]) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.errors import pluralize
-from afina.io.result import Content, Result, ResultTable, ResultText, optional
+from afina.io.result import Content, Result, ResultTable, ResultText, next_command, optional
 
 TableRows = list[tuple[str, ...]]
 
@@ -68,19 +68,27 @@ class EvalResult(Result):
     reference: Mapping[str, Any] | None = optional()
     reward_functions: Sequence[Mapping[str, Any]] | None = optional()
     examples: Sequence[Mapping[str, Any]] | None = optional()
+    score: Mapping[str, Any] | None = optional()
     verdict: Sequence[str] | None = optional()
+    next_command: str | None = optional()
 
     def content(self) -> list[Content]:
-        """Return scores of a classifier; else losses, rewards or preferences before and after."""
+        """Return what was measured before and after, examples, the verdict and the next command."""
+        return [
+            *self._measured(),
+            *(ResultText(f"- {sentence}") for sentence in self.verdict or ()),
+            *next_command(self.next_command),
+        ]
+
+    def _measured(self) -> list[Content]:
         if self.classes is not None:
             return [class_scores(self.classes, "eval row")]
-        if self.verdict is None:
-            return self._losses_and_examples()
-        sentences = [ResultText(f"- {sentence}") for sentence in self.verdict]
         if self.reward_functions is not None:
             title = f"completions of {pluralize(self.rows, 'prompt')}"
-            return [ResultTable(title, reward_rows(self), ("", "before", "after")), *sentences]
-        return [*preferences(self), *sentences]
+            return [ResultTable(title, reward_rows(self), ("", "before", "after"))]
+        if self.objective is not None:
+            return preferences(self)
+        return self._losses_and_examples()
 
     def _losses_and_examples(self) -> list[Content]:
         columns = {"base": self.before, "with the adapter": self.after}

@@ -166,7 +166,10 @@ class Objective:
         return {"loss": self.eval_loss(active)}
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        """Compare two results of `evaluate`: `before`, `after`, `verdict` (sentences), and more."""
+        """Compare two results of `evaluate`: `before`, `after`, `verdict` (sentences), and more.
+
+        `score`, a `TaskScore`, is among them where the objective has a score of its task.
+        """
         return {"before": before, "after": after, "verdict": []}
 
     def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:

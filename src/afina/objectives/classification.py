@@ -339,7 +339,7 @@ class ClassificationObjective(PaddedObjective):
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Return the scores of the trained classifier and, in a run, those of the linear probe."""
-        scores = after["classes"]
+        scores = after["classes"] | self.task.score(after["classes"])
         if not self.probe:
             return {**scores, "verdict": []}
         sentence = (

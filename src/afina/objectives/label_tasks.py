@@ -6,7 +6,7 @@ regression     squared error                       Pearson, Spearman, mean absol
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from afina.data.schemas import CLASSES, MULTI_LABEL, REGRESSION, LabeledRow, class_names, task_of
 from afina.errors import DataError
 from afina.evaluation.confusion import classification_scores
+from afina.objectives.task_score import TaskScore
 
 VALUE = "value"  # name of the only output of a regression
 THRESHOLD = 0.5  # probability from which a class of a multi-label row is predicted
@@ -100,6 +101,22 @@ class LabelTask:
         if self.kind == MULTI_LABEL:
             return _multi_label_scores(logits.sigmoid() >= THRESHOLD, torch.tensor(targets) > 0)
         return regression_scores(logits[:, 0].double(), torch.tensor(targets)[:, 0].double())
+
+    def score(self, scores: Mapping[str, Any]) -> dict[str, TaskScore]:
+        """Return the task's own score by the key `score`; nothing where labels do not vary."""
+        rows = scores["rows"]
+        if self.kind == CLASSES:
+            table = scores["confusion"]
+            right = sum(table[c][c] for c in range(len(table)))
+            chance = 100 * max(map(sum, table)) / rows
+            return {"score": TaskScore.of_counts("accuracy", right, rows, None, chance)}
+        name, label, unit = ("f1", "micro F1", "%")
+        if self.kind == REGRESSION:
+            name, label, unit = ("spearman", "Spearman correlation", "")
+        if scores[name] is None:
+            return {}
+        score = TaskScore(label, scores[name], rows, unit=unit, counts_right=False)
+        return {"score": score}
 
     def answer(self, logits: Tensor) -> tuple[str, float | None]:
         """Return what one row is by its logits, and its probability where there is one."""

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from afina.errors import pluralize
-from afina.evaluation.intervals import paired_change, wilson_interval
+from afina.evaluation.intervals import wilson_interval
+from afina.objectives.task_score import TaskScore
 
 if TYPE_CHECKING:
     from afina.objectives.policy import PolicyObjective
@@ -41,7 +41,10 @@ def policy_report(
     assert objective.reference is not None
     facts["reference"] = objective.reference.to_dict()
     facts["reward_functions"] = objective.rewards.to_dicts()
-    return facts | {"verdict": _sentences(facts, rewards)}
+    score = TaskScore.of_rows(
+        "mean reward", *rewards, unit="", counts_right=False, row_kind="eval prompt"
+    )
+    return facts | {"verdict": _sentences(facts), "score": score}
 
 
 def count_wins(rewards: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -58,9 +61,9 @@ def count_wins(rewards: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
-def _sentences(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> list[str]:
+def _sentences(facts: Mapping[str, Any]) -> list[str]:
     before, after = facts["before"], facts["after"]
-    sentences = [_reward_sentence(facts, rewards)]
+    sentences = []
     if facts["win_rate"] is not None:
         low, high = (100 * bound for bound in facts["interval"])
         sentences.append(
@@ -80,22 +83,3 @@ def _sentences(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> 
             "in ways that were not intended (reward hacking)."
         )
     return sentences
-
-
-def _reward_sentence(facts: Mapping[str, Any], rewards: Sequence[Sequence[float]]) -> str:
-    before, after = facts["before"], facts["after"]
-    rows = pluralize(facts["rows"], "eval prompt")
-    change = paired_change(rewards[0], rewards[1], [1] * len(rewards[0]))
-    measured = f"{before['reward']:.3f} to {after['reward']:.3f}"
-    if change.interval is None:
-        return f"Too few to tell: mean reward {measured} on {rows}. Hold out more rows."
-    low, high = change.interval
-    measured += f" ({change.mean:+.3f}, 95% CI {low:+.3f} to {high:+.3f}, {rows})"
-    if low <= 0.0 <= high:
-        return (
-            f"Too few to tell: mean reward {measured}; the interval includes no change. "
-            "Hold out more rows, or train for more steps."
-        )
-    if change.mean > 0:
-        return f"Mean reward improved: {measured}."
-    return f"Mean reward got worse: {measured}. Try a lower learning rate or a larger beta."

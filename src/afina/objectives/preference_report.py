@@ -7,7 +7,7 @@ completions' log-probability by 5% is reported as a warning.
 
 from typing import TYPE_CHECKING, Any
 
-from afina.errors import pluralize
+from afina.objectives.task_score import TaskScore
 
 if TYPE_CHECKING:
     from afina.objectives.preference import PairwiseObjective
@@ -34,7 +34,7 @@ def preference_report(
         before = {name: value for name, value in before.items() if name not in EQUAL_AT_START}
     facts: dict[str, Any] = {"before": before, "after": after, "rows": len(objective.eval_rows)}
     sentences = [
-        _accuracy_sentence(objective, facts),
+        *_margin_sentences(objective, facts),
         *displacement_warning(facts, objective.displacement_hint),
     ]
     if objective.head:
@@ -44,25 +44,29 @@ def preference_report(
         )
     if objective.reference is not None:
         facts["reference"] = objective.reference.to_dict()
-    return facts | {"verdict": sentences}
+    return facts | {"verdict": sentences, "score": _score(objective, facts)}
 
 
-def _accuracy_sentence(objective: "PairwiseObjective", facts: dict[str, Any]) -> str:
-    rows = pluralize(facts["rows"], "eval completion" if objective.single else "eval pair")
-    ratio = f"{100 * facts['after']['rewards/accuracies']:.1f}% of {rows}"
-    if objective.single:
-        return (
-            f"Preference accuracy: {ratio}; desirable completions became more likely, "
-            "undesirable ones less likely."
-        )
-    margin = f"mean margin {facts['after']['rewards/margins']:+.3f}"
-    if objective.head:
-        return f"Reward accuracy: the chosen completion scores higher on {ratio}; {margin}."
-    then = facts["before"].get("rewards/accuracies")
-    before = "compared with the reference" if then is None else f"before: {100 * then:.1f}%"
-    return (
-        f"Preference accuracy: the chosen completion is preferred on {ratio} ({before}); {margin}."
+def _score(objective: "PairwiseObjective", facts: dict[str, Any]) -> TaskScore:
+    """Return the preference accuracy; half of all pairs are right by chance."""
+    rows, then = facts["rows"], facts["before"].get("rewards/accuracies")
+    return TaskScore.of_counts(
+        "reward accuracy" if objective.head else "preference accuracy",
+        round(rows * facts["after"]["rewards/accuracies"]),
+        rows,
+        None if then is None else 100 * then,
+        chance=50.0,
+        row_kind="eval completion" if objective.single else "eval pair",
     )
+
+
+def _margin_sentences(objective: "PairwiseObjective", facts: dict[str, Any]) -> list[str]:
+    """Return the mean margin, and what the accuracy compares; single completions have no margin."""
+    if objective.single:
+        return ["Right: a desirable completion became more likely, an undesirable one less likely."]
+    is_relative = facts["before"].get("rewards/accuracies") is None and not objective.head
+    against = ", relative to the reference" if is_relative else ""
+    return [f"Mean margin of the rewards{against}: {facts['after']['rewards/margins']:+.3f}."]
 
 
 def displacement_warning(facts: dict[str, Any], hint: str) -> list[str]:

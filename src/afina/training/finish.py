@@ -1,7 +1,7 @@
 """The end of a run: evaluation of its best adapter, run.json, the plot and the card."""
 
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,19 @@ import yaml
 from torch import Tensor
 
 import afina
-from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import detach
 from afina.adapters.coverage import target_coverage
 from afina.adapters.loading import load_adapter
-from afina.data.renderer import Renderer
 from afina.engine.routing_profile import ChatFrame, PromptEmbedder, build_profile, write_profile
-from afina.evaluation.loss_report import measure_losses
-from afina.evaluation.retention import retention_loss
-from afina.evaluation.verdict import forgetting_sentence, verdict
 from afina.io.adapter_folder import WEIGHTS_FILE
 from afina.io.atomic import recover_interrupted_replace, write_json, write_text
-from afina.io.chat_format import CHAT_KEY, ChatFormat
+from afina.io.chat_format import CHAT_KEY
 from afina.io.run_record import RUN_FORMAT_VERSION
 from afina.io.strict_json import read_json_object
 from afina.models.causal_lm import CausalLM
 from afina.models.encoder import EMBEDDING_KEY, Encoder
-from afina.objectives.base import perplexity
 from afina.settings import resolved
+from afina.training.outcome import evaluate_run, run_renderer
 from afina.training.run_card import model_card, plot_losses, plot_rewards
 from afina.training.setup.processes import world
 from afina.training.setup.set_up import RunSetup
@@ -43,7 +38,7 @@ def finish_run(trainer: Trainer) -> dict[str, Any]:
     trainer.world.barrier()
     best = load_adapter(folder / "adapter", setup.prepared.base, "best")
     best.frozen_companions = setup.adapter.frozen_companions
-    evaluated = _evaluate(trainer, best.active)
+    evaluated = evaluate_run(trainer, best.active)
     record = _facts(setup, folder) | {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -61,76 +56,6 @@ def finish_run(trainer: Trainer) -> dict[str, Any]:
             write_profile(folder / "adapter", profile, key)
     trainer.world.barrier()
     return record
-
-
-def _evaluate(trainer: Trainer, best: ActiveAdapters) -> dict[str, Any]:
-    """Return the losses of the best adapter and those before, the objective's report, a verdict."""
-    task, baseline = trainer.setup.prepared.task, trainer.setup.prepared.baseline
-    before = {"loss": trainer.progress.before["eval_loss"]}
-    if task.report_key and task.has_baseline:
-        before = task.evaluate(baseline)
-    after = task.evaluate(best)
-    report = task.report(before, after)
-    sentences = report.pop("verdict")
-    losses = _policy_losses if task.maximizes_reward else _losses_with_intervals
-    record = losses(trainer, best, before["loss"], after["loss"])
-    if task.maximizes_reward:
-        record["verdict"] = [*sentences, *record["verdict"]]
-    else:
-        record["verdict"] += sentences
-    if task.report_key:
-        task.plot(report, trainer.run / "confusion.png", trainer.world.is_main_process)
-        record[task.report_key] = report | task.run_facts()
-    return record
-
-
-def _losses_with_intervals(
-    trainer: Trainer, best: ActiveAdapters, before: float, after: float
-) -> dict[str, Any]:
-    """Return losses of eval rows, training rows and general text, with intervals, and a verdict."""
-    prepared, progress = trainer.setup.prepared, trainer.progress
-    now = {"eval_loss": after}
-    if isinstance(base := prepared.base, CausalLM):
-        now["retention_loss"] = retention_loss(base, best, trainer.setup.settings.retention_text)
-    losses = replace(
-        measure_losses(prepared.task, progress.before, now, prepared.baseline, best),
-        best_step=progress.best_step,
-        last_step=progress.step,
-    )
-    interval, forgetting = losses.eval_change.interval, losses.forgetting
-    return {
-        "losses": asdict(losses) | {"eval_interval": interval, "forgetting": forgetting},
-        "perplexity": {
-            "before": perplexity(losses.eval_loss_before),
-            "after": perplexity(losses.eval_loss_after),
-        },
-        "verdict": verdict(losses, prepared.units.unit, prepared.units.choices),
-    }
-
-
-def _policy_losses(
-    trainer: Trainer, best: ActiveAdapters, before: float, after: float
-) -> dict[str, Any]:
-    """Return minus the mean reward, as in metrics.jsonl, and the loss on general text."""
-    progress, base = trainer.progress, trainer.setup.prepared.base
-    assert isinstance(base, CausalLM)
-    retention_before = progress.before["retention_loss"]
-    retention_after = retention_loss(base, best, trainer.setup.settings.retention_text)
-    forgetting = retention_after - retention_before
-    is_earlier = progress.best_step < progress.step
-    kept = [f"The best state, of step {progress.best_step}, was kept."] if is_earlier else []
-    return {
-        "losses": {
-            "eval_loss_before": before,
-            "eval_loss_after": after,
-            "retention_loss_before": retention_before,
-            "retention_loss_after": retention_after,
-            "forgetting": forgetting,
-            "best_step": progress.best_step,
-            "last_step": progress.step,
-        },
-        "verdict": [*kept, forgetting_sentence(forgetting)],
-    }
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -151,14 +76,9 @@ def _profile(setup: RunSetup) -> tuple[Tensor | None, str]:
     base, prompts = setup.prepared.base, setup.prepared.task.profile_prompts()
     if not isinstance(base, CausalLM) or not prompts:
         return None, ""
-    frame = ChatFrame.of(_renderer(setup, base))
+    frame = ChatFrame.of(run_renderer(setup, base))
     embedding = PromptEmbedder(base)
     return build_profile(embedding, [frame.question(tokens) for tokens in prompts]), embedding.key
-
-
-def _renderer(setup: RunSetup, base: CausalLM) -> Renderer:
-    """Return the renderer of the run's prompts."""
-    return Renderer(base.tokenizer, ChatFormat.from_settings(setup.settings), base.max_positions)
 
 
 def chat_record(setup: RunSetup) -> dict[str, Any]:
@@ -166,7 +86,7 @@ def chat_record(setup: RunSetup) -> dict[str, Any]:
     base = setup.prepared.base
     if not isinstance(base, CausalLM):
         return {}
-    return {CHAT_KEY: _renderer(setup, base).chat_format.record()}
+    return {CHAT_KEY: run_renderer(setup, base).chat_format.record()}
 
 
 def embedding_record(setup: RunSetup) -> dict[str, Any]:

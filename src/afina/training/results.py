@@ -15,6 +15,7 @@ from afina.evaluation.results import (
     reward_rows,
 )
 from afina.io.result import Content, Result, ResultTable, ResultText, next_command
+from afina.objectives.task_score import TaskScore
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
         rows, first = loss_rows(record["losses"]), f"nats per {record['units']['unit']}"
     else:
         rows, first = reward_rows(policy), pluralize(policy["rows"], "eval prompt")
-    rows += retention_rows(record["losses"])
+    rows = [*score_rows(record), *rows, *retention_rows(record["losses"])]
     parts: list[Content] = [ResultTable(title, rows, (first, "before", "after"))]
     if policy is not None:
         parts += reference_line(policy.get("reference"))
@@ -131,6 +132,17 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
     if "classes" in record:
         parts.append(class_scores(record["classes"], "eval row"))
     return parts
+
+
+def score_rows(record: Mapping[str, Any]) -> TableRows:
+    """Return the rows of the task's own score; those of rewards and preferences are elsewhere."""
+    if record.get("score") is None or "policy" in record or "preferences" in record:
+        return []
+    found = [TaskScore.from_dict(record["score"]).cells()]
+    if record["train_score"] is not None:
+        name, *sides = TaskScore.from_dict(record["train_score"]).cells()
+        found.append((f"{name}, training rows", *sides))
+    return found
 
 
 def unused_columns(data: Mapping[str, Any]) -> list[Content]:

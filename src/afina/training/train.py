@@ -200,7 +200,7 @@ def _resume(trainer: Trainer) -> bool:
 
 def _result(trainer: Trainer) -> TrainResult:
     record = finish_run(trainer)
-    return TrainResult(trainer.run, record, trainer.setup.prepared.task.next_command(trainer.run))
+    return TrainResult(trainer.run, record, record["next_command"])
 
 
 def _resolve_checkpointing(setups: Sequence[RunSetup], processes: ProcessContext) -> None:
