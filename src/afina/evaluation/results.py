@@ -86,7 +86,7 @@ class EvalResult(Result):
         if self.reward_functions is not None:
             title = f"completions of {pluralize(self.rows, 'prompt')}"
             return [ResultTable(title, reward_rows(self), ("", "before", "after"))]
-        if self.objective is not None:
+        if "rewards/accuracies" in (self.after or ()):
             return preferences(self)
         return self._losses_and_examples()
 
@@ -95,7 +95,8 @@ class EvalResult(Result):
         sides = {name: side for name, side in columns.items() if side is not None}
         rows = [
             (LOSS_LABELS.get(name, f"{name}, %"), *(f"{side[name]:.3f}" for side in sides.values()))
-            for name in self.before or ()
+            for name, value in (self.before or {}).items()
+            if isinstance(value, float)
         ]
         table = ResultTable(pluralize(self.rows, "row"), rows, ("", *sides))
         return [table, *example_tables(self.examples or ())]
