@@ -22,9 +22,6 @@ from afina.kernels.mora import MoRAGroup
 from afina.models.fast_llama import LINEAR_TYPES
 from afina.models.nf4 import NF4Linear
 
-# A LoRA that is active on all tokens: with more tokens and a larger rank than these, PyTorch's two
-# products are faster than the kernel.
-FUSED_MAX_TOKENS, FUSED_MAX_RANK = 128, 16
 GROUPS: dict[str, type[AdapterGroup]] = {"lora": LoRAGroup, "mora": MoRAGroup}
 
 
@@ -92,7 +89,7 @@ class FusedAdapters:
             rows += [
                 Segment(0, num_tokens, name, weight)
                 for name, weight in segments.global_adapters
-                if prefers_fused(adapted.adapter_layer(name), num_tokens)
+                if can_fuse(adapted.adapter_layer(name))
             ]
         if not rows:
             return None
@@ -152,15 +149,6 @@ class FusedAdapters:
 def can_fuse(layer: Any) -> bool:
     """Return whether a kernel computes all that the adapter layer adds now; False for None."""
     return layer is not None and layer.can_fuse
-
-
-def prefers_fused(layer: Any, num_tokens: int) -> bool:
-    """Return whether the kernel is faster than PyTorch for a layer that is active on all tokens."""
-    return can_fuse(layer) and (
-        layer.fused_kernel != "lora"
-        or num_tokens <= FUSED_MAX_TOKENS
-        or len(layer.a) <= FUSED_MAX_RANK
-    )
 
 
 def _differentiates_base(base: Any, x: Tensor) -> bool:

@@ -55,9 +55,12 @@ class FusedKernel:
         if not fits or not x.dtype == y.dtype == self.dtype or not y.is_contiguous():
             shapes = f"x {tuple(x.shape)} and y {tuple(y.shape)}, {x.dtype}"
             raise ValueError(f"{shapes}, are not what was prepared for")
-        x = x.contiguous()
-        self._run(self.native, data_pointer(x), data_pointer(y))
+        self._add(y, x.contiguous())
         return y
+
+    def _add(self, y: Tensor, x: Tensor) -> None:
+        """Add the adapters' outputs to `y`, both contiguous."""
+        self._run(self.native, data_pointer(x), data_pointer(y))
 
 
 class AdapterGroup(ABC):
