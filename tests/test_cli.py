@@ -180,6 +180,8 @@ GROUP_SAMPLES: dict[str, tuple[str, Any]] = {
     "embed.pairs_per_batch": ("8", 8),
     "embed.pooling": ("cls", "cls"),
     "embed.max_score": ("5", 5.0),
+    "rerank.head_init": ("random", "random"),
+    "rerank.max_score": ("3", 3.0),
     "dpo.beta": ("0.2", 0.2),
     "dpo.loss_type": ("ipo", "ipo"),
     "dpo.label_smoothing": ("0.1", 0.1),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 
 from afina.adapters.active import BASE_ONLY
-from afina.data.schemas import EMBEDDING, EmbeddingRow
+from afina.data.schemas import EMBEDDING, RELEVANCE, EmbeddingRow
 from afina.data.table import detect_schema, read_table
 from afina.errors import BaseError, DataError, SettingsError
 from afina.evaluation.evaluate import evaluate
@@ -20,6 +20,7 @@ from afina.io.strict_json import read_json_object
 from afina.merging.merge_into_base import merge
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, Encoder, load_encoder
 from afina.objectives.embedding import EmbeddingObjective
+from afina.objectives.label_tasks import LabelTask
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
 from afina.objectives.text_pairs import PairTable, known_positives, tokenize_pairs
 from afina.settings.objectives import EmbedSettings
@@ -283,3 +284,59 @@ def test_table_of_pairs_has_each_text_once(small: Path) -> None:
     pairs = tokenize_pairs(base, rows, 32, 1.0, None)
     table = PairTable.of(pairs, known_positives(pairs))
     assert len(table.texts) == 9 and len(table.candidates) == 1  # one positive, no negative
+
+
+# ---- rerankers
+
+
+def test_relevance_is_a_probability_with_its_loss_and_scores() -> None:
+    task = LabelTask("relevance", ("relevance",))
+    logits = torch.tensor([[2.0], [1.0], [-1.0], [-2.0]])
+    targets = torch.tensor([[1.0], [0.0], [0.25], [1.0]])
+    share = logits.sigmoid()
+    expected = -(targets * share.log() + (1 - targets) * (1 - share).log())[:, 0]
+    assert torch.allclose(task.losses(logits, targets), expected)
+    scores = task.scores(logits, [[1.0], [0.0], [0.0], [1.0]])
+    assert scores == {"accuracy": 50.0, "average_precision": pytest.approx(75.0)}
+    equal = task.scores(torch.zeros(4, 1), [[1.0], [0.0], [0.0], [1.0]])
+    assert equal["average_precision"] == 50  # one score for all ranks none of them first
+    assert task.scores(logits, targets.tolist())["spearman"] == pytest.approx(-0.1054, abs=1e-4)
+    assert task.answer(logits[0]) == ("relevance", pytest.approx(0.8808, abs=1e-4))
+
+
+QUERIES = [
+    {"query": f"what is {color}", "passage": f"the {name} thing", "label": int(other < 2)}
+    for color in COLORS[:4]
+    for other, name in enumerate(NAMES[:4])
+]
+
+
+def test_rerankers_are_trained_evaluated_and_used(small: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", *QUERIES)
+    found = detect_schema(rows, {})
+    assert found is not None and found.schema.name == "relevance"
+    values: dict[str, Any] = {"base": str(small), "eval_data": rows, "device": "cpu"}
+    run = train(rows, output_dir=tmp_path / "run", max_steps=20, learning_rate=1e-2, **values)
+    scores = run.record["classes"]
+    assert (run.record["objective"], scores["queries"], scores["rows"]) == ("rerank", 4, 16)
+    assert scores["ndcg_at_10"] >= max(90, scores["probe"]["ndcg_at_10"])
+    assert "nDCG@10 of the eval queries" in run.verdict[-2]
+    again = evaluate(run.folder)
+    assert again["classes"]["ndcg_at_10"] == scores["ndcg_at_10"]
+    answers = generate(
+        ["what is red\tthe rojo thing", "what is red\tthe azul thing"], adapter=run.folder
+    )["answers"]
+    assert answers[0]["share"] > answers[1]["share"]
+    graded = write_rows(tmp_path / "graded.jsonl", *QUERIES[:-1], QUERIES[-1] | {"label": 3})
+    with pytest.raises(DataError, match="outside 0 to 1") as caught:
+        train(graded, output_dir=tmp_path / "bad", **values)
+    assert "--rerank.max-score" in str(caught.value.hint) and ":16:label" in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    ("label", "number"), [(1, 1.0), (True, 1.0), ("0", 0.0), ("False", 0.0), (0.5, 0.5)]
+)
+def test_labels_of_passages(label: Any, number: float, tmp_path: Path) -> None:
+    row = {"question": "q a", "document": "p b", "relevance": label}
+    parsed = read_table(write_rows(tmp_path / "a.jsonl", row), RELEVANCE).rows[0]
+    assert (parsed.content, parsed.pair, parsed.label) == ("q a", "p b", number)

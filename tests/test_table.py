@@ -347,7 +347,14 @@ def test_a_label_next_to_a_text_is_named_where_the_text_alone_is_read(tmp_path: 
 def test_own_schemas_are_registered() -> None:
     for schema in (SFT, PREFERENCE, PROMPT, LABELED):
         assert ROW_SCHEMAS.get(schema.name) is type(schema)
-    assert ROW_SCHEMAS.names() == ["embedding", "labeled", "preference", "prompt", "sft"]
+    assert ROW_SCHEMAS.names() == [
+        "embedding",
+        "labeled",
+        "preference",
+        "prompt",
+        "relevance",
+        "sft",
+    ]
 
 
 def test_rows_of_one_prompt_have_one_key(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from afina.data.renderer import Renderer
-from afina.data.schemas import EMBEDDING, LABELED, PREFERENCE, PROMPT, SFT, Schema
+from afina.data.schemas import EMBEDDING, LABELED, PREFERENCE, PROMPT, RELEVANCE, SFT, Schema
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
@@ -89,6 +89,10 @@ FORMATS: dict[str, tuple[Schema[Any], dict[str, Any]]] = {
         {"anchor": "Where is it?", "positive": "It is in Lima.", "negative": "Not at all."},
     ),
     "scored pairs": (EMBEDDING, {"sentence1": "A man.", "sentence2": "A woman.", "score": 0.5}),
+    "query-passages": (
+        RELEVANCE,
+        {"query": "Where is it?", "passage": "It is in Lima.", "label": 1},
+    ),
     "pictures": (LABELED, {"image": {"bytes": b"x"}, "label": "sea"}),
 }
 # columns beside those of a format, with and without a meaning

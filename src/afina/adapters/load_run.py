@@ -199,7 +199,7 @@ def _load(
     revision = settings.revision or (None if settings.base else origin.get("revision"))
     shared = (revision, settings.trust_remote_code, settings.dtype, settings.device)
     objective = record.get("objective")
-    if objective == "classify":
+    if objective in ("classify", "rerank"):
         about = record["data"]
         is_images, task = about["format"] == "pictures", about.get("task", "classes")
         return load_classifier(name, about["labels"], is_images, *shared, task=task)

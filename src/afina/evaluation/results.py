@@ -36,6 +36,8 @@ LABEL_SCORES = {  # of several labels a row, of rankings, and of numbers
     "ndcg_at_10": ("nDCG@10", "{:.1f}%"),
     "mrr_at_10": ("MRR@10", "{:.1f}%"),
     "accuracy_at_1": ("accuracy@1", "{:.1f}%"),
+    "accuracy": ("accuracy", "{:.1f}%"),
+    "average_precision": ("average precision", "{:.1f}%"),
     "f1": ("micro F1", "{:.1f}%"),
     "macro_f1": ("macro F1", "{:.1f}%"),
     "exact": ("exact rows", "{:.1f}%"),
@@ -172,7 +174,7 @@ def reference_line(reference: Mapping[str, Any] | None) -> list[Content]:
 
 def class_scores(classes: Mapping[str, Any], row_kind: str) -> ResultText:
     """Return the scores on `row_kind` rows, and where the confusion matrix of classes is."""
-    if "accuracy" not in classes:
+    if "confusion" not in classes:
         shown = [
             f"{label} {form.format(classes[name])}"
             for name, (label, form) in LABEL_SCORES.items()

@@ -38,10 +38,12 @@ from afina.models.loading import (
 )
 from afina.models.packed_encoder import PackedEncoder
 
+RELEVANCE_TASK = "relevance"  # one output, whose sigmoid is a probability
 PROBLEM_TYPES = {  # names of the tasks in config.json
     "classes": "single_label_classification",
     "multi-label": "multi_label_classification",
     "regression": "regression",
+    RELEVANCE_TASK: "multi_label_classification",
 }
 
 
@@ -75,7 +77,7 @@ class Classifier(FrozenModel):
     """
 
     labels: tuple[str, ...] = ()
-    task: str = "classes"  # what the labels are: classes, multi-label or regression
+    task: str = "classes"  # what the labels are; a key of PROBLEM_TYPES
     new_modules: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     images: ImagePreprocessor | None = None

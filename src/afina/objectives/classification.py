@@ -27,7 +27,7 @@ from afina.data.packing import (
     group_packed,
     group_padded,
 )
-from afina.data.schemas import CLASSES, LABELED, LabeledRow
+from afina.data.schemas import CLASSES, LABELED, REGRESSION, LabeledRow
 from afina.data.table import read_table
 from afina.data.unread import list_unused
 from afina.errors import DataError, SettingsError
@@ -257,7 +257,7 @@ class ClassificationObjective(PaddedObjective):
             | ({"not_evaluated": not_evaluated} if not_evaluated else {})
             | ({"pairs": True} if any(row.pair is not None for row in rows) else {}),
             skipped=skipped,
-            show=partial(_show, task),
+            show=partial(show_example, task),
             eval_records=[row.record() for row in eval_labeled],
             modules_to_save=base.new_modules,
             max_length=length if base.images is None else None,
@@ -350,24 +350,38 @@ class ClassificationObjective(PaddedObjective):
 
     def initialize(self, adapter: Adapter) -> float | None:
         """Set a new head to the linear probe of the frozen features; return its eval loss."""
-        path = head_path(self.base)
-        is_classes = self.task.kind == CLASSES  # the probe is a logistic regression
-        if path is None or not is_classes or self.options.head_init == "random":
+        if not self.fit_head(adapter):
             return None
+        scores = self.evaluate(adapter.active)
+        self.probe = {"loss": scores["loss"], "accuracy": scores["classes"]["accuracy"]}
+        return float(scores["loss"])
+
+    def fit_head(self, adapter: Adapter) -> bool:
+        """Set a new head to the linear probe; return False where there is none to be set."""
+        path = head_path(self.base)
+        if path is None or not self._has_classes() or self.options.head_init == "random":
+            return False
         every = -(-len(self.train) // MAX_PROBE_ROWS)
         rows = sorted(self.train[::every], key=self.length)  # rows of one length need no padding
         features = head_features(self.base, path, (batch.inputs for batch in self.batches(rows)))
-        targets = torch.tensor([row.target for row in rows], device=features.device)
+        targets = torch.tensor([row.target for row in rows], device=features.device).flatten()
         head: Any = adapter.layers[path]
-        has_bias = getattr(head, "bias", None) is not None
-        weight, bias = fit_linear_probe(features, targets, len(self.base.labels), has_bias)
+        has_bias, num_outputs = getattr(head, "bias", None) is not None, len(self.base.labels)
+        weight, bias = fit_linear_probe(features, targets.long(), max(2, num_outputs), has_bias)
+        if num_outputs == 1:  # the sigmoid of a difference is the softmax of two
+            weight, bias = weight.diff(dim=0), bias.diff(dim=0)
         with torch.no_grad():
             head.weight.copy_(weight)
             if has_bias:
                 head.bias.copy_(bias)
-        scores = self.evaluate(adapter.active)
-        self.probe = {"loss": scores["loss"], "accuracy": scores["classes"]["accuracy"]}
-        return float(scores["loss"])
+        return True
+
+    def _has_classes(self) -> bool:
+        """Whether labels are classes, or 0 and 1: the probe is a logistic regression."""
+        if self.task.kind == CLASSES:
+            return True
+        is_binary = all(row.target in ([0.0], [1.0]) for row in self.train)
+        return len(self.base.labels) == 1 and self.task.kind != REGRESSION and is_binary
 
     def start_run(self, folder: Path) -> None:
         """Record the scores of the linear probe, or read them where the run is resumed."""
@@ -416,7 +430,7 @@ def _not_evaluated(
     return {label: counts[label] for label in task.labels if label not in evaluated}
 
 
-def _show(task: ClassificationObjective, row: ClassificationExample) -> ShownExample:
+def show_example(task: ClassificationObjective, row: ClassificationExample) -> ShownExample:
     """Return a row as the model reads it, with its label; an image by its file."""
     label = task.task.format_target(row.target)
     if task.base.images is not None:

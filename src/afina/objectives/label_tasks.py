@@ -1,8 +1,9 @@
-"""What the labels of rows are for a classifier: one class, several classes, or a number.
+"""What labels are for a classifier: a class, several classes, a number, or a relevance.
 
 classes        cross-entropy, weighted by class    accuracy, macro F1, confusion matrix
 multi-label    mean binary cross-entropy           micro and macro F1, rows that are exact
 regression     squared error                       Pearson, Spearman, mean absolute error, RMSE
+relevance      binary cross-entropy                accuracy and average precision, or Spearman
 """
 
 import math
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from afina.data.schemas import CLASSES, MULTI_LABEL, REGRESSION, LabeledRow, class_names, task_of
 from afina.errors import DataError
 from afina.evaluation.confusion import classification_scores
+from afina.models.classifier import RELEVANCE_TASK
 from afina.objectives.task_score import TaskScore
 
 VALUE = "value"  # name of the only output of a regression
@@ -28,7 +30,7 @@ class LabelTask:
     """The task of the labels, and the names of the model's outputs.
 
     Attributes:
-        kind: "classes", "multi-label" or "regression".
+        kind: "classes", "multi-label", "regression" or "relevance".
         labels: Names of the outputs: the classes, or "value".
         weights: Weight of each class in the loss; empty for equal weights.
         smoothing: Ratio of the target's probability that is spread over all classes.
@@ -53,7 +55,7 @@ class LabelTask:
 
     def target(self, row: LabeledRow) -> Any:
         """Return the target of a row: an index, zeros and ones, or a number; raises `DataError`."""
-        if self.kind == REGRESSION:
+        if self.kind in (REGRESSION, RELEVANCE_TASK):
             return [_number(row)]
         named = row.label if isinstance(row.label, tuple) else (str(row.label),)
         unknown = [name for name in named if name not in self.labels]
@@ -68,7 +70,7 @@ class LabelTask:
 
     def format_target(self, target: Any) -> str:
         """Return the label that a target of `target` stands for."""
-        if self.kind == REGRESSION:
+        if self.kind in (REGRESSION, RELEVANCE_TASK):
             return f"{target[0]:g}"
         if self.kind == CLASSES:
             return self.labels[target]
@@ -87,7 +89,7 @@ class LabelTask:
                 reduction="none",
             )
         known, targets = targets.isfinite(), targets.nan_to_num().to(logits.dtype)
-        if self.kind == MULTI_LABEL:
+        if self.kind in (MULTI_LABEL, RELEVANCE_TASK):
             each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         else:
             each = (logits - targets) ** 2
@@ -100,6 +102,8 @@ class LabelTask:
             return classification_scores(predicted, list(targets), len(self.labels))
         if self.kind == MULTI_LABEL:
             return _multi_label_scores(logits.sigmoid() >= THRESHOLD, torch.tensor(targets) > 0)
+        if self.kind == RELEVANCE_TASK:
+            return _relevance_scores(logits[:, 0].double(), torch.tensor(targets)[:, 0].double())
         return regression_scores(logits[:, 0].double(), torch.tensor(targets)[:, 0].double())
 
     def score(self, scores: Mapping[str, Any]) -> dict[str, TaskScore]:
@@ -122,6 +126,8 @@ class LabelTask:
         """Return what one row is by its logits, and its probability where there is one."""
         if self.kind == REGRESSION:
             return f"{float(logits[0]):.4f}", None
+        if self.kind == RELEVANCE_TASK:
+            return self.labels[0], float(logits[0].sigmoid())
         if self.kind == CLASSES:
             shares = logits.softmax(-1)
             best = int(shares.argmax())
@@ -169,6 +175,24 @@ def regression_scores(predicted: Tensor, expected: Tensor) -> dict[str, Any]:
         "mae": float(error.abs().mean()),
         "rmse": float((error**2).mean().sqrt()),
     }
+
+
+def _relevance_scores(logits: Tensor, expected: Tensor) -> dict[str, Any]:
+    """Return accuracy and average precision, in percent; of labels between 0 and 1, Spearman.
+
+    Average precision: the mean, over the relevant rows, of the share of relevant rows among those
+    that score at least as high.
+    """
+    if not bool(((expected == 0) | (expected == 1)).all()):
+        return {"spearman": regression_scores(logits.sigmoid(), expected)["spearman"]}
+    relevant = expected == 1
+    right = float(((logits.sigmoid() >= THRESHOLD) == relevant).double().mean())
+    scores = {"accuracy": 100.0 * right}
+    if bool(relevant.any()):
+        place = logits.sort().values, logits[relevant].sort().values
+        above = [len(values) - torch.searchsorted(values, place[1]) for values in place]
+        scores["average_precision"] = 100.0 * float((above[1] / above[0]).double().mean())
+    return scores
 
 
 def balanced_weights(targets: Sequence[int], num_classes: int) -> tuple[float, ...]:

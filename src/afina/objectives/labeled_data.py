@@ -18,11 +18,15 @@ from afina.settings import TrainSettings
 
 @dataclass(frozen=True)
 class ClassificationExample:
-    """A row for the model: token ids or a resized image, and the index of its class."""
+    """A row for the model: token ids or a resized image, and the index of its class.
+
+    `query` is the first text of a pair.
+    """
 
     where: str
     content: Any
     target: Any
+    query: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def tokenize_labeled_rows(
 
     def make(where: str, row: LabeledRow) -> ClassificationExample:
         content = encode_input(base, row.content, max_length, where, row.pair)
-        return ClassificationExample(where, content, task.target(row))
+        query = "" if row.pair is None else str(row.content)
+        return ClassificationExample(where, content, task.target(row), query)
 
     tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
     if not tokenized:

@@ -20,6 +20,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "afina.objectives.language_modeling",
         "afina.objectives.classification",
         "afina.objectives.embedding",
+        "afina.objectives.reranking",
         "afina.objectives.masked_lm",
         "afina.objectives.preference",
         "afina.objectives.reward_model",

@@ -11,7 +11,17 @@ from afina.settings.groups import ObjectiveSettings, register_group
 
 PREFERENCES = ("dpo", "kto", "orpo", "simpo", "reward")  # learn from labeled answers
 POLICIES = ("grpo", "rloo", "ppo")  # learn from rewards of sampled answers
-OBJECTIVES = ("auto", "sft", "pretrain", "classify", "embed", "mlm", *PREFERENCES, *POLICIES)
+OBJECTIVES = (
+    "auto",
+    "sft",
+    "pretrain",
+    "classify",
+    "embed",
+    "rerank",
+    "mlm",
+    *PREFERENCES,
+    *POLICIES,
+)
 ANSWERS_PER_STEP = 64  # sampled answers of a step, where prompts_per_step is not given
 
 
@@ -66,6 +76,18 @@ class EmbedSettings(ObjectiveSettings):
         "scored pairs: the score of equal texts, a cosine of 1; scores are divided by it",
         1.0,
         gt=0.0,
+    )
+
+
+@register_group("rerank")
+class RerankSettings(ObjectiveSettings):
+    """Settings of rerankers."""
+
+    head_init: Literal["probe", "random"] = setting(
+        "start of a new head. probe: logistic regression on the frozen base's features", "probe"
+    )
+    max_score: float = setting(
+        "the label of a relevant passage; labels are divided by it", 1.0, gt=0.0
     )
 
 

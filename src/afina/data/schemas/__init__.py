@@ -24,6 +24,7 @@ from afina.data.schemas.preference import (
     split_pairs,
 )
 from afina.data.schemas.prompt import PromptRow, PromptSchema
+from afina.data.schemas.relevance import RelevanceSchema
 from afina.data.schemas.sft import SFTRow, SFTSchema
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PREFERENCE",
     "PROMPT",
     "REGRESSION",
+    "RELEVANCE",
     "ROW_SCHEMAS",
     "SCORED",
     "SFT",
@@ -57,4 +59,4 @@ __all__ = [
 ]
 
 SFT, LABELED, PREFERENCE, PROMPT = SFTSchema(), LabeledSchema(), PreferenceSchema(), PromptSchema()
-EMBEDDING = EmbeddingSchema()
+EMBEDDING, RELEVANCE = EmbeddingSchema(), RelevanceSchema()

@@ -10,7 +10,12 @@ from afina.errors import SettingsError
 from afina.settings import TrainSettings
 from afina.settings.common import EMBEDDED
 
-ENCODER_OBJECTIVES = ("classify", "embed", "mlm")  # no text is generated, so there is no chat
+ENCODER_OBJECTIVES = (
+    "classify",
+    "embed",
+    "rerank",
+    "mlm",
+)  # no text is generated, so there is no chat
 
 
 class NoEffect(NamedTuple):

@@ -1,0 +1,172 @@
+"""Reranking: the relevance of a passage to a query, from both as one sequence (a cross-encoder).
+
+loss = - sum over rows of  y log p + (1 - y) log (1 - p)   /   rows        p = sigmoid(score)
+
+The label y is 0 or 1, or a share between them. A base with one output, such as a published
+reranker, keeps its head; for others a head is new and begins as a linear probe.
+
+Reference: Nogueira and Cho 2019, arXiv 1901.04085.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from afina.adapters.active import ActiveAdapters
+from afina.adapters.attach import Adapter
+from afina.adapters.load_run import LoadedRun
+from afina.data.packing import train_eval_split
+from afina.data.schemas import RELEVANCE, LabeledRow
+from afina.data.table import read_table
+from afina.errors import DataError
+from afina.models.classifier import RELEVANCE_TASK, Classifier, load_classifier
+from afina.objectives.base import Units
+from afina.objectives.classification import EVAL_BATCH_TOKENS, ClassificationObjective, show_example
+from afina.objectives.labeled_data import check_encoder_settings, tokenize_labeled_rows
+from afina.objectives.prepared import PreparedData, describe_data, eval_source, trained_settings
+from afina.objectives.ranking_scores import RankedItems, ranking_scores
+from afina.objectives.registry import register_objective
+from afina.settings import EvalSettings, TrainSettings
+from afina.settings.objectives import RerankSettings
+
+OUTPUT = "relevance"  # name of the only output
+SHOWN_SCORES = {
+    "ndcg_at_10": "nDCG@10 of the eval queries",
+    "accuracy": "accuracy of the eval rows",
+}
+
+
+@register_objective("rerank")
+class RerankingObjective(ClassificationObjective):
+    """Binary cross-entropy of one score for each query with a passage."""
+
+    schema = "relevance"
+    units = Units("row", "")
+    settings_class = RerankSettings
+
+    @classmethod
+    def prepare(cls, settings: TrainSettings, base: Classifier | None = None) -> PreparedData:
+        """Read, tokenize, check and split the rows, a query on one side; load the base."""
+        check_encoder_settings(settings)
+        options = settings.group("rerank")
+        table = read_table(settings.data, RELEVANCE, settings.columns, settings.skip_bad_rows)
+        rows = table.rows
+        if settings.eval_data is not None:
+            eval_labeled = read_table(settings.eval_data, RELEVANCE, settings.columns).rows
+        else:
+            rows, eval_labeled = train_eval_split(
+                rows, settings.eval_size, settings.seed, lambda row: row.content
+            )
+        base = base or load_classifier(
+            settings.base,
+            (OUTPUT,),
+            False,
+            settings.revision,
+            settings.trust_remote_code,
+            settings.dtype,
+            settings.load_device,
+            RELEVANCE_TASK,
+        )
+        skipped = list(table.skipped)
+        leave_out = skipped if settings.skip_bad_rows else None
+        length = settings.max_length or min(base.max_positions, 512)
+        train, eval_rows = (
+            tokenize_labeled_rows(base, _scaled(some, options.max_score), length, leave_out)
+            for some in (rows, eval_labeled)
+        )
+        tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
+        task = cls(base, train, eval_rows, tokens, accumulation, settings.seed)
+        task.options = options
+        facts = {"labels": [OUTPUT], "task": RELEVANCE_TASK, "pairs": True}
+        return PreparedData(
+            task=task,
+            data_info=describe_data(table, len(eval_rows)) | facts,
+            skipped=skipped,
+            show=partial(show_example, task),
+            eval_records=[
+                {"query": r.content, "passage": r.pair, "label": r.label} for r in eval_labeled
+            ],
+            modules_to_save=base.new_modules,
+            max_length=length,
+            counts={"train": len(train), "held_out": len(eval_rows)},
+        )
+
+    @classmethod
+    def from_run(cls, opened: LoadedRun, settings: EvalSettings) -> "RerankingObjective":
+        """Return the objective with the rows that `afina eval` evaluates."""
+        base: Any = opened.base
+        file, columns = eval_source(settings)
+        trained = trained_settings(opened.run)
+        labeled = _scaled(
+            read_table(file, RELEVANCE, columns).rows, trained.group("rerank").max_score
+        )
+        length = trained.max_length or min(base.max_positions, 512)
+        rows = tokenize_labeled_rows(base, labeled, length, None)
+        objective = cls(base, rows, rows, EVAL_BATCH_TOKENS, 1, 0)
+        objective.num_rows = len(rows)
+        return objective
+
+    def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
+        """Return the loss of the eval rows, the scores of all, and those of each query's ranking.
+
+        A query counts in rankings if it has several passages, and one of them is relevant.
+        """
+        logits = self.row_logits(self.eval_rows, active)
+        targets = [row.target for row in self.eval_rows]
+        rankings = self._rankings(logits[:, 0])
+        scores = ranking_scores(rankings) | self.task.scores(logits, targets)
+        scores |= {"queries": len(rankings), "rows": len(targets), "task": self.task.kind}
+        return {"loss": self.eval_loss(active), "classes": scores}
+
+    def _rankings(self, scores: Tensor) -> list[RankedItems]:
+        """Return the ranking of each query's passages."""
+        by_query: dict[str, list[int]] = {}
+        for number, row in enumerate(self.eval_rows):
+            by_query.setdefault(row.query, []).append(number)
+        found = []
+        for numbers in by_query.values():
+            gains = [self.eval_rows[number].target[0] for number in numbers]
+            relevant = [place for place, gain in enumerate(gains) if gain > 0]
+            if relevant and len(numbers) > 1:
+                found.append(
+                    RankedItems.of(scores[numbers], relevant, [gains[n] for n in relevant])
+                )
+        return found
+
+    def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """Return the scores after training and, in a run, those before the first step."""
+        scores = after["classes"]
+        if not self.probe:
+            return {**scores, "verdict": []}
+        sentences = [
+            f"{label}: {self.probe[name]:.1f}% before the first step, {scores[name]:.1f}% after."
+            for name, label in SHOWN_SCORES.items()
+            if name in self.probe
+        ]
+        return {**scores, "probe": self.probe, "verdict": sentences}
+
+    def initialize(self, adapter: Adapter) -> float | None:
+        """Set a new head to the probe, and record the scores before the first step."""
+        if self.base.new_modules and not self.fit_head(adapter):
+            return None
+        before = self.evaluate(adapter.active)
+        scores: Mapping[str, Any] = before["classes"]
+        shown = {name: scores[name] for name in SHOWN_SCORES if name in scores}
+        self.probe = {"loss": before["loss"], **shown}
+        return float(before["loss"])
+
+
+def _scaled(rows: Sequence[LabeledRow], max_score: float) -> list[LabeledRow]:
+    """Return rows with labels divided by `max_score`; raises `DataError` outside 0 to 1."""
+    for row in rows:
+        assert isinstance(row.label, float)
+        if not 0 <= row.label <= max_score:
+            raise DataError(
+                f"the label {row.label:g} is outside 0 to {max_score:g}",
+                where=f"{row.where}:label",
+                hint="--rerank.max-score N, where N is the highest score there is",
+            )
+    return [replace(row, label=float(row.label) / max_score) for row in rows]  # type: ignore[arg-type]
