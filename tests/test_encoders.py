@@ -238,7 +238,7 @@ def test_embeddings_are_trained_evaluated_used_and_merged(small: Path, tmp_path:
     run = train(rows, objective="embed", output_dir=tmp_path / "run", **values)
     scores = run.record["embedding"]
     assert scores["after"]["ndcg_at_10"] > max(90, scores["before"]["ndcg_at_10"])
-    assert "nDCG@10" in run.verdict[-1] and "8 eval pairs, 8 texts" in run.verdict[-1]
+    assert "nDCG@10" in run.verdict[0] and "8 eval queries" in run.verdict[0]
     for record in (run.record["data"], read_json_object(run.folder / "adapter" / "afina.json")):
         assert EmbeddingConfig.from_record(record[EMBEDDING_KEY], "") == EmbeddingConfig("mean")
     again = evaluate(run.folder)
@@ -320,7 +320,7 @@ def test_rerankers_are_trained_evaluated_and_used(small: Path, tmp_path: Path) -
     scores = run.record["classes"]
     assert (run.record["objective"], scores["queries"], scores["rows"]) == ("rerank", 4, 16)
     assert scores["ndcg_at_10"] >= max(90, scores["probe"]["ndcg_at_10"])
-    assert "nDCG@10 of the eval queries" in run.verdict[-2]
+    assert run.record["score"]["name"] == "nDCG@10" and "4 eval queries" in run.verdict[0]
     again = evaluate(run.folder)
     assert again["classes"]["ndcg_at_10"] == scores["ndcg_at_10"]
     answers = generate(

@@ -12,6 +12,7 @@ AfinaError
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Self
 
@@ -90,8 +91,10 @@ class AuditError(AfinaError):
 
 
 def pluralize(number: int, thing: str) -> str:
-    """Return a number with its noun: 1 row, 2 rows, 1,000 rows."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+    """Return a number with its noun: 1 row, 2 rows, 1,000 queries."""
+    if number != 1:
+        thing = re.sub(r"(?<=[^aeiou])y$", "ie", thing) + "s"
+    return f"{number:,} {thing}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

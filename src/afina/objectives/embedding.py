@@ -26,7 +26,7 @@ from afina.adapters.load_run import LoadedRun
 from afina.data.packing import BatchSampler, group_in_order, train_eval_split
 from afina.data.schemas import EMBEDDING, SCORED, EmbeddingRow
 from afina.data.table import Table, read_table
-from afina.errors import SettingsError, pluralize
+from afina.errors import SettingsError
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, Encoder, load_encoder
 from afina.models.loading import resolve_model_dir
 from afina.objectives.base import LossSum, Units
@@ -42,6 +42,7 @@ from afina.objectives.prepared import (
 )
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
 from afina.objectives.registry import register_objective
+from afina.objectives.task_score import TaskScore
 from afina.objectives.text_pairs import (
     PairBatch,
     PairExample,
@@ -54,6 +55,7 @@ from afina.settings import TrainSettings
 from afina.settings.eval import EvalSettings
 from afina.settings.objectives import EmbedSettings
 
+BY_QUERY = "ndcg_by_query"  # percent, for the interval of the change
 EVAL_TOKENS = 8192  # of a forward pass without gradients
 EVAL_SCORES = 1 << 22  # cosines that are computed at once
 
@@ -219,7 +221,8 @@ class EmbeddingObjective(PaddedObjective):
             found = regression_scores(cosines, table.targets.double())
             scores = {name: found[name] for name in ("pearson", "spearman")}
         else:
-            scores = ranking_scores(list(self._rankings(units, table)))
+            rankings = list(self._rankings(units, table))
+            scores = ranking_scores(rankings) | {BY_QUERY: [100 * one.ndcg for one in rankings]}
         return {"loss": float(losses.mean())} | scores
 
     def _rankings(self, units: Tensor, table: PairTable) -> Iterator[RankedItems]:
@@ -240,23 +243,39 @@ class EmbeddingObjective(PaddedObjective):
                 yield RankedItems.of(row, relevant, [1.0] * len(relevant))
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        """Return the scores before and after, and a sentence that compares the main one."""
-        sides = [{k: v for k, v in side.items() if k != "loss"} for side in (before, after)]
-        rows = pluralize(len(self.eval_rows), "eval pair")
+        """Return the scores before and after; the main one is nDCG@10 or Spearman."""
         if self.is_scored:
-            values = [
-                "undefined" if s["spearman"] is None else f"{s['spearman']:.3f}" for s in sides
-            ]
-            sentence = f"Spearman of cosine and score: {values[0]} to {values[1]} ({rows})."
+            values = before["spearman"], after["spearman"]
+            score = (
+                None
+                if None in values
+                else TaskScore(
+                    "Spearman correlation",
+                    values[1],
+                    len(self.eval_rows),
+                    values[0],
+                    unit="",
+                    counts_right=False,
+                )
+            )
         else:
-            one, two = (side["ndcg_at_10"] for side in sides)
-            texts = len(PairTable.of(self.eval_rows, self._known).candidates)
-            sentence = f"nDCG@10: {one:.1f}% to {two:.1f}% ({rows}, {pluralize(texts, 'text')})."
+            score = TaskScore.of_rows(
+                "nDCG@10",
+                before[BY_QUERY],
+                after[BY_QUERY],
+                counts_right=False,
+                row_kind="eval query",
+            )
+        sides = [
+            {name: value for name, value in side.items() if name not in ("loss", BY_QUERY)}
+            for side in (before, after)
+        ]
         return {
             "before": sides[0],
             "after": sides[1],
             "rows": len(self.eval_rows),
-            "verdict": [sentence],
+            "verdict": [],
+            "score": score,
         }
 
 

@@ -29,14 +29,12 @@ from afina.objectives.labeled_data import check_encoder_settings, tokenize_label
 from afina.objectives.prepared import PreparedData, describe_data, eval_source, trained_settings
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
 from afina.objectives.registry import register_objective
+from afina.objectives.task_score import TaskScore
 from afina.settings import EvalSettings, TrainSettings
 from afina.settings.objectives import RerankSettings
 
 OUTPUT = "relevance"  # name of the only output
-SHOWN_SCORES = {
-    "ndcg_at_10": "nDCG@10 of the eval queries",
-    "accuracy": "accuracy of the eval rows",
-}
+START_SCORES = ("ndcg_at_10", "accuracy")  # recorded before the first step
 
 
 @register_objective("rerank")
@@ -138,15 +136,19 @@ class RerankingObjective(ClassificationObjective):
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Return the scores after training and, in a run, those before the first step."""
-        scores = after["classes"]
-        if not self.probe:
-            return {**scores, "verdict": []}
-        sentences = [
-            f"{label}: {self.probe[name]:.1f}% before the first step, {scores[name]:.1f}% after."
-            for name, label in SHOWN_SCORES.items()
-            if name in self.probe
-        ]
-        return {**scores, "probe": self.probe, "verdict": sentences}
+        scores, name = after["classes"], "ndcg_at_10"
+        score = None
+        if name in scores:
+            score = TaskScore(
+                "nDCG@10",
+                scores[name],
+                scores["queries"],
+                self.probe.get(name),
+                counts_right=False,
+                row_kind="eval query",
+            )
+        start = {"probe": self.probe} if self.probe else {}
+        return {**scores, **start, "score": score, "verdict": []}
 
     def initialize(self, adapter: Adapter) -> float | None:
         """Set a new head to the probe, and record the scores before the first step."""
@@ -154,8 +156,8 @@ class RerankingObjective(ClassificationObjective):
             return None
         before = self.evaluate(adapter.active)
         scores: Mapping[str, Any] = before["classes"]
-        shown = {name: scores[name] for name in SHOWN_SCORES if name in scores}
-        self.probe = {"loss": before["loss"], **shown}
+        numbers = {name: scores[name] for name in START_SCORES if name in scores}
+        self.probe = {"loss": before["loss"], **numbers}
         return float(before["loss"])
 
 

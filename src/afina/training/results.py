@@ -136,7 +136,8 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
 
 def score_rows(record: Mapping[str, Any]) -> TableRows:
     """Return the rows of the task's own score; those of rewards and preferences are elsewhere."""
-    if record.get("score") is None or "policy" in record or "preferences" in record:
+    elsewhere = {"policy", "preferences", "embedding"} & record.keys()
+    if record.get("score") is None or elsewhere:
         return []
     found = [TaskScore.from_dict(record["score"]).cells()]
     if record["train_score"] is not None:
