@@ -68,6 +68,13 @@ COMMANDS = {
         "adapter",
         duration="long",
     ),
+    "runs": Command(
+        "list the runs below a folder; compare two or more of them",
+        settings.RunsSettings,
+        "afina.training.run_list:runs",
+        "runs",
+        is_list=True,
+    ),
     "generate": Command(
         "generate answers to prompts",
         settings.GenerateSettings,

@@ -8,7 +8,8 @@ from afina.io.adapter_metadata import check_version
 from afina.io.migrations import migrate_run_record
 from afina.io.strict_json import read_json_object
 
-RUN_FILE = "run.json"
+RUN_FILE, SETTINGS_FILE, METRICS_FILE = "run.json", "settings.yaml", "metrics.jsonl"
+FAILURE_FILE = "failure.json"  # why a run ended before its last step
 RUN_FORMAT_VERSION = 2  # the newest that is read
 
 

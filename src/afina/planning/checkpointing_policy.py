@@ -18,13 +18,18 @@ from afina.training.setup.set_up import RunSetup
 CHECKPOINTING_LEVELS: tuple[str | int, ...] = ("off", 4, 3, 2, "all")
 
 
-def choose_checkpointing(setups: Sequence[RunSetup]) -> tuple[str | int, str | None]:
-    """Return the level of runs that share a base and its passes, and the reason for it."""
+def choose_checkpointing(
+    setups: Sequence[RunSetup],
+) -> tuple[str | int, str | None, float | None]:
+    """Return the level of runs that share a base and its passes, why, and the planned peak memory.
+
+    The memory is in bytes, and None where it is not predicted.
+    """
     settings = setups[0].settings
     workloads = [setup.prepared.task.step_workload() for setup in setups]
     known = [workload for workload in workloads if workload is not None]
     if len(known) < len(setups):
-        return "off", "memory is not predicted for this objective"
+        return "off", "memory is not predicted for this objective", None
     machine = detect_machine(settings, measure=False)
     shape = read_model_shape(settings, machine.device)
     steps = [
@@ -40,7 +45,8 @@ def choose_checkpointing(setups: Sequence[RunSetup]) -> tuple[str | int, str | N
         if number != largest
     )
     step = replace(steps[largest], extra_bytes=steps[largest].extra_bytes + others)
-    return choose_level(step, load, machine)[1:]
+    chosen, level, why = choose_level(step, load, machine)
+    return level, why, peak_memory(chosen, load, machine).peak
 
 
 def _in_one_pass(loads: Sequence[Workload]) -> Workload:

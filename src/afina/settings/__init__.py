@@ -46,6 +46,7 @@ from afina.settings.parsing import AnySettings, as_settings, make_settings, read
 from afina.settings.plan import PlanSettings
 from afina.settings.registry import Registry
 from afina.settings.revoke import RevokeSettings
+from afina.settings.runs import RunsSettings
 from afina.settings.serve import ServeSettings
 from afina.settings.show import ShowSettings
 from afina.settings.sign import SignSettings, VerifySettings
@@ -92,6 +93,7 @@ __all__ = [
     "RLOOSettings",
     "Registry",
     "RevokeSettings",
+    "RunsSettings",
     "ServeSettings",
     "Settings",
     "ShowSettings",

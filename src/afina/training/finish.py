@@ -45,6 +45,7 @@ def finish_run(trainer: Trainer) -> dict[str, Any]:
         "seconds": progress.seconds,
         "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
         "peak_memory_mb": peak_memory_mb(),
+        "planned_memory_mb": setup.planned_memory_mb,
         "units": asdict(setup.prepared.units),
     }
     record |= evaluated

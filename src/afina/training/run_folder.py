@@ -9,6 +9,7 @@ RUN/probe.json        classify: scores of the linear probe that the head starts 
 RUN/completions/      grpo, rloo and ppo: some completions of each evaluation
 RUN/checkpoint/       the state from which --resume continues
 RUN/adapter/          the best adapter, in PEFT's format, and its routing profile
+RUN/failure.json      why a run ended before its last step
 RUN/run.json          data, base, environment, figures, verdict
 RUN/curve.png, RUN/README.md
 """
@@ -23,7 +24,8 @@ from typing import Any
 import yaml
 
 from afina.errors import SettingsError, TrainingError
-from afina.io.atomic import write_text
+from afina.io.atomic import write_json, write_text
+from afina.io.run_record import FAILURE_FILE
 from afina.objectives.prepared import EVAL_ROWS, to_jsonl
 from afina.settings import TrainSettings, resolved
 from afina.training.checkpoint import SETTINGS
@@ -95,6 +97,11 @@ def begin_run(setup: RunSetup, folder: Path) -> None:
     write_text(folder / "example.txt", setup.prepared.example + "\n")
     write_text(folder / EVAL_ROWS, to_jsonl(setup.prepared.eval_records))
     write_text(folder / "metrics.jsonl", "")
+
+
+def record_failure(folder: Path, error: TrainingError) -> None:
+    """Record why a run ended before its last step, for `afina runs`."""
+    write_json(folder / FAILURE_FILE, {"what": error.what, "why": error.why})
 
 
 @contextmanager

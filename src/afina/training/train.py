@@ -14,6 +14,7 @@ from afina.adapters.saving import save_adapter
 from afina.errors import SettingsError, TrainingError
 from afina.evaluation.retention import retention_loss
 from afina.io.migrations import migrate_settings
+from afina.io.run_record import FAILURE_FILE
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.fsdp import shard_model
@@ -25,7 +26,13 @@ from afina.training import checkpoint
 from afina.training.finish import chat_record, embedding_record, finish_run
 from afina.training.progress import NullProgress, ProgressDisplay
 from afina.training.results import TrainResult
-from afina.training.run_folder import begin_run, check_folder, removed_on_failure, run_identity
+from afina.training.run_folder import (
+    begin_run,
+    check_folder,
+    record_failure,
+    removed_on_failure,
+    run_identity,
+)
 from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
 from afina.training.setup.processes import ProcessContext, world
 from afina.training.setup.set_up import AUTO, RunSetup, default_out, set_up_run
@@ -178,6 +185,8 @@ def _train_group(
                     trainer.progress.before = _losses(trainer.setup, baseline)
                     trainer.save()
         failed = train_in_one_pass(trainers)
+        for trainer, error in failed.items():
+            record_failure(trainer.run, error)
         return [failed.get(trainer) or _result(trainer) for trainer in trainers]
 
 
@@ -193,6 +202,7 @@ def _resume(trainer: Trainer) -> bool:
     is_resumed = _has_checkpoint(trainer.setup, trainer.run)
     if is_resumed:
         trainer.resume()
+        (trainer.run / FAILURE_FILE).unlink(missing_ok=True)
     elif trainer.world.is_main_process:
         begin_run(trainer.setup, trainer.run)
     return is_resumed
@@ -206,12 +216,13 @@ def _result(trainer: Trainer) -> TrainResult:
 def _resolve_checkpointing(setups: Sequence[RunSetup], processes: ProcessContext) -> None:
     """Replace gradient checkpointing "auto" by a level, the same on every process."""
     automatic = [setup for setup in setups if setup.settings.gradient_checkpointing == "auto"]
-    level, why = choose_checkpointing(setups) if automatic else ("off", None)
+    level, why, peak = choose_checkpointing(setups) if automatic else ("off", None, None)
     number = {"off": 0, "all": 1}.get(level, level) if isinstance(level, str) else level
     agreed = round(processes.broadcast(float(number)))
     for setup in automatic:
         update = {"gradient_checkpointing": {0: "off", 1: "all"}.get(agreed, agreed)}
         setup.settings, setup.why = setup.settings.model_copy(update=update), why
+        setup.planned_memory_mb = None if peak is None else peak / 1e6
 
 
 def _losses(setup: RunSetup, active: ActiveAdapters) -> dict[str, float]:

@@ -41,6 +41,7 @@ class RunSetup:
         rates: Learning rates of modules by path, where they have their own.
         steps_per_rollout: Optimizer steps between which there is no state to resume from.
         why: The reason for an automatic checkpointing level.
+        planned_memory_mb: Peak memory that was predicted with that level.
     """
 
     settings: TrainSettings
@@ -51,6 +52,7 @@ class RunSetup:
     steps: int
     steps_per_rollout: int = 1
     why: str | None = None
+    planned_memory_mb: float | None = None
 
     @property
     def check_every(self) -> int:
