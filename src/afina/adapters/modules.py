@@ -6,10 +6,12 @@ There are two paths. `FusedAdapters` computes in one call what kernels can; the 
 remaining adapter layer on its tokens.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from afina.adapters.fused import FusedAdapters
 from afina.adapters.segments import ForwardContext, Segment, Segments
@@ -87,7 +89,8 @@ class ModuleWithAdapters(nn.Module):
             return fused.linear(x)
         y = self.base(x, *others, **named)
         if fused is None or not fused.is_complete:
-            y = self._add_reference(x, y, segments, frozenset() if fused is None else fused.names)
+            names = frozenset() if fused is None else fused.names
+            y = self._add_reference(x, y, segments, names, bool(others or named))
         return y if fused is None else fused.add(y, x)
 
     def _fused(self, segments: Segments, x: Tensor) -> FusedAdapters | None:
@@ -97,6 +100,10 @@ class ModuleWithAdapters(nn.Module):
         """
         if self.layer.channels_first:
             return None
+        if segments.unit == "row":
+            if x.shape[0] < max((span.end for span in segments.spans), default=0):
+                return None  # one row for all: positions that are broadcast
+            segments = segments.in_tokens(x.shape[1:-1].numel())
         if not bypasses_dispatcher():
             return FusedAdapters.prepare(self, segments, x)
         kept = self._kept
@@ -105,9 +112,19 @@ class ModuleWithAdapters(nn.Module):
         return kept
 
     def _add_reference(
-        self, x: Tensor, y: Tensor, segments: Segments, fused: frozenset[str]
+        self,
+        x: Tensor,
+        y: Tensor,
+        segments: Segments,
+        fused: frozenset[str],
+        has_more_inputs: bool,
     ) -> Tensor:
-        """Return y plus the outputs of the adapters that are not `fused`, layer by layer."""
+        """Return y plus the outputs of the adapters that are not `fused`, layer by layer.
+
+        Raises:
+            SettingsError: a layer that replaces the module is active next to another, or reads
+                `has_more_inputs`, which no span selects.
+        """
         on_all_tokens = [
             (layer, weight)
             for name, weight in segments.global_adapters
@@ -120,10 +137,9 @@ class ModuleWithAdapters(nn.Module):
         ]
         if not on_all_tokens and not spans:
             return y
-        layers = [layer for layer, _ in on_all_tokens]
-        if any(
-            layer.replaces_base
-            for layer in [*layers, *(self.adapter_layer(span.adapter) for span in spans)]
+        replacing = [span for span in spans if self.adapter_layer(span.adapter).replaces_base]
+        if any(layer.replaces_base for layer, _ in on_all_tokens) or (
+            replacing and (on_all_tokens or has_more_inputs or _overlap(spans))
         ):
             what = "an adapter that replaces a module must be active alone, on all tokens"
             raise SettingsError(what, where=self.layer.path)
@@ -131,9 +147,11 @@ class ModuleWithAdapters(nn.Module):
         for layer, weight in on_all_tokens:
             # each reads the base's output; the first sum needs no second pass over it
             y = layer(x, y0, weight) if y is y0 else y + (layer(x, y0, weight) - y0)
-        if spans:
-            y = self._add_spans(x, y0, y, spans, segments.unit == "token")
-        return self.layer.restore_layout(y)
+        adding = [span for span in spans if span not in replacing]
+        if adding:
+            y = self._add_spans(x, y0, y, adding, segments.unit == "token")
+        y = self.layer.restore_layout(y)
+        return self._replace_spans(x, y, replacing, segments.unit == "token") if replacing else y
 
     def _add_spans(
         self, x: Tensor, y0: Tensor, y: Tensor, spans: list[Segment], is_packed: bool
@@ -142,18 +160,50 @@ class ModuleWithAdapters(nn.Module):
 
         All spans of an adapter are gathered: it runs once, however many sequences it serves.
         """
-        inputs = x.flatten(0, -2 if x.is_floating_point() else -1) if is_packed else x
+        inputs = _flat_inputs(x) if is_packed else x
         before, out = (y0.flatten(0, -2), y.flatten(0, -2)) if is_packed else (y0, y)
-        ranges: dict[tuple[str, float], list[Tensor]] = {}
-        for span in spans:
-            tokens = torch.arange(span.start, span.end, device=x.device)
-            ranges.setdefault((span.adapter, span.weight), []).append(tokens)
-        for (name, weight), tokens_of in ranges.items():
-            index = torch.cat(tokens_of)
+        for (name, weight), index in _indices(spans, x.device).items():
             part = before[index]
             added = self.adapter_layer(name)(inputs[index], part, weight) - part
             out = out.index_add(0, index, added)
         return out.view(y.shape)
+
+    def _replace_spans(self, x: Tensor, y: Tensor, spans: list[Segment], is_packed: bool) -> Tensor:
+        """Return y with the outputs of the layers that replace the base's on their spans.
+
+        Classifiers have one output per class: narrower outputs are filled up with zeros.
+        """
+        inputs, out = (_flat_inputs(x), y.flatten(0, -2)) if is_packed else (x, y)
+        found = [
+            (index, self.adapter_layer(name)(inputs[index], inputs[index], weight))
+            for (name, weight), index in _indices(spans, x.device).items()
+        ]
+        width = max(out.shape[-1], *(part.shape[-1] for _, part in found))
+        out = F.pad(out, (0, width - out.shape[-1]))
+        for index, part in found:
+            part = F.pad(part, (0, width - part.shape[-1])).to(out.dtype)
+            out = out.index_copy(0, index, part)
+        return out.view(*y.shape[:-1], width)
+
+
+def _flat_inputs(x: Tensor) -> Tensor:
+    """Return inputs of a packed batch by token: vectors, or ids."""
+    return x.flatten(0, -2 if x.is_floating_point() else -1)
+
+
+def _indices(spans: list[Segment], device: torch.device) -> dict[tuple[str, float], Tensor]:
+    """Return the tokens, or rows, of each adapter and weight."""
+    ranges: dict[tuple[str, float], list[Tensor]] = {}
+    for span in spans:
+        tokens = torch.arange(span.start, span.end, device=device)
+        ranges.setdefault((span.adapter, span.weight), []).append(tokens)
+    return {key: torch.cat(parts) for key, parts in ranges.items()}
+
+
+def _overlap(spans: list[Segment]) -> bool:
+    """Return whether two spans share a token."""
+    ordered = sorted(spans, key=lambda span: span.start)
+    return any(second.start < first.end for first, second in pairwise(ordered))
 
 
 class ParameterWithAdapters(nn.Module):

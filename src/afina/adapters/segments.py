@@ -84,6 +84,16 @@ class Segments:
         ]
         return replace(self, spans=tuple(row for row in parts if row.start < row.end))
 
+    def in_tokens(self, tokens_per_row: int) -> "Segments":
+        """Return spans of rows as spans of the tokens of the flattened batch."""
+        if self.unit == "token":
+            return self
+        spans = [
+            replace(span, start=span.start * tokens_per_row, end=span.end * tokens_per_row)
+            for span in self.spans
+        ]
+        return Segments(self.global_adapters, tuple(spans))
+
     @classmethod
     def concat(cls, tables: Sequence["Segments"], lengths: Sequence[int]) -> "Segments":
         """Return the segments of several batches that are concatenated, `lengths` tokens each."""

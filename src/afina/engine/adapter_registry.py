@@ -26,6 +26,7 @@ from afina.io.adapter_folder import AdapterFolder
 from afina.io.admission import require_report
 from afina.io.regular_file import FileFingerprint, fingerprint
 from afina.models.causal_lm import CausalLM
+from afina.models.classifier import Classifier
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,199}")
 
@@ -107,7 +108,10 @@ class AdapterRegistry:
     """Adapters that requests may name. All changes are atomic; any thread may call."""
 
     def __init__(
-        self, base: CausalLM, require_audit: bool = False, reserved_names: Collection[str] = ()
+        self,
+        base: CausalLM | Classifier,
+        require_audit: bool = False,
+        reserved_names: Collection[str] = (),
     ) -> None:
         """Store the rules of all adapters.
 
@@ -287,12 +291,15 @@ class AdapterRegistry:
                         label.load_seconds if load_seconds is None else load_seconds
                     )
 
+    def _layouts_for(self, opened: AdapterFolder) -> AdapterLayoutCache:
+        return self._layouts
+
     def _read(self, folder: Path) -> AdapterRecord:
         opened = AdapterFolder.open(folder)
         check_base(opened, self.base, require_known=self.require_audit)
         file, tokenizer = opened.weights_file, self.base.tokenizer
         before = fingerprint(os.stat(file))
-        layout = self._layouts.of(opened, opened.config(tokenizer))
+        layout = self._layouts_for(opened).of(opened, opened.config(tokenizer))
         digest = opened.verified_hash(tokenizer)
         if fingerprint(os.stat(file)) != before:
             raise AdapterError(

@@ -48,7 +48,6 @@ class Engine(EngineLoop):
     ) -> None:
         """Allocate the pool; see `EngineLoop`."""
         super().__init__(base, settings, cache)
-        self._thread: threading.Thread | None = None
         self._number = 0
         self._grammars: GrammarCompiler | None = None
 
@@ -125,11 +124,6 @@ class Engine(EngineLoop):
         """Start the thread that runs forward passes."""
         self._thread = threading.Thread(target=self._loop, name="afina-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread that runs forward passes is running."""
-        return self._thread is not None and self._thread.is_alive()
 
     def stop(self, drain: float = 0.0) -> None:
         """Accept no more requests, wait `drain` seconds for running ones, cancel the rest."""

@@ -43,6 +43,7 @@ from afina.io.adapter_folder import PREFIX, AdapterFolder
 from afina.io.hashing import adapter_hash, combine_tensor_hashes, start_tensor_hash
 from afina.io.safetensors import TensorEntry, read_span
 from afina.models.causal_lm import CausalLM
+from afina.models.frozen import FrozenModel
 
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -111,6 +112,19 @@ class AdapterLayout:
             digests[name] = digest.hexdigest()
         return adapter_hash(combine_tensor_hashes(digests), self.config.canonical())
 
+    def tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return views of the tensors by name, without copies of base weights.
+
+        Args:
+            flat: the elements in the file's order and dtype, `(numel,)`.
+        """
+        size, tensors = self.dtype.itemsize, {}
+        for name, entry in self.entries.items():
+            if name not in self.frozen:
+                elements = flat[entry.begin // size : entry.end // size]
+                tensors[name] = elements.view(entry.shape)
+        return tensors
+
     def numbers_in(self, dtype: torch.dtype) -> int:
         """Return how many elements of `dtype` an adapter takes in the pool."""
         return (
@@ -123,7 +137,7 @@ class AdapterLayout:
 class AdapterLayoutCache:
     """Layouts by configuration; most adapters of a base share a few."""
 
-    def __init__(self, base: CausalLM) -> None:
+    def __init__(self, base: FrozenModel) -> None:
         self.base = base
         self._known: dict[str, AdapterLayout] = {}
 
@@ -293,7 +307,7 @@ class LoadedAdapter:
                 : self.layout.numbers * self.layout.dtype.itemsize
             ].view(self.layout.dtype)
             try:
-                assign_state(adapter, self._tensors(flat), self.name)
+                assign_state(adapter, self.layout.tensors(flat), self.name)
             except BaseException:
                 detach(base.model, adapter)
                 raise
@@ -320,14 +334,6 @@ class LoadedAdapter:
                 a, b, layer.scale
             )
 
-    def _tensors(self, flat: Tensor) -> dict[str, Tensor]:
-        size, tensors = self.layout.dtype.itemsize, {}
-        for name, entry in self.layout.entries.items():
-            if name not in self.layout.frozen:
-                elements = flat[entry.begin // size : entry.end // size]
-                tensors[name] = elements.view(entry.shape)
-        return tensors
-
     def deactivate(self, base: CausalLM, evicted: bool = False) -> None:
         """Remove it from the layers; one of modules (dora, mora) stays until it is evicted.
 
@@ -344,7 +350,7 @@ class LoadedAdapter:
             get_or_insert_wrapper(base, layer.path).serving_layers.pop(self.name, None)
 
 
-def get_or_insert_wrapper(base: CausalLM, path: str) -> ModuleWithAdapters:
+def get_or_insert_wrapper(base: FrozenModel, path: str) -> ModuleWithAdapters:
     """Return the wrapper of the module at `path`, inserted at the first call."""
     wrapper = find_wrapper(base.model, path) or insert_wrapper(
         base.model, TargetModule(path, frozen_module(base.model, path)), base.forward_context

@@ -11,6 +11,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -25,11 +27,15 @@ from afina.engine.model_runner import ModelRunner
 from afina.engine.request import FinishReason, Logprob, OutputChunk
 from afina.engine.scheduler import Scheduler
 from afina.engine.sequence import SequenceState
-from afina.errors import AdapterError, AfinaError, DataError
+from afina.errors import AdapterError, AfinaError, BusyError, DataError
 from afina.models.causal_lm import CausalLM
 
 LOG = logging.getLogger("afina.engine")
+MESSAGE_SECONDS = 60.0  # a piece of other work waits for a few steps
 IDLE_SECONDS = 0.0005  # between two looks while an adapter is read from disk
+
+
+Result = TypeVar("Result")
 
 
 class EngineLoop:
@@ -78,6 +84,7 @@ class EngineLoop:
         self._stops = base.stop_token_ids
         self._messages: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
         self._closing = False
         self._live: dict[int, SequenceState] = {}
         self._num_live: Counter[str] = Counter()  # requests that have not finished, by client
@@ -93,6 +100,36 @@ class EngineLoop:
         with self._wake:
             self._messages.append(message)
             self._wake.notify()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that runs forward passes is running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def run_between_steps(self, work: Callable[[], Result]) -> Result:
+        """Return the result of `work`, a short computation, run in the engine's thread.
+
+        Raises:
+            BusyError: the engine has stopped, or does not come to it.
+        """
+        done: Future[Result] = Future()
+
+        def run() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work())
+                except Exception as error:
+                    done.set_exception(error)
+
+        if not self.alive:
+            run()
+        else:
+            self._send(run)
+        try:
+            return done.result(MESSAGE_SECONDS)
+        except TimeoutError:
+            done.cancel()
+            raise BusyError("the engine does not answer") from None
 
     def _loop(self) -> None:
         try:

@@ -90,7 +90,7 @@ class MemoryManager:
             if oldest is None:
                 return
             del self._ahead[oldest]
-        self._ahead[content.hash] = self._reader.submit(_read, content, self._sealed)
+        self._ahead[content.hash] = self._reader.submit(read_verified, content, self._sealed)
 
     def is_ready(self, content: AdapterRecord | LiveAdapter) -> bool:
         """Return whether the adapter can be loaded without waiting for the disk."""
@@ -107,7 +107,7 @@ class MemoryManager:
         numbers = self._host.pop(content.hash, None)
         if numbers is None:
             ahead = self._ahead.pop(content.hash, None)
-            numbers = ahead.result() if ahead is not None else _read(content, self._sealed)
+            numbers = ahead.result() if ahead is not None else read_verified(content, self._sealed)
             if self._host_bytes and self.pool.memory.is_cuda:
                 numbers = numbers.pin_memory()
         if self._host_bytes:
@@ -202,7 +202,7 @@ class MemoryManager:
         self.evictions += 1
 
 
-def _read(content: AdapterRecord, sealed: bool) -> Tensor:
+def read_verified(content: AdapterRecord, sealed: bool) -> Tensor:
     """Return the adapter's elements from the file that was hashed.
 
     Args:

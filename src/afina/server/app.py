@@ -26,6 +26,7 @@ from afina.server.routes import (
     chat,
     completions,
     embeddings,
+    encoders,
     extensions,
     files,
     graders,
@@ -36,18 +37,8 @@ from afina.server.routes import (
 from afina.server.state import ServerState, get_state
 from afina.server.validation import describe_errors
 
-ROUTES = (
-    chat,
-    completions,
-    embeddings,
-    responses,
-    models,
-    files,
-    jobs,
-    graders,
-    batches,
-    extensions,
-)
+ROUTES = (embeddings, models, files, batches, extensions)
+GENERATION_ROUTES = (chat, completions, responses, jobs, graders)
 MIN_FREE_BYTES = 64_000_000  # of the state directory's disk: below, files and jobs would fail
 
 
@@ -72,6 +63,9 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
     app.state.afina, app.state.batches = state, BatchRunner(state, app)
     for module in ROUTES:
         app.include_router(module.router)
+    for module in GENERATION_ROUTES:
+        app.include_router(module.router, dependencies=[Depends(_check_generates)])
+    app.include_router(encoders.router, dependencies=[Depends(_check_encodes)])
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/health", healthz)
     app.add_api_route("/readyz", readyz)
@@ -120,6 +114,16 @@ def metrics(request: Request) -> Response:
     return Response(
         get_state(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
     )
+
+
+def _check_generates(request: Request) -> None:
+    """Raise `APIError` 400 where the base is an encoder."""
+    get_state(request).generator  # noqa: B018
+
+
+def _check_encodes(request: Request) -> None:
+    """Raise `APIError` 400 where the base generates text."""
+    get_state(request).encoder  # noqa: B018
 
 
 def _check_query_parameters(request: Request) -> None:

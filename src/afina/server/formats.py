@@ -14,6 +14,7 @@ from afina.data.renderer import Renderer
 from afina.engine.adapter_registry import AdapterRegistry
 from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
+from afina.models.classifier import Classifier
 from afina.server.errors import APIError
 from afina.server.prompts import ChatPrompts
 from afina.settings import ServeSettings
@@ -26,7 +27,9 @@ class ServedFormats:
         base: prompts of the base.
     """
 
-    def __init__(self, model: CausalLM, registry: AdapterRegistry, settings: ServeSettings) -> None:
+    def __init__(
+        self, model: CausalLM | Classifier, registry: AdapterRegistry, settings: ServeSettings
+    ) -> None:
         self._model, self._registry, self._settings = model, registry, settings
         self._by_rendering: dict[str, ChatPrompts] = {}
         self._by_hash: dict[str, ChatPrompts] = {}
@@ -61,6 +64,7 @@ class ServedFormats:
         return self._prompts(replace(own, allow_control_tokens=self._settings.allow_control_tokens))
 
     def _prompts(self, chat_format: ChatFormat) -> ChatPrompts:
+        assert self._model.tokenizer is not None
         renderer = Renderer(self._model.tokenizer, chat_format, self._model.max_positions)
         resolved = renderer.template
         key = json.dumps([resolved.jinja, renderer.uses_chat_template, dict(chat_format.kwargs)])

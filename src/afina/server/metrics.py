@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from afina.engine.encoder_engine import EncoderEngine
 from afina.engine.engine import Engine
 
 ADAPTER_STATES = ("disk", "host", "device", "merged")
@@ -18,7 +19,7 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 class ServerMetrics:
     """All metrics of one server."""
 
-    def __init__(self, engine: Engine, base: str) -> None:
+    def __init__(self, engine: Engine | EncoderEngine, base: str) -> None:
         self.registry, self._base = CollectorRegistry(), base
         options: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
@@ -65,7 +66,7 @@ class ServerMetrics:
 class EngineCollector:
     """The gauges of engine and adapters."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | EncoderEngine) -> None:
         self.engine = engine
 
     def collect(self) -> Iterable[Any]:

@@ -225,10 +225,46 @@ RESPONSES = (
         image=("only text is generated", ()),
     )
 )
+_POOLING = (
+    _LOGGED
+    | _used(model="the base, or an adapter of it")
+    | _ignored(
+        priority="queues are fair by key",
+        request_id="the header x-request-id has the server's own",
+        encoding_format="numbers are JSON",
+    )
+    | _rejected(
+        truncate_prompt_tokens=("texts are never cut", ()),
+        dimensions=("there are no vectors in the response", ()),
+    )
+)
+CLASSIFY = (
+    _POOLING
+    | _used(
+        input="a text or token ids, a pair of two texts, or a list of them",
+        use_activation="false returns the scores before softmax or sigmoid (as in vLLM)",
+    )
+    | _rejected(messages=("use input", ()))
+)
+RERANK = (
+    _POOLING
+    | _used(
+        query="the text that documents are compared with",
+        documents="texts, or objects with text",
+        top_n="number of results, the highest first; by default all",
+        return_documents="false leaves the documents out of the results (as in Jina's API)",
+    )
+    | _rejected(
+        max_tokens_per_doc=("texts are never cut", ()),
+        rank_fields=("the field is text", (["text"],)),
+    )
+)
 PARAMETERS: dict[str, Mapping[str, Parameter]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/embeddings": EMBEDDINGS,
+    "/v1/classify": CLASSIFY,
+    "/v1/rerank": RERANK,
     "/v1/responses": RESPONSES,
 }
 

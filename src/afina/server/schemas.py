@@ -25,6 +25,7 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Model = Annotated[str, Field(max_length=1000, description="base or adapters; or in Azure's path")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
+TextPair = Annotated[list[str], Field(min_length=2, max_length=2)]
 Prompts = (
     str
     | Annotated[list[str], Field(min_length=1, max_length=2048)]
@@ -299,6 +300,42 @@ class EmbeddingRequest(StrictRequest):
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=512)
     safety_identifier: str | None = Field(None, max_length=512)
+
+
+class ClassificationRequest(StrictRequest):
+    """POST /v1/classify, as in vLLM; pairs are ours."""
+
+    parameters = PARAMETERS["/v1/classify"]
+    model: Model = ""
+    input: Prompts | Annotated[list[TextPair], Field(min_length=1, max_length=2048)]
+    use_activation: bool = True
+    user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+
+
+class Document(BaseModel):
+    """A document as an object."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    text: str
+
+
+class RerankRequest(StrictRequest):
+    """POST /v1/rerank, as in Jina's and Cohere's APIs."""
+
+    parameters = PARAMETERS["/v1/rerank"]
+    model: Model = ""
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1, max_length=2048)]
+    top_n: int | None = Field(None, ge=0, description="0: all, as in vLLM")
+    return_documents: bool = True
+    user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents as texts."""
+        return [one if isinstance(one, str) else one.text for one in self.documents]
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:

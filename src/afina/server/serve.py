@@ -11,10 +11,13 @@ from typing import IO, Any
 import uvicorn
 from fastapi import FastAPI
 
+from afina.engine.encoder_engine import EncoderEngine
 from afina.engine.engine import Engine, EngineConfig
 from afina.errors import BaseError, SettingsError
 from afina.io.result import Result
 from afina.models.causal_lm import CausalLM
+from afina.models.classifier import Classifier
+from afina.models.encoder_views import is_encoder, load_encoder_views
 from afina.models.loading import load_base
 from afina.server.app import make_app
 from afina.server.auth import APIKeys
@@ -31,10 +34,12 @@ from afina.server.store import Store
 from afina.server.supervisor import supervise
 from afina.server.text_limit import TextLimit
 from afina.settings import ServeSettings, make_settings
+from afina.settings.common import CHAT_SETTINGS
 
 # wait for the lock on the state directory: the jobs of a killed server end after some seconds
 LOCK_SECONDS = 15.0
 FAILED_SECONDS = 10.0  # after a failure of the engine, clients receive their errors until then
+DECODER_SETTINGS = ("quantization", "merge_hot_adapter", "share_prefix_cache", *CHAT_SETTINGS)
 MAX_WAITING = 8192  # queued sequences of all keys together; one key has 1,024 of them
 
 
@@ -124,15 +129,8 @@ def _end_process(server: uvicorn.Server) -> None:
 
 def build_server(settings: ServeSettings) -> ServerState:
     """Return the state of a server whose engine runs; only the network is missing."""
-    base = load_base(
-        settings.base,
-        settings.revision,
-        settings.trust_remote_code,
-        settings.dtype,
-        settings.device,
-        settings.quantization,
-    )
-    engine = Engine(base, engine_settings(settings, base))
+    engine = make_engine(settings)
+    base = engine.base
     name = served_name(settings.base)
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     store = Store(
@@ -148,7 +146,7 @@ def build_server(settings: ServeSettings) -> ServerState:
         limits=RateLimiter(settings.max_requests_per_key, settings.max_tokens_per_minute),
         metrics=metrics,
         worker=JobWorker(settings, store, engine, metrics),
-        router=ServedAdapterRouter(base, formats.base.renderer, engine.registry),
+        router=ServedAdapterRouter(engine, formats.base.renderer),
         formats=formats,
         text_limit=TextLimit(formats.base.renderer, base.max_positions),
     )
@@ -160,7 +158,36 @@ def build_server(settings: ServeSettings) -> ServerState:
     return state
 
 
-def engine_settings(settings: ServeSettings, base: CausalLM) -> EngineConfig:
+def make_engine(settings: ServeSettings) -> Engine | EncoderEngine:
+    """Load the base, and return the engine that runs it.
+
+    Raises:
+        BaseError: the base cannot be loaded.
+        SettingsError: a setting has no effect on an encoder.
+    """
+    if is_encoder(settings):
+        _check_encoder_settings(settings)
+        views = load_encoder_views(settings)
+        return EncoderEngine(views, engine_settings(settings, views.classifier))
+    base = load_base(
+        settings.base,
+        settings.revision,
+        settings.trust_remote_code,
+        settings.dtype,
+        settings.device,
+        settings.quantization,
+    )
+    return Engine(base, engine_settings(settings, base))
+
+
+def _check_encoder_settings(settings: ServeSettings) -> None:
+    for name in DECODER_SETTINGS:
+        if getattr(settings, name) != ServeSettings.model_fields[name].get_default():
+            what = f"{name} has no effect on an encoder"
+            raise SettingsError(what, where=name, why=settings.base, hint="leave it out")
+
+
+def engine_settings(settings: ServeSettings, base: CausalLM | Classifier) -> EngineConfig:
     """Return the sizes of the engine's memory, in bytes.
 
     On a GPU, adapters are cached in host memory too, in a quarter of `memory_gb`.

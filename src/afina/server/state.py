@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
+from transformers import PreTrainedTokenizerBase
 
 from afina.data.renderer import Renderer
+from afina.engine.encoder_engine import EncoderEngine
 from afina.engine.engine import Engine
 from afina.engine.request import AdapterWeight, RegisteredAdapter
 from afina.errors import AuditError, BusyError, DataError
 from afina.io.admission import approved_report
 from afina.io.composition import composition_hash
 from afina.models.causal_lm import CausalLM
+from afina.models.classifier import Classifier
+from afina.models.frozen import FrozenModel
 from afina.server.auth import APIKeys, Principal
 from afina.server.errors import APIError, not_found, to_api_error
 from afina.server.fair_pool import FairThreadPool
@@ -31,6 +35,7 @@ from afina.server.text_limit import TextLimit
 from afina.settings import EMBEDDED, ServeSettings
 
 AUTO = "auto"  # the name that routes a prompt to an adapter
+ENCODER_PATHS = "/v1/embeddings, /v1/classify or /v1/rerank"
 MAX_ADAPTERS = 8  # of a weighted sum in one request
 MAX_WEIGHT = 100.0  # largest magnitude of an adapter's weight
 Result = TypeVar("Result")
@@ -77,7 +82,7 @@ class ServerState:
     """Everything that the routes of one server share."""
 
     settings: ServeSettings
-    engine: Engine
+    engine: Engine | EncoderEngine
     store: Store
     keys: APIKeys
     limits: RateLimiter
@@ -102,9 +107,42 @@ class ServerState:
         return self.formats.base.renderer
 
     @property
-    def base(self) -> CausalLM:
+    def generator(self) -> Engine:
+        """The engine that generates text; raises `APIError` 400 where the base is an encoder."""
+        if isinstance(self.engine, Engine):
+            return self.engine
+        what = f"{self.base_name} is an encoder ({_family(self.model)}), which generates no text"
+        raise APIError(400, f"{what}: use {ENCODER_PATHS}", code="base_is_encoder")
+
+    @property
+    def encoder(self) -> EncoderEngine:
+        """The engine of an encoder; raises `APIError` 400 where the base generates text."""
+        if isinstance(self.engine, EncoderEngine):
+            return self.engine
+        what = f"{self.base_name} is a language model ({_family(self.model)}), and no encoder"
+        hint = "use /v1/chat/completions, /v1/completions or /v1/embeddings"
+        raise APIError(400, f"{what}: {hint}", code="base_is_decoder")
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the base reads texts and generates none."""
+        return isinstance(self.engine, EncoderEngine)
+
+    @property
+    def model(self) -> CausalLM | Classifier:
         """The frozen model of the engine."""
         return self.engine.base
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the base."""
+        assert self.model.tokenizer is not None  # of a model of images only
+        return self.model.tokenizer
+
+    @property
+    def base(self) -> CausalLM:
+        """The frozen language model; raises `APIError` 400 where the base is an encoder."""
+        return self.generator.base
 
     @property
     def base_name(self) -> str:
@@ -178,7 +216,7 @@ class ServerState:
             hashes.append(composition_hash(weighted))
         try:
             for digest in hashes:
-                approved_report(digest, chosen.label, self.base.hash)
+                approved_report(digest, chosen.label, self.model.hash)
         except AuditError as error:
             raise APIError(403, f"{chosen.label}: {error.what}", "model", "not_admitted") from None
         return chosen
@@ -220,6 +258,8 @@ class ServerState:
         return entry, value
 
     def _route(self, caller: Principal, prompt: Sequence[int]) -> ResolvedModel:
+        if self.is_encoder:
+            raise APIError(400, f"model: {AUTO!r} needs a base that generates text", "model")
         decision = self.router.route(prompt, self.visible_adapters(caller))
         choice = {"adapter": decision.name, "score": decision.score, "why": decision.why}
         name = decision.name
@@ -238,6 +278,10 @@ def _resolved(
     parts = tuple(AdapterWeight(entry.hash, weight) for entry, weight in adapters)
     names = tuple(entry.name for entry, _ in adapters)
     return ResolvedModel(label, names, parts, owner, choice=choice)
+
+
+def _family(model: FrozenModel) -> str:
+    return str(model.model.config.model_type)
 
 
 def served_name(base: str) -> str:

@@ -108,7 +108,9 @@ class CompletionStream:
         for number, request in enumerate(self.requests):
             self._num_prompt_tokens += len(request.prompt)
             request = replace(request, request_id=self.log["request"])
-            self._running[number] = self.state.engine.add_request(request, self._listener(number))
+            self._running[number] = self.state.generator.add_request(
+                request, self._listener(number)
+            )
 
     def _listener(self, number: int) -> Callable[[OutputChunk], None]:
         def listen(event: OutputChunk) -> None:
@@ -188,7 +190,7 @@ class CompletionStream:
             return
         self._closed = True
         for ticket in self._running.values():
-            self.state.engine.abort(ticket)
+            self.state.generator.abort(ticket)
         self._stack.close()
         metrics, read = self.state.metrics, self._num_prompt_tokens
         wrote = sum(len(written.tokens) for written in self.written)
@@ -215,7 +217,7 @@ class CompletionStream:
     def _time_out(self) -> None:
         """Abort in the engine, whether the client still reads or not."""
         for ticket in self._running.values():
-            self.state.engine.abort(ticket)
+            self.state.generator.abort(ticket)
         self._queue.put_nowait(None)
 
 

@@ -234,9 +234,13 @@ def _losses(setup: RunSetup, active: ActiveAdapters) -> dict[str, float]:
     return losses
 
 
+LABEL_KEYS = ("labels", "task", "pairs")  # of classifiers: what their outputs are
+
+
 def _save_best(setup: RunSetup, folder: Path, step: int) -> None:
     """Save the adapter of an evaluation that is the best so far."""
-    data = {key: setup.prepared.data_info[key] for key in ("path", "sha256")}
+    info = setup.prepared.data_info
+    data = {key: info[key] for key in ("path", "sha256", *LABEL_KEYS) if key in info}
     metadata = {"data": data, "objective": setup.prepared.objective, "step": step}
     metadata |= chat_record(setup) | embedding_record(setup)
     if setup.prepared.frozen_adapter is not None:

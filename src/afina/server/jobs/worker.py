@@ -22,6 +22,7 @@ from typing import Any
 from sqlalchemy import update
 
 from afina.data.unread import list_unused
+from afina.engine.encoder_engine import EncoderEngine
 from afina.engine.engine import Engine
 from afina.errors import AdapterError, AfinaError, AuditError, BaseError, DataError
 from afina.io.atomic import atomic_directory, recover_interrupted_replace, write_json, write_text
@@ -58,7 +59,11 @@ class JobWorker:
     """Trains the jobs of one server, at most `settings.max_training_jobs` at once."""
 
     def __init__(
-        self, settings: ServeSettings, store: Store, engine: Engine, metrics: ServerMetrics
+        self,
+        settings: ServeSettings,
+        store: Store,
+        engine: Engine | EncoderEngine,
+        metrics: ServerMetrics,
     ) -> None:
         self.settings, self.store, self.engine, self.metrics = settings, store, engine, metrics
         self.server_id = ""  # of the state directory, whose lock this process has

@@ -165,8 +165,9 @@ def tokens_of(
 
 def check_token_ids(state: ServerState, tokens: list[int], param: str) -> None:
     """Raise `APIError` 400 for an id beyond the vocabulary of the base."""
-    if max(tokens, default=0) >= state.base.vocab_size:
-        what = f"token id {max(tokens)} is out of range: the base has {state.base.vocab_size:,}"
+    size = int(state.model.model.config.get_text_config().vocab_size)
+    if max(tokens, default=0) >= size:
+        what = f"token id {max(tokens)} is out of range: the base has {size:,}"
         raise APIError(400, what, param)
 
 

@@ -84,20 +84,25 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     names: tuple[str, ...] = ()
     if body.model:
         names = state.resolve_model(caller, requested_model(request, body.model)).names
-    if body.prompt is not None:
+    if body.prompt is not None and state.is_encoder:
+        text, special = body.prompt, body.add_special_tokens
+        encode = state.tokenizer
+        make = lambda: list(encode(text, add_special_tokens=special)["input_ids"])  # noqa: E731
+    elif body.prompt is not None:
         text = body.prompt
         special = body.add_special_tokens
         make = lambda: tokens_of(state, [text], special)[0] if text else []  # noqa: E731
     else:
+        state.generator  # noqa: B018  # an encoder has no chats
         chat = body.chat
         make = lambda: state.formats.of(names).build(chat).tokens  # noqa: E731
     state.text_limit.check([body.prompt, body.messages, body.tools], "prompt")
     tokens = await state.run_in_tokenizer_thread(make)
-    to_strings = state.base.tokenizer.convert_ids_to_tokens
+    to_strings = state.tokenizer.convert_ids_to_tokens
     strings = to_strings(tokens) if body.return_token_strs else None
     return {
         "count": len(tokens),
-        "max_model_len": state.base.max_positions,
+        "max_model_len": state.model.max_positions,
         "tokens": tokens,
         "token_strs": strings,
     }
@@ -108,7 +113,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     """Return the text of token ids, special tokens included."""
     state = get_state(request)
     check_token_ids(state, body.tokens, "tokens")
-    tokens, decode = body.tokens, state.base.tokenizer.decode
+    tokens, decode = body.tokens, state.tokenizer.decode
     text = await state.run_in_tokenizer_thread(
         lambda: str(decode(tokens, skip_special_tokens=False))
     )
@@ -119,11 +124,11 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
 def tokenizer_info(request: Request) -> dict[str, Any]:
     """Return class, special tokens and chat template of the tokenizer, as in vLLM."""
     state = get_state(request)
-    tokenizer = state.base.tokenizer
+    tokenizer = state.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return {
         "tokenizer_class": type(tokenizer).__name__,
-        "model_max_length": state.base.max_positions,
+        "model_max_length": state.model.max_positions,
         **{name: getattr(tokenizer, name, None) for name in names},
         "chat_template": state.renderer.template.jinja,
     }
