@@ -182,6 +182,7 @@ GROUP_SAMPLES: dict[str, tuple[str, Any]] = {
     "embed.max_score": ("5", 5.0),
     "rerank.head_init": ("random", "random"),
     "rerank.max_score": ("3", 3.0),
+    "tag.names": ("[O, B-A]", ["O", "B-A"]),
     "dpo.beta": ("0.2", 0.2),
     "dpo.loss_type": ("ipo", "ipo"),
     "dpo.label_smoothing": ("0.1", 0.1),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 
 from afina.adapters.active import BASE_ONLY
-from afina.data.schemas import EMBEDDING, RELEVANCE, EmbeddingRow
+from afina.data.schemas import EMBEDDING, RELEVANCE, TAGGED, EmbeddingRow
 from afina.data.table import detect_schema, read_table
 from afina.errors import BaseError, DataError, SettingsError
 from afina.evaluation.evaluate import evaluate
@@ -20,8 +20,10 @@ from afina.io.strict_json import read_json_object
 from afina.merging.merge_into_base import merge
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, Encoder, load_encoder
 from afina.objectives.embedding import EmbeddingObjective
+from afina.objectives.entity_scores import are_entity_tags, find_entities, tag_scores
 from afina.objectives.label_tasks import LabelTask
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
+from afina.objectives.tagging import encode_words
 from afina.objectives.text_pairs import PairTable, known_positives, tokenize_pairs
 from afina.settings.objectives import EmbedSettings
 from afina.training.train import train
@@ -340,3 +342,125 @@ def test_labels_of_passages(label: Any, number: float, tmp_path: Path) -> None:
     row = {"question": "q a", "document": "p b", "relevance": label}
     parsed = read_table(write_rows(tmp_path / "a.jsonl", row), RELEVANCE).rows[0]
     assert (parsed.content, parsed.pair, parsed.label) == ("q a", "p b", number)
+
+
+# ---- token labels
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"),
+    [
+        ("B-A I-A O B-B", [("A", 0, 2), ("B", 3, 4)]),
+        ("I-A I-A B-A O I-B", [("A", 0, 2), ("A", 2, 3), ("B", 4, 5)]),  # IOB1
+        ("B-A I-B I-B", [("A", 0, 1), ("B", 1, 3)]),
+        ("B-A I-A E-A S-A B-B E-B", [("A", 0, 3), ("A", 3, 4), ("B", 4, 6)]),  # BIOES
+        ("B-A I-A L-A U-B", [("A", 0, 3), ("B", 3, 4)]),  # BILOU
+        ("E-A E-A I-A", [("A", 0, 1), ("A", 1, 2), ("A", 2, 3)]),
+        ("O O", []),
+        ("B-per-son I-per-son", [("per-son", 0, 2)]),
+    ],
+)
+def test_entities_of_every_scheme(tags: str, entities: list[tuple[str, int, int]]) -> None:
+    assert find_entities(tags.split()) == entities
+
+
+def test_scores_of_entities_and_words() -> None:
+    expected = [["B-A", "I-A", "O", "B-B"], ["O", "B-B"]]
+    predicted = [["B-A", "O", "O", "B-B"], ["B-A", "B-B"]]
+    scores = tag_scores(predicted, expected)
+    assert scores["word_accuracy"] == pytest.approx(100 * 4 / 6)
+    assert scores["precision"] == 50 and scores["recall"] == pytest.approx(200 / 3)
+    assert scores["f1"] == pytest.approx(100 * 4 / 7)
+    assert scores["entities"]["B"] == {"precision": 100, "recall": 100, "f1": 100, "count": 2}
+    assert scores["entities"]["A"]["f1"] == 0
+    assert tag_scores([["NOUN", "VERB"]], [["NOUN", "NOUN"]]) == {"word_accuracy": 50}
+    assert not are_entity_tags(["NOUN", "O"]) and not are_entity_tags(["O"])
+
+
+CONLL = """-DOCSTART- -X- O
+
+# sent_id = 1
+red N B-A
+thing N I-A
+
+# X O
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.conll", CONLL, [("red thing", "B-A I-A"), ("#", "O")]),
+        ("a.bio", "red\tB-A\nis\tO\n\n\nred\tO", [("red is", "B-A O"), ("red", "O")]),
+        ("a.jsonl", '{"words": ["red", "is"], "ner_tags": [1, 0]}', [("red is", "1 0")]),
+        (
+            "a.jsonl",
+            '{"tokens": ["red", "is"], "tags": [1, 0], "names": ["O", "B-A"]}',
+            [("red is", "B-A O")],
+        ),
+        ("a.jsonl", '{"text": ["red", "is"], "label": ["B-A", "O"]}', [("red is", "B-A O")]),
+    ],
+)
+def test_rows_of_tagged_words(
+    name: str, content: str, rows: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    table = read_table(file, TAGGED)
+    assert [(" ".join(row.words), " ".join(row.tags)) for row in table.rows] == rows
+    found = detect_schema(file, {})
+    assert found is not None and found.schema.name == "tagged"
+    kept = read_table(write_rows(tmp_path / "b.jsonl", *[r.record() for r in table.rows]), TAGGED)
+    assert [(row.words, row.tags) for row in kept.rows] == [(r.words, r.tags) for r in table.rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "what"),
+    [
+        ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', ":1:tags", "2 words and 1 tag"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": [null]}', ":1:tags", "name or number of a tag"),
+        ("a.jsonl", '{"tokens": ["a"], "tags": [2], "names": ["O"]}', ":1:tags", "has no name"),
+        ("a.jsonl", '{"tokens": "a b", "tags": "O O"}', ":1:tokens", "expected a list"),
+        ("a.jsonl", '{"tokens": ["a"], "kinds": ["O"]}', "", "no column of tags"),
+        ("a.conll", "a N O\nb O\n", ":2", "2 columns, expected 3"),
+        ("a.conll", "a\nb\n", ":1", "1 column, expected 2"),
+    ],
+)
+def test_bad_tags_are_refused(
+    name: str, content: str, where: str, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=what) as caught:
+        read_table(tmp_path / name, TAGGED)
+    assert caught.value.where == f"{tmp_path / name}{where}"
+
+
+def test_the_first_token_of_a_word_carries_its_tag(small: Path) -> None:
+    base = load_encoder(str(small), device="cpu")
+    tokens, places = encode_words(base, ["what", "is,red", "\u200b", "rojo"])
+    names = base.tokenizer.convert_ids_to_tokens(tokens)  # type: ignore[union-attr]
+    assert names == ["[CLS]", "what", "is", "[UNK]", "red", "rojo", "[SEP]"]
+    assert places == (1, 2, -1, 5)
+
+
+def test_tags_are_trained_evaluated_used_and_merged(small: Path, tmp_path: Path) -> None:
+    texts = [
+        {"tokens": ["what", "is", color, name], "tags": [0, 0, 1, 2]}
+        for color, name in zip(COLORS, NAMES, strict=True)
+    ]
+    texts += [{"tokens": ["the", color], "tags": [0, 1]} for color in COLORS]
+    rows = write_rows(tmp_path / "rows.jsonl", *texts)
+    values: dict[str, Any] = {"base": str(small), "eval_data": rows, "device": "cpu"}
+    values |= {"max_steps": 40, "learning_rate": 2e-2, "tag": {"names": ["O", "B-C", "I-C"]}}
+    run = train(rows, objective="tag", output_dir=tmp_path / "run", **values)
+    scores = run.record["classes"]
+    assert run.record["data"]["labels"] == ["O", "B-C", "I-C"]
+    assert scores["f1"] > 90 and scores["entities"]["C"]["count"] == 16
+    assert run.record["score"]["name"] == "entity F1"
+    again = evaluate(run.folder)
+    assert again["classes"]["f1"] == scores["f1"]
+    assert again["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"], abs=1e-5)
+    answer = generate(["what is red rojo"], adapter=run.folder)["answers"][0]
+    assert answer["entities"] == [{"type": "C", "text": "red rojo"}]
+    assert answer["text"] == "red rojo (C)"
+    assert merge(run.folder, output_dir=tmp_path / "merged")["kl"] < 1e-5

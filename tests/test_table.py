@@ -354,6 +354,7 @@ def test_own_schemas_are_registered() -> None:
         "prompt",
         "relevance",
         "sft",
+        "tagged",
     ]
 
 

@@ -14,7 +14,16 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from afina.data.renderer import Renderer
-from afina.data.schemas import EMBEDDING, LABELED, PREFERENCE, PROMPT, RELEVANCE, SFT, Schema
+from afina.data.schemas import (
+    EMBEDDING,
+    LABELED,
+    PREFERENCE,
+    PROMPT,
+    RELEVANCE,
+    SFT,
+    TAGGED,
+    Schema,
+)
 from afina.data.table import read_table
 from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
@@ -93,6 +102,7 @@ FORMATS: dict[str, tuple[Schema[Any], dict[str, Any]]] = {
         RELEVANCE,
         {"query": "Where is it?", "passage": "It is in Lima.", "label": 1},
     ),
+    "tagged-words": (TAGGED, {"tokens": ["Ann", "is", "here"], "ner_tags": ["B-P", "O", "O"]}),
     "pictures": (LABELED, {"image": {"bytes": b"x"}, "label": "sea"}),
 }
 # columns beside those of a format, with and without a meaning
@@ -190,6 +200,8 @@ def render(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
         if hasattr(row, "item"):
             prompt = row.prompt if isinstance(row.prompt, str) else list(row.prompt)
             return str(prompt), row.tools, row.reference
+        if hasattr(row, "words"):
+            return row.words, row.tags
         if hasattr(row, "anchor"):
             return row.anchor, row.positives, row.negatives, row.score
         if hasattr(row, "content"):

@@ -19,7 +19,7 @@ from afina.io.composition import (
 )
 from afina.io.run_record import read_run_record
 from afina.models.causal_lm import SCORE, CausalLM
-from afina.models.classifier import Classifier, load_classifier, load_masked
+from afina.models.classifier import Classifier, load_classifier, load_masked, load_tagger
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, load_encoder
 from afina.models.frozen import FrozenModel
 from afina.models.loading import load_base
@@ -203,6 +203,8 @@ def _load(
         about = record["data"]
         is_images, task = about["format"] == "pictures", about.get("task", "classes")
         return load_classifier(name, about["labels"], is_images, *shared, task=task)
+    if objective == "tag":
+        return load_tagger(name, record["data"]["labels"], *shared)
     if objective == "embed":
         embedding = EmbeddingConfig.from_record(record["data"][EMBEDDING_KEY], "run.json")
         return load_encoder(name, embedding, *shared)

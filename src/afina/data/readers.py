@@ -23,6 +23,7 @@ Records = Iterator[Record]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
+CONLL_SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".bioes")  # a word and its tag a line
 DELIMITERS = ",\t;|"
 PARQUET_MAGIC, ZIP_MAGIC = b"PAR1", b"PK\x03\x04"  # an XLSX file is a zip archive
 # the first bytes of a text in these encodings; UTF-32 first, whose mark begins as that of UTF-16
@@ -91,6 +92,8 @@ def read_records(
     text = decode(path, data)
     if looks_like_json(path, text):
         return read_json(path, text, is_row)
+    if suffix in CONLL_SUFFIXES:
+        return read_conll(path, text)
     if text_is_lines and suffix not in CSV_SUFFIXES:
         return read_lines(path, text)
     delimiter = find_delimiter(path, text, is_header)
@@ -398,6 +401,32 @@ def read_lines(path: Path, text: str) -> Records:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             yield f"{path}:{number}", {"prompt": line.strip()}
+
+
+def read_conll(path: Path, text: str) -> Records:
+    """Yield the sentences of a CoNLL file: words of the first column, tags of the last.
+
+    A line has one word, a blank line ends a sentence. Lines of -DOCSTART- and comments, which begin
+    with # and have another number of columns than the first word, are no words.
+    """
+    words: list[tuple[str, str]] = []
+    start, columns, broken = 1, 0, None
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        fields = line.split()
+        if not fields or fields[0] == "-DOCSTART-":
+            if words:
+                tokens, tags = (list(column) for column in zip(*words, strict=True))
+                yield f"{path}:{start}", broken or {"tokens": tokens, "tags": tags}
+            words, broken = [], None
+            continue
+        if fields[0].startswith("#") and len(fields) != (columns or 2):
+            continue
+        start, columns = (start if words else number), columns or len(fields)
+        if len(fields) != columns or columns < 2:
+            what = f"{pluralize(len(fields), 'column')}, expected {max(2, columns)}"
+            hint = "a word and its tag, the same number of columns in each line"
+            broken = broken or DataError(what, where=f"{path}:{number}", hint=hint)
+        words.append((fields[0], fields[-1]))
 
 
 def read_image_folder(path: Path) -> tuple[list[Record], str]:

@@ -23,6 +23,7 @@ from afina.data.schemas import (
     RELEVANCE,
     ROW_SCHEMAS,
     SFT,
+    TAGGED,
     Schema,
 )
 from afina.data.unread import check_unread
@@ -169,10 +170,10 @@ def _detection_order() -> list[Schema[Any]]:
     Labels come before preferences, as a table of texts with labels can have any other columns.
     SFT rows are what remains, and prompts are read only where the objective is given.
     """
-    own = (LABELED, PREFERENCE, EMBEDDING, RELEVANCE, SFT, PROMPT)
+    own = (TAGGED, LABELED, PREFERENCE, EMBEDDING, RELEVANCE, SFT, PROMPT)
     names = {schema.name for schema in own}
     others = [schema() for name, schema in ROW_SCHEMAS.items() if name not in names]
-    return [LABELED, PREFERENCE, EMBEDDING, RELEVANCE, *others]
+    return [TAGGED, LABELED, PREFERENCE, EMBEDDING, RELEVANCE, *others]
 
 
 def _first_records(

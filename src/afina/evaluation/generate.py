@@ -1,5 +1,6 @@
 """`afina generate`: complete prompts, or classify them where the base is a classifier."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,20 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import load_run
 from afina.data.images import read_image
 from afina.data.renderer import Renderer
-from afina.data.schemas import EMBEDDING
+from afina.data.schemas import EMBEDDING, TaggedRow
 from afina.data.table import read_table
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.errors import SettingsError
 from afina.evaluation.results import GenerateResult
-from afina.models.classifier import Classifier
+from afina.models.classifier import TAGS_TASK, Classifier
 from afina.models.encoder import Encoder
 from afina.objectives.embedding import default_length
+from afina.objectives.entity_scores import are_entity_tags, find_entities
 from afina.objectives.label_tasks import LabelTask
 from afina.objectives.labeled_data import encode_input
 from afina.objectives.prepared import recorded_eval_rows
+from afina.objectives.tagging import TaggingObjective, tokenize_tagged_rows
 from afina.settings import GenerateSettings, as_settings
 
 
@@ -48,6 +51,8 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
     ]
     if isinstance(opened.base, Encoder):
         return _embed(opened.base, opened.active, texts, settings)
+    if isinstance(opened.base, Classifier) and opened.base.task == TAGS_TASK:
+        return _tag(opened.base, opened.active, texts, settings)
     if isinstance(opened.base, Classifier) and opened.base.labels:
         has_pairs = bool(((opened.run or {}).get("data") or {}).get("pairs"))
         return _label(opened.base, opened.active, texts, settings, has_pairs)
@@ -103,6 +108,37 @@ def _label(
             text, share = LabelTask(base.task, base.labels).answer(base.logits(rows)[0])
         known = {} if share is None else {"share": share}
         answers.append({"prompt": prompt, "text": text} | known)
+    adapter = str(settings.adapter) if active else None
+    return GenerateResult(base=base.name, adapter=adapter, answers=answers)
+
+
+@torch.no_grad()
+def _tag(
+    base: Classifier, active: ActiveAdapters, prompts: Sequence[str], settings: GenerateSettings
+) -> GenerateResult:
+    """Return the entities of each text, or the tag of each word where tags are no entities."""
+    has_entities, answers = are_entity_tags(base.labels), []
+    for prompt in prompts:
+        words = re.findall(r"\w+|[^\w\s]", prompt)
+        rows = tokenize_tagged_rows(
+            base,
+            [TaggedRow(prompt[:40], tuple(words), (base.labels[0],) * len(words))],
+            base.max_positions,
+            None,
+        )
+        [tags] = TaggingObjective(base, rows, rows, base.max_positions, 1, 0).predictions(
+            rows, active
+        )
+        entities = [
+            {"type": one.type, "text": " ".join(words[one.start : one.end])}
+            for one in find_entities(tags)
+        ]
+        named = [f"{one['text']} ({one['type']})" for one in entities]
+        text = ", ".join(named) or "none"
+        if not has_entities:
+            text = " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
+        answers.append({"prompt": prompt, "text": text, "words": words, "tags": list(tags)})
+        answers[-1] |= {"entities": entities} if has_entities else {}
     adapter = str(settings.adapter) if active else None
     return GenerateResult(base=base.name, adapter=adapter, answers=answers)
 

@@ -36,6 +36,9 @@ LABEL_SCORES = {  # of several labels a row, of rankings, and of numbers
     "ndcg_at_10": ("nDCG@10", "{:.1f}%"),
     "mrr_at_10": ("MRR@10", "{:.1f}%"),
     "accuracy_at_1": ("accuracy@1", "{:.1f}%"),
+    "word_accuracy": ("word accuracy", "{:.1f}%"),
+    "precision": ("precision", "{:.1f}%"),
+    "recall": ("recall", "{:.1f}%"),
     "accuracy": ("accuracy", "{:.1f}%"),
     "average_precision": ("average precision", "{:.1f}%"),
     "f1": ("micro F1", "{:.1f}%"),
@@ -84,7 +87,7 @@ class EvalResult(Result):
 
     def _measured(self) -> list[Content]:
         if self.classes is not None:
-            return [class_scores(self.classes, "eval row")]
+            return class_scores(self.classes, "eval row")
         if self.reward_functions is not None:
             title = f"completions of {pluralize(self.rows, 'prompt')}"
             return [ResultTable(title, reward_rows(self), ("", "before", "after"))]
@@ -172,19 +175,33 @@ def reference_line(reference: Mapping[str, Any] | None) -> list[Content]:
     return [ResultText(f"reference policy: {reference['of']}: {reference['why']}")]
 
 
-def class_scores(classes: Mapping[str, Any], row_kind: str) -> ResultText:
-    """Return the scores on `row_kind` rows, and where the confusion matrix of classes is."""
+def class_scores(classes: Mapping[str, Any], row_kind: str) -> list[Content]:
+    """Return the scores on `row_kind` rows, and a table of entities or where the confusion is."""
     if "confusion" not in classes:
         shown = [
             f"{label} {form.format(classes[name])}"
             for name, (label, form) in LABEL_SCORES.items()
             if classes.get(name) is not None
         ]
-        return ResultText(f"{', '.join(shown)} on {pluralize(classes['rows'], row_kind)}")
-    return ResultText(
-        f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% "
-        f"on {pluralize(classes['rows'], row_kind)}; confusion matrix: {classes['picture']}"
-    )
+        line = ResultText(f"{', '.join(shown)} on {pluralize(classes['rows'], row_kind)}")
+        return [line, *_entity_table(classes.get("entities") or {})]
+    return [
+        ResultText(
+            f"accuracy {classes['accuracy']:.1f}%, F1 {classes['f1']:.1f}% "
+            f"on {pluralize(classes['rows'], row_kind)}; confusion matrix: {classes['picture']}"
+        )
+    ]
+
+
+def _entity_table(entities: Mapping[str, Mapping[str, float]]) -> list[Content]:
+    """Return the table of the scores of each type of entity."""
+    names = ("precision", "recall", "f1")
+    rows = [
+        (kind, *(f"{found[name]:.1f}%" for name in names), f"{found['count']:,}")
+        for kind, found in entities.items()
+    ]
+    head = ("entity", "precision", "recall", "F1", "in the eval rows")
+    return [ResultTable("", rows, head)] if rows else []
 
 
 def example_tables(examples: Sequence[Mapping[str, Any]]) -> list[Content]:

@@ -30,7 +30,7 @@ from afina.merging.chat_export import check_chat_format, install_chat_format, pr
 from afina.merging.results import MergeResult
 from afina.models.bnb_format import write_nf4
 from afina.models.causal_lm import SCORE, CausalLM
-from afina.models.classifier import Classifier, load_classifier, load_masked
+from afina.models.classifier import TAGS_TASK, Classifier, load_classifier, load_masked, load_tagger
 from afina.models.encoder import Encoder, load_encoder
 from afina.models.frozen import FrozenModel
 from afina.models.image_preprocessor import IMAGE_CONFIG
@@ -124,6 +124,8 @@ def _reload(base: FrozenModel, folder: Path, settings: MergeSettings) -> FrozenM
         return load_base(str(folder), **how)
     if isinstance(base, Encoder):
         return load_encoder(str(folder), **how)
+    if base.task == TAGS_TASK:
+        return load_tagger(str(folder), base.labels, **how)
     if base.labels:
         images = base.images is not None
         return load_classifier(str(folder), base.labels, images, task=base.task, **how)

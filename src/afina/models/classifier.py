@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -38,6 +39,7 @@ from afina.models.loading import (
 )
 from afina.models.packed_encoder import PackedEncoder
 
+TAGS_TASK = "tags"  # one output for each token
 RELEVANCE_TASK = "relevance"  # one output, whose sigmoid is a probability
 PROBLEM_TYPES = {  # names of the tasks in config.json
     "classes": "single_label_classification",
@@ -77,7 +79,7 @@ class Classifier(FrozenModel):
     """
 
     labels: tuple[str, ...] = ()
-    task: str = "classes"  # what the labels are; a key of PROBLEM_TYPES
+    task: str = "classes"  # what the labels are; a key of PROBLEM_TYPES, or "tags"
     new_modules: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
     images: ImagePreprocessor | None = None
@@ -184,6 +186,25 @@ def load_classifier(
         kind, base, tuple(labels), pictures, revision, trust_remote_code, dtype, device, options
     )
     loaded.task = task
+    return loaded
+
+
+def load_tagger(
+    base: str,
+    labels: Sequence[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Classifier:
+    """Return a frozen model that gives each token one of `labels`; raises `BaseError`."""
+    names = dict(enumerate(labels))
+    options = {"num_labels": len(labels), "id2label": names}
+    options["label2id"] = {label: number for number, label in names.items()}
+    kind: Any = AutoModelForTokenClassification
+    shared = (revision, trust_remote_code, dtype, device, options)
+    loaded = load_frozen(kind, base, tuple(labels), False, *shared)
+    loaded.task = TAGS_TASK
     return loaded
 
 

@@ -21,6 +21,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
         "afina.objectives.classification",
         "afina.objectives.embedding",
         "afina.objectives.reranking",
+        "afina.objectives.tagging",
         "afina.objectives.masked_lm",
         "afina.objectives.preference",
         "afina.objectives.reward_model",

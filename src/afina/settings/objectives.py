@@ -18,6 +18,7 @@ OBJECTIVES = (
     "classify",
     "embed",
     "rerank",
+    "tag",
     "mlm",
     *PREFERENCES,
     *POLICIES,
@@ -89,6 +90,13 @@ class RerankSettings(ObjectiveSettings):
     max_score: float = setting(
         "the label of a relevant passage; labels are divided by it", 1.0, gt=0.0
     )
+
+
+@register_group("tag")
+class TagSettings(ObjectiveSettings):
+    """Settings of token labels."""
+
+    names: list[str] | None = setting("names of tags that are numbers: [O, B-PER, I-PER]")
 
 
 class PreferenceSettings(ObjectiveSettings):

@@ -78,9 +78,9 @@ class TrainSettings(GroupedSettings):
     # the data and the objective
     objective: str = setting(
         "what is minimized. sft: loss of the answers; pretrain: of every token; classify: of a "
-        "label; embed: of vectors of texts; rerank: of the relevance of a passage; mlm: of masked "
-        "tokens; dpo, kto, orpo, simpo: prefer the better of two answers; reward: a model that "
-        "scores answers; grpo, rloo, ppo: rewards of sampled answers",
+        "label; embed: of vectors of texts; rerank: of the relevance of a passage; tag: of a tag "
+        "per word; mlm: of masked tokens; dpo, kto, orpo, simpo: prefer the better of two answers; "
+        "reward: a model that scores answers; grpo, rloo, ppo: rewards of sampled answers",
         "auto",
         plugins="afina.objectives",
     )

@@ -130,7 +130,7 @@ def measured(record: Mapping[str, Any], title: str) -> list[Content]:
         if key in record:
             parts += preferences(record[key])
     if "classes" in record:
-        parts.append(class_scores(record["classes"], "eval row"))
+        parts += class_scores(record["classes"], "eval row")
     return parts
 
 

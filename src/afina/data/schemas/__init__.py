@@ -26,6 +26,7 @@ from afina.data.schemas.preference import (
 from afina.data.schemas.prompt import PromptRow, PromptSchema
 from afina.data.schemas.relevance import RelevanceSchema
 from afina.data.schemas.sft import SFTRow, SFTSchema
+from afina.data.schemas.tagged import TaggedRow, TaggedSchema
 
 __all__ = [
     "CLASSES",
@@ -42,6 +43,7 @@ __all__ = [
     "ROW_SCHEMAS",
     "SCORED",
     "SFT",
+    "TAGGED",
     "EmbeddingRow",
     "LabeledRow",
     "Message",
@@ -50,6 +52,7 @@ __all__ = [
     "PromptRow",
     "SFTRow",
     "Schema",
+    "TaggedRow",
     "class_names",
     "prompt_key",
     "register_schema",
@@ -59,4 +62,4 @@ __all__ = [
 ]
 
 SFT, LABELED, PREFERENCE, PROMPT = SFTSchema(), LabeledSchema(), PreferenceSchema(), PromptSchema()
-EMBEDDING, RELEVANCE = EmbeddingSchema(), RelevanceSchema()
+EMBEDDING, RELEVANCE, TAGGED = EmbeddingSchema(), RelevanceSchema(), TaggedSchema()

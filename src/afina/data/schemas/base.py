@@ -84,7 +84,7 @@ ROW_SCHEMAS: Registry[type[Schema[Any]]] = Registry(
     "afina.row_schemas",
     [
         f"afina.data.schemas.{name}"
-        for name in ("sft", "preference", "prompt", "labeled", "embedding", "relevance")
+        for name in ("sft", "preference", "prompt", "labeled", "embedding", "relevance", "tagged")
     ],
 )
 register_schema = ROW_SCHEMAS.register

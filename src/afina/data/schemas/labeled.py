@@ -175,9 +175,9 @@ def _is_filled(record: RawRecord, name: str) -> bool:
 def _check_text(content: Any, label: Any, where: str) -> None:
     if isinstance(content, list) and isinstance(label, list) and len(content) == len(label):
         raise DataError(
-            "a list of words with a label each: token classification is not supported",
+            "a list of words with a label each is token classification",
             where=where,
-            hint="one text with one label, or with a list of labels for the text",
+            hint="--objective tag; or one text with one label, or with a list of labels",
         )
     if isinstance(content, str) and not content.strip():
         raise DataError("empty text", where=where)

@@ -14,6 +14,7 @@ ENCODER_OBJECTIVES = (
     "classify",
     "embed",
     "rerank",
+    "tag",
     "mlm",
 )  # no text is generated, so there is no chat
 
