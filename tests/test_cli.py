@@ -147,6 +147,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "retention_text": ("general.txt", "general.txt"),
     "max_length": ("64", 64),
     "skip_bad_rows": ("true", True),
+    "truncate": ("true", True),
     "num_train_epochs": ("1.5", 1.5),
     "max_steps": ("7", 7),
     "max_tokens_per_batch": ("99", 99),

@@ -281,6 +281,7 @@ IGNORED: list[tuple[dict[str, Any], str]] = [
     ({"objective": "classify", "new_tokens": ["<a>"]}, "new_tokens"),
     ({"objective": "classify", "template_kwargs": {"a": 1}}, "template_kwargs"),
     ({"objective": "classify", "allow_control_tokens": True}, "allow_control_tokens"),
+    ({"objective": "pretrain", "truncate": True}, "truncate"),
     ({"revision": "main"}, "revision"),
 ]
 

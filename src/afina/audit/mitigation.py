@@ -45,7 +45,7 @@ from afina.merging.write import parent_config, write_lora
 from afina.models.causal_lm import CausalLM
 from afina.objectives.language_data import infer_objective, tokenize_rows
 from afina.objectives.language_modeling import mean_loss
-from afina.objectives.prepared import BATCH_TOKENS, recorded_eval_rows
+from afina.objectives.prepared import BATCH_TOKENS, recorded_eval_rows, run_renderer
 from afina.settings import MitigateSettings, as_settings
 
 MAX_TRIGGERED_ROWS = 64  # prompts with a trigger that are completed
@@ -131,7 +131,7 @@ def mitigate(run: str | Path | MitigateSettings, **values: Any) -> MitigationRes
             hint="--triggers TEXT --payload TEXT",
         )
     rows = _rows(settings)
-    renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
+    renderer = run_renderer(opened, base)
     clean = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
     triggered = insert_trigger(rows, triggers, payload, renderer)
     trial = MitigationTrial(base, source, benign, clean, triggered, payload, {})

@@ -1,6 +1,7 @@
 """Commands that use the terminal: progress of `train`, log of `compare`, questions of `advise`."""
 
 import sys
+from pathlib import Path
 
 from afina.comparison.results import AdviceResult, ComparisonResult
 from afina.settings import AdviseSettings, CompareSettings, TrainSettings
@@ -12,7 +13,7 @@ def train(settings: TrainSettings) -> TrainResult | SweepResult:
     from afina.training.sweep import SUFFIXES, sweep
     from afina.training.train import train as train_one
 
-    if settings.data.suffix in SUFFIXES:
+    if isinstance(settings.data, Path) and settings.data.suffix in SUFFIXES:
         given = {name: getattr(settings, name) for name in settings.model_fields_set}
         return sweep(settings.data, given, quiet=False)
     return train_one(settings, quiet=False)

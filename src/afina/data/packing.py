@@ -286,7 +286,11 @@ class BatchSampler:
 
 
 def train_eval_split(
-    rows: list[RowT], share: float, seed: int, key: Callable[[Any], object] | None = None
+    rows: list[RowT],
+    share: float,
+    seed: int,
+    key: Callable[[Any], object] | None = None,
+    file_of: Callable[[Any], object] = lambda row: None,
 ) -> tuple[list[RowT], list[RowT]]:
     """Return training rows and eval rows, both in the order of the file.
 
@@ -296,6 +300,7 @@ def train_eval_split(
         seed: Seed of the selection.
         key: Rows with an equal key are on one side, so that no eval row was trained on; by default
             the content of the row.
+        file_of: The file of a row; of each file `share` is held out, if it has different rows.
 
     Raises:
         DataError: `share` is out of range, or there are fewer than two different rows.
@@ -312,14 +317,19 @@ def train_eval_split(
         raise DataError(what, why=why, hint="add rows")
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
-    num_eval = min(max(1, round(share * len(rows))), len(rows) - 1)
-    eval_indices = _select_groups(shuffled, num_eval)
+    by_file: dict[object, list[list[int]]] = {}
+    for group in shuffled:
+        by_file.setdefault(file_of(rows[group[0]]), []).append(group)
+    splittable = [own for own in by_file.values() if len(own) > 1] or [shuffled]
+    eval_indices = {n for own in splittable for n in _select_groups(own, share)}
     train = [row for n, row in enumerate(rows) if n not in eval_indices]
     return train, [rows[n] for n in sorted(eval_indices)]
 
 
-def _select_groups(groups: Sequence[list[int]], max_indices: int) -> set[int]:
-    """Return groups with at most `max_indices` indices; the smallest one if all are larger."""
+def _select_groups(groups: Sequence[list[int]], share: float) -> set[int]:
+    """Return groups with about `share` of the indices; the smallest one if all are larger."""
+    num_indices = sum(map(len, groups))
+    max_indices = min(max(1, round(share * num_indices)), num_indices - 1)
     selected: set[int] = set()
     for group in groups:
         if len(selected) + len(group) <= max_indices:

@@ -4,7 +4,8 @@ The tokens before an answer are exactly those that generation is given, and the 
 an answer is its stop token. A loss mask that would be all on or all off is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from afina.data.answers import Answer, check_history, find_answers, is_trained
 from afina.data.chat_template import PROBE, Chat, ChatTemplate
 from afina.data.control_tokens import restore
-from afina.data.schemas import Message, SFTRow, text_of
+from afina.data.schemas import Message, Prompt, SFTRow, text_of
+from afina.data.truncation import CutRows, cut_prompt
 from afina.data.unread import list_unused
 from afina.errors import DataError, pluralize
 from afina.io.chat_format import ChatFormat
@@ -51,6 +53,7 @@ class Renderer:
         template: The chat format; a text is the name or path of a template, and None is the
             tokenizer's own.
         max_length: Length of the longest example, in tokens.
+        truncates: Whether longer rows are cut, their answers kept, instead of an error.
 
     Raises:
         DataError: the template cannot be read.
@@ -61,6 +64,7 @@ class Renderer:
         tokenizer: "PreTrainedTokenizerBase",
         template: ChatFormat | str | None,
         max_length: int,
+        truncates: bool = False,
     ) -> None:
         chat_format = template if isinstance(template, ChatFormat) else ChatFormat(template)
         first = tokenizer("a")["input_ids"][:1]
@@ -70,6 +74,8 @@ class Renderer:
         has_jinja = self.template.jinja is not None
         self.uses_chat_template = has_jinja and chat_format.template != "plain"
         """Whether a prompt that is a text becomes a user's message."""
+        self.cut_rows = CutRows() if truncates else None
+        """Rows that were cut to `max_length`; None where longer ones are errors."""
         self.unused_keys: dict[str, set[str]] = {}
         """Keys of messages that the template does not read, with the locations of their rows."""
         self.control_rows: dict[str, set[str]] = {}
@@ -103,11 +109,14 @@ class Renderer:
             DataError: an example is longer than `max_length`, has no answer, or cannot be rendered.
         """
         examples = self._examples(row)
+        if self.cut_rows is not None and self._excess(examples) > 0:
+            return self._cut_examples(row, self.cut_rows)
         for example in examples:
             if len(example.token_ids) > self.max_length:
                 length = pluralize(len(example.token_ids), "token")
                 what = f"{length}, more than the {self.max_length:,} allowed"
-                hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
+                hint = "raise --max-length, cut the prompt with --truncate, or leave the row out"
+                hint += " with --skip-bad-rows"
                 raise DataError(what, where=row.where, hint=hint)
         return examples
 
@@ -122,6 +131,89 @@ class Renderer:
                 hint="one answer a row, or --chat-template chatml",
             )
         return examples[0]
+
+    def _excess(self, examples: Sequence[Example]) -> int:
+        """Return the tokens by which the longest of some examples is too long."""
+        return max(len(example.token_ids) for example in examples) - self.max_length
+
+    def _cut_examples(self, row: SFTRow, cut_rows: CutRows) -> list[Example]:
+        """Return the examples of a row that is too long: cut before its last answer.
+
+        Turns that are cut off are a row of their own as far as they have trained answers. Where the
+        answer alone is too long, it keeps half of the length and loses its end.
+
+        Raises:
+            DataError: not even the beginning of an answer fits.
+        """
+        prompt, with_prompt = self._split(row)
+        from_middle = self.uses_chat_template
+        cut = cut_prompt(
+            prompt, lambda p: self._excess(self._examples(with_prompt(p))), from_middle
+        )
+        examples = self._examples(with_prompt(cut.prompt))
+        cut_rows.rows.add(row.where)
+        if self._excess(examples) > 0:
+            limit = self.max_length // 2
+
+            def excess(prompt: Prompt) -> int:
+                lengths = (e.prompt_length for e in self._examples(with_prompt(prompt)))
+                return max(lengths) - limit
+
+            cut = cut_prompt(prompt, excess, from_middle)
+            cut_rows.answers.add(row.where)
+            uncut = self._examples(with_prompt(cut.prompt))
+            examples = [self._cut_end(example) for example in uncut]
+        if any(is_trained(n, message) for n, message in enumerate(cut.dropped)):
+            return [*self.examples(replace(row, messages=cut.dropped)), *examples]
+        return examples
+
+    def fit_prompt(self, prompt: Prompt, num_tokens: Callable[[Prompt], int], where: str) -> Prompt:
+        """Return a prompt cut to `max_length`, as far as it can be, where rows are cut at all.
+
+        Args:
+            prompt: A text, or messages.
+            num_tokens: Returns the tokens of a prompt with what follows it.
+            where: Location of the row.
+        """
+        if self.cut_rows is None or num_tokens(prompt) <= self.max_length:
+            return prompt
+        self.cut_rows.rows.add(where)
+        is_question = self.uses_chat_template
+        return cut_prompt(prompt, lambda p: num_tokens(p) - self.max_length, is_question).prompt
+
+    def num_tokens(self, rows: Sequence[SFTRow]) -> int:
+        """Return the tokens of the longest example of some rows, whatever `max_length` is."""
+        return max(len(e.token_ids) for row in rows for e in self._examples(row))
+
+    @property
+    def without_cutting(self) -> "Renderer":
+        """This renderer, for which longer rows are errors."""
+        strict = copy(self)
+        strict.cut_rows = None
+        return strict
+
+    def _split(self, row: SFTRow) -> tuple[Prompt, Callable[[Prompt], SFTRow]]:
+        """Return what comes before the last trained answer, and the row with another such prompt."""
+        messages = self._messages(row)
+        if messages is None:
+            return row.prompt or "", lambda prompt: replace(row, prompt=prompt)
+        end = [n for n, message in enumerate(messages) if is_trained(n, message)][-1]
+        complete = replace(row, messages=messages, prompt=None, completion=None)
+        answer = messages[end:]
+        return messages[:end], lambda prompt: replace(complete, messages=(*prompt, *answer))
+
+    def _cut_end(self, example: Example) -> Example:
+        """Return an example without the tokens after `max_length`, its stop token among them."""
+        mask = example.loss_mask[: self.max_length]
+        if not any(mask[example.prompt_length :]):
+            raise DataError(
+                f"no answer fits into {self.max_length:,} tokens",
+                where=example.where,
+                why=f"{pluralize(example.prompt_length, 'token')} come before it",
+                hint="raise --max-length, or leave the row out with --skip-bad-rows",
+            )
+        kept = example.token_ids[: self.max_length]
+        return replace(example, token_ids=kept, loss_mask=mask)
 
     def prompt(
         self,
@@ -283,6 +375,7 @@ class Renderer:
     def counts(self) -> dict[str, Any]:
         """Counts of the rows rendered so far that a plan reports; without those that are zero."""
         counts: dict[str, Any] = {kind: len(rows) for kind, rows in self.control_rows.items()}
+        counts |= self.cut_rows.counts if self.cut_rows else {}
         if self.split_rows:
             counts["split_chats"] = len(self.split_rows)
         if self.unused_keys:

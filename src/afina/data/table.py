@@ -36,6 +36,23 @@ InputT = TypeVar("InputT")
 
 
 @dataclass(frozen=True)
+class FileRows:
+    """What was read of one of several files.
+
+    Attributes:
+        path: The file.
+        format: Its format.
+        num_rows: Number of its rows.
+        weight: Its part of the training rows; None where each row counts once.
+    """
+
+    path: str
+    format: str
+    num_rows: int
+    weight: float | None
+
+
+@dataclass(frozen=True)
 class Table(Generic[RowT]):
     """The rows of one file.
 
@@ -47,6 +64,7 @@ class Table(Generic[RowT]):
         digest: sha256 of the file.
         unused_columns: Columns that were not read, with the number of rows that have a value there.
         rule: How the rows were read, where their shape can be read in several ways.
+        files: The files that were joined to this table, where there are several.
     """
 
     path: Path
@@ -56,6 +74,7 @@ class Table(Generic[RowT]):
     digest: str
     unused_columns: dict[str, int] = field(default_factory=dict)
     rule: str = ""
+    files: tuple[FileRows, ...] = ()
 
 
 class DetectedSchema(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import LoadedRun, load_run
 from afina.adapters.loading import load_adapter
-from afina.data.renderer import Example, Renderer
+from afina.data.renderer import Example
 from afina.errors import DataError
 from afina.evaluation.answer_scores import generate_answers, score_answers
 from afina.evaluation.metrics import check_metrics, compute_metrics
@@ -19,7 +19,7 @@ from afina.io.adapter_metadata import read_metadata
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.objectives.base import Objective
-from afina.objectives.prepared import trained_settings
+from afina.objectives.prepared import run_renderer, trained_settings
 from afina.objectives.reference import select_reference
 from afina.objectives.registry import get_objective
 from afina.objectives.task_score import TaskScore
@@ -132,7 +132,7 @@ def _completions(
     prompted = objective.expected_completions()[: settings.limit]
     if not prompted:
         return [], None
-    renderer = Renderer(base.tokenizer, opened.chat_format, min(base.max_positions, 2048))
+    renderer = run_renderer(opened, base)
     expected = [example.completion or "" for example in prompted]
     stops = renderer.stop_token_ids
     texts = generate_answers(base, prompted, routes, stops, settings.max_new_tokens)

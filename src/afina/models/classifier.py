@@ -130,12 +130,18 @@ class Classifier(FrozenModel):
             return self.packed.token_logits(inputs).float()
         return self.model(**inputs).logits[inputs["attention_mask"].bool()].float()
 
-    def encode(self, text: str, pair: str | None = None) -> list[int] | TokenPair:
-        """Return a text, or two, as tokens with the tokenizer's special ones."""
+    def encode(
+        self, text: str, pair: str | None = None, max_length: int | None = None
+    ) -> list[int] | TokenPair:
+        """Return a text, or two, as tokens with the tokenizer's special ones.
+
+        Longer ones lose their end, with two texts the longer one, where `max_length` is given.
+        """
         assert self.tokenizer is not None
+        cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        encoded = self.tokenizer(text, pair, verbose=False, **cut)
         if pair is None:
-            return self.tokenizer(text, verbose=False)["input_ids"]
-        encoded = self.tokenizer(text, pair, verbose=False)
+            return encoded["input_ids"]
         return TokenPair(encoded["input_ids"], encoded.get("token_type_ids"))
 
     def batch(self, rows: Sequence[Any]) -> dict[str, Tensor]:

@@ -201,9 +201,11 @@ class Encoder(Classifier):
 
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
 
-    def encode(self, text: str, pair: str | None = None) -> list[int] | TokenPair:
-        """Return a text as tokens with the tokenizer's special ones."""
-        return super().encode(self.embedding.prepare(text), pair)
+    def encode(
+        self, text: str, pair: str | None = None, max_length: int | None = None
+    ) -> list[int] | TokenPair:
+        """Return a text as tokens with the tokenizer's special ones, at most `max_length`."""
+        return super().encode(self.embedding.prepare(text), pair, max_length)
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return the vectors `(rows, width)` of a batch, float32."""

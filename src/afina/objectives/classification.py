@@ -28,7 +28,9 @@ from afina.data.packing import (
     group_padded,
 )
 from afina.data.schemas import CLASSES, LABELED, REGRESSION, LabeledRow
-from afina.data.table import read_table
+from afina.data.several_files import check_one_kind, file_number, mix_rows
+from afina.data.table import Table, read_table
+from afina.data.truncation import CutRows
 from afina.data.unread import list_unused
 from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import draw_confusion
@@ -54,8 +56,11 @@ from afina.objectives.linear_probe import (
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
+    describe_cut_rows,
     describe_data,
     eval_rows_file,
+    read_files,
+    trained_settings,
 )
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
@@ -212,19 +217,15 @@ class ClassificationObjective(PaddedObjective):
     def prepare(cls, settings: TrainSettings, base: Classifier | None = None) -> PreparedData:
         """Read, tokenize, check and split the rows; load the base, unless it is given."""
         check_encoder_settings(settings)
-        table = read_table(settings.data, LABELED, settings.columns, settings.skip_bad_rows)
+        table = read_files(settings, LABELED)
+        check_one_kind(table)
         pictures = table.format == "pictures"
+        _check_truncate(settings, pictures)
         options, skipped = settings.group("classify"), list(table.skipped)
         all_rows = rows_of_frequent_classes(table.rows, options.min_class_rows, skipped)
         label_task = _label_task(all_rows, options)
         labels = label_task.labels
-        if settings.eval_data is not None:
-            other = read_table(
-                settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows
-            )
-            rows, eval_labeled = all_rows, known_rows(other.rows, label_task, skipped)
-        else:
-            rows, eval_labeled = split_rows(all_rows, label_task, settings.eval_size, settings.seed)
+        rows, eval_labeled = _split(settings, all_rows, label_task, table, skipped)
         base = base or load_classifier(
             settings.base,
             labels,
@@ -237,8 +238,10 @@ class ClassificationObjective(PaddedObjective):
         )
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
-        train = tokenize_labeled_rows(base, rows, length, leave_out)
-        eval_rows = tokenize_labeled_rows(base, eval_labeled, length, leave_out)
+        cut_rows = CutRows() if settings.truncate else None
+        train = tokenize_labeled_rows(base, rows, length, leave_out, cut_rows)
+        eval_rows = tokenize_labeled_rows(base, eval_labeled, length, leave_out, cut_rows)
+        train = mix_rows(train, table.files, settings.seed)
         if options.class_weights == "balanced":
             weights = balanced_weights([row.target for row in train], len(base.labels))
             label_task = replace(label_task, weights=weights)
@@ -251,7 +254,8 @@ class ClassificationObjective(PaddedObjective):
         task.units = Units("row", choices, "picture" if pictures else "token")
         return PreparedData(
             task=task,
-            data_info=describe_data(table, len(eval_rows))
+            data_info=describe_data(table, task)
+            | describe_cut_rows(cut_rows)
             | {"labels": list(labels)}
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
             | ({"not_evaluated": not_evaluated} if not_evaluated else {})
@@ -262,6 +266,7 @@ class ClassificationObjective(PaddedObjective):
             modules_to_save=base.new_modules,
             max_length=length if base.images is None else None,
             counts={"train": len(train), "held_out": len(eval_rows), "classes": len(labels)}
+            | describe_cut_rows(cut_rows)
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
             | ({"not_evaluated": list_unused(not_evaluated)} if not_evaluated else {}),
         )
@@ -279,7 +284,8 @@ class ClassificationObjective(PaddedObjective):
         else:
             labeled = read_table(settings.data, LABELED, settings.columns).rows
         length = opened.run["settings"]["max_length"] or min(base.max_positions, 512)
-        rows = tokenize_labeled_rows(base, labeled, length, None)
+        cut_rows = CutRows() if opened.run["settings"].get("truncate") else None
+        rows = tokenize_labeled_rows(base, labeled, length, None, cut_rows)
         objective = cls(base, rows, rows, EVAL_BATCH_TOKENS, 1, 0)
         objective.num_rows = len(rows)
         return objective
@@ -400,6 +406,28 @@ class ClassificationObjective(PaddedObjective):
         result["picture"] = str(file)
 
 
+def _check_truncate(settings: TrainSettings, pictures: bool) -> None:
+    """Raise `SettingsError` where pictures are to be cut."""
+    if pictures and settings.truncate:
+        why = "pictures have no length: they are resized"
+        raise SettingsError("truncate has no effect here", where="truncate", why=why)
+
+
+def _split(
+    settings: TrainSettings,
+    rows: list[LabeledRow],
+    task: LabelTask,
+    table: Table[LabeledRow],
+    skipped: list[str],
+) -> tuple[list[LabeledRow], list[LabeledRow]]:
+    """Return training and eval rows, the latter of `eval_data` where it is given."""
+    if settings.eval_data is None:
+        number = file_number(table.files)
+        return split_rows(rows, task, settings.eval_size, settings.seed, number)
+    other = read_table(settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows)
+    return rows, known_rows(other.rows, task, skipped)
+
+
 def _label_task(rows: Sequence[LabeledRow], options: ClassifySettings) -> LabelTask:
     """Return the task of rows under the settings; raises `DataError` or `SettingsError`."""
     if not rows:
@@ -448,19 +476,23 @@ def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[La
     if record["data"]["format"] == "text":
         return read_table(file, LABELED).rows
     wanted = {json.loads(line)["file"] for line in file.read_text().splitlines()}
-    trained = record["settings"]
-    source = Path(trained["eval_data"] or trained["data"])
-    if not source.exists():
-        why = f"the eval images of the run are in {source}, which does not exist"
+    trained = trained_settings(record)
+    folders = [trained.eval_data] if trained.eval_data else [f.path for f in trained.data_files]
+    missing = [folder for folder in folders if not folder.exists()]
+    if missing:
+        why = f"the eval images of the run are in {missing[0]}, which does not exist"
         raise DataError(
             "the eval images cannot be found",
             where=str(settings.adapter),
             why=why,
             hint="--data FOLDER",
         )
-    table = read_table(source, LABELED, trained["columns"])
-    if trained["eval_data"] is None and table.digest != record["data"]["sha256"]:
+    if trained.eval_data is not None:
+        table = read_table(trained.eval_data, LABELED, trained.columns)
+    else:
+        table = read_files(trained, LABELED)
+    if trained.eval_data is None and table.digest != record["data"]["sha256"]:
         why = "its images are not those of the run: some may have been used for training"
         hint = "--data FOLDER of new images"
-        raise DataError("the data has changed", where=str(source), why=why, hint=hint)
+        raise DataError("the data has changed", where=str(table.path), why=why, hint=hint)
     return [row for row in table.rows if row.where in wanted]

@@ -25,7 +25,9 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import BatchSampler, group_in_order, train_eval_split
 from afina.data.schemas import EMBEDDING, SCORED, EmbeddingRow
+from afina.data.several_files import check_one_kind, file_number, mix_rows
 from afina.data.table import Table, read_table
+from afina.data.truncation import CutRows
 from afina.errors import SettingsError
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, Encoder, load_encoder
 from afina.models.loading import resolve_model_dir
@@ -36,8 +38,10 @@ from afina.objectives.labeled_data import check_encoder_settings
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
+    describe_cut_rows,
     describe_data,
     eval_source,
+    read_files,
     trained_settings,
 )
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
@@ -100,14 +104,19 @@ class EmbeddingObjective(PaddedObjective):
         """Read, tokenize, check and split the pairs; load the base, unless it is given."""
         check_encoder_settings(settings)
         options, columns = settings.group("embed"), settings.columns
-        table = read_table(settings.data, EMBEDDING, columns, settings.skip_bad_rows)
+        table = read_files(settings, EMBEDDING)
+        check_one_kind(table, lambda format: "scores" if format == SCORED else "no scores")
         _check_options(options, table)
         rows, eval_rows = table.rows, None
         if settings.eval_data is not None:
             eval_rows = read_table(settings.eval_data, EMBEDDING, columns).rows
         else:
             rows, eval_rows = train_eval_split(
-                rows, settings.eval_size, settings.seed, lambda row: row.anchor
+                rows,
+                settings.eval_size,
+                settings.seed,
+                lambda row: row.anchor,
+                file_number(table.files),
             )
         base = base or load_encoder(
             settings.base,
@@ -119,10 +128,12 @@ class EmbeddingObjective(PaddedObjective):
         )
         length, skipped = settings.max_length or default_length(base), list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
+        cut_rows = CutRows() if settings.truncate else None
         train, held_out = (
-            tokenize_pairs(base, some, length, options.max_score, leave_out)
+            tokenize_pairs(base, some, length, options.max_score, leave_out, cut_rows)
             for some in (rows, eval_rows)
         )
+        train = mix_rows(train, table.files, settings.seed)
         budget, accumulate = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
         task = cls(base, train, held_out, budget, accumulate, settings.seed, options)
         tokens = sum(map(task.length, train))
@@ -130,13 +141,16 @@ class EmbeddingObjective(PaddedObjective):
         size = {} if task.is_scored else {"pairs_per_batch": -(-len(train) // batches)}
         return PreparedData(
             task=task,
-            data_info=describe_data(table, len(held_out))
+            data_info=describe_data(table, task)
+            | describe_cut_rows(cut_rows)
             | {EMBEDDING_KEY: base.embedding.record()},
             skipped=skipped,
             show=partial(_show, base),
             eval_records=[row.record() for row in eval_rows],
             max_length=length,
-            counts={"train": len(train), "held_out": len(held_out), "tokens": tokens} | size,
+            counts={"train": len(train), "held_out": len(held_out), "tokens": tokens}
+            | describe_cut_rows(cut_rows)
+            | size,
         )
 
     @classmethod
@@ -148,7 +162,8 @@ class EmbeddingObjective(PaddedObjective):
         file, columns = eval_source(settings)
         rows = read_table(file, EMBEDDING, columns).rows
         length = trained.max_length or default_length(base)
-        pairs = tokenize_pairs(base, rows, length, options.max_score, None)
+        cut_rows = CutRows() if trained.truncate else None
+        pairs = tokenize_pairs(base, rows, length, options.max_score, None, cut_rows)
         objective = cls(base, pairs, pairs, EVAL_TOKENS, 1, 0, options)
         objective.num_rows = len(rows)
         return objective

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from afina.adapters.presets import get_preset
 from afina.data.images import open_image
 from afina.data.schemas import CLASSES, LabeledRow
 from afina.data.table import parse_rows
+from afina.data.truncation import CutRows
 from afina.errors import DataError, SettingsError, pluralize
 from afina.models.classifier import Classifier
 from afina.objectives.label_tasks import LabelTask
@@ -38,7 +39,11 @@ class TokenizedText:
 
 
 def tokenize_labeled_rows(
-    base: Classifier, rows: Sequence[LabeledRow], max_length: int, skipped: list[str] | None
+    base: Classifier,
+    rows: Sequence[LabeledRow],
+    max_length: int,
+    skipped: list[str] | None,
+    cut_rows: CutRows | None = None,
 ) -> list[ClassificationExample]:
     """Return labeled rows as token ids or pixels.
 
@@ -47,6 +52,7 @@ def tokenize_labeled_rows(
         rows: The rows.
         max_length: Longest text in tokens.
         skipped: Rows that cannot be used are added here; None makes them an error.
+        cut_rows: Longer texts lose their end and are added here; None makes them an error.
 
     Raises:
         DataError: A row cannot be used, or none is left.
@@ -54,7 +60,7 @@ def tokenize_labeled_rows(
     task = LabelTask(base.task, base.labels)
 
     def make(where: str, row: LabeledRow) -> ClassificationExample:
-        content = encode_input(base, row.content, max_length, where, row.pair)
+        content = encode_input(base, row.content, max_length, where, row.pair, cut_rows)
         query = "" if row.pair is None else str(row.content)
         return ClassificationExample(where, content, task.target(row), query)
 
@@ -65,7 +71,12 @@ def tokenize_labeled_rows(
 
 
 def encode_input(
-    base: Classifier, content: str | bytes, max_length: int, where: str, pair: str | None = None
+    base: Classifier,
+    content: str | bytes,
+    max_length: int,
+    where: str,
+    pair: str | None = None,
+    cut_rows: CutRows | None = None,
 ) -> Any:
     """Return a text, or a pair of texts, as tokens, or the bytes of an image as a resized image.
 
@@ -80,8 +91,12 @@ def encode_input(
     if isinstance(content, bytes):
         raise DataError("the model reads text, and this is an image", where=where)
     tokens = base.encode(content, pair)
+    if len(tokens) > max_length and cut_rows is not None:
+        cut_rows.rows.add(where)
+        return base.encode(content, pair, max_length)
     if len(tokens) > max_length:
-        hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
+        hint = "raise --max-length, cut the text with --truncate, or leave the row out"
+        hint += " with --skip-bad-rows"
         raise DataError(
             f"{len(tokens):,} tokens, more than the {max_length:,} allowed", where=where, hint=hint
         )
@@ -135,9 +150,13 @@ def check_encoder_settings(settings: TrainSettings) -> None:
 
 
 def split_rows(
-    rows: list[LabeledRow], task: LabelTask, share: float, seed: int
+    rows: list[LabeledRow],
+    task: LabelTask,
+    share: float,
+    seed: int,
+    file_of: Callable[[LabeledRow], int] = lambda row: 0,
 ) -> tuple[list[LabeledRow], list[LabeledRow]]:
-    """Return training and eval rows: about `share` of them, of classes about `share` of each.
+    """Return training and eval rows: about `share` of each file, and there of each class.
 
     Rows of equal content are on one side. A class with one row, or with equal ones only, is trained
     and not evaluated.
@@ -150,15 +169,16 @@ def split_rows(
         groups.setdefault((row.label, row.content, row.pair), []).append(row)
     by_label: dict[Any, list[list[LabeledRow]]] = {}
     for (label, *_), group in sorted(groups.items(), key=lambda item: item[1][0].where):
-        by_label.setdefault(label if task.kind == CLASSES else task.kind, []).append(group)
+        kind = label if task.kind == CLASSES else task.kind
+        by_label.setdefault((file_of(group[0]), kind), []).append(group)
     train, eval_rows = [], []
-    for label, of_label in by_label.items():
+    for (_, label), of_label in by_label.items():
         random.Random(f"{seed}{label}").shuffle(of_label)
         cut = min(len(of_label) - 1, max(1, round(share * len(of_label))))
         eval_rows += [row for group in of_label[:cut] for row in group]
         train += [row for group in of_label[cut:] for row in group]
     if not eval_rows:
-        counts = ", ".join(f"{label}: {len(of)}" for label, of in by_label.items())
+        counts = ", ".join(f"{label}: {len(of)}" for (_, label), of in by_label.items())
         hint = "at least two different rows of a class, one of them for evaluation"
         why = f"different rows of each class: {counts}"
         raise DataError("no row is left for evaluation", where=rows[0].where, why=why, hint=hint)

@@ -8,8 +8,9 @@ from afina.adapters.active import last_start
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import SFT, SFTRow
-from afina.data.table import parse_rows, read_table, summarize_skipped
-from afina.errors import DataError
+from afina.data.several_files import file_number, mix_rows
+from afina.data.table import Table, parse_rows, read_table, summarize_skipped
+from afina.errors import DataError, SettingsError
 from afina.objectives.prepared import activation_tokens, count_rows, hold_out_every_nth
 from afina.settings import TrainSettings
 
@@ -18,17 +19,20 @@ def infer_objective(objective: str, rows: Sequence[SFTRow]) -> str:
     """Return the objective of "auto": pretrain for plain text, sft for rows with a completion.
 
     Raises:
-        DataError: The objective is sft, and a row is plain text.
+        DataError: A row is plain text, and the objective is sft or other rows have a completion.
     """
     plain = [row.text is not None for row in rows]
-    if objective == "auto":
-        return "pretrain" if all(plain) else "sft"
-    if objective == "sft" and any(plain):
-        where = rows[plain.index(True)].where
+    if objective == "auto" and all(plain):
+        return "pretrain"
+    if objective in ("auto", "sft") and any(plain):
+        other = None if all(plain) else rows[plain.index(False)].where
         raise DataError(
-            "plain text has no completion to train on", where=where, hint="--objective pretrain"
+            "plain text has no completion to train on",
+            where=rows[plain.index(True)].where,
+            why=other and f"{other} has a completion",
+            hint="--objective pretrain" + (" trains all tokens of both" if other else ""),
         )
-    return objective
+    return "sft" if objective == "auto" else objective
 
 
 def tokenize_rows(
@@ -112,14 +116,20 @@ class TokenizedRows:
 def read_examples(settings: TrainSettings, table: Any, renderer: Renderer) -> TokenizedRows:
     """Return the rows of `table` rendered, checked and split."""
     objective = infer_objective(settings.objective, table.rows)
+    if objective == "pretrain" and settings.truncate:
+        why = "texts of any length are trained in chunks of max_length tokens"
+        raise SettingsError(
+            "truncate has no effect here", where="truncate", why=why, hint="leave it out"
+        )
     skipped = list(table.skipped)
-    train, eval_examples, eval_sft_rows = _split(settings, table.rows, renderer, objective, skipped)
+    train, eval_examples, eval_sft_rows = _split(settings, table, renderer, objective, skipped)
+    train = mix_rows(train, table.files, settings.seed)
     return TokenizedRows(renderer, objective, train, eval_examples, eval_sft_rows, skipped)
 
 
 def _split(
     settings: TrainSettings,
-    all_rows: list[SFTRow],
+    source: Table[SFTRow],
     renderer: Renderer,
     objective: str,
     skipped: list[str],
@@ -128,8 +138,8 @@ def _split(
     invocation = activation_tokens(renderer, settings)
     leave_out = skipped if settings.skip_bad_rows else None
     if objective == "sft":
-        renderer.check_template(all_rows)
-    tokenized = tokenize_rows(objective, renderer, all_rows, leave_out, invocation)
+        renderer.check_template(source.rows)
+    tokenized = tokenize_rows(objective, renderer, source.rows, leave_out, invocation)
     if settings.eval_data is not None:
         table = read_table(settings.eval_data, SFT, settings.columns, settings.skip_bad_rows)
         infer_objective(objective, table.rows)
@@ -138,12 +148,14 @@ def _split(
         there = {example.where for example in eval_examples}
         return tokenized, eval_examples, [row for row in table.rows if row.where in there]
     if objective == "pretrain":  # one long text is one row: hold out chunks of it instead
-        return *hold_out_every_nth(tokenized, settings.eval_size, settings.data), []
+        return *hold_out_every_nth(tokenized, settings.eval_size, source), []
     by_row: dict[str, list[Example]] = {}
     for example in tokenized:
         by_row.setdefault(example.where, []).append(example)
-    usable = [row for row in all_rows if row.where in by_row]
-    rows, eval_sft_rows = train_eval_split(usable, settings.eval_size, settings.seed)
+    usable = [row for row in source.rows if row.where in by_row]
+    rows, eval_sft_rows = train_eval_split(
+        usable, settings.eval_size, settings.seed, file_of=file_number(source.files)
+    )
     train, eval_examples = (
         [example for row in some for example in by_row[row.where]] for some in (rows, eval_sft_rows)
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import BatchSampler, PackedBatch, batches_by_length, pack_examples
-from afina.data.renderer import Example, Renderer
+from afina.data.renderer import Example
 from afina.data.schemas import SFT
 from afina.data.table import read_table
 from afina.models.causal_lm import CausalLM
@@ -23,11 +23,12 @@ from afina.objectives.base import LossSum, Objective, perplexity
 from afina.objectives.language_data import infer_objective, read_examples, tokenize_rows
 from afina.objectives.prepared import (
     BATCH_TOKENS,
-    DEFAULT_MAX_LENGTH,
     PROFILE_TOKENS,
     Preparation,
     PreparedData,
     eval_source,
+    read_files,
+    run_renderer,
     show_example,
 )
 from afina.objectives.reference import segments_for
@@ -78,7 +79,7 @@ class LanguageModelingObjective(Objective):
     @classmethod
     def prepare(cls, settings: TrainSettings, base: CausalLM | None = None) -> PreparedData:
         """Read, tokenize, check and split the rows; load the base, unless it is given."""
-        table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
+        table = read_files(settings, SFT)
         prep = Preparation.start(settings, base)
         rows = read_examples(settings, table, prep.renderer)
         records = [row.record() for row in rows.eval_sft_rows] or [
@@ -94,9 +95,7 @@ class LanguageModelingObjective(Objective):
         """Return the objective with the rows that `afina eval` evaluates."""
         base, (file, columns) = opened.causal_lm, eval_source(settings)
         rows = read_table(file, SFT, columns).rows
-        renderer = Renderer(
-            base.tokenizer, opened.chat_format, min(base.max_positions, DEFAULT_MAX_LENGTH)
-        )
+        renderer = run_renderer(opened, base)
         examples = tokenize_rows(infer_objective("auto", rows), renderer, rows, None)
         objective = cls(base, examples, examples, BATCH_TOKENS, 1, 0)
         objective.num_rows = len(rows)

@@ -18,6 +18,7 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import SFT
+from afina.data.several_files import mix_rows
 from afina.data.table import read_table
 from afina.models.classifier import Classifier, load_masked
 from afina.objectives.base import Units, perplexity
@@ -35,6 +36,7 @@ from afina.objectives.prepared import (
     describe_data,
     eval_source,
     hold_out_every_nth,
+    read_files,
 )
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
@@ -56,7 +58,7 @@ class MaskedLMObjective(PaddedObjective):
     def prepare(cls, settings: TrainSettings, base: Any = None) -> PreparedData:
         """Read, tokenize, check and split the texts; load the base."""
         check_encoder_settings(settings)
-        table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
+        table = read_files(settings, SFT)
         infer_objective("pretrain", table.rows)
         base = load_masked(
             settings.base,
@@ -67,13 +69,15 @@ class MaskedLMObjective(PaddedObjective):
         )
         length = settings.max_length or min(base.max_positions, 128)
         pieces = chunk_texts(base, table.rows, length)
-        train, eval_rows = hold_out_every_nth(pieces, settings.eval_size, settings.data)
+        train, eval_rows = hold_out_every_nth(pieces, settings.eval_size, table)
+        train = mix_rows(train, table.files, settings.seed)
         assert base.tokenizer is not None
         decode = base.tokenizer.decode
         tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
+        task = cls(base, train, eval_rows, tokens, accumulation, settings.seed)
         return PreparedData(
-            task=cls(base, train, eval_rows, tokens, accumulation, settings.seed),
-            data_info=describe_data(table, len(eval_rows)),
+            task=task,
+            data_info=describe_data(table, task),
             skipped=list(table.skipped),
             show=lambda row: ShownExample(
                 row.where, len(row.token_ids), None, str(decode(row.token_ids))

@@ -25,6 +25,7 @@ from afina.adapters.load_run import LoadedRun
 from afina.data.packing import batches_by_length
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import PROMPT
+from afina.data.several_files import mix_rows
 from afina.data.table import read_table
 from afina.engine.request import Completion
 from afina.errors import TrainingError
@@ -49,6 +50,7 @@ from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
     eval_source,
+    read_files,
     trained_settings,
 )
 from afina.objectives.reference import REFERENCE_FILE
@@ -80,7 +82,7 @@ class PolicyObjective(Objective):
         """Read, tokenize, check and split the prompts; load the base, unless it is given."""
         options = settings.group(cls.name)
         check_policy_settings(settings, options)
-        table = read_table(settings.data, PROMPT, settings.columns, settings.skip_bad_rows)
+        table = read_files(settings, PROMPT)
         prep = Preparation.start(settings, base, cls.head, default_length=sys.maxsize)
         prep.renderer.max_length = min(prep.renderer.max_length, prep.base.max_positions)
         check_temperature(options, prep.base)
@@ -90,8 +92,9 @@ class PolicyObjective(Objective):
         new = options.max_new_tokens
         train, eval_rows = (
             make_queries(prep.renderer, rows, leave_out, prep.invocation, new, rewards)
-            for rows in split_prompts(settings, table.rows, skipped)
+            for rows in split_prompts(settings, table, skipped)
         )
+        train = mix_rows(train, table.files, settings.seed)
         task = cls(options, prep.base, train, eval_rows, rewards, prep.renderer, *prep.packing[::2])
         records = [query.row.record(rewards.needs_items) for query in eval_rows]
 

@@ -1,12 +1,13 @@
 """Prompt rows to tokenized prompts: checked, and split into training and eval prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from afina.adapters.active import last_start
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Renderer
-from afina.data.schemas import PROMPT, PromptRow, prompt_key
-from afina.data.table import parse_rows, read_table, summarize_skipped
+from afina.data.schemas import PROMPT, Prompt, PromptRow, prompt_key
+from afina.data.several_files import file_number
+from afina.data.table import Table, parse_rows, read_table, summarize_skipped
 from afina.errors import DataError, SettingsError, pluralize
 from afina.models.causal_lm import CausalLM
 from afina.objectives.reward_functions import RewardFunctions
@@ -50,12 +51,21 @@ def make_queries(
 
     def make(where: str, row: PromptRow) -> TokenizedPrompt:
         rewards.check(row)
+
+        def num_tokens(prompt: Prompt) -> int:
+            return len(renderer.prompt(prompt, tools=row.tools)) + max_new_tokens
+
+        fitted = renderer.fit_prompt(row.prompt, num_tokens, where)
+        row = replace(row, prompt=fitted)
         tokens = renderer.prompt(row.prompt, tools=row.tools)
         if len(tokens) + max_new_tokens > renderer.max_length:
             what = f"{pluralize(len(tokens), 'token')}, and {max_new_tokens:,} for the answer"
             why = f"more than the {renderer.max_length:,} allowed"
             raise DataError(
-                what, where=where, why=why, hint="a smaller max_new_tokens of the objective"
+                what,
+                where=where,
+                why=why,
+                hint="a smaller max_new_tokens of the objective, or --truncate",
             )
         if invocation and last_start(tokens, invocation) is None:
             hint = "--invocation TEXT that stands in every prompt, or --skip-bad-rows"
@@ -71,14 +81,15 @@ def make_queries(
 
 
 def split_prompts(
-    settings: TrainSettings, rows: list[PromptRow], skipped: list[str]
+    settings: TrainSettings, table: Table[PromptRow], skipped: list[str]
 ) -> tuple[list[PromptRow], list[PromptRow]]:
     """Return training and eval prompts; equal prompts are on one side."""
     if settings.eval_data is None:
-        return train_eval_split(rows, settings.eval_size, settings.seed, prompt_key)
+        file_of = file_number(table.files)
+        return train_eval_split(table.rows, settings.eval_size, settings.seed, prompt_key, file_of)
     other = read_table(settings.eval_data, PROMPT, settings.columns, settings.skip_bad_rows)
     skipped += other.skipped
-    return rows, other.rows
+    return table.rows, other.rows
 
 
 def check_policy_settings(settings: TrainSettings, options: PolicySettings) -> None:

@@ -22,6 +22,7 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import BatchSampler, PackedBatch, batches_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
+from afina.data.several_files import join_tables, mix_rows
 from afina.models.causal_lm import CausalLM
 from afina.objectives.base import LossSum, Objective, Total, Units, no_reduce
 from afina.objectives.metric_sums import MetricSums, report_metrics
@@ -79,15 +80,22 @@ class PairwiseObjective(Objective):
     @classmethod
     def prepare(cls, settings: TrainSettings, base: CausalLM | None = None) -> PreparedData:
         """Read, tokenize, check and split the rows; load the base, unless it is given."""
-        table = read_comparable(
-            settings.data, settings.columns, cls.name, cls.single, settings.skip_bad_rows
+        files = settings.data_files
+        table = join_tables(
+            [
+                read_comparable(
+                    file.path, file.columns or {}, cls.name, cls.single, settings.skip_bad_rows
+                )
+                for file in files
+            ],
+            [file.weight for file in files],
         )
         prep = Preparation.start(settings, base, cls.head)
         skipped = list(table.skipped)
         train, eval_rows = split_preferences(
             settings, table, prep.renderer, prep.invocation, skipped, cls.single
         )
-        examples = [choice for _, choice in train]
+        examples = mix_rows([choice for _, choice in train], table.files, settings.seed)
         options = settings.group(cls.name)
         task = cls(options, prep.base, examples, [choice for _, choice in eval_rows], *prep.packing)
         return prep.finish(
@@ -107,7 +115,7 @@ class PairwiseObjective(Objective):
         trained, (file, columns) = trained_settings(opened.run), eval_source(settings)
         rows = read_comparable(file, columns, cls.name, cls.single).rows
         length = trained.max_length or min(base.max_positions, DEFAULT_MAX_LENGTH)
-        renderer = Renderer(base.tokenizer, opened.chat_format, length)
+        renderer = Renderer(base.tokenizer, opened.chat_format, length, trained.truncate)
         invocation = opened.adapters[0][0].config.invocation if opened.adapters else ()
         prep = tokenize_preferences(renderer, rows, None, invocation, cls.single)
         examples = [choice for _, choice in prep]

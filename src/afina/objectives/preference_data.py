@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from afina.data.schemas import (
     prompt_key,
     split_pairs,
 )
+from afina.data.several_files import file_number
 from afina.data.table import Table, parse_rows, read_table, summarize_skipped
 from afina.errors import DataError
 from afina.objectives.language_data import mask_before_invocation
@@ -72,19 +73,25 @@ def tokenize_preferences(
         DataError: A row cannot be used, or none is left.
     """
 
-    def example(row: PreferenceRow, answer: Any) -> Example:
-        tokenized = renderer.example(row.row(answer))
+    def example(row: PreferenceRow, answer: Any, by: Renderer = renderer) -> Example:
+        tokenized = by.example(row.row(answer))
         return mask_before_invocation(tokenized, invocation) if invocation else tokenized
+
+    strict = partial(example, by=renderer.without_cutting)
 
     def make(where: str, number: int) -> tuple[PreferenceRow, PreferenceExample]:
         row = rows[number]
+        fitted = renderer.fit_prompt(
+            row.prompt, lambda prompt: renderer.num_tokens(row.answered(prompt)), where
+        )
+        row = replace(row, prompt=fitted)
         good, bad = (
             example(row, answer) if answer is not None else None
             for answer in (row.chosen, row.rejected)
         )
         if good is not None and bad is not None and good.token_ids == bad.token_ids:
             raise DataError("the two completions have the same tokens", where=where)
-        mismatched = _mismatched(example, rows, number) if needs_mismatched else None
+        mismatched = _mismatched(strict, rows, number) if needs_mismatched else None
         return row, PreferenceExample(where, good, bad, mismatched)
 
     tokenized = parse_rows(((row.where, number) for number, row in enumerate(rows)), make, skipped)
@@ -162,7 +169,7 @@ def split_preferences(
         rows, eval_preferences = table.rows, other.rows
     else:
         rows, eval_preferences = train_eval_split(
-            table.rows, settings.eval_size, settings.seed, prompt_key
+            table.rows, settings.eval_size, settings.seed, prompt_key, file_number(table.files)
         )
     train, eval_rows = (
         tokenize_preferences(renderer, some, leave_out, invocation, single)

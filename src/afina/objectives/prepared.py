@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from afina.adapters.active import BASE_ONLY, ActiveAdapters
+from afina.adapters.load_run import LoadedRun
 from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
 from afina.data.renderer import Example, Renderer
+from afina.data.schemas import Schema
+from afina.data.several_files import (
+    HasLocation,
+    describe_files,
+    file_number,
+    join_tables,
+)
+from afina.data.table import Table, read_table
+from afina.data.truncation import CutRows
 from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
@@ -23,7 +33,8 @@ PROFILE_TOKENS = 64  # first tokens of a text without a prompt, for the routing 
 BATCH_TOKENS = 2048  # tokens per forward pass of an evaluation
 DEFAULT_MAX_LENGTH = 2048  # tokens of a sequence, where the base could read more
 
-Piece = TypeVar("Piece")
+Piece = TypeVar("Piece", bound=HasLocation)
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,19 @@ def text_renderer(
         default_length: Longest sequence in tokens, where the settings have no `max_length`.
     """
     length = settings.max_length or min(max_positions, default_length)
-    return Renderer(tokenizer, ChatFormat.from_settings(settings), length)
+    return Renderer(tokenizer, ChatFormat.from_settings(settings), length, settings.truncate)
+
+
+def run_renderer(opened: LoadedRun, base: Any) -> Renderer:
+    """Return the renderer of rows on which a run, or a base alone, is evaluated.
+
+    Rows are cut as they were in training, if they were.
+    """
+    default = min(base.max_positions, DEFAULT_MAX_LENGTH)
+    trained = opened.run.get("settings") or {}
+    length, truncates = trained.get("max_length") or default, bool(trained.get("truncate"))
+    longest = length if truncates else max(length, default)
+    return Renderer(base.tokenizer, opened.chat_format, longest, truncates)
 
 
 @dataclass
@@ -188,9 +211,10 @@ class Preparation:
         **counts: Any,
     ) -> PreparedData:
         """Return the objective with all facts; `counts` are added to those of `count_rows`."""
+        cut_rows = self.renderer.cut_rows
         return PreparedData(
             task=task,
-            data_info=describe_data(table, len(task.eval_rows)),
+            data_info=describe_data(table, task) | describe_cut_rows(cut_rows),
             skipped=skipped,
             show=show,
             eval_records=eval_records,
@@ -198,15 +222,15 @@ class Preparation:
             modules_to_save=self.modules_to_save,
             trainable_tokens=self.trainable_tokens,
             max_length=self.renderer.max_length,
-            counts=count_rows(task.train, task.eval_rows) | counts,
+            counts=count_rows(task.train, task.eval_rows) | counts | describe_cut_rows(cut_rows),
         )
 
 
 def row_length(row: Any) -> int:
     """Return the tokens of a row by which rows are packed and compared; 0 for an image."""
-    tokens = getattr(row, "token_ids", None)
-    if tokens is None:
-        tokens = getattr(row, "content", ())
+    if hasattr(row, "texts"):
+        return sum(map(len, row.texts))
+    tokens = row.token_ids if hasattr(row, "token_ids") else getattr(row, "content", ())
     return 0 if hasattr(tokens, "shape") else len(tokens)
 
 
@@ -247,16 +271,22 @@ def resolve_invocation(renderer: Renderer, settings: TrainSettings) -> tuple[int
     return tuple(tokens)
 
 
-def describe_data(table: Any, num_eval: int) -> dict[str, Any]:
-    """Return the entry `data` of run.json for a table of which `num_eval` rows are held out."""
+def describe_data(table: Table[Any], task: Objective) -> dict[str, Any]:
+    """Return the entry `data` of run.json for a table from which `task` has its rows."""
+    several = describe_files(task.train, table.files, row_length) if table.files else []
     return {
-        "path": str(table.path),
+        "path": ", ".join(file.path for file in table.files) or str(table.path),
         "format": table.format,
         "sha256": table.digest,
         "rows": len(table.rows),
-        "held_out": num_eval,
+        "held_out": len(task.eval_rows),
         "unused_columns": table.unused_columns,
-    } | ({"rule": table.rule} if table.rule else {})
+    } | {name: v for name, v in (("rule", table.rule), ("files", several)) if v}
+
+
+def describe_cut_rows(cut_rows: CutRows | None) -> dict[str, Any]:
+    """Return what run.json records of rows that were cut; nothing where none may be."""
+    return {} if cut_rows is None else cut_rows.counts
 
 
 def to_jsonl(records: Sequence[dict[str, Any]]) -> str:
@@ -265,22 +295,40 @@ def to_jsonl(records: Sequence[dict[str, Any]]) -> str:
 
 
 def hold_out_every_nth(
-    pieces: list[Piece], share: float, where: Path
+    pieces: Sequence[Piece], share: float, table: Table[Any]
 ) -> tuple[list[Piece], list[Piece]]:
-    """Return training chunks of a text and every n-th chunk as eval rows, `share` of them.
+    """Return training chunks of a text and every n-th chunk as eval rows, `share` of each file.
 
     Raises:
-        DataError: There are fewer than two chunks.
+        DataError: No file has two chunks.
     """
-    if len(pieces) < 2:
+    number, by_file = file_number(table.files), dict[int, list[Piece]]()
+    for piece in pieces:
+        by_file.setdefault(number(piece), []).append(piece)
+    train: list[Piece] = []
+    eval_pieces: list[Piece] = []
+    for own in by_file.values():
+        step = min(len(own), max(2, round(1 / share)))
+        chosen = [len(own) > 1 and n % step == step - 1 for n in range(len(own))]
+        train += [piece for piece, is_eval in zip(own, chosen, strict=True) if not is_eval]
+        eval_pieces += [piece for piece, is_eval in zip(own, chosen, strict=True) if is_eval]
+    if not eval_pieces:
         raise DataError(
             "too little text to hold some out",
-            where=str(where),
+            where=str(table.path),
             hint="a smaller --max-length, or --eval-data FILE",
         )
-    step = min(len(pieces), max(2, round(1 / share)))
-    eval_pieces = pieces[step - 1 :: step]
-    return [piece for number, piece in enumerate(pieces) if number % step != step - 1], eval_pieces
+    return train, eval_pieces
+
+
+def read_files(settings: TrainSettings, schema: Schema[RowT]) -> Table[RowT]:
+    """Return the rows of all files of a run; raises `DataError` as `read_table` does."""
+    skip = settings.skip_bad_rows
+    files = settings.data_files
+    return join_tables(
+        [read_table(file.path, schema, file.columns, skip) for file in files],
+        [file.weight for file in files],
+    )
 
 
 def eval_rows_file(settings: EvalSettings) -> Path:

@@ -20,13 +20,22 @@ from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import train_eval_split
 from afina.data.schemas import RELEVANCE, LabeledRow
+from afina.data.several_files import file_number, mix_rows
 from afina.data.table import read_table
+from afina.data.truncation import CutRows
 from afina.errors import DataError
 from afina.models.classifier import RELEVANCE_TASK, Classifier, load_classifier
 from afina.objectives.base import Units
 from afina.objectives.classification import EVAL_BATCH_TOKENS, ClassificationObjective, show_example
 from afina.objectives.labeled_data import check_encoder_settings, tokenize_labeled_rows
-from afina.objectives.prepared import PreparedData, describe_data, eval_source, trained_settings
+from afina.objectives.prepared import (
+    PreparedData,
+    describe_cut_rows,
+    describe_data,
+    eval_source,
+    read_files,
+    trained_settings,
+)
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
 from afina.objectives.registry import register_objective
 from afina.objectives.task_score import TaskScore
@@ -50,13 +59,17 @@ class RerankingObjective(ClassificationObjective):
         """Read, tokenize, check and split the rows, a query on one side; load the base."""
         check_encoder_settings(settings)
         options = settings.group("rerank")
-        table = read_table(settings.data, RELEVANCE, settings.columns, settings.skip_bad_rows)
+        table = read_files(settings, RELEVANCE)
         rows = table.rows
         if settings.eval_data is not None:
             eval_labeled = read_table(settings.eval_data, RELEVANCE, settings.columns).rows
         else:
             rows, eval_labeled = train_eval_split(
-                rows, settings.eval_size, settings.seed, lambda row: row.content
+                rows,
+                settings.eval_size,
+                settings.seed,
+                lambda row: row.content,
+                file_number(table.files),
             )
         base = base or load_classifier(
             settings.base,
@@ -71,17 +84,21 @@ class RerankingObjective(ClassificationObjective):
         skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
+        cut_rows = CutRows() if settings.truncate else None
         train, eval_rows = (
-            tokenize_labeled_rows(base, _scaled(some, options.max_score), length, leave_out)
+            tokenize_labeled_rows(
+                base, _scaled(some, options.max_score), length, leave_out, cut_rows
+            )
             for some in (rows, eval_labeled)
         )
+        train = mix_rows(train, table.files, settings.seed)
         tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
         task = cls(base, train, eval_rows, tokens, accumulation, settings.seed)
         task.options = options
         facts = {"labels": [OUTPUT], "task": RELEVANCE_TASK, "pairs": True}
         return PreparedData(
             task=task,
-            data_info=describe_data(table, len(eval_rows)) | facts,
+            data_info=describe_data(table, task) | describe_cut_rows(cut_rows) | facts,
             skipped=skipped,
             show=partial(show_example, task),
             eval_records=[
@@ -89,7 +106,7 @@ class RerankingObjective(ClassificationObjective):
             ],
             modules_to_save=base.new_modules,
             max_length=length,
-            counts={"train": len(train), "held_out": len(eval_rows)},
+            counts={"train": len(train), "held_out": len(eval_rows)} | describe_cut_rows(cut_rows),
         )
 
     @classmethod
@@ -102,7 +119,8 @@ class RerankingObjective(ClassificationObjective):
             read_table(file, RELEVANCE, columns).rows, trained.group("rerank").max_score
         )
         length = trained.max_length or min(base.max_positions, 512)
-        rows = tokenize_labeled_rows(base, labeled, length, None)
+        cut_rows = CutRows() if trained.truncate else None
+        rows = tokenize_labeled_rows(base, labeled, length, None, cut_rows)
         objective = cls(base, rows, rows, EVAL_BATCH_TOKENS, 1, 0)
         objective.num_rows = len(rows)
         return objective

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from afina.data.schemas import EmbeddingRow
 from afina.data.table import parse_rows
+from afina.data.truncation import CutRows
 from afina.errors import DataError
 from afina.models.encoder import Encoder
 from afina.objectives.labeled_data import encode_input
@@ -111,6 +112,7 @@ def tokenize_pairs(
     max_length: int,
     max_score: float,
     skipped: list[str] | None,
+    cut_rows: CutRows | None = None,
 ) -> list[PairExample]:
     """Return rows as token ids, one example for each positive of a row.
 
@@ -120,6 +122,7 @@ def tokenize_pairs(
         max_length: Longest text in tokens.
         max_score: The score of equal texts.
         skipped: Rows that cannot be used are added here; None makes them an error.
+        cut_rows: Longer texts lose their end and are added here; None makes them an error.
 
     Raises:
         DataError: A row cannot be used, or none is left.
@@ -127,7 +130,7 @@ def tokenize_pairs(
 
     def make(where: str, row: EmbeddingRow) -> list[PairExample]:
         anchor, *others = (
-            tuple(encode_input(base, text, max_length, where))
+            tuple(encode_input(base, text, max_length, where, None, cut_rows))
             for text in (row.anchor, *row.positives, *row.negatives)
         )
         positives, negatives = others[: len(row.positives)], tuple(others[len(row.positives) :])

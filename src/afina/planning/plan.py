@@ -5,7 +5,7 @@ checks before its first step. Otherwise its configuration is enough: a 70B model
 laptop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,20 @@ from afina.adapters.registry import get_method
 from afina.adapters.target_selection import layer_index
 from afina.data.packing import BatchSampler
 from afina.data.schemas import SFT
-from afina.data.table import read_table
+from afina.data.several_files import describe_files
 from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
 from afina.models.nf4 import quantizable_modules
 from afina.models.parameters import describe_unquantized
 from afina.objectives.language_data import read_examples
-from afina.objectives.prepared import ShownExample, row_length, show_example, text_renderer
+from afina.objectives.prepared import (
+    ShownExample,
+    read_files,
+    row_length,
+    show_example,
+    text_renderer,
+)
 from afina.objectives.registry import get_objective
 from afina.objectives.workload import StepWorkload, packed_workload
 from afina.planning.checkpointing_policy import choose_level
@@ -56,7 +62,8 @@ class _Rows:
 
 
 def plan(
-    data: str | Path | TrainSettings | None = None, **values: Any
+    data: str | Path | Sequence[str | Mapping[str, Any]] | TrainSettings | None = None,
+    **values: Any,
 ) -> PlanResult | MethodsPlanResult:
     """Return the resolved settings, the data's figures, an example, and predicted memory and time.
 
@@ -72,7 +79,7 @@ def plan(
     if isinstance(data, TrainSettings):
         settings = PlanSettings(**{name: getattr(data, name) for name in data.model_fields_set})
     else:
-        given = {} if data is None else {"data": Path(data)}
+        given = {} if data is None else {"data": data}
         settings = make_settings(PlanSettings, given | values)
     train_settings = _train_settings(settings)
     _check_show(settings)
@@ -263,7 +270,7 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
     """Return the facts of the rows by the tokenizer alone, without a model."""
     if settings.data is None:
         return _Rows(steps=settings.max_steps)
-    table = read_table(settings.data, SFT, settings.columns, settings.skip_bad_rows)
+    table = read_files(settings, SFT)
     about = {
         "format": table.format,
         "rows": len(table.rows),
@@ -286,7 +293,9 @@ def _rows_without_model(shape: ModelShape, settings: PlanSettings) -> _Rows:
     )
     objective = get_objective(read.objective)
     return _Rows(
-        about={**about, "objective": read.objective, "skipped": read.skipped} | read.counts,
+        about={**about, "objective": read.objective, "skipped": read.skipped}
+        | ({"files": describe_files(read.train, table.files, row_length)} if table.files else {})
+        | read.counts,
         example=read.renderer.format_loss_mask(read.train[0]),
         examples=_select_examples(settings, read.train, partial(show_example, read.renderer)),
         used={"objective": read.objective, "max_length": read.renderer.max_length},
@@ -312,7 +321,7 @@ def _checked(setup: RunSetup, settings: PlanSettings) -> dict[str, Any]:
             "unused_columns": prepared.data_info["unused_columns"],
             "skipped": prepared.skipped,
         }
-        | {name: prepared.data_info[name] for name in ("rule",) if name in prepared.data_info}
+        | {name: value for name, value in prepared.data_info.items() if name in ("rule", "files")}
         | prepared.counts,
         "steps": setup.steps,
         "trainable_parameters": setup.adapter.num_parameters(),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from afina.data.several_files import summarize_file
 from afina.data.unread import list_unused
 from afina.errors import pluralize
 from afina.io.result import (
@@ -28,6 +29,8 @@ DATA_LABELS = {
     "control_tokens_as_text": "rows with control tokens in their texts, read as text",
     "control_tokens_as_tokens": "rows with control tokens in their texts, read as tokens",
     "split_chats": "chats with an example for each answer",
+    "truncated_rows": "rows cut to max_length",
+    "truncated_answers": "of these, answers without their end",
     "not_evaluated": "classes not evaluated",
 }
 ORDINALS = {2: "nd", 3: "rd"}
@@ -69,12 +72,13 @@ class PlanResult(Result):
         if self.data:
             unused = list_unused(self.data.get("unused_columns", {}))
             columns = {"unused_columns": unused} if unused else {}
-            kept = {k: v for k, v in self.data.items() if k != "unused_columns"}
+            kept = {k: v for k, v in self.data.items() if k not in ("unused_columns", "files")}
             facts = kept | columns | {"skipped": len(skipped)}
             rows = [
                 (DATA_LABELS.get(name, name), format_value(value)) for name, value in facts.items()
             ]
             parts.append(ResultTable("data", rows))
+        parts += [ResultText(summarize_file(file)) for file in self.data.get("files", ())]
         return parts + [ResultText(f"skipped {line}") for line in skipped]
 
     def _example(self) -> list[Content]:

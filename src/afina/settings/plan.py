@@ -3,13 +3,14 @@
 from pathlib import Path
 
 from afina.settings.common import setting
+from afina.settings.data_files import DataFiles
 from afina.settings.train import TrainSettings
 
 
 class PlanSettings(TrainSettings):
     """Settings of `afina plan`: those of `afina train`, and what is estimated."""
 
-    data: Path | None = setting(  # type: ignore[assignment]
+    data: Path | DataFiles | None = setting(  # type: ignore[assignment]
         "as for train; without it, memory and time of full batches only"
     )
     compare_methods: bool = setting(

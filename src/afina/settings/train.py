@@ -1,5 +1,6 @@
 """Settings of `afina train`."""
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -7,6 +8,7 @@ from pydantic import field_validator
 
 from afina.errors import did_you_mean
 from afina.settings.common import allow_control_tokens_setting, setting, template_kwargs_setting
+from afina.settings.data_files import DataFile, DataFiles, parse_data
 from afina.settings.groups import GroupedSettings, MethodSettings, ObjectiveSettings
 from afina.settings.objectives import objective_names
 
@@ -17,9 +19,9 @@ class TrainSettings(GroupedSettings):
     group_fields: ClassVar = {MethodSettings: "method", ObjectiveSettings: "objective"}
 
     fsdp: bool = setting("shard the base's weights over the processes of torchrun (FSDP)", False)
-    data: Path = setting(
+    data: Path | DataFiles = setting(
         "a file of rows (chat, Alpaca, ShareGPT, prompt/completion, text; JSONL, JSON, CSV, TSV, "
-        "Parquet), or a sweep's YAML",
+        "Parquet), several with their weights (a.jsonl:0.7,b.jsonl:0.3), or a sweep's YAML",
         ...,
     )
     output_dir: Path | None = setting(
@@ -104,6 +106,11 @@ class TrainSettings(GroupedSettings):
     max_length: int | None = setting(
         "longest sequence in tokens; by default the base's limit, up to 2,048", job=True
     )
+    truncate: bool = setting(
+        "cut rows longer than max_length, keeping their answers, instead of an error",
+        False,
+        job=True,
+    )
     skip_bad_rows: bool = setting("skip rows that cannot be used, and list them", False, job=True)
     # training
     num_train_epochs: float | None = setting(
@@ -156,6 +163,27 @@ class TrainSettings(GroupedSettings):
         "stop after this many checks without a lower eval loss", ge=1, job=True
     )
     seed: int = setting("seed of every random number", 0)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _parse_data(cls, value: Any) -> Any:
+        return parse_data(value)
+
+    @property
+    def data_files(self) -> DataFiles:
+        """The files of rows, each with the names of its columns; none of a plan without data."""
+        if self.data is None:
+            return ()
+        files = self.data if isinstance(self.data, tuple) else (DataFile(path=self.data),)
+        return tuple(
+            file.model_copy(update={"columns": self.columns}) if file.columns is None else file
+            for file in files
+        )
+
+    @property
+    def data_name(self) -> str:
+        """A name for run folders, from those of the files."""
+        return "-".join(re.sub(r"[^\w.-]+", "-", file.path.stem) for file in self.data_files)
 
     @field_validator("objective")
     @classmethod

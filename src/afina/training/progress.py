@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from afina.training.results import data_notes
 from afina.training.setup.set_up import RunSetup
 from afina.training.trainer import StepMetrics, peak_memory_mb
 
@@ -50,6 +51,11 @@ class ProgressDisplay(NullProgress):
         names = ["training" if len(setups) == 1 or out is None else out.name for out in outputs]
         self._labels = [""] if len(setups) == 1 else [f"{name}  " for name in names]
         self._num_eval_rows = sum(len(setup.prepared.task.eval_rows) for setup in setups)
+        self._notes = [
+            f"{label}{note}"
+            for setup, label in zip(setups, self._labels, strict=True)
+            for note in data_notes(setup.prepared.data_info)
+        ]
         self._last_line = 0.0
         self._bar = Progress(
             TextColumn("{task.fields[label]}"),
@@ -68,6 +74,8 @@ class ProgressDisplay(NullProgress):
         ]
 
     def __enter__(self) -> Self:
+        for note in self._notes:
+            self._print(note)
         if not self._console.is_terminal:
             steps = " and ".join(f"{steps:,}" for steps in self._steps)
             rows = f"{self._num_eval_rows:,} eval rows before the first step"

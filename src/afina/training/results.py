@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from afina.data.several_files import summarize_file
 from afina.data.unread import list_unused
 from afina.errors import pluralize
 from afina.evaluation.results import (
@@ -52,7 +53,7 @@ class TrainResult(Result):
         record = self.record
         return [
             *measured(record, f"run {self.folder}"),
-            *unused_columns(record["data"]),
+            *map(ResultText, data_notes(record["data"])),
             *(ResultText(f"skipped {line}") for line in record["data"]["skipped"]),
             *(ResultText(f"- {sentence}") for sentence in self.verdict),
             ResultText(self._figures()),
@@ -146,14 +147,19 @@ def score_rows(record: Mapping[str, Any]) -> TableRows:
     return found
 
 
-def unused_columns(data: Mapping[str, Any]) -> list[Content]:
-    """Return lines that name the columns that were not used, and the classes without eval rows."""
+def data_notes(data: Mapping[str, Any]) -> list[str]:
+    """Return lines about what of the rows was not used, not evaluated or cut, from run.json."""
     unused, rare = (
         list_unused(data.get(name) or {}) for name in ("unused_columns", "not_evaluated")
     )
     lines = [f"columns not used: {unused}"] if unused else []
     lines += [f"classes trained and not evaluated: {rare}"] if rare else []
-    return [ResultText(line) for line in lines]
+    lines += [summarize_file(file) for file in data.get("files", ())]
+    if data.get("truncated_rows"):
+        cut, answers = data["truncated_rows"], data["truncated_answers"]
+        of = f", {pluralize(answers, 'answer')} without the end" if answers else ""
+        lines += [f"cut to max_length: {pluralize(cut, 'row')}{of}"]
+    return lines
 
 
 def loss_rows(losses: Mapping[str, Any]) -> TableRows:

@@ -112,13 +112,21 @@ An adapter trained with afina {afina}.
 def model_card(record: Mapping[str, Any]) -> str:
     """Return the adapter's README.md, a model card, from run.json."""
     base, settings = record["base"], record["settings"]
-    name = Path(record["data"]["path"]).name  # without its folder, which is private
+    files = [Path(file["path"]) for file in record["data"].get("files", ())]
+    files = files or [Path(record["data"]["path"])]
+    name = ", ".join(file.name for file in files)  # without their folders, which are private
     again = {k: v for k, v in settings.items() if v not in (None, {}, False) and k != "output_dir"}
     again["data"] = name
+    if len(files) > 1:
+        given = zip(settings["data"], files, strict=True)
+        again["data"] = [
+            {key: value for key, value in one.items() if value is not None} | {"path": file.name}
+            for one, file in given
+        ]
     return CARD.format(
         base=base,
         method=record["method"],
-        title=Path(name).stem,
+        title=" and ".join(file.stem for file in files),
         preset=settings["method"],
         afina=record["environment"]["afina"],
         facts="\n".join(f"| {what} | {value} |" for what, value in _facts(record, name)),

@@ -14,6 +14,7 @@ from typing import Any
 from afina.errors import SettingsError, TrainingError
 from afina.io.atomic import write_json
 from afina.settings import TrainSettings, make_settings, read_yaml
+from afina.settings.data_files import parse_data
 from afina.training.results import SweepResult, TrainResult
 from afina.training.setup.processes import world
 from afina.training.setup.set_up import free_folder
@@ -66,9 +67,15 @@ def read_sweep(file: Path, given: Mapping[str, Any]) -> list[TrainSettings]:
     return runs_of_file
 
 
-def _from_sweep(file: Path, data: Any) -> Path:
-    """Return a path relative to the sweep file's folder, where it does not exist as it is."""
-    path = Path(str(data))
+def _from_sweep(file: Path, data: Any) -> Any:
+    """Return the files of `data`, relative to the sweep file's folder where they exist there."""
+    found = parse_data(data)
+    if isinstance(found, Path):
+        return _next_to_sweep(file, found)
+    return [one.model_copy(update={"path": _next_to_sweep(file, one.path)}) for one in found]
+
+
+def _next_to_sweep(file: Path, path: Path) -> Path:
     return file.parent / path if not path.exists() and (file.parent / path).exists() else path
 
 

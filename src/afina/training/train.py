@@ -1,6 +1,6 @@
 """`afina train`: train one adapter, or several on one base, each in its run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from afina.training.trainer import Trainer, train_in_one_pass
 
 
 def train(
-    data: str | Path | TrainSettings,
+    data: str | Path | Sequence[str | Mapping[str, Any]] | TrainSettings,
     *,
     quiet: bool = True,
     model: Classifier | None = None,
@@ -49,7 +49,7 @@ def train(
     """Train an adapter on `data`; settings as in `afina train --help`. Return the finished run.
 
     Args:
-        data: A file of rows, or complete settings.
+        data: A file of rows, several with or without weights, or complete settings.
         quiet: Print no progress.
         model: A classifier built from any torch module; the adapter stays attached to it.
         values: Settings. `objective` may be a class, registered or not.
@@ -69,7 +69,7 @@ def train(
         values["objective"] = register_objective(name)(objective).name
     settings = data
     if not isinstance(settings, TrainSettings):
-        settings = make_settings(TrainSettings, {"data": Path(settings), **values})
+        settings = make_settings(TrainSettings, {"data": settings, **values})
     [outcome] = train_many([settings], quiet=quiet, model=model)
     if isinstance(outcome, TrainingError):
         raise outcome

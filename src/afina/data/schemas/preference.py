@@ -69,6 +69,11 @@ class PreferenceRow:
             self.where, messages=(*context, *as_messages(answer, "assistant")), tools=self.tools
         )
 
+    def answered(self, prompt: Prompt) -> list[SFTRow]:
+        """Return the rows of both answers, or of the one that there is, after another prompt."""
+        row = replace(self, prompt=prompt)
+        return [row.row(answer) for answer in (self.chosen, self.rejected) if answer is not None]
+
     def record(self) -> dict[str, Any]:
         """Return the row as a record that `read_table` reads again as this row."""
         is_text = isinstance(self.prompt, str)

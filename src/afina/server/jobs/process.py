@@ -76,18 +76,19 @@ def _tokens_per_batch(settings: TrainSettings, rows: int) -> int:
     """Return about the number of tokens of `rows` rows: batches are measured in tokens."""
     from afina.data.renderer import Renderer
     from afina.data.schemas import SFT
-    from afina.data.table import read_table
     from afina.io.chat_format import ChatFormat
     from afina.models.loading import load_tokenizer, resolve_model_dir
+    from afina.objectives.prepared import read_files
 
     tokenizer = load_tokenizer(
         resolve_model_dir(settings.base, settings.revision),
         settings.base,
         settings.trust_remote_code,
     )
+    length = settings.max_length if settings.truncate and settings.max_length else 1 << 30
     renderer, table = (
-        Renderer(tokenizer, ChatFormat.from_settings(settings), 1 << 30),
-        read_table(settings.data, SFT),
+        Renderer(tokenizer, ChatFormat.from_settings(settings), length, settings.truncate),
+        read_files(settings, SFT),
     )
     lengths = [len(example.token_ids) for row in table.rows for example in _examples(renderer, row)]
     return max(1, round(rows * sum(lengths) / max(1, len(lengths))))

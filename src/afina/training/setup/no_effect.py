@@ -19,6 +19,9 @@ ENCODER_OBJECTIVES = (
 )  # no text is generated, so there is no chat
 
 
+CHUNKED_OBJECTIVES = ("pretrain", "mlm")
+
+
 class NoEffect(NamedTuple):
     """When a setting changes nothing, and what to type instead."""
 
@@ -65,6 +68,11 @@ NO_EFFECT: dict[str, NoEffect] = {
         lambda settings: settings.eval_data is not None,
         "the eval rows are those of eval_data",
         "leave one of the two out",
+    ),
+    "truncate": NoEffect(
+        lambda settings: settings.objective in CHUNKED_OBJECTIVES,
+        "texts of any length are trained in chunks of max_length tokens",
+        "leave it out",
     ),
     "revision": NoEffect(_is_local, "the base is a folder, which has one revision", "leave it out"),
 }

@@ -1,7 +1,9 @@
 """From settings to a base and an objective with its rows. Nothing is attached yet."""
 
+from pathlib import Path
+
 from afina.data.table import detect_schema
-from afina.errors import SettingsError
+from afina.errors import DataError, SettingsError
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.objectives.prepared import PreparedData
@@ -17,8 +19,24 @@ def resolve_objective(settings: TrainSettings) -> str:
     """Return the objective of the settings, or the one that the data file's fields imply."""
     if settings.objective != "auto" or settings.data is None:  # a plan without data is for texts
         return settings.objective
-    detected = detect_schema(settings.data, settings.columns)
-    return "auto" if detected is None else detected.schema.objective(detected.format)
+    found: dict[str, Path] = {}
+    for file in settings.data_files:
+        detected = detect_schema(file.path, file.columns or {})
+        name = "auto" if detected is None else detected.schema.objective(detected.format)
+        found.setdefault(name, file.path)
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise DataError(
+            f"files for different objectives: {_name(one)} and {_name(other)}",
+            where=str(second),
+            why=f"{first} has rows for {_name(one)}, and {second} for {_name(other)}",
+            hint="--objective NAME, if all files have rows for it; else a run for each",
+        )
+    return next(iter(found))
+
+
+def _name(objective: str) -> str:
+    return f"{AUTO_TEXT} or pretrain" if objective == "auto" else objective
 
 
 def prepare(settings: TrainSettings, base: CausalLM | Classifier | None = None) -> PreparedData:

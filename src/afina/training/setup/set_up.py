@@ -71,7 +71,7 @@ def default_out(settings: TrainSettings) -> Path:
     """Return the run folder: as given, or a free one that is named after data and method."""
     if settings.output_dir is not None:
         return settings.output_dir
-    folder = Path("runs") / f"{settings.data.stem}-{settings.method}"
+    folder = Path("runs") / f"{settings.data_name}-{settings.method}"
     return folder if settings.overwrite else free_folder(folder, settings.resume)
 
 
