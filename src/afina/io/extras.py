@@ -1,9 +1,46 @@
 """Optional dependencies: an import that names the extra of afina to install where it is missing."""
 
 import importlib
+from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 
 from afina.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An extra of afina: the modules that it installs, and what it adds."""
+
+    modules: tuple[str, ...]
+    adds: str
+
+    @property
+    def missing(self) -> list[str]:
+        """Modules that are not installed."""
+        return [name for name in self.modules if find_spec(name) is None]
+
+
+EXTRAS = {
+    "serve": Extra(
+        (
+            "alembic",
+            "fastapi",
+            "httpx2",
+            "llguidance",
+            "prometheus_client",
+            "sqlalchemy",
+            "uvicorn",
+        ),
+        "the server",
+    ),
+    "postgres": Extra(("psycopg",), "the server's records in PostgreSQL"),
+    "parquet": Extra(("pyarrow",), "rows in Parquet files"),
+    "xlsx": Extra(("openpyxl",), "rows in XLSX files"),
+    "gguf": Extra(("gguf",), "export to GGUF, for llama.cpp"),
+    "graders": Extra(("nltk", "rapidfuzz", "rouge_score"), "ROUGE, similarities of reward graders"),
+    "audit": Extra(("model_signing", "OpenSSL"), "signatures of adapters"),
+}
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

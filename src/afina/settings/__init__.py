@@ -13,6 +13,7 @@ from afina.settings.combine import CombineSettings
 from afina.settings.common import EMBEDDED, ModelSettings, Settings, job_settings, setting
 from afina.settings.compare import VARIED, CompareSettings
 from afina.settings.demo import DemoSettings
+from afina.settings.doctor import DoctorSettings
 from afina.settings.eval import EvalSettings
 from afina.settings.export import ExportSettings
 from afina.settings.extract import ExtractSettings
@@ -68,6 +69,7 @@ __all__ = [
     "CompareSettings",
     "DPOSettings",
     "DemoSettings",
+    "DoctorSettings",
     "EvalSettings",
     "ExportSettings",
     "ExtractSettings",
