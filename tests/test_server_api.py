@@ -296,6 +296,45 @@ def test_a_required_call_has_the_form_of_the_template(
     assert not [d for d in deltas if d.kind == "content"]
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_strict_arguments_are_followed_once_the_model_opens_a_call(
+    name: str, tokenizer: Any, tmp_path: Any
+) -> None:
+    template = None
+    if TEMPLATES[name] is not None:
+        template = str(tmp_path / "t.jinja")
+        (tmp_path / "t.jinja").write_text(TEMPLATES[name])
+    renderer = Renderer(tokenizer, template or "chatml", 2048)
+    prompts = ChatPrompts(renderer)
+    body = {**TOOL_BODY, "tool_choice": "auto"}
+    weather, now = TOOL_BODY["tools"]
+    strict = {**weather, "function": {**weather["function"], "strict": True}}
+    free = prompts.build(ChatCompletionRequest.model_validate(body))
+    assert free.grammar is None and free.json_schema is None
+    prompt = prompts.build(ChatCompletionRequest.model_validate({**body, "tools": [strict, now]}))
+    form, compiler = prompts.format, GrammarCompiler(tokenizer)
+    begin = form.begin.lstrip().replace(PROBE_ID, "abcdefghi")
+    end = form.end.replace(PROBE_ID, "abcdefghi")
+    before = "Let me see. " if form.marker else ""
+    thought = "so</think>\n\n" if prompt.is_thought_open else ""
+
+    def follows(text: str) -> bool:
+        matcher = compiler.of(prompt.grammar or "", renderer.stop_token_ids)
+        for token in tokenizer(thought + text, add_special_tokens=False)["input_ids"]:
+            if not matcher.allowed_tokens(len(tokenizer))[token]:
+                return False
+            matcher.accept_token(token)
+        return bool(matcher.allowed_tokens(len(tokenizer))[min(renderer.stop_token_ids)])
+
+    call = before + begin + "weather" + form.between
+    assert follows("It is sunny, {as} ever.") and follows("")
+    assert follows(call + '{"city": "Lima"}' + end)
+    assert follows(before + begin + "now" + form.between + '{"zone": [1, 2]}' + end)
+    assert not follows(call + '{"city": "Oslo"}' + end)
+    assert not follows(call + "{}" + end)
+    assert not follows(before + begin + "other" + form.between + "{}" + end)
+
+
 def test_history_with_calls_is_rendered_as_calls_are_generated(
     tokenizer: Any, tmp_path: Any
 ) -> None:

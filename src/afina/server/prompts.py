@@ -189,7 +189,8 @@ class ChatPrompts:
         """Return the prompt with the grammar of its calls and JSON schema."""
         choice = prompt.choice
         is_required = choice.mode == "required"
-        if not is_required and schema is None:
+        is_strict = choice.mode == "auto" and choice.is_strict and schema is None
+        if not is_required and schema is None and not is_strict:
             return prompt
         if not is_required and choice.mode == "none" and not is_thought_open:
             return replace(prompt, json_schema=schema)
@@ -198,7 +199,10 @@ class ChatPrompts:
         if schema is not None and not is_required:
             rules.append(writer.json_rule(schema))
             body.append("text")
-        if choice.mode != "none":
+        if is_strict:
+            rules.append(writer.text_or_calls(choice))
+            body.append("strict")
+        elif choice.mode != "none":
             rules.append(writer.calls(choice))
             body.append("calls")
         end = self.thought[1] if self.thought is not None and is_thought_open else None

@@ -9,6 +9,7 @@ form above, and a system text that describes it.
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -202,9 +203,16 @@ class GrammarWriter:
             for part in parts
         )
 
-    def calls(self, choice: ToolChoice) -> str:
-        """Return the rules `calls` and its parts: at least one call of an allowed function."""
+    def calls(self, choice: ToolChoice, begin: str | None = None) -> str:
+        """Return the rules `calls` and its parts: at least one call of an allowed function.
+
+        Args:
+            choice: the allowed functions; where they are not required, a schema that is not strict
+                allows any object.
+            begin: text before the first name; by default that of the format.
+        """
         form, lines = self._format, []
+        begin = form.begin if begin is None else begin
         after = self._with_id(form.end)
         middle = None if form.middle is None else self._with_id(form.middle)
         more = (
@@ -212,14 +220,33 @@ class GrammarWriter:
             if choice.parallel and middle is not None
             else ""
         )
-        lines.append(f"calls: {self.literal(form.begin)} call{more} {after}")
+        opening = f"{self.literal(begin)} " if begin else ""
+        lines.append(f"calls: {opening}call{more} {after}")
         lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(choice.tools))))
         for n, tool in enumerate(choice.tools):
             head = self.literal(tool.function.name + form.between)
-            schema = json.dumps(_formed(tool.function.json_schema), ensure_ascii=False)
+            is_free = choice.mode == "auto" and not tool.function.strict
+            own = {"type": "object"} if is_free else tool.function.json_schema
+            schema = json.dumps(_formed(own), ensure_ascii=False)
             lines.append(f"call_{n}: {head} arguments_{n}")
             lines.append(f"arguments_{n}: %json {schema}")
         return "\n".join(lines)
+
+    def text_or_calls(self, choice: ToolChoice) -> str:
+        """Return the rule `strict`: any text, in which what opens a call is followed by calls."""
+        marker, begin = self._format.marker, self._format.begin.lstrip()
+        any_text = r"/(.|\n)*/"
+        if not marker or not begin.startswith(marker):  # a call begins with its JSON
+            return f"strict: calls | FREE\nFREE: /([^{{](.|\\n)*)?/\n{self.calls(choice)}"
+        if self.literal(marker).startswith("<["):  # a token of its own: text cannot contain it
+            return f"strict: FREE calls?\nFREE: {any_text}\n{self.calls(choice, begin)}"
+        pattern = re.escape(marker).replace("/", r"\/").replace("\n", "n")
+        inside = f"{any_text[:-1]}{pattern}{any_text[1:]}"
+        return (
+            f"strict: FREE | before calls\nFREE: {any_text} & ~{inside}\n"
+            f"before[suffix={json.dumps(marker, ensure_ascii=False)}]: TEXT\nTEXT: {any_text}\n"
+            f"{self.calls(choice, begin.removeprefix(marker))}"
+        )
 
     def answer(self, body: str, rules: str, thought_end: str | None) -> str:
         """Return a grammar whose answer is `body`, after a thought where one is open."""
