@@ -19,6 +19,7 @@ from afina.adapters.loading import load_adapter
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.cli.main import run as run_cli
 from afina.data.packing import group_in_order, group_padded
+from afina.data.schemas import SFTRow
 from afina.errors import AdapterError, AfinaError, BaseError, DataError, SettingsError
 from afina.evaluation.confusion import classification_scores, confusion
 from afina.evaluation.evaluate import evaluate
@@ -26,6 +27,8 @@ from afina.evaluation.generate import generate
 from afina.io.strict_json import read_json_object
 from afina.merging.merge_into_base import merge, merge_into_base
 from afina.models.classifier import Classifier, ImagePreprocessor, load_classifier
+from afina.objectives.labeled_data import chunk_texts
+from afina.objectives.tagging import encode_words
 from afina.planning.plan import plan
 from afina.training.train import TrainResult, train
 from afina.training.trainer import Trainer
@@ -765,3 +768,27 @@ def test_examples_of_encoders_are_shown(
     assert show(text, encoder, "mlm")[0]["text"].endswith("[SEP]")
     first = show(pictures, vision, "classify")[0]
     assert first["text"] == f"{first['where']} (8 x 8) -> «lying»" and first["tokens"] is None
+
+
+def test_control_tokens_in_texts_stay_text(encoder: Path) -> None:
+    base = load_classifier(str(encoder), ("a", "b"), False)
+    assert base.tokenizer is not None
+    special = {
+        base.tokenizer.cls_token_id,
+        base.tokenizer.sep_token_id,
+        base.tokenizer.mask_token_id,
+    }
+
+    def count(tokens: Any) -> int:
+        return sum(token in special for token in getattr(tokens, "token_ids", tokens))
+
+    for text in ("a [SEP] film", "[CLS] [MASK]", "a </s> [SEP][SEP] b"):
+        assert count(base.encode(text)) == 2
+        assert count(base.encode(text, "one [SEP]")) == count(base.encode("a", "one"))
+        assert count(base.encode(text, None, 6)) == 2
+        [chunk] = chunk_texts(base, [SFTRow("a:1", text=text)], 32)
+        assert count(chunk.token_ids) == 2
+        assert count(encode_words(base, text.split())[0]) == 2
+    # without one, the tokens are those of the tokenizer
+    plain = "a film about nothing"
+    assert base.encode(plain) == base.tokenizer(plain)["input_ids"]

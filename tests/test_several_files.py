@@ -1,5 +1,6 @@
 """Several files of rows: how they are named, mixed by weights and split, and what is refused."""
 
+import inspect
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from afina.data.several_files import (
 )
 from afina.data.table import FileRows, read_table
 from afina.errors import AfinaError, DataError, SettingsError
+from afina.objectives.registry import OBJECTIVES
 from afina.planning.plan import plan
 from afina.settings import TrainSettings, make_settings, resolved
 from afina.settings.data_files import DataFile, parse_data
@@ -232,3 +234,13 @@ def test_files_of_labels_and_scores_are_of_one_kind(tmp_path: Path) -> None:
         check_one_kind(join_tables(tables[:2], [1, 1]))
     assert "c.jsonl" in str(caught.value) and "d.jsonl" in str(caught.value)
     check_one_kind(join_tables(tables[::2], [1, 1]), lambda name: str(name == "scored-pairs"))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_every_objective_reads_several_files_and_cuts_rows(name: str) -> None:
+    source = inspect.getsource(OBJECTIVES.get(name).prepare)
+    for word in ("settings.data,", "settings.data)"):
+        assert f"read_table({word}" not in source
+    assert "read_files(" in source or "join_tables(" in source
+    if name not in ("pretrain", "mlm"):
+        assert "truncate" in source or "Preparation.start(" in source

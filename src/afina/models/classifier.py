@@ -135,11 +135,12 @@ class Classifier(FrozenModel):
     ) -> list[int] | TokenPair:
         """Return a text, or two, as tokens with the tokenizer's special ones.
 
-        Longer ones lose their end, with two texts the longer one, where `max_length` is given.
+        Control tokens such as [SEP] in a text stay text. Longer ones lose their end, with two
+        texts the longer one, where `max_length` is given.
         """
         assert self.tokenizer is not None
         cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-        encoded = self.tokenizer(text, pair, verbose=False, **cut)
+        encoded = self.tokenizer(text, pair, verbose=False, split_special_tokens=True, **cut)
         if pair is None:
             return encoded["input_ids"]
         return TokenPair(encoded["input_ids"], encoded.get("token_type_ids"))

@@ -117,7 +117,9 @@ def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[
     ]
     pieces = []
     for row in rows:
-        tokens = tokenizer(row.text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokenizer(
+            row.text, add_special_tokens=False, verbose=False, split_special_tokens=True
+        )["input_ids"]
         for start in range(0, len(tokens), max_length - 2):
             pieces.append(
                 TokenizedText(row.where, [*first, *tokens[start : start + max_length - 2], *last])

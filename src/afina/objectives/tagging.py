@@ -20,7 +20,9 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import IGNORE_INDEX, train_eval_split
 from afina.data.schemas import TAGGED, TaggedRow
+from afina.data.several_files import file_number, mix_rows
 from afina.data.table import parse_rows, read_table
+from afina.data.truncation import CutRows
 from afina.errors import DataError
 from afina.models.classifier import Classifier, load_tagger
 from afina.objectives.base import LossSum, Units
@@ -30,8 +32,10 @@ from afina.objectives.labeled_data import check_encoder_settings
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
+    describe_cut_rows,
     describe_data,
     eval_source,
+    read_files,
     trained_settings,
 )
 from afina.objectives.registry import register_objective
@@ -73,7 +77,7 @@ class TaggingObjective(PaddedObjective):
         """Read, tokenize, check and split the texts; load the base, unless it is given."""
         check_encoder_settings(settings)
         options = settings.group("tag")
-        table = read_table(settings.data, TAGGED, settings.columns, settings.skip_bad_rows)
+        table = read_files(settings, TAGGED)
         rows = _named(table.rows, options.names)
         if settings.eval_data is not None:
             eval_tagged = _named(
@@ -81,7 +85,11 @@ class TaggingObjective(PaddedObjective):
             )
         else:
             rows, eval_tagged = train_eval_split(
-                rows, settings.eval_size, settings.seed, lambda row: row.words
+                rows,
+                settings.eval_size,
+                settings.seed,
+                lambda row: row.words,
+                file_number(table.files),
             )
         labels = sorted({tag for row in rows for tag in row.tags}, key=_tag_order)
         base = base or load_tagger(
@@ -95,19 +103,24 @@ class TaggingObjective(PaddedObjective):
         skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
+        cut_rows = CutRows() if settings.truncate else None
         train, eval_rows = (
-            tokenize_tagged_rows(base, some, length, leave_out) for some in (rows, eval_tagged)
+            tokenize_tagged_rows(base, some, length, leave_out, cut_rows)
+            for some in (rows, eval_tagged)
         )
+        train = mix_rows(train, table.files, settings.seed)
         tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
+        task = cls(base, train, eval_rows, tokens, accumulation, settings.seed)
         return PreparedData(
-            task=cls(base, train, eval_rows, tokens, accumulation, settings.seed),
-            data_info=describe_data(table, len(eval_rows)) | {"labels": labels},
+            task=task,
+            data_info=describe_data(table, task) | describe_cut_rows(cut_rows) | {"labels": labels},
             skipped=skipped,
             show=partial(_show, base),
             eval_records=[row.record() for row in eval_tagged],
             modules_to_save=base.new_modules,
             max_length=length,
-            counts={"train": len(train), "held_out": len(eval_rows), "tags": ", ".join(labels)},
+            counts={"train": len(train), "held_out": len(eval_rows), "tags": ", ".join(labels)}
+            | describe_cut_rows(cut_rows),
         )
 
     @classmethod
@@ -118,7 +131,8 @@ class TaggingObjective(PaddedObjective):
         file, columns = eval_source(settings)
         tagged = _named(read_table(file, TAGGED, columns).rows, trained.group("tag").names)
         length = trained.max_length or min(base.max_positions, 512)
-        rows = tokenize_tagged_rows(base, tagged, length, None)
+        cut_rows = CutRows() if trained.truncate else None
+        rows = tokenize_tagged_rows(base, tagged, length, None, cut_rows)
         objective = cls(base, rows, rows, EVAL_BATCH_TOKENS, 1, 0)
         objective.num_rows = len(rows)
         return objective
@@ -198,7 +212,11 @@ class TaggingObjective(PaddedObjective):
 
 
 def tokenize_tagged_rows(
-    base: Classifier, rows: Sequence[TaggedRow], max_length: int, skipped: list[str] | None
+    base: Classifier,
+    rows: Sequence[TaggedRow],
+    max_length: int,
+    skipped: list[str] | None,
+    cut_rows: CutRows | None = None,
 ) -> list[TaggedExample]:
     """Return tagged texts as token ids.
 
@@ -207,6 +225,7 @@ def tokenize_tagged_rows(
         rows: The texts.
         max_length: Longest text in tokens.
         skipped: Rows that cannot be used are added here; None makes them an error.
+        cut_rows: Longer texts lose their last words and are added here; None makes them an error.
 
     Raises:
         DataError: A row cannot be used, or none is left.
@@ -217,12 +236,18 @@ def tokenize_tagged_rows(
         if unknown:
             what = f"tag {unknown[0]!r} does not occur in the training rows"
             raise DataError(what, where=where, why=f"known: {', '.join(base.labels)}")
-        token_ids, places = encode_words(base, row.words)
+        words = row.words
+        token_ids, places = encode_words(base, words)
+        while len(token_ids) > max_length and cut_rows is not None and len(words) > 1:
+            cut_rows.rows.add(where)
+            words = words[: max(1, min(len(words) - 1, sum(n < max_length for n in places)))]
+            token_ids, places = encode_words(base, words)
         if len(token_ids) > max_length:
             what = f"{len(token_ids):,} tokens, more than the {max_length:,} allowed"
-            hint = "raise --max-length, shorten the row, or leave it out with --skip-bad-rows"
-            raise DataError(what, where=where, hint=hint)
-        return TaggedExample(where, token_ids, places, tuple(map(base.labels.index, row.tags)))
+            hint = "raise --max-length, cut the text with --truncate, or leave the row out"
+            raise DataError(what, where=where, hint=f"{hint} with --skip-bad-rows")
+        tags = row.tags[: len(words)]
+        return TaggedExample(where, token_ids, places, tuple(map(base.labels.index, tags)))
 
     tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
     if not tokenized:
@@ -233,7 +258,9 @@ def tokenize_tagged_rows(
 def encode_words(base: Classifier, words: Sequence[str]) -> tuple[list[int], tuple[int, ...]]:
     """Return the token ids of words, and of each word its first token; -1 for one without."""
     assert base.tokenizer is not None
-    encoded = base.tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)
+    encoded = base.tokenizer(
+        " ".join(words), return_offsets_mapping=True, verbose=False, split_special_tokens=True
+    )
     starts, at = [], 0
     for word in words:
         starts.append(at)
