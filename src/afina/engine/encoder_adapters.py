@@ -7,7 +7,7 @@ heads of several adapters, and rows of all of them, are in one batch.
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,19 @@ from afina.models.encoder_views import EncoderViews
 def replaces_modules(config: AdapterConfig) -> bool:
     """Return whether an adapter has modules of its own, and is active alone, with weight 1."""
     return bool(config.modules_to_save) or get_method(config.method).replaces_base
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderRecord(AdapterRecord):
+    """An adapter of an encoder on disk.
+
+    Attributes:
+        view: what it is attached to, and computes its rows.
+        num_outputs: length of a row's result.
+    """
+
+    view: Classifier
+    num_outputs: int = 0
 
 
 class EncoderLayouts(AdapterLayoutCache):
@@ -56,7 +69,7 @@ class EncoderRegistry(AdapterRegistry):
     def __init__(
         self,
         views: EncoderViews,
-        try_to_load: Callable[[AdapterRecord], None],
+        try_to_load: Callable[[EncoderRecord], int],
         require_audit: bool = False,
         reserved_names: Collection[str] = (),
     ) -> None:
@@ -64,50 +77,39 @@ class EncoderRegistry(AdapterRegistry):
 
         Args:
             views: the encoder.
-            try_to_load: raises `AdapterError` for an adapter whose tensors do not fit.
+            try_to_load: returns an adapter's number of outputs; raises `AdapterError` where its
+                tensors do not fit.
             require_audit: accept only adapters with an audit report that approves them.
             reserved_names: names that no adapter may have.
         """
         super().__init__(views.classifier, require_audit, reserved_names)
         self._encoder, self._try_to_load = views, try_to_load
         self._layouts_of = {id(v): EncoderLayouts(v) for v in (views.classifier, views.encoder)}
-        self._views: dict[str, Classifier] = {}  # by hash
 
     def view_of(self, digest: str) -> Classifier:
         """Return the view of the encoder to which an adapter belongs; raises `AdapterError`."""
-        view = self._views.get(digest)
-        if view is None:
+        record = self._contents.get(digest)
+        if not isinstance(record, EncoderRecord):
             raise AdapterError("the adapter was removed", hint="load it again")
-        return view
-
-    def forget(self, digest: str) -> None:
-        """Drop what is known of an adapter that no name needs."""
-        if digest not in self._contents:
-            self._views.pop(digest, None)
+        return record.view
 
     def _layouts_for(self, opened: AdapterFolder) -> AdapterLayoutCache:
         config = opened.config(self._encoder.classifier.tokenizer)
         paths = (*config.target_modules, *config.modules_to_save)
         return self._layouts_of[id(self._encoder.of(paths))]
 
-    def _read(self, folder: Any) -> AdapterRecord:
-        record = super()._read(folder)
-        base = self._encoder.of((*record.config.target_modules, *record.config.modules_to_save))
+    def _read(self, folder: Any) -> EncoderRecord:
+        found = super()._read(folder)
+        base = self._encoder.of((*found.config.target_modules, *found.config.modules_to_save))
         if isinstance(base, Encoder):
             opened = AdapterFolder.open(folder).path
             config = read_metadata(opened).get(EMBEDDING_KEY)
             if config is not None:
                 where = str(opened / METADATA_FILE)
                 base = self._encoder.embedding_as(EmbeddingConfig.from_record(config, where))
-        is_new = record.hash not in self._views
-        self._views.setdefault(record.hash, base)
-        try:
-            self._try_to_load(record)
-        except BaseException:
-            if is_new:
-                del self._views[record.hash]
-            raise
-        return record
+        values = {one.name: getattr(found, one.name) for one in fields(found)}
+        record = EncoderRecord(**values, view=base)
+        return replace(record, num_outputs=self._try_to_load(record))
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class AttachedAdapters:
     def __len__(self) -> int:
         return len(self._attached)
 
-    def load(self, record: AdapterRecord, needed: Collection[str]) -> None:
+    def load(self, record: EncoderRecord, needed: Collection[str]) -> None:
         """Attach an adapter, unless it is; `needed` ones are not detached for it.
 
         Raises:
@@ -144,7 +146,7 @@ class AttachedAdapters:
         self._free_memory(record.bytes, needed)
         numbers = read_verified(record, self.registry.require_audit)
         tensors = record.layout.tensors(numbers)
-        view = self.registry.view_of(record.hash)
+        view = record.view
         with _own_heads(view, record.config, tensors):
             adapter = attach(view.model, view.forward_context, record.hash, record.config)
         try:

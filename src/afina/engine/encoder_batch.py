@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from afina.adapters.segments import Segment, Segments
-from afina.engine.adapter_registry import AdapterRecord
-from afina.engine.encoder_adapters import replaces_modules
+from afina.engine.encoder_adapters import EncoderRecord, replaces_modules
 from afina.engine.request import AdapterWeight
 from afina.errors import AdapterError
 from afina.models.classifier import Classifier
@@ -22,7 +21,7 @@ class EncoderRequest:
     future: "Future[list[Tensor]]"
     view: Classifier
     adapters: tuple[AdapterWeight, ...]
-    records: list[AdapterRecord]
+    records: list[EncoderRecord]
     client: str
     request_id: str
     found: dict[int, Tensor] = field(default_factory=dict)

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afina.engine.adapter_registry import AdapterRecord
 from afina.engine.config import EngineConfig
-from afina.engine.encoder_adapters import AttachedAdapters, EncoderRegistry
+from afina.engine.encoder_adapters import AttachedAdapters, EncoderRecord, EncoderRegistry
 from afina.engine.encoder_batch import (
     EncoderRequest,
     EncoderRow,
@@ -67,8 +66,7 @@ class EncoderEngine:
         self._live: set[EncoderRequest] = set()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] = lambda error: None
-        # outputs by adapter, and of the base under ""
-        self._num_outputs = {"": int(getattr(views.classifier.model.config, "num_labels", 1))}
+        self._num_base_outputs = int(getattr(views.classifier.model.config, "num_labels", 1))
         self.steps = self.rows = self.tokens = 0
         self.busy_seconds = 0.0
 
@@ -151,7 +149,7 @@ class EncoderEngine:
                 raise DataError(what, why=f"the base reads from 1 to {view.max_positions}")
         names = tuple(part.adapter for part in adapters)
         contents = self.registry.acquire(names)
-        records = [one for one in contents if isinstance(one, AdapterRecord)]
+        records = [one for one in contents if isinstance(one, EncoderRecord)]
         request = EncoderRequest(Future(), view, tuple(adapters), records, client, request_id)
         request.num_rows = len(rows)
         try:
@@ -187,9 +185,9 @@ class EncoderEngine:
             limits = (max(settings.max_num_waiting, len(rows)), settings.max_total_waiting)
             if own > limits[0] or total > limits[1]:
                 raise BusyError(f"{pluralize(own - len(rows), 'row')} under way", retry_after=1.0)
-            if client not in self._queues:  # what it had before it was idle does not count
+            if client not in self._served:  # what it had before it was idle does not count
                 self._served[client] = min(self._served.values(), default=0)
-                self._queues[client] = deque()
+            self._queues.setdefault(client, deque())
             self._num_live[client] += len(rows)
             self._queues[client] += [EncoderRow(request, n, row) for n, row in enumerate(rows)]
             self._live.add(request)
@@ -214,11 +212,11 @@ class EncoderEngine:
             self.registry.record_usage(part.adapter, 0, hits=1)
         self.registry.release(tuple(part.adapter for part in request.adapters))
 
-    def _try_to_load(self, record: AdapterRecord) -> None:
+    def _try_to_load(self, record: EncoderRecord) -> int:
         """Compute one row with an adapter in the engine's thread; raises `AdapterError`."""
         if not self.alive:
             return self._try(record)
-        done: Future[None] = Future()
+        done: Future[int] = Future()
 
         def load() -> None:
             try:
@@ -230,7 +228,7 @@ class EncoderEngine:
             self._messages.append(load)
             self._wake.notify()
         try:
-            done.result(LOAD_SECONDS)
+            return done.result(LOAD_SECONDS)
         except TimeoutError:
             raise BusyError("the engine has no time for another adapter") from None
 
@@ -252,13 +250,10 @@ class EncoderEngine:
     @torch.inference_mode()
     def step(self) -> None:
         """Handle messages, and compute one batch."""
+        for _ in range(len(self.registry.unreferenced)):
+            self._attached.forget(self.registry.unreferenced.pop())
         while self._messages:
             self._messages.popleft()()
-        for _ in range(len(self.registry.unreferenced)):
-            digest = self.registry.unreferenced.pop()
-            self.registry.forget(digest)
-            self._attached.forget(digest)
-            self._num_outputs.pop(digest, None)
         batch = self._take()
         if not batch:
             return
@@ -270,10 +265,10 @@ class EncoderEngine:
         self.busy_seconds += time.perf_counter() - begin
 
     @torch.inference_mode()
-    def _try(self, record: AdapterRecord) -> None:
-        """Attach an adapter, and learn its number of outputs from one row."""
+    def _try(self, record: EncoderRecord) -> int:
+        """Attach an adapter, and return its number of outputs, from one row."""
         self._attached.load(record, ())
-        view = self.registry.view_of(record.hash)
+        view = record.view
         own, text = (AdapterWeight(record.hash),), view.encode("a")
         request = EncoderRequest(Future(), view, own, [record], "", "", num_rows=1)
         try:
@@ -283,7 +278,7 @@ class EncoderEngine:
             what = "the adapter does not compute on this base"
             raise AdapterError(what, where=record.file, why=why) from error
         check_finite(found)
-        self._num_outputs[record.hash] = len(found)
+        return len(found)
 
     def _take(self) -> list[EncoderRow]:
         """Return rows of one view, in turns of the clients, that fit a batch."""
@@ -349,9 +344,10 @@ class EncoderEngine:
     def _finish(self, row: EncoderRow, result: Tensor) -> None:
         request = row.request
         self.rows, self.tokens = self.rows + 1, self.tokens + row.length
-        first = next((part.adapter for part in request.adapters), "")
-        if not isinstance(request.view, Encoder):  # a batch has the outputs of its largest head
-            result = result[: self._num_outputs.get(first, len(result))]
+        # a batch of scores has the outputs of its largest head
+        records = request.records
+        if not isinstance(request.view, Encoder):
+            result = result[: records[0].num_outputs if records else self._num_base_outputs]
         try:
             check_finite(result)
         except AdapterError as error:
