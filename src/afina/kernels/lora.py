@@ -19,18 +19,16 @@ from afina.kernels.adapter_group import (
     SegmentRow,
     Weights,
     check_rows,
+    mean_tokens,
+    prefers_products,
     segment_table,
     sort_rows,
     table_rows,
 )
 from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
-from afina.kernels.varlen_attention import FAST_ISAS
 
 # With more tokens a row and a larger rank than these, PyTorch's products are faster than C++.
 MAX_CPP_TOKENS, MAX_CPP_RANK = 128, 16
-# The same in float32 on AVX2, which has too few registers for the sums of a tile: 2,048 tokens,
-# 384 to 384, rank 8: 0.8 and 2.7 ms (forward, backward), in C++ 12.9 and 32.9 ms.
-MAX_AVX2_TOKENS = 4
 
 
 def grouped_lora(
@@ -107,14 +105,6 @@ class FusedLoRA(FusedKernel):
         super().__init__(kernels.add, native, (a, bt), (num_tokens, inputs, outputs), dtype)
 
 
-def prefers_products(rows: Sequence[SegmentRow], ranks: Sequence[int], dtype: torch.dtype) -> bool:
-    """Return whether PyTorch's products, a row at a time, are faster than the C++ kernel."""
-    tokens = sum(end - start for start, end, *_ in rows) / max(1, len(rows))
-    if kernels.isa not in FAST_ISAS and dtype == torch.float32:
-        return tokens > MAX_AVX2_TOKENS
-    return tokens > MAX_CPP_TOKENS and max(ranks, default=0) > MAX_CPP_RANK
-
-
 class LoRAProducts(FusedKernel):
     """What `FusedLoRA` computes, by PyTorch's products, a row at a time."""
 
@@ -147,7 +137,8 @@ class LoRAGroup(AdapterGroup):
         return kind(x.shape[:-1].numel(), self.rows, a, bt)
 
     def _prefers_products(self, a: Sequence[Tensor]) -> bool:
-        return prefers_products(self.rows, [len(t) for t in a], a[0].dtype)
+        is_large = max(map(len, a)) > MAX_CPP_RANK and mean_tokens(self.rows) > MAX_CPP_TOKENS
+        return is_large or prefers_products(self.rows, a[0].dtype)
 
     def saved_tensors(self, weights: Sequence[Weights]) -> list[Tensor]:
         """Return the packed weights: every A, then every B transposed."""

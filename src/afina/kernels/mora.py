@@ -24,6 +24,7 @@ from afina.kernels.adapter_group import (
     SegmentRow,
     Weights,
     check_rows,
+    prefers_products,
     segment_table,
     sort_rows,
     table_rows,
@@ -221,6 +222,30 @@ class FusedMoRA(FusedKernel):
         )
 
 
+class MoRAProducts(FusedKernel):
+    """What `FusedMoRA` computes, by PyTorch's products, a row at a time."""
+
+    def __init__(
+        self,
+        x: Tensor,  # (..., in)
+        outputs: int,
+        rows: Sequence[SegmentRow],
+        layouts: Sequence[MoRALayout],
+        m: Sequence[Tensor],  # each (q, q)
+    ) -> None:
+        num_tokens, inputs = x.shape[:-1].numel(), x.shape[-1]
+        check_rows(rows, num_tokens, len(layouts))
+        super().__init__(kernels.mora, None, m, (num_tokens, inputs, outputs), x.dtype)
+        self.rows, self.layouts, self.m = rows, layouts, m
+
+    def _add(self, y: Tensor, x: Tensor) -> None:
+        y, x = y.flatten(0, -2), x.flatten(0, -2)
+        for start, end, k, weight in self.rows:
+            layout = self.layouts[k]
+            low = F.linear(layout.fold(x[start:end]), self.m[k])
+            y[start:end].add_(layout.unfold(low, y.shape[1]), alpha=weight)
+
+
 class MoRAGroup(AdapterGroup):
     """MoRA layers of one module: the kernel reads M, `m` `(q, q)`, and the operator, `layout`."""
 
@@ -231,6 +256,9 @@ class MoRAGroup(AdapterGroup):
 
     def prepare(self, x: Tensor, outputs: int, weights: Sequence[Weights]) -> FusedKernel:
         """Return the kernel for inputs like `x` `(..., in)`; weights are those of `pack_mora`."""
+        if prefers_products(self.rows, x.dtype):
+            m = [t.detach().to(x.dtype) for t in self.parameters]
+            return MoRAProducts(x, outputs, self.rows, self._layouts, m)
         return FusedMoRA(x, outputs, self.rows, self._layouts, [packed for (packed,) in weights])
 
     def saved_tensors(self, weights: Sequence[Weights]) -> list[Tensor]:
@@ -241,7 +269,13 @@ class MoRAGroup(AdapterGroup):
         self, grad: Tensor, x: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return the gradient of every M, float32; that of x is added to `grad_x`."""
-        return _weight_gradients(grad, x, grad_x, self.rows, self._layouts, saved)
+        if not prefers_products(self.rows, x.dtype):
+            return _weight_gradients(grad, x, grad_x, self.rows, self._layouts, saved)
+        table = segment_table(self.rows)
+        added, grads = mora_backward_reference(grad, x, *table, _to_ints(self._layouts), [*saved])
+        if grad_x is not None:
+            grad_x += added.view(grad_x.shape)
+        return [t.float() for t in grads]
 
     def apply(self, y: Tensor, x: Tensor) -> Tensor:
         """Return `grouped_mora`."""
