@@ -15,6 +15,7 @@ from afina.engine.engine import generate_completions
 from afina.engine.request import OutputChunk, SamplingParams
 from afina.errors import AfinaError, DataError, SettingsError
 from afina.io.extras import import_extra
+from afina.io.translation import translate, translate_error
 from afina.settings import ChatSettings
 
 if TYPE_CHECKING:
@@ -164,31 +165,35 @@ def chat(settings: ChatSettings) -> dict[str, Any]:
 def _converse(backend: ChatBackend, system_prompt: str | None) -> list[dict[str, str]]:
     """Return the messages of the conversation; /new begins another one."""
     console = Console(stderr=True)
+
+    def show(text: str) -> None:
+        console.print(translate(text), highlight=False)
+
     opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = list(opening)
     known = dict(backend.commands) | COMMON_COMMANDS
-    console.print(f"{backend.greeting}. {', '.join(known)}; Ctrl-D ends.", highlight=False)
+    show(f"{backend.greeting}. {', '.join(known)}; Ctrl-D ends.")
     while (line := _read_line()) is not None:
         word, _, argument = line.partition(" ")
         if word in backend.commands:
             if printed := backend.command(word, argument.strip()):
-                console.print(printed, highlight=False)
+                show(printed)
         elif line == NEW:
             messages = list(opening)
         elif line == HELP:
             for name, text in known.items():
-                console.print(f"{name:8} {text}", highlight=False)
+                console.print(f"{name:8} {translate(text)}", highlight=False)
         elif re.fullmatch(r"/[a-z]+", line):
-            console.print(f"{line} is none of {', '.join(known)}", highlight=False)
+            show(f"{line} is none of {', '.join(known)}")
         elif line:
             messages.append({"role": "user", "content": line})
             try:
                 messages.append({"role": "assistant", "content": _complete(backend, messages)})
             except DataError as error:  # the conversation is longer than the context
-                console.print(f"{error.what}; {NEW} starts a new conversation", highlight=False)
+                show(f"{error.what}; {NEW} starts a new conversation")
                 messages.pop()
             except AfinaError as error:
-                console.print(str(error), highlight=False)
+                console.print(translate_error(error), highlight=False)
                 messages.pop()
     return messages
 

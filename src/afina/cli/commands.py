@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from afina.comparison.results import AdviceResult, ComparisonResult
+from afina.io.translation import translate
 from afina.settings import AdviseSettings, CompareSettings, TrainSettings
 from afina.training.results import SweepResult, TrainResult
 
@@ -35,7 +36,7 @@ def advise(settings: AdviseSettings) -> AdviceResult:
 
 
 def _log(text: str) -> None:
-    print(f"afina: {text}", file=sys.stderr, flush=True)
+    print(f"afina: {translate(text)}", file=sys.stderr, flush=True)
 
 
 def _read_answer(question: str) -> str:

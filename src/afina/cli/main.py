@@ -23,6 +23,15 @@ from afina.cli.render import print_result
 from afina.cli.torchrun import is_first_failure, print_from_main_process_only
 from afina.errors import AfinaError, SettingsError, did_you_mean
 from afina.io.migrations import migrate_settings
+from afina.io.translation import (
+    ENGLISH,
+    LANGUAGES,
+    VARIABLE,
+    language,
+    translate,
+    translate_error,
+    use_language,
+)
 from afina.settings import GroupedSettings, Settings, make_settings, read_yaml, settings_groups
 from afina.settings.renamed import RENAMED_COMMANDS, renamed_setting
 
@@ -30,11 +39,23 @@ SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 RUN_FILES = ("checkpoint", "run.json")  # next to the settings.yaml of a run
 
 
+LANGUAGE_HELP = f"language of what is printed; also by {VARIABLE}"
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse, with afina's errors."""
+    """argparse, with afina's errors and languages."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, add_help=False)
+        self._positionals.title = translate("arguments")
+        self._optionals.title = translate("options")
+        self.add_argument("-h", "--help", action="help", help=translate("show this help"))
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message, hint=f"{self.prog} --help")
+
+    def format_help(self) -> str:
+        return translate("usage:") + super().format_help().removeprefix("usage:")
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
@@ -44,29 +65,46 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """
     parser = _Parser(
         prog="afina",
-        description="Adapt a frozen model with small adapters: train, evaluate, merge, audit, "
-        "serve.",
+        description=translate(
+            "Adapt a frozen model with small adapters: train, evaluate, merge, audit, serve."
+        ),
         epilog="Guide without mathematics: docs/guide/en/index.md; en español: "
         "docs/guide/es/index.md.",
     )
-    parser.add_argument("--version", action="version", version=f"afina {afina.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"afina {afina.__version__}",
+        help=translate("print the version"),
+    )
+    _add_language(parser)
+    commands = parser.add_subparsers(dest="command", metavar=translate("COMMAND"))
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            help=command.help,
-            description=command.help,
+            help=translate(command.help),
+            description=translate(command.help),
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
         sub.add_argument(
-            "--config", metavar="FILE", help="a YAML file of settings; flags take precedence"
+            "--config",
+            metavar="FILE",
+            help=translate("a YAML file of settings; flags take precedence"),
         )
-        sub.add_argument("--json", action="store_true", help="print one JSON object as last line")
+        sub.add_argument(
+            "--json", action="store_true", help=translate("print one JSON object as last line")
+        )
+        if "lang" not in command.settings.model_fields:
+            _add_language(sub)
         if only in (None, name):
             _add_settings(sub, command)
             _add_groups(sub, command)
     return parser
+
+
+def _add_language(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lang", metavar="|".join(LANGUAGES), help=translate(LANGUAGE_HELP))
 
 
 def _add_settings(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -88,7 +126,7 @@ def _add_groups(parser: argparse.ArgumentParser, command: Command) -> None:
         if not kind.model_fields:
             continue
         first_line = (kind.__doc__ or name).splitlines()[0]
-        group = parser.add_argument_group(f"{name}: {first_line}")
+        group = parser.add_argument_group(f"{name}: {translate(first_line)}")
         for key, field in kind.model_fields.items():
             _add_flag(group, f"{name}.{key}", key, field)
 
@@ -104,7 +142,7 @@ def _add_flag(parser: argparse._ActionsContainer, dest: str, name: str, field: A
 
 def _help(field: Any) -> str:
     """Return a setting's help text with its default, where there is one worth showing."""
-    text, default = (field.description or "") + _plugins(field), field.default
+    text, default = translate(field.description or "") + _plugins(field), field.default
     if not field.is_required() and default is not None and default not in ({}, []):
         text += f" [{str(default).lower() if isinstance(default, bool) else default}]"
     return text.replace("%", "%%")
@@ -114,7 +152,7 @@ def _plugins(field: Any) -> str:
     """Return the names that other packages add to the values of a setting, for its help text."""
     group = (field.json_schema_extra or {}).get("entry_points")
     names = sorted(point.name for point in entry_points(group=group)) if group else []
-    return f"; installed: {', '.join(names)}" if names else ""
+    return f"; {translate('installed')}: {', '.join(names)}" if names else ""
 
 
 def _metavar(annotation: Any, name: str) -> str:
@@ -197,6 +235,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
     given = {key: value for key, value in vars(known).items() if key != "command"}
     as_json, file = given.pop("json", False), given.pop("config", None)
     fields = _fields(command)
+    if "lang" not in fields:
+        given.pop("lang", None)
+    elif language() != ENGLISH:
+        given.setdefault("lang", language())
     values = {
         key: _value(fields[key].annotation, value)
         for key, value in given.items()
@@ -212,7 +254,7 @@ def _without_command(arguments: Sequence[str]) -> NoReturn:
     parser = build_parser("")
     _, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = ["--help", "--version", *COMMANDS]
+        known = ["--help", "--version", "--lang", *COMMANDS]
         raise SettingsError(f"unknown flag {unknown[0]}", hint=did_you_mean(unknown[0], known))
     parser.print_help()
     raise SystemExit(0)
@@ -230,7 +272,9 @@ def _unknown_word(name: str, command: Command, word: str) -> SettingsError:
         kind, prefix = settings_groups.get(prefix), f"{prefix}."
     if renamed := renamed_setting(kind, old, prefix):
         return SettingsError(f"unknown flag {flag}: it was renamed", hint=renamed.hint)
-    known = [f"--{field.replace('_', '-')}" for field in (*_fields(command), "config", "json")]
+    known = [
+        f"--{field.replace('_', '-')}" for field in (*_fields(command), "config", "json", "lang")
+    ]
     ends = [other for other in known if other.endswith("." + old.replace("_", "-"))]
     hint = did_you_mean(flag, known) if not ends else f"did you mean {' or '.join(ends)}?"
     return SettingsError(f"unknown flag {flag}", hint=hint)
@@ -275,6 +319,30 @@ def run(arguments: Sequence[str]) -> int:
         The exit status: 0 success, 1 failure, 2 wrong settings, 130 interrupted; of `audit` also
         3 for review and 4 for block.
     """
+    try:
+        with use_language(_language_flag(arguments)):
+            return _run(_without_language(arguments))
+    except SettingsError as error:  # an unknown language
+        _print_error(error, "--json" in arguments)
+        return 2
+
+
+def _language_flag(arguments: Sequence[str]) -> str | None:
+    """Return the value of --lang, which also applies to help and to errors of other flags."""
+    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        if word == "--lang" or word.startswith("--lang="):
+            return word.removeprefix("--lang=") if "=" in word else following
+    return None
+
+
+def _without_language(arguments: Sequence[str]) -> Sequence[str]:
+    """Return the words without a --lang in front of the command."""
+    if arguments[:1] == ["--lang"]:
+        return arguments[2:]
+    return arguments[1:] if arguments and arguments[0].startswith("--lang=") else arguments
+
+
+def _run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         name, settings, as_json = parse(arguments)
@@ -295,15 +363,13 @@ def run(arguments: Sequence[str]) -> int:
         _print_error(error, as_json)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
-        print(
-            "\nafina: interrupted. --resume continues a training run from its last checkpoint.",
-            file=sys.stderr,
-        )
+        text = "interrupted. --resume continues a training run from its last checkpoint."
+        print(f"\nafina: {translate(text)}", file=sys.stderr)
         return 130
 
 
 def _print_error(error: AfinaError, as_json: bool) -> None:
-    print(f"afina: {error}", file=sys.stderr)
+    print(f"afina: {translate_error(error)}", file=sys.stderr)
     if as_json:
         parts = {key: getattr(error, key) for key in ("what", "where", "why", "hint")}
         print(json.dumps({"error": parts}, ensure_ascii=False))

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
+from afina.io.translation import translate
+
 Duration = Literal["short", "start", "long"]
 SILENT_SECONDS = 10.0  # without output, after which a line is printed
 
@@ -47,10 +49,11 @@ def signs_of_life(command: str, duration: Duration) -> Iterator[None]:
                 return
             if time.monotonic() - watched.last_write >= SILENT_SECONDS:
                 seconds = time.monotonic() - start
-                print(f"afina: {command} has run for {seconds:.0f} s", file=stream, flush=True)
+                text = translate(f"{command} has run for {seconds:.0f} s")
+                print(f"afina: {text}", file=stream, flush=True)
                 watched.last_write = time.monotonic()
 
-    print(f"afina: {command} started", file=stream, flush=True)
+    print(f"afina: {translate(f'{command} started')}", file=stream, flush=True)
     thread = threading.Thread(target=watch, daemon=True)
     sys.stderr = watched  # type: ignore[assignment]
     thread.start()

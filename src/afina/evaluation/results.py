@@ -6,6 +6,7 @@ from typing import Any
 
 from afina.errors import pluralize
 from afina.io.result import Content, Result, ResultTable, ResultText, next_command, optional
+from afina.io.translation import Verbatim
 
 TableRows = list[tuple[str, ...]]
 
@@ -208,6 +209,8 @@ def example_tables(examples: Sequence[Mapping[str, Any]]) -> list[Content]:
     """Return a table for each of the first examples: prompt, expected, base and adapter."""
     labels = {"prompt": "prompt", "expected": "expected", "before": "base", "after": "adapter"}
     return [
-        ResultTable("", [(label, str(one[name])) for name, label in labels.items() if name in one])
+        ResultTable(
+            "", [(label, Verbatim(one[name])) for name, label in labels.items() if name in one]
+        )
         for one in examples[:MAX_EXAMPLES]
     ]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from afina.io.translation import translate
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
@@ -35,9 +37,14 @@ class ResultTable:
     def __rich_console__(
         self, console: "Console", options: "ConsoleOptions"
     ) -> "Iterator[RenderableType]":
-        """Yield the table for a terminal; cells are printed as they are, without markup."""
-        widths = self._column_widths(options.max_width)
-        yield self._stacked() if widths is None else self._table(widths)
+        """Yield the table for a terminal, in its language; cells are printed without markup."""
+        table = self._translated()
+        widths = table._column_widths(options.max_width)
+        yield table._stacked() if widths is None else table._table(widths)
+
+    def _translated(self) -> "ResultTable":
+        rows = [tuple(map(translate, row)) for row in self.rows]
+        return ResultTable(translate(self.title), rows, tuple(map(translate, self.head)))
 
     def _column_widths(self, max_width: int) -> list[int] | None:
         """Return the width of each column in characters; None where the words do not fit."""
@@ -97,7 +104,11 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class ResultText:
-    """Lines of a result: `style` is rich's; `wraps` is False for commands, to be pasted entire."""
+    """Lines of a result: `style` is rich's.
+
+    `wraps` is False for commands, to be pasted entire, and texts of models; these stay as they are
+    in every language.
+    """
 
     text: str
     style: str = ""
@@ -108,7 +119,7 @@ class ResultText:
         from rich.text import Text
 
         if self.wraps:
-            return Text(self.text, style=self.style)
+            return Text(translate(self.text), style=self.style)
         return Text(self.text, style=self.style, no_wrap=True, overflow="ignore")
 
     def to_markdown(self) -> str:

@@ -20,6 +20,7 @@ import torch
 from afina.errors import AfinaError
 from afina.io.atomic import write_json
 from afina.io.subprocesses import SubprocessError, run_in_subprocess
+from afina.io.translation import translate
 from afina.kernels.dispatch import kernels
 from afina.planning.estimates import MachineRates
 
@@ -73,7 +74,8 @@ def _read() -> dict[str, Any]:
 
 def _measure_in_subprocess(device: str) -> dict[str, Any]:
     """Return rates measured in a subprocess, whose memory is that of a training process."""
-    print("afina: measuring this machine, once, for about ten seconds", file=sys.stderr)
+    text = translate("measuring this machine, once, for about ten seconds")
+    print(f"afina: {text}", file=sys.stderr)
     threads = str(torch.get_num_threads())
     try:
         return dict(run_in_subprocess("afina.training.measure_machine", device, threads))

@@ -16,6 +16,7 @@ from afina.io.result import (
     format_seconds,
     format_value,
 )
+from afina.io.translation import Verbatim
 
 DATA_LABELS = {
     "train": "train rows",
@@ -63,7 +64,7 @@ class PlanResult(Result):
 
     def _settings_and_data(self) -> list[Content]:
         used = [
-            (name, _setting(value))
+            (Verbatim(name), Verbatim(_setting(value)))
             for name, value in self.settings.items()
             if value not in (None, {}, [], "")
         ]
@@ -86,7 +87,7 @@ class PlanResult(Result):
             return []
         if not self.examples:
             head = ResultText("one example, target tokens marked:", "bold")
-            return [head, ResultText(self.example)]
+            return [head, ResultText(Verbatim(self.example))]
         lines: list[Content] = []
         for example in self.examples:
             tokens, targets = (
@@ -95,7 +96,7 @@ class PlanResult(Result):
             )
             kind = "longest example" if example.get("is_longest") else "example"
             title = f"{kind} of {example['where']}{tokens}{targets}:"
-            lines += [ResultText(title, "bold"), ResultText(example["text"])]
+            lines += [ResultText(title, "bold"), ResultText(Verbatim(example["text"]))]
         return lines
 
     def _trainable(self) -> str:

@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from afina.io.translation import translate
 from afina.training.results import data_notes
 from afina.training.setup.set_up import RunSetup
 from afina.training.trainer import StepMetrics, peak_memory_mb
@@ -48,7 +49,10 @@ class ProgressDisplay(NullProgress):
         self._steps = [setup.steps for setup in setups]
         self._piece = setups[0].prepared.units.piece
         outputs = [setup.settings.output_dir for setup in setups]
-        names = ["training" if len(setups) == 1 or out is None else out.name for out in outputs]
+        names = [
+            translate("training") if len(setups) == 1 or out is None else out.name
+            for out in outputs
+        ]
         self._labels = [""] if len(setups) == 1 else [f"{name}  " for name in names]
         self._num_eval_rows = sum(len(setup.prepared.task.eval_rows) for setup in setups)
         self._notes = [
@@ -63,7 +67,7 @@ class ProgressDisplay(NullProgress):
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn(translate("left")),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -97,7 +101,7 @@ class ProgressDisplay(NullProgress):
         text = (
             f"loss {tick.loss:.3f}  {speed:,.0f} {self._piece}s/s  peak {peak_memory_mb():,.0f} MB"
         )
-        self._bar.update(self._tasks[run], completed=tick.step, description=text)
+        self._bar.update(self._tasks[run], completed=tick.step, description=translate(text))
         if "rewards/accuracies" in tick.metrics:
             text += f"  preferred {100 * tick.metrics['rewards/accuracies']:.0f}%"
         if "reward" in tick.metrics:
@@ -111,5 +115,5 @@ class ProgressDisplay(NullProgress):
             self._print(line)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(translate(line), highlight=False, soft_wrap=True)
         self._last_line = time.monotonic()

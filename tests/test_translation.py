@@ -1,0 +1,163 @@
+"""Languages: every sentence has its twin with the same gaps, and commands print in a language."""
+
+import io
+import re
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from afina.cli.command_table import COMMANDS
+from afina.cli.main import LANGUAGE_HELP, run
+from afina.evaluation.intervals import LossChange
+from afina.evaluation.verdict import LossReport, verdict
+from afina.io.result import Result, ResultTable, ResultText
+from afina.io.translation import (
+    GAP,
+    LANGUAGES,
+    Catalogue,
+    Verbatim,
+    catalogue,
+    translate,
+    use_language,
+)
+from afina.settings import GroupedSettings, settings_groups
+from test_rendering import KINDS, read_result, terminal
+
+TRANSLATED = [name for name in LANGUAGES if name != "en"]
+ENGLISH = re.compile(r"\b(the|of|and|with|rows|loss|fell|fits|by|was|per)\b")
+
+
+@pytest.fixture(params=TRANSLATED)
+def lang(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A language in which is printed."""
+    with use_language(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_twins_have_the_gaps_of_their_sentences(name: str) -> None:
+    for key, twin in catalogue(name).sentences.items():
+        named = [gap[1] for gap in GAP.finditer(twin)]
+        numbers = [int(text) if text else index for index, text in enumerate(named)]
+        count = key.count("{}")
+        assert all(named) or not any(named), (key, "either all gaps have a number or none")
+        assert (not count and not any(named)) or sorted(numbers) == [*range(count)], (key, twin)
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_short_sentences_match_only_numbers_words_and_other_sentences(name: str) -> None:
+    for key, twin in catalogue(name).sentences.items():
+        letters = re.sub(r"[^A-Za-z]", "", key.replace("{}", ""))
+        if "{}" in key and len(letters) < 10:
+            kinds = [gap[2] for gap in GAP.finditer(twin)]
+            assert any(kind in ("n", "w") for kind in kinds) or ": " in key, (key, twin)
+
+
+def helps() -> set[str]:
+    """Return every help text of the command line."""
+    texts = {LANGUAGE_HELP}
+    for command in COMMANDS.values():
+        texts |= {command.help, *(f.description for f in command.settings.model_fields.values())}
+        if issubclass(command.settings, GroupedSettings):
+            kinds = [settings_groups.get(name) for name in command.settings.group_names()]
+            for kind in (kind for kind in kinds if kind.model_fields):
+                if kind.__module__.startswith("afina."):
+                    texts.add((kind.__doc__ or "").splitlines()[0])
+                    texts |= {field.description for field in kind.model_fields.values()}
+    return texts
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_every_help_text_has_a_twin(name: str) -> None:
+    assert {text for text in helps() if text not in catalogue(name).sentences} == set()
+
+
+def texts_of(result: Result) -> Iterator[str]:
+    """Yield what a result prints that is not a text of a user."""
+    for part in result.content():
+        if isinstance(part, ResultTable):
+            yield from (part.title, *part.head, *(row[0] for row in part.rows))
+            yield from (cell for row in part.rows for cell in row[1:])
+        elif isinstance(part, ResultText) and part.wraps:
+            yield part.text
+
+
+@pytest.mark.parametrize("name", ["plan", "merge", "combine", "show"])
+def test_results_are_printed_in_the_language(name: str, lang: str) -> None:
+    for text in texts_of(read_result(name)):
+        if not isinstance(text, Verbatim):
+            assert not ENGLISH.search(translate(text)), (text, translate(text))
+
+
+CHANGES = {  # (mean, standard error) of eval and train rows
+    "one row": ((-1.0, None), (-1.0, None)),
+    "improved": ((-1.0, 0.1), (-1.1, 0.1)),
+    "overfits": ((-0.5, 0.05), (-2.0, 0.05)),
+    "unsure": ((-0.5, 1.0), (-2.0, 0.1)),
+    "none": ((0.001, 0.001), (0.0, 0.001)),
+    "worse": ((0.5, 0.05), (0.4, 0.05)),
+}
+
+
+@pytest.mark.parametrize("rise", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("case", CHANGES)
+def test_verdicts_are_printed_in_the_language(case: str, rise: float, lang: str) -> None:
+    change, train = (LossChange(30, *one) for one in CHANGES[case])
+    losses = LossReport(3.0, 2.0, 3.0, 1.9, change, train, 30, 2.0, 2.0 + rise, 5, 10)
+    for unit in ("token", "row", "pair", "answer", "masked token"):
+        for sentence in verdict(losses, unit, "tokens"):
+            shown = translate(f"- {sentence}")
+            assert shown.startswith("- ") and not ENGLISH.search(shown), (sentence, shown)
+
+
+def test_values_keep_their_order_and_numbers_follow_the_language() -> None:
+    twins = Catalogue("es", {"{} of {}": "{1:n} contiene {0:t}", "{} rows": "{:n} filas"})
+    assert twins.translate("1,234.5% of 3") == "3 contiene 1.234,5 %"
+    assert twins.translate("2,000 rows of 3e-4") == "3e-4 contiene 2.000 filas"
+    assert twins.translate("many rows") is None
+    assert twins.line("  - 7 rows\n") == "  - 7 filas\n"
+
+
+def test_texts_of_users_are_not_translated(lang: str) -> None:
+    assert translate("yes") != "yes"
+    table = ResultTable("", [("prompt", Verbatim("yes")), ("expected", Verbatim("1.5"))])
+    stream = io.StringIO()
+    Console(file=stream, width=60).print(table)
+    assert " yes " in stream.getvalue() and " 1.5 " in stream.getvalue()
+    assert table.to_markdown().startswith("|  |  |")
+
+
+@pytest.mark.parametrize("variable", ["es", "es_ES.UTF-8"])
+def test_environment_selects_the_language(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AFINA_LANG", variable)
+    with pytest.raises(SystemExit):
+        run(["plan", "--help"])
+    assert capsys.readouterr().out.startswith("uso: afina plan")
+    monkeypatch.setenv("AFINA_LANG", "tlh")
+    assert translate("settings") == "settings"
+
+
+@pytest.mark.parametrize(
+    "words", [["--lang", "es", "plan", "none.jsonl"], ["plan", "none.jsonl", "--lang=es"]]
+)
+def test_flag_selects_the_language_of_errors(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) in (1, 2)
+    assert "siguiente:" in capsys.readouterr().err
+    assert translate("settings") == "settings"
+
+
+def test_unknown_language_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--lang", "tlh", "demo"]) == 2
+    assert "known: en, es" in capsys.readouterr().err
+
+
+def test_json_and_markdown_are_in_english(lang: str) -> None:
+    result = read_result("merge")
+    assert "KL divergence" in result.to_markdown()
+    assert terminal(result) != result.to_markdown()
+    assert set(KINDS) >= {"merge"}
