@@ -1,5 +1,6 @@
 """Languages: every sentence has its twin with the same gaps, and commands print in a language."""
 
+import ast
 import io
 import re
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from afina import errors
 from afina.cli.command_table import COMMANDS
 from afina.cli.main import LANGUAGE_HELP, run
 from afina.evaluation.intervals import LossChange
@@ -22,6 +24,7 @@ from afina.io.translation import (
     use_language,
 )
 from afina.settings import GroupedSettings, settings_groups
+from sources import TEXTS, nodes
 from test_rendering import KINDS, read_result, terminal
 
 TRANSLATED = [name for name in LANGUAGES if name != "en"]
@@ -49,7 +52,7 @@ def test_twins_have_the_gaps_of_their_sentences(name: str) -> None:
 def test_short_sentences_match_only_numbers_words_and_other_sentences(name: str) -> None:
     for key, twin in catalogue(name).sentences.items():
         letters = re.sub(r"[^A-Za-z]", "", key.replace("{}", ""))
-        if "{}" in key and len(letters) < 10:
+        if "{}" in key and len(letters) < 7:
             kinds = [gap[2] for gap in GAP.finditer(twin)]
             assert any(kind in ("n", "w") for kind in kinds) or ": " in key, (key, twin)
 
@@ -161,3 +164,39 @@ def test_json_and_markdown_are_in_english(lang: str) -> None:
     assert "KL divergence" in result.to_markdown()
     assert terminal(result) != result.to_markdown()
     assert set(KINDS) >= {"merge"}
+
+
+ERRORS = {name for name in vars(errors) if name.endswith("Error")}
+PROSE = re.compile(r"[a-z]{3,} +[a-z{]|[a-z]{2,} [a-z]{3,}")  # not a flag or a value alone
+CODE = re.compile(r"--[\w.-]+( [A-Z]\w*)?|(?:afina|pip|gunzip|def|use) [a-z{].*|\w*[_/.]\w+")
+
+
+def sentence(node: ast.expr) -> str | None:
+    """Return the key of a literal, an f-string or a sum of them; None of any other expression."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        values = node.values
+        return "".join(v.value if isinstance(v, ast.Constant) else "{}" for v in values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = sentence(node.left), sentence(node.right)
+        return left + right if left is not None and right is not None else None
+    return None
+
+
+def error_sentences() -> Iterator[tuple[str, str]]:
+    """Yield (module, key) of every sentence in the call of an error."""
+    for module in TEXTS:
+        for node in nodes(module):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS:
+                keywords = [word.value for word in node.keywords if word.arg in ("why", "hint")]
+                for text in map(sentence, [*node.args[:1], *keywords]):
+                    if text and PROSE.search(CODE.sub("", text)):
+                        yield module, text
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_every_error_has_a_twin(name: str) -> None:
+    known = catalogue(name).sentences
+    missing = [f"{module}: {text!r}" for module, text in error_sentences() if text not in known]
+    assert not missing, "add to io/translations:\n" + "\n".join(missing)

@@ -329,7 +329,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _language_flag(arguments: Sequence[str]) -> str | None:
     """Return the value of --lang, which also applies to help and to errors of other flags."""
-    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word == "--lang" or word.startswith("--lang="):
             return word.removeprefix("--lang=") if "=" in word else following
     return None
