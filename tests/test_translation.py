@@ -11,6 +11,7 @@ from rich.console import Console
 from afina import errors
 from afina.cli.command_table import COMMANDS
 from afina.cli.main import LANGUAGE_HELP, run
+from afina.evaluation.cause import RunFigures
 from afina.evaluation.intervals import LossChange
 from afina.evaluation.verdict import LossReport, verdict
 from afina.io.result import Result, ResultTable, ResultText
@@ -23,6 +24,8 @@ from afina.io.translation import (
     translate,
     use_language,
 )
+from afina.objectives.base import Units
+from afina.objectives.task_score import TaskScore
 from afina.settings import GroupedSettings, settings_groups
 from sources import TEXTS, nodes
 from test_rendering import KINDS, read_result, terminal
@@ -103,13 +106,36 @@ CHANGES = {  # (mean, standard error) of eval and train rows
 }
 
 
-@pytest.mark.parametrize("rise", [0.0, 0.1, 2.0])
+SCORES = {  # before, after, rows, interval of the change
+    "one row": (0.0, 0.0, 1, None),
+    "improved": (10.0, 80.0, 30, (60.0, 75.0)),
+    "overfits": (10.0, 20.0, 30, (5.0, 15.0)),
+    "unsure": (10.0, 20.0, 30, (-5.0, 25.0)),
+    "none": (0.0, 0.0, 30, (0.0, 0.0)),
+    "worse": (60.0, 20.0, 30, (-60.0, -20.0)),
+}
+
+
+@pytest.mark.parametrize("rise", [0.0, 0.1, 0.3, 0.6, 2.0])
 @pytest.mark.parametrize("case", CHANGES)
 def test_verdicts_are_printed_in_the_language(case: str, rise: float, lang: str) -> None:
     change, train = (LossChange(30, *one) for one in CHANGES[case])
-    losses = LossReport(3.0, 2.0, 3.0, 1.9, change, train, 30, 2.0, 2.0 + rise, 5, 10)
+    before, after, rows, interval = SCORES[case]
+    scores = [TaskScore("exact match", after, rows, before, interval)]
+    scores.append(TaskScore("accuracy", after, rows, None, interval, 25.0))
+    figures = [
+        RunFigures(curve, steps, 100, 10, 5, overfits, 2e-4, rank, what)
+        for curve, steps in (([3.0, 1.0] * 20, 50), ([1.0, 4.0], 200), ([3.0, 2.5, 1.0], 200))
+        for overfits, rank in ((False, 8), (False, None), (True, 8))
+        for what in ("train loss", "reward")
+        if not (overfits and what == "reward")
+    ]
+    losses = LossReport(3.0, 2.0, 3.0, 2.9, change, train, rows, 2.0, 2.0 + rise, 5, 10)
     for unit in ("token", "row", "pair", "answer", "masked token"):
-        for sentence in verdict(losses, unit, "tokens"):
+        units = Units(unit, "tokens" if unit == "token" else "")
+        found = [verdict(losses, units, score, score, run) for score in scores for run in figures]
+        found.append(verdict(losses, units))
+        for sentence in {one for each in found for one in (*each.sentences, *each.forgetting)}:
             shown = translate(f"- {sentence}")
             assert shown.startswith("- ") and not ENGLISH.search(shown), (sentence, shown)
 

@@ -19,7 +19,7 @@ from afina.evaluation.verdict import (
     verdict,
 )
 from afina.objectives.base import Units
-from afina.objectives.task_score import MIN_ROWS_TO_TELL, TaskScore
+from afina.objectives.task_score import MIN_DECISIVE_ROWS, TaskScore
 
 FALLING = [3.0 - 2.9 * step / 200 for step in range(200)]
 SETTLED = [0.1 + 2.9 * math.exp(-step / 10) for step in range(200)]
@@ -98,7 +98,7 @@ def test_verdicts_on_losses(changes: dict[str, Any], expected: str) -> None:
     assert expected in " ".join(said(**changes).sentences)
 
 
-@pytest.mark.parametrize("rows", range(1, MIN_ROWS_TO_TELL))
+@pytest.mark.parametrize("rows", range(1, MIN_DECISIVE_ROWS))
 def test_few_eval_rows_decide_nothing(rows: int) -> None:
     """Neither eval loss nor their answers are judged; what the training rows show is."""
     found = said(exact(0, rows), rows=rows, eval_loss_after=5.0, train_loss_after=0.1)

@@ -193,7 +193,7 @@ class Renderer:
         return strict
 
     def _split(self, row: SFTRow) -> tuple[Prompt, Callable[[Prompt], SFTRow]]:
-        """Return what comes before the last trained answer, and the row with another such prompt."""
+        """Return the text before the last trained answer, and the row with another such prompt."""
         messages = self._messages(row)
         if messages is None:
             return row.prompt or "", lambda prompt: replace(row, prompt=prompt)

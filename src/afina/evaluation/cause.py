@@ -33,7 +33,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What a run says about itself.
+    """Figures of a run that show why it learned little.
 
     Attributes:
         curve: Loss of each optimizer step; lower is better.

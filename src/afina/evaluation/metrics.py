@@ -30,7 +30,8 @@ def accuracy(answers: Sequence[str], expected: Sequence[str]) -> float:
 
 def chrf(answers: Sequence[str], expected: Sequence[str]) -> float:
     """Return chrF: agreement of character n-grams (Popović 2015)."""
-    return _chrf_scorer().corpus_score(list(answers), [list(expected)]).score  # type: ignore[no-any-return]
+    score: float = _chrf_scorer().corpus_score(list(answers), [list(expected)]).score
+    return score
 
 
 def sentence_chrf(answer: str, expected: str) -> float:

@@ -1,6 +1,6 @@
 """Verdict on a run, in sentences: is the task learned, why not, does it overfit, what is forgotten.
 
-The task's own score decides; the loss stands beside it, and decides where there is no score. The
+The task's own score decides; the loss is reported too, and decides where there is no score. The
 thresholds are rules of thumb, defined here once: a change under 0.02 nats per token counts as
 none; an eval loss that improved less than the train loss by 15% of itself is overfitting. Where the
 rows are too few for a sentence (its 95% confidence interval includes the opposite), the verdict
@@ -14,7 +14,7 @@ from afina.errors import pluralize
 from afina.evaluation.cause import Cause, RunFigures, find_cause
 from afina.evaluation.intervals import LossChange
 from afina.objectives.base import Units
-from afina.objectives.task_score import MIN_ROWS_TO_TELL, TaskScore
+from afina.objectives.task_score import MIN_DECISIVE_ROWS, TaskScore
 
 MIN_LOSS_CHANGE = 0.02  # nats per token
 OVERFIT_RATIO = 0.15
@@ -63,8 +63,8 @@ class LossReport:
 
     @property
     def has_few_rows(self) -> bool:
-        """Whether the eval rows are too few to tell anything."""
-        return self.eval_rows < MIN_ROWS_TO_TELL
+        """Whether the eval rows are too few for any statement."""
+        return self.eval_rows < MIN_DECISIVE_ROWS
 
     @property
     def eval_improved(self) -> bool:
@@ -92,7 +92,7 @@ class LossReport:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Sentences on a run, those on forgetting apart, and the cause of what was not learned."""
+    """Sentences on a run, those on forgetting separately, and the cause of what was not learned."""
 
     sentences: list[str]
     forgetting: list[str]

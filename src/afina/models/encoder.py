@@ -74,7 +74,7 @@ class EmbeddingConfig:
 
     @classmethod
     def of(cls, folder: Path) -> "EmbeddingConfig":
-        """Return what sentence-transformers' files in a model's folder say; else the defaults.
+        """Return the configuration in sentence-transformers' files of a folder; else the defaults.
 
         Raises:
             BaseError: they have a module or a pooling that is not supported.
@@ -224,7 +224,7 @@ def load_encoder(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Encoder:
-    """Return a frozen encoder; without `embedding`, pooled as the files of the base say.
+    """Return a frozen encoder; without `embedding`, pooled as in the files of the base.
 
     Raises:
         BaseError: the model is missing, damaged, or gives no hidden states of texts.

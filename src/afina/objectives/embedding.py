@@ -246,7 +246,7 @@ class EmbeddingObjective(PaddedObjective):
     def _rankings(self, units: Tensor, table: PairTable) -> Iterator[RankedItems]:
         """Yield the ranking of all candidates for each different anchor."""
         candidates = [table.texts[n] for n in table.candidates]
-        place = {text: n for n, text in enumerate(candidates)}
+        index_of = {text: n for n, text in enumerate(candidates)}
         anchors = sorted({int(n) for n in table.anchors})
         compared = units[table.candidates.to(units.device)].T
         size = max(1, EVAL_SCORES // len(candidates))
@@ -255,9 +255,9 @@ class EmbeddingObjective(PaddedObjective):
             cosines = (units[some] @ compared).cpu()
             for anchor, row in zip(some, cosines, strict=True):
                 text = table.texts[anchor]
-                relevant = [place[t] for t in self._known[text] if t in place]
-                if text in place and place[text] not in relevant:
-                    row[place[text]] = -torch.inf  # a query does not find itself
+                relevant = [index_of[t] for t in self._known[text] if t in index_of]
+                if text in index_of and index_of[text] not in relevant:
+                    row[index_of[text]] = -torch.inf  # a query does not find itself
                 yield RankedItems.of(row, relevant, [1.0] * len(relevant))
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

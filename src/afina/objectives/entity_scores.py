@@ -34,14 +34,14 @@ def find_entities(tags: Sequence[str]) -> list[Entity]:
     """Return the entities of a text in order."""
     found: list[Entity] = []
     last_prefix, last_type = OUTSIDE, ""
-    for place, tag in enumerate(tags):
+    for index, tag in enumerate(tags):
         match = _ENTITY_TAG.fullmatch(tag)
         prefix, type_ = (match[1], match[2]) if match else (OUTSIDE, "")
         goes_on = last_prefix in "BI" and prefix in "I" + _ENDS and type_ == last_type
         if goes_on:
-            found[-1] = found[-1]._replace(end=place + 1)
+            found[-1] = found[-1]._replace(end=index + 1)
         elif prefix != OUTSIDE:
-            found.append(Entity(type_, place, place + 1))
+            found.append(Entity(type_, index, index + 1))
         last_prefix, last_type = prefix, type_
     return found
 

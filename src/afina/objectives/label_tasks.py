@@ -189,8 +189,8 @@ def _relevance_scores(logits: Tensor, expected: Tensor) -> dict[str, Any]:
     right = float(((logits.sigmoid() >= THRESHOLD) == relevant).double().mean())
     scores = {"accuracy": 100.0 * right}
     if bool(relevant.any()):
-        place = logits.sort().values, logits[relevant].sort().values
-        above = [len(values) - torch.searchsorted(values, place[1]) for values in place]
+        ranked = logits.sort().values, logits[relevant].sort().values
+        above = [len(values) - torch.searchsorted(values, ranked[1]) for values in ranked]
         scores["average_precision"] = 100.0 * float((above[1] / above[0]).double().mean())
     return scores
 

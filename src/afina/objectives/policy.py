@@ -43,7 +43,7 @@ from afina.objectives.policy_data import (
 )
 from afina.objectives.policy_generator import PolicyGenerator
 from afina.objectives.policy_losses import clipped_losses, kl_estimate
-from afina.objectives.policy_report import policy_report
+from afina.objectives.policy_report import policy_report, save_completions
 from afina.objectives.prepared import (
     BATCH_TOKENS,
     Preparation,
@@ -60,7 +60,7 @@ from afina.objectives.shared_prefix import SharedPrefixBatch
 from afina.objectives.workload import StepWorkload, policy_workload
 from afina.settings import EvalSettings, PolicySettings, TrainSettings
 
-NUM_SAVED_COMPLETIONS, COMPLETIONS_DIR = 4, "completions"  # of each check; of a run, for these
+COMPLETIONS_DIR = "completions"  # of a run
 
 
 class PolicyObjective(Objective):
@@ -300,10 +300,7 @@ class PolicyObjective(Objective):
     # ---- evaluation
 
     def eval_completions(
-        self,
-        rows: Sequence[TokenizedPrompt],
-        active: ActiveAdapters,
-        temperature: float = 0.0,
+        self, rows: Sequence[TokenizedPrompt], active: ActiveAdapters, temperature: float = 0.0
     ) -> tuple[list[Completion], list[Example], dict[str, Tensor]]:
         """Return a completion of each prompt, the same as examples, and their rewards by part."""
         run = f"judged {self._at} {active}"
@@ -331,12 +328,8 @@ class PolicyObjective(Objective):
         written, _, scores = self.eval_completions(self.eval_rows, active)
         self._check.add(scores | completion_metrics(written))
         if self._folder is not None and active and active == self.policy:
-            shown = zip(self.eval_rows, written, scores["reward"].tolist(), strict=True)
-            lines = [
-                {"prompt": query.row.prompt, "answer": one.text, "reward": reward}
-                for query, one, reward in list(shown)[:NUM_SAVED_COMPLETIONS]
-            ]
-            write_json(self._folder / f"{self._at:06d}.json", {"step": self._at, "answers": lines})
+            prompts = [query.row.prompt for query in self.eval_rows]
+            save_completions(self._folder, self._at, prompts, written, scores["reward"].tolist())
         return -float(scores["reward"].mean())
 
     def train_loss(self, active: ActiveAdapters) -> float:

@@ -1,16 +1,36 @@
 """The report of objectives that maximize a reward: reward, win rate, divergence, with sentences."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from afina.engine.request import Completion
 from afina.evaluation.intervals import wilson_interval
+from afina.io.atomic import write_json
 from afina.objectives.task_score import TaskScore
 
 if TYPE_CHECKING:
     from afina.objectives.policy import PolicyObjective
 
 NUM_EXAMPLES = 6  # completions before and after that are reported
+NUM_SAVED_COMPLETIONS = 4  # of each check
 LENGTH_RATIO = 1.5  # a change of the length that is reported
+
+
+def save_completions(
+    folder: Path,
+    step: int,
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    rewards: Sequence[float],
+) -> None:
+    """Write the first completions of a check, with their prompts and rewards, into `folder`."""
+    lines = [
+        {"prompt": prompt, "answer": one.text, "reward": reward}
+        for prompt, one, reward in zip(prompts, completions, rewards, strict=True)
+    ]
+    answers = lines[:NUM_SAVED_COMPLETIONS]
+    write_json(folder / f"{step:06d}.json", {"step": step, "answers": answers})
 
 
 def policy_report(

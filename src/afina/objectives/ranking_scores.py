@@ -1,4 +1,4 @@
-"""Scores of a ranking: nDCG@10, MRR@10 and how often the first place is right, in percent.
+"""Scores of a ranking: nDCG@10, MRR@10 and how often the first item is right, in percent.
 
     nDCG@10 = sum of gain / log2(1 + rank)   /   the same of the best order        ranks up to 10
     MRR@10  = 1 / rank of the first relevant item, 0 beyond rank 10
@@ -38,16 +38,16 @@ class RankedItems:
         others = scores.clone()
         others[list(relevant)] = -torch.inf
         before = (others >= own[:, None]).sum(1).tolist()
-        ranks = [1 + number + place for place, number in enumerate(before)]
+        ranks = [1 + number + rank for rank, number in enumerate(before)]
         return cls(ranks, [gains[n] for n in order])
 
     @property
     def ndcg(self) -> float:
         """Normalized discounted cumulative gain of the first `MAX_RANK` items, 0 to 1."""
         best = sorted(self.gains, reverse=True)[:MAX_RANK]
-        ideal = sum(gain / log2(2 + place) for place, gain in enumerate(best))
-        placed = zip(self.ranks, self.gains, strict=True)
-        return sum(gain / log2(1 + rank) for rank, gain in placed if rank <= MAX_RANK) / ideal
+        ideal = sum(gain / log2(2 + rank) for rank, gain in enumerate(best))
+        ranked = zip(self.ranks, self.gains, strict=True)
+        return sum(gain / log2(1 + rank) for rank, gain in ranked if rank <= MAX_RANK) / ideal
 
     @property
     def reciprocal_rank(self) -> float:

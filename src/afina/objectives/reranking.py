@@ -145,7 +145,7 @@ class RerankingObjective(ClassificationObjective):
         found = []
         for numbers in by_query.values():
             gains = [self.eval_rows[number].target[0] for number in numbers]
-            relevant = [place for place, gain in enumerate(gains) if gain > 0]
+            relevant = [index for index, gain in enumerate(gains) if gain > 0]
             if relevant and len(numbers) > 1:
                 found.append(
                     RankedItems.of(scores[numbers], relevant, [gains[n] for n in relevant])
@@ -189,4 +189,5 @@ def _scaled(rows: Sequence[LabeledRow], max_score: float) -> list[LabeledRow]:
                 where=f"{row.where}:label",
                 hint="--rerank.max-score N, where N is the highest score there is",
             )
-    return [replace(row, label=float(row.label) / max_score) for row in rows]  # type: ignore[arg-type]
+    labels = (float(row.label) for row in rows)  # type: ignore[arg-type]
+    return [replace(row, label=one / max_score) for row, one in zip(rows, labels, strict=True)]

@@ -51,13 +51,13 @@ class TaggedExample:
     Attributes:
         where: Location of the row.
         token_ids: With the tokenizer's special tokens.
-        places: Of each word its first token; -1 for a word without one.
+        positions: Of each word its first token; -1 for a word without one.
         tags: Index of the tag of each word.
     """
 
     where: str
     token_ids: list[int]
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     tags: tuple[int, ...]
 
 
@@ -150,9 +150,9 @@ class TaggingObjective(PaddedObjective):
         inputs = self.base.batch([row.token_ids for row in rows])
         targets = torch.full(inputs["input_ids"].shape, IGNORE_INDEX)
         for number, row in enumerate(rows):
-            for place, tag in zip(row.places, row.tags, strict=True):
-                if place >= 0:
-                    targets[number, place] = tag
+            for position, tag in zip(row.positions, row.tags, strict=True):
+                if position >= 0:
+                    targets[number, position] = tag
         return PaddedBatch(inputs, targets.to(self.base.device))
 
     def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
@@ -192,7 +192,7 @@ class TaggingObjective(PaddedObjective):
             chosen = self._token_logits(batch, active).argmax(-1)
             best += [part.tolist() for part in chosen.split(lengths)]
         return [
-            tuple(OUTSIDE if p < 0 else self.base.labels[tags[p]] for p in row.places)
+            tuple(OUTSIDE if p < 0 else self.base.labels[tags[p]] for p in row.positions)
             for row, tags in zip(rows, best, strict=True)
         ]
 
@@ -237,17 +237,17 @@ def tokenize_tagged_rows(
             what = f"tag {unknown[0]!r} does not occur in the training rows"
             raise DataError(what, where=where, why=f"known: {', '.join(base.labels)}")
         words = row.words
-        token_ids, places = encode_words(base, words)
+        token_ids, positions = encode_words(base, words)
         while len(token_ids) > max_length and cut_rows is not None and len(words) > 1:
             cut_rows.rows.add(where)
-            words = words[: max(1, min(len(words) - 1, sum(n < max_length for n in places)))]
-            token_ids, places = encode_words(base, words)
+            words = words[: max(1, min(len(words) - 1, sum(n < max_length for n in positions)))]
+            token_ids, positions = encode_words(base, words)
         if len(token_ids) > max_length:
             what = f"{len(token_ids):,} tokens, more than the {max_length:,} allowed"
             hint = "raise --max-length, cut the text with --truncate, or leave the row out"
             raise DataError(what, where=where, hint=f"{hint} with --skip-bad-rows")
         tags = row.tags[: len(words)]
-        return TaggedExample(where, token_ids, places, tuple(map(base.labels.index, tags)))
+        return TaggedExample(where, token_ids, positions, tuple(map(base.labels.index, tags)))
 
     tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
     if not tokenized:
@@ -265,14 +265,14 @@ def encode_words(base: Classifier, words: Sequence[str]) -> tuple[list[int], tup
     for word in words:
         starts.append(at)
         at += len(word) + 1
-    places = [-1] * len(words)
+    positions = [-1] * len(words)
     word = 0
     for token, (start, end) in enumerate(encoded["offset_mapping"]):
         while word + 1 < len(words) and end > starts[word + 1]:
             word += 1
-        if end > start and places[word] < 0:
-            places[word] = token
-    return encoded["input_ids"], tuple(places)
+        if end > start and positions[word] < 0:
+            positions[word] = token
+    return encoded["input_ids"], tuple(positions)
 
 
 def _named(rows: Sequence[TaggedRow], names: Sequence[str] | None) -> list[TaggedRow]:
@@ -302,10 +302,10 @@ def _tag_order(tag: str) -> tuple[bool, int, str]:
 def _show(base: Classifier, row: TaggedExample) -> ShownExample:
     """Return a text as the model reads it, each first token of a word with its tag."""
     assert base.tokenizer is not None
-    tags = dict(zip(row.places, row.tags, strict=True))
+    tags = dict(zip(row.positions, row.tags, strict=True))
     tokens = base.tokenizer.convert_ids_to_tokens(row.token_ids)
     text = " ".join(
-        f"{token}«{base.labels[tags[place]]}»" if place in tags else token
-        for place, token in enumerate(tokens)
+        f"{token}«{base.labels[tags[position]]}»" if position in tags else token
+        for position, token in enumerate(tokens)
     )
     return ShownExample(row.where, len(tokens), len(row.tags), text)

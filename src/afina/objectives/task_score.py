@@ -15,7 +15,7 @@ from afina.evaluation.intervals import paired_change, wilson_interval
 Outcome = Literal["too few", "better", "worse", "unclear", "unknown"]
 
 # With 5 paired rows that all improved, the sign test gives 2 / 2^5 = 6%; with 6 rows 3%.
-MIN_ROWS_TO_TELL = 6
+MIN_DECISIVE_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TaskScore:
     @property
     def outcome(self) -> Outcome:
         """Whether the score rose: its interval excludes 0; "unknown" without an interval."""
-        if self.rows < MIN_ROWS_TO_TELL:
+        if self.rows < MIN_DECISIVE_ROWS:
             return "too few"
         if self.change is None:
             return "unknown"
@@ -83,7 +83,7 @@ class TaskScore:
             text = f"{self.name} {self._value(self.after)}{against}"
         else:
             text = f"{self.name} {self._value(self.before)} to {self._value(self.after)}"
-        if self.change is None or self.rows < MIN_ROWS_TO_TELL:
+        if self.change is None or self.rows < MIN_DECISIVE_ROWS:
             return f"{text} ({rows})"
         low, high = self.change
         form = "+.1f" if self.unit else "+.3f"

@@ -42,7 +42,7 @@ class PairTable:
         anchors: `(num_pairs,)`.
         positives: `(num_pairs,)`, the text of each pair that belongs to the anchor.
         candidates: `(num_candidates,)`, the positives and negatives of all pairs, each once.
-        targets: `(num_pairs,)`: of each positive its place among the candidates, or the score.
+        targets: `(num_pairs,)`: of each positive its index among the candidates, or the score.
         left_out: `(2, n)`, a pair and a candidate that is no negative of it: the anchor itself, or
             another of its positives.
     """
@@ -59,16 +59,16 @@ class PairTable:
         """Return the table of some pairs; `known` has the positives of each anchor."""
         number = {text: n for n, text in enumerate(dict.fromkeys(t for r in rows for t in r.texts))}
         candidates = list(dict.fromkeys(t for row in rows for t in row.texts[1:]))
-        place = {text: n for n, text in enumerate(candidates)}
+        index_of = {text: n for n, text in enumerate(candidates)}
         if rows[0].score is not None:
             targets = torch.tensor([row.score for row in rows])
         else:
-            targets = torch.tensor([place[row.positive] for row in rows])
+            targets = torch.tensor([index_of[row.positive] for row in rows])
         left_out = [
-            (n, place[text])
+            (n, index_of[text])
             for n, row in enumerate(rows)
             for text in {row.anchor, *known.get(row.anchor, ())} - {row.positive, *row.negatives}
-            if text in place
+            if text in index_of
         ]
         return cls(
             tuple(number),

@@ -71,7 +71,7 @@ class EmbedSettings(ObjectiveSettings):
         ge=2,
     )
     pooling: Literal["auto", "mean", "cls", "max", "mean_sqrt_len", "weightedmean", "lasttoken"] = (
-        setting("from tokens to one vector; auto: as the base's files say, else the mean", "auto")
+        setting("from tokens to one vector; auto: as in the base's files, else the mean", "auto")
     )
     max_score: float = setting(
         "scored pairs: the score of equal texts, a cosine of 1; scores are divided by it",

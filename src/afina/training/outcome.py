@@ -17,7 +17,7 @@ from afina.io.chat_format import ChatFormat
 from afina.models.causal_lm import CausalLM
 from afina.models.fsdp import is_sharded
 from afina.objectives.base import perplexity
-from afina.objectives.task_score import MIN_ROWS_TO_TELL, TaskScore
+from afina.objectives.task_score import MIN_DECISIVE_ROWS, TaskScore
 from afina.training.checkpoint import SETTINGS
 from afina.training.setup.set_up import RunSetup, free_folder
 from afina.training.trainer import Trainer, read_metrics
@@ -78,12 +78,12 @@ def _answer_scores(
         return score_answers(answers, [one.completion or "" for one in chosen], row_kind=row_kind)
 
     found = score(task.expected_completions(), "eval row")
-    is_enough = found is None or len(task.eval_rows) >= MIN_ROWS_TO_TELL
+    is_enough = found is None or len(task.eval_rows) >= MIN_DECISIVE_ROWS
     return found, None if is_enough else score(task.train, "training row")
 
 
 def _run_figures(trainer: Trainer, overfits: bool) -> RunFigures:
-    """Return what the run says about itself, for the cause of what was not learned."""
+    """Return the figures of the run that show the cause of what was not learned."""
     setup, task = trainer.setup, trainer.setup.prepared.task
     key, sign = ("reward", -1) if task.maximizes_reward else ("loss", 1)
     curve = [sign * line[key] for line in read_metrics(trainer.run) if key in line]
@@ -102,7 +102,7 @@ def _run_figures(trainer: Trainer, overfits: bool) -> RunFigures:
 
 
 def _next_command(trainer: Trainer, decided: Verdict) -> str | None:
-    """Return the command to type next: the run again with what its cause asks for, or its use."""
+    """Return the command to type next: the run again with the settings of its cause, or its use."""
     folder = trainer.run
     if decided.cause is None:
         return trainer.setup.prepared.task.next_command(folder)

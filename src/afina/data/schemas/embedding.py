@@ -125,7 +125,7 @@ class EmbeddingSchema(Schema[EmbeddingRow]):
         if record.has("score") and record.get("score") != "":
             score = finite_number(record.get("score"), record.field_location("score"))
             if len(positives) > 1 or negatives:
-                what = "a score beside several texts: it belongs to two"
+                what = "a score with several texts: it belongs to two"
                 raise DataError(what, where=record.field_location("score"))
         return EmbeddingRow(record.where, anchor, positives, negatives, score)
 
