@@ -41,7 +41,7 @@ Status = Literal["ok", "optional", "problem"]
 
 @dataclass(frozen=True)
 class Check:
-    """One fact about the machine; `hint` says what to type, where something is missing."""
+    """One fact about the machine; `hint` is what to type where something is missing."""
 
     name: str
     status: Status
@@ -154,30 +154,30 @@ def _folders(settings: DoctorSettings) -> Iterator[Check]:
         ("cache", cache, "AFINA_CACHE=FOLDER names another"),
         ("runs", settings.output_dir, "--output-dir FOLDER names another"),
     ):
-        place = _existing(folder)
-        problem = _write_problem(place)
+        existing = _existing(folder)
+        problem = _write_problem(existing)
         if problem is not None:
             yield Check(name, "problem", f"{folder} cannot be written: {problem}", hint)
             continue
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(existing).free
         value = f"{folder}, {format_bytes(free)} free"
         yield Check(name, "ok" if free >= MIN_FREE_BYTES else "problem", value, hint)
 
 
 def _existing(folder: Path) -> Path:
     """Return a folder or the nearest one above it that exists."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
-def _write_problem(place: Path) -> str | None:
+def _write_problem(existing: Path) -> str | None:
     """Return why no file can be written into a folder, or None."""
-    if not place.is_dir():
-        return f"{place} is a file"
+    if not existing.is_dir():
+        return f"{existing} is a file"
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             return None
     except OSError as error:
         return error.strerror or str(error)

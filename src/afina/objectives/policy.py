@@ -311,9 +311,8 @@ class PolicyObjective(Objective):
     @torch.no_grad()
     def sampled_metrics(self, active: ActiveAdapters) -> dict[str, float]:
         """Return metrics of sampled completions; `kl` and `entropy` are nats per token."""
-        written, examples, scores = self.eval_completions(
-            self.eval_rows, active, self.options.temperature
-        )
+        rows, temperature = self.eval_rows, self.options.temperature
+        written, examples, scores = self.eval_completions(rows, active, temperature)
         sums = MetricSums()
         sums.add(scores | completion_metrics(written))
         for _, chosen in batches_by_length(examples, self._batch_tokens):
@@ -380,11 +379,10 @@ class PolicyObjective(Objective):
         """
         written, _, scores = self.eval_completions(self.eval_rows, active)
         sampled = self.sampled_metrics(active)
-        rewards = scores["reward"].tolist()
         means = {k: float(v.mean()) for k, v in (scores | completion_metrics(written)).items()}
         means |= {"loss": -means["reward"], "kl": sampled["kl"], "entropy": sampled["entropy"]}
         means |= {f"sampled_{name}": sampled[name] for name in ("reward", "length")}
-        pairs = zip(written, rewards, strict=True)
+        pairs = zip(written, scores["reward"].tolist(), strict=True)
         return means | {"completions": [(one.text, reward) for one, reward in pairs]}
 
     report = policy_report
