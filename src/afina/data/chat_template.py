@@ -317,7 +317,7 @@ class ChatTemplate:
         jinja = self.jinja or ""
         quoted = {
             text: rf"(['\"]){re.escape(text)}\1"
-            for text in self.control.texts - self._stop_texts
+            for text in self.control.texts - self.stop_texts
             if text in jinja
         }
         return frozenset(
@@ -396,7 +396,7 @@ class ChatTemplate:
         return int(self.tokenizer.convert_tokens_to_ids(text))  # type: ignore[arg-type]
 
     @cached_property
-    def _stop_texts(self) -> frozenset[str]:
+    def stop_texts(self) -> frozenset[str]:
         """The texts of all stop tokens."""
         return frozenset(stop.text for stop in self.stops) | {str(self.tokenizer.eos_token)}
 

@@ -5,7 +5,6 @@ that the caller can raise it or leave the record out; a fault of the complete fi
 """
 
 import csv
-import hashlib
 import io
 import json
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from afina.data.columns import kind_of
-from afina.data.images import IMAGE_SUFFIXES, read_image
 from afina.errors import DataError, did_you_mean, pluralize
 
 Record = tuple[str, dict[str, Any] | DataError]
@@ -427,22 +425,3 @@ def read_conll(path: Path, text: str) -> Records:
             hint = "a word and its tag, the same number of columns in each line"
             broken = broken or DataError(what, where=f"{path}:{number}", hint=hint)
         words.append((fields[0], fields[-1]))
-
-
-def read_image_folder(path: Path) -> tuple[list[Record], str]:
-    """Return one record per image of PATH/CLASS/IMAGE, and the sha256 of their names and contents.
-
-    Raises:
-        DataError: there is no image, or one cannot be read.
-    """
-    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        hint = "one folder per class: DATA/cat/1.png, DATA/dog/2.png, ..."
-        raise DataError("no pictures here", where=str(path), hint=hint)
-    digest = hashlib.sha256()
-    records: list[Record] = []
-    for file in files:
-        content = read_image(file)
-        digest.update(file.relative_to(path).as_posix().encode() + hashlib.sha256(content).digest())
-        records.append((str(file), {"image": content, "label": file.parent.name}))
-    return records, digest.hexdigest()

@@ -277,7 +277,7 @@ class Renderer:
             tokens = self._sequence(row)
         else:
             self._note_control_tokens(row, row.text, raw=True)
-            tokens = [*self._with_bos(self._encode(row.text)), self._eos(row.where)]
+            tokens = self._ended(self._with_bos(self._encode(row.text)), row.where)
         size = max(2, min(chunk, self.max_length))
         cuts = [*range(0, len(tokens), size), len(tokens)]
         if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1 and size > 2:
@@ -351,6 +351,7 @@ class Renderer:
             what = "nothing to train on in this row: its mask is all off"
             why = "an answer needs a message before it, and a weight that is not 0"
             raise DataError(what, where=row.where, why=why)
+        messages = [self._without_stop(message, row.where) for message in messages]
         chat = self.template.chat(messages[: numbers[-1] + 1], row.where, row.tools)
         answers = find_answers(self.template, chat, numbers)
         for key in check_history(self.template, chat, numbers, answers[-1].prompt):
@@ -364,6 +365,23 @@ class Renderer:
         if len(examples) > 1:
             self.split_rows.add(row.where)
         return examples
+
+    def _without_stop(self, message: Message, where: str) -> Message:
+        """Return an answer without stop tokens at its end: the template writes the one there is."""
+        content = message.get("content")
+        if message["role"] != "assistant" or not isinstance(content, str):
+            return message
+        ends = tuple(filter(None, self.template.stop_texts))
+        if not content.rstrip().endswith(ends):
+            return message
+        cut = content.rstrip()
+        while cut.endswith(ends):
+            cut = cut.removesuffix(next(end for end in ends if cut.endswith(end))).rstrip()
+        if not cut and not message.get("tool_calls"):
+            hint = "--skip-bad-rows leaves the row out"
+            raise DataError("an answer is a stop token alone", where=where, hint=hint)
+        self.control_rows.setdefault("stop_tokens_in_answers", set()).add(where)
+        return message | {"content": cut}
 
     def _note_control_tokens(self, row: SFTRow, *texts: str, raw: bool = False) -> None:
         if self.template.control.occur_in(*texts):
@@ -425,16 +443,23 @@ class Renderer:
         tokens, start = self._encode(prompt + completion), self._encode(prompt)
         if tokens[: len(start)] != start:
             tokens = start + self._encode(completion)
-        with_bos, eos = self._with_bos(tokens), self._eos(row.where)
+        with_bos = self._with_bos(tokens)
         num_before = len(start) + len(with_bos) - len(tokens)
-        ended = with_bos if with_bos[-1] == eos else [*with_bos, eos]
-        return ended, num_before, completion
+        prompt_tokens, answer = with_bos[:num_before], with_bos[num_before:]
+        return [*prompt_tokens, *self._ended(answer, row.where)], num_before, completion
 
     def _encode(self, text: str, hidden: Sequence[str] = ()) -> list[int]:
         return self.template.control.encode(text, hidden)
 
     def _with_bos(self, tokens: list[int]) -> list[int]:
         return tokens if self._bos is None or tokens[:1] == [self._bos] else [self._bos, *tokens]
+
+    def _ended(self, tokens: list[int], where: str) -> list[int]:
+        """Return tokens with one end-of-text token at their end, however many the text has."""
+        eos, end = self._eos(where), len(tokens)
+        while end and tokens[end - 1] == eos:
+            end -= 1
+        return [*tokens[:end], eos]
 
     def _eos(self, where: str) -> int:
         if self.tokenizer.eos_token_id is None:

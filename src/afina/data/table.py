@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from afina.data.columns import ColumnMapping, Columns, RawRecord
+from afina.data.hub import is_hub_dataset, read_hub_dataset
+from afina.data.image_folder import has_metadata
 from afina.data.proposals import SAMPLE, ask_for_reading, propose
 from afina.data.readers import Record, is_windows_1252, read_bytes, read_records
 from afina.data.schemas import (
@@ -110,7 +112,7 @@ def read_table(
         >>> table = read_table(Path("qa.csv"), SFT, {"prompt": "question", "completion": "answer"})
     """
     path = Path(path)
-    if path.is_dir() and columns:
+    if path.is_dir() and columns and not has_metadata(path):
         hint = "leave --columns out"
         raise DataError("a folder of pictures has no columns", where=str(path), hint=hint)
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, columns or {})
@@ -217,6 +219,9 @@ def _read_source(
     """
     if path.is_dir():
         return *schema.read_folder(path), ""
+    if is_hub_dataset(path):
+        rows, digest = read_hub_dataset(path)
+        return list(rows[:limit]), digest, ""
     data = read_bytes(path)
     usual = ColumnMapping.create(path, schema.fields, schema.aliases, {})
 

@@ -61,6 +61,7 @@ from afina.objectives.prepared import (
     eval_rows_file,
     read_files,
     trained_settings,
+    with_split_folders,
 )
 from afina.objectives.registry import register_objective
 from afina.settings import EvalSettings, TrainSettings
@@ -256,6 +257,7 @@ class ClassificationObjective(PaddedObjective):
             task=task,
             data_info=describe_data(table, task)
             | describe_cut_rows(cut_rows)
+            | ({"eval_path": str(settings.eval_data)} if settings.eval_data else {})
             | {"labels": list(labels)}
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
             | ({"not_evaluated": not_evaluated} if not_evaluated else {})
@@ -476,7 +478,7 @@ def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[La
     if record["data"]["format"] == "text":
         return read_table(file, LABELED).rows
     wanted = {json.loads(line)["file"] for line in file.read_text().splitlines()}
-    trained = trained_settings(record)
+    trained = with_split_folders(trained_settings(record))
     folders = [trained.eval_data] if trained.eval_data else [f.path for f in trained.data_files]
     missing = [folder for folder in folders if not folder.exists()]
     if missing:

@@ -10,6 +10,7 @@ from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
+from afina.data.image_folder import find_split_folders
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import Schema
 from afina.data.several_files import (
@@ -319,6 +320,16 @@ def hold_out_every_nth(
             hint="a smaller --max-length, or --eval-data FILE",
         )
     return train, eval_pieces
+
+
+def with_split_folders(settings: TrainSettings) -> TrainSettings:
+    """Return settings with the parts of a folder of pictures as training and eval rows."""
+    parts = find_split_folders(settings.data) if isinstance(settings.data, Path) else None
+    if parts is None:
+        return settings
+    update: dict[str, Any] = {"data": parts.train}
+    update |= {"eval_data": parts.eval} if settings.eval_data is None else {}
+    return settings.model_copy(update=update)
 
 
 def read_files(settings: TrainSettings, schema: Schema[RowT]) -> Table[RowT]:

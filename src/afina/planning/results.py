@@ -29,6 +29,7 @@ DATA_LABELS = {
     "unused_message_keys": "keys of messages that the template does not read",
     "control_tokens_as_text": "rows with control tokens in their texts, read as text",
     "control_tokens_as_tokens": "rows with control tokens in their texts, read as tokens",
+    "stop_tokens_in_answers": "answers that ended with a stop token already",
     "split_chats": "chats with an example for each answer",
     "truncated_rows": "rows cut to max_length",
     "truncated_answers": "of these, answers without their end",

@@ -183,7 +183,8 @@ class TrainSettings(GroupedSettings):
     @property
     def data_name(self) -> str:
         """A name for run folders, from those of the files."""
-        return "-".join(re.sub(r"[^\w.-]+", "-", file.path.stem) for file in self.data_files)
+        names = (re.sub(r"[^\w.-]+", "-", file.path.stem).strip("-") for file in self.data_files)
+        return "-".join(names)
 
     @field_validator("objective")
     @classmethod

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from afina.data.columns import ColumnMapping, RawRecord
-from afina.data.readers import Record, read_image_folder
+from afina.data.image_folder import read_image_folder
+from afina.data.readers import Record
 from afina.errors import DataError
 from afina.settings.registry import Registry
 

@@ -6,7 +6,7 @@ from afina.data.table import detect_schema
 from afina.errors import DataError, SettingsError
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
-from afina.objectives.prepared import PreparedData
+from afina.objectives.prepared import PreparedData, with_split_folders
 from afina.objectives.registry import get_objective
 from afina.settings import TrainSettings
 from afina.training.setup.no_effect import check_effects
@@ -60,6 +60,6 @@ def prepare(settings: TrainSettings, base: CausalLM | Classifier | None = None) 
     if not objective.supports_processes and (world().size > 1 or settings.fsdp):
         why = "each process would generate and score all completions"
         raise SettingsError(f"{name} runs in one process only", where="torchrun", why=why)
-    settings = settings.model_copy(update={"objective": name})
+    settings = with_split_folders(settings.model_copy(update={"objective": name}))
     check_effects(settings)
     return objective.prepare(settings, base)
