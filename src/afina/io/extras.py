@@ -39,6 +39,10 @@ EXTRAS = {
     "xlsx": Extra(("openpyxl",), "rows in XLSX files"),
     "gguf": Extra(("gguf",), "export to GGUF, for llama.cpp"),
     "graders": Extra(("nltk", "rapidfuzz", "rouge_score"), "ROUGE, similarities of reward graders"),
+    "tensorboard": Extra(("tensorboard",), "--report-to tensorboard"),
+    "wandb": Extra(("wandb",), "--report-to wandb"),
+    "mlflow": Extra(("mlflow",), "--report-to mlflow"),
+    "trackio": Extra(("trackio",), "--report-to trackio"),
     "audit": Extra(("model_signing", "OpenSSL"), "signatures of adapters"),
 }
 

@@ -12,6 +12,8 @@ from afina.settings.data_files import DataFile, DataFiles, parse_data
 from afina.settings.groups import GroupedSettings, MethodSettings, ObjectiveSettings
 from afina.settings.objectives import objective_names
 
+TRACKER_NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
+
 
 class TrainSettings(GroupedSettings):
     """Settings of `afina train`."""
@@ -162,7 +164,20 @@ class TrainSettings(GroupedSettings):
     early_stopping_patience: int | None = setting(
         "stop after this many checks without a lower eval loss", ge=1, job=True
     )
+    report_to: list[str] = setting(
+        "experiment trackers that receive the metrics of each step: tensorboard, wandb, mlflow, "
+        "trackio",
+        [],
+    )
     seed: int = setting("seed of every random number", 0)
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_trackers(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in TRACKER_NAMES:
+                raise ValueError(did_you_mean(name, TRACKER_NAMES))
+        return list(dict.fromkeys(value))
 
     @field_validator("data", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ RUN/probe.json        classify: scores of the linear probe that the head starts 
 RUN/completions/      grpo, rloo and ppo: some completions of each evaluation
 RUN/checkpoint/       the state from which --resume continues
 RUN/adapter/          the best adapter, in PEFT's format, and its routing profile
+RUN/trackers.json     the run's ids in experiment trackers
 RUN/failure.json      why a run ended before its last step
 RUN/run.json          data, base, environment, figures, verdict
 RUN/curve.png, RUN/README.md
@@ -35,6 +36,7 @@ from afina.training.setup.set_up import RunSetup
 # content), and checkpointing changes no number.
 MAY_CHANGE = (
     "resume",
+    "report_to",
     "overwrite",
     "output_dir",
     "data",

@@ -36,6 +36,7 @@ from afina.training.run_folder import (
 from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
 from afina.training.setup.processes import ProcessContext, world
 from afina.training.setup.set_up import AUTO, RunSetup, default_out, set_up_run
+from afina.training.trackers import check_trackers, tracked
 from afina.training.trainer import Trainer, train_in_one_pass
 
 
@@ -92,6 +93,7 @@ def train_many(
         folders = [default_out(settings) for settings in runs]
     for folder, settings in zip(folders, runs, strict=True):
         check_folder(folder, settings)
+        check_trackers(settings.report_to)
         if folders.count(folder) > 1:
             hint = "give each an --output-dir of its own"
             raise SettingsError("two runs would share a folder", where=str(folder), hint=hint)
@@ -174,7 +176,7 @@ def _train_group(
             for number, (setup, folder) in enumerate(zip(setups, folders, strict=True))
         ]
         new = [trainer for trainer in trainers if not _resume(trainer)]
-    with display:
+    with display, tracked(trainers):
         with removed_on_failure([trainer.run for trainer in new]):
             for trainer, initial_loss in zip(trainers, initial_losses, strict=True):
                 trainer.setup.prepared.task.start_run(trainer.run)

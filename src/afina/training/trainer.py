@@ -78,6 +78,7 @@ class Trainer:
             setup.settings.optimizer,
         )
         self.progress = TrainerState()
+        self.trackers: list[Any] = []  # of `afina.training.trackers`
 
     def resume(self) -> None:
         """Load the run's checkpoint, and remove the metrics of later steps from metrics.jsonl."""
@@ -197,7 +198,11 @@ class Trainer:
         if not self.world.is_main_process:
             return
         record = {name: value for name, value in vars(tick).items() if name != "metrics"}
-        append_jsonl(self.run / "metrics.jsonl", record | tick.metrics, sync=False)
+        record |= tick.metrics
+        append_jsonl(self.run / "metrics.jsonl", record, sync=False)
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        for tracker in self.trackers:
+            tracker.log(numbers, tick.step)
 
     def not_finite(self, what: str) -> TrainingError:
         """Return the error for `what` that is not finite: step, rows and hint."""
