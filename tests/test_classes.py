@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -792,3 +793,21 @@ def test_control_tokens_in_texts_stay_text(encoder: Path) -> None:
     # without one, the tokens are those of the tokenizer
     plain = "a film about nothing"
     assert base.encode(plain) == base.tokenizer(plain)["input_ids"]
+
+
+def test_parts_of_a_folder_are_trained_and_evaluated(
+    pictures: Path, vision: Path, learn: Callable[..., TrainResult], tmp_path: Path
+) -> None:
+    folder = tmp_path / "parts"
+    for label in ("lying", "standing"):
+        for number in range(12):
+            part = folder / ("train" if number < 8 else "test") / label
+            part.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures / label / f"{number}.png", part)
+    run = learn(folder, vision, max_steps=1, eval_size=0.1)
+    data = run.record["data"]
+    assert (data["rows"], data["held_out"]) == (16, 8)
+    assert data["eval_path"] == str(folder / "test")
+    assert evaluate(run.folder)["rows"] == 8
+    with pytest.raises(SettingsError, match="eval_size .* has no effect"):
+        learn(folder, vision, max_steps=1)

@@ -55,7 +55,7 @@ def _load(text: str) -> list[dict[str, Any]]:
                 if (split or "train") not in loaded:
                     known = ", ".join(f"hf:{name}[{one}]" for one in loaded)
                     what = f"no split {split or 'train'!r}"
-                    raise DataError(what, where=text, hint=f"one of {known}")
+                    raise DataError(what, where=text, hint=f"its splits: one of {known}")
                 loaded = loaded[split or "train"]
             elif split is not None:
                 raise DataError("this data set has no splits", where=text, hint=f"hf:{name}")
