@@ -18,6 +18,7 @@ from afina.evaluation.evaluate import evaluate
 from afina.evaluation.generate import generate
 from afina.io.strict_json import read_json_object
 from afina.merging.merge_into_base import merge
+from afina.merging.sources import chat_record, open_sources
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, Encoder, load_encoder
 from afina.objectives.embedding import EmbeddingObjective
 from afina.objectives.entity_scores import are_entity_tags, find_entities, tag_scores
@@ -248,6 +249,9 @@ def test_embeddings_are_trained_evaluated_used_and_merged(small: Path, tmp_path:
     assert again["after"]["loss"] == pytest.approx(run.record["losses"]["eval_loss_after"])
     near = generate(["what is red"], adapter=run.folder)["answers"][0]
     assert near["text"] == "the rojo thing" and len(near["embedding"]) == 16
+    alone = generate(["what is red"], adapter=run.folder / "adapter")["answers"][0]
+    assert alone["embedding"] == near["embedding"]  # without the run's files
+    assert chat_record(open_sources([run.folder]))[EMBEDDING_KEY] == {**vars(EmbeddingConfig())}
     merged = merge(run.folder, output_dir=tmp_path / "merged")
     assert merged["kl"] < 1e-5
     whole = load_encoder(str(tmp_path / "merged"), device="cpu")

@@ -205,9 +205,10 @@ def _load(
         return load_classifier(name, about["labels"], is_images, *shared, task=task)
     if objective == "tag":
         return load_tagger(name, record["data"]["labels"], *shared)
-    if objective == "embed":
-        embedding = EmbeddingConfig.from_record(record["data"][EMBEDDING_KEY], "run.json")
-        return load_encoder(name, embedding, *shared)
+    embedding = read_metadata(parts[0].folder).get(EMBEDDING_KEY) if parts else None
+    if embedding is not None:
+        where = f"{parts[0].folder / METADATA_FILE}: {EMBEDDING_KEY}"
+        return load_encoder(name, EmbeddingConfig.from_record(embedding, where), *shared)
     if objective == "mlm":
         return load_masked(name, *shared)
     return load_base(name, *shared, "nf4" if origin.get("storage") == "nf4" else "none")

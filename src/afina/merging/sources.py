@@ -22,6 +22,7 @@ from afina.adapters.target_module import TargetModule
 from afina.errors import AdapterError, SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_folder import PREFIX, AdapterFolder
+from afina.io.adapter_metadata import read_metadata
 from afina.io.chat_format import CHAT_KEY
 from afina.io.composition import (
     WeightedAdapter,
@@ -31,6 +32,7 @@ from afina.io.composition import (
 )
 from afina.merging.low_rank import LowRankUpdate
 from afina.merging.stream import TensorReader
+from afina.models.encoder import EMBEDDING_KEY
 from afina.models.frozen import FrozenModel
 from afina.settings import ModelSettings
 
@@ -183,7 +185,10 @@ def attach_to_base(sources: Sequence[AdapterSource], settings: ModelSettings) ->
 
 
 def chat_record(sources: Sequence[AdapterSource]) -> dict[str, Any]:
-    """Return the key `chat` of afina.json, where all sources were trained in one chat format."""
+    """Return the keys `chat` and `embedding` of afina.json, where all sources have the same."""
+    stored = [read_metadata(source.part.folder).get(EMBEDDING_KEY) for source in sources]
+    if stored[0] is not None and all(one == stored[0] for one in stored):
+        return {EMBEDDING_KEY: stored[0]}
     known = [recorded_format(source.part.folder) for source in sources]
     if known[0] is None or any(one is None or one.rendering != known[0].rendering for one in known):
         return {}

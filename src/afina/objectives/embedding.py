@@ -71,9 +71,9 @@ class EmbeddingObjective(PaddedObjective):
     schema = "embedding"
     units = Units("pair", "texts")
     report_key = EMBEDDING_KEY
-    # On 300 pairs of text and code (MBPP) the train loss of all-MiniLM-L6-v2 rises at a quarter of
-    # the full rate, from 0.102 to 0.127 in two epochs.
-    default_learning_rate_factor = 0.1
+    # On 300 pairs of text and code (MBPP) the eval loss of all-MiniLM-L6-v2 falls in two epochs
+    # from 0.798 to 0.613 at a quarter of the full rate, and to 0.652 at a tenth.
+    default_learning_rate_factor = 0.25
     settings_class = EmbedSettings
     base: Encoder
 
