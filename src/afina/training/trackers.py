@@ -1,7 +1,7 @@
 """Experiment trackers: metrics of each step go to TensorBoard, W&B, MLflow or trackio.
 
 Metrics have the names of metrics.jsonl. RUN/trackers.json holds the id of the run in each tracker,
-so that a resumed run continues there. W&B and MLflow are offline where their own variables say so
+so that a resumed run continues there. W&B and MLflow are offline where their own variables set it
 (WANDB_MODE=offline; without MLFLOW_TRACKING_URI, MLflow writes below the current folder).
 """
 
