@@ -162,6 +162,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "gradient_checkpointing": ("4", 4),
     "eval_steps": ("3", 3),
     "early_stopping_patience": ("2", 2),
+    "report_to": ("tensorboard,trackio", ["tensorboard", "trackio"]),
     "seed": ("5", 5),
 }
 

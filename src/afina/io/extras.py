@@ -36,6 +36,7 @@ EXTRAS = {
     ),
     "postgres": Extra(("psycopg",), "the server's records in PostgreSQL"),
     "parquet": Extra(("pyarrow",), "rows in Parquet files"),
+    "datasets": Extra(("datasets",), "data sets of the Hugging Face Hub by name"),
     "xlsx": Extra(("openpyxl",), "rows in XLSX files"),
     "gguf": Extra(("gguf",), "export to GGUF, for llama.cpp"),
     "graders": Extra(("nltk", "rapidfuzz", "rouge_score"), "ROUGE, similarities of reward graders"),

@@ -118,4 +118,4 @@ def _percent_interval(change: tuple[float, float], rows: int, before: float) -> 
     if low == high:
         unseen = 100 * wilson_interval(0, rows)[1]
         low, high = low - unseen, high + unseen
-    return max(low, -before), min(high, 100 - before)
+    return max(low, -before) + 0.0, min(high, 100 - before)  # + 0.0: no minus zero
