@@ -65,9 +65,14 @@ def cut_prompt(prompt: Prompt, excess: Excess, from_middle: bool = False) -> Cut
             break
         number = max(texts)[1]
         put = partial(_with_content, messages, number)
-        content = messages[number]["content"]
-        messages = put(_cut_text(content, _keep_both_ends, lambda text, put=put: excess(put(text))))
+        fits = partial(_excess_with, excess, put)
+        messages = put(_cut_text(messages[number]["content"], _keep_both_ends, fits))
     return CutPrompt(messages, dropped)
+
+
+def _excess_with(excess: Excess, put: Callable[[str], tuple[Message, ...]], text: str) -> int:
+    """Return the excess of the messages with `text` in one of them."""
+    return excess(put(text))
 
 
 def _with_content(messages: tuple[Message, ...], number: int, text: str) -> tuple[Message, ...]:

@@ -181,7 +181,7 @@ class EmbeddingObjective(PaddedObjective):
         table = PairTable.of(rows, self._known)
         return PairBatch(self.base.batch([list(text) for text in table.texts]), table)
 
-    def num_targets(self, batch: PairBatch) -> int:
+    def num_targets(self, batch: PairBatch) -> int:  # type: ignore[override]
         """Return the number of pairs."""
         return len(batch.table.targets)
 
@@ -190,7 +190,9 @@ class EmbeddingObjective(PaddedObjective):
         with self.base.forward_context.use(active.row_segments()):
             return self.base.embed(inputs)
 
-    def loss(self, batch: PairBatch, active: ActiveAdapters) -> Tensor:
+    def loss(  # type: ignore[override]
+        self, batch: PairBatch, active: ActiveAdapters
+    ) -> Tensor:
         """Return the sum of the losses of the pairs, in nats; squared errors of scored pairs."""
         return self._losses(self.vectors(batch.inputs, active), batch.table).sum()
 
@@ -333,7 +335,7 @@ def _check_options(options: EmbedSettings, table: Table[EmbeddingRow]) -> None:
 def _show(base: Encoder, pair: PairExample) -> ShownExample:
     """Return a pair as the model reads it: what is close to the anchor, and what is not."""
     assert base.tokenizer is not None
-    anchor, positive, *negatives = map(base.tokenizer.decode, pair.texts)
+    anchor, positive, *negatives = (str(base.tokenizer.decode([*text])) for text in pair.texts)
     if pair.score is not None:
         text = f"{anchor} | {positive} -> «{pair.score:g}»"
     else:

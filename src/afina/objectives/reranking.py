@@ -52,7 +52,7 @@ class RerankingObjective(ClassificationObjective):
 
     schema = "relevance"
     units = Units("row", "")
-    settings_class = RerankSettings
+    settings_class = RerankSettings  # type: ignore[assignment]
 
     @classmethod
     def prepare(cls, settings: TrainSettings, base: Classifier | None = None) -> PreparedData:

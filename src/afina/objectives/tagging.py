@@ -266,12 +266,12 @@ def encode_words(base: Classifier, words: Sequence[str]) -> tuple[list[int], tup
         starts.append(at)
         at += len(word) + 1
     positions = [-1] * len(words)
-    word = 0
+    index = 0
     for token, (start, end) in enumerate(encoded["offset_mapping"]):
-        while word + 1 < len(words) and end > starts[word + 1]:
-            word += 1
-        if end > start and positions[word] < 0:
-            positions[word] = token
+        while index + 1 < len(words) and end > starts[index + 1]:
+            index += 1
+        if end > start and positions[index] < 0:
+            positions[index] = token
     return encoded["input_ids"], tuple(positions)
 
 

@@ -47,8 +47,8 @@ class TaskScore:
         change = paired_change(before, after, [1] * len(after)).interval
         if change is not None and fields.get("unit", "%"):
             change = _percent_interval(change, len(after), float(np.mean(before)))
-        means = {"before": float(np.mean(before)), "after": float(np.mean(after))}
-        return cls(name, rows=len(after), change=change, **means, **fields)
+        first, last = float(np.mean(before)), float(np.mean(after))
+        return cls(name, last, len(after), first, change, **fields)
 
     @classmethod
     def of_counts(

@@ -142,9 +142,9 @@ def score_rows(record: Mapping[str, Any]) -> TableRows:
         return []
     found = [TaskScore.from_dict(record["score"]).cells()]
     if record["train_score"] is not None:
-        name, *sides = TaskScore.from_dict(record["train_score"]).cells()
-        found.append((f"{name}, training rows", *sides))
-    return found
+        name, before, after = TaskScore.from_dict(record["train_score"]).cells()
+        found.append((f"{name}, training rows", before, after))
+    return list(found)
 
 
 def data_notes(data: Mapping[str, Any]) -> list[str]:
