@@ -236,6 +236,7 @@ def load_encoder(
         why = f"the weights of {', '.join(missing) or 'an embedding of tokens'} are missing"
         raise BaseError("the weights do not fit config.json", where=base, why=why)
     if getattr(loaded.model, "pooler", None) is not None:
-        loaded.model.pooler = None  # type: ignore[assignment]  # of next-sentence prediction; no vector passes through it
+        # of next-sentence prediction; no vector passes through it
+        loaded.model.pooler = None  # type: ignore[assignment]
     loaded.new_modules = ()
     return Encoder(**{f.name: getattr(loaded, f.name) for f in fields(loaded)}, embedding=found)
