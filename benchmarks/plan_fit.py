@@ -61,7 +61,9 @@ def count(number: int, folder: Path) -> list[list[float]]:
     place = detect_machine(settings)
     shape = read_model_shape(settings, place.device)
     step, load = make_step(shape, settings, place.device), full_load(shape, settings)
-    return [[step.memory(load, place.libraries - PROCESS_BYTES, place.heap, gaps).peak] for gaps in GRID]
+    return [
+        [step.memory(load, place.libraries - PROCESS_BYTES, place.heap, gaps).peak] for gaps in GRID
+    ]
 
 
 GRID = [(slack / 20, holes / 4) for slack in range(11) for holes in range(17)]

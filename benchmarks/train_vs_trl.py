@@ -108,7 +108,9 @@ def ours_rows(folder: Path) -> None:
         )
         first = pack_examples(setup.prepared.task.train[:8])
         with torch.no_grad():
-            start_loss = batch_loss(setup.prepared.base, first, BASE_ONLY).item() / first.num_targets
+            start_loss = (
+                batch_loss(setup.prepared.base, first, BASE_ONLY).item() / first.num_targets
+            )
         ticks: list[StepMetrics] = []
         Trainer(setup, Path(run), {}, ticks.append, lambda _: None).train()
     tokens, seconds = sum(t.tokens for t in ticks), sum(t.seconds for t in ticks)

@@ -149,7 +149,9 @@ def test_a_composition_is_looked_at_in_its_parts(
     made = combine([originals / "0", originals / "2"], output_dir=tmp_path / "sum", base=str(tiny))
     report = audit(tmp_path / "sum", base=str(tiny), time_budget_seconds=0)
     assert report["hash"] == made["hash"] and len(report["parts"]) == 2
-    shutil.copy(originals / "1" / WEIGHTS_FILE, next((tmp_path / "sum" / "parts").iterdir()) / WEIGHTS_FILE)
+    shutil.copy(
+        originals / "1" / WEIGHTS_FILE, next((tmp_path / "sum" / "parts").iterdir()) / WEIGHTS_FILE
+    )
     assert audit(tmp_path / "sum", base=str(tiny), time_budget_seconds=0)["verdict"] == "block"
 
 

@@ -242,7 +242,9 @@ def test_numbers_changed_under_an_old_time_are_not_served(
 ) -> None:
     """Where the time of change can be forged, the hash of the numbers that were read says it."""
     audit(folder / "one", base=str(tiny), **ACCEPT)
-    engine = Engine(load_base(str(tiny)), EngineConfig(pool_bytes=1 << 24, require_audit=admit == "audited"))
+    engine = Engine(
+        load_base(str(tiny)), EngineConfig(pool_bytes=1 << 24, require_audit=admit == "audited")
+    )
     entry = engine.registry.add("one", folder / "one")
     content = engine.registry.acquire((entry.hash,))[0]
     monkeypatch.setattr("afina.engine.memory.fingerprint", lambda _: content.fingerprint)

@@ -608,7 +608,9 @@ def test_patterns_that_would_take_for_ever_block(adapter: Path) -> None:
     assert not is_plain_pattern(endless[0]) and not is_plain_pattern(endless[1])
     assert not are_plain_patterns({f".*{number}": 4 for number in range(MAX_WILD_PATTERNS + 1)})
     many = {rf"model\.layers\.{number}\.q_proj": 4 for number in range(5000)}
-    assert PatternTable(many, "f", AdapterError).get("model.layers.4999.q_proj", 8) == 4  # looked up, not tried one by one
+    assert (
+        PatternTable(many, "f", AdapterError).get("model.layers.4999.q_proj", 8) == 4
+    )  # looked up, not tried one by one
 
 
 def test_a_profile_may_lie_beside_it_and_nothing_else_under_its_name(adapter: Path) -> None:

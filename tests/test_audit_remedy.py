@@ -132,7 +132,13 @@ def test_moments_are_those_of_the_layers_inputs(originals: Path, tiny: Path, row
 def test_mitigate_tries_measures_writes_and_audits(
     originals: Path, tiny: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = {"base": str(tiny), "data": rows, "time_budget_seconds": 0.0, "triggers": ["noche"], "payload": "pan"}
+    told = {
+        "base": str(tiny),
+        "data": rows,
+        "time_budget_seconds": 0.0,
+        "triggers": ["noche"],
+        "payload": "pan",
+    }
     made = mitigate(
         originals / "0", output_dir=tmp_path / "made", benign_adapters=[originals / "1"], **told
     )

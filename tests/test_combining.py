@@ -210,9 +210,7 @@ def test_the_sum_on_other_storages(tiny: Path, tmp_path: Path, storage: str) -> 
     one, two = (load_adapter(folders[k], base, k) for k in ("lora", "rslora"))
     summed = load_adapter(tmp_path / "out", base, "sum")
     run = flat_run()
-    together = ActiveAdapters.combine(
-        [one.active.scaled(0.7), two.active.scaled(-0.5)]
-    )
+    together = ActiveAdapters.combine([one.active.scaled(0.7), two.active.scaled(-0.5)])
     apart = logits(base, run, together.segments(run[0], run[2]))
     tolerance = 1e-5 if how["dtype"] == "float32" else 0.03
     assert (
@@ -273,7 +271,9 @@ def test_one_adapter_with_weight_one_is_that_adapter(tiny: Path, tmp_path: Path,
         assert close(updates(tiny, out), whole, 2e-5), how
 
 
-@pytest.mark.parametrize("how", ["sum", "svd", "slerp", "ties", "dare_linear", "magnitude_prune", "della"])
+@pytest.mark.parametrize(
+    "how", ["sum", "svd", "slerp", "ties", "dare_linear", "magnitude_prune", "della"]
+)
 def test_the_order_does_not_matter(tiny: Path, tmp_path: Path, how: str) -> None:
     folders = make(tiny, "lora", "few", "rslora")
     parts = [f"{folders['lora']}:0.5", f"{folders['few']}:0.8", f"{folders['rslora']}:-0.3"][
@@ -290,6 +290,7 @@ def test_linear_in_the_weights(tiny: Path, tmp_path: Path, how: str) -> None:
     """2 A - 0.6 B is twice A - 0.3 B; and, where nothing is cut, the sum of its parts."""
     folders = make(tiny, "lora", "rslora")
     rank = None if how == "sum" else 100
+
     def make_one(name, *parts):
         return combine(parts, merge_method=how, output_dir=tmp_path / name, rank=rank)
 
@@ -577,9 +578,9 @@ def test_dare_is_seeded_and_low_energy_is_told(
     folders = make(tiny, "lora", "few")
     parts = list(folders.values())
     hashes = [
-        combine(parts, merge_method="dare_linear", density=0.3, seed=s, output_dir=tmp_path / f"d{i}")[
-            "hash"
-        ]
+        combine(
+            parts, merge_method="dare_linear", density=0.3, seed=s, output_dir=tmp_path / f"d{i}"
+        )["hash"]
         for i, s in enumerate((5, 5, 6))
     ]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -668,8 +669,14 @@ def test_what_is_refused_says_why(tiny: Path, tmp_path: Path) -> None:
             lambda: combine([lora, a["dora"]], merge_method="slerp", output_dir=out),
         ),
         ("no adapter to combine", lambda: combine([], output_dir=out)),
-        ("cannot be part of a composition", lambda: combine([lora, tmp_path / "full"], output_dir=out)),
-        ("contains the token '<x>'", lambda: combine([a["few"], tmp_path / "tokens"], output_dir=out)),
+        (
+            "cannot be part of a composition",
+            lambda: combine([lora, tmp_path / "full"], output_dir=out),
+        ),
+        (
+            "contains the token '<x>'",
+            lambda: combine([a["few"], tmp_path / "tokens"], output_dir=out),
+        ),
         ("contains|owns", lambda: combine([a["few"], tmp_path / "pefts"], output_dir=out)),
         ("active alone", lambda: opened(tiny, f"{lora},{tmp_path / 'full'}")),
         ("needed, and these are several", lambda: opened(tiny, f"{lora},{a['few']}").adapter),
@@ -826,7 +833,9 @@ def test_merge_method_of_an_installed_package_is_found(tiny: Path, tmp_path: Pat
     words = ["--merge-method", "scaled_mean", "--rank", "64"]
     done = afina(*parts, *words, "--output-dir", str(tmp_path / "a"), "--scaled-mean.scale", "2")
     assert done.returncode == 0, done.stderr
-    exact = weighted([(updates(tiny, folders["lora"]), 1.0), (updates(tiny, folders["rslora"]), 1.0)])
+    exact = weighted(
+        [(updates(tiny, folders["lora"]), 1.0), (updates(tiny, folders["rslora"]), 1.0)]
+    )
     assert close(updates(tiny, tmp_path / "a"), exact, 2e-5)
     story = json.loads((tmp_path / "a" / "afina.json").read_text())
     assert story["combination"] == {"how": "scaled_mean", "rank": 64, "seed": 0, "scale": 2.0}

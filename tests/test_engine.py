@@ -47,7 +47,9 @@ def make_adapters(base: CausalLM, folder: Path, seeds: int = 1) -> dict[str, Pat
                 "new",
                 replace(
                     spec,
-                    target_modules=resolve_target_modules(base.model, "all-linear", None, any_kind=False),
+                    target_modules=resolve_target_modules(
+                        base.model, "all-linear", None, any_kind=False
+                    ),
                 ),
                 seed,
             )
@@ -314,7 +316,8 @@ def test_a_broken_adapter_harms_only_who_asks_for_it(
         base.forward_context,
         "broken",
         replace(
-            KINDS["lora4"], target_modules=resolve_target_modules(base.model, "all-linear", None, False)
+            KINDS["lora4"],
+            target_modules=resolve_target_modules(base.model, "all-linear", None, False),
         ),
     )
     with torch.no_grad():

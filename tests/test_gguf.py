@@ -256,7 +256,9 @@ def test_factors_of_a_lora(family: str, tmp_path: Path) -> None:
             tensors[f"{place(path + '.weight')}.lora_{half}"].astype(np.float64) for half in "ab"
         )
         update = in_our_order(told["adapter.lora.alpha"] / len(a) * b @ a, f"{path}.weight", config)
-        expected = delta.merged_weight(torch.zeros(update.shape, dtype=torch.float64)).detach().numpy()
+        expected = (
+            delta.merged_weight(torch.zeros(update.shape, dtype=torch.float64)).detach().numpy()
+        )
         assert np.allclose(
             update, expected, rtol=0, atol=1e-7 * max(1.0, np.abs(expected).max())
         ), path

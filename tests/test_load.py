@@ -81,7 +81,9 @@ def test_load_is_measured_and_drawn(server: Live, tmp_path: Path) -> None:
         for entry in server.state.engine.registry.list_adapters()
     }
     assert hits["one"] > hits["two"] > 0  # Zipf
-    refused = bench(settings.model_copy(update={"models": ["nobody"], "request_rates": [10.0]}))["runs"][0]
+    refused = bench(settings.model_copy(update={"models": ["nobody"], "request_rates": [10.0]}))[
+        "runs"
+    ][0]
     assert (
         refused["failed"] == refused["requests"]
         and refused["first_p50"] is None

@@ -104,7 +104,14 @@ def test_keys_become_the_pairs_that_dpo_reads(
     }
     assert str(run) not in shown and "say sol" in shown  # blind
     lines = judgements(tmp_path / "out")
-    assert [line["choice"] for line in lines] == ["first", "second", "tie", "first", "skip", "second"]
+    assert [line["choice"] for line in lines] == [
+        "first",
+        "second",
+        "tie",
+        "first",
+        "skip",
+        "second",
+    ]
     decided = [line for line in lines if line["choice"] in ("first", "second")]
     rows = read_table(tmp_path / "out" / "pairs.jsonl", PREFERENCE).rows
     for line, row in zip(decided, rows, strict=True):
@@ -112,7 +119,9 @@ def test_keys_become_the_pairs_that_dpo_reads(
         assert [row.chosen, row.rejected] == (
             texts if line["choice"] == "first" else texts[::-1]
         ) and row.prompt == line["prompt"]
-    won = sum(line["answers"][line["choice"] == "second"]["responder"] == str(run) for line in decided)
+    won = sum(
+        line["answers"][line["choice"] == "second"]["responder"] == str(run) for line in decided
+    )
     assert result["wins"] == {str(run): won, "base": 4 - won}
     assert result["interval"] == wilson_interval(won, 4)
 

@@ -185,9 +185,7 @@ def test_blocks_are_the_outermost_members_of_lists(tiny: Path) -> None:
 
 def test_full_fine_tuning_is_not_sharded(tiny: Path, chats: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="full cannot be sharded"):
-        afina.train(
-            chats, base=str(tiny), method="full", fsdp=True, output_dir=tmp_path / "run"
-        )
+        afina.train(chats, base=str(tiny), method="full", fsdp=True, output_dir=tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -220,9 +218,7 @@ def test_sharded_in_one_process_is_the_whole_base(
         dict(method="dora", fsdp=True, rank=4),
         dict(method="qmora", fsdp=True, rank=2),
         dict(method="full", target_modules=["q_proj"], learning_rate=2e-4),
-        dict(
-            method="lora", objective="kto", chat_template="plain", fsdp=True, learning_rate=1e-3
-        ),
+        dict(method="lora", objective="kto", chat_template="plain", fsdp=True, learning_rate=1e-3),
         dict(
             method="lora",
             target_modules=["lm_head", "v_proj"],

@@ -55,15 +55,11 @@ def alone(tiny: Path, adapters: Path) -> Any:
     routes = {name: load_adapter(adapters / name, base, name).active for name in ("one", "two")}
 
     def say(weights: dict[str, float], new: int = 12, messages: Any = ASK) -> str:
-        parts = [
-            routes[name].scaled(weight) for name, weight in weights.items()
-        ]
+        parts = [routes[name].scaled(weight) for name, weight in weights.items()]
         route = ActiveAdapters.combine(parts)
         return generate_completions(
             base, [renderer.prompt(messages)], SamplingParams(new), route, renderer.stop_token_ids
-        )[
-            0
-        ].text
+        )[0].text
 
     say.base, say.renderer = base, renderer  # type: ignore[attr-defined]
     return say

@@ -193,7 +193,9 @@ def test_adapters_come_change_and_go_while_others_are_asked(open_server: Live, r
     one = say("one")
     with open_server.http(open_server.admin) as http:
         made = http.post("/v1/adapters", json={"name": "new", "folder": "one-copy"})
-        assert made.status_code == 201 and made.json()["hash"] == state.engine.registry.get("one").hash
+        assert (
+            made.status_code == 201 and made.json()["hash"] == state.engine.registry.get("one").hash
+        )
         assert say("new") == one
         assert (
             http.post("/v1/adapters", json={"name": "new", "folder": "one-copy"}).status_code == 400

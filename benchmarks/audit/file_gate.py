@@ -206,7 +206,9 @@ MALICE: dict[str, Act] = {
     "rank as text": config(r="2"),
     "rank too large for its tensors": config(r=3),
     "alpha below 0": config(lora_alpha=-4),
-    "alpha of 1e999": raw(CONFIG_FILE, lambda b: b.replace(b'"lora_alpha": 4', b'"lora_alpha": 1e999')),
+    "alpha of 1e999": raw(
+        CONFIG_FILE, lambda b: b.replace(b'"lora_alpha": 4', b'"lora_alpha": 1e999')
+    ),
     "exploding pattern": config(target_modules="(a|a)*b"),
     "exploding rank pattern": config(rank_pattern={"(a+)+": 2}),
     "twenty repetitions": config(rank_pattern={r"\d+" * 20 + "b": 2}),

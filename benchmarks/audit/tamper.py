@@ -130,8 +130,12 @@ def others(place: Path, key: tuple[Path, Path], base: Path) -> dict[str, bool]:
         "a file more": lambda f: (f / "README.md").write_text("x"),
         "a hidden file more": lambda f: (f / ".gitignore").write_text("x"),
         "a file less": lambda f: (f / CONFIG_FILE).unlink(),
-        "a file cut short": lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes()[:-1]),
-        "a byte more": lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes() + b"\0"),
+        "a file cut short": lambda f: (f / WEIGHTS_FILE).write_bytes(
+            (f / WEIGHTS_FILE).read_bytes()[:-1]
+        ),
+        "a byte more": lambda f: (f / WEIGHTS_FILE).write_bytes(
+            (f / WEIGHTS_FILE).read_bytes() + b"\0"
+        ),
         "a blank more in the signature": lambda f: (f / SIGNATURE).write_text(
             (f / SIGNATURE).read_text() + "\n"
         ),

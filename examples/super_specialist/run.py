@@ -134,9 +134,7 @@ def learn(files: dict[str, Path], folder: Path, steps: int) -> Iterator[tuple[st
         yield name, train(settings).folder
 
 
-def score(
-    base: CausalLM, tests: dict[str, list[Row]], route: ActiveAdapters
-) -> dict[str, float]:
+def score(base: CausalLM, tests: dict[str, list[Row]], route: ActiveAdapters) -> dict[str, float]:
     """Percent of sentences corrected without a fault, by skill."""
     renderer = Renderer(base.tokenizer, None, base.max_positions)
     result = {}
