@@ -16,8 +16,8 @@ from afina.data.packing import IGNORE_INDEX, PackedBatch
 from afina.errors import SettingsError
 from afina.models.fsdp import decoder_layers
 from afina.models.loading import load_base
-from afina.objectives.classification import PaddedBatch
 from afina.objectives.language_modeling import LanguageModelingObjective
+from afina.objectives.padded import PaddedBatch
 from afina.settings import TrainSettings
 from afina.training.setup.set_up import set_up_run
 from helpers import ENVIRONMENT, flat_run, metrics, put, write_rows

@@ -31,10 +31,11 @@ from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
 from afina.models.loading import load_base
 from afina.objectives.base import LossSum
-from afina.objectives.classification import EVAL_BATCH_TOKENS, ClassificationObjective
+from afina.objectives.classification import ClassificationObjective
 from afina.objectives.labeled_data import tokenize_labeled_rows
 from afina.objectives.language_data import tokenize_rows
 from afina.objectives.language_modeling import example_losses
+from afina.objectives.padded import EVAL_BATCH_TOKENS
 from afina.settings import CompareSettings, EvalSettings
 
 LONG_COMPLETION = 12  # words: for a longer median, chrF distinguishes more than an exact match

@@ -4,10 +4,9 @@ loss = - sum over rows of log p(class | row)   /   rows
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,18 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
-from afina.data.packing import (
-    IGNORE_INDEX,
-    BatchSampler,
-    group_in_order,
-    group_packed,
-    group_padded,
-)
+from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import CLASSES, LABELED, REGRESSION, LabeledRow
 from afina.data.several_files import check_one_kind, file_number, mix_rows
 from afina.data.table import Table, read_table
@@ -37,7 +29,7 @@ from afina.evaluation.confusion import draw_confusion
 from afina.io.atomic import write_json
 from afina.io.strict_json import read_json_object
 from afina.models.classifier import Classifier, TokenPair, load_classifier
-from afina.objectives.base import LossSum, Objective, Units
+from afina.objectives.base import LossSum, Units
 from afina.objectives.label_tasks import LabelTask, balanced_weights
 from afina.objectives.labeled_data import (
     ClassificationExample,
@@ -53,6 +45,7 @@ from afina.objectives.linear_probe import (
     head_features,
     head_path,
 )
+from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
@@ -68,116 +61,6 @@ from afina.settings import EvalSettings, TrainSettings
 from afina.settings.objectives import ClassifySettings
 
 PROBE_FILE = "probe.json"
-EVAL_BATCH_TOKENS = 2048  # of a batch of `afina eval`
-
-
-@dataclass(frozen=True)
-class PaddedBatch:
-    """Model inputs and the class of each row or position; IGNORE_INDEX where there is none."""
-
-    inputs: dict[str, Tensor]
-    targets: Tensor
-
-    def shard(self, number: int, of: int) -> "PaddedBatch":
-        """Return every `of`-th row from `number` on; a row without a target where none is left."""
-        some = slice(number, None, of) if number < len(self.targets) else slice(1)
-        targets = self.targets[some]
-        if number >= len(self.targets):
-            nothing = math.nan if targets.is_floating_point() else IGNORE_INDEX
-            targets = torch.full_like(targets, nothing)
-        return PaddedBatch({name: t[some] for name, t in self.inputs.items()}, targets)
-
-
-class PaddedObjective(Objective):
-    """Cross-entropy on padded batches of rows, for classification and masked language modeling.
-
-    Args:
-        base: The model.
-        train: Training rows.
-        eval_rows: Eval rows.
-        batch_tokens: Most tokens of a batch, padding included where the model computes it.
-        accumulate: Micro-batches per optimizer step.
-        seed: Seed of the shuffle.
-    """
-
-    shares_base = False
-    base: Classifier
-
-    def __init__(
-        self,
-        base: Classifier,
-        train: Sequence[Any],
-        eval_rows: Sequence[Any],
-        batch_tokens: int,
-        accumulate: int,
-        seed: int,
-    ) -> None:
-        self.base, self.train, self.eval_rows = base, train, eval_rows
-        self._batch_tokens, self._seed = batch_tokens, seed
-        lengths = [self.length(row) for row in train]
-        group = group_padded if base.packed is None else group_packed
-        self._sampler = BatchSampler(train, batch_tokens, accumulate, seed, lengths, group)
-
-    def length(self, row: Any) -> int:
-        """Return the tokens of a row; a patch of 16 x 16 pixels counts as one."""
-        raise NotImplementedError
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in the first pass over the rows; others can have one more or less."""
-        return self._sampler.steps_per_epoch
-
-    def step_batches(self, step: int) -> list[PaddedBatch]:
-        """Return the micro-batches of an optimizer step."""
-        return [
-            self.collate(rows, hash((self._seed, step, number)))
-            for number, rows in enumerate(self._sampler.step_examples(step))
-        ]
-
-    def row_locations(self, step: int) -> list[str]:
-        """Return `file:line` of the rows of an optimizer step."""
-        return sorted(row.where for rows in self._sampler.step_examples(step) for row in rows)
-
-    def num_targets(self, batch: PaddedBatch) -> int:
-        """Return the number of rows, or positions, with a target."""
-        return int((batch.targets != IGNORE_INDEX).sum())
-
-    def num_tokens(self, batch: PaddedBatch) -> int:
-        """Return the number of tokens, or images, that pass through the model."""
-        if "attention_mask" in batch.inputs:
-            return int(batch.inputs["attention_mask"].sum())
-        return len(batch.inputs["pixel_values"])
-
-    def logits(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
-        """Return the scores `(..., num_classes)` of a batch."""
-        with self.base.forward_context.use(active.row_segments()):
-            return self.base.logits(batch.inputs)
-
-    def loss(self, batch: PaddedBatch, active: ActiveAdapters) -> Tensor:
-        """Return the sum of the cross-entropy over the targets of a batch, in nats."""
-        logits = self.logits(batch, active)
-        return F.cross_entropy(
-            logits.flatten(0, -2),
-            batch.targets.flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-        )
-
-    def batches(self, rows: Sequence[Any]) -> Iterator[PaddedBatch]:
-        """Yield some rows in batches, in their order."""
-        lengths = [self.length(row) for row in rows]
-        for indices in group_in_order(lengths, self._batch_tokens, self.base.packed is None):
-            yield self.collate([rows[index] for index in indices], indices[0])
-
-    @torch.no_grad()
-    def mean_loss(self, rows: Sequence[Any], active: ActiveAdapters) -> float:
-        """Return the mean loss of some rows, in nats per target."""
-        return LossSum.mean(
-            [
-                LossSum(self.loss(batch, active).item(), self.num_targets(batch))
-                for batch in self.batches(rows)
-            ]
-        )
 
 
 @register_objective("classify")

@@ -32,9 +32,9 @@ from afina.errors import SettingsError
 from afina.models.encoder import EMBEDDING_KEY, EmbeddingConfig, Encoder, load_encoder
 from afina.models.loading import resolve_model_dir
 from afina.objectives.base import LossSum, Units
-from afina.objectives.classification import PaddedObjective
 from afina.objectives.label_tasks import regression_scores
 from afina.objectives.labeled_data import check_encoder_settings
+from afina.objectives.padded import PaddedObjective
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,

@@ -22,13 +22,13 @@ from afina.data.several_files import mix_rows
 from afina.data.table import read_table
 from afina.models.classifier import Classifier, load_masked
 from afina.objectives.base import Units, perplexity
-from afina.objectives.classification import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
 from afina.objectives.labeled_data import (
     TokenizedText,
     check_encoder_settings,
     chunk_texts,
 )
 from afina.objectives.language_data import infer_objective
+from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,

@@ -26,8 +26,9 @@ from afina.data.truncation import CutRows
 from afina.errors import DataError
 from afina.models.classifier import RELEVANCE_TASK, Classifier, load_classifier
 from afina.objectives.base import Units
-from afina.objectives.classification import EVAL_BATCH_TOKENS, ClassificationObjective, show_example
+from afina.objectives.classification import ClassificationObjective, show_example
 from afina.objectives.labeled_data import check_encoder_settings, tokenize_labeled_rows
+from afina.objectives.padded import EVAL_BATCH_TOKENS
 from afina.objectives.prepared import (
     PreparedData,
     describe_cut_rows,

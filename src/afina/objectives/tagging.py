@@ -26,9 +26,9 @@ from afina.data.truncation import CutRows
 from afina.errors import DataError
 from afina.models.classifier import Classifier, load_tagger
 from afina.objectives.base import LossSum, Units
-from afina.objectives.classification import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
 from afina.objectives.entity_scores import OUTSIDE, tag_scores
 from afina.objectives.labeled_data import check_encoder_settings
+from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
