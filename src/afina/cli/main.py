@@ -237,8 +237,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Settings, bool]:
     fields = _fields(command)
     if "lang" not in fields:
         given.pop("lang", None)
-    elif language() != ENGLISH:
-        given.setdefault("lang", language())
+    elif given.get("lang") is None and language() != ENGLISH:
+        given["lang"] = language()
     values = {
         key: _value(fields[key].annotation, value)
         for key, value in given.items()

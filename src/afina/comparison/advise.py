@@ -237,6 +237,7 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> AdviceResul
         settings=advice.settings,
         plan=planned,
         lang=settings.lang,
+        why=settings.why,
         command=_command(advice, settings, objective) if trains else None,
         then=advice.then if trains else None,
         reasons=[_cited(*reason, settings.lang) for reason in advice.reasons],
@@ -246,10 +247,10 @@ def advise(settings: AdviseSettings | None = None, **values: Any) -> AdviceResul
 def _cited(
     message: str, finding: str | None, values: Mapping[str, Any], lang: str
 ) -> dict[str, str | None]:
-    """Return a reason in a language, with the published finding that it rests on."""
+    """Return a reason in a language, its published source, and what the project's study found."""
     published = sources()[finding] if finding else {"source": None, "link": None}
-    text = messages(lang)[message].format(**values) + study_note(message, lang)
-    return {"text": text, **published}
+    text = messages(lang)[message].format(**values)
+    return {"text": text, **published, "study": study_note(message, lang)}
 
 
 def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:

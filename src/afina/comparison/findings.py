@@ -45,10 +45,10 @@ def studied() -> dict[str, dict[str, str]]:
     return found
 
 
-def study_note(message: str, lang: str) -> str:
-    """Return the reference study's result on a finding, after a space; empty where it has none."""
+def study_note(message: str, lang: str) -> str | None:
+    """Return the reference study's result on a finding; None where it has none."""
     known = studied().get(claims().get(message, ""))
     if known is None:
-        return ""
+        return None
     key = "study_" + known["verdict"].replace(" ", "_")
-    return " " + messages(lang)[key].format(figures=known["figures"])
+    return messages(lang)[key].format(figures=known["figures"])

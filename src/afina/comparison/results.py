@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.io.result import Content, Result, ResultTable, ResultText, format_bytes, format_seconds
+from afina.io.translation import catalogue
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +78,30 @@ class AdviceResult(Result):
     command: str | None
     then: str | None
     reasons: Sequence[Mapping[str, Any]]
+    why: bool = False  # whether the reasons are printed
 
     def content(self) -> list[Content]:
-        """Return the advice as a table, then its reasons."""
+        """Return the advice in two sentences, as a table, and its reasons where requested."""
         from afina.comparison.findings import messages
 
         words = messages(self.lang)
-        return [
-            ResultTable(words["title"], self.rows()),
-            *(ResultText(_reason(reason, words["source"])) for reason in self.reasons),
-        ]
+        parts = [ResultText(self.summary()), ResultTable(words["title"], self.rows())]
+        if not self.why:
+            return [*parts, ResultText(words["see_why"])]
+        return [*parts, *(ResultText(_reason(one, words["source"])) for one in self.reasons)]
+
+    def summary(self) -> str:
+        """Return what to do, and what it costs or why, in two sentences."""
+        from afina.comparison.findings import messages
+
+        words = messages(self.lang)
+        first = words[f"plain_{self.use}"].format(rank=self.settings.get("rank"))
+        if not self.plan:
+            return " ".join([first, *(reason["text"] for reason in self.reasons[:1])])
+        memory, limit = self.plan["peak_bytes"], self.plan["machine"]["memory_bytes"]
+        sizes = {"memory": format_bytes(memory), "available": format_bytes(limit) if limit else ""}
+        sizes = {key: catalogue(self.lang).number(size) or size for key, size in sizes.items()}
+        return f"{first} {words['plain_cost' if limit else 'plain_memory'].format(**sizes)}"
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines (what, value) of the advice."""
@@ -114,6 +129,7 @@ class AdviceResult(Result):
 
 
 def _reason(reason: Mapping[str, Any], source: str) -> str:
-    if not reason["source"]:
-        return f"- {reason['text']}"
-    return f"- {reason['text']} ({source} {reason['source']}, {reason['link']})"
+    text = f"- {reason['text']}"
+    if reason["source"]:
+        text += f" ({source} {reason['source']}, {reason['link']})"
+    return f"{text}\n  {reason['study']}" if reason.get("study") else text

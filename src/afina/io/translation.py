@@ -98,7 +98,7 @@ class Catalogue:
         for pattern, twin in self._patterns:  # the one with the longest fixed parts first
             if found := pattern.fullmatch(text):
                 return self._fill(twin, found.groups())
-        return self._number(text)
+        return self.number(text)
 
     def _fill(self, twin: str, values: tuple[str, ...]) -> str:
         numbers = iter(range(len(values)))
@@ -111,11 +111,11 @@ class Catalogue:
                 return self.line(text)
             if gap[2] == "l":
                 return ", ".join(map(self.line, text.split(", ")))
-            return self._number(text) or text
+            return self.number(text) or text
 
         return GAP.sub(value, twin)
 
-    def _number(self, text: str) -> str | None:
+    def number(self, text: str) -> str | None:
         """Return a number, which may have a unit, as the language writes it."""
         if not (found := NUMBER.fullmatch(text)):
             return None

@@ -23,4 +23,5 @@ class AdviseSettings(ModelSettings):
     tried_prompting: bool = setting("a good prompt with a few examples in it has been tried", False)
     memory_gb: float | None = setting("GB of memory to train in; by default this machine's", gt=0)
     past_runs: Path = setting("folder of earlier comparisons", Path("runs"))
+    why: bool = setting("print the reasons, with their sources", False)
     lang: Literal["en", "es"] = setting("language of the advice", "en")
