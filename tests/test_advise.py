@@ -11,6 +11,7 @@ from afina.comparison.advise import advise, ask
 from afina.comparison.findings import messages, sources
 from afina.errors import SettingsError
 from afina.models.loading import choose_device
+from afina.planning.plan import plan
 from afina.settings import AdviseSettings, Goal
 
 
@@ -197,12 +198,13 @@ FITTING = [
 
 
 def planned(told: Any) -> dict[str, Any]:
-    """A plan on a machine of 16 GB."""
-    peak = NEEDS[told.method]
+    """A plan on a machine of 16 GB, or of what is given."""
+    peak, memory = NEEDS[told.method], 1e9 * (told.memory_gb or 16)
     cost = {
         "peak_bytes": peak,
-        "machine_bytes": 16e9,
-        "fits": peak < 16e9,
+        "machine_bytes": memory,
+        "fits": peak <= memory,
+        "remedies": [],
         "step_seconds": 1.0,
         "batch": {},
         "device": "cpu",
@@ -217,6 +219,10 @@ def test_what_fits(
     monkeypatch.setattr(module, "plan", planned)
     found = advise(goal=goal, num_rows=rows, memory_gb=memory, base="x")
     assert found["use"] == use
+    for lang in ("en", "es"):  # a method's name, or one of three labels; never a sentence
+        cell = advise(goal=goal, num_rows=rows, memory_gb=memory, base="x", lang=lang).rows()[0][1]
+        assert cell == (messages(lang)[use] if use in ("none", "find", "prompt") else use)
+        assert len(cell) < 40
     assert (found["command"] is None) == (use in ("none", "find", "prompt"))
 
 
@@ -274,6 +280,20 @@ def test_memory_decides(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     none = advise(**ask_for, memory_gb=2)
     assert none["use"] == "none" and none["command"] is None
     assert "5.00 GB" in none["reasons"][-1]["text"]
+
+
+def test_what_fits_with_smaller_batches_is_not_called_impossible(
+    tiny: Path,
+) -> None:
+    given = {"base": str(tiny), "method": "qlora", "gradient_checkpointing": "all"}
+    small, full = (
+        plan(**given, max_tokens_per_batch=tokens)["cost"]["peak_bytes"] for tokens in (256, 2048)
+    )
+    memory = (small + full) / 2 / 0.95e9
+    found = advise(goal="style", num_rows=800, base=str(tiny), memory_gb=memory)
+    assert found["use"] in ("lora", "qlora") and "--max-tokens-per-batch" in found["command"]
+    assert found["plan"]["peak_bytes"] <= 1e9 * memory
+    assert "--max-tokens-per-batch" in found["reasons"][-1]["text"]
 
 
 def test_without_a_plan_it_still_advises(tmp_path: Path) -> None:

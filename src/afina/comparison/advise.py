@@ -107,8 +107,13 @@ def smaller(method: str) -> list[str]:
 
 
 def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
-    """Return the plan of the first of `smaller` that fits, and update the advice."""
+    """Return the plan of the first of `smaller` that fits, and update the advice.
+
+    Where none fits with full batches, it is the first that does with what its plan proposes:
+    smaller batches, and activations that are recomputed.
+    """
     need = available = None
+    remedies: list[dict[str, Any]] = []
     for name in smaller(advice.use):
         changed = {"rank": 64} if advice.use == "full" and name != "full" else {}
         try:
@@ -116,37 +121,47 @@ def fit(advice: Advice, settings: AdviseSettings) -> dict[str, Any] | None:
         except AfinaError as error:
             advice.add_reason("no_plan", why=error.what)
             return None
-        peak = found["peak_bytes"]
-        limit = 1e9 * settings.memory_gb if settings.memory_gb else found["machine_bytes"]
+        limit = found["machine_bytes"]
         available = format_bytes(limit) if limit else None
-        if limit is None or (found["fits"] if settings.memory_gb is None else peak <= limit):
+        if found["fits"] is not False:
             if name != advice.use:
                 kind = "qlora" if name.startswith("q") else "full_too_large"
                 advice.add_reason(
                     kind, "qlora" if kind == "qlora" else None, need=need, available=available
                 )
                 advice.use, advice.settings = name, advice.settings | changed
-            machine = {
-                "device": found["device"],
-                "memory_bytes": limit,
-                "detected": settings.memory_gb is None,
-            }
-            return {
-                "peak_bytes": peak,
-                "step_seconds": found["step_seconds"],
-                "batch": found["batch"],
-                "machine": machine,
-            }
-        need = format_bytes(peak)
-    advice.use, advice.settings = "none", {}
-    advice.add_reason("nothing_fits", need=need, available=available)
-    return None
+            return _planned(found, settings)
+        need = format_bytes(found["peak_bytes"])
+        for remedy in found["remedies"]:
+            settings_of = {"method": name, **changed, **remedy["settings"]}
+            remedies.append(found | remedy | {"settings": settings_of})
+    if not remedies:
+        advice.use, advice.settings = "none", {}
+        advice.add_reason("nothing_fits", need=need, available=available)
+        return None
+    chosen = remedies[0]
+    advice.use = chosen["settings"].pop("method")
+    advice.settings = advice.settings | chosen["settings"]
+    shown = " ".join(_flags(chosen["settings"]))
+    advice.add_reason("smaller_batches", need=need, available=available, changes=shown)
+    return _planned(chosen, settings)
+
+
+def _planned(found: Mapping[str, Any], settings: AdviseSettings) -> dict[str, Any]:
+    """Return of a plan's cost what the advice shows."""
+    machine = {
+        "device": found["device"],
+        "memory_bytes": found["machine_bytes"],
+        "detected": settings.memory_gb is None,
+    }
+    same = {name: found[name] for name in ("peak_bytes", "step_seconds", "batch")}
+    return same | {"machine": machine}
 
 
 def _plan_settings(
     settings: AdviseSettings, method: str, changed: Mapping[str, Any]
 ) -> PlanSettings:
-    same = {name: getattr(settings, name) for name in MODEL_SETTINGS}
+    same = {name: getattr(settings, name) for name in (*MODEL_SETTINGS, "memory_gb")}
     return PlanSettings(method=method, **changed, **same)
 
 
@@ -265,8 +280,13 @@ def _command(advice: Advice, settings: AdviseSettings, objective: str) -> str:
         for name, v in advice.settings.items()
         if name != "rank" or advice.use not in ("full", "freeze")
     }
-    parts += [
-        f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in changed.items()
-    ]
+    parts += _flags(changed)
     parts += [f"--objective {objective}"] if objective != "sft" else []
     return " ".join(part for part in parts if part)
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as flags of the command line."""
+    return [
+        f"--{name.replace('_', '-')} {shlex.quote(flag(value))}" for name, value in settings.items()
+    ]

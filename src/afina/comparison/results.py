@@ -67,6 +67,9 @@ class ComparisonResult(Result):
         write_report(self, Path(self.folder), self.settings["lang"])
 
 
+WITHOUT_METHOD = ("prompt", "find", "none")  # advice that names no method
+
+
 @dataclass(frozen=True, eq=False)
 class AdviceResult(Result):
     """Advice without training: what to use, with which settings, and the reasons with sources."""
@@ -108,7 +111,8 @@ class AdviceResult(Result):
         from afina.comparison.findings import messages
 
         words = messages(self.lang)
-        lines = [(words["use"], words.get(self.use, self.use)), *self._plan_rows(words)]
+        use = words[self.use] if self.use in WITHOUT_METHOD else self.use
+        lines = [(words["use"], use), *self._plan_rows(words)]
         if self.command:
             lines.append((words["command"], self.command))
         if self.then:

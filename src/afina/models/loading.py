@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -223,7 +224,7 @@ def load_base(
     """
     folder = resolve_model_dir(base, revision)
     files = checked_weight_files(folder)
-    config = load_config(folder, base, trust_remote_code)
+    config = load_decoder_config(folder, base, trust_remote_code)
     target = choose_device(device)
     chosen_dtype = choose_dtype(dtype, target, config, file_bytes(files))
     options = {"dtype": chosen_dtype, "trust_remote_code": trust_remote_code}
@@ -310,6 +311,24 @@ def configured_width(settings: ModelSettings) -> int | None:
     """Return the hidden size of the settings' base by its config.json; raise `BaseError`."""
     folder = resolve_model_dir(settings.base, settings.revision, weights=False)
     return hidden_size(load_config(folder, settings.base, settings.trust_remote_code))
+
+
+def load_decoder_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    """Return the configuration of a causal language model; raise `BaseError` on an encoder's."""
+    config = load_config(folder, name, trust_remote_code)
+    heads = ("ForCausalLM", "LMHeadModel")
+    is_decoder = getattr(config, "is_decoder", False) or any(
+        architecture.endswith(heads) for architecture in config.architectures or []
+    )
+    if not is_decoder and type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise BaseError(
+            f"{config.model_type} is a text encoder: it generates no text",
+            where=name,
+            why="sft, pretrain and preferences need a causal language model",
+            hint="--objective mlm for plain texts; rows with a label, two texts, a query and "
+            "passages or tags for classify, embed, rerank or tag; or another --base",
+        )
+    return config
 
 
 def load_config(folder: Path, name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -28,7 +28,7 @@ from afina.kernels.nf4 import BLOCK
 from afina.models.bnb_format import is_quantized
 from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import ATTENTIONS, MLPS, NORMS
-from afina.models.loading import load_config, resolve_model_dir
+from afina.models.loading import load_decoder_config, resolve_model_dir
 from afina.models.nf4 import quantizable_modules
 from afina.settings import TrainSettings
 
@@ -159,7 +159,7 @@ def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:
             where=str(folder),
             hint="is this a Hugging Face folder?",
         )
-    config = copy.deepcopy(load_config(folder, settings.base, settings.trust_remote_code))
+    config = copy.deepcopy(load_decoder_config(folder, settings.base, settings.trust_remote_code))
     quantized = is_quantized(config, settings.base)
     if quantized:
         del config.quantization_config

@@ -6,7 +6,7 @@ laptop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,13 @@ def plan(
     return _plan_with_rows(settings, train_settings, objective)
 
 
+def _machine(settings: PlanSettings) -> Machine:
+    """Return this machine, with the memory that is planned for."""
+    machine = detect_machine(settings, settings.remeasure)
+    given = settings.memory_gb
+    return machine if given is None else replace(machine, memory=1e9 * given)
+
+
 def _check_show(settings: PlanSettings) -> None:
     """Raise `SettingsError` where examples are requested and none are read."""
     name = next((n for n in ("show", "show_longest") if getattr(settings, n)), None)
@@ -136,7 +143,7 @@ def _plan_with_rows(
     workload = setup.prepared.task.step_workload()
     if workload is None:
         return PlanResult(**_checked(setup, settings), cost=None)
-    machine = detect_machine(settings, settings.remeasure)
+    machine = _machine(settings)
     shape = read_model_shape(settings, machine.device)
     step = run_step(shape, setup, workload, machine.device)
     return _checked_plan(setup, settings, _cost(settings, step, workload, machine, setup.steps))
@@ -146,7 +153,7 @@ def _plan_by_tokens(
     settings: PlanSettings, train_settings: TrainSettings | None
 ) -> PlanResult | MethodsPlanResult:
     """Return the plan of sft or pretrain; the base is loaded where it is present and fits."""
-    machine = detect_machine(settings, settings.remeasure)
+    machine = _machine(settings)
     shape = read_model_shape(settings, machine.device)
     step = make_step(shape, settings, machine.device)
     loaded_bytes = shape.weight_bytes(step.quantization) + machine.libraries

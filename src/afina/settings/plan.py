@@ -22,6 +22,7 @@ class PlanSettings(TrainSettings):
     show_longest: bool = setting(
         "print the longest training examples, as many as --show or 3", False
     )
+    memory_gb: float | None = setting("GB of memory to plan for; by default this machine's", gt=0)
     remeasure: bool = setting(
         "measure this machine again: a few seconds, stored for later plans", False
     )
