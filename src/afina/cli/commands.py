@@ -12,12 +12,14 @@ from afina.training.results import SweepResult, TrainResult
 def train(settings: TrainSettings) -> TrainResult | SweepResult:
     """Train with a progress bar; return the finished run, or the runs of a sweep file."""
     from afina.training.sweep import SUFFIXES, sweep
+    from afina.training.termination import termination
     from afina.training.train import train as train_one
 
-    if isinstance(settings.data, Path) and settings.data.suffix in SUFFIXES:
-        given = {name: getattr(settings, name) for name in settings.model_fields_set}
-        return sweep(settings.data, given, quiet=False)
-    return train_one(settings, quiet=False)
+    with termination.handled():
+        if isinstance(settings.data, Path) and settings.data.suffix in SUFFIXES:
+            given = {name: getattr(settings, name) for name in settings.model_fields_set}
+            return sweep(settings.data, given, quiet=False)
+        return train_one(settings, quiet=False)
 
 
 def compare(settings: CompareSettings) -> ComparisonResult:

@@ -133,8 +133,9 @@ def _add_groups(parser: argparse.ArgumentParser, command: Command) -> None:
 
 def _add_flag(parser: argparse._ActionsContainer, dest: str, name: str, field: Any) -> None:
     flag, text = "--" + dest.replace("_", "-"), _help(field)
-    if field.annotation is bool:
-        parser.add_argument(flag, dest=dest, nargs="?", const=True, metavar="true|false", help=text)
+    if _is_switch(field):
+        metavar = "|".join(("true", "false", *_words(field.annotation)))
+        parser.add_argument(flag, dest=dest, nargs="?", const=True, metavar=metavar, help=text)
     else:
         metavar = _metavar(field.annotation, name.upper())
         parser.add_argument(flag, dest=dest, metavar=metavar, help=text)
@@ -155,11 +156,21 @@ def _plugins(field: Any) -> str:
     return f"; {translate('installed')}: {', '.join(names)}" if names else ""
 
 
-def _metavar(annotation: Any, name: str) -> str:
-    """Return the choices of a setting, or its name in capitals."""
+def _is_switch(field: Any) -> bool:
+    """Return whether a flag stands for true where no value follows."""
+    return bool in (field.annotation, *typing.get_args(field.annotation))
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """Return the words among the values of a setting."""
     parts = [annotation, *typing.get_args(annotation)]
     choices = [part for part in parts if typing.get_origin(part) is typing.Literal]
-    return "|".join(typing.get_args(choices[0])) if choices else name
+    return typing.get_args(choices[0]) if choices else ()
+
+
+def _metavar(annotation: Any, name: str) -> str:
+    """Return the choices of a setting, or its name in capitals."""
+    return "|".join(_words(annotation)) or name
 
 
 def _value(annotation: Any, text: Any) -> Any:
@@ -200,7 +211,11 @@ def _normalize(command: Command, arguments: Sequence[str]) -> list[str]:
     switch takes true or false, and no other word.
     """
     fields = _fields(command).items()
-    switches = {"--" + n.replace("_", "-") for n, field in fields if field.annotation is bool}
+    switches = {
+        "--" + name.replace("_", "-"): (*SWITCH_WORDS, *_words(field.annotation))
+        for name, field in fields
+        if _is_switch(field)
+    }
     words = []
     for word in arguments:
         flag, equals, value = word.partition("=")
@@ -208,7 +223,7 @@ def _normalize(command: Command, arguments: Sequence[str]) -> list[str]:
         words.append((flag.replace("_", "-") if is_flag else flag) + equals + value)
     following = [word.lower() for word in (*words[1:], "")]
     return [
-        f"{word}=true" if word in switches and after not in SWITCH_WORDS else word
+        f"{word}=true" if word in switches and after not in switches[word] else word
         for word, after in zip(words, following, strict=False)
     ]
 

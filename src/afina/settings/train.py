@@ -30,7 +30,9 @@ class TrainSettings(GroupedSettings):
         "the run folder; by default runs/DATA-METHOD, with a number where that exists"
     )
     overwrite: bool = setting("replace the run in that folder, if there is one", False)
-    resume: bool = setting("resume the run in that folder instead of starting a new one", False)
+    resume: bool | Literal["auto"] = setting(
+        "resume the run in that folder instead of starting a new one; auto: if there is one", False
+    )
     # the adapter
     method: str = setting(
         "lora, dora, mora, full, or freeze (the last layers only); q before it: on a base in 4 "

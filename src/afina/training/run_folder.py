@@ -57,10 +57,10 @@ def check_folder(folder: Path, settings: TrainSettings) -> None:
     if folder.exists() and not folder.is_dir():
         what, hint = "this is a file, not a run folder", "choose another --output-dir"
         raise SettingsError(what, where=str(folder), hint=hint)
-    if settings.resume and not has_begun:
+    if settings.resume is True and not has_begun:
         hint = "leave out --resume to start"
         raise TrainingError("nothing to resume here", where=str(folder), hint=hint)
-    if settings.resume or not folder.exists() or not any(folder.iterdir()):
+    if (settings.resume and has_begun) or not folder.exists() or not any(folder.iterdir()):
         return
     if settings.overwrite and has_begun:
         return

@@ -193,7 +193,7 @@ def _train_group(
 
 
 def _has_checkpoint(setup: RunSetup, folder: Path) -> bool:
-    return setup.settings.resume and checkpoint.exists(folder)
+    return bool(setup.settings.resume) and checkpoint.exists(folder)
 
 
 def _resume(trainer: Trainer) -> bool:

@@ -24,6 +24,7 @@ from afina.training.process_memory import process_peak_mb
 from afina.training.setup.optimizer import AdapterOptimizer, schedule_factor
 from afina.training.setup.processes import SINGLE_PROCESS, ProcessContext
 from afina.training.setup.set_up import RunSetup
+from afina.training.termination import EXIT_STATUS, termination
 
 RISE_STEPS = 50  # warmup steps after a restart, as in ReMoRA's paper
 
@@ -161,6 +162,11 @@ class Trainer:
         if self.world.is_main_process:
             checkpoint.save(self.run, self.optimizer, self.progress, self.identity)
 
+    def save_between_checks(self) -> None:
+        """Write a checkpoint after a step without evaluation, where the objective has a state."""
+        if self.progress.step % self.setup.prepared.task.steps_per_rollout == 0:
+            self.save()
+
     def _factor(self) -> float:
         """Return the learning rate factor of this step, with a warmup after each restart."""
         setup, step = self.setup, self.progress.step
@@ -224,10 +230,20 @@ def train_in_one_pass(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
     """
     failed: dict[Trainer, TrainingError] = {}
     intervals = [loop.setup.settings.recomputed for loop in loops if loop.setup.settings.recomputed]
-    with loops[0].setup.prepared.base.gradient_checkpointing(min(intervals, default=0)):
+    base = loops[0].setup.prepared.base
+    with base.gradient_checkpointing(min(intervals, default=0)), termination.between_steps():
         while active := [loop for loop in loops if loop not in failed and not loop.ended]:
             failed |= _step(active)
+            if _is_terminated(loops[0].world):
+                for loop in active:
+                    loop.save_between_checks()
+                raise SystemExit(EXIT_STATUS)
     return failed
+
+
+def _is_terminated(world: ProcessContext) -> bool:
+    """Return whether any process has to end: all leave after the same step."""
+    return bool(world.all_reduce(torch.tensor(float(termination.is_requested))) > 0)
 
 
 def _step(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:

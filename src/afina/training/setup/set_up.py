@@ -72,7 +72,7 @@ def default_out(settings: TrainSettings) -> Path:
     if settings.output_dir is not None:
         return settings.output_dir
     folder = Path("runs") / f"{settings.data_name}-{settings.method}"
-    return folder if settings.overwrite else free_folder(folder, settings.resume)
+    return folder if settings.overwrite else free_folder(folder, bool(settings.resume))
 
 
 def free_folder(folder: Path, is_resume: bool) -> Path:
