@@ -88,7 +88,10 @@ class AdviceResult(Result):
         from afina.comparison.findings import messages
 
         words = messages(self.lang)
-        parts = [ResultText(self.summary()), ResultTable(words["title"], self.rows())]
+        parts: list[Content] = [
+            ResultText(self.summary()),
+            ResultTable(words["title"], self.rows()),
+        ]
         if not self.why:
             return [*parts, ResultText(words["see_why"])]
         return [*parts, *(ResultText(_reason(one, words["source"])) for one in self.reasons)]
