@@ -115,7 +115,8 @@ def test_parts_of_a_flat_batch_add_up_to_it(tiny: Path, of: int) -> None:
     for a, b in zip(
         torch.autograd.grad(torch.stack(losses).sum(), adapter.parameters()), gradients, strict=True
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        # float32 sums in another order: about 20 roundings of the largest gradient (3e-6 seen)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6 * max(1.0, b.abs().max().item()))
     sizes = sorted(len(part.token_ids) for part in parts)
     assert of > 2 or sizes[-1] - sizes[0] <= 14
 
