@@ -263,15 +263,19 @@ TOOL_BODY: dict[str, Any] = {
 }
 
 
+def renderer_of(name: str, tokenizer: Any, folder: Any) -> Renderer:
+    template = None
+    if TEMPLATES[name] is not None:
+        template = str(folder / "t.jinja")
+        (folder / "t.jinja").write_text(TEMPLATES[name])
+    return Renderer(tokenizer, template or "chatml", 2048)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_required_call_has_the_form_of_the_template(
     name: str, tokenizer: Any, tmp_path: Any
 ) -> None:
-    template = None
-    if TEMPLATES[name] is not None:
-        template = str(tmp_path / "t.jinja")
-        (tmp_path / "t.jinja").write_text(TEMPLATES[name])
-    renderer = Renderer(tokenizer, template or "chatml", 2048)
+    renderer = renderer_of(name, tokenizer, tmp_path)
     prompts = ChatPrompts(renderer)
     prompt = prompts.build(ChatCompletionRequest.model_validate(TOOL_BODY))
     form = prompts.format
@@ -300,11 +304,7 @@ def test_a_required_call_has_the_form_of_the_template(
 def test_strict_arguments_are_followed_once_the_model_opens_a_call(
     name: str, tokenizer: Any, tmp_path: Any
 ) -> None:
-    template = None
-    if TEMPLATES[name] is not None:
-        template = str(tmp_path / "t.jinja")
-        (tmp_path / "t.jinja").write_text(TEMPLATES[name])
-    renderer = Renderer(tokenizer, template or "chatml", 2048)
+    renderer = renderer_of(name, tokenizer, tmp_path)
     prompts = ChatPrompts(renderer)
     body = {**TOOL_BODY, "tool_choice": "auto"}
     weather, now = TOOL_BODY["tools"]

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
-from afina.data.packing import BatchSampler, group_in_order, train_eval_split
+from afina.data.packing import BatchSampler, group_in_order
 from afina.data.schemas import EMBEDDING, SCORED, EmbeddingRow
-from afina.data.several_files import check_one_kind, file_number, mix_rows
+from afina.data.several_files import check_one_kind, mix_rows
 from afina.data.table import Table, read_table
 from afina.data.truncation import CutRows
 from afina.errors import SettingsError
@@ -42,6 +42,7 @@ from afina.objectives.prepared import (
     describe_data,
     eval_source,
     read_files,
+    split_eval_rows,
     trained_settings,
 )
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
@@ -103,21 +104,11 @@ class EmbeddingObjective(PaddedObjective):
     def prepare(cls, settings: TrainSettings, base: Encoder | None = None) -> PreparedData:
         """Read, tokenize, check and split the pairs; load the base, unless it is given."""
         check_encoder_settings(settings)
-        options, columns = settings.group("embed"), settings.columns
+        options = settings.group("embed")
         table = read_files(settings, EMBEDDING)
         check_one_kind(table, lambda format: "scores" if format == SCORED else "no scores")
         _check_options(options, table)
-        rows, eval_rows = table.rows, None
-        if settings.eval_data is not None:
-            eval_rows = read_table(settings.eval_data, EMBEDDING, columns).rows
-        else:
-            rows, eval_rows = train_eval_split(
-                rows,
-                settings.eval_size,
-                settings.seed,
-                lambda row: row.anchor,
-                file_number(table.files),
-            )
+        rows, eval_rows = split_eval_rows(settings, table, EMBEDDING, lambda row: row.anchor)
         base = base or load_encoder(
             settings.base,
             _embedding_config(settings, options),

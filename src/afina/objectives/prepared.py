@@ -11,6 +11,7 @@ from afina.adapters.load_run import LoadedRun
 from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
 from afina.data.image_folder import find_split_folders
+from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
 from afina.data.schemas import Schema
 from afina.data.several_files import (
@@ -330,6 +331,22 @@ def with_split_folders(settings: TrainSettings) -> TrainSettings:
     update: dict[str, Any] = {"data": parts.train}
     update |= {"eval_data": parts.eval} if settings.eval_data is None else {}
     return settings.model_copy(update=update)
+
+
+def split_eval_rows(
+    settings: TrainSettings,
+    table: Table[RowT],
+    schema: Schema[RowT],
+    key: Callable[[RowT], object],
+) -> tuple[list[RowT], list[RowT]]:
+    """Return training rows and eval rows: those of `eval_data`, or some held out of each file.
+
+    Rows with an equal `key` are on one side.
+    """
+    if settings.eval_data is not None:
+        return table.rows, read_table(settings.eval_data, schema, settings.columns).rows
+    group = file_number(table.files)
+    return train_eval_split(table.rows, settings.eval_size, settings.seed, key, group)
 
 
 def read_files(settings: TrainSettings, schema: Schema[RowT]) -> Table[RowT]:

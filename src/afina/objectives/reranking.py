@@ -18,9 +18,8 @@ from torch import Tensor
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
-from afina.data.packing import train_eval_split
 from afina.data.schemas import RELEVANCE, LabeledRow
-from afina.data.several_files import file_number, mix_rows
+from afina.data.several_files import mix_rows
 from afina.data.table import read_table
 from afina.data.truncation import CutRows
 from afina.errors import DataError
@@ -35,6 +34,7 @@ from afina.objectives.prepared import (
     describe_data,
     eval_source,
     read_files,
+    split_eval_rows,
     trained_settings,
 )
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
@@ -61,17 +61,7 @@ class RerankingObjective(ClassificationObjective):
         check_encoder_settings(settings)
         options = settings.group("rerank")
         table = read_files(settings, RELEVANCE)
-        rows = table.rows
-        if settings.eval_data is not None:
-            eval_labeled = read_table(settings.eval_data, RELEVANCE, settings.columns).rows
-        else:
-            rows, eval_labeled = train_eval_split(
-                rows,
-                settings.eval_size,
-                settings.seed,
-                lambda row: row.content,
-                file_number(table.files),
-            )
+        rows, eval_labeled = split_eval_rows(settings, table, RELEVANCE, lambda row: row.content)
         base = base or load_classifier(
             settings.base,
             (OUTPUT,),

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
-from afina.data.packing import IGNORE_INDEX, train_eval_split
+from afina.data.packing import IGNORE_INDEX
 from afina.data.schemas import TAGGED, TaggedRow
-from afina.data.several_files import file_number, mix_rows
+from afina.data.several_files import mix_rows
 from afina.data.table import parse_rows, read_table
 from afina.data.truncation import CutRows
 from afina.errors import DataError
@@ -36,6 +36,7 @@ from afina.objectives.prepared import (
     describe_data,
     eval_source,
     read_files,
+    split_eval_rows,
     trained_settings,
 )
 from afina.objectives.registry import register_objective
@@ -78,19 +79,10 @@ class TaggingObjective(PaddedObjective):
         check_encoder_settings(settings)
         options = settings.group("tag")
         table = read_files(settings, TAGGED)
-        rows = _named(table.rows, options.names)
-        if settings.eval_data is not None:
-            eval_tagged = _named(
-                read_table(settings.eval_data, TAGGED, settings.columns).rows, options.names
-            )
-        else:
-            rows, eval_tagged = train_eval_split(
-                rows,
-                settings.eval_size,
-                settings.seed,
-                lambda row: row.words,
-                file_number(table.files),
-            )
+        rows, eval_tagged = (
+            _named(some, options.names)
+            for some in split_eval_rows(settings, table, TAGGED, lambda row: row.words)
+        )
         labels = sorted({tag for row in rows for tag in row.tags}, key=_tag_order)
         base = base or load_tagger(
             settings.base,
