@@ -17,8 +17,7 @@ from afina.adapters.attach import detach
 from afina.adapters.saving import save_adapter
 from afina.models.loading import load_base
 from afina.server.app import make_app
-from afina.server.connections import BoundedProtocol
-from afina.server.serve import build_server, close
+from afina.server.serve import build_server, close, uvicorn_config
 from afina.server.state import ServerState
 from afina.settings import ServeSettings
 from helpers import put
@@ -55,9 +54,7 @@ class Live:
 def live(**settings: Any) -> Iterator[Live]:
     """Serve until the block ends."""
     state = build_server(ServeSettings(dtype="float32", **settings))
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(state), http=BoundedProtocol, log_config=None, access_log=False)
-    )
+    server = uvicorn.Server(uvicorn_config(state.settings, make_app(state)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -69,7 +66,7 @@ def live(**settings: Any) -> Iterator[Live]:
             yield Live(f"http://127.0.0.1:{listener.getsockname()[1]}", state)
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(state.settings.shutdown_timeout + 30)
             close(state)
     assert not thread.is_alive()
 

@@ -14,8 +14,14 @@ from afina.training.trainer import Trainer
 from helpers import metrics
 
 
+@pytest.mark.parametrize("step", [7, 12])  # 12: the last
 def test_sigterm_saves_and_the_same_command_resumes(
-    tiny: Path, chats: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    chats: Path,
+    general: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ) -> None:
     flags = ["--max-steps=12", "--eval-steps=5", "--dropout=0.1", "--max-tokens-per-batch=256"]
     command = ["train", str(chats), f"--base={tiny}", f"--retention-text={general}", *flags]
@@ -26,7 +32,7 @@ def test_sigterm_saves_and_the_same_command_resumes(
 
     def finish_and_ask(self: Trainer, *arguments: object) -> None:
         finish(self, *arguments)  # type: ignore[arg-type]
-        if self.progress.step == 7:
+        if self.progress.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "finish_step", finish_and_ask)
@@ -36,7 +42,7 @@ def test_sigterm_saves_and_the_same_command_resumes(
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before and not termination.is_requested
     progress = json.loads((tmp_path / "cut" / "checkpoint" / "progress.json").read_text())
-    assert progress["progress"]["step"] == 7
+    assert progress["progress"]["step"] == step
 
     monkeypatch.setattr(Trainer, "finish_step", finish)
     assert run_cli([*command, folders[1], "--resume", "auto"]) == 0

@@ -88,7 +88,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     # uvicorn stops at these signals, and raises them once more after it has stopped
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(_uvicorn_config(settings, app))
+    server = uvicorn.Server(uvicorn_config(settings, app))
     state.engine.on_failure = lambda error: _end_process(server)
     try:
         server.run()
@@ -104,7 +104,8 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     return ServeResult(base=state.base_name, adapters=count)
 
 
-def _uvicorn_config(settings: ServeSettings, app: FastAPI) -> uvicorn.Config:
+def uvicorn_config(settings: ServeSettings, app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn serves the app: its limits of time, its connections, no log of its own."""
     return uvicorn.Config(
         app,
         host=settings.host,

@@ -36,12 +36,14 @@ class Termination:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Leave a request to the loop within `with`."""
+        """Leave a request to the loop within `with`; exit at its end if there was one."""
         self._is_training = True
         try:
             yield
         finally:
             self._is_training = False
+        if self.is_requested:  # during the last step, whose checkpoint is written
+            raise SystemExit(EXIT_STATUS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training:

@@ -232,9 +232,12 @@ def train_in_one_pass(loops: Sequence[Trainer]) -> dict[Trainer, TrainingError]:
     intervals = [loop.setup.settings.recomputed for loop in loops if loop.setup.settings.recomputed]
     base = loops[0].setup.prepared.base
     with base.gradient_checkpointing(min(intervals, default=0)), termination.between_steps():
-        while active := [loop for loop in loops if loop not in failed and not loop.ended]:
+        active = [loop for loop in loops if not loop.ended]
+        while active:
             failed |= _step(active)
-            if _is_terminated(loops[0].world):
+            active = [loop for loop in active if loop not in failed and not loop.ended]
+            # after an error here the other processes do not answer; the last step has been saved
+            if active and _is_terminated(active[0].world):
                 for loop in active:
                     loop.save_between_checks()
                 raise SystemExit(EXIT_STATUS)
