@@ -81,6 +81,7 @@ class Objective:
     maximizes_reward: ClassVar[bool] = False  # eval loss is minus the mean reward
     has_baseline: ClassVar[bool] = True  # the base without the adapter can be evaluated
     planned_by_tokens: ClassVar[bool] = False  # steps can be planned without loading the base
+    planned_by_trial: ClassVar[bool] = False  # the planner tries small passes, and counts no layers
     report_key: ClassVar[str | None] = None  # of what `report` returns, in run.json
     settings_class: ClassVar[Any] = None  # pydantic class of its own settings
 

@@ -23,6 +23,7 @@ from afina.data.packing import (
 )
 from afina.models.classifier import Classifier
 from afina.objectives.base import LossSum, Objective
+from afina.objectives.workload import PassSize, StepWorkload, counted_steps
 
 EVAL_BATCH_TOKENS = 2048  # of a batch of `afina eval`
 
@@ -57,6 +58,7 @@ class PaddedObjective(Objective):
     """
 
     shares_base = False
+    planned_by_trial = True
     base: Classifier
 
     def __init__(
@@ -90,9 +92,29 @@ class PaddedObjective(Objective):
             for number, rows in enumerate(self._sampler.step_examples(step))
         ]
 
+    def rows_of_step(self, step: int) -> list[Any]:
+        """Return the rows of an optimizer step."""
+        return [row for rows in self._sampler.step_examples(step) for row in rows]
+
+    def num_computed(self, rows: Sequence[Any]) -> int:
+        """Return the tokens of a batch that the model computes, padding included where it does."""
+        lengths = [self.length(row) for row in rows]
+        return sum(lengths) if self.base.packed else max(lengths) * len(lengths)
+
+    def step_workload(self) -> StepWorkload:
+        """Return the sizes of the first epoch's batches."""
+        passes = [
+            [
+                PassSize(self.num_computed(rows), 0, len(rows), [self.length(row) for row in rows])
+                for rows in self._sampler.step_examples(step)
+            ]
+            for step in counted_steps(self.steps_per_epoch)
+        ]
+        return StepWorkload(passes, eval_tokens=float(sum(map(self.length, self.eval_rows))))
+
     def row_locations(self, step: int) -> list[str]:
         """Return `file:line` of the rows of an optimizer step."""
-        return sorted(row.where for rows in self._sampler.step_examples(step) for row in rows)
+        return sorted(row.where for row in self.rows_of_step(step))
 
     def num_targets(self, batch: PaddedBatch) -> int:
         """Return the number of rows, or positions, with a target."""

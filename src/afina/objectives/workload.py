@@ -114,7 +114,7 @@ def pairwise_workload(
         segments = [segments_for(flat, active) for active in (task.policy, *others)]
         return replace(_pass_size(task.base, flat, segments), targets=num_targets(flat))
 
-    steps = [task.step_batches(step) for step in _counted_steps(task.steps_per_epoch)]
+    steps = [task.step_batches(step) for step in counted_steps(task.steps_per_epoch)]
     workload = StepWorkload([[size(batch.flat) for batch in batches] for batches in steps])
     tokens = [len(row.mismatched.token_ids) for row in task.train if row.mismatched]
     mismatched = sum(tokens) / task.steps_per_epoch
@@ -139,7 +139,7 @@ def policy_workload(task: "PolicyObjective", batch_tokens: int) -> StepWorkload:
     options, num_iterations = task.options, task.options.num_iterations
     new_tokens = options.max_new_tokens
     passes, prompt_tokens = [], []
-    for rollout in _counted_steps(max(1, task.steps_per_epoch // num_iterations)):
+    for rollout in counted_steps(max(1, task.steps_per_epoch // num_iterations)):
         prompts = task.prompts_for_step(rollout * num_iterations)
         prompt_tokens.append(sum(len(prompt.token_ids) for prompt in prompts))
         longest = [_completed(p.token_ids, new_tokens) for p in prompts for _ in range(task.group)]
@@ -166,7 +166,7 @@ def policy_workload(task: "PolicyObjective", batch_tokens: int) -> StepWorkload:
     )
 
 
-def _counted_steps(num_steps: int) -> range:
+def counted_steps(num_steps: int) -> range:
     """Return at most `MAX_STEPS` of an epoch's steps, evenly spread."""
     return range(0, num_steps, -(-num_steps // MAX_STEPS))
 

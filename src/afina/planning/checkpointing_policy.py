@@ -26,7 +26,8 @@ def choose_checkpointing(
     The memory is in bytes, and None where it is not predicted.
     """
     settings = setups[0].settings
-    workloads = [setup.prepared.task.step_workload() for setup in setups]
+    tasks = [setup.prepared.task for setup in setups]
+    workloads = [None if task.planned_by_trial else task.step_workload() for task in tasks]
     known = [workload for workload in workloads if workload is not None]
     if len(known) < len(setups):
         return "off", "memory is not predicted for this objective", None

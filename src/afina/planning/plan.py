@@ -40,6 +40,7 @@ from afina.planning.model_shape import ModelShape, read_model_shape
 from afina.planning.results import MethodsPlanResult, PlanResult
 from afina.planning.run_step import full_load, make_step, run_step
 from afina.planning.step_cost import StepCost
+from afina.planning.trial import trial_cost
 from afina.settings import PlanSettings, TrainSettings, make_settings, resolved
 from afina.training.setup.prepare import AUTO_TEXT, resolve_objective
 from afina.training.setup.set_up import RunSetup, default_out, run_length, set_up_run
@@ -144,6 +145,8 @@ def _plan_with_rows(
     if workload is None:
         return PlanResult(**_checked(setup, settings), cost=None)
     machine = _machine(settings)
+    if setup.prepared.task.planned_by_trial:
+        return _checked_plan(setup, settings, trial_cost(setup, workload, machine))
     shape = read_model_shape(settings, machine.device)
     step = run_step(shape, setup, workload, machine.device)
     return _checked_plan(setup, settings, _cost(settings, step, workload, machine, setup.steps))

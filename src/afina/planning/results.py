@@ -174,7 +174,8 @@ def _cost(cost: Mapping[str, Any]) -> list[Content]:
     rows = [
         (
             "per micro-batch",
-            f"{pluralize(batch['tokens'], 'token')}, {pluralize(batch['labels'], 'target token')}",
+            f"{pluralize(batch['tokens'], 'token')}, "
+            f"{pluralize(batch['labels'], cost.get('target_unit', 'target token'))}",
         ),
         ("peak memory", f"{format_bytes(cost['peak_bytes'])}   ({memory})"),
         ("per optimizer step", format_seconds(cost["step_seconds"]) + _phases(cost)),
