@@ -226,3 +226,36 @@ def test_every_error_has_a_twin(name: str) -> None:
     known = catalogue(name).sentences
     missing = [f"{module}: {text!r}" for module, text in error_sentences() if text not in known]
     assert not missing, "add to io/translations:\n" + "\n".join(missing)
+
+
+FINDINGS = {"block": 1, "review": 1, "note": 1, "add_finding": 2}  # the place of the sentence
+
+
+def finding_sentences() -> Iterator[tuple[str, str]]:
+    """Yield (module, key) of every sentence of the audit's gates, given at once or by a name."""
+    for module in TEXTS:
+        if not module.startswith("afina.audit."):
+            continue
+        for node in nodes(module):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                place = FINDINGS.get(node.func.attr, len(node.args))
+                texts = map(sentence, node.args[place : place + 1])
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "what":
+                texts = map(sentence, [node.value])
+            else:
+                continue
+            yield from ((module, text) for text in texts if text and PROSE.search(text))
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_every_finding_of_the_audit_has_a_twin(name: str) -> None:
+    known, found = catalogue(name).sentences, list(finding_sentences())
+    missing = [f"{module}: {text!r}" for module, text in found if text not in known]
+    assert len(found) > 50
+    assert not missing, "add to io/translations:\n" + "\n".join(missing)
+
+
+def test_a_finding_is_printed_with_its_file_and_values_as_they_are() -> None:
+    with use_language("es"):
+        line = translate("- block, files: ranks are integers from 1, not 'x'  [a/b.json]")
+    assert line == "- bloqueo, files: los rangos son enteros desde 1, no 'x'  [a/b.json]"

@@ -335,8 +335,10 @@ def _compare(
     result = fitting.judge(measured.features)
     gate.measured |= {"p": result.p, "compared_with": fitting.count}
     if fitting.count < fitting.fewest or fitting.smallest_p > alpha:
-        few = f"only {fitting.count} benign adapters of its kind: too few to claim anything"
-        text = f"{few} (their least p is {fitting.smallest_p:.2g}, --alpha {alpha:g})"
+        text = (
+            f"only {fitting.count} benign adapters of its kind: too few to claim anything "
+            f"(their least p is {fitting.smallest_p:.2g}, --alpha {alpha:g})"
+        )
         gate.review("few-benign", text)
     elif result.p <= alpha:
         unusual = ", ".join(name for name, _ in result.outlier_features)
