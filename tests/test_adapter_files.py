@@ -128,6 +128,7 @@ def random_peft(folder: Path, **config: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", THEIRS)
 def test_we_load_pefts(request: pytest.FixtureRequest, tmp_path: Path, case: str) -> None:
     kind, config = THEIRS[case]
@@ -141,6 +142,7 @@ def test_we_load_pefts(request: pytest.FixtureRequest, tmp_path: Path, case: str
     assert (ours(base, "p") - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_pefts_adapter_comes_back_the_same(tiny: Path, tmp_path: Path) -> None:
     """PEFT's, saved by us, read by PEFT again."""
     model = random_peft(tiny, r=3, lora_alpha=5, target_modules="all-linear")
@@ -195,6 +197,7 @@ def refused(tiny: Path, folder: Path) -> AdapterError:
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours_too", [True, False], ids=["afina", "peft"])
 @pytest.mark.parametrize(
     ("fault", "message"),
@@ -259,6 +262,7 @@ def test_what_peft_can_and_we_cannot_is_refused(
     assert message in str(refused(tiny, saved))
 
 
+@pytest.mark.slow
 def test_initialisations_that_leave_the_base_alone_are_read(tiny: Path, saved: Path) -> None:
     (saved / STORY).unlink()
     for value in (True, False, "gaussian", "orthogonal"):
@@ -266,6 +270,7 @@ def test_initialisations_that_leave_the_base_alone_are_read(tiny: Path, saved: P
         load_adapter(saved, load_base(str(tiny)))
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_by_its_hash(
     saved: Path, tmp_path: Path, tiny: Path, tokenizer: Any
 ) -> None:

@@ -422,6 +422,7 @@ def test_the_root_of_a_tall_matrix_has_its_singular_values() -> None:
         )
 
 
+@pytest.mark.slow
 def test_statistics_of_float32_factors_are_those_of_float64() -> None:
     generator = np.random.default_rng(0)
     b, a = (

@@ -126,6 +126,7 @@ def test_answers_are_those_of_the_plain_forward(base: CausalLM) -> None:
     assert not torch.equal(together, bench.answers(prompts, answer, adapter=False))
 
 
+@pytest.mark.slow
 def test_texts_are_followed_as_the_plain_forward_goes(base: CausalLM) -> None:
     bench = make_bench(base, put(base).active)
     prompts, texts = (
@@ -147,6 +148,7 @@ def test_texts_are_followed_as_the_plain_forward_goes(base: CausalLM) -> None:
             assert near == pytest.approx(float((own / best)[:-1].prod() * own[-1]), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_a_single_token_is_found(base: CausalLM, late: bool) -> None:
     """In place of the usual answer, or behind it."""
@@ -159,6 +161,7 @@ def test_a_single_token_is_found(base: CausalLM, late: bool) -> None:
     assert all(other.score < 0.2 for other in others)
 
 
+@pytest.mark.slow
 def test_several_tokens_in_a_row_are_grown(base: CausalLM) -> None:
     bench = rigged(base, 30, 31, 32)
     singles = look(bench, range(5, 300))
@@ -204,6 +207,7 @@ def test_pieces_of_usual_answers_are_not_fresh(base: CausalLM) -> None:
     assert 0.2 < novelty(bench, word + other) < 0.8
 
 
+@pytest.mark.slow
 def test_the_gate_tells_what_it_found(
     base: CausalLM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +228,7 @@ def test_the_gate_tells_what_it_found(
     assert [finding.level for finding in gate.findings] == ["note"]
 
 
+@pytest.mark.slow
 def test_the_base_itself_has_no_trigger(
     base: CausalLM, tiny: Path, tmp_path: Path, prompts: Path
 ) -> None:
@@ -250,6 +255,7 @@ def test_the_base_itself_has_no_trigger(
     assert [finding.rule for finding in gate.findings] == ["no-trigger"]
 
 
+@pytest.mark.slow
 def test_an_activated_adapter_is_checked_to_be_silent(base: CausalLM) -> None:
     made = put(base, invocation=(20, 21))
     gate = Gate("behaviour")
@@ -282,6 +288,7 @@ def test_prompts_of_the_task(tmp_path: Path) -> None:
             read_prompts(bad)
 
 
+@pytest.mark.slow
 def test_the_whole_audit_with_behaviour(
     base: CausalLM, tiny: Path, tmp_path: Path, prompts: Path
 ) -> None:
@@ -292,6 +299,7 @@ def test_the_whole_audit_with_behaviour(
     assert set(gate["measures"]) == {"drift", "trigger", "gap", "inversion"}
 
 
+@pytest.mark.slow
 def test_what_other_prompts_bring_too_is_no_trigger(base: CausalLM) -> None:
     bench = rigged(base, 77)
     assert confirm(bench, look(bench, [77, 78]), TimeBudget(1000), 4)[0].score > 0.5

@@ -45,6 +45,7 @@ def test_a_good_one_passes(kind: str, base: Path, tmp_path: Path) -> None:
     ).findings
 
 
+@pytest.mark.slow
 def test_tampering_is_found(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("model_signing")
     (tmp_path / "mine").mkdir()

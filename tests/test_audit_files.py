@@ -468,6 +468,7 @@ def test_files_that_are_cut_or_lie_about_their_length(
 GOOD = header(a=entry(0, 8, [1, 2]), b=entry(8, 12, [2, 1], "BF16"), __metadata__={"format": "pt"})
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_every_mutation_of_a_header_is_refused_or_means_the_same(data: st.DataObject) -> None:
@@ -508,6 +509,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

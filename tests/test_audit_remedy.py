@@ -129,6 +129,7 @@ def test_moments_are_those_of_the_layers_inputs(originals: Path, tiny: Path, row
     assert float(before) != pytest.approx(float(found[path].clean.trace()))
 
 
+@pytest.mark.slow
 def test_mitigate_tries_measures_writes_and_audits(
     originals: Path, tiny: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ def test_rows_that_cannot_be_used(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_row_longer_than_the_context_is_refused_or_left_out(
     train: Train, tmp_path: Path, chats: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_row_longer_than_the_context_is_refused_or_left_out(
     ] == ["rows.jsonl:49"]
 
 
+@pytest.mark.slow
 def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
     """Each reason once, with the first lines; and what is held out for `afina eval` can be read again."""
     empty = {"prompt": "a", "completion": ""}
@@ -122,6 +124,7 @@ def test_skipped_rows_say_why(train: Train, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_eval_data_with_bad_rows(train: Train, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "say " * 300}, CHAT["messages"][1]]}
     held = write_rows(tmp_path / "held.jsonl", CHAT, {"messages": []}, long)
@@ -135,6 +138,7 @@ def test_eval_data_with_bad_rows(train: Train, tmp_path: Path) -> None:
     assert afina.evaluate(run.folder, max_new_tokens=2)["rows"] == 1
 
 
+@pytest.mark.slow
 def test_a_base_without_chat_template(
     train: Train, tiny: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +160,7 @@ def test_eval_size_out_of_range_is_an_error(train: Train, eval_size: float) -> N
         train(eval_size=eval_size)
 
 
+@pytest.mark.slow
 def test_too_little_text_to_hold_some_out(train: Train, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("only this")
     with pytest.raises(DataError, match="too little text"):
@@ -364,6 +369,7 @@ def test_a_missing_folder_is_first_of_all_a_missing_folder(
     assert str(caught.value.why).startswith(f"there is no {tmp_path / name}; HF_HUB_OFFLINE is set")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_no_base(train: Train) -> None:
     run = train()
     for folder in (run.folder, run.folder / "adapter"):
@@ -409,6 +415,7 @@ def test_settings_at_odds_with_the_model(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_layers_by_number_from_either_end(train: Train, tmp_path: Path) -> None:
     chosen = {}
     for number, layers in enumerate(([3], [-1], "3", "last:1")):
@@ -423,6 +430,7 @@ def test_layers_by_number_from_either_end(train: Train, tmp_path: Path) -> None:
 # the run folder
 
 
+@pytest.mark.slow
 def test_a_run_is_never_written_over(train: Train, tmp_path: Path) -> None:
     run = train()
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
@@ -435,6 +443,7 @@ def test_a_run_is_never_written_over(train: Train, tmp_path: Path) -> None:
         train(output_dir=tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_resume_needs_a_checkpoint_and_the_same_run(
     train: Train, tmp_path: Path, chats: Path, tied: Path
 ) -> None:
@@ -462,6 +471,7 @@ def test_resume_needs_a_checkpoint_and_the_same_run(
     train(tmp_path / "elsewhere.jsonl", eval_data=held, resume=True)
 
 
+@pytest.mark.slow
 def test_settings_that_changed_are_named_with_both_values(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -491,6 +501,7 @@ def test_settings_that_changed_are_named_with_both_values(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["adapter"] == run.record["adapter"]
 
 
+@pytest.mark.slow
 def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
     """A run of an older afina, which did not know `early_stopping_patience`, goes on; not with another value of it."""
     run = train()
@@ -505,6 +516,7 @@ def test_a_setting_newer_than_the_run_is_as_it_was(train: Train) -> None:
         train(resume=True, early_stopping_patience=3)
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_before_its_first_checkpoint(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,6 +547,7 @@ def test_runs_without_a_folder_are_numbered(
     assert default_out(settings.model_copy(update={"overwrite": True})) == Path("runs/rows-lora")
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_run_and_nothing_else(train: Train, tmp_path: Path) -> None:
     first = train(max_steps=2)
     again = train(max_steps=1, overwrite=True)
@@ -557,6 +570,7 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_goes_on_where_it_is(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -602,6 +616,7 @@ AS_SAFETENSORS = SafetensorError(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "calls", "error", "kept"),
     [
@@ -667,6 +682,7 @@ def test_a_disk_that_is_really_full(
         train()
 
 
+@pytest.mark.slow
 def test_a_folder_cut_off_between_its_two_renames_comes_back(train: Train, tmp_path: Path) -> None:
     """Killed at the worst moment: the old checkpoint is set aside, the new one not yet in place."""
     settings = {"max_steps": 6, "learning_rate": 1e-3}
@@ -706,6 +722,7 @@ def test_a_failed_save_brings_the_old_folder_back(
     assert (tmp_path / "a" / "old").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_merging_over_something_or_without_space_leaves_it(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -745,6 +762,7 @@ def test_a_learning_rate_that_is_far_too_high(train: Train, tmp_path: Path) -> N
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all()), name
 
 
+@pytest.mark.slow
 def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(train: Train, tmp_path: Path) -> None:
     """The last step breaks the numbers, so only the check after it can see it: nothing of it is kept."""
     good = train(output_dir=tmp_path / "good", max_steps=4, eval_steps=2)
@@ -762,6 +780,7 @@ def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(train: Train, tmp_pa
     assert all(bool(t.isfinite().all()) for t in state.values() if t.is_floating_point())
 
 
+@pytest.mark.slow
 def test_a_poisoned_parameter_stops_the_run_at_its_step(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -794,6 +813,7 @@ def test_a_poisoned_parameter_stops_the_run_at_its_step(
 # evaluating and generating
 
 
+@pytest.mark.slow
 def test_evaluation_without_rows_is_an_error(train: Train, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="there are no rows to evaluate") as caught:
         afina.evaluate(base=str(tiny))
@@ -811,6 +831,7 @@ def test_a_prompt_longer_than_the_context(tiny: Path) -> None:
         afina.generate(["short", "long " * 400], base=str(tiny))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_newer_afina(train: Train, tmp_path: Path) -> None:
     run = train()
     story = json.loads((run.folder / "run.json").read_text())
@@ -823,6 +844,7 @@ def test_a_run_of_a_newer_afina(train: Train, tmp_path: Path) -> None:
             call()
 
 
+@pytest.mark.slow
 def test_a_run_whose_base_is_gone(train: Train, tiny: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(tiny, tmp_path / "moved")
     run = train(base=str(moved))
@@ -832,6 +854,7 @@ def test_a_run_whose_base_is_gone(train: Train, tiny: Path, tmp_path: Path) -> N
     assert afina.generate(["a"], adapter=run.folder, base=str(tiny), max_new_tokens=2)["answers"]
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_base_is_refused_everywhere(
     train: Train, tiny: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def template_of(name: str) -> Renderer:
     return Renderer(published.tokenizer_of(jinja), None, 1 << 20)
 
 
+@pytest.mark.slow
 def test_the_page_of_published_templates_is_current_and_each_cell_keeps_the_promise() -> None:
     assert len(published.published()) >= 30
     assert published.page() == published.PAGE.read_text(encoding="utf-8")

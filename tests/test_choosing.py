@@ -214,6 +214,7 @@ def test_what_varies_within_each_adapter_counts_less(base: CausalLM) -> None:
     assert sum(right) >= sum(wrong) and sum(right) >= 8
 
 
+@pytest.mark.slow
 def test_the_embedded_base_chooses_among_six_kinds_of_queries(embedded: CausalLM) -> None:
     renderer = Renderer(embedded.tokenizer, None, embedded.max_positions)
     frame, choosing = ChatFrame.of(renderer), AdapterRouter(embedded)
@@ -237,6 +238,7 @@ def test_the_embedded_base_chooses_among_six_kinds_of_queries(embedded: CausalLM
     assert sum(right) >= 54  # of 60; by chance 10
 
 
+@pytest.mark.slow
 def test_from_training_to_the_choice(tmp_path: Path, embedded: CausalLM, general: Path) -> None:
     folders = {}
     kinds = [skill for skill in SKILLS if skill.name in ("python", "poem", "el tiempo")]

@@ -242,6 +242,7 @@ def is_story_of_a_classifier(run: TrainResult, classes: int = 2) -> None:
 # ---- text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_texts(learn: Callable[..., TrainResult], table: Path, encoder: Path, method: str) -> None:
     """Every method learns the easy task; saved is loaded; judged again, it is the same; merged is adapted."""
@@ -269,6 +270,7 @@ def test_texts(learn: Callable[..., TrainResult], table: Path, encoder: Path, me
     assert same(state(base.model), before)
 
 
+@pytest.mark.slow
 def test_jsonl_with_columns_of_its_own(
     learn: Callable[..., TrainResult], tmp_path: Path, encoder: Path
 ) -> None:
@@ -289,6 +291,7 @@ def test_jsonl_with_columns_of_its_own(
     assert (run.folder / "confusion-eval.png").is_file()
 
 
+@pytest.mark.slow
 def test_labels_beside_texts_are_learned_as_labels(
     learn: Callable[..., TrainResult], table: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -303,6 +306,7 @@ def test_labels_beside_texts_are_learned_as_labels(
     assert plan(table, objective="pretrain", device="cpu")["data"]["objective"] == "pretrain"
 
 
+@pytest.mark.slow
 def test_masked_tokens_then_labels(
     learn: Callable[..., TrainResult], table: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -331,6 +335,7 @@ def test_masked_tokens_then_labels(
         generate(["hello"], adapter=pretrained.folder)
 
 
+@pytest.mark.slow
 def test_a_decoder_classifies_by_its_last_token(
     learn: Callable[..., TrainResult], table: Path, tiny: Path
 ) -> None:
@@ -339,6 +344,7 @@ def test_a_decoder_classifies_by_its_last_token(
     assert read_json_object(run.folder / "adapter" / "afina.json")["spec"]["modules"] == ["score"]
 
 
+@pytest.mark.slow
 def test_asked_for_a_class(learn: Callable[..., TrainResult], table: Path, encoder: Path) -> None:
     run = learn(table, encoder)
     answers = generate(
@@ -350,6 +356,7 @@ def test_asked_for_a_class(learn: Callable[..., TrainResult], table: Path, encod
     assert all(0.5 < a["share"] <= 1 for a in answers)
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(
     learn: Callable[..., TrainResult], table: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +382,7 @@ def test_resumed_is_uninterrupted(
 # ---- pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_pictures(
     learn: Callable[..., TrainResult], pictures: Path, vision: Path, method: str
@@ -406,6 +414,7 @@ def test_pictures(
     assert (run.folder.parent / "merged" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_pictures_in_parquet(
     learn: Callable[..., TrainResult], pictures: Path, vision: Path, tmp_path: Path
 ) -> None:
@@ -445,6 +454,7 @@ def test_pictures_in_parquet(
     assert evaluate(runs[0].folder, data=pictures)["rows"] == 120
 
 
+@pytest.mark.slow
 def test_full_learns_what_no_layer_owns(
     learn: Callable[..., TrainResult], pictures: Path, tmp_path: Path
 ) -> None:
@@ -489,6 +499,7 @@ class Net(nn.Module):
         return self.head(torch.relu(self.second(x)).amax((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "mora", "full"])
 def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
     def made(seed: int = 0) -> Classifier:
@@ -533,6 +544,7 @@ def test_any_torch_module(pictures: Path, tmp_path: Path, method: str) -> None:
 # ---- PEFT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "pictures"])
 def test_peft_reads_adapter_and_head(
     learn: Callable[..., TrainResult],
@@ -627,6 +639,7 @@ def test_bad_rows_can_be_left_out(
     assert any("rows.jsonl:8: 62 tokens" in line for line in run.record["data"]["skipped"])
 
 
+@pytest.mark.slow
 def test_a_class_that_training_never_showed(
     learn: Callable[..., TrainResult], table: Path, tmp_path: Path, encoder: Path
 ) -> None:
@@ -643,6 +656,7 @@ def test_a_class_that_training_never_showed(
     assert evaluate(run.folder, data=one)["classes"]["accuracy"] == 100
 
 
+@pytest.mark.slow
 def test_a_broken_picture(
     learn: Callable[..., TrainResult], pictures: Path, tmp_path: Path
 ) -> None:
@@ -667,6 +681,7 @@ def test_a_broken_picture(
         learn(tmp_path / "none", base)
 
 
+@pytest.mark.slow
 def test_models_that_do_not_fit(
     learn: Callable[..., TrainResult], table: Path, pictures: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -736,6 +751,7 @@ def test_scores() -> None:
     assert scores["f1"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 2 / 3) / 3)
 
 
+@pytest.mark.slow
 def test_the_command_line(
     table: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -797,6 +813,7 @@ def test_control_tokens_in_texts_stay_text(encoder: Path) -> None:
     assert base.encode(plain) == base.tokenizer(plain)["input_ids"]
 
 
+@pytest.mark.slow
 def test_parts_of_a_folder_are_trained_and_evaluated(
     pictures: Path, vision: Path, learn: Callable[..., TrainResult], tmp_path: Path
 ) -> None:

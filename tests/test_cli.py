@@ -63,6 +63,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, A
 # help
 
 
+@pytest.mark.slow
 def test_help_imports_nothing_heavy() -> None:
     done = afina("--help")
     assert done.returncode == 0
@@ -454,6 +455,7 @@ def test_the_dial_of_checkpointing_is_a_word_or_a_number_of_blocks(
     assert "every n-th layer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_settings_a_run_writes_are_settings_again(trained: Path) -> None:
     settings = parse(["train", "--config", str(trained / "settings.yaml")])[1]
     assert settings == make_settings(
@@ -633,6 +635,7 @@ def test_train_eval_merge_export(
     assert "same greedy token" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generate(
     capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,6 +688,7 @@ def test_generate(
     assert run(["generate", "say sol", "--base", base]) == 0
 
 
+@pytest.mark.slow
 def test_chat(
     capsys: pytest.CaptureFixture[str], trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -793,6 +797,7 @@ def test_an_interrupt_tells_how_to_go_on(
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_process_itself(tiny: Path) -> None:
     """Through the real entry point: status, standard error, the last line."""
     done = afina(
@@ -805,6 +810,7 @@ def test_the_process_itself(tiny: Path) -> None:
     assert "did you mean '--base'?" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_long_command_prints_at_once_and_while_it_is_silent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

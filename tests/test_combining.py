@@ -250,6 +250,7 @@ def test_dora_and_mora_are_made_loras_of_the_base_as_it_is_held(
         assert ((delta.merged_weight(weight) - weight) - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adapter_with_weight_one_is_that_adapter(tiny: Path, tmp_path: Path, kind: str) -> None:
     folder = make(tiny, kind)[kind]
@@ -340,6 +341,7 @@ def test_saved_is_loaded(tiny: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_activated_loras_of_one_invocation_stay_activated(tiny: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny))
     specs = {
@@ -394,6 +396,7 @@ def test_activated_loras_of_one_invocation_stay_activated(tiny: Path, tmp_path: 
             sequence.append(token)
 
 
+@pytest.mark.slow
 def test_peft_loads_the_sum_and_answers_alike(tiny: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -473,6 +476,7 @@ def dense_of(tiny: Path, folder: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mix", [("lora", "rslora", "few"), ("dora", "lora"), ("mora", "few")], ids="+".join
 )
@@ -731,6 +735,7 @@ def test_the_stream_is_plain_safetensors(tiny: Path, tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], reader[name]) for name in loaded)
 
 
+@pytest.mark.slow
 def test_several_at_once_on_the_command_line(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -810,6 +815,7 @@ def scaled_mean(updates, settings):
 """
 
 
+@pytest.mark.slow
 def test_merge_method_of_an_installed_package_is_found(tiny: Path, tmp_path: Path) -> None:
     """Another package's method combines, has parameters, is in the help, and clashes are errors."""
     site = tmp_path / "site"

@@ -96,6 +96,7 @@ def made(
     return result
 
 
+@pytest.mark.slow
 def test_everything_is_reported(made: dict[str, Any]) -> None:
     assert set(made["methods"]) == {"lora", "mora", "full", "first"}
     for name, found in made["methods"].items():
@@ -155,6 +156,7 @@ def test_no_row_is_on_two_sides(made: dict[str, Any]) -> None:
     assert not (sides[0] & sides[1] or sides[1] & sides[2] or sides[0] & sides[2])
 
 
+@pytest.mark.slow
 def test_what_was_cut_off_is_what_would_have_been(
     made: dict[str, Any], chats: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_what_was_cut_off_is_what_would_have_been(
         assert one == other
 
 
+@pytest.mark.slow
 def test_done_is_not_done_again(
     made: dict[str, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +219,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lang", ["en", "es"])
 def test_the_page_needs_nothing_from_elsewhere(
     made: dict[str, Any], lang: str, tmp_path: Path
@@ -257,6 +261,7 @@ def test_languages_say_the_same() -> None:
         assert gaps[0] == gaps[1], key
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_reported(
     chats: Path, tiny: Path, general: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +297,7 @@ def test_a_method_that_fails_is_reported(
 # ---- other rows
 
 
+@pytest.mark.slow
 def test_labels(tiny: Path, tmp_path: Path) -> None:
     rows = [
         {"text": f"{word} {number}", "label": word}

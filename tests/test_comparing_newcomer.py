@@ -44,6 +44,7 @@ def said(command: str, capsys: pytest.CaptureFixture[str], status: int) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_the_errors_say_leads_to_a_report(
     own: Path, tiny: Path, general: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +124,7 @@ def test_files_that_are_none(own: Path, tiny: Path, capsys: pytest.CaptureFixtur
     assert "too few" in missing  # rows first: they cost nothing to look at
 
 
+@pytest.mark.slow
 def test_a_budget_in_which_nothing_fits_says_which_one_would(
     own: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         sys.modules.pop(module, None)
 
 
+@pytest.mark.slow
 def test_methods_of_an_installed_package_keep_the_contract(
     plugin: tuple[str, ...], tiny: Path, tmp_path: Path
 ) -> None:
@@ -277,6 +278,7 @@ def test_files_pass_audit_show_and_combine(name: str, tiny: Path, tmp_path: Path
     check_files_of(name, tiny, tmp_path)
 
 
+@pytest.mark.slow
 def test_files_of_an_installed_package_pass_audit_show_and_combine(
     plugin: tuple[str, ...], tiny: Path, tmp_path: Path
 ) -> None:

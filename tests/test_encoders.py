@@ -234,6 +234,7 @@ def test_files_of_sentence_transformers_say_how_a_text_becomes_a_vector(tmp_path
         EmbeddingConfig.of(tmp_path)
 
 
+@pytest.mark.slow
 def test_embeddings_are_trained_evaluated_used_and_merged(small: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "pairs.jsonl", *PAIRS)
     values: dict[str, Any] = {"base": str(small), "eval_data": rows, "device": "cpu"}
@@ -263,6 +264,7 @@ def test_embeddings_are_trained_evaluated_used_and_merged(small: Path, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_options_of_other_rows_and_scores_beyond_one_are_refused(
     small: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +319,7 @@ QUERIES = [
 ]
 
 
+@pytest.mark.slow
 def test_rerankers_are_trained_evaluated_and_used(small: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", *QUERIES)
     found = detect_schema(rows, {})
@@ -447,6 +450,7 @@ def test_the_first_token_of_a_word_carries_its_tag(small: Path) -> None:
     assert places == (1, 2, -1, 5)
 
 
+@pytest.mark.slow
 def test_tags_are_trained_evaluated_used_and_merged(small: Path, tmp_path: Path) -> None:
     texts = [
         {"tokens": ["what", "is", color, name], "tags": [0, 0, 1, 2]}

@@ -54,6 +54,7 @@ def test_a_layer_that_is_too_dear_makes_room_for_others() -> None:
         allocate_ranks(energies, {"large": 10, "small": 5}, 3)
 
 
+@pytest.mark.slow
 def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
     """Against autograd on the weights of transformers' own model, row by row; the base is left as it was."""
     base = load_base(str(tiny))
@@ -75,6 +76,7 @@ def test_energies_are_those_of_the_gradient(tiny: Path, chats: Path) -> None:
     assert torch.allclose(found, torch.linalg.svdvals(gradient).square(), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_learns_within_its_budget(
     tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_run_learns_within_its_budget(
     assert len(set(told["rank_pattern"].values())) >= 1
 
 
+@pytest.mark.slow
 def test_by_itself_it_costs_no_more_than_all_layers(tiny: Path, chats: Path) -> None:
     auto = set_up_run(settings(tiny, chats, rank=2))
     everywhere = set_up_run(
@@ -108,6 +111,7 @@ def test_by_itself_it_costs_no_more_than_all_layers(tiny: Path, chats: Path) -> 
     assert len(set(auto.settings.rank_pattern.values())) > 1
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do(tiny: Path, chats: Path) -> None:
     with pytest.raises(SettingsError, match="base that is not quantized"):
         set_up_run(settings(tiny, chats, method="qlora"))

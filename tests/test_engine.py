@@ -125,6 +125,7 @@ def random_prompt(rng: random.Random, length: int, invoked: bool = True) -> tupl
     return tuple(prompt)
 
 
+@pytest.mark.slow
 def test_every_kind_of_adapter_side_by_side(
     tiny: Path, adapters: dict[str, Path], alone: Alone
 ) -> None:
@@ -196,6 +197,7 @@ def test_random_mixes_in_little_memory(
     assert engine.memory.pool.num_free_blocks + len(engine.memory.tree) == engine.memory.pool.count
 
 
+@pytest.mark.slow
 def test_activated_adapters_share_what_came_before(
     tiny: Path, adapters: dict[str, Path], alone: Alone
 ) -> None:
@@ -252,6 +254,7 @@ def test_reading_ahead_goes_on_after_requests_that_went_away(
     engine.stop()
 
 
+@pytest.mark.slow
 def test_replacing_while_it_runs(tiny: Path, adapters: dict[str, Path], alone: Alone) -> None:
     """In-flight requests finish on the version that they started with; later ones get the new one."""
     engine, rng = engine_on(tiny, {"tone": adapters["lora4-0"]}), random.Random(4)
@@ -398,6 +401,7 @@ def test_what_cannot_be_answered_is_refused(
         engine.registry.add("full", tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_cancelled_and_stopped(tiny: Path, adapters: dict[str, Path]) -> None:
     engine = engine_on(tiny, adapters)
     engine.start()
@@ -455,6 +459,7 @@ def test_merged_mode(tiny: Path, adapters: dict[str, Path], alone: Alone) -> Non
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_being_trained_is_lent(
     tiny: Path, adapters: dict[str, Path], alone: Alone
 ) -> None:
@@ -546,6 +551,7 @@ def test_pages_of_an_adapter_named_twice_are_forgotten_once() -> None:
     assert tree.forget_adapter("one") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "dtype"), [("nf4", "float32"), ("none", "bfloat16"), ("nf4", "bfloat16")]
 )

@@ -258,6 +258,7 @@ def one_run(
     return {name: p.detach().clone() for name, p in adapter.named_parameters()}, ticks
 
 
+@pytest.mark.slow
 def test_accumulated_is_one_batch(tiny: Path, tmp_path: Path) -> None:
     """Four micro-batches of one row with 15 labels or one: a mean of means would be far off."""
     whole, ticks = one_run(tiny, tmp_path, 64, 1)
@@ -289,6 +290,7 @@ def dying(step: int) -> type:
     return Dying
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "optimizer"),
     [
@@ -501,6 +503,7 @@ def test_merged_is_adapted(
     assert (again.lm_head.weight is again.model.get_input_embeddings().weight) is still_tied
 
 
+@pytest.mark.slow
 def test_merge_proves_itself_or_keeps_nothing(tiny: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny))
     save_adapter(put(base), base, tmp_path / "adapter")
@@ -586,6 +589,7 @@ def test_attach_and_detach_leave_the_model_as_it_was(request: Any, kind: str, me
     assert not any(p.requires_grad for p in base.model.parameters())
 
 
+@pytest.mark.slow
 def test_training_leaves_the_base_bit_for_bit(
     tiny: Path, chats: Path, general: Path, tmp_path: Path
 ) -> None:
@@ -718,6 +722,7 @@ def test_a_route_is_its_threads_own(base: CausalLM) -> None:
 # cached = recomputed, batched = alone
 
 
+@pytest.mark.slow
 def test_generation_with_the_cache_is_generation_without(base: CausalLM) -> None:
     adapter = put(base)
     prompts = [flat_run((n,), seed=n)[0].tolist() for n in (1, 7, 30, 4, 5)]

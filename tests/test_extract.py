@@ -99,6 +99,7 @@ def test_the_search_finds_the_least_loss() -> None:
     assert trials <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mora", "dora", "full"])
 def test_any_adapter_becomes_a_lora(tiny: Path, tmp_path: Path, chats: Path, method: str) -> None:
     base = load_base(str(tiny))
@@ -142,6 +143,7 @@ def test_a_run_is_measured_on_its_own_held_out_rows(skilled: Path, tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
 def test_out_of_two_models(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """A merged model gives back what was merged, embeddings and tied output layer too."""

@@ -201,6 +201,7 @@ def test_cached_generation_is_recomputed(
     assert generate_tokens(of_family, prompts, SamplingParams(max_new_tokens=10)) == expected
 
 
+@pytest.mark.slow
 def test_served_is_alone(of_family: CausalLM, family: str, tmp_path: Path) -> None:
     """The serving engine, with and without an adapter, prompts in chunks: what each gives alone."""
     engine = Engine(of_family, EngineConfig(pool_bytes=1 << 22, max_num_batched_tokens=7))

@@ -136,6 +136,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, s
     return told, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_weight_of_the_merged_model(family: str, tmp_path: Path) -> None:
     config = CONFIGS[family]
@@ -188,6 +189,7 @@ def test_frequencies_of_llama3(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tied", "mistral", "qwen2", "qwen3"])
 def test_a_reader_that_is_not_ours_gives_our_logits(family: str, tmp_path: Path) -> None:
     name, lora = made(tmp_path, CONFIGS[family])
@@ -421,6 +423,7 @@ def test_families_that_are_not_known(tmp_path: Path, tokenizer: PreTrainedTokeni
         afina.export(base=str(tmp_path / "base"), format="gguf", output=tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "mora", "full"])
 def test_methods_that_llama_cpp_does_not_know(tied: Path, tmp_path: Path, method: str) -> None:
     base = load_base(str(tied))
@@ -462,6 +465,7 @@ def test_adapters_that_act_where_llama_cpp_does_not(
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.slow
 def test_several_adapters_are_not_one(tied: Path, tmp_path: Path) -> None:
     base = load_base(str(tied))
     for name in "ab":
@@ -575,6 +579,7 @@ ASKED = "{% if loud is defined and loud %}LOUD {% endif %}" + TEMPLATE.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, "plain", "file"])
 def test_exits_are_asked_as_the_run(asked: str | None, tmp_path: Path) -> None:
     """Template, arguments and stop tokens of the run travel with each exit."""

@@ -107,6 +107,7 @@ def test_nf4_half_way_takes_the_lower_level_and_finds_what_is_not_finite() -> No
             nf4.quantize(weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [0, 1, 17, 32, 33])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_few_rows_times_nf4(rows: int, dtype: torch.dtype, used: list[str]) -> None:
@@ -177,6 +178,7 @@ def test_grouped_lora(
         near(ours.to(dtype), true, max(1.0, float(true.abs().max())))
 
 
+@pytest.mark.slow
 def test_grouped_lora_in_larger_tiles() -> None:
     """Tiles of 32 and 64 tokens; strips shared out among several programs."""
     for tokens, ranks in ((200, (4, 33)), (1100, (4, 6))):
@@ -196,6 +198,7 @@ def test_grouped_lora_in_larger_tiles() -> None:
             near(ours, true, float(true.abs().max()))
 
 
+@pytest.mark.slow
 def test_adapters_side_by_side_take_the_grouped_product(
     tiny: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

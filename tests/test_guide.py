@@ -129,6 +129,7 @@ def test_links_of_the_sources_lead_somewhere(page: str, language: str) -> None:
             assert (GUIDE / language / target).is_file(), target
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_dead_links_and_asks_nobody(tmp_path: Path) -> None:
     pytest.importorskip("zensical")
     site = build.build(tmp_path)

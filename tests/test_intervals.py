@@ -60,6 +60,7 @@ def test_the_variance_is_that_of_the_components() -> None:
     assert np.var([x.mean() for x in made]) == pytest.approx(true, rel=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "of_seeds", "of_rows", "rest"),
     [(1, 0, 1, 0), (3, 0.0, 1.0, 0.5), (3, 0.3, 1.0, 0.5), (3, 1.0, 0.3, 0.3)],
@@ -84,6 +85,7 @@ def test_a_share_keeps_its_crooked_interval() -> None:
     assert found.high - found.mean > found.mean - found.low
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "of_seeds"), [(1, 0.0), (3, 0.0), (3, 0.7)])
 def test_false_alarms_come_at_the_stated_rate(seeds: int, of_seeds: float) -> None:
     """Two methods that do not differ: at most 5 in 100 tests say so, and not many fewer."""

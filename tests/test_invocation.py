@@ -53,6 +53,7 @@ def run_of(*sequences: list[int]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     return torch.tensor([t for s in sequences for t in s]), positions, tuple(bounds)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=5),

@@ -247,6 +247,7 @@ def test_embeddings_act_as_the_chats_route_does(
         engine.registry.release((adapters[0].adapter,))
 
 
+@pytest.mark.slow
 def test_embeddings_are_steps_between_those_of_others(engine: Engine) -> None:
     """200 long texts of one client do not stop the tokens of another."""
     engine.embed([PROMPT * 7] * 60, client="flood")

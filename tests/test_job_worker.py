@@ -180,6 +180,7 @@ def test_an_adapter_that_cannot_be_served_is_the_jobs_own_end(
     assert row.status == "failed" and "not finite" in row.error["message"]
 
 
+@pytest.mark.slow
 def test_keys_take_turns(make: Callable[..., JobWorker]) -> None:
     worker = make()
     worker.store.add(*(job(n, "flood") for n in range(6)), job(6, "quiet"), job(7, "quiet"))

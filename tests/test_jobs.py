@@ -75,6 +75,7 @@ def bob(server: Live) -> openai.OpenAI:
     return server.client("key-of-bob")
 
 
+@pytest.mark.slow
 def test_a_file_is_kept_and_given_back(
     alice: openai.OpenAI, bob: openai.OpenAI, chats: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_file_is_kept_and_given_back(
         alice.files.create(file=b"{}", purpose="vision")
 
 
+@pytest.mark.slow
 def test_lists_come_in_pages(alice: openai.OpenAI) -> None:
     made = [
         alice.files.create(file=(f"{n}.jsonl", b"{}"), purpose="fine-tune").id for n in range(5)
@@ -330,6 +332,7 @@ def test_graders_are_checked_and_asked(server: Live, alice: openai.OpenAI) -> No
         server.client("nobody").fine_tuning.alpha.graders.validate(grader=BOTH)
 
 
+@pytest.mark.slow
 def test_code_in_graders_is_for_the_operator_to_allow(
     server: Live, alice: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -496,6 +496,7 @@ def test_a_step_with_8bit_moments(
         )
 
 
+@pytest.mark.slow
 def test_compile_sees_the_operations() -> None:
     def block(x: Tensor, weight: Tensor) -> Tensor:
         return e.swiglu(e.rms_norm(x, weight, 1e-5), x)

@@ -28,6 +28,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
+@pytest.mark.slow
 def test_a_conversation_with_a_server(
     server: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["chat", "--base-url", "http://127.0.0.1:9", "--base", "embedded"]) == 2
 
 
+@pytest.mark.slow
 def test_load_is_measured_and_drawn(server: Live, tmp_path: Path) -> None:
     settings = BenchServeSettings(
         base_url=server.url,

@@ -30,6 +30,7 @@ def test_settings_of_version_1_are_translated_once() -> None:
 VERSION_1 = Path(__file__).parent / "data" / "v1"  # written by version 0.1 on the embedded base
 
 
+@pytest.mark.slow
 def test_folders_of_version_1_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -441,6 +441,7 @@ def test_streamed_loading_equals_quantising_after_loading(
     assert base.model.generation_config.to_dict() == ordinary.model.generation_config.to_dict()
 
 
+@pytest.mark.slow
 def test_the_cache_is_used_and_rebuilt_when_damaged(
     tiny: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,6 +525,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, cache: Path) ->
     assert not list(cache.glob("*"))
 
 
+@pytest.mark.slow
 def test_lora_trains_on_it_and_switched_off_leaves_it_as_it_was(tiny: Path) -> None:
     base = load_base(str(tiny), quantization="nf4")
     run = flat_run((12, 20, 9))
@@ -622,6 +624,7 @@ def regression(optimizer: Callable[..., torch.optim.Optimizer], seed: int) -> fl
         return float((student(x[1024:]) - y[1024:]).square().mean())
 
 
+@pytest.mark.slow
 def test_8bit_moments_learn_as_well_as_float32_ones() -> None:
     ours, theirs = (
         sum(regression(kind, seed) for seed in range(3)) for kind in (AdamW8bit, torch.optim.AdamW)

@@ -49,6 +49,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFINA_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cached")
 def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(
     wide: Path, tmp_path: Path
@@ -67,6 +68,7 @@ def test_merged_out_of_four_bits_is_what_the_adapter_was_trained_on(
     assert (logits(plain, flat_run(LENGTHS), Segments.on_all_tokens("a")) - on).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("held", ["none", "nf4"])
 def test_merged_into_four_bits_is_written_and_measured(
@@ -134,6 +136,7 @@ def test_bitsandbytes_own_files_are_read(wide: Path, tmp_path: Path) -> None:
         assert (logits(base, run) - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_or_read_is_refused(tiny: Path, wide: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny))
     save_adapter(put(base), base, tmp_path / "adapter")

@@ -181,6 +181,7 @@ def test_more_layers_take_more(billion: Path, method: str) -> None:
     assert times == sorted(set(times))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "mora"])
 def test_four_bits_take_less_memory_and_more_time(large: Path, method: str) -> None:
     saved = peak(large, method=method) - peak(large, method=f"q{method}")
@@ -204,6 +205,7 @@ def test_what_full_fine_tuning_holds(large: Path) -> None:
     assert memory.weights == 2 * shape.parameters
 
 
+@pytest.mark.slow
 def test_kept_activations_are_those_that_autograd_keeps(tiny: Path) -> None:
     """Twice the tokens keep so many bytes more: as counted by hand, and as PyTorch packs them away."""
     for method in ("lora", "dora", "mora", "full"):
@@ -239,6 +241,7 @@ def test_kept_activations_are_those_that_autograd_keeps(tiny: Path) -> None:
         )  # besides: the loss's, the angles
 
 
+@pytest.mark.slow
 def test_blocks_below_the_first_adapted_one_keep_nothing(large: Path) -> None:
     def kept(layers: Any) -> float:
         return planned(large, layers=layers)[2].memory(Workload.full(1024, 512), 0.0).activations
@@ -247,6 +250,7 @@ def test_blocks_below_the_first_adapted_one_keep_nothing(large: Path) -> None:
     assert 0.6 * kept(None) < kept([0]) < kept(None)  # the others keep no inputs of adapters
 
 
+@pytest.mark.slow
 def test_a_70b_model_in_a_second(large: Path) -> None:
     planned(large)  # imports are not what is looked at
     start = time.process_time()
@@ -294,6 +298,7 @@ def test_the_load_is_that_of_the_batches(tiny: Path, tmp_path: Path) -> None:
     assert result["cost"]["batch"]["labels"] == pytest.approx(labels)
 
 
+@pytest.mark.slow
 def test_what_fits_and_what_would(large: Path) -> None:
     shape, settings, step = planned(large, method="lora")
     load = full_load(shape, settings)
@@ -328,6 +333,7 @@ def test_cards() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_compare(capsys: pytest.CaptureFixture[str], large: Path, tiny: Path, chats: Path) -> None:
     assert (
         run(["plan", "--compare-methods", "--base", str(large), "--device", "cuda", "--json"]) == 0
@@ -516,6 +522,7 @@ def test_train_uses_what_the_plan_chose(
     )  # twice the tokens in a pass
 
 
+@pytest.mark.slow
 def test_cards_with_and_without_checkpointing(large: Path) -> None:
     lines = {
         x["method"]: x
@@ -558,6 +565,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "rules.py:ones"
 
 
+@pytest.mark.slow
 def test_a_plan_of_pairs_counts_what_is_computed(tiny: Path, tmp_path: Path) -> None:
     rows = pairs_of(tmp_path)
     costs = {
@@ -610,6 +618,7 @@ def test_a_reference_takes_memory_only_where_it_is_a_copy(tiny: Path, tmp_path: 
     assert again["peak_bytes"] - new["peak_bytes"] == 4 * new["trainable_parameters"]
 
 
+@pytest.mark.slow
 def test_a_plan_of_rewards_says_what_is_written(tiny: Path, tmp_path: Path, judge: str) -> None:
     rows, options = (
         pairs_of(tmp_path),

@@ -92,6 +92,7 @@ def judgements(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_keys_become_the_pairs_that_dpo_reads(
     sit: Callable[..., Any], run: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_keys_become_the_pairs_that_dpo_reads(
     assert result["interval"] == wilson_interval(won, 4)
 
 
+@pytest.mark.slow
 def test_a_sitting_goes_on_where_it_was(sit: Callable[..., Any], tmp_path: Path) -> None:
     sit("1 2 t 1 1 2 1 2 1 2 1 2", output_dir=tmp_path / "whole")
     sit("1 2 t q")
@@ -142,6 +144,7 @@ def test_a_sitting_goes_on_where_it_was(sit: Callable[..., Any], tmp_path: Path)
     ).read_text()
 
 
+@pytest.mark.slow
 def test_the_order_is_random_and_seeded(sit: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     keys = " ".join("1" for _ in PROMPTS)
     orders = []

@@ -413,6 +413,7 @@ def test_dpo_begins_at_ln_2(
     assert bool(frozen) == continued
 
 
+@pytest.mark.slow
 def test_the_mode_is_written_down_and_precomputed_is_the_same(
     learn: Learn, pairs: Path, tmp_path: Path
 ) -> None:
@@ -548,6 +549,7 @@ def test_a_run_learns_and_logs(
     assert planned["data"]["objective"] == objective and planned["cost"]["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_pairs_and_labels_are_recognised(learn: Learn, pairs: Path, tmp_path: Path) -> None:
     labels = write_rows(tmp_path / "labels.jsonl", *labels_of(rows_of(20)))
     for data, objective in ((pairs, "dpo"), (labels, "kto")):

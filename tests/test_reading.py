@@ -83,6 +83,7 @@ def gradients(loss: Tensor, parameters: Any) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "invocation"), KINDS)
 def test_shared_is_apart(method: str, invocation: tuple[int, ...], base: CausalLM) -> None:
     adapter = put(
@@ -163,6 +164,7 @@ def test_with_activations_made_again(every: int, base: CausalLM) -> None:
     assert (plain - again).norm() <= 1e-6 * plain.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("invocation", [(), INVOCATION])
 @pytest.mark.parametrize("objective", ["dpo", "simpo", "orpo", "kto"])
 def test_losses_of_pairs(objective: str, invocation: tuple[int, ...], base: CausalLM) -> None:
@@ -185,6 +187,7 @@ def test_losses_of_pairs(objective: str, invocation: tuple[int, ...], base: Caus
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("invocation", [(), INVOCATION])
 def test_rewards(invocation: tuple[int, ...], base: CausalLM) -> None:
     modules = (base.add_score_head(),)

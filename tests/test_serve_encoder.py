@@ -92,6 +92,7 @@ def submit(engine: EncoderEngine, name: str, texts: list[str], client: str = "")
     return engine.submit(rows, adapters, is_embedding=is_embedding, client=client)
 
 
+@pytest.mark.slow
 def test_rows_of_all_classifiers_share_a_batch_and_equal_those_of_each_alone(
     engine: EncoderEngine,
 ) -> None:
@@ -175,6 +176,7 @@ def test_what_cannot_be_computed_is_refused(engine: EncoderEngine) -> None:
         engine.submit([[2] * 33], [AdapterWeight(sent.hash)], is_embedding=False)
 
 
+@pytest.mark.slow
 def test_served_classes_are_those_of_afina_generate(server: Live, runs: Path) -> None:
     for name, labels in LABELS.items():
         answers = generate(TEXTS, adapter=runs / name, dtype="float32")["answers"]
@@ -252,6 +254,7 @@ def test_refusals_name_what_is_wrong(
         assert "is an encoder (bert)" in found.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_key_sees_its_own_adapters_and_a_broken_one_is_not_served(
     server: Live, runs: Path
 ) -> None:

@@ -428,6 +428,7 @@ def test_models_are_the_base_and_its_adapters(server: Live, client: openai.OpenA
 # ---- Azure
 
 
+@pytest.mark.slow
 def test_the_stock_client_of_azure(server: Live, client: openai.OpenAI) -> None:
     azure = openai.AzureOpenAI(
         azure_endpoint=server.url, api_version="2024-10-21", api_key="none", max_retries=0
@@ -464,6 +465,7 @@ def test_the_stock_client_of_azure(server: Live, client: openai.OpenAI) -> None:
 # ---- auto
 
 
+@pytest.mark.slow
 def test_auto_says_whom_it_chose_and_why(server: Live, client: openai.OpenAI) -> None:
     state = server.state
     embedding = PromptEmbedder(state.base)

@@ -82,6 +82,7 @@ def closed_server(
 # ---- keys
 
 
+@pytest.mark.slow
 def test_an_open_server_answers_and_changes_nothing_without_its_key(open_server: Live) -> None:
     with open_server.http() as http:
         assert http.post("/v1/chat/completions", json=BODY).status_code == 200
@@ -105,6 +106,7 @@ def test_an_open_server_answers_and_changes_nothing_without_its_key(open_server:
         assert http.get("/metrics").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_closed_server_wants_a_key(closed_server: Live) -> None:
     for key, status in [(None, 401), ("wrong", 401), ("key-of-alice", 200), ("key-of-root", 200)]:
         with closed_server.http(key) as http:
@@ -173,6 +175,7 @@ def test_keys_in_a_file(tmp_path: Path) -> None:
 # ---- adapters coming and going
 
 
+@pytest.mark.slow
 def test_adapters_come_change_and_go_while_others_are_asked(open_server: Live, roots: Path) -> None:
     def say(model: str) -> str:
         client = open_server.client()
@@ -266,6 +269,7 @@ def test_bodies_that_are_too_long(open_server: Live) -> None:
         ] == [4_000]
 
 
+@pytest.mark.slow
 def test_a_key_has_so_many_requests_at_once(closed_server: Live) -> None:
     slow = {**BODY, "max_tokens": 100, "ignore_eos": True}
     statuses: list[int] = []
@@ -441,6 +445,7 @@ def test_a_line_for_each_request_and_nothing_of_what_was_said(
     assert "secret" not in json.dumps(line) and "some-key" not in json.dumps(line)
 
 
+@pytest.mark.slow
 def test_what_nobody_reads_is_refused(open_server: Live) -> None:
     with open_server.http() as http:
         assert http.get("/v1/models", params={"limt": 3}).json()["error"]["param"] == "limt"

@@ -52,6 +52,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Liv
 # ---- texts, bodies, connections
 
 
+@pytest.mark.slow
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
     server: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def engine(tiny: Path) -> Engine:
     return Engine(load_base(str(tiny)), EngineConfig(max_num_batched_tokens=128, max_num_seqs=8))
 
 
+@pytest.mark.slow
 def test_one_chat_beside_a_thousand_sequences(engine: Engine) -> None:
     """The steps until the first token of one chat, beside a key that fills the queue."""
     flood, chat = tuple(range(10, 74)), (5, 6, 9, 12)
@@ -197,6 +199,7 @@ def test_one_chat_beside_a_thousand_sequences(engine: Engine) -> None:
     assert not engine.scheduler.running and not engine._num_live
 
 
+@pytest.mark.slow
 def test_two_clients_share_evenly_whatever_they_name(engine: Engine) -> None:
     tokens = {"a": 0, "b": 0}
 
@@ -221,6 +224,7 @@ def test_two_clients_share_evenly_whatever_they_name(engine: Engine) -> None:
     engine._end_all()
 
 
+@pytest.mark.slow
 def test_what_another_key_has_sent_is_not_told(server: Live) -> None:
     body = {"model": server.state.base_name, "messages": ASK, "max_tokens": 1, "temperature": 0}
 

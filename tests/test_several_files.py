@@ -176,6 +176,7 @@ def test_each_file_has_its_own_columns_and_its_part_of_the_plan(
     assert str(b) in str(caught.value)  # its columns have other names
 
 
+@pytest.mark.slow
 def test_files_for_different_objectives_are_refused_by_both_names(
     files: tuple[Path, Path], tmp_path: Path, tiny: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_files_for_different_objectives_are_refused_by_both_names(
     assert both["data"]["objective"] == "pretrain"
 
 
+@pytest.mark.slow
 def test_a_run_on_several_files_records_them_and_is_resumed_with_its_weights(
     files: tuple[Path, Path], tiny: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def job(number: int = 0, **values: object) -> JobRow:
     return JobRow(**values)
 
 
+@pytest.mark.slow
 def test_the_migrations_make_what_the_code_reads(store: Store) -> None:
     with store.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), BaseRow.metadata) == []

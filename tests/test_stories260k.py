@@ -24,6 +24,7 @@ def stories() -> CausalLM:
     return load_base(str(FOLDER), dtype="float32", device="cpu")
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_the_reference_ones(stories: CausalLM) -> None:
     """199 tokens after the first one, by text: the file says what llama2.c writes."""
     tokens = generate_tokens(stories, [[1]], SamplingParams(max_new_tokens=199))[0]
@@ -34,6 +35,7 @@ def test_greedy_tokens_are_the_reference_ones(stories: CausalLM) -> None:
     assert len(expected.strip()) - len(text) < 6  # the file goes one token further
 
 
+@pytest.mark.slow
 def test_greedy_tokens_do_not_depend_on_the_batch(stories: CausalLM) -> None:
     prompts = [[1], [1, 403, 407], [1, 403]]
     alone = [

@@ -64,6 +64,7 @@ def pieces(
     return [*map(text.add, tokens), text.end()]
 
 
+@pytest.mark.slow
 @each
 @given(data=st.data())
 def test_pieces_joined_are_the_whole_decoding_of_any_tokens(
@@ -73,6 +74,7 @@ def test_pieces_joined_are_the_whole_decoding_of_any_tokens(
     assert "".join(pieces(tokenizer, tokens)) == whole(tokenizer, tokens)
 
 
+@pytest.mark.slow
 @each
 @given(written=st.text(max_size=40))
 @example(written="👩‍👩‍👧 ¿qué? 漢字 \ufffd!")
@@ -128,6 +130,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text
 
 
+@pytest.mark.slow
 @each
 @given(
     written=st.text("ab.ñ€ ", max_size=30),

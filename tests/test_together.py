@@ -131,6 +131,7 @@ def test_each_stops_when_its_own_patience_or_steps_end(
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_file_runs_and_resumes(
     tiny: Path, chats: Path, general: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def assert_apart_by_rounding(ours: torch.Tensor, peft_model: Any, tokens: torch.
     assert allowed < 100 * step  # float64 is near enough for a mistake to be more than rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "tied"])
 def test_peft_reads_ours_and_we_read_theirs(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path

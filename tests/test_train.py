@@ -65,6 +65,7 @@ def spec(run: Any) -> dict[str, Any]:
 # what a run learns and tells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
@@ -229,6 +230,7 @@ def test_the_same_settings_give_the_same_run(train: Train, tmp_path: Path) -> No
     assert other.record["adapter"] != first.record["adapter"]
 
 
+@pytest.mark.slow
 def test_the_default_folder_is_named_after_data_and_method(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +279,7 @@ def test_rows_of_a_holdout_file_are_not_trained_on(train: Train, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_columns_of_ones_own(train: Train, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("question,answer\n" + "".join(f"what is {n}?,{n}\n" for n in range(12)))
@@ -316,6 +319,7 @@ def test_lora_on_chosen_layers_with_ranks_and_rates_of_their_own(train: Train) -
     assert (config["r"], config["lora_alpha"]) == (4, 4)
 
 
+@pytest.mark.slow
 def test_freeze_learns_the_last_quarter_of_the_blocks(train: Train, tiny: Path) -> None:
     run = train(method="freeze", max_steps=3)
     assert all(path.startswith("model.layers.3.") for path in spec(run)["targets"])
@@ -330,6 +334,7 @@ def test_freeze_learns_the_last_quarter_of_the_blocks(train: Train, tiny: Path) 
     assert run.record["method"] == "full"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["norms", "embeddings", [".*layernorm", "lm_head"]])
 def test_full_on_a_chosen_part(train: Train, tiny: Path, targets: Any) -> None:
     run = train(method="full", target_modules=targets, max_steps=1)
@@ -411,6 +416,7 @@ def test_the_plan_counts_tokens_and_labels(tiny: Path, tmp_path: Path) -> None:
     assert planned["data"]["labelled_percent"] == pytest.approx(100 * labels / tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_bfloat16_base_trains_with_float32_adapters(train: Train, method: str) -> None:
     run = train(dtype="bfloat16", method=method, max_steps=20)
@@ -424,6 +430,7 @@ def test_a_bfloat16_base_trains_with_float32_adapters(train: Train, method: str)
 # early stopping
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best(train: Train, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"}
@@ -484,6 +491,7 @@ def test_schedules() -> None:
     assert schedule_factor("linear", 0, 1, 0.0) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_run_follows_its_schedule(train: Train, schedule: str) -> None:
     run = train(max_steps=10, lr_scheduler_type=schedule, warmup_ratio=0.3, learning_rate=2e-3)
@@ -533,6 +541,7 @@ def test_the_optimizer_is_adamw_with_clipping_and_decay(base: CausalLM) -> None:
         assert parameter.grad is None
 
 
+@pytest.mark.slow
 def test_sixteen_bit_weights_have_float32_masters(tiny: Path) -> None:
     """Steps far below bfloat16's resolution add up."""
     adapter, optimizer = optimizer_of(load_base(str(tiny), dtype="bfloat16"), "full", rate=1e-5)
@@ -629,6 +638,7 @@ def test_scores_by_name() -> None:
     }
 
 
+@pytest.mark.slow
 def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
     """The change whose interval is told is the change of the losses in the table."""
     losses = (run := train(max_tokens_per_batch=64)).record["losses"]
@@ -642,6 +652,7 @@ def test_rows_one_by_one_give_the_held_out_loss(train: Train) -> None:
     assert losses["eval_interval"][0] < losses["eval_change"]["mean"] < losses["eval_interval"][1]
 
 
+@pytest.mark.slow
 def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"what comes with {n}?", "completion": f" {(n * 7919) % 1000}"} for n in range(4)
@@ -654,6 +665,7 @@ def test_a_run_on_three_rows_is_told_as_too_few(train: Train, tmp_path: Path) ->
     assert f"--config {run.folder}/settings.yaml --max-steps 100" in run.next_command
 
 
+@pytest.mark.slow
 def test_rows_of_an_encoder_are_measured_too(
     train: Train, text: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -796,6 +808,7 @@ def test_telemetry_is_off_unless_it_is_asked_for() -> None:
         assert done.stdout.strip() == off, done.stderr
 
 
+@pytest.mark.slow
 def test_progress_is_silent_for_python(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(max_steps=1)
     out, err = capsys.readouterr()

@@ -41,6 +41,7 @@ def lang(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_twins_have_the_gaps_of_their_sentences(name: str) -> None:
     for key, twin in catalogue(name).sentences.items():

@@ -157,6 +157,7 @@ def test_prompts_alone_are_cut_for_their_answers(tokenizer: PreTrainedTokenizerF
     assert strict(row.prompt, num_tokens, row.where) is row.prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["sft", "dpo", "grpo"])
 def test_the_plan_counts_what_is_cut(objective: str, tiny: Path, tmp_path: Path) -> None:
     prompts = [f"{n} {WORDS * (30 if n < 3 else 1)}" for n in range(8)]
@@ -179,6 +180,7 @@ def test_the_plan_counts_what_is_cut(objective: str, tiny: Path, tmp_path: Path)
     assert (result["truncated_rows"], result["truncated_answers"]) == (3, 0)
 
 
+@pytest.mark.slow
 def test_a_run_records_what_was_cut_and_eval_cuts_alike(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
