@@ -1,17 +1,15 @@
 """Reward functions of completions: Python functions, reward models and graders, with weights.
 
-    rules.py:polite   def polite(prompt: str, answer: str, reference: str | None) -> float
+    rules.py:polite   a Python function, see `python_rewards`
     runs/judge        a run of --objective reward on the same base, which is in memory only once
     grader.json       a grader as OpenAI's API describes it (see `graders`)
 
-The reward of a completion is the sum of weight times score. A function is the user's own code, and
-is run as such.
+The reward of a completion is the sum of weight times score.
 """
 
 import hashlib
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,78 +22,18 @@ from afina.adapters.loading import load_adapter
 from afina.data.packing import batches_by_length, pack_examples
 from afina.data.renderer import Example
 from afina.data.schemas import PromptRow
-from afina.errors import SettingsError, TrainingError, did_you_mean
+from afina.errors import SettingsError, TrainingError
 from afina.io.adapter_folder import adapter_folder
 from afina.io.adapter_metadata import read_metadata
 from afina.io.chat_format import ChatFormat
 from afina.io.run_record import read_run_record
 from afina.models.causal_lm import CausalLM
 from afina.objectives.graders import Grader, read_grader
+from afina.objectives.python_rewards import Scorer, load_function
 from afina.objectives.reward_model import score_sequences
 from afina.settings import PolicySettings
 
 CODE_SUFFIX, GRADER_SUFFIX = ".py:", ".json"
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Scores completions; `content_hash` identifies what it computes."""
-
-    name: str
-    content_hash: str
-
-    needs_items = False  # whether it reads more of a row than its prompt and completion
-
-    def check(self, row: PromptRow) -> None:
-        """Raise `DataError` where a row lacks what the scorer reads."""
-
-    def score(
-        self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
-    ) -> dict[str, list[float]]:
-        """Return the scores under the scorer's name, and under other names parts of them.
-
-        Args:
-            rows: The rows.
-            examples: Their completions, as text and as token ids.
-            batch_tokens: Tokens of a forward pass.
-
-        Raises:
-            TrainingError: The scorer fails, or a score is no finite number.
-        """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class FunctionScorer(Scorer):
-    """A Python function."""
-
-    call: Callable[[str, str, str | None], Any]
-
-    def score(
-        self, rows: Sequence[PromptRow], examples: Sequence[Example], batch_tokens: int
-    ) -> dict[str, list[float]]:
-        """Return what the function returns for each completion."""
-        pairs = zip(rows, examples, strict=True)
-        return {self.name: [self._one(row, example.completion or "") for row, example in pairs]}
-
-    def _one(self, row: PromptRow, answer: str) -> float:
-        about = f"prompt {row.where}, answer {answer[:80]!r}"
-        try:
-            found = self.call(row.text, answer, row.reference)
-        except Exception as error:  # the user's code may raise anything
-            why = f"{type(error).__name__}: {error}; {about}"
-            hint = "it is called with a prompt, an answer, and a reference or None"
-            raise TrainingError(
-                "the reward function failed", where=self.name, why=why, hint=hint
-            ) from error
-        try:
-            number = math.nan if isinstance(found, str) else float(found)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            why = f"it returned {str(found)[:40]!r}; {about}"
-            raise TrainingError("a reward has to be a finite number", where=self.name, why=why)
-        return number
 
 
 @dataclass(frozen=True)
@@ -164,20 +102,43 @@ class RewardFunctions:
     ) -> dict[str, Tensor]:
         """Return `reward` `(num_completions,)`, and its parts by name where there are several.
 
+        A score of None (not a number) counts as 0.
+
         Args:
             rows: The rows.
             examples: Their completions, as text and as token ids.
             batch_tokens: Tokens of a forward pass.
+
+        Raises:
+            TrainingError: A scorer fails, or none of them has a score for a completion.
         """
         parts: dict[str, Tensor] = {}
         for scorer, _ in self.scorers:
             for name, numbers in scorer.score(rows, examples, batch_tokens).items():
                 parts[name] = torch.tensor(numbers, dtype=torch.float64)
+        self._check_any([parts[scorer.name] for scorer, _ in self.scorers], rows, examples)
+        parts = {name: part.nan_to_num(0.0) for name, part in parts.items()}
         weighted = [weight * parts[scorer.name] for scorer, weight in self.scorers]
         found = {"reward": torch.stack(weighted).sum(0)}
         if len(parts) > 1:
             found |= {f"reward_{name}": part for name, part in parts.items()}
         return found
+
+    @staticmethod
+    def _check_any(
+        scores: Sequence[Tensor], rows: Sequence[PromptRow], examples: Sequence[Example]
+    ) -> None:
+        """Raise `TrainingError` where every scorer returned None for a completion."""
+        is_missing = torch.stack(list(scores)).isnan().all(0)
+        if is_missing.any():
+            first = int(is_missing.nonzero()[0])
+            completion = (examples[first].completion or "")[:80]
+            raise TrainingError(
+                "every reward function returned None",
+                where="reward_funcs",
+                why=f"prompt {rows[first].where}, answer {completion!r}",
+                hint="one of them has to return a number for each completion",
+            )
 
     @property
     def content_hash(self) -> str:
@@ -223,41 +184,11 @@ def load_reward_functions(
             grader = read_grader(Path(name), options.allow_python_graders)
             scorer: Scorer = GraderScorer(Path(name).name, grader.content, grader)
         elif CODE_SUFFIX in name:
-            scorer = _load_function(name)
+            scorer = load_function(name)
         else:
             scorer = _load_reward_model(name, base, chat_format, number)
         scorers.append((scorer, weight))
     return RewardFunctions(tuple(scorers))
-
-
-def _load_function(spec: str) -> FunctionScorer:
-    """Return the function of FILE.py:NAME, whose file is executed."""
-    file, _, name = spec.rpartition(":")
-    path, where = Path(file), f"reward_funcs: {spec}"
-    if not path.is_file():
-        hint = "FILE.py:FUNCTION, relative to the folder where afina was started"
-        raise SettingsError("no such file", where=where, hint=hint)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    found = importlib.util.spec_from_file_location(f"afina_reward_{digest[:12]}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        why = f"{type(error).__name__}: {error}"
-        raise SettingsError("the file cannot be run", where=where, why=why) from error
-    call = getattr(module, name, None)
-    if not callable(call):
-        functions = [
-            n for n, value in vars(module).items() if callable(value) and not n.startswith("_")
-        ]
-        raise SettingsError(
-            f"no function {name!r}",
-            where=where,
-            hint=did_you_mean(name, functions) if functions else None,
-        )
-    return FunctionScorer(spec, digest + name, call)
 
 
 def _load_reward_model(
