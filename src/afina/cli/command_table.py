@@ -73,6 +73,12 @@ COMMANDS = {
         "adapter",
         duration="long",
     ),
+    "import": Command(
+        "turn a configuration of Axolotl, LLaMA-Factory, mlx-lm, TRL or Unsloth into settings",
+        settings.ImportSettings,
+        "afina.importing.import_config:import_config",
+        "file",
+    ),
     "runs": Command(
         "list the runs below a folder; compare two or more of them",
         settings.RunsSettings,
@@ -173,5 +179,28 @@ COMMANDS = {
         "afina.merging.export:export",
         "adapter",
         duration="long",
+    ),
+    "push": Command(
+        "publish an adapter on the Hugging Face Hub: private, with a card, after a question",
+        settings.PushSettings,
+        "afina.hub.push:push",
+        "adapter",
+    ),
+    "pull": Command(
+        "download an adapter from the Hugging Face Hub, and check its files",
+        settings.PullSettings,
+        "afina.hub.pull:pull",
+        "repo",
+    ),
+    "mcp": Command(
+        "offer plan, runs, show and advise to agents, by the Model Context Protocol",
+        settings.MCPSettings,
+        "afina.cli.mcp_server:mcp",
+    ),
+    "completion": Command(
+        "print a script that completes commands and flags in bash, zsh or fish",
+        settings.CompletionSettings,
+        "afina.cli.completion:completion",
+        "shell",
     ),
 }

@@ -44,6 +44,8 @@ EXTRAS = {
     "wandb": Extra(("wandb",), "--report-to wandb"),
     "mlflow": Extra(("mlflow",), "--report-to mlflow"),
     "trackio": Extra(("trackio",), "--report-to trackio"),
+    "completion": Extra(("shtab",), "shell completion"),
+    "mcp": Extra(("mcp",), "the MCP server, afina mcp"),
     "audit": Extra(("model_signing", "OpenSSL"), "signatures of adapters"),
 }
 

@@ -12,6 +12,7 @@ from afina.settings.chat import ChatSettings
 from afina.settings.combine import CombineSettings
 from afina.settings.common import EMBEDDED, ModelSettings, Settings, job_settings, setting
 from afina.settings.compare import VARIED, CompareSettings
+from afina.settings.completion import CompletionSettings
 from afina.settings.demo import DemoSettings
 from afina.settings.doctor import DoctorSettings
 from afina.settings.eval import EvalSettings
@@ -26,6 +27,9 @@ from afina.settings.groups import (
     register_group,
     settings_groups,
 )
+from afina.settings.hub import PullSettings, PushSettings
+from afina.settings.import_config import ImportSettings
+from afina.settings.mcp import MCPSettings
 from afina.settings.merge import MergedModelSettings, MergeSettings
 from afina.settings.methods import LoRASettings, MoRASettings
 from afina.settings.mitigate import MitigateSettings
@@ -67,6 +71,7 @@ __all__ = [
     "ChatSettings",
     "CombineSettings",
     "CompareSettings",
+    "CompletionSettings",
     "DPOSettings",
     "DemoSettings",
     "DoctorSettings",
@@ -77,8 +82,10 @@ __all__ = [
     "GenerateSettings",
     "Goal",
     "GroupedSettings",
+    "ImportSettings",
     "KTOSettings",
     "LoRASettings",
+    "MCPSettings",
     "MergeMethodSettings",
     "MergeSettings",
     "MergedModelSettings",
@@ -92,6 +99,8 @@ __all__ = [
     "PlanSettings",
     "PolicySettings",
     "PreferenceSettings",
+    "PullSettings",
+    "PushSettings",
     "RLOOSettings",
     "Registry",
     "RevokeSettings",

@@ -1,0 +1,1 @@
+"""Configurations of other trainers as settings of `afina train`; nothing of theirs is run."""
