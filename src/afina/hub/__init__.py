@@ -1,0 +1,1 @@
+"""Adapters on the Hugging Face Hub: publish one, download one."""
