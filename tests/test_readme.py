@@ -32,6 +32,7 @@ TOPICS = (
     "merging",
     "audit",
     "exactness",
+    "other_tools",
 )
 PAGES = {"README.md": "README.es.md"} | {f"docs/{n}.md": f"docs/es/{n}.md" for n in TOPICS}
 CPU_INDEX = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
@@ -44,6 +45,7 @@ FILES = {  # file -> the page and the kind of block that shows it
     "reviews.csv": ("docs/classifiers.md", "csv"),
     "pairs.jsonl": ("docs/preferences.md", "jsonl"),
     "rules.py": ("docs/preferences.md", "py"),
+    "other.yml": ("docs/other_tools.md", "yml"),
 }
 VISION = "google/vit-base-patch16-224-in21k"  # a tiny one stands for it: tests download nothing
 
