@@ -1,5 +1,6 @@
 """Common names of other trainers' keys to settings of `afina train`: adapter, batch, schedule."""
 
+import re
 from typing import Any
 
 from afina.importing.conversion import NO_EFFECT, Conversion
@@ -44,6 +45,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "auto": "auto"}
 ROWS_NOTE = "rows of a batch are counted in tokens: batch size x longest sequence"
 ALL = "all-linear"
+PATTERN = re.compile(r"[\[\](){}|*+^$\\]")  # letters of a regular expression
 
 
 def combine(conversion: Conversion, objective: str, method: str, is_4bit: bool) -> None:
@@ -93,8 +95,8 @@ def _adapter(c: Conversion, method: str, is_4bit: bool) -> None:
     modules = c.get("target_modules")
     if c.get("lora_target_linear"):
         c.use("lora_target_linear", {"target_modules": ALL})
-        modules = modules or ALL
-    if modules is None:
+        c.comment("target_modules", "they are among all linear modules")
+    elif modules is None:
         c.settings.setdefault("target_modules", ["q_proj", "v_proj"])  # PEFT's choice for most
     else:
         c.use("target_modules", {"target_modules": _modules(modules)})
@@ -102,7 +104,8 @@ def _adapter(c: Conversion, method: str, is_4bit: bool) -> None:
 
 def _modules(value: Any) -> Any:
     """Return names of modules; `all` of some tools is all-linear, of a path its last part."""
-    names = value.split(",") if isinstance(value, str) and "," in value else value
+    is_list = isinstance(value, str) and "," in value and not PATTERN.search(value)
+    names = value.split(",") if is_list else value
     if isinstance(names, list):
         return list(dict.fromkeys(str(name).strip().rpartition(".")[2] for name in names))
     return ALL if names in ("all", "linear", "auto") else names
@@ -172,6 +175,8 @@ def _schedule(c: Conversion) -> None:
         else:
             c.missing("lr_scheduler_type")
     ratio, steps = c.get("warmup_ratio"), c.get("warmup_steps")
+    if c.has("warmup_steps") and not c.has("warmup_ratio"):
+        ratio = None
     total = c.settings.get("max_steps")
     if ratio is not None:
         c.use("warmup_ratio", {"warmup_ratio": float(ratio)})

@@ -10,6 +10,20 @@ from afina.importing.conversion import Conversion
 from afina.importing.read_config import read_json
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx", ".txt", ".arrow", ".gz")
+FORMATS = ("json", "csv", "parquet", "text")  # names of formats in place of a data set's
+ROW_KINDS = (  # of Axolotl, whose rows are found by their columns
+    "None",
+    "alpaca",
+    "chat_template",
+    "chatml",
+    "completion",
+    "llama3",
+    "pretrain",
+    "prompt_pairs",
+    "sharegpt",
+    "user_defined",
+)
+HUB_SET = re.compile(r"hf:[^\[\]]+")  # without a split
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 
 
@@ -62,25 +76,34 @@ def trl_data(c: Conversion) -> None:
 def axolotl_data(c: Conversion) -> bool:
     """Read `datasets` of Axolotl; return whether all of them are plain texts."""
     files, kinds = [], set()
-    for number, one in enumerate(_list(c.get("datasets"))):
-        files.append(_axolotl_file(c, f"datasets.{number}", one))
-        kinds.add(str(one.get("type")).partition(":")[0].partition(".")[0])
-    set_data(c, "datasets", files)
-    tests = [_axolotl_file(c, "test_datasets.0", one) for one in _list(c.get("test_datasets"))]
+    name = "pretraining_dataset" if c.get("pretraining_dataset") else "datasets"
+    for number, one in enumerate(_list(c.get(name))):
+        files += _axolotl_files(c, f"{name}.{number}", one)
+        default = "completion" if name == "pretraining_dataset" else None
+        kinds.add(str(default or one.get("type")).partition(":")[0].partition(".")[0])
+    set_data(c, name, files)
+    tests: list[dict[str, Any]] = []
+    for number, one in enumerate(_list(c.get("test_datasets"))):
+        tests += _axolotl_files(c, f"test_datasets.{number}", one)
     if len(tests) == 1:
         c.use("test_datasets", {"eval_data": tests[0]["path"]})
         c.settings.pop("eval_size", None)
     return kinds == {"completion"}
 
 
-def _axolotl_file(c: Conversion, where: str, one: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one data set of Axolotl: its file, and the names of its columns."""
-    names = _list_of_names(one.get("data_files"))
-    path = str(names[0] if names else one.get("path", ""))
-    if not names:
-        path = data_set(path, one.get("name"), one.get("split"))
+def _axolotl_files(c: Conversion, where: str, one: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one data set of Axolotl: its files, and the names of their columns."""
+    names, path = _list_of_names(one.get("data_files")), str(one.get("path", ""))
+    if names and path not in FORMATS and not Path(path).is_dir():
+        c.part_missing(f"{where}.data_files", names, "files of a data set of the Hub")
+        names = []
+    folder = Path("" if path in FORMATS else path)
+    paths = [str(folder / name) for name in names]
+    paths = paths or [data_set(path, one.get("name"), one.get("split"))]
     columns: dict[str, Any] = {}
     kind = one.get("type")
+    if not isinstance(kind, Mapping) and re.split(r"[.:]", str(kind))[0] not in ROW_KINDS:
+        c.part_missing(f"{where}.type", kind, "prompts of this kind")
     if isinstance(kind, Mapping):
         columns = _own_columns(c, f"{where}.type", kind)
     elif kind == "completion" and one.get("field", "text") != "text":
@@ -113,7 +136,7 @@ def _axolotl_file(c: Conversion, where: str, one: Mapping[str, Any]) -> dict[str
             c.part_comment(f"{where}.{key}", value)
         else:
             c.part_missing(f"{where}.{key}", value)
-    return {"path": path, **({"columns": columns} if columns else {})}
+    return [{"path": path, **({"columns": columns} if columns else {})} for path in paths]
 
 
 def _own_columns(c: Conversion, where: str, kind: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,12 +170,26 @@ def llama_factory_data(c: Conversion, config_folder: Path) -> None:
             one["weight"] = float(weight)
     if str(c.get("mix_strategy", "concat")).startswith(("concat", "interleave")):
         c.comment("mix_strategy")
+    _limit(c, files)
     set_data(c, "dataset", files)
     if evaluated := _list_of_names(c.get("eval_dataset")):
         path = _llama_factory_file(c, evaluated[0], info, folder)["path"]
         c.use("eval_dataset", {"eval_data": path})
         c.settings.pop("eval_size", None)
     c.comment("dataset_dir", "paths of data name it")
+
+
+def _limit(c: Conversion, files: list[dict[str, Any]]) -> None:
+    """Read max_samples: data sets of the Hub have a split with so many rows."""
+    limit = c.get("max_samples")
+    if limit is None:
+        return
+    if all(HUB_SET.fullmatch(one["path"]) for one in files):
+        for one in files:
+            one["path"] += f"[train[:{limit}]]"
+        c.use("max_samples", {}, shown=("data",))
+    else:
+        c.missing("max_samples", "a file with fewer rows")
 
 
 def _dataset_info(c: Conversion, config_folder: Path) -> tuple[dict[str, Any], Path]:
@@ -215,12 +252,16 @@ def mlx_data(c: Conversion) -> None:
                 ("completion", "completion_feature"),
                 ("text", "text_feature"),
                 ("messages", "chat_feature"),
+                ("system", "system_feature"),
             )
             if key in one
         }
-        path = data_set(one.get("path", one.get("name", "")), None, _split(one.get("train_split")))
+        name = one.get("path") or one.get("name") or ""
+        path = data_set(name, None, one.get("train_split"))
         columns_of = {"columns": columns} if columns else {}
         set_data(c, "hf_dataset", [{"path": path, **columns_of}])
+        for key in one.keys() & {"chosen_feature", "rejected_feature", "preference_score_feature"}:
+            c.part_missing(f"hf_dataset.{number}.{key}", one[key])
         for key in one.keys() & {"config", "valid_split", "test_split"}:
             c.part_comment(f"hf_dataset.{number}.{key}", one[key], "eval rows are held out")
     if not found and (folder := c.get("data_folder")):
@@ -232,11 +273,6 @@ def mlx_data(c: Conversion) -> None:
         has_valid = valid.exists() or not valid.parent.exists()
         evaluated = {"eval_data": str(valid)} if has_valid else {}
         c.use("data_folder", {"data": str(Path(str(folder)) / "train.jsonl"), **evaluated})
-
-
-def _split(text: Any) -> str | None:
-    """Return a split of mlx-lm, such as train[:1000]."""
-    return None if text is None else str(text)
 
 
 def _list(value: Any) -> list[Mapping[str, Any]]:

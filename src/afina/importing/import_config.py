@@ -44,22 +44,30 @@ class ImportResult(Result):
     def content(self) -> list[Content]:
         """Return the keys that became settings, those that did not, and the next command."""
         taken = [
-            (one["key"], Verbatim(_short(one["value"])), Verbatim(", ".join(one["settings"])))
+            (
+                Verbatim(one["key"]),
+                Verbatim(_short(one["value"])),
+                Verbatim(", ".join(one["settings"])),
+            )
             for one in self.imported
             if one["outcome"] == "setting"
         ]
         notes = [
-            (one["key"], one["note"])
+            (Verbatim(one["key"]), one["note"])
             for one in self.imported
             if one["outcome"] == "setting" and one["note"]
         ]
         defaults = [
-            (one["key"], Verbatim(_short(one["value"])), Verbatim(", ".join(one["settings"])))
+            (
+                Verbatim(one["key"]),
+                Verbatim(_short(one["value"])),
+                Verbatim(", ".join(one["settings"])),
+            )
             for one in self.imported
-            if one["outcome"] == "default"
+            if one["outcome"] == "default" and one["settings"]
         ]
         left = [
-            (one["key"], Verbatim(_short(one["value"])), one["note"] or "")
+            (Verbatim(one["key"]), Verbatim(_short(one["value"])), one["note"] or "")
             for one in self.imported
             if one["outcome"] == "comment"
         ]
@@ -88,6 +96,10 @@ def import_config(settings: ImportSettings) -> ImportResult:
     trainer = infer_trainer(config.tool, config.keys, config.trainer)
     _check_names(settings, {*config.keys, *config.unread})
     conversion = Conversion(table, config.keys, trainer, settings.leave_out, config.unread)
+    for key, source in config.row_calls.items():
+        conversion.part_comment(
+            key, source, "the script changes rows; here they are read as stored"
+        )
     objective, method, is_4bit = apply(
         config.tool, conversion, trainer, settings.file.absolute().parent
     )

@@ -1,6 +1,7 @@
 """Arguments of the calls in a training script, read from its syntax tree; nothing is run."""
 
 import ast
+import builtins
 import operator
 import re
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ OBJECTS = (
     "peft_config", "data_collator", "formatting_func", "callbacks", "compute_metrics", "optimizers",
     "quantization_config",
 )  # fmt: skip
+ROW_CALLS = ("map", "filter", "select", "standardize_sharegpt", "standardize_data_formats",
+             "to_sharegpt")  # fmt: skip
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -37,6 +40,7 @@ class PythonKeys:
     unread: dict[str, str] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
+    row_calls: dict[str, str] = field(default_factory=dict)  # calls that change rows: their source
     trainer: str | None = None
 
 
@@ -81,6 +85,10 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 def _read_call(node: ast.Call, constants: dict[str, Any], found: PythonKeys) -> None:
     name = _name(node.func)
     found.calls.add(name)
+    if name in ROW_CALLS and (isinstance(node.func, ast.Attribute) or name not in dir(builtins)):
+        found.row_calls.setdefault(f"rows.{name}", ast.unparse(node))
+    if any(keyword.arg == "formatting_func" for keyword in node.keywords):
+        found.row_calls["rows.formatting_func"] = ast.unparse(node.func)
     trainer = next((kind for kind in TRAINERS if name in (f"{kind}Trainer", f"{kind}Config")), None)
     if trainer is not None:
         found.trainer = trainer.lower()

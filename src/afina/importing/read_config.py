@@ -31,12 +31,14 @@ class OtherConfig:
         keys: The keys with plain values.
         trainer: Kind of trainer, where the file names it: sft, dpo, ...
         unread: Keys of a Python file whose values are not constants, with their source.
+        row_calls: Calls of a Python file that change rows, with their source.
     """
 
     tool: str
     keys: dict[str, Any]
     trainer: str | None = None
     unread: dict[str, str] = field(default_factory=dict)
+    row_calls: dict[str, str] = field(default_factory=dict)
 
 
 def read_config(file: Path, tool: str | None) -> OtherConfig:
@@ -113,7 +115,9 @@ def _from_python(file: Path, source: str, tool: str | None) -> OtherConfig:
         keys.setdefault("use_peft", True)
     if "TrainingArguments" in found.calls and "learning_rate" not in found.unread:
         keys.setdefault("learning_rate", TRANSFORMERS_RATE)
-    return OtherConfig(name, keys, found.trainer, found.unread)
+    if "train_on_responses_only" in found.calls:
+        keys.setdefault("assistant_only_loss", True)
+    return OtherConfig(name, keys, found.trainer, found.unread, found.row_calls)
 
 
 def _from_command(file: Path, tool: str | None) -> OtherConfig:

@@ -17,6 +17,8 @@ from afina.settings import POLICIES
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 PROMPTS_NOTE = "of chats it counts every token by default; here only the answers are learned"
 REWARDS_FILE = "rewards.py"
+MLX_WEIGHT_DECAY = 0.01  # of its AdamW
+NO_CLIPPING = 1e9  # a norm that no gradient has
 
 
 def apply(tool: str, c: Conversion, trainer: str, folder: Path) -> tuple[str, str, bool]:
@@ -202,8 +204,6 @@ def _llama_factory(c: Conversion, folder: Path) -> tuple[str, str, bool]:
         c.use("new_tokens", {"new_tokens": str(tokens).split(",")})
     if c.get("use_swanlab"):
         c.comment("use_swanlab", "trackers: tensorboard, wandb, mlflow, trackio")
-    if c.get("max_samples") is not None:
-        c.missing("max_samples", "a file with fewer rows")
     return objective, method, bits is not None and int(bits) == 4
 
 
@@ -231,6 +231,8 @@ def _axolotl(c: Conversion) -> tuple[str, str, bool]:
         c.comment("axolotl_template", "the base's own template is used; --chat-template FILE")
     if tokens := c.get("new_tokens"):
         c.use("new_tokens", {"new_tokens": list(tokens)})
+    if c.get("adapter"):
+        c.comment("unfrozen_parameters", "an adapter is trained, and the base is frozen")
     if c.get("relora") or c.get("relora_steps"):
         steps = int(c.get("relora_steps", 0))
         for name in ("relora", "relora_steps"):
@@ -278,6 +280,7 @@ def _mlx(c: Conversion) -> tuple[str, str, bool]:
         c.comment("num_layers")
     _mlx_adapter(c, kind)
     _mlx_schedule(c)
+    _mlx_optimizer(c)
     if c.get("mask_prompt"):
         c.comment("mask_prompt", "as always here")
     elif c.has("mask_prompt"):
@@ -301,6 +304,19 @@ def _mlx_adapter(c: Conversion, kind: str) -> None:
     c.use("lora_parameters", settings, "alpha = scale x rank")
     for key, value in given.items():
         c.part_missing(f"lora_parameters.{key}", value)
+
+
+def _mlx_optimizer(c: Conversion) -> None:
+    """Read optimizer_config; AdamW of MLX decays weights by default, and clips no gradients."""
+    name = str(c.get("optimizer"))
+    given = dict((c.get("optimizer_config") or {}).get(name) or {})
+    decay = given.pop("weight_decay", MLX_WEIGHT_DECAY if name == "adamw" else 0.0)
+    c.use("optimizer_config", {"weight_decay": float(decay), "max_grad_norm": NO_CLIPPING})
+    for key, value in given.items():
+        if value in ([0.9, 0.999], 1e-8, False):
+            c.part_comment(f"optimizer_config.{key}", value)
+        else:
+            c.part_missing(f"optimizer_config.{key}", value)
 
 
 def _mlx_schedule(c: Conversion) -> None:
