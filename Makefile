@@ -9,7 +9,10 @@ ARGS ?=
 JOBS ?= 2
 # One thread per process: idle OpenMP threads spin and take the cores from the other processes.
 # Bytecode is kept: without it every process that a test starts compiles afina anew (1 s).
-PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# On a build machine, which is shared, a test that fails runs once more and is listed as RERUN: many
+# start servers and processes, and wait for them.
+RERUNS := $(if $(CI),--reruns 1 --reruns-delay 5 -r fERs)
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(QUIET) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(RERUNS)
 BIN := .venv/bin
 PEERS_BIN := .venv-peers/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/afina/kernels/cpp/*)
