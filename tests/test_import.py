@@ -105,6 +105,11 @@ def test_file_is_not_replaced_unless_requested(folder: Path) -> None:
         ("a.sh", "echo 1", "no command of a known tool"),
         ("a.yaml", "{model_name_or_path: a, stage: sft}", "names no data"),
         ("a.yaml", "{base_model: a, datasets: [{path: b}], no_such_key: 3}", "1 key without"),
+        ("a.yaml", "{base_model: a, datasets: [{path: b}], lora_r: x}", "lora_r cannot be 'x'"),
+        ("a.yaml", "{model: a, data: b, iters: many}", "iters cannot be 'many'"),
+        ("a.yaml", "{model: a, data: b, lora_parameters: [1]}", "lora_parameters cannot be"),
+        ("a.yaml", "{model: a, data: b, lora_parameters: {rank: x}}", "has another form"),
+        ("a.yaml", "{base_model: a, datasets: 3}", "has another form"),
     ],
 )
 def test_what_cannot_be_read_is_an_error(name: str, text: str, what: str, folder: Path) -> None:

@@ -5,8 +5,46 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from afina.errors import SettingsError
 from afina.importing.tool_table import ToolTable
 
+NUMBERS = (  # common names whose values are numbers
+    "alpha",
+    "batch_size",
+    "beta",
+    "clip_range",
+    "desirable_weight",
+    "dropout",
+    "early_stopping_patience",
+    "eval_size",
+    "eval_steps",
+    "freeze_trainable_layers",
+    "gradient_accumulation_steps",
+    "iters",
+    "label_smoothing",
+    "learning_rate",
+    "max_grad_norm",
+    "max_length",
+    "max_new_tokens",
+    "max_samples",
+    "max_steps",
+    "num_generations",
+    "num_iterations",
+    "num_layers",
+    "num_train_epochs",
+    "quantization_bit",
+    "rank",
+    "relora_steps",
+    "seed",
+    "sft_weight",
+    "simpo_gamma",
+    "temperature",
+    "undesirable_weight",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+MAPPINGS = ("lora_parameters", "lr_schedule", "optimizer_config")
 Outcome = Literal["setting", "default", "comment", "missing"]
 NO_EFFECT, NO_TWIN = "no effect with this value", "no setting does this"
 
@@ -30,6 +68,14 @@ class ImportedKey:
     outcome: Outcome
     settings: tuple[str, ...] = ()
     note: str | None = None
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a number, or a text of one."""
+    try:
+        return not isinstance(value, bool) and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False
 
 
 class Conversion:
@@ -57,6 +103,7 @@ class Conversion:
         self._given: dict[str, str] = {}  # common name -> key
         for key, value in keys.items():
             self._sort(key, value)
+        self._check_types()
         for key, source in unread.items():
             if key in table.comments:
                 self._note(key, source, "comment", note=table.comments[key])
@@ -68,6 +115,17 @@ class Conversion:
                 self._given[table.names[key]] = key
                 self.keys[key] = value
         self._defaults = self.keys.keys() - keys.keys()
+
+    def _check_types(self) -> None:
+        """Raise `SettingsError` where a value is of another type than its key needs."""
+        for name, key in self._given.items():
+            value = self.keys[key]
+            if value is None:
+                continue
+            if name in MAPPINGS and not isinstance(value, Mapping):
+                raise SettingsError(f"{key} cannot be {value!r}", why="a mapping is expected")
+            if name in NUMBERS and not _is_number(value):
+                raise SettingsError(f"{key} cannot be {value!r}", why="a number is expected")
 
     def _sort(self, key: str, value: Any) -> None:
         """Note a key of no use at once; the others wait under their common names."""

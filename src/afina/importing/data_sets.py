@@ -277,7 +277,7 @@ def mlx_data(c: Conversion) -> None:
 
 def _list(value: Any) -> list[Mapping[str, Any]]:
     """Return a mapping or several of them as a list."""
-    many = [value] if isinstance(value, Mapping) else value or []
+    many = [value] if isinstance(value, Mapping | str) else value or []
     return [one if isinstance(one, Mapping) else {"path": str(one)} for one in many]
 
 

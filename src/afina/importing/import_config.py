@@ -100,10 +100,7 @@ def import_config(settings: ImportSettings) -> ImportResult:
         conversion.part_comment(
             key, source, "the script changes rows; here they are read as stored"
         )
-    objective, method, is_4bit = apply(
-        config.tool, conversion, trainer, settings.file.absolute().parent
-    )
-    combine(conversion, objective, method, is_4bit)
+    _convert(conversion, config.tool, trainer, settings.file)
     values = dict(conversion.settings)
     values |= {n: v for n in ("base", "data") if (v := getattr(settings, n)) is not None}
     keys = [one for one in conversion.finish() if not (settings.data and one.key == "dataset_name")]
@@ -120,6 +117,16 @@ def import_config(settings: ImportSettings) -> ImportResult:
     write_text(output, _to_yaml(settings.file, table.title, values, keys))
     plain = [asdict(one) for one in keys]
     return ImportResult(table.title, str(settings.file), str(output), values, plain)
+
+
+def _convert(conversion: Conversion, tool: str, trainer: str, file: Path) -> None:
+    """Turn keys into settings; raise `SettingsError` where a nested value has another form."""
+    try:
+        chosen = apply(tool, conversion, trainer, file.absolute().parent)
+        combine(conversion, *chosen)
+    except (AttributeError, TypeError, ValueError) as error:
+        what = "a value of the configuration has another form than its key needs"
+        raise SettingsError(what, where=str(file), why=str(error)) from error
 
 
 def _check_names(settings: ImportSettings, keys: set[str]) -> None:
