@@ -218,6 +218,26 @@ def test_loss_through_an_output_layer_adapted_on_some_tokens(base: CausalLM) -> 
         torch.testing.assert_close(base.next_token_logits(*run), whole[last], rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["lora", "dora", "mora", "full"])
+def test_logits_of_a_16_bit_base_are_summed_in_float32(tiny: Path, method: str) -> None:
+    """Of the base beside an adapter of the output layer, and of the adapter, on all tokens or some."""
+    base = load_base(str(tiny), dtype="bfloat16")
+    layer: Any = put(base, method=method, target_modules=["lm_head"]).layers["lm_head"]
+    hidden = torch.randn(5, base.hidden_size or 0).bfloat16()
+    weight = layer.layer.weight.float()
+    plain, adapted = (
+        hidden.double() @ matrix.double().T for matrix in (weight, layer.merged_weight(weight))
+    )
+    torch.testing.assert_close(base.logits(hidden).double(), plain, rtol=1e-5, atol=1e-5)
+    with base.forward_context.use(Segments.on_all_tokens("a")):
+        torch.testing.assert_close(base.logits(hidden).double(), adapted, rtol=1e-4, atol=1e-4)
+    with base.forward_context.use(Segments(spans=(Segment(1, 3, "a"),))):
+        found, expected = base.logits(hidden).double(), plain.clone()
+        expected[1:3] = adapted[1:3]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 # accumulated = one batch
 
 

@@ -21,7 +21,7 @@ from afina.kernels import mora as square
 from afina.kernels import nf4
 from afina.kernels.dispatch import kernels
 from afina.kernels.int8_blockwise import dynamic_levels, nearest_codes, search_tables
-from afina.kernels.skinny_gemm import skinny_linear
+from afina.kernels.skinny_gemm import linear_float32, skinny_linear
 from afina.training.setup.adamw_8bit import AdamW8bit
 from helpers import ENVIRONMENT
 
@@ -153,6 +153,18 @@ def test_few_rows_times_a_matrix(isa: str, rows: int, dtype: torch.dtype) -> Non
     )
     with pytest.raises(ValueError, match="columns"):
         skinny_linear(torch.randn(2, 5), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 8, 9, 33])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float32_output_of_16_bit_weights(isa: str, rows: int, dtype: torch.dtype) -> None:
+    for width, out in ((96, 48), (70, 19), (1, 1)):
+        x, weight, bias = (torch.randn(*s).to(dtype) for s in ((rows, width), (out, width), (out,)))
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        found = linear_float32(x, weight, bias)
+        assert found.dtype == torch.float32 and found.shape == exact.shape
+        near(found, exact, torch.float32, width**0.5)
+        near(linear_float32(x[None], weight)[0], exact - bias, torch.float32, width**0.5)
 
 
 # ---- the grouped low-rank product

@@ -33,12 +33,13 @@ class LoRAView:
         return self.bt.T
 
     def inference_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A and B transposed, which are in the base's dtype already."""
-        return self.a, self.bt
+        """Return A and B transposed; an output layer of a 16-bit base takes them in float32."""
+        return self.a.to(dtype), self.bt.to(dtype)
 
     def __call__(self, x: Tensor, y0: Tensor, weight: float) -> Tensor:
-        """Return y0 + weight * scale * B A x."""
-        return add_low_rank(y0, F.linear(x, self.a), self.bt, weight * self.scale)
+        """Return y0 + weight * scale * B A x, in the dtype of y0."""
+        a, bt = self.inference_weights(y0.dtype)
+        return add_low_rank(y0, F.linear(x.to(y0.dtype), a), bt, weight * self.scale)
 
 
 class MergedLinear:

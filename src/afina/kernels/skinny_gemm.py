@@ -6,6 +6,7 @@ the product.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ from afina.kernels.dispatch import TYPES, data_pointer, kernels, register_op
 # Rows up to which the kernel runs. Weights read from memory, speed over PyTorch: 1.3 at 1 row,
 # 1.1 at 8 rows, 0.95 at 16 rows.
 MAX_SKINNY_ROWS = 8
+CAST_ELEMENTS = 1 << 18  # weights in float32 at a time, 1 MB: they stay in the cache
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -21,18 +23,47 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return _linear(x, weight, bias)
 
 
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias `(..., out)`, summed and returned in float32 for 16-bit x and weights.
+
+    Without gradients. A 16-bit product rounds its result: logits of 16 and more to eighths.
+    """
+    if x.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    if x.numel() <= MAX_SKINNY_ROWS * x.shape[-1] and kernels.uses_cpp(x, weight, bias):
+        return _product(x, weight, bias, torch.float32)
+    added = None if bias is None else bias.float()
+    if x.is_cuda:
+        y = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        return (y if added is None else y + added).view(*x.shape[:-1], len(weight))
+    rows, y = x.float(), x.new_empty(*x.shape[:-1], len(weight), dtype=torch.float32)
+    step = max(1, CAST_ELEMENTS // x.shape[-1])
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        y[..., part] = F.linear(rows, weight[part].float(), None if added is None else added[part])
+    return y
+
+
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out, width = weight.shape
+    width = weight.shape[1]
     if x.shape[-1] != width:
         raise ValueError(f"x has {x.shape[-1]} columns, the matrix {width}")
     rows = x.numel() // max(1, width)
     if rows > MAX_SKINNY_ROWS or not kernels.cpp_accepts(x, weight, bias):
         return F.linear(x, weight, bias)
-    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(*x.shape[:-1], out)
-    kernels.product(
+    return _product(x, weight, bias, x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x W^T + bias in `dtype`, that of x or float32, by the C++ kernel."""
+    out, width = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    y = x.new_empty(*x.shape[:-1], out, dtype=dtype)
+    product = kernels.product if dtype == x.dtype else kernels.product_float32
+    product(
         data_pointer(x),
         TYPES[x.dtype],
-        rows,
+        x.numel() // max(1, width),
         width,
         out,
         data_pointer(weight),

@@ -12,7 +12,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from afina.errors import BaseError
 from afina.kernels.cross_entropy import linear_cross_entropy
-from afina.models.fast_llama import LINEAR_TYPES
+from afina.models.fast_llama import LINEAR_TYPES, FastLinear
 from afina.models.frozen import FrozenModel
 from afina.models.nf4 import LayerQuantization
 from afina.models.packed_attention import ATTENTION_NAME, AttentionMetadata
@@ -176,8 +176,16 @@ class CausalLM(FrozenModel):
         return self._one_by_one(run, tokens, bounds)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits `(n, vocab_size)` of hidden states `(n, hidden_size)`."""
-        logits = self.lm_head(hidden).float()
+        """Return float32 logits `(n, vocab_size)` of hidden states `(n, hidden_size)`.
+
+        Without gradients a 16-bit output layer, adapted or not, is summed in float32: rounded to
+        16 bits, many of the largest logits are equal.
+        """
+        head = self.lm_head
+        is_fast = isinstance(getattr(head, "base", head), FastLinear)
+        if is_fast and hidden.element_size() == 2 and not torch.is_grad_enabled():
+            hidden = hidden.float()
+        logits = head(hidden).float()
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def all_logits(self, tokens: Tensor, positions: Tensor, bounds: tuple[int, ...]) -> Tensor:

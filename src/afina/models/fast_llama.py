@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from afina.kernels.elementwise import rms_norm, rotary, swiglu
-from afina.kernels.skinny_gemm import skinny_linear
+from afina.kernels.skinny_gemm import linear_float32, skinny_linear
 
 # classes of transformers with exactly the arithmetic below; Gemma's norms, for one, add 1 to the
 # weight
@@ -32,7 +32,10 @@ MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP", "GraniteML
 
 
 class FastLinear(nn.Linear):
-    """A Linear module that uses `skinny_linear` without gradients: decoding, few rows."""
+    """A Linear module that uses `skinny_linear` without gradients: decoding, few rows.
+
+    There, float32 inputs of 16-bit weights (an output layer's) give float32 outputs.
+    """
 
     @classmethod
     def in_place_of(cls, module: nn.Linear) -> "FastLinear":
@@ -43,6 +46,8 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b `(..., out)` of x `(..., in)`."""
+        if x.dtype != self.weight.dtype and not torch.is_grad_enabled():
+            return linear_float32(x.to(self.weight.dtype), self.weight, self.bias)
         return (
             F.linear(x, self.weight, self.bias)
             if torch.is_grad_enabled()

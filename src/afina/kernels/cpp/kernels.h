@@ -42,6 +42,7 @@ struct Product {  // y (m, n) = x (m, k) W^T + bias
     NF4 nf4;
     const void* bias;  // (n) or null
     void* y;
+    bool wide = false;  // y is float32, whatever `type` is
 };
 
 struct Part {  // one piece of a segment: rows start..end of the run pass through `adapter`, times `weight`

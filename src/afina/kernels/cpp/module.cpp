@@ -105,6 +105,10 @@ void product(int threads, Address x, int type, i64 m, i64 k, i64 n, Address w, A
     kernels->product({at<void>(x), Type(type), m, k, n, at<void>(w), {}, at<void>(bias), at<void>(y)}, threads);
 }
 
+void product_float32(int threads, Address x, int type, i64 m, i64 k, i64 n, Address w, Address bias, Address y) {
+    kernels->product({at<void>(x), Type(type), m, k, n, at<void>(w), {}, at<void>(bias), at<void>(y), true}, threads);
+}
+
 void nf4_product(int threads, Address x, int type, i64 m, const NF4& weight, Address bias, Address y) {
     Product job{at<void>(x), Type(type), m, weight.width, weight.rows, nullptr, weight, at<void>(bias), at<void>(y)};
     kernels->product(job, threads);
@@ -428,6 +432,7 @@ NB_MODULE(_native, m) {
     m.def("quantize", quantize, release);
     m.def("adamw8", adamw8, release);
     m.def("product", product, release);
+    m.def("product_float32", product_float32, release);
     m.def("nf4_product", nf4_product, release);
     m.def("norm", norm, release);
     m.def("swiglu", swiglu, release);

@@ -165,7 +165,9 @@ template <class T>
 struct Give {
     const Product& p;
     INLINE void operator()(i64 i, i64 j, float sum) const {
-        store1((T*)p.y + i * p.n + j, sum + (p.bias ? load1((const T*)p.bias + j) : 0.0f));
+        if (p.bias) sum += load1((const T*)p.bias + j);
+        if (p.wide) store1((float*)p.y + i * p.n + j, sum);
+        else store1((T*)p.y + i * p.n + j, sum);
     }
 };
 
