@@ -88,6 +88,27 @@ def test_json_that_is_nested_too_deep(server: Live, path: str, body: str) -> Non
     assert got.status_code == 400 and "levels" in got.json()["error"]["message"]
 
 
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": DEEP}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "guided_json": DEEP}),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": "[" * 5000}}),
+        ("/v1/chat/completions", {"messages": ASK, "guided_json": DEEP}),
+        ("/v1/chat/completions", {"messages": [*ASK, {"role": "assistant", "tool_calls": [CALL]}]}),
+    ],
+)
+def test_json_in_a_text_that_is_nested_too_deep(
+    server: Live, path: str, body: dict[str, Any]
+) -> None:
+    with server.http("key-of-alice") as http:
+        got = http.post(path, json={"model": server.state.base_name, "max_tokens": 1, **body})
+    assert got.status_code == 400, got.text
+
+
 def test_connections_without_a_request_end_and_never_fill_the_server(
     server: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:

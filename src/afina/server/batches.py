@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
 from starlette.types import ASGIApp, Message
 
 from afina.server.auth import Principal
@@ -190,7 +191,7 @@ def _check(
 ) -> tuple[str, str] | None:
     """Add a line to `lines`, or return (parameter, sentence) of what is wrong with it."""
     try:
-        line = json.loads(text)
+        line = from_json(text)
     except ValueError:
         return "body", "the line is not valid JSON"
     if not isinstance(line, dict):

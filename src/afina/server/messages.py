@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import from_json
 
 from afina.server.validation import check_known, invalid
 
@@ -33,7 +34,7 @@ class RequestFunctionCall(BaseModel):
     def arguments_object(self) -> Any:
         """The arguments as chat templates take them: an object, or the text where it is none."""
         try:
-            return json.loads(self.arguments or "{}")
+            return from_json(self.arguments or "{}")
         except ValueError:
             return self.arguments
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic_core import from_json
+
 # announcements of calls as JSON in published templates: Hermes and Qwen, Mistral, Llama, Phi,
 # Granite, and the older function calls
 KNOWN_MARKERS = (
@@ -292,7 +294,7 @@ class CallParser:
 def _read_call(text: str, names: set[str]) -> tuple[str, str] | None:
     """Return name and arguments of a call as JSON, or None for another object."""
     try:
-        value: Any = json.loads(text)
+        value: Any = from_json(text)
     except ValueError:
         return None
     if isinstance(value.get("function"), dict):

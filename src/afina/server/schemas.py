@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic import ModelWrapValidatorHandler as Handler
+from pydantic_core import from_json
 
 from afina.engine.request import SamplingParams
 from afina.server.messages import Messages
@@ -156,7 +157,7 @@ class SamplingRequest(StrictRequest):
         if not isinstance(given, str):
             return given and close_objects(given)
         try:
-            schema = json.loads(given)
+            schema = from_json(given)
         except ValueError:
             schema = None
         if not isinstance(schema, dict):
