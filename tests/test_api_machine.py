@@ -84,6 +84,12 @@ def full_disk() -> Iterator[None]:
         Store.write = before  # type: ignore[method-assign]
 
 
+def _served_as(name: str) -> str | None:
+    """Return the hash of what a name stands for."""
+    entry = _world["state"].engine.registry.get(name)
+    return entry and entry.hash
+
+
 class ApiMachine(RuleBasedStateMachine):
     """Two clients and an administrator of one server; its worker takes no job."""
 
@@ -187,6 +193,24 @@ class ApiMachine(RuleBasedStateMachine):
     def unload(self, name: str) -> None:
         ok = (200,) if self.adapters.pop(name, "-") != "-" else (404,)
         self.send("root", "DELETE", f"/v1/adapters/{name}", ok)
+
+    @rule(name=NAMES, how=strategies.sampled_from(["load", "replace", "rename", "unload"]))
+    def change_with_a_full_disk(self, name: str, how: str) -> None:
+        """What is answered with a 5xx has not happened: the invariant sees the same adapters."""
+        if (name in self.adapters) == (how == "load"):
+            return
+        path, body = f"/v1/adapters/{name}", {"folder": "two"}
+        sent: dict[str, Any] = {
+            "load": ("POST", "/v1/adapters", {"name": name, **body}),
+            "replace": ("PUT", path, body),
+            "rename": ("POST", f"{path}/rename", {"name": "three"}),
+            "unload": ("DELETE", path, None),
+        }
+        before = _served_as(name)
+        with full_disk():
+            method, path, body = sent[how]
+            self.send("root", method, path, (500, 507), json=body)
+        assert _served_as(name) == before and _served_as("three") is None
 
     @rule(key=OWNERS, name=NAMES)
     def steal(self, key: str, name: str) -> None:

@@ -185,21 +185,22 @@ def rename(
         entry = state.engine.registry.rename(name, body.name)
     except AdapterError as error:
         raise to_api_error(error, "name") from None
+    try:
+        _rename_row(state, name, body.name)
+    except BaseException:  # the response is an error, and nothing has changed
+        state.engine.registry.rename(body.name, name)
+        raise
+    state.metrics.forget(name)
+    return to_response(entry)
+
+
+def _rename_row(state: ServerState, name: str, new: str) -> None:
     with state.store.write() as session:
         row = session.get(AdapterRow, name)
         if row is not None:
             session.delete(row)
-            session.add(
-                AdapterRow(
-                    name=body.name,
-                    folder=row.folder,
-                    owner=row.owner,
-                    created=row.created,
-                    bytes=row.bytes,
-                )
-            )
-    state.metrics.forget(name)
-    return to_response(entry)
+            values = {"folder": row.folder, "owner": row.owner, "created": row.created}
+            session.add(AdapterRow(name=new, bytes=row.bytes, **values))
 
 
 @router.delete("/v1/adapters/{name}")
@@ -244,25 +245,31 @@ def replace_adapter(
     state: ServerState, name: str, folder: Path, param: str = "folder"
 ) -> RegisteredAdapter:
     """Give a name to another adapter, in the engine and in the store."""
+    before = state.engine.registry.get(name)
     try:
         entry = state.engine.registry.replace(name, adapter_folder(folder))
     except (AdapterError, AuditError) as error:
         raise to_api_error(error, param) from None
-    with state.store.write() as session:
-        session.merge(AdapterRow(name=name, folder=str(folder), owner=entry.owner))
+    try:
+        with state.store.write() as session:
+            session.merge(AdapterRow(name=name, folder=str(folder), owner=entry.owner))
+    except BaseException:
+        if before is not None:
+            state.engine.registry.replace(name, Path(before.folder))
+        raise
     return entry
 
 
 def remove_adapter(state: ServerState, name: str) -> None:
-    """Remove a name from the engine and from the store."""
-    try:
-        state.engine.registry.remove(name)
-    except AdapterError as error:
-        raise to_api_error(error, "name") from None
+    """Remove a name from the store, then from the engine: after an error it is served as before."""
     with state.store.write() as session:
         row = session.get(AdapterRow, name)
         if row is not None:
             session.delete(row)
+    try:
+        state.engine.registry.remove(name)
+    except AdapterError as error:
+        raise to_api_error(error, "name") from None
     state.metrics.forget(name)
 
 
