@@ -87,7 +87,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     if body.prompt is not None and state.is_encoder:
         text, special = body.prompt, body.add_special_tokens
         encode = state.tokenizer
-        make = lambda: list(encode(text, add_special_tokens=special)["input_ids"])  # noqa: E731
+        options = {"add_special_tokens": special, "split_special_tokens": True}
+        make = lambda: list(encode(text, **options)["input_ids"])  # noqa: E731
     elif body.prompt is not None:
         text = body.prompt
         special = body.add_special_tokens
