@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +598,29 @@ def test_kill_dash_nine_loses_nothing_that_was_acknowledged(
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         assert running.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_process_whatever_is_connected(tiny: Path, tmp_path: Path) -> None:
+    """Streams with and without a reader, half a head, half a body, and an idle connection."""
+    body = {"model": tiny.name, "prompt": ["tell"] * 16, "n": 16, "max_tokens": 150}
+    sent = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
+    with process(tiny, tmp_path / "state", "--shutdown-timeout", "2") as (client, running):
+        host = (client.base_url.host, client.base_url.port)
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {client.api_key}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(sent)}\r\n\r\n"
+        request = head.encode() + sent
+        idle = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
+        with ExitStack() as stack:
+            for data in (request, request, request[:40], request[:-5], idle):
+                one = stack.enter_context(socket.create_connection(host))
+                one.sendall(data)
+                if data in (request, idle):
+                    assert one.recv(12) == b"HTTP/1.1 200"
+            began = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(30) == 0
+            assert time.monotonic() - began < 2 + 5  # the machine may be busy
 
 
 def alive(process: int) -> bool:

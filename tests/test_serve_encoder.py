@@ -22,12 +22,24 @@ from afina.models.encoder import EMBEDDING_KEY, load_encoder
 from afina.models.encoder_views import load_encoder_views
 from afina.server.serve import build_server
 from afina.settings import ServeSettings
-from helpers import put
+from afina.training.train import train
+from helpers import put, write_rows
 from live import KEYS, Live, live
 from test_classes import encoder, words  # noqa: F401
+from test_jobs import ended
 
 TEXTS = ["what a great film this is", "awful", "a boring song this is what a trip", "lovely meal"]
 LABELS = {"sent": ("bad", "good"), "topic": ("book", "film", "meal"), "value": ("value",)}
+DPO = {"type": "dpo"}
+PAIRS = [(one, other) for one in TEXTS for other in TEXTS]
+TRAINED: dict[str, list[dict[str, Any]]] = {
+    "rerank": [
+        {"query": one, "passage": other, "label": int(one == other)} for one, other in PAIRS
+    ],
+    "embed": [{"anchor": text, "positive": text + " song"} for text in TEXTS],
+    "tag": [{"tokens": text.split(), "tags": [0] * len(text.split())} for text in TEXTS] * 3,
+    "mlm": [{"text": text} for text in TEXTS] * 3,
+}
 TARGETS = {"sent": "lora", "topic": "dora", "value": "full"}
 
 
@@ -209,6 +221,13 @@ def test_vectors_are_the_encoder_s_own(server: Live, encoder: Path) -> None:  # 
     assert (torch.tensor(near) - expected[0]).norm() > 0.01
 
 
+def test_tokens_are_those_that_are_computed(server: Live) -> None:
+    model, text = server.state.base_name, "great [SEP] song"
+    tokens = post(server, "/tokenize", {"model": model, "prompt": text}).json()["tokens"]
+    used = post(server, "/v1/embeddings", {"model": model, "input": text}).json()["usage"]
+    assert len(tokens) == used["prompt_tokens"] and tokens.count(tokens[-1]) == 1
+
+
 def test_documents_come_by_relevance(server: Live) -> None:
     model = server.state.base_name
     body = {"model": model, "query": TEXTS[0], "documents": [*TEXTS[1:], {"text": TEXTS[0]}]}
@@ -242,7 +261,8 @@ def test_documents_come_by_relevance(server: Live) -> None:
         ("/v1/chat/completions", {"model": "sent", "messages": []}, 400, None),
         ("/v1/completions", {"model": "sent", "prompt": "a"}, 400, None),
         ("/v1/responses", {"model": "sent", "input": "a"}, 400, None),
-        ("/v1/fine_tuning/jobs", {"model": "sent", "training_file": "f"}, 400, None),
+        ("/v1/fine_tuning/jobs", {"model": "sent", "training_file": "f"}, 400, "model"),
+        ("/v1/fine_tuning/jobs", {"model": "b", "training_file": "f", "method": DPO}, 400, None),
     ],
 )
 def test_refusals_name_what_is_wrong(
@@ -252,6 +272,102 @@ def test_refusals_name_what_is_wrong(
     assert (found.status_code, found.json()["error"]["param"]) == (status, param)
     if param is None:
         assert "is an encoder (bert)" in found.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def trained(server: Live, encoder: Path, runs: Path) -> dict[str, Any]:  # noqa: F811
+    """Runs of each objective of encoders, and what the server says when each is loaded."""
+    found = {}
+    for objective, rows in TRAINED.items():
+        file = write_rows(runs / f"{objective}.jsonl", *rows)
+        shared: dict[str, Any] = {"base": str(encoder), "max_steps": 2, "learning_rate": 1e-2}
+        run = runs / f"run-{objective}"
+        train(file, objective=objective, output_dir=run, eval_data=file, device="cpu", **shared)
+        with server.http("key-of-root") as http:
+            body = {"name": f"by-{objective}", "folder": run.name}
+            found[objective] = http.post("/v1/adapters", json=body)
+    return found
+
+
+@pytest.mark.slow
+def test_a_served_reranker_orders_as_the_run_does(
+    server: Live, runs: Path, trained: dict[str, Any]
+) -> None:
+    assert trained["rerank"].status_code == 201
+    body = {"model": "by-rerank", "query": TEXTS[0], "documents": TEXTS}
+    found = post(server, "/v1/rerank", body).json()["results"]
+    pairs = [f"{TEXTS[0]}\t{text}" for text in TEXTS]
+    alone = generate(pairs, adapter=runs / "run-rerank", dtype="float32")["answers"]
+    expected = {number: one["share"] for number, one in enumerate(alone)}
+    assert {one["index"]: one["relevance_score"] for one in found} == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert [one["index"] for one in found] == sorted(expected, key=lambda n: -expected[n])
+    pair = {"model": "by-rerank", "input": [[TEXTS[0], TEXTS[1]]]}
+    [one] = post(server, "/v1/classify", pair).json()["data"]
+    assert one["probs"] == pytest.approx([expected[1]], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_served_vectors_are_those_of_the_run(
+    server: Live, runs: Path, trained: dict[str, Any]
+) -> None:
+    assert trained["embed"].status_code == 201
+    found = post(server, "/v1/embeddings", {"model": "by-embed", "input": TEXTS}).json()["data"]
+    alone = generate(TEXTS, adapter=runs / "run-embed", dtype="float32")["answers"]
+    for one, expected in zip(found, alone, strict=True):
+        assert one["embedding"] == pytest.approx(expected["embedding"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "why"), [("tag", "each word a tag"), ("mlm", "no classif")])
+def test_what_has_no_classes_of_texts_is_not_served(
+    trained: dict[str, Any], objective: str, why: str
+) -> None:
+    assert trained[objective].status_code == 400
+    assert why in trained[objective].json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"afina": {"objective": "sft"}}, "afina.objective"),
+        ({"afina": {"objective": ["classify"]}}, "afina.objective"),
+        ({"afina": {"data": "/etc/passwd"}}, "afina.data"),
+        ({"afina": {"columns": 5}}, "afina"),
+        ({"hyperparameters": {"batch_size": 4}}, "hyperparameters.batch_size"),
+        ({"hyperparameters": {"learning_rate_multiplier": 2.0}}, "learning_rate_multiplier"),
+    ],
+)
+def test_jobs_of_an_encoder_that_make_no_sense(
+    server: Live, more: dict[str, Any], param: str
+) -> None:
+    file = {"file": ("rows.csv", b"text,label\n")}
+    with server.http("key-of-bob") as http:
+        sent = http.post("/v1/files", files=file, data={"purpose": "fine-tune"}).json()["id"]
+        body = {"model": server.state.base_name, "training_file": sent, **more}
+        error = http.post("/v1/fine_tuning/jobs", json=body).json()["error"]
+    assert error["type"] == "invalid_request_error" and param in error["param"]
+
+
+@pytest.mark.slow
+def test_a_job_of_an_encoder_ends_in_a_served_classifier(server: Live) -> None:
+    """Rows with other columns, as OpenAI's client uploads them; each in a process that trains."""
+    rows = "".join(f"{text},{'ab'[n % 2]},{n}\n" for n, text in enumerate(TEXTS * 5))
+    client = server.client("key-of-alice")
+    file = client.files.create(
+        file=("r.csv", b"said,mood,n\n" + rows.encode()), purpose="fine-tune"
+    )
+    own = {"columns": {"text": "said", "label": "mood", "n": None}, "max_steps": 4, "eval_steps": 2}
+    job = client.fine_tuning.jobs.create(
+        model=server.state.base_name, training_file=file.id, extra_body={"afina": own}
+    )
+    done = ended(client, job.id)
+    assert done.status == "succeeded", done.error
+    found = post(server, "/v1/classify", {"model": done.fine_tuned_model, "input": TEXTS}).json()
+    assert {one["label"] for one in found["data"]} <= {"a", "b"}
+    hidden = {"model": done.fine_tuned_model, "input": "a"}
+    assert post(server, "/v1/classify", hidden, "key-of-bob").status_code == 404
 
 
 @pytest.mark.slow

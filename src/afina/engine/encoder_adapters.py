@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from afina.adapters.attach import Adapter, attach, detach
 from afina.adapters.loading import load_state
+from afina.adapters.lora import LoRA
+from afina.adapters.modules import ModuleWithAdapters
 from afina.adapters.registry import get_method
+from afina.adapters.serving_layers import LoRAView
 from afina.engine.adapter_registry import AdapterRecord, AdapterRegistry
 from afina.engine.loaded_adapter import AdapterLayoutCache, get_or_insert_wrapper
 from afina.engine.memory import read_verified
@@ -101,15 +105,32 @@ class EncoderRegistry(AdapterRegistry):
     def _read(self, folder: Any) -> EncoderRecord:
         found = super()._read(folder)
         base = self._encoder.of((*found.config.target_modules, *found.config.modules_to_save))
+        opened = AdapterFolder.open(folder)
         if isinstance(base, Encoder):
-            opened = AdapterFolder.open(folder).path
-            config = read_metadata(opened).get(EMBEDDING_KEY)
+            config = read_metadata(opened.path).get(EMBEDDING_KEY)
             if config is not None:
-                where = str(opened / METADATA_FILE)
+                where = str(opened.path / METADATA_FILE)
                 base = self._encoder.embedding_as(EmbeddingConfig.from_record(config, where))
+        else:
+            self._check_classifies(opened, found.config)
         values = {one.name: getattr(found, one.name) for one in fields(found)}
         record = EncoderRecord(**values, view=base)
         return replace(record, num_outputs=self._try_to_load(record))
+
+    def _check_classifies(self, opened: AdapterFolder, config: AdapterConfig) -> None:
+        """Raise `AdapterError` where scores of a text would not be what was trained."""
+        what, where = "this adapter is no classifier of texts", str(opened.path)
+        objective = read_metadata(opened.path).get("objective")
+        if objective == "tag" or opened.peft.task_type == "TOKEN_CLS":
+            hint = "afina generate TEXT --adapter RUN tags texts"
+            raise AdapterError(what, where=where, why="it gives each word a tag", hint=hint)
+        trained = set(config.modules_to_save)
+        if get_method(config.method).replaces_base:
+            trained |= set(config.target_modules)
+        inner = f"{self._encoder.classifier.model.base_model_prefix}."
+        if not self._encoder.has_head and all(path.startswith(inner) for path in trained):
+            why = "it has no classification head, and neither has the base"
+            raise AdapterError(what, where=where, why=why)
 
 
 @dataclass(frozen=True)
@@ -155,6 +176,7 @@ class AttachedAdapters:
             detach(view.model, adapter)
             raise
         adapter.train(False)
+        _serve_as_views(view, adapter)
         self._attached[record.hash] = AttachedAdapter(adapter, view, record.bytes)
         self.registry.locations[record.hash] = "device" if view.device.type != "cpu" else "host"
         self.loads += 1
@@ -163,6 +185,8 @@ class AttachedAdapters:
         """Detach an adapter, if it is attached."""
         found = self._attached.pop(digest, None)
         if found is not None:
+            for wrapper in _wrappers(found.view, found.adapter):
+                wrapper.serving_layers.pop(digest, None)
             detach(found.view.model, found.adapter)
             self.registry.locations.pop(digest, None)
 
@@ -174,6 +198,24 @@ class AttachedAdapters:
             free += self._attached[digest].bytes
             self.forget(digest)
             self.evictions += 1
+
+
+def _wrappers(view: Classifier, adapter: Adapter) -> Iterator[ModuleWithAdapters]:
+    modules = (view.model.get_submodule(path) for path in adapter.layers)
+    return (module for module in modules if isinstance(module, ModuleWithAdapters))
+
+
+@torch.no_grad()
+def _serve_as_views(view: Classifier, adapter: Adapter) -> None:
+    """Let LoRA layers of linear modules be served by their packed weights.
+
+    These do not change, and nothing looks for changes of their parameters in each batch.
+    """
+    for wrapper in _wrappers(view, adapter):
+        layer: Any = wrapper.adapter_layer(adapter.name)
+        if type(layer) is LoRA and isinstance(wrapper.base, nn.Linear) and layer.can_fuse:
+            a, bt = layer.inference_weights(view.dtype)
+            wrapper.serving_layers[adapter.name] = LoRAView(a, bt, layer.scale)
 
 
 @contextmanager

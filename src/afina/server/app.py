@@ -37,8 +37,8 @@ from afina.server.routes import (
 from afina.server.state import ServerState, get_state
 from afina.server.validation import describe_errors
 
-ROUTES = (embeddings, models, files, batches, extensions)
-GENERATION_ROUTES = (chat, completions, responses, jobs, graders)
+ROUTES = (embeddings, models, files, jobs, batches, extensions)
+GENERATION_ROUTES = (chat, completions, responses, graders)
 MIN_FREE_BYTES = 64_000_000  # of the state directory's disk: below, files and jobs would fail
 
 

@@ -88,12 +88,14 @@ class TrainSettings(GroupedSettings):
         "per word; mlm: of masked tokens; dpo, kto, orpo, simpo: prefer the better of two answers; "
         "reward: a model that scores answers; grpo, rloo, ppo: rewards of sampled answers",
         "auto",
+        job=True,
         plugins="afina.objectives",
     )
     columns: dict[str, str | list[str] | None] = setting(
         "names of the file's columns, e.g. {prompt: question, completion: answer}; several as one "
         "text: {prompt: '{context}: {question}'}; {notes: null} leaves a column out",
         {},
+        job=True,
     )
     chat_template: str | None = setting(
         "chat template: the tokenizer's own by default, plain, chatml, or a file"

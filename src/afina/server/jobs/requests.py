@@ -12,6 +12,9 @@ from afina.server.validation import check_known, invalid
 # by OpenAI's method: the objective; `auto` where the rows decide
 JOB_OBJECTIVES = {"supervised": "auto", "dpo": "dpo", "reinforcement": "grpo"}
 METHODS = tuple(JOB_OBJECTIVES)
+# what `afina.objective` may name instead, by what the base can serve
+DECODER_OBJECTIVES = ("auto", "sft", "pretrain", "kto", "orpo", "simpo")
+ENCODER_OBJECTIVES = ("auto", "classify", "embed", "rerank")
 MAX_SUFFIX = 64
 Auto = Literal["auto"]
 

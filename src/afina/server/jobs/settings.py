@@ -10,6 +10,8 @@ from afina.objectives.registry import get_objective
 from afina.server.errors import APIError, to_api_error
 from afina.server.jobs.limits import check_job_limits
 from afina.server.jobs.requests import (
+    DECODER_OBJECTIVES,
+    ENCODER_OBJECTIVES,
     JOB_OBJECTIVES,
     CreateJobRequest,
     Hyperparameters,
@@ -49,15 +51,22 @@ def train_settings(
     _check_names(body.afina)
     check_job_limits(body.afina)
     serve = state.settings
-    values: dict[str, Any] = {
-        name: getattr(serve, name) for name in (*MODEL_SETTINGS, *CHAT_SETTINGS)
-    }
+    objective = _objective_of(state, body)
+    if (
+        state.is_encoder
+        and objective == "auto"
+        and hyperparameters.learning_rate_multiplier != "auto"
+    ):
+        what = "learning_rate_multiplier: of an objective's own rate: name it in afina.objective"
+        raise APIError(400, what, "hyperparameters.learning_rate_multiplier")
+    chat = () if state.is_encoder else CHAT_SETTINGS
+    values: dict[str, Any] = {name: getattr(serve, name) for name in (*MODEL_SETTINGS, *chat)}
     values |= {"seed": seed, "data": str(path_of(state, training).resolve())}
     if validation is not None:
         values["eval_data"] = str(path_of(state, validation).resolve())
-    width = state.base.hidden_size
-    values |= _from_hyperparameters(body, hyperparameters, width) | body.afina
-    objective = JOB_OBJECTIVES[body.method.type]
+    width = state.model.hidden_size
+    values |= {"objective": objective}
+    values |= _from_hyperparameters(objective, hyperparameters, width) | body.afina
     group = {**reward, **_from_method(hyperparameters)}
     if group:
         values[objective] = group | body.afina.get(objective, {})
@@ -75,17 +84,33 @@ def train_settings(
     return values
 
 
+def _objective_of(state: ServerState, body: CreateJobRequest) -> str:
+    """Return the objective of a job: that of its method, or the one that `afina` names.
+
+    Raises:
+        APIError: the adapter of that objective could not be served with this base.
+    """
+    usual, given = JOB_OBJECTIVES[body.method.type], body.afina.get("objective")
+    if given is None:
+        return usual
+    allowed = ENCODER_OBJECTIVES if state.is_encoder else DECODER_OBJECTIVES
+    if body.method.type != "supervised":
+        allowed = (usual,)
+    if given not in allowed:
+        what = f"afina.objective {str(given)[:50]!r}: a job with this method and base has "
+        raise APIError(400, what + f"{', '.join(allowed)}", "afina.objective")
+    return str(given)
+
+
 def _from_hyperparameters(
-    body: CreateJobRequest, given: Hyperparameters, width: int | None
+    objective: str, given: Hyperparameters, width: int | None
 ) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if given.n_epochs != "auto":
         values["num_train_epochs"] = given.n_epochs
-    if body.method.type != "supervised":
-        values["objective"] = JOB_OBJECTIVES[body.method.type]
     if given.learning_rate_multiplier != "auto":  # 1 is afina's own default
-        objective = get_objective(values.get("objective", "sft"))
-        default = default_learning_rate("lora", objective, width)
+        usual = get_objective("sft" if objective == "auto" else objective)
+        default = default_learning_rate("lora", usual, width)
         values["learning_rate"] = default * float(given.learning_rate_multiplier)
     if isinstance(given, ReinforcementParameters) and given.eval_interval != "auto":
         values["eval_steps"] = given.eval_interval

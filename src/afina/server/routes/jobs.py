@@ -43,6 +43,8 @@ def create(
     if known is not None:
         return to_response(known)
     _check_count(state, caller)
+    if body.method.type != "supervised":
+        state.generator  # noqa: B018  # raises on an encoder, which has no answers
     if body.model != state.base_name:
         what = f"jobs train adapters of the base, which is {state.base_name!r}"
         raise APIError(400, what, "model", "model_not_found")
@@ -55,8 +57,9 @@ def create(
     given = body.hyperparameters or body.method.hyperparameters
     method = body.method.type
     if method == "dpo" and isinstance(given.batch_size, int):
-        what = "batch_size: pairs are batched by tokens; use auto, or afina.batch_tokens"
-        raise APIError(400, what, "method.dpo.hyperparameters.batch_size")
+        raise _no_batch_size("pairs", "method.dpo.hyperparameters.batch_size")
+    if state.is_encoder and isinstance(given.batch_size, int):
+        raise _no_batch_size("texts of an encoder", "hyperparameters.batch_size")
     reward: dict[str, Any] = {}
     if body.method.reinforcement is not None:
         grader = grader_of(state, body.method.reinforcement.grader, "method.reinforcement.grader")
@@ -88,6 +91,11 @@ def create(
         return to_response(known)
     state.worker.wake()
     return to_response(job)
+
+
+def _no_batch_size(rows: str, param: str) -> APIError:
+    what = f"batch_size: {rows} are batched by tokens; use auto, or afina.max_tokens_per_batch"
+    return APIError(400, what, param)
 
 
 def _known_job(
