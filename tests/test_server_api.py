@@ -22,6 +22,7 @@ from afina.server.prompts import ChatPrompts
 from afina.server.response_input import ResponseRequest, messages_of
 from afina.server.schemas import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from afina.server.startup import AdapterFolders
+from afina.server.state import ResolvedModel
 from afina.server.tool_format import FALLBACK, PROBE_ID
 from afina.server.tools import close_objects
 from afina.server.validation import describe_errors
@@ -502,3 +503,9 @@ def test_folders_are_served_once_they_can_be(tmp_path: Path) -> None:
     for _ in range(3):
         folders.scan()
     assert registry.words["good"] == "one, changed"
+
+
+def test_a_routed_name_fits_a_header() -> None:
+    found = ResolvedModel("modèle-😀", choice={"adapter": None, "score": 0.5, "why": "none"})
+    assert all(value.isascii() for value in found.headers.values())
+    assert found.headers["x-afina-adapter"].startswith("mod%C3%A8le")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,8 @@ class ResolvedModel:
         """Response headers with the adapter that "auto" chose and its score."""
         if self.choice is None:
             return {}
-        return {"x-afina-adapter": self.label, "x-afina-score": f"{self.choice['score']:.4f}"}
+        name = quote(self.label, safe="/:@,")  # a base's folder may have any name
+        return {"x-afina-adapter": name, "x-afina-score": f"{self.choice['score']:.4f}"}
 
 
 @dataclass(frozen=True)
