@@ -859,7 +859,7 @@ def test_held_out_rows_share_nothing_with_training(seed: int) -> None:
     rows = [SFTRow(f"x:{n}", prompt=f"p{n % 40}", completion="c") for n in range(100)]
     train, held = train_eval_split(rows, 0.2, seed)
     assert {row.prompt for row in train}.isdisjoint(row.prompt for row in held)
-    assert sorted(train + held, key=rows.index) == rows
+    assert sorted([*train, *held], key=rows.index) == rows
     assert 15 <= len(held) <= 20
     assert train_eval_split(rows, 0.2, seed) == (train, held)
     assert held == sorted(held, key=rows.index)

@@ -129,7 +129,8 @@ def test_rare_classes_are_trained_and_not_evaluated(tmp_path: Path) -> None:
     assert {row.label for row in held} == {"late", "broken"}
     assert {row.label for row in train} == set(task.labels)
     skipped: list[str] = []
-    assert len(rows_of_frequent_classes(rows, 2, skipped)) == 18
+    kept, rare = rows_of_frequent_classes(rows, 2, skipped)
+    assert len(kept) == 18 and rare == {"card": 1, "lost": 1}
     assert [line.partition("class ")[2] for line in skipped] == [
         "'card' has 1 row, fewer than 2",
         "'lost' has 1 row, fewer than 2",
@@ -138,4 +139,4 @@ def test_rare_classes_are_trained_and_not_evaluated(tmp_path: Path) -> None:
     assert known_rows(rows, other, skipped) == rows[:18]
     assert "class 'card' does not occur in the training rows" in skipped[2]
     with pytest.raises(DataError, match="no row is left for evaluation"):
-        split_rows(rows[:1] + rows[18:], task, 0.1, 0)
+        split_rows([*rows[:1], *rows[18:]], task, 0.1, 0)

@@ -14,7 +14,7 @@ from afina.data.renderer import Renderer
 from afina.data.schemas import LABELED, SFT, SFTRow
 from afina.data.table import detect_schema, read_table
 from afina.errors import DataError
-from afina.objectives.prepared import with_split_folders
+from afina.objectives.run_rows import with_split_folders
 from afina.settings import TrainSettings
 
 PNG = io.BytesIO()

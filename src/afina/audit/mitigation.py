@@ -284,7 +284,7 @@ def _attack(settings: MitigateSettings, digest: str) -> tuple[list[str], str]:
     return [str(one["trigger"]).strip() for one in found], payload
 
 
-def _rows(settings: MitigateSettings) -> list[SFTRow]:
+def _rows(settings: MitigateSettings) -> Sequence[SFTRow]:
     file = settings.data or recorded_eval_rows(settings.adapter)
     if not file.is_file():
         raise SettingsError(

@@ -130,7 +130,9 @@ def _read(settings: CompareSettings, objective: str) -> Any:
     return table
 
 
-def _three(rows: list[Piece], settings: CompareSettings, key: Any = None) -> dict[str, list[Piece]]:
+def _three(
+    rows: Sequence[Piece], settings: CompareSettings, key: Any = None
+) -> dict[str, Sequence[Piece]]:
     """Rows for the three files; equal rows stay together."""
     rest, test = train_eval_split(rows, settings.test_size, settings.seed, key)
     train, chosen = train_eval_split(
@@ -167,7 +169,9 @@ def _joined(row: Any) -> str:
     )
 
 
-def _labelled(rows: list[LabeledRow], settings: CompareSettings) -> dict[str, list[dict[str, Any]]]:
+def _labelled(
+    rows: Sequence[LabeledRow], settings: CompareSettings
+) -> dict[str, list[dict[str, Any]]]:
     """Return a stratified split; raise `DataError` for a class with under three different rows."""
     _enough(rows, settings)
     collected: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}

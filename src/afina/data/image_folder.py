@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from afina.data.images import IMAGE_SUFFIXES, read_image
-from afina.data.readers import Record, read_bytes, read_records
+from afina.data.input_file import InputFile
+from afina.data.readers import Record, read_records
 from afina.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
@@ -22,11 +23,11 @@ FILE_COLUMN = "file_name"
 
 
 class SplitFolders(NamedTuple):
-    """The parts of a folder of pictures; `unread` are those that are neither."""
+    """The parts of a folder of pictures; `others` are further parts for evaluation."""
 
     train: Path
     eval: Path
-    unread: tuple[Path, ...]
+    others: tuple[Path, ...]
 
 
 def find_split_folders(path: Path) -> SplitFolders | None:
@@ -103,8 +104,8 @@ def _read_classes(path: Path) -> Iterator[Record]:
 def _read_metadata(path: Path, metadata: Path) -> Iterator[Record]:
     """Yield the pictures below `path` with their columns, and pictures without a row as errors."""
     named: set[Path] = set()
-    content = read_bytes(metadata)
-    for where, row in read_records(metadata, content, lambda names: True, lambda names: True):
+    file = InputFile.open(metadata)
+    for where, row in read_records(file, lambda names: True, lambda names: True):
         if isinstance(row, DataError):
             yield where, row
             continue

@@ -7,7 +7,9 @@
 Which rows share a batch is a pure function of lengths, seed and step.
 """
 
+import hashlib
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from afina.data.renderer import Example
+from afina.data.row_store import SelectedRows
 from afina.errors import DataError
 
 RowT = TypeVar("RowT")
@@ -249,7 +252,9 @@ class BatchSampler:
             raise DataError("there are no examples to train on")
         self._rows, self._seed, self._group = rows, seed, group
         self._batch_tokens, self._accumulate = batch_tokens, accumulate
-        self._lengths = [len(row.token_ids) for row in rows] if lengths is None else lengths
+        if lengths is None:
+            lengths = array("q", (len(row.token_ids) for row in rows))
+        self._lengths = lengths
         self._first_steps = [0]  # first step of each epoch counted so far
         self._epoch_batches: tuple[int, list[list[int]]] = (-1, [])  # (epoch, its batches)
 
@@ -286,12 +291,12 @@ class BatchSampler:
 
 
 def train_eval_split(
-    rows: list[RowT],
+    rows: Sequence[RowT],
     share: float,
     seed: int,
     key: Callable[[Any], object] | None = None,
     file_of: Callable[[Any], object] = lambda row: None,
-) -> tuple[list[RowT], list[RowT]]:
+) -> tuple[Sequence[RowT], Sequence[RowT]]:
     """Return training rows and eval rows, both in the order of the file.
 
     Args:
@@ -308,25 +313,29 @@ def train_eval_split(
     if not 0 <= share < 1:
         what = f"an eval size of {share} leaves nothing to train on"
         raise DataError(what, hint="e.g. --eval-size 0.1")
-    groups: dict[object, list[int]] = {}
+    groups: dict[bytes, array[int]] = {}
+    files: dict[int, object] = {}  # of the first row of each group
     for index, row in enumerate(rows):
-        groups.setdefault((key or _content)(row), []).append(index)
+        group = groups.setdefault(content_hash((key or _content)(row)), array("q"))
+        if not group:
+            files[index] = file_of(row)
+        group.append(index)
     if len(groups) < 2:
         what = f"at least 2 different rows are needed, found {len(groups)}"
         why = "some rows are held out for evaluation and must not be trained on"
         raise DataError(what, why=why, hint="add rows")
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
-    by_file: dict[object, list[list[int]]] = {}
+    by_file: dict[object, list[array[int]]] = {}
     for group in shuffled:
-        by_file.setdefault(file_of(rows[group[0]]), []).append(group)
+        by_file.setdefault(files[group[0]], []).append(group)
     splittable = [own for own in by_file.values() if len(own) > 1] or [shuffled]
     eval_indices = {n for own in splittable for n in _select_groups(own, share)}
-    train = [row for n, row in enumerate(rows) if n not in eval_indices]
-    return train, [rows[n] for n in sorted(eval_indices)]
+    train = SelectedRows(rows, (n for n in range(len(rows)) if n not in eval_indices))
+    return train, SelectedRows(rows, sorted(eval_indices))
 
 
-def _select_groups(groups: Sequence[list[int]], share: float) -> set[int]:
+def _select_groups(groups: Sequence[Sequence[int]], share: float) -> set[int]:
     """Return groups with about `share` of the indices; the smallest one if all are larger."""
     num_indices = sum(map(len, groups))
     max_indices = min(max(1, round(share * num_indices)), num_indices - 1)
@@ -335,6 +344,12 @@ def _select_groups(groups: Sequence[list[int]], share: float) -> set[int]:
         if len(selected) + len(group) <= max_indices:
             selected.update(group)
     return selected or set(sorted(groups, key=len)[0])
+
+
+def content_hash(key: object) -> bytes:
+    """Return a hash that stands for what rows are compared by, in a few bytes."""
+    data = key if isinstance(key, bytes) else repr(key).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _content(row: Any) -> object:

@@ -1,20 +1,22 @@
-"""Readers of JSON, JSONL, CSV, TSV, Parquet, XLSX, plain text and image folders: bytes to records.
+"""Readers of JSON, JSONL, CSV, TSV, Parquet, XLSX, plain text and CoNLL: a file to its records.
 
-A reader yields `(where, record)`. A record that cannot be read is yielded as its `DataError`, so
+A reader yields `(where, record)`. JSONL, CSV, Parquet and CoNLL are read piece by piece; of a JSON
+list and of plain text the text is in memory, and one record at a time. A record that cannot be read is yielded as its `DataError`, so
 that the caller can raise it or leave the record out; a fault of the complete file is raised.
 """
 
 import csv
-import io
 import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from afina.data.columns import kind_of
-from afina.errors import DataError, did_you_mean, pluralize
+from afina.data.input_file import PARQUET_MAGIC, ZIP_MAGIC, InputFile
+from afina.errors import DataError, pluralize
 
 Record = tuple[str, dict[str, Any] | DataError]
 Records = Iterator[Record]
@@ -23,46 +25,12 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 CSV_SUFFIXES = (".csv", ".tsv")
 CONLL_SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".bioes")  # a word and its tag a line
 DELIMITERS = ",\t;|"
-PARQUET_MAGIC, ZIP_MAGIC = b"PAR1", b"PK\x03\x04"  # an XLSX file is a zip archive
-# the first bytes of a text in these encodings; UTF-32 first, whose mark begins as that of UTF-16
-BYTE_ORDER_MARKS = {
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-    b"\xef\xbb\xbf": "utf-8-sig",
-}
-# ratio of letters beyond ASCII in Western European text: 2 to 5% in Spanish, French and German; in
-# Cyrillic or Greek code pages nearly all letters are
-MAX_ACCENTED = 0.2
+PARQUET_ROWS = 64  # rows of a Parquet file that are in memory at once
 MAX_CSV_FIELD = 2**31 - 1  # characters; csv's default of 128 KB is less than a long document
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a data file.
-
-    Raises:
-        DataError: there is no such file, it is a folder, it cannot be read, or it is empty.
-    """
-    if path.is_dir():
-        hint = "name one file in it, or --objective classify for pictures in folders"
-        raise DataError("this is a folder", where=str(path), hint=hint)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-        similar = did_you_mean(path.name, siblings) if siblings else None
-        raise DataError("no such file", where=str(path), hint=similar) from None
-    except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", where=str(path)) from None
-    if not data.strip():
-        raise DataError("the file is empty", where=str(path))
-    return data
-
-
 def read_records(
-    path: Path,
-    data: bytes,
+    file: InputFile,
     is_header: Callable[[list[str]], bool],
     is_row: Callable[[list[str]], bool],
     text_is_lines: bool = False,
@@ -73,74 +41,27 @@ def read_records(
     is not JSON is an error.
 
     Args:
-        path: The file, for its ending and for error messages.
-        data: Its content.
+        file: The file.
         is_header: Whether these names, the first line of a text, are the header of a CSV file.
         is_row: Whether a JSON object with these keys is a row, and does not hold rows.
         text_is_lines: Plain text has one prompt per line, and is never taken for CSV.
     """
-    suffix = path.suffix.lower()
-    if data.startswith(PARQUET_MAGIC):
-        return read_parquet(path, data)
-    if data.startswith(ZIP_MAGIC):
-        return read_xlsx(path, data)
+    path, suffix = file.path, file.path.suffix.lower()
+    if file.head.startswith(PARQUET_MAGIC):
+        return read_parquet(path)
+    if file.head.startswith(ZIP_MAGIC):
+        return read_xlsx(path)
     if suffix == ".parquet":
         why = f"it does not begin with {PARQUET_MAGIC.decode()}"
         raise DataError("not a Parquet file", where=str(path), why=why)
-    text = decode(path, data)
-    if looks_like_json(path, text):
-        return read_json(path, text, is_row)
+    if looks_like_json(path, file.start):
+        return read_json(file, is_row)
     if suffix in CONLL_SUFFIXES:
-        return read_conll(path, text)
+        return read_conll(file)
     if text_is_lines and suffix not in CSV_SUFFIXES:
-        return read_lines(path, text)
-    delimiter = find_delimiter(path, text, is_header)
-    return read_text(path, text) if delimiter is None else read_csv(path, text, delimiter)
-
-
-def decode(path: Path, data: bytes) -> str:
-    """Return the text of a file without its byte order mark.
-
-    A text is UTF-8, or UTF-16 or UTF-32 where it begins with their mark; otherwise Windows-1252, if
-    it has no valid UTF-8 beyond ASCII and few letters beyond ASCII.
-
-    Raises:
-        DataError: the file is compressed, binary, damaged or in another encoding; names the line.
-    """
-    if data.startswith(b"\x1f\x8b"):
-        raise DataError("the file is compressed", where=str(path), hint=f"gunzip {path}")
-    encoding = next(
-        (name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None
-    )
-    if encoding is None and b"\0" in data:
-        hint = "JSONL, CSV, text in UTF-8, Parquet, or XLSX"
-        raise DataError("a binary file cannot be read", where=str(path), hint=hint)
-    try:
-        return data.decode(encoding or "utf-8")
-    except UnicodeDecodeError as error:
-        if encoding is None and is_windows_1252(data):
-            return data.decode("cp1252")
-        line = data.count(b"\n", 0, error.start) + 1
-        hint = f"iconv -f ENCODING -t UTF-8 {path} > utf8{path.suffix}  (iconv -l lists encodings)"
-        raise DataError(
-            "not UTF-8 text", where=f"{path}:{line}", why=str(error), hint=hint
-        ) from None
-
-
-def is_windows_1252(data: bytes) -> bool:
-    """Return whether bytes that are not UTF-8 are Western European text in Windows-1252."""
-    if data.isascii() or re.search(
-        rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}", data
-    ):
-        return False  # UTF-8 with damage
-    try:
-        text = data.decode("cp1252")
-    except UnicodeDecodeError:
-        return False
-    letters = [letter for letter in text if letter.isalpha()]
-    accented = sum(not letter.isascii() for letter in letters)
-    control = re.search(r"[\x00-\x08\x0e-\x1f]", text)
-    return control is None and 0 < accented <= MAX_ACCENTED * len(letters)
+        return read_lines(path, file.text())
+    delimiter = find_delimiter(file, is_header)
+    return read_text(path, file.text()) if delimiter is None else read_csv(file, delimiter)
 
 
 def looks_like_json(path: Path, text: str) -> bool:
@@ -149,28 +70,29 @@ def looks_like_json(path: Path, text: str) -> bool:
     return path.suffix.lower() in JSON_SUFFIXES or begins is not None
 
 
-def read_json(path: Path, text: str, is_row: Callable[[list[str]], bool]) -> Records:
+def read_json(file: InputFile, is_row: Callable[[list[str]], bool]) -> Records:
     """Yield the objects of a JSON list, of a file with one object per line, or of one object.
 
     One object is a row, or holds rows: as a list below one of its keys, or as objects by an id.
 
     Args:
-        path: The file, for error messages.
-        text: Its content.
+        file: The file.
         is_row: Whether an object with these keys is a row.
     """
-    if text.lstrip().startswith("["):
-        yield from _read_list(path, text)
+    path = file.path
+    lines = ((n, line) for n, line in enumerate(file.lines(), 1) if line.strip())
+    start, first = next(lines)
+    is_line = next(lines, None) is None
+    if first.lstrip().startswith("["):
+        yield from _read_list(path, file.text())
         return
-    single = _single_object(text)
-    if single is not None:
-        start = 1 + text[: len(text) - len(text.lstrip())].count("\n")
-        is_line = "\n" not in text.strip()
+    # an object in one line, or one that begins in it
+    single = _parse_or_none(file.text()) if is_line or _parse_or_none(first) is None else None
+    if isinstance(single, dict):
         where = f"{path}:{start}" if is_line else f"{path}:row 1"
         yield from _rows_of_object(path, single, is_row, where)
         return
-    # not splitlines, which would cut at a U+2028 inside a string
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(file.lines(), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -209,15 +131,6 @@ def _is_list_of_rows(value: Any) -> bool:
     return all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in value)
 
 
-def _single_object(text: str) -> dict[str, Any] | None:
-    """Return the one object that a file holds; None for JSONL of several lines."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    if len(lines) > 1 and _parse_or_none(lines[0]) is not None:
-        return None
-    value = _parse_or_none(text)
-    return value if isinstance(value, dict) else None
-
-
 def _parse_or_none(text: str) -> Any:
     try:
         return json.loads(text)
@@ -226,13 +139,34 @@ def _parse_or_none(text: str) -> Any:
 
 
 def _read_list(path: Path, text: str) -> Records:
+    """Yield the items of a list, of which one at a time is in memory beside the text."""
+    decode = json.JSONDecoder().raw_decode
+    separator, number = re.compile(r"\s*([,\]])\s*"), 0
+    at = next(re.finditer(r"\s*\[\s*", text)).end()
+    is_end = text.startswith("]", at)
     try:
-        values = json.loads(text)
+        while not is_end:
+            value, at = decode(text, at)
+            number += 1
+            where = f"{path}:row {number}"
+            yield where, _object(where, value)
+            found = separator.match(text, at)
+            if found is None:
+                raise ValueError
+            is_end, at = found[1] == "]", found.end()
+        if number and at < len(text):
+            raise ValueError
     except (ValueError, RecursionError) as error:
-        raise _broken_json(path, getattr(error, "lineno", 1), error) from None
-    for number, value in enumerate(values, 1):
-        where = f"{path}:row {number}"
-        yield where, _object(where, value)
+        raise _broken_list(path, text, error) from None
+
+
+def _broken_list(path: Path, text: str, error: Exception) -> DataError:
+    """Return the error of a list that is broken somewhere, with its line."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as found:
+        error = found
+    return _broken_json(path, getattr(error, "lineno", 1), error)
 
 
 def _object(where: str, value: Any) -> dict[str, Any] | DataError:
@@ -249,32 +183,29 @@ def _broken_json(path: Path, line: int, error: Exception) -> DataError:
     return DataError(f"broken JSON: {what}", where=f"{path}:{line}", hint=hint)
 
 
-def find_delimiter(path: Path, text: str, is_header: Callable[[list[str]], bool]) -> str | None:
+def find_delimiter(file: InputFile, is_header: Callable[[list[str]], bool]) -> str | None:
     """Return what separates the fields of a CSV file; None where the text is no such file.
 
     A file named .csv or .tsv is one whatever its header is: the error about its columns comes
     later.
     """
-    header = text.lstrip("\r\n").split("\n", 1)[0].rstrip("\r")
+    header = next((line for line in file.lines() if line.strip("\r\n")), "").strip("\r")
     fields = {mark: next(csv.reader([header], delimiter=mark), []) for mark in DELIMITERS}
     header_mark = next(
         (m for m, names in fields.items() if len(names) > 1 and is_header(names)), None
     )
     if header_mark is not None:
         return header_mark
-    suffix = path.suffix.lower()
+    suffix = file.path.suffix.lower()
     if suffix == ".tsv":
         return "\t"
     return max(fields, key=lambda mark: len(fields[mark])) if suffix in CSV_SUFFIXES else None
 
 
-def read_csv(path: Path, text: str, delimiter: str) -> Records:
+def read_csv(file: InputFile, delimiter: str) -> Records:
     """Yield the rows of CSV or TSV with a header line; a quoted field may hold line breaks."""
-    limit = csv.field_size_limit(MAX_CSV_FIELD)
-    try:
-        (first, header), *lines = _csv_lines(path, text, delimiter)
-    finally:
-        csv.field_size_limit(limit)
+    path, lines = file.path, _csv_lines(file, delimiter)
+    first, header = next(lines)
     if len(set(header)) < len(header):
         where, why = f"{path}:{first}", ", ".join(header)
         raise DataError("two columns have the same name", where=where, why=why)
@@ -287,44 +218,46 @@ def read_csv(path: Path, text: str, delimiter: str) -> Records:
             yield where, dict(zip(header, fields, strict=False))
 
 
-def _csv_lines(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+def _csv_lines(file: InputFile, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Return the lines that are not blank, each with the number at which it begins.
 
     Most TSV files do not quote (those of GLUE begin fields with a bare quote): where reading with
     quotes fails or gives lines of unequal length, a tab-separated file is read without.
     """
+    quoted = _split_fields(file, delimiter, csv.QUOTE_MINIMAL)
+    if delimiter != "\t" or _is_even(quoted):
+        return _split_fields(file, delimiter, csv.QUOTE_MINIMAL)
+    return _split_fields(file, delimiter, csv.QUOTE_NONE)
+
+
+def _is_even(lines: Iterator[tuple[int, list[str]]]) -> bool:
+    """Return whether lines can be read, and have the same number of fields."""
     try:
-        lines = _split_fields(path, text, delimiter, csv.QUOTE_MINIMAL)
-        is_even = len({len(fields) for _, fields in lines}) == 1
+        return len({len(fields) for _, fields in lines}) == 1
     except DataError:
-        if delimiter != "\t":
-            raise
-        is_even = False
-    if is_even or delimiter != "\t":
-        return lines
-    return _split_fields(path, text, delimiter, csv.QUOTE_NONE)
+        return False
 
 
-def _split_fields(
-    path: Path, text: str, delimiter: str, quoting: Any
-) -> list[tuple[int, list[str]]]:
-    source = io.StringIO(text, newline="")
-    reader = csv.reader(source, delimiter=delimiter, quoting=quoting, strict=True)
-    lines: list[tuple[int, list[str]]] = []
-    while True:
-        start = reader.line_num + 1
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return lines
-        except csv.Error as error:  # where the next row begins is unknown: no row to leave out
-            hint = "put the field in double quotes, and write a quote inside it twice"
-            raise DataError(f"broken CSV: {error}", where=f"{path}:{start}", hint=hint) from None
-        if fields:
-            lines.append((start, fields))
+def _split_fields(file: InputFile, delimiter: str, quoting: Any) -> Iterator[tuple[int, list[str]]]:
+    with file.open_text() as stream:
+        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
+        while True:
+            start, limit = reader.line_num + 1, csv.field_size_limit(MAX_CSV_FIELD)
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # where the next row begins is unknown: none to leave out
+                where, hint = f"{file.path}:{start}", "put the field in double quotes, and write"
+                hint += " a quote inside it twice"
+                raise DataError(f"broken CSV: {error}", where=where, hint=hint) from None
+            finally:
+                csv.field_size_limit(limit)
+            if fields:
+                yield start, fields
 
 
-def read_parquet(path: Path, data: bytes) -> Records:
+def read_parquet(path: Path) -> Records:
     """Yield the rows of a Parquet file; raises `DataError` without pyarrow or if it is damaged."""
     try:
         import pyarrow  # type: ignore[import-untyped]
@@ -332,15 +265,18 @@ def read_parquet(path: Path, data: bytes) -> Records:
     except ImportError:
         hint = 'pip install "afina[parquet]"'
         raise DataError("a Parquet file needs pyarrow", where=str(path), hint=hint) from None
+    number = 0
     try:
-        values = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", value
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError("the Parquet file is damaged", where=str(path), why=str(error)) from None
-    for number, value in enumerate(values, 1):
-        yield f"{path}:row {number}", value
 
 
-def read_xlsx(path: Path, data: bytes) -> Records:
+def read_xlsx(path: Path) -> Records:
     """Yield the rows of an XLSX file with one filled sheet, whose first row has the names.
 
     Raises:
@@ -353,8 +289,9 @@ def read_xlsx(path: Path, data: bytes) -> Records:
         hint = 'pip install "afina[xlsx]", or save the sheet as CSV'
         raise DataError("an XLSX file needs openpyxl", where=str(path), hint=hint) from None
     try:
-        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
-        sheets = {s.title: list(s.iter_rows(values_only=True)) for s in book.worksheets}
+        with path.open("rb") as file:
+            book = openpyxl.load_workbook(file, read_only=True, data_only=True)
+            sheets = {s.title: list(s.iter_rows(values_only=True)) for s in book.worksheets}
     except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         what = "not an XLSX file, or a damaged one"
         raise DataError(what, where=str(path), why=str(error), hint="unpack an archive") from None
@@ -401,15 +338,15 @@ def read_lines(path: Path, text: str) -> Records:
             yield f"{path}:{number}", {"prompt": line.strip()}
 
 
-def read_conll(path: Path, text: str) -> Records:
+def read_conll(file: InputFile) -> Records:
     """Yield the sentences of a CoNLL file: words of the first column, tags of the last.
 
     A line has one word, a blank line ends a sentence. Lines of -DOCSTART- and comments, which begin
     with # and have another number of columns than the first word, are no words.
     """
-    words: list[tuple[str, str]] = []
+    path, words = file.path, list[tuple[str, str]]()
     start, columns, broken = 1, 0, None
-    for number, line in enumerate([*text.split("\n"), ""], 1):
+    for number, line in enumerate(chain(file.lines(), [""]), 1):
         fields = line.split()
         if not fields or fields[0] == "-DOCSTART-":
             if words:

@@ -4,10 +4,11 @@ The tokens before an answer are exactly those that generation is given, and the 
 an answer is its stop token. A loss mask that would be all on or all off is an error.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from afina.data.answers import Answer, check_history, find_answers, is_trained
@@ -43,6 +44,15 @@ class Example:
     loss_mask: list[bool]
     prompt_length: int
     completion: str | None
+
+    def __reduce__(self) -> Any:
+        """Return how an example is stored: four bytes a token, and one of the loss mask."""
+        tokens, mask = array("i", self.token_ids).tobytes(), bytes(self.loss_mask)
+        return _unpack, (self.where, tokens, mask, self.prompt_length, self.completion)
+
+
+def _unpack(where: str, tokens: bytes, mask: bytes, *rest: Any) -> Example:
+    return Example(where, array("i", tokens).tolist(), list(map(bool, mask)), *rest)
 
 
 class Renderer:
@@ -293,7 +303,7 @@ class Renderer:
                 the first rows can be rendered. A single bad row is an error in `example`, since it
                 may be left out.
         """
-        first = [row for row in rows if row.text is None][:NUM_CHECKED_ROWS]
+        first = list(islice((row for row in rows if row.text is None), NUM_CHECKED_ROWS))
         if any(row.messages is not None or self.uses_chat_template for row in first):
             self._examples(SFTRow(self.template.name, messages=PROBE))
         errors = []

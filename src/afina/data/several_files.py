@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from afina.data.row_store import SelectedRows, StoredRows
 from afina.data.table import FileRows, Table
 from afina.errors import DataError, pluralize
 
@@ -46,7 +47,7 @@ def join_tables(tables: Sequence[Table[RowT]], weights: Sequence[float | None]) 
     return replace(
         tables[0],
         format=", ".join(dict.fromkeys(table.format for table in tables)),
-        rows=[row for table in tables for row in table.rows],
+        rows=StoredRows(row for table in tables for row in table.rows),
         skipped=[line for table in tables for line in table.skipped],
         digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         unused_columns=dict(unused),
@@ -87,7 +88,7 @@ def _is_in(where: str, path: str) -> bool:
     return where.startswith(path) and where[len(path) : len(path) + 1] in (":", "/", "\\")
 
 
-def mix_rows(rows: Sequence[LocatedT], files: Sequence[FileRows], seed: int) -> list[LocatedT]:
+def mix_rows(rows: Sequence[LocatedT], files: Sequence[FileRows], seed: int) -> Sequence[LocatedT]:
     """Return the training rows of an epoch; without weights they are the rows.
 
     Args:
@@ -99,18 +100,18 @@ def mix_rows(rows: Sequence[LocatedT], files: Sequence[FileRows], seed: int) -> 
         DataError: a file has no training row, or its rows would be repeated too often.
     """
     if not any(file.weight for file in files):
-        return list(rows)
+        return rows
     number = file_number(files)
-    parts: list[list[LocatedT]] = [[] for _ in files]
-    for row in rows:
-        parts[number(row)].append(row)
+    parts: list[list[int]] = [[] for _ in files]
+    for index, row in enumerate(rows):
+        parts[number(row)].append(index)
     total = sum(file.weight or 0.0 for file in files)
     ratios = [(file.weight or 0.0) / total for file in files]
     for file, part in zip(files, parts, strict=True):
         if not part:
             raise DataError("no training row is left of this file", where=file.path)
     num_rows = max(len(part) / ratio for part, ratio in zip(parts, ratios, strict=True))
-    mixed: list[LocatedT] = []
+    mixed: list[int] = []
     for n, (file, part, ratio) in enumerate(zip(files, parts, ratios, strict=True)):
         wanted = max(len(part), round(ratio * num_rows))
         if wanted > MAX_REPEATS * len(part):
@@ -124,7 +125,7 @@ def mix_rows(rows: Sequence[LocatedT], files: Sequence[FileRows], seed: int) -> 
             )
         once_more = random.Random(f"{seed} {n}").sample(range(len(part)), wanted % len(part))
         mixed += part * (wanted // len(part)) + [part[index] for index in sorted(once_more)]
-    return mixed
+    return SelectedRows(rows, mixed)
 
 
 def describe_files(

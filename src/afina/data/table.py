@@ -3,9 +3,8 @@
 bytes --readers--> records --columns--> fields --schema--> rows
 """
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from afina.data.columns import ColumnMapping, Columns, RawRecord
 from afina.data.hub import is_hub_dataset, read_hub_dataset
 from afina.data.image_folder import has_metadata
+from afina.data.input_file import WINDOWS_1252, InputFile
 from afina.data.proposals import SAMPLE, ask_for_reading, propose
-from afina.data.readers import Record, is_windows_1252, read_bytes, read_records
+from afina.data.readers import Record, read_records
+from afina.data.row_store import StoredRows
 from afina.data.schemas import (
     EMBEDDING,
     LABELED,
@@ -28,7 +29,7 @@ from afina.data.schemas import (
     TAGGED,
     Schema,
 )
-from afina.data.unread import check_unread
+from afina.data.unread import UnreadColumns
 from afina.errors import DataError, pluralize
 
 TEXT_FORMAT = "text"
@@ -71,7 +72,7 @@ class Table(Generic[RowT]):
 
     path: Path
     format: str
-    rows: list[RowT]
+    rows: Sequence[RowT]
     skipped: list[str]
     digest: str
     unused_columns: dict[str, int] = field(default_factory=dict)
@@ -116,33 +117,33 @@ def read_table(
         hint = "leave --columns out"
         raise DataError("a folder of pictures has no columns", where=str(path), hint=hint)
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, columns or {})
-    records, digest, note = _read_source(path, schema, mapping)
-    objects = [record for _, record in records if isinstance(record, dict)]
-    broken = next((record for _, record in records if isinstance(record, DataError)), None)
-    if broken is not None and not (objects and skip_bad_rows):
-        raise broken
-    names = list(dict.fromkeys(name for record in objects for name in record))
-    mapping = mapping.of_file(names, objects)
+    source = _open_source(path, schema, mapping)
+    first_look = _FirstLook.at(source)
+    if first_look.broken is not None and not (first_look.objects and skip_bad_rows):
+        raise first_look.broken
+    mapping = mapping.of_file(list(first_look.names), first_look.objects)
     if not path.is_dir():
         mapping.check_given(path)
     found = schema.find_format(path, mapping)
-    parsed: list[RawRecord] = []
+    unread, rules = UnreadColumns(schema), dict.fromkeys(filter(None, [source.note]))
+    first: list[RawRecord] = []
 
     def parse(where: str, values: dict[str, Any]) -> RowT:
         record = RawRecord(where, values, mapping, found)
         row = schema.parse(record)
-        parsed.append(record)
+        first.extend([record] if len(first) < SAMPLE else [])
+        rules.update(dict.fromkeys(filter(None, [schema.reading_rule(record)])))
+        unread.add(record)
         return row
 
     skipped: list[str] = []
-    rows = parse_rows(records, parse, skipped if skip_bad_rows else None)
+    rows = parse_rows(source.records(), parse, skipped if skip_bad_rows else None)
     if not rows:
         why = f"skipped: {summarize_skipped(skipped)}"
         raise DataError("no row can be used", where=str(path), why=why)
-    found = schema.format_of_rows(path, found, parsed, rows)
-    rules = dict.fromkeys(filter(None, [note, *map(schema.reading_rule, parsed)]))
-    unused = check_unread(path, schema, found, parsed)
-    return Table(path, found, rows, skipped, digest, unused, "; ".join(rules))
+    found = schema.format_of_rows(path, found, first, rows)
+    unused = unread.check(path, found)
+    return Table(path, found, rows, skipped, source.digest, unused, "; ".join(rules))
 
 
 def detect_schema(path: Path, columns: Columns) -> DetectedSchema | None:
@@ -202,27 +203,55 @@ def _first_records(
 ) -> list[RawRecord]:
     known = {name: c for name, c in columns.items() if c is None or name in schema.fields}
     mapping = ColumnMapping.create(path, schema.fields, schema.aliases, known)
-    records, *_ = _read_source(path, schema, mapping, limit)
+    source = _open_source(path, schema, mapping)
+    objects = ((where, r) for where, r in source.records() if isinstance(r, dict))
     return [
         RawRecord(where, record, mapping.of_file(list(record)))
-        for where, record in records
-        if isinstance(record, dict)
+        for where, record in islice(objects, limit)
     ]
 
 
-def _read_source(
-    path: Path, schema: Schema[Any], mapping: ColumnMapping, limit: int | None = None
-) -> tuple[list[Record], str, str]:
-    """Return the records of a file or folder or its first `limit` objects, its sha256, and a note.
+@dataclass(frozen=True)
+class _Source:
+    """A file or folder whose records are read anew by each pass over them.
 
-    The note names the encoding, where it was found by the letters and could be another.
+    Attributes:
+        records: Returns them.
+        digest: Its sha256.
+        note: Its encoding, where it was found by the letters and could be another.
     """
-    if path.is_dir():
-        return *schema.read_folder(path), ""
-    if is_hub_dataset(path):
-        rows, digest = read_hub_dataset(path)
-        return list(rows[:limit]), digest, ""
-    data = read_bytes(path)
+
+    records: Callable[[], Iterator[Record]]
+    digest: str
+    note: str = ""
+
+
+@dataclass
+class _FirstLook:
+    """What has to be known of all records before the first one is parsed."""
+
+    names: dict[str, None]  # columns, in order of appearance
+    objects: list[dict[str, Any]]  # the first SAMPLE records
+    broken: DataError | None  # the first record that cannot be read
+
+    @classmethod
+    def at(cls, source: _Source) -> "_FirstLook":
+        found = cls({}, [], None)
+        for _, record in source.records():
+            if isinstance(record, DataError):
+                found.broken = found.broken or record
+                continue
+            found.names.update(dict.fromkeys(record))
+            found.objects.extend([record] if len(found.objects) < SAMPLE else [])
+        return found
+
+
+def _open_source(path: Path, schema: Schema[Any], mapping: ColumnMapping) -> _Source:
+    """Return a file or folder; raises `DataError` where nothing can be read."""
+    if path.is_dir() or is_hub_dataset(path):
+        rows, digest = schema.read_folder(path) if path.is_dir() else read_hub_dataset(path)
+        return _Source(lambda: iter(rows), digest)
+    file = InputFile.open(path)
     usual = ColumnMapping.create(path, schema.fields, schema.aliases, {})
 
     def is_header(names: list[str]) -> bool:
@@ -234,22 +263,30 @@ def _read_source(
     def is_row(names: list[str]) -> bool:
         return bool(mapping.of_file(names).fields_in(names) | usual.fields_in(names))
 
-    source = read_records(path, data, is_header, is_row, schema.text_is_lines)
-    if limit is not None:
-        return list(islice((r for r in source if isinstance(r[1], dict)), limit)), "", ""
-    records = list(source)
-    if not records:
+    def records() -> Iterator[Record]:
+        return read_records(file, is_header, is_row, schema.text_is_lines)
+
+    if next(records(), None) is None:
         raise DataError("the file has no rows", where=str(path))
-    note = "text decoded as Windows-1252" if is_windows_1252(data) else ""
-    return records, hashlib.sha256(data).hexdigest(), note
+    note = "text decoded as Windows-1252" if file.encoding == WINDOWS_1252 else ""
+    return _Source(records, file.digest, note)
 
 
 def parse_rows(
     rows: Iterable[tuple[str, Any]],
     parse: Callable[[str, Any], RowT],
     skipped: list[str] | None,
-) -> list[RowT]:
-    """Return `parse(where, row)` of each row.
+) -> StoredRows[RowT]:
+    """Return what `iter_parsed` yields."""
+    return StoredRows(iter_parsed(rows, parse, skipped))
+
+
+def iter_parsed(
+    rows: Iterable[tuple[str, Any]],
+    parse: Callable[[str, Any], RowT],
+    skipped: list[str] | None,
+) -> Iterator[RowT]:
+    """Yield `parse(where, row)` of each row.
 
     Args:
         rows: Pairs of location and row; a row can be the `DataError` that reading it raised.
@@ -257,17 +294,17 @@ def parse_rows(
         skipped: Where rows that cannot be used are listed as "file:line:field: what". With None the
             first of them is an error.
     """
-    parsed: list[RowT] = []
     for where, row in rows:
         try:
             if isinstance(row, DataError):
                 raise row
-            parsed.append(parse(where, row))
+            parsed = parse(where, row)
         except DataError as error:
             if skipped is None:
                 raise
             skipped.append(f"{error.where or where}: {error.what}")
-    return parsed
+        else:
+            yield parsed
 
 
 def summarize_skipped(skipped: Sequence[str]) -> str:

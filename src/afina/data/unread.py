@@ -20,34 +20,45 @@ if TYPE_CHECKING:
     from afina.data.schemas import Schema
 
 
-def check_unread(
-    path: Path, schema: "Schema[Any]", format: str, records: Sequence[RawRecord]
-) -> dict[str, int]:
-    """Return the columns that were not read, with the number of records that have a value there.
+class UnreadColumns:
+    """Columns that were not read of the records seen so far.
 
-    Raises:
-        DataError: the name of such a column has a meaning, and its values add something.
+    Attributes:
+        counts: Number of records that have a value in a column.
     """
-    counts: Counter[str] = Counter()
-    refused: dict[str, tuple[RawRecord, str]] = {}
-    for record in records:
+
+    def __init__(self, schema: "Schema[Any]") -> None:
+        self.counts: Counter[str] = Counter()
+        self._schema = schema
+        self._refused: dict[str, tuple[RawRecord, str]] = {}  # the first record, and the meaning
+
+    def add(self, record: RawRecord) -> None:
+        """Look at a record that has become a row."""
         unread = record.unread() | unread_turn_keys(record)
-        counts.update(map(str, unread))
+        self.counts.update(map(str, unread))
         texts = None
         for name, value in unread.items():
-            if name in refused or schema.keeps_record:
+            if name in self._refused or self._schema.keeps_record:
                 continue
             meaning = refused_meaning(str(name), value)
-            if meaning is None or (
-                format == "text" and schema.name == "sft" and name in LABEL_NAMES
-            ):
-                continue  # labels next to texts are learned unless the text alone is requested
+            if meaning is None:
+                continue
             texts = _leaves_read(record) if texts is None else texts
             if not _repeats(value, texts):
-                refused[name] = record, meaning
-    for name, (record, meaning) in refused.items():
-        raise _unread_error(path, schema, format, record, name, meaning, counts[name])
-    return dict(counts)
+                self._refused[name] = record, meaning
+
+    def check(self, path: Path, format: str) -> dict[str, int]:
+        """Return the counts by column.
+
+        Raises:
+            DataError: the name of such a column has a meaning, and its values add something.
+        """
+        for name, (record, meaning) in self._refused.items():
+            if format == "text" and self._schema.name == "sft" and name in LABEL_NAMES:
+                continue  # labels next to texts are learned unless the text alone is requested
+            count = self.counts[name]
+            raise _unread_error(path, self._schema, format, record, name, meaning, count)
+        return dict(self.counts)
 
 
 def list_unused(counts: Mapping[str, int]) -> str:

@@ -8,7 +8,7 @@ Parameters that are not matrices (norms, biases) have no low-rank form: they are
 listed with their relative change. The losses of base, original and extract are measured.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,9 @@ def _write(
     return {"hash": digest, "layers": len(ranks), "rank": {"least": min(ranks), "most": max(ranks)}}
 
 
-def _rows(settings: ExtractSettings, base: CausalLM, run: Path | None) -> tuple[list[Example], str]:
+def _rows(
+    settings: ExtractSettings, base: CausalLM, run: Path | None
+) -> tuple[Sequence[Example], str]:
     """Return the rows on which losses are measured, and what they are."""
     kept = None if run is None else recorded_eval_rows(run)
     file = settings.data or (kept if kept is not None and kept.is_file() else None)

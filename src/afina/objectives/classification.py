@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.attach import Adapter
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import IGNORE_INDEX
+from afina.data.row_store import SelectedRows
 from afina.data.schemas import CLASSES, LABELED, REGRESSION, LabeledRow
 from afina.data.several_files import check_one_kind, file_number, mix_rows
 from afina.data.table import Table, read_table
@@ -26,8 +25,6 @@ from afina.data.truncation import CutRows
 from afina.data.unread import list_unused
 from afina.errors import DataError, SettingsError
 from afina.evaluation.confusion import draw_confusion
-from afina.io.atomic import write_json
-from afina.io.strict_json import read_json_object
 from afina.models.classifier import Classifier, TokenPair, load_classifier
 from afina.objectives.base import LossSum, Units
 from afina.objectives.label_tasks import LabelTask, balanced_weights
@@ -41,30 +38,26 @@ from afina.objectives.labeled_data import (
 )
 from afina.objectives.linear_probe import (
     MAX_PROBE_ROWS,
-    fit_linear_probe,
+    ProbedObjective,
     head_features,
-    head_path,
 )
-from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
+from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
     describe_cut_rows,
     describe_data,
     eval_rows_file,
-    read_files,
     trained_settings,
-    with_split_folders,
 )
 from afina.objectives.registry import register_objective
+from afina.objectives.run_rows import read_files, with_split_folders
 from afina.settings import EvalSettings, TrainSettings
 from afina.settings.objectives import ClassifySettings
 
-PROBE_FILE = "probe.json"
-
 
 @register_objective("classify")
-class ClassificationObjective(PaddedObjective):
+class ClassificationObjective(ProbedObjective):
     """One class per row; the head is new, and saved with the adapter."""
 
     schema = "labeled"
@@ -75,7 +68,6 @@ class ClassificationObjective(PaddedObjective):
     # all-MiniLM-L6-v2 only rose from there: 0.597 to 0.615 in 20 steps, with a train loss of 0.03.
     default_learning_rate_factor = 0.25
     settings_class = ClassifySettings
-    probe: Mapping[str, float] = MappingProxyType({})  # scores of the head that training began with
 
     def __init__(
         self,
@@ -106,7 +98,7 @@ class ClassificationObjective(PaddedObjective):
         pictures = table.format == "pictures"
         _check_truncate(settings, pictures)
         options, skipped = settings.group("classify"), list(table.skipped)
-        all_rows = rows_of_frequent_classes(table.rows, options.min_class_rows, skipped)
+        all_rows, rare = rows_of_frequent_classes(table.rows, options.min_class_rows, skipped)
         label_task = _label_task(all_rows, options)
         labels = label_task.labels
         rows, eval_labeled = _split(settings, all_rows, label_task, table, skipped)
@@ -144,6 +136,7 @@ class ClassificationObjective(PaddedObjective):
             | {"labels": list(labels)}
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
             | ({"not_evaluated": not_evaluated} if not_evaluated else {})
+            | ({"rare_classes": rare} if rare else {})
             | ({"pairs": True} if any(row.pair is not None for row in rows) else {}),
             skipped=skipped,
             show=partial(show_example, task),
@@ -153,7 +146,8 @@ class ClassificationObjective(PaddedObjective):
             counts={"train": len(train), "held_out": len(eval_rows), "classes": len(labels)}
             | describe_cut_rows(cut_rows)
             | ({} if label_task.kind == CLASSES else {"task": label_task.kind})
-            | ({"not_evaluated": list_unused(not_evaluated)} if not_evaluated else {}),
+            | ({"not_evaluated": list_unused(not_evaluated)} if not_evaluated else {})
+            | ({"rare_classes": list_unused(rare)} if rare else {}),
         )
 
     @classmethod
@@ -239,48 +233,20 @@ class ClassificationObjective(PaddedObjective):
         )
         return {**scores, "probe": self.probe, "verdict": [sentence]}
 
-    def initialize(self, adapter: Adapter) -> float | None:
-        """Set a new head to the linear probe of the frozen features; return its eval loss."""
-        if not self.fit_head(adapter):
-            return None
-        scores = self.evaluate(adapter.active)
-        self.probe = {"loss": scores["loss"], "accuracy": scores["classes"]["accuracy"]}
-        return float(scores["loss"])
-
-    def fit_head(self, adapter: Adapter) -> bool:
-        """Set a new head to the linear probe; return False where there is none to be set."""
-        path = head_path(self.base)
-        if path is None or not self._has_classes() or self.options.head_init == "random":
-            return False
+    def probe_examples(self, path: str) -> tuple[Tensor, Tensor]:
+        """Return features and classes of training rows, spread over all of them."""
         every = -(-len(self.train) // MAX_PROBE_ROWS)
         rows = sorted(self.train[::every], key=self.length)  # rows of one length need no padding
         features = head_features(self.base, path, (batch.inputs for batch in self.batches(rows)))
-        targets = torch.tensor([row.target for row in rows], device=features.device).flatten()
-        head: Any = adapter.layers[path]
-        has_bias, num_outputs = getattr(head, "bias", None) is not None, len(self.base.labels)
-        weight, bias = fit_linear_probe(features, targets.long(), max(2, num_outputs), has_bias)
-        if num_outputs == 1:  # the sigmoid of a difference is the softmax of two
-            weight, bias = weight.diff(dim=0), bias.diff(dim=0)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            if has_bias:
-                head.bias.copy_(bias)
-        return True
+        targets = torch.tensor([row.target for row in rows], device=features.device)
+        return features, targets.flatten()
 
-    def _has_classes(self) -> bool:
+    def has_probe(self) -> bool:
         """Whether labels are classes, or 0 and 1: the probe is a logistic regression."""
         if self.task.kind == CLASSES:
             return True
         is_binary = all(row.target in ([0.0], [1.0]) for row in self.train)
         return len(self.base.labels) == 1 and self.task.kind != REGRESSION and is_binary
-
-    def start_run(self, folder: Path) -> None:
-        """Record the scores of the linear probe, or read them where the run is resumed."""
-        file = folder / PROBE_FILE
-        if self.probe:
-            write_json(file, self.probe)
-        elif file.is_file():
-            self.probe = read_json_object(file)
 
     def plot(self, result: dict[str, Any], file: Path, write: bool) -> None:
         """Draw the confusion matrix of classes into `file`, where `write`, and record its path."""
@@ -300,11 +266,11 @@ def _check_truncate(settings: TrainSettings, pictures: bool) -> None:
 
 def _split(
     settings: TrainSettings,
-    rows: list[LabeledRow],
+    rows: Sequence[LabeledRow],
     task: LabelTask,
     table: Table[LabeledRow],
     skipped: list[str],
-) -> tuple[list[LabeledRow], list[LabeledRow]]:
+) -> tuple[Sequence[LabeledRow], Sequence[LabeledRow]]:
     """Return training and eval rows, the latter of `eval_data` where it is given."""
     if settings.eval_data is None:
         number = file_number(table.files)
@@ -355,7 +321,7 @@ def show_example(task: ClassificationObjective, row: ClassificationExample) -> S
     return ShownExample(row.where, len(tokens), None, f"{text} -> «{label}»")
 
 
-def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[LabeledRow]:
+def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> Sequence[LabeledRow]:
     """Return the eval rows of a run: texts are kept with it, images are read where they were."""
     file = eval_rows_file(settings)
     if record["data"]["format"] == "text":
@@ -380,4 +346,5 @@ def _recorded_rows(record: Mapping[str, Any], settings: EvalSettings) -> list[La
         why = "its images are not those of the run: some may have been used for training"
         hint = "--data FOLDER of new images"
         raise DataError("the data has changed", where=str(table.path), why=why, hint=hint)
-    return [row for row in table.rows if row.where in wanted]
+    kept = (index for index, row in enumerate(table.rows) if row.where in wanted)
+    return SelectedRows(table.rows, kept)

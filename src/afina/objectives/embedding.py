@@ -41,12 +41,11 @@ from afina.objectives.prepared import (
     describe_cut_rows,
     describe_data,
     eval_source,
-    read_files,
-    split_eval_rows,
     trained_settings,
 )
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
 from afina.objectives.registry import register_objective
+from afina.objectives.run_rows import read_files, split_eval_rows
 from afina.objectives.task_score import TaskScore
 from afina.objectives.text_pairs import (
     PairBatch,
@@ -108,7 +107,10 @@ class EmbeddingObjective(PaddedObjective):
         table = read_files(settings, EMBEDDING)
         check_one_kind(table, lambda format: "scores" if format == SCORED else "no scores")
         _check_options(options, table)
-        rows, eval_rows = split_eval_rows(settings, table, EMBEDDING, lambda row: row.anchor)
+        skipped = list(table.skipped)
+        rows, eval_rows = split_eval_rows(
+            settings, table, EMBEDDING, lambda row: row.anchor, skipped
+        )
         base = base or load_encoder(
             settings.base,
             _embedding_config(settings, options),
@@ -117,7 +119,7 @@ class EmbeddingObjective(PaddedObjective):
             settings.dtype,
             settings.load_device,
         )
-        length, skipped = settings.max_length or default_length(base), list(table.skipped)
+        length = settings.max_length or default_length(base)
         leave_out = skipped if settings.skip_bad_rows else None
         cut_rows = CutRows() if settings.truncate else None
         train, held_out = (

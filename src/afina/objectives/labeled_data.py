@@ -2,12 +2,17 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from afina.adapters.presets import get_preset
 from afina.data.images import open_image
+from afina.data.packing import content_hash
+from afina.data.row_store import SelectedRows, StoredRows
 from afina.data.schemas import CLASSES, LabeledRow
 from afina.data.table import parse_rows
 from afina.data.truncation import CutRows
@@ -29,6 +34,17 @@ class ClassificationExample:
     target: Any
     query: str = ""
 
+    def __reduce__(self) -> Any:
+        """Return how an example is stored: a tensor takes PyTorch milliseconds to read."""
+        content = self.content.numpy() if isinstance(self.content, Tensor) else self.content
+        return _unpack, (self.where, content, self.target, self.query)
+
+
+def _unpack(where: str, content: Any, *rest: Any) -> ClassificationExample:
+    is_array = type(content).__name__ == "ndarray"
+    pixels = torch.from_numpy(content) if is_array else content
+    return ClassificationExample(where, pixels, *rest)
+
 
 @dataclass(frozen=True)
 class TokenizedText:
@@ -40,11 +56,11 @@ class TokenizedText:
 
 def tokenize_labeled_rows(
     base: Classifier,
-    rows: Sequence[LabeledRow],
+    rows: Iterable[LabeledRow],
     max_length: int,
     skipped: list[str] | None,
     cut_rows: CutRows | None = None,
-) -> list[ClassificationExample]:
+) -> Sequence[ClassificationExample]:
     """Return labeled rows as token ids or pixels.
 
     Args:
@@ -103,7 +119,7 @@ def encode_input(
     return tokens
 
 
-def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[TokenizedText]:
+def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> Sequence[TokenizedText]:
     """Return texts as chunks of at most `max_length` tokens, with the encoder's special tokens."""
     tokenizer = base.tokenizer
     assert tokenizer is not None
@@ -115,16 +131,17 @@ def chunk_texts(base: Classifier, rows: Sequence[Any], max_length: int) -> list[
     first, last = [
         [t] if t is not None else [] for t in (tokenizer.cls_token_id, tokenizer.sep_token_id)
     ]
-    pieces = []
-    for row in rows:
+
+    def pieces_of(row: Any) -> Iterator[TokenizedText]:
         tokens = tokenizer(
             row.text, add_special_tokens=False, verbose=False, split_special_tokens=True
         )["input_ids"]
         for start in range(0, len(tokens), max_length - 2):
-            pieces.append(
-                TokenizedText(row.where, [*first, *tokens[start : start + max_length - 2], *last])
-            )
-    return [piece for piece in pieces if len(piece.token_ids) > 2]
+            piece = [*first, *tokens[start : start + max_length - 2], *last]
+            if len(piece) > 2:
+                yield TokenizedText(row.where, piece)
+
+    return StoredRows(piece for row in rows for piece in pieces_of(row))
 
 
 def check_encoder_settings(settings: TrainSettings) -> None:
@@ -152,12 +169,12 @@ def check_encoder_settings(settings: TrainSettings) -> None:
 
 
 def split_rows(
-    rows: list[LabeledRow],
+    rows: Sequence[LabeledRow],
     task: LabelTask,
     share: float,
     seed: int,
     file_of: Callable[[LabeledRow], int] = lambda row: 0,
-) -> tuple[list[LabeledRow], list[LabeledRow]]:
+) -> tuple[Sequence[LabeledRow], Sequence[LabeledRow]]:
     """Return training and eval rows: about `share` of each file, and there of each class.
 
     Rows of equal content are on one side. A class with one row, or with equal ones only, is trained
@@ -166,43 +183,55 @@ def split_rows(
     Raises:
         DataError: no class has two different rows.
     """
-    groups: dict[tuple[Any, ...], list[LabeledRow]] = {}
-    for row in rows:
-        groups.setdefault((row.label, row.content, row.pair), []).append(row)
-    by_label: dict[Any, list[list[LabeledRow]]] = {}
-    for (label, *_), group in sorted(groups.items(), key=lambda item: item[1][0].where):
-        kind = label if task.kind == CLASSES else task.kind
-        by_label.setdefault((file_of(group[0]), kind), []).append(group)
-    train, eval_rows = [], []
+    groups: dict[Any, list[int]] = {}
+    firsts: list[tuple[str, Any, list[int]]] = []  # of each group where it begins, file and class
+    for index, row in enumerate(rows):
+        content = row.content if row.pair is None else (row.content, row.pair)
+        group = groups.setdefault((row.label, content_hash(content)), [])
+        if not group:
+            kind = row.label if task.kind == CLASSES else task.kind
+            firsts.append((row.where, (file_of(row), kind), group))
+        group.append(index)
+    by_label: dict[Any, list[list[int]]] = {}
+    for _, kind, group in sorted(firsts, key=lambda first: first[0]):
+        by_label.setdefault(kind, []).append(group)
+    train: list[int] = []
+    eval_rows: list[int] = []
     for (_, label), of_label in by_label.items():
         random.Random(f"{seed}{label}").shuffle(of_label)
         cut = min(len(of_label) - 1, max(1, round(share * len(of_label))))
-        eval_rows += [row for group in of_label[:cut] for row in group]
-        train += [row for group in of_label[cut:] for row in group]
+        eval_rows += [index for group in of_label[:cut] for index in group]
+        train += [index for group in of_label[cut:] for index in group]
     if not eval_rows:
         counts = ", ".join(f"{label}: {len(of)}" for (_, label), of in by_label.items())
         hint = "at least two different rows of a class, one of them for evaluation"
         why = f"different rows of each class: {counts}"
         raise DataError("no row is left for evaluation", where=rows[0].where, why=why, hint=hint)
-    return train, eval_rows
+    return SelectedRows(rows, train), SelectedRows(rows, eval_rows)
 
 
 def rows_of_frequent_classes(
-    rows: list[LabeledRow], min_rows: int, skipped: list[str]
-) -> list[LabeledRow]:
-    """Return the rows of classes with at least `min_rows` rows; others go to `skipped`."""
+    rows: Sequence[LabeledRow], min_rows: int, skipped: list[str]
+) -> tuple[Sequence[LabeledRow], dict[str, int]]:
+    """Return the rows of classes with at least `min_rows` rows, and the rows of other classes.
+
+    The latter are added to `skipped`, and counted by class.
+    """
     counts = Counter(row.label for row in rows)
     kept = []
-    for row in rows:
+    for index, row in enumerate(rows):
         if counts[row.label] >= min_rows:
-            kept.append(row)
+            kept.append(index)
         else:
             found = pluralize(counts[row.label], "row")
             skipped.append(f"{row.where}: class {row.label!r} has {found}, fewer than {min_rows}")
-    return kept
+    rare = {str(label): count for label, count in counts.items() if count < min_rows}
+    return SelectedRows(rows, kept), rare
 
 
-def known_rows(rows: list[LabeledRow], task: LabelTask, skipped: list[str]) -> list[LabeledRow]:
+def known_rows(
+    rows: Sequence[LabeledRow], task: LabelTask, skipped: list[str]
+) -> Sequence[LabeledRow]:
     """Return the eval rows whose classes occur in training; the others are added to `skipped`.
 
     Raises:
@@ -213,8 +242,10 @@ def known_rows(rows: list[LabeledRow], task: LabelTask, skipped: list[str]) -> l
     if all(row.label not in task.labels for row in rows):
         what = f"class {rows[0].label!r} does not occur in the training rows"
         raise DataError(what, where=rows[0].where, why=f"known: {', '.join(task.labels)}")
-    unknown = [row for row in rows if row.label not in task.labels]
-    skipped += [
-        f"{row.where}: class {row.label!r} does not occur in the training rows" for row in unknown
-    ]
-    return [row for row in rows if row.label in task.labels]
+    known = []
+    for index, row in enumerate(rows):
+        if row.label in task.labels:
+            known.append(index)
+        else:
+            skipped.append(f"{row.where}: class {row.label!r} does not occur in the training rows")
+    return SelectedRows(rows, known)

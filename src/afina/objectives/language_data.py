@@ -7,11 +7,13 @@ from typing import Any
 from afina.adapters.active import last_start
 from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
+from afina.data.row_store import SelectedRows, StoredRows
 from afina.data.schemas import SFT, SFTRow
 from afina.data.several_files import file_number, mix_rows
-from afina.data.table import Table, parse_rows, read_table, summarize_skipped
+from afina.data.table import Table, iter_parsed, read_table, summarize_skipped
 from afina.errors import DataError, SettingsError
-from afina.objectives.prepared import activation_tokens, count_rows, hold_out_every_nth
+from afina.objectives.prepared import activation_tokens, count_rows
+from afina.objectives.run_rows import hold_out_every_nth
 from afina.settings import TrainSettings
 
 
@@ -41,7 +43,7 @@ def tokenize_rows(
     rows: Sequence[SFTRow],
     skipped: list[str] | None,
     invocation: tuple[int, ...] = (),
-) -> list[Example]:
+) -> StoredRows[Example]:
     """Return rows as token ids with a loss mask.
 
     Args:
@@ -65,8 +67,8 @@ def tokenize_rows(
             return tokenized
         return [mask_before_invocation(example, invocation) for example in tokenized]
 
-    parsed = parse_rows(((row.where, row) for row in rows), make, skipped)
-    examples = [example for tokenized in parsed for example in tokenized]
+    parsed = iter_parsed(((row.where, row) for row in rows), make, skipped)
+    examples = StoredRows(example for tokenized in parsed for example in tokenized)
     if not examples:
         why = f"skipped: {summarize_skipped(skipped or [])}"
         raise DataError("no row is left to train on", why=why)
@@ -96,9 +98,9 @@ class TokenizedRows:
 
     renderer: Renderer
     objective: str
-    train: list[Example]
-    eval_examples: list[Example]
-    eval_sft_rows: list[SFTRow]
+    train: Sequence[Example]
+    eval_examples: Sequence[Example]
+    eval_sft_rows: Sequence[SFTRow]
     skipped: list[str]
 
     @property
@@ -133,7 +135,7 @@ def _split(
     renderer: Renderer,
     objective: str,
     skipped: list[str],
-) -> tuple[list[Example], list[Example], list[SFTRow]]:
+) -> tuple[Sequence[Example], Sequence[Example], Sequence[SFTRow]]:
     """Return training examples, eval examples, and the rows of the latter."""
     invocation = activation_tokens(renderer, settings)
     leave_out = skipped if settings.skip_bad_rows else None
@@ -146,17 +148,20 @@ def _split(
         skipped += table.skipped
         eval_examples = tokenize_rows(objective, renderer, table.rows, leave_out, invocation)
         there = {example.where for example in eval_examples}
-        return tokenized, eval_examples, [row for row in table.rows if row.where in there]
+        kept = (n for n, row in enumerate(table.rows) if row.where in there)
+        return tokenized, eval_examples, SelectedRows(table.rows, kept)
     if objective == "pretrain":  # one long text is one row: hold out chunks of it instead
         return *hold_out_every_nth(tokenized, settings.eval_size, source), []
-    by_row: dict[str, list[Example]] = {}
-    for example in tokenized:
-        by_row.setdefault(example.where, []).append(example)
-    usable = [row for row in source.rows if row.where in by_row]
+    by_row: dict[str, list[int]] = {}
+    for index, example in enumerate(tokenized):
+        by_row.setdefault(example.where, []).append(index)
+    with_examples = (n for n, row in enumerate(source.rows) if row.where in by_row)
+    usable = SelectedRows(source.rows, with_examples)
     rows, eval_sft_rows = train_eval_split(
         usable, settings.eval_size, settings.seed, file_of=file_number(source.files)
     )
     train, eval_examples = (
-        [example for row in some for example in by_row[row.where]] for some in (rows, eval_sft_rows)
+        SelectedRows(tokenized, (index for row in some for index in by_row[row.where]))
+        for some in (rows, eval_sft_rows)
     )
     return train, eval_examples, eval_sft_rows

@@ -27,12 +27,12 @@ from afina.objectives.prepared import (
     Preparation,
     PreparedData,
     eval_source,
-    read_files,
     run_renderer,
     show_example,
 )
 from afina.objectives.reference import segments_for
 from afina.objectives.registry import get_objective, register_objective
+from afina.objectives.run_rows import read_files
 from afina.objectives.workload import StepWorkload, packed_workload
 from afina.settings import EvalSettings, TrainSettings
 
@@ -104,8 +104,8 @@ class LanguageModelingObjective(Objective):
     def __init__(
         self,
         base: CausalLM,
-        train: list[Example],
-        eval_rows: list[Example],
+        train: Sequence[Example],
+        eval_rows: Sequence[Example],
         batch_tokens: int,
         accumulate: int,
         seed: int,

@@ -6,14 +6,22 @@ Fine-tuning from a random head distorts the features while the head is still wro
 training only adds to what the base separates already (arXiv 2202.10054).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from afina.adapters.attach import Adapter
+from afina.io.atomic import write_json
+from afina.io.strict_json import read_json_object
 from afina.models.classifier import Classifier
+from afina.objectives.padded import PaddedObjective
 
+PROBE_FILE = "probe.json"
 PENALTIES = (1e-4, 1e-3, 1e-2)
 DEFAULT_PENALTY = 1e-3  # with fewer rows than MIN_ROWS_TO_CHOOSE
 MIN_ROWS_TO_CHOOSE = 50
@@ -77,6 +85,57 @@ def _fit(
     return weight.detach(), bias.detach()
 
 
+class ProbedObjective(PaddedObjective):
+    """An objective whose new head begins as the linear probe of the frozen features."""
+
+    # scores of the head that training began with
+    probe: Mapping[str, float] = MappingProxyType({})
+    probe_scores: ClassVar[tuple[str, ...]] = ("accuracy",)  # recorded of the probe, where known
+
+    def initialize(self, adapter: Adapter) -> float | None:
+        """Set a new head to the linear probe of the frozen features; return its eval loss."""
+        if not self.fit_head(adapter):
+            return None
+        scores = self.evaluate(adapter.active)
+        known = scores["classes"]
+        names = [name for name in self.probe_scores if known.get(name) is not None]
+        self.probe = {"loss": scores["loss"]} | {name: known[name] for name in names}
+        return float(scores["loss"])
+
+    def has_probe(self) -> bool:
+        """Whether the head can be fitted by a logistic regression."""
+        return True
+
+    def probe_examples(self, path: str) -> tuple[Tensor, Tensor]:
+        """Return what the head at `path` reads, `(n, width)`, and the class of each, `(n,)`."""
+        raise NotImplementedError
+
+    def fit_head(self, adapter: Adapter) -> bool:
+        """Set a new head to the linear probe; return False where there is none to be set."""
+        path = head_path(self.base)
+        if path is None or self.options.head_init == "random" or not self.has_probe():
+            return False
+        features, targets = self.probe_examples(path)
+        head: Any = adapter.layers[path]
+        has_bias, num_outputs = getattr(head, "bias", None) is not None, len(self.base.labels)
+        weight, bias = fit_linear_probe(features, targets.long(), max(2, num_outputs), has_bias)
+        if num_outputs == 1:  # the sigmoid of a difference is the softmax of two
+            weight, bias = weight.diff(dim=0), bias.diff(dim=0)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if has_bias:
+                head.bias.copy_(bias)
+        return True
+
+    def start_run(self, folder: Path) -> None:
+        """Record the scores of the linear probe, or read them where the run is resumed."""
+        file = folder / PROBE_FILE
+        if self.probe:
+            write_json(file, self.probe)
+        elif file.is_file():
+            self.probe = read_json_object(file)
+
+
 def head_path(base: Classifier) -> str | None:
     """Return the path of the new linear layer that gives the class scores; None without one."""
     for path in reversed(base.new_modules):
@@ -93,16 +152,37 @@ def head_features(base: Classifier, path: str, batches: Iterable[dict[str, Tenso
 
     A decoder's head reads every position; the class is read off the last token.
     """
+    parts = []
+    for inputs in batches:
+        features = _head_input(base, path, base.logits, inputs)
+        if features.ndim == 3:
+            last = inputs["attention_mask"].sum(1) - 1
+            features = features[torch.arange(len(last), device=last.device), last]
+        parts.append(features)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def token_features(base: Classifier, path: str, inputs: dict[str, Tensor]) -> Tensor:
+    """Return what the head at `path` reads of each token, `(num_tokens, width)` float32."""
+    features = _head_input(base, path, base.token_logits, inputs)
+    mask = inputs["attention_mask"].bool()
+    return features[mask] if features.shape[:2] == mask.shape else features.flatten(0, -2)
+
+
+def _head_input(
+    base: Classifier,
+    path: str,
+    run: Callable[[dict[str, Tensor]], Tensor],
+    inputs: dict[str, Tensor],
+) -> Tensor:
+    """Return the input of the module at `path` in one forward pass, float32."""
     seen: list[Tensor] = []
     hook = base.model.get_submodule(path).register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].float())
+        lambda _, given: seen.append(given[0].float())
     )
     try:
-        for inputs in batches:
-            base.logits(inputs)
-            if seen[-1].ndim == 3:
-                last = inputs["attention_mask"].sum(1) - 1
-                seen[-1] = seen[-1][torch.arange(len(last), device=last.device), last]
+        run(inputs)
     finally:
         hook.remove()
-    return torch.cat(seen)
+    return seen[-1]

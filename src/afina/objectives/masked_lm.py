@@ -35,10 +35,9 @@ from afina.objectives.prepared import (
     count_rows,
     describe_data,
     eval_source,
-    hold_out_every_nth,
-    read_files,
 )
 from afina.objectives.registry import register_objective
+from afina.objectives.run_rows import hold_out_every_nth, read_files
 from afina.settings import EvalSettings, TrainSettings
 
 MASKED_RATIO = 0.15

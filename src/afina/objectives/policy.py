@@ -50,12 +50,12 @@ from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
     eval_source,
-    read_files,
     trained_settings,
 )
 from afina.objectives.reference import REFERENCE_FILE
 from afina.objectives.reward_functions import RewardFunctions, load_reward_functions
 from afina.objectives.rollout import Rollout, RolloutBatch, completion_metrics, to_example
+from afina.objectives.run_rows import read_files
 from afina.objectives.shared_prefix import SharedPrefixBatch
 from afina.objectives.workload import StepWorkload, policy_workload
 from afina.settings import EvalSettings, PolicySettings, TrainSettings
@@ -125,8 +125,8 @@ class PolicyObjective(Objective):
         self,
         options: PolicySettings,
         base: CausalLM,
-        train: list[TokenizedPrompt],
-        eval_rows: list[TokenizedPrompt],
+        train: Sequence[TokenizedPrompt],
+        eval_rows: Sequence[TokenizedPrompt],
         rewards: RewardFunctions,
         renderer: Renderer,
         batch_tokens: int,

@@ -1,5 +1,6 @@
 """Prompt rows to tokenized prompts: checked, and split into training and eval prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from afina.adapters.active import last_start
@@ -29,12 +30,12 @@ class TokenizedPrompt:
 
 def make_queries(
     renderer: Renderer,
-    rows: list[PromptRow],
+    rows: Sequence[PromptRow],
     skipped: list[str] | None,
     invocation: tuple[int, ...],
     max_new_tokens: int,
     rewards: RewardFunctions,
-) -> list[TokenizedPrompt]:
+) -> Sequence[TokenizedPrompt]:
     """Return prompts as token ids.
 
     Args:
@@ -82,7 +83,7 @@ def make_queries(
 
 def split_prompts(
     settings: TrainSettings, table: Table[PromptRow], skipped: list[str]
-) -> tuple[list[PromptRow], list[PromptRow]]:
+) -> tuple[Sequence[PromptRow], Sequence[PromptRow]]:
     """Return training and eval prompts; equal prompts are on one side."""
     if settings.eval_data is None:
         file_of = file_number(table.files)

@@ -22,6 +22,7 @@ from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import BatchSampler, PackedBatch, batches_by_length, pack_examples
 from afina.data.renderer import Example, Renderer
+from afina.data.row_store import StoredRows
 from afina.data.several_files import join_tables, mix_rows
 from afina.models.causal_lm import CausalLM
 from afina.objectives.base import LossSum, Objective, Total, Units, no_reduce
@@ -95,9 +96,12 @@ class PairwiseObjective(Objective):
         train, eval_rows = split_preferences(
             settings, table, prep.renderer, prep.invocation, skipped, cls.single
         )
-        examples = mix_rows([choice for _, choice in train], table.files, settings.seed)
+        examples, held_out = (
+            StoredRows(choice for _, choice in some) for some in (train, eval_rows)
+        )
+        examples = mix_rows(examples, table.files, settings.seed)
         options = settings.group(cls.name)
-        task = cls(options, prep.base, examples, [choice for _, choice in eval_rows], *prep.packing)
+        task = cls(options, prep.base, examples, held_out, *prep.packing)
         return prep.finish(
             task,
             table,
@@ -118,7 +122,7 @@ class PairwiseObjective(Objective):
         renderer = Renderer(base.tokenizer, opened.chat_format, length, trained.truncate)
         invocation = opened.adapters[0][0].config.invocation if opened.adapters else ()
         prep = tokenize_preferences(renderer, rows, None, invocation, cls.single)
-        examples = [choice for _, choice in prep]
+        examples = StoredRows(choice for _, choice in prep)
         options = trained.group(cls.name)
         objective = cls(options, base, examples, examples, BATCH_TOKENS, 1, trained.seed)
         objective.num_rows = len(rows)

@@ -25,7 +25,7 @@ from afina.objectives.prepared import ShownExample
 from afina.settings import TrainSettings
 
 MAX_MISMATCH_TRIES = 8  # other rows whose completion is tried with a prompt
-TokenizedPreferences = list[tuple[PreferenceRow, "PreferenceExample"]]
+TokenizedPreferences = Sequence[tuple[PreferenceRow, "PreferenceExample"]]
 
 
 @dataclass(frozen=True)

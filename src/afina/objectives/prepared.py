@@ -10,17 +10,12 @@ from afina.adapters.active import BASE_ONLY, ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.adapters.presets import get_preset
 from afina.data.columns import Columns
-from afina.data.image_folder import find_split_folders
-from afina.data.packing import train_eval_split
 from afina.data.renderer import Example, Renderer
-from afina.data.schemas import Schema
 from afina.data.several_files import (
     HasLocation,
     describe_files,
-    file_number,
-    join_tables,
 )
-from afina.data.table import Table, read_table
+from afina.data.table import Table
 from afina.data.truncation import CutRows
 from afina.errors import DataError, SettingsError
 from afina.io.chat_format import ChatFormat
@@ -294,69 +289,6 @@ def describe_cut_rows(cut_rows: CutRows | None) -> dict[str, Any]:
 def to_jsonl(records: Sequence[dict[str, Any]]) -> str:
     """Return records as JSON lines."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def hold_out_every_nth(
-    pieces: Sequence[Piece], share: float, table: Table[Any]
-) -> tuple[list[Piece], list[Piece]]:
-    """Return training chunks of a text and every n-th chunk as eval rows, `share` of each file.
-
-    Raises:
-        DataError: No file has two chunks.
-    """
-    number, by_file = file_number(table.files), dict[int, list[Piece]]()
-    for piece in pieces:
-        by_file.setdefault(number(piece), []).append(piece)
-    train: list[Piece] = []
-    eval_pieces: list[Piece] = []
-    for own in by_file.values():
-        step = min(len(own), max(2, round(1 / share)))
-        chosen = [len(own) > 1 and n % step == step - 1 for n in range(len(own))]
-        train += [piece for piece, is_eval in zip(own, chosen, strict=True) if not is_eval]
-        eval_pieces += [piece for piece, is_eval in zip(own, chosen, strict=True) if is_eval]
-    if not eval_pieces:
-        raise DataError(
-            "too little text to hold some out",
-            where=str(table.path),
-            hint="a smaller --max-length, or --eval-data FILE",
-        )
-    return train, eval_pieces
-
-
-def with_split_folders(settings: TrainSettings) -> TrainSettings:
-    """Return settings with the parts of a folder of pictures as training and eval rows."""
-    parts = find_split_folders(settings.data) if isinstance(settings.data, Path) else None
-    if parts is None:
-        return settings
-    update: dict[str, Any] = {"data": parts.train}
-    update |= {"eval_data": parts.eval} if settings.eval_data is None else {}
-    return settings.model_copy(update=update)
-
-
-def split_eval_rows(
-    settings: TrainSettings,
-    table: Table[RowT],
-    schema: Schema[RowT],
-    key: Callable[[RowT], object],
-) -> tuple[list[RowT], list[RowT]]:
-    """Return training rows and eval rows: those of `eval_data`, or some held out of each file.
-
-    Rows with an equal `key` are on one side.
-    """
-    if settings.eval_data is not None:
-        return table.rows, read_table(settings.eval_data, schema, settings.columns).rows
-    group = file_number(table.files)
-    return train_eval_split(table.rows, settings.eval_size, settings.seed, key, group)
-
-
-def read_files(settings: TrainSettings, schema: Schema[RowT]) -> Table[RowT]:
-    """Return the rows of all files of a run; raises `DataError` as `read_table` does."""
-    skip = settings.skip_bad_rows
-    files = settings.data_files
-    return join_tables(
-        [read_table(file.path, schema, file.columns, skip) for file in files],
-        [file.weight for file in files],
-    )
 
 
 def eval_rows_file(settings: EvalSettings) -> Path:

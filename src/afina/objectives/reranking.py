@@ -8,7 +8,7 @@ reranker, keeps its head; for others a head is new and begins as a linear probe.
 Reference: Nogueira and Cho 2019, arXiv 1901.04085.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,12 +33,11 @@ from afina.objectives.prepared import (
     describe_cut_rows,
     describe_data,
     eval_source,
-    read_files,
-    split_eval_rows,
     trained_settings,
 )
 from afina.objectives.ranking_scores import RankedItems, ranking_scores
 from afina.objectives.registry import register_objective
+from afina.objectives.run_rows import read_files, split_eval_rows
 from afina.objectives.task_score import TaskScore
 from afina.settings import EvalSettings, TrainSettings
 from afina.settings.objectives import RerankSettings
@@ -61,7 +60,10 @@ class RerankingObjective(ClassificationObjective):
         check_encoder_settings(settings)
         options = settings.group("rerank")
         table = read_files(settings, RELEVANCE)
-        rows, eval_labeled = split_eval_rows(settings, table, RELEVANCE, lambda row: row.content)
+        skipped = list(table.skipped)
+        rows, eval_labeled = split_eval_rows(
+            settings, table, RELEVANCE, lambda row: row.content, skipped
+        )
         base = base or load_classifier(
             settings.base,
             (OUTPUT,),
@@ -72,7 +74,6 @@ class RerankingObjective(ClassificationObjective):
             settings.load_device,
             RELEVANCE_TASK,
         )
-        skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
         cut_rows = CutRows() if settings.truncate else None
@@ -170,8 +171,8 @@ class RerankingObjective(ClassificationObjective):
         return float(before["loss"])
 
 
-def _scaled(rows: Sequence[LabeledRow], max_score: float) -> list[LabeledRow]:
-    """Return rows with labels divided by `max_score`; raises `DataError` outside 0 to 1."""
+def _scaled(rows: Sequence[LabeledRow], max_score: float) -> Iterator[LabeledRow]:
+    """Yield rows with labels divided by `max_score`; raises `DataError` outside 0 to 1."""
     for row in rows:
         assert isinstance(row.label, float)
         if not 0 <= row.label <= max_score:
@@ -180,5 +181,4 @@ def _scaled(rows: Sequence[LabeledRow], max_score: float) -> list[LabeledRow]:
                 where=f"{row.where}:label",
                 hint="--rerank.max-score N, where N is the highest score there is",
             )
-    labels = (float(row.label) for row in rows)  # type: ignore[arg-type]
-    return [replace(row, label=one / max_score) for row, one in zip(rows, labels, strict=True)]
+        yield replace(row, label=row.label / max_score)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from afina.adapters.active import ActiveAdapters
 from afina.adapters.load_run import LoadedRun
 from afina.data.packing import IGNORE_INDEX
+from afina.data.row_store import StoredRows
 from afina.data.schemas import TAGGED, TaggedRow
 from afina.data.several_files import mix_rows
 from afina.data.table import parse_rows, read_table
@@ -28,18 +29,18 @@ from afina.models.classifier import Classifier, load_tagger
 from afina.objectives.base import LossSum, Units
 from afina.objectives.entity_scores import OUTSIDE, tag_scores
 from afina.objectives.labeled_data import check_encoder_settings
-from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch, PaddedObjective
+from afina.objectives.linear_probe import MAX_PROBE_ROWS, ProbedObjective, token_features
+from afina.objectives.padded import EVAL_BATCH_TOKENS, PaddedBatch
 from afina.objectives.prepared import (
     PreparedData,
     ShownExample,
     describe_cut_rows,
     describe_data,
     eval_source,
-    read_files,
-    split_eval_rows,
     trained_settings,
 )
 from afina.objectives.registry import register_objective
+from afina.objectives.run_rows import read_files, split_eval_rows
 from afina.objectives.task_score import TaskScore
 from afina.settings import EvalSettings, TrainSettings
 from afina.settings.objectives import TagSettings
@@ -63,7 +64,7 @@ class TaggedExample:
 
 
 @register_objective("tag")
-class TaggingObjective(PaddedObjective):
+class TaggingObjective(ProbedObjective):
     """Cross-entropy of the tags of words; the head is new, and saved with the adapter."""
 
     schema = "tagged"
@@ -72,6 +73,7 @@ class TaggingObjective(PaddedObjective):
     report_key = "classes"
     default_learning_rate_factor = 0.5
     settings_class = TagSettings
+    probe_scores = ("f1", "word_accuracy")
 
     @classmethod
     def prepare(cls, settings: TrainSettings, base: Classifier | None = None) -> PreparedData:
@@ -79,9 +81,10 @@ class TaggingObjective(PaddedObjective):
         check_encoder_settings(settings)
         options = settings.group("tag")
         table = read_files(settings, TAGGED)
+        skipped = list(table.skipped)
         rows, eval_tagged = (
             _named(some, options.names)
-            for some in split_eval_rows(settings, table, TAGGED, lambda row: row.words)
+            for some in split_eval_rows(settings, table, TAGGED, lambda row: row.words, skipped)
         )
         labels = sorted({tag for row in rows for tag in row.tags}, key=_tag_order)
         base = base or load_tagger(
@@ -92,7 +95,6 @@ class TaggingObjective(PaddedObjective):
             settings.dtype,
             settings.load_device,
         )
-        skipped = list(table.skipped)
         leave_out = skipped if settings.skip_bad_rows else None
         length = settings.max_length or min(base.max_positions, 512)
         cut_rows = CutRows() if settings.truncate else None
@@ -103,6 +105,7 @@ class TaggingObjective(PaddedObjective):
         train = mix_rows(train, table.files, settings.seed)
         tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
         task = cls(base, train, eval_rows, tokens, accumulation, settings.seed)
+        task.options = options
         return PreparedData(
             task=task,
             data_info=describe_data(table, task) | describe_cut_rows(cut_rows) | {"labels": labels},
@@ -200,7 +203,24 @@ class TaggingObjective(PaddedObjective):
         scores = after["classes"]
         key, label = ("f1", "entity F1") if "f1" in scores else ("word_accuracy", "word accuracy")
         score = TaskScore(label, scores[key], scores["rows"], counts_right=False)
-        return {**scores, "score": score, "verdict": []}
+        if key not in self.probe:
+            return {**scores, "score": score, "verdict": []}
+        sentence = (
+            f"A linear probe of the frozen base has {label} {self.probe[key]:.1f}%; after "
+            f"training it is {scores[key]:.1f}%."
+        )
+        return {**scores, "probe": self.probe, "score": score, "verdict": [sentence]}
+
+    def probe_examples(self, path: str) -> tuple[Tensor, Tensor]:
+        """Return features and tags of the words of training texts, spread over all of them."""
+        every = -(-sum(len(row.tags) for row in self.train) // MAX_PROBE_ROWS)
+        features, tags = [], []
+        for batch in self.batches(sorted(self.train[::every], key=self.length)):
+            targets = batch.targets[batch.inputs["attention_mask"].bool()]
+            is_word = targets != IGNORE_INDEX
+            features.append(token_features(self.base, path, batch.inputs)[is_word])
+            tags.append(targets[is_word])
+        return torch.cat(features), torch.cat(tags)
 
 
 def tokenize_tagged_rows(
@@ -209,7 +229,7 @@ def tokenize_tagged_rows(
     max_length: int,
     skipped: list[str] | None,
     cut_rows: CutRows | None = None,
-) -> list[TaggedExample]:
+) -> Sequence[TaggedExample]:
     """Return tagged texts as token ids.
 
     Args:
@@ -267,19 +287,20 @@ def encode_words(base: Classifier, words: Sequence[str]) -> tuple[list[int], tup
     return encoded["input_ids"], tuple(positions)
 
 
-def _named(rows: Sequence[TaggedRow], names: Sequence[str] | None) -> list[TaggedRow]:
+def _named(rows: Sequence[TaggedRow], names: Sequence[str] | None) -> Sequence[TaggedRow]:
     """Return rows whose tags are numbers with names for them; raises `DataError`."""
     if names is None:
-        return list(rows)
-    found = []
-    for row in rows:
-        outside = [tag for tag in row.tags if tag not in names and not _is_index(tag, names)]
-        if outside:
-            what = f"tag {outside[0]!r} has no name in tag.names"
-            raise DataError(what, where=row.where, why=f"it has {len(names)} names")
-        tags = (tag if tag in names else names[int(tag)] for tag in row.tags)
-        found.append(replace(row, tags=tuple(tags)))
-    return found
+        return rows
+    return StoredRows(_with_names(row, names) for row in rows)
+
+
+def _with_names(row: TaggedRow, names: Sequence[str]) -> TaggedRow:
+    outside = [tag for tag in row.tags if tag not in names and not _is_index(tag, names)]
+    if outside:
+        what = f"tag {outside[0]!r} has no name in tag.names"
+        raise DataError(what, where=row.where, why=f"it has {len(names)} names")
+    tags = (tag if tag in names else names[int(tag)] for tag in row.tags)
+    return replace(row, tags=tuple(tags))
 
 
 def _is_index(tag: str, names: Sequence[str]) -> bool:

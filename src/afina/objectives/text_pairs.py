@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from afina.data.row_store import StoredRows
 from afina.data.schemas import EmbeddingRow
-from afina.data.table import parse_rows
+from afina.data.table import iter_parsed
 from afina.data.truncation import CutRows
 from afina.errors import DataError
 from afina.models.encoder import Encoder
@@ -113,7 +114,7 @@ def tokenize_pairs(
     max_score: float,
     skipped: list[str] | None,
     cut_rows: CutRows | None = None,
-) -> list[PairExample]:
+) -> Sequence[PairExample]:
     """Return rows as token ids, one example for each positive of a row.
 
     Args:
@@ -144,10 +145,11 @@ def tokenize_pairs(
             )
         return [PairExample(where, anchor, positive, negatives, score) for positive in positives]
 
-    tokenized = parse_rows(((row.where, row) for row in rows), make, skipped)
+    parsed = iter_parsed(((row.where, row) for row in rows), make, skipped)
+    tokenized = StoredRows(pair for pairs in parsed for pair in pairs)
     if not tokenized:
         raise DataError("no row is left to train on")
-    return [pair for pairs in tokenized for pair in pairs]
+    return tokenized
 
 
 def known_positives(*examples: Sequence[PairExample]) -> KnownPositives:

@@ -23,14 +23,9 @@ from afina.models.loading import load_tokenizer
 from afina.models.nf4 import quantizable_modules
 from afina.models.parameters import describe_unquantized
 from afina.objectives.language_data import read_examples
-from afina.objectives.prepared import (
-    ShownExample,
-    read_files,
-    row_length,
-    show_example,
-    text_renderer,
-)
+from afina.objectives.prepared import ShownExample, row_length, show_example, text_renderer
 from afina.objectives.registry import get_objective
+from afina.objectives.run_rows import read_files
 from afina.objectives.workload import StepWorkload, packed_workload
 from afina.planning.checkpointing_policy import choose_level
 from afina.planning.estimate import estimate_methods, estimate_run, largest_batch, remedies

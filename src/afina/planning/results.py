@@ -34,6 +34,8 @@ DATA_LABELS = {
     "truncated_rows": "rows cut to max_length",
     "truncated_answers": "of these, answers without their end",
     "not_evaluated": "classes not evaluated",
+    "rare_classes": "classes left out",
+    "unread_folders": "folders not read",
 }
 ORDINALS = {2: "nd", 3: "rd"}
 UPPER_BOUND = "- this family's layers are estimated from above (an upper bound), not counted"

@@ -96,6 +96,9 @@ class RerankSettings(ObjectiveSettings):
 class TagSettings(ObjectiveSettings):
     """Settings of token labels."""
 
+    head_init: Literal["probe", "random"] = setting(
+        "start of a new head. probe: logistic regression on the frozen base's features", "probe"
+    )
     names: list[str] | None = setting("names of tags that are numbers: [O, B-PER, I-PER]")
 
 

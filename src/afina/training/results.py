@@ -149,10 +149,14 @@ def score_rows(record: Mapping[str, Any]) -> TableRows:
 
 def data_notes(data: Mapping[str, Any]) -> list[str]:
     """Return lines about what of the rows was not used, not evaluated or cut, from run.json."""
-    unused, rare = (
-        list_unused(data.get(name) or {}) for name in ("unused_columns", "not_evaluated")
+    unused, rare, left_out = (
+        list_unused(data.get(name) or {})
+        for name in ("unused_columns", "not_evaluated", "rare_classes")
     )
     lines = [f"columns not used: {unused}"] if unused else []
+    folders = ", ".join(data.get("unread_folders", ()))
+    lines += [f"folders not read: {folders}"] if folders else []
+    lines += [f"classes left out: {left_out}"] if left_out else []
     lines += [f"classes trained and not evaluated: {rare}"] if rare else []
     lines += [summarize_file(file) for file in data.get("files", ())]
     if data.get("truncated_rows"):

@@ -78,7 +78,7 @@ def _tokens_per_batch(settings: TrainSettings, rows: int) -> int:
     from afina.data.schemas import SFT
     from afina.io.chat_format import ChatFormat
     from afina.models.loading import load_tokenizer, resolve_model_dir
-    from afina.objectives.prepared import read_files
+    from afina.objectives.run_rows import read_files
 
     tokenizer = load_tokenizer(
         resolve_model_dir(settings.base, settings.revision),

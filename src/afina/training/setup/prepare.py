@@ -6,8 +6,9 @@ from afina.data.table import detect_schema
 from afina.errors import DataError, SettingsError
 from afina.models.causal_lm import CausalLM
 from afina.models.classifier import Classifier
-from afina.objectives.prepared import PreparedData, with_split_folders
+from afina.objectives.prepared import PreparedData
 from afina.objectives.registry import get_objective
+from afina.objectives.run_rows import unread_folders, with_split_folders
 from afina.settings import TrainSettings
 from afina.training.setup.no_effect import check_effects
 from afina.training.setup.processes import world
@@ -60,6 +61,11 @@ def prepare(settings: TrainSettings, base: CausalLM | Classifier | None = None) 
     if not objective.supports_processes and (world().size > 1 or settings.fsdp):
         why = "each process would generate and score all completions"
         raise SettingsError(f"{name} runs in one process only", where="torchrun", why=why)
+    unread = unread_folders(settings)
     settings = with_split_folders(settings.model_copy(update={"objective": name}))
     check_effects(settings)
-    return objective.prepare(settings, base)
+    prepared = objective.prepare(settings, base)
+    if unread:
+        prepared.data_info["unread_folders"] = unread
+        prepared.counts["unread_folders"] = ", ".join(unread)
+    return prepared
