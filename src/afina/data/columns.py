@@ -83,6 +83,12 @@ def _value_at(record: Mapping[str, Any], column: str) -> Any:
     return _value_at(inner, rest) if dot and isinstance(inner, dict) else _ABSENT
 
 
+def value_at(record: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a column, dotted inside an object; None where there is none."""
+    value = _value_at(record, column)
+    return None if value is _ABSENT else value
+
+
 Columns = Mapping[str, str | Sequence[str] | None]  # what `--columns` gives
 
 
@@ -301,8 +307,14 @@ class RawRecord:
         return self.peek(name)
 
     def text(self, name: str) -> str:
-        """Return the text of a field that must not be empty; raises `DataError`."""
-        return usable_text(self.get(name), self.field_location(name))
+        """Return the text of a field that must not be empty, or the only text of a list.
+
+        Raises:
+            DataError: there is no such text.
+        """
+        value = self.get(name)
+        is_single = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+        return usable_text(value[0] if is_single else value, self.field_location(name))
 
     def optional(self, name: str) -> str:
         """Return the text of a field that may be missing; raises `DataError` for another type."""
@@ -318,8 +330,7 @@ class RawRecord:
 
     def value_of(self, column: str) -> Any:
         """Return the value of a column of the file, a dotted one inside an object; or None."""
-        value = _value_at(self.raw, column)
-        return None if value is _ABSENT else value
+        return value_at(self.raw, column)
 
     def unread(self) -> dict[str, Any]:
         """Return the columns with a value that were not read; "input.tools" is one in an object."""
@@ -363,7 +374,8 @@ def _value(value: Any) -> str:
 def _is_plain(text: str) -> bool:
     """Whether YAML reads a text without quotes as itself."""
     words = text.replace("_", "").replace("-", "").replace(".", "").replace(" ", "")
-    return words.isalnum() and not words.isdigit() and text.lower() not in _YAML_WORDS
+    is_word = words.isalnum() and not words.isdigit() and text == text.strip()
+    return is_word and text.lower() not in _YAML_WORDS
 
 
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "none", "~"}

@@ -25,7 +25,7 @@ WINDOWS_1252 = "cp1252"
 # ratio of letters beyond ASCII in Western European text: 2 to 5% in Spanish, French and German; in
 # Cyrillic or Greek code pages nearly all letters are
 MAX_ACCENTED = 0.2
-HEAD_BYTES = 1 << 16  # by which JSON is told from other texts
+HEAD_BYTES = 1 << 16  # by which JSON is recognized
 PIECE_BYTES = 1 << 20
 
 
@@ -84,7 +84,7 @@ class InputFile:
             return stream.read()
 
     def lines(self) -> Iterator[str]:
-        r"""Yield the lines of the text, which end at \n only: JSON may have a U+2028 in a string."""
+        r"""Yield the lines of the text. They end at \n only: a JSON string may have a U+2028."""
         with self.path.open(encoding=self.encoding, newline="\n") as stream:
             for line in stream:
                 yield line.removesuffix("\n")
@@ -127,13 +127,13 @@ def _other_encoding(path: Path, mark: str) -> str:
         return WINDOWS_1252
     try:
         data.decode(mark or "utf-8")
-        raise DataError("the file has changed while it was read", where=str(path))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         hint = f"iconv -f ENCODING -t UTF-8 {path} > utf8{path.suffix}  (iconv -l lists encodings)"
         raise DataError(
             "not UTF-8 text", where=f"{path}:{line}", why=str(error), hint=hint
         ) from None
+    return mark or "utf-8"
 
 
 def is_windows_1252(data: bytes) -> bool:

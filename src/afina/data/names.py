@@ -15,6 +15,7 @@ import yaml
 ANSWER, PROMPT, CONTEXT, SYSTEM, TEXT = "answer", "prompt", "context", "system", "text"
 LABEL, SCORE, CHOSEN, REJECTED = "label", "score", "chosen", "rejected"
 REASONING, TOOLS, WEIGHT, MEDIA, TOKENS = "reasoning", "tools", "weight", "media", "tokens"
+CHOICES = "choices"
 NONE, UNKNOWN = "none", "unknown"  # without a meaning for training; a name without known words
 
 WORDS_FILE = Path(__file__).parent / "column_names.yaml"
@@ -116,6 +117,7 @@ MEANINGS = {
     PROMPT: "a prompt",
     CONTEXT: "a part of a prompt",
     TEXT: "a second text",
+    CHOICES: "the choices of a question",
 }
 LABEL_NAMES = {"label", "labels", "kto_tag"}
 WORDED = {ANSWER, PROMPT, CONTEXT, TEXT}  # names that also occur for short remarks
@@ -129,6 +131,8 @@ def refused_meaning(name: str, value: Any) -> str | None:
     """Return what a column means that must not stay unread; None where it may."""
     last = name.rpartition(".")[2]
     role = meaning_of(last)
+    if _is_spans(value):
+        return "labels of parts of a text"
     if last.lower() in LABEL_NAMES:
         return "a label"
     if role == WEIGHT and (isinstance(value, (dict, list)) or value not in NEUTRAL):
@@ -140,6 +144,13 @@ def refused_meaning(name: str, value: Any) -> str | None:
     if isinstance(value, (bool, int, float)):
         return None
     return MEANINGS[role]
+
+
+def _is_spans(value: Any) -> bool:
+    """Whether a value marks parts of a text: a list of objects with a start and an end."""
+    ends = {"start", "end"}, {"begin", "end"}, {"start_offset", "end_offset"}
+    items = value if isinstance(value, list) else []
+    return any(isinstance(item, dict) and item.keys() >= some for item in items for some in ends)
 
 
 def _has_words(value: Any) -> bool:

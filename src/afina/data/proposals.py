@@ -5,16 +5,24 @@ are classes; numbers, lists and identifiers are neither prompt nor answer. The o
 decides only the order in which texts are joined.
 """
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afina.data.columns import ColumnMapping, ColumnTemplate, columns_flag, is_blank, list_columns
+from afina.data.column_kinds import SAMPLE, Column, describe_columns, num_words
+from afina.data.columns import (
+    ColumnMapping,
+    ColumnTemplate,
+    columns_flag,
+    is_blank,
+    list_columns,
+    value_at,
+)
 from afina.data.names import (
     ANSWER,
+    CHOICES,
     CHOSEN,
     CONTEXT,
     LABEL,
@@ -24,7 +32,6 @@ from afina.data.names import (
     SYSTEM,
     TEXT,
     UNKNOWN,
-    meaning_of,
     refused_meaning,
     split_name,
 )
@@ -33,123 +40,8 @@ from afina.errors import DataError
 MAX_PROPOSALS = 3
 MAX_EXAMPLE = 100  # characters of a value in an example
 MIN_FILLED = 0.2  # ratio of rows in which a column must have a value to be proposed as a text
-SAMPLE = 1000  # records whose values are looked at
-_INTEGER, _FLOAT = (
-    re.compile(r"[+-]?\d+"),
-    re.compile(r"[+-]?(\d+[.,]\d*|[.,]\d+)(e[+-]?\d+)?%?", re.I),
-)
-_IDENTIFIER = re.compile(
-    r"[0-9a-f]{8,}|[0-9a-f]{8}-[0-9a-f-]{20,}|\w+://\S+|www\.\S+|[\w.+-]+@[\w-]+\.\w+"
-    r"|(/[\w.-]+){2,}|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T][\d:.]+(Z|[+-][\d:]+)?)?|[\d:]+:\d+"
-    r"|#?[A-Za-z]{0,8}[-_#:]?\d+([-_]\d+)*",
-    re.I,
-)
-_BOOLEAN = {"true", "false", "yes", "no", "si", "sí"}
 _HEADS = {"title", "titulo", "subject", "asunto", "headline"}  # what stands above a text
 _FIRST, _SECOND = {"premise", "premisa"}, {"hypothesis", "hipotesis", "pair"}
-_FIELD_ROLES = {
-    "prompt": PROMPT,
-    "instruction": PROMPT,
-    "completion": ANSWER,
-    "output": ANSWER,
-    "system": SYSTEM,
-    "text": TEXT,
-    "text_pair": TEXT,
-    "label": LABEL,
-    "chosen": CHOSEN,
-    "rejected": REJECTED,
-}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: what its name means, and of what kind its values are."""
-
-    name: str
-    role: str
-    kind: str  # text, number, fraction, boolean, identifier, list, object, bytes or mixed
-    values: list[Any]
-
-    @property
-    def num_words(self) -> float:
-        """Mean number of words of its values."""
-        return sum(len(str(v).split()) for v in self.values) / max(1, len(self.values))
-
-    @property
-    def num_distinct(self) -> int:
-        """Number of different values."""
-        return len({repr(value) for value in self.values})
-
-    @property
-    def is_prose(self) -> bool:
-        """Whether it holds texts of some words that mostly differ."""
-        return self.kind == "text" and self.num_words >= 3 and not self.has_few_values
-
-    @property
-    def has_few_values(self) -> bool:
-        """Whether its values repeat as those of a class do; unknown of fewer than six rows."""
-        return len(self.values) >= 6 and self.num_distinct <= min(100, len(self.values) / 2)
-
-    @property
-    def can_be_label(self) -> bool:
-        """Whether its values can be classes, or sets of them."""
-        if len(self.values) > 2 and self.num_distinct < 2:
-            return False  # the same in all rows
-        few = self.has_few_values or len(self.values) < 6
-        if self.kind == "list":
-            return all(isinstance(item, str) for value in self.values for item in value)
-        if self.kind == "number":
-            return few
-        return self.kind == "boolean" or (self.kind == "text" and (few or self.num_words < 3))
-
-
-def describe_columns(
-    records: Sequence[Mapping[str, Any]], given: Mapping[str, Any] | None = None
-) -> list[Column]:
-    """Return the columns of records in order of appearance; `given` is that of `--columns`."""
-    values: dict[str, list[Any]] = {}
-    for record in records[:SAMPLE]:
-        for name, value in record.items():
-            kept = values.setdefault(str(name), [])
-            kept += [] if is_blank(value) else [value]
-    roles: dict[str, str | None] = {
-        column: _FIELD_ROLES.get(field)
-        for field, column in (given or {}).items()
-        if isinstance(column, str)
-    }
-    lower = {name.lower() for name in values}
-    if {"q", "a"} <= lower:
-        roles = {**dict.fromkeys((n for n in values if n.lower() == "a"), ANSWER), **roles}
-    return [
-        Column(name, roles.get(name) or meaning_of(name), _kind_of_values(own), own)
-        for name, own in values.items()
-    ]
-
-
-def _kind_of_values(values: Sequence[Any]) -> str:
-    kinds = [_kind_of_value(value) for value in values]
-    if not kinds:
-        return "empty"
-    found = set(kinds)
-    if found <= {"number", "fraction"}:
-        return "fraction" if "fraction" in found else "number"
-    if found <= {"text", "boolean"} and "text" in found:
-        return "text"
-    main = max(found, key=kinds.count)
-    return main if kinds.count(main) >= 0.9 * len(kinds) else "mixed"
-
-
-def _kind_of_value(value: Any) -> str:
-    for kind, name in ((bool, "boolean"), (int, "number"), (float, "fraction"), (list, "list")):
-        if isinstance(value, kind):
-            return name
-    if not isinstance(value, str):
-        return "bytes" if isinstance(value, bytes) else "object"
-    text = value.strip()
-    if text.lower() in _BOOLEAN:
-        return "boolean"
-    patterns = ((_INTEGER, "number"), (_FLOAT, "fraction"), (_IDENTIFIER, "identifier"))
-    return next((name for pattern, name in patterns if pattern.fullmatch(text)), "text")
 
 
 @dataclass(frozen=True)
@@ -182,13 +74,15 @@ class Proposal:
 
 
 PAIRS, CLASSES, NUMBERS = "pairs of answers", "classes", "a number to predict"
+SEVERAL = "several classes a row"
 COMPLETION, PLAIN, RATED = "prompt and completion", "plain text", "good and bad answers"
 CLOSE, SIMILAR = "texts that belong together", "similarity of two texts"
 
 
 def _value(column: Any, record: Mapping[str, Any]) -> str:
-    if isinstance(column, str) and column in record:
-        return str(record[column])
+    if isinstance(column, str) and "{" not in column:
+        value = value_at(record, column)
+        return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
     return str(ColumnTemplate(column).render(record))
 
 
@@ -203,6 +97,8 @@ def propose(
     """Return up to three readings of a table, the likeliest first; none where nothing is known."""
     columns = [c for c in describe_columns(records, given) if c.values]
     num_rows = len(records[:SAMPLE])
+    if any(c.role == ANSWER and c.kind in ("list", "object", "mixed") for c in columns):
+        return []  # answers that are no texts: any reading without them would be another task
     texts = [c for c in _find_texts(columns) if len(c.values) >= MIN_FILLED * num_rows]
     answers = [column for column in texts if column.role == ANSWER]
     labels = _find_labels(columns, texts)
@@ -217,6 +113,8 @@ def propose(
         found += [*classes[:1], *close, *classes[1:2], *_labels_as_text(labels, texts)]
     else:
         found += _unsure(texts, close)
+    found = [*_flags(columns, texts), *found]
+    plain = [p for p in plain if not _with_unread(p, columns).unread]  # of texts it would lose some
     found = [*found[: MAX_PROPOSALS - bool(plain)], *plain]
     return [_with_unread(p, columns) for p in found[:MAX_PROPOSALS]]
 
@@ -233,7 +131,9 @@ def _is_text(column: Column) -> bool:
         return True  # the answers to sums: by its name it is nothing else
     if column.kind != "text":
         return False
-    if column.role in (ANSWER, PROMPT, CONTEXT, TEXT):
+    if column.role == ANSWER:
+        return True
+    if column.role in (PROMPT, CONTEXT, TEXT):
         return not (column.has_few_values and column.num_distinct < 2)
     is_source = split_name(column.name) in (("source",), ("original",))
     return column.is_prose and (column.role == UNKNOWN or is_source)
@@ -243,7 +143,7 @@ def _rank(column: Column) -> int:
     """Where a text stands among those that are put together."""
     if set(split_name(column.name)) & _HEADS:
         return 0
-    return {CONTEXT: 1, TEXT: 2, PROMPT: 4, ANSWER: 5}.get(column.role, 3)
+    return {CONTEXT: 1, TEXT: 2, PROMPT: 4, ANSWER: 5, CHOICES: 6}.get(column.role, 3)
 
 
 def _order_in_pair(column: Column) -> tuple[int, int, str]:
@@ -251,7 +151,8 @@ def _order_in_pair(column: Column) -> tuple[int, int, str]:
     words = split_name(column.name)
     is_second = bool(set(words) & _SECOND) or column.role in (CONTEXT, ANSWER)
     is_first = column.role == PROMPT or bool(set(words) & _FIRST)
-    number = words[-1] if words[-1].isdigit() or len(words[-1]) == 1 else ""
+    last = words[-1] if words else ""  # a name in another script has no words here
+    number = last if last.isdigit() or len(last) == 1 else ""
     return (0 if is_first else 2 if is_second else 1, _rank(column), number)
 
 
@@ -279,6 +180,7 @@ def _completions(
     found = []
     for answer in answers:
         parts = [c for c in texts if c.role != ANSWER and not c.has_few_values]
+        parts += [c for c in columns if c.role == CHOICES and c not in parts and parts]
         if parts:
             fields = _prompt_fields(columns, parts)
             name = "output" if "instruction" in fields else "completion"
@@ -347,6 +249,21 @@ def _labels_as_text(labels: Sequence[Column], texts: Sequence[Column]) -> list[P
     return [Proposal(COMPLETION, fields, None, "completion")]
 
 
+def _flags(columns: Sequence[Column], texts: Sequence[Column]) -> list[Proposal]:
+    """Return several columns of 0 and 1 as the classes of a text."""
+    names = [
+        c.name for c in columns if c.role in (LABEL, UNKNOWN, REJECTED, CHOSEN) and _is_flags(c)
+    ]
+    if len(names) < 2 or not texts:
+        return []
+    fields = {"text": _join([c for c in texts if c.name not in names]), "label": names}
+    return [Proposal(SEVERAL, fields, "classify", "label")]
+
+
+def _is_flags(column: Column) -> bool:
+    return {str(value).lower() for value in column.values} <= {"0", "1", "true", "false"}
+
+
 def _embeddings(texts: Sequence[Column], labels: Sequence[Column]) -> list[Proposal]:
     """Return two texts as close ones, or as more or less similar where there is a number."""
     scores = [column for column in labels if column.kind == "fraction"]
@@ -390,7 +307,9 @@ def _with_unread(proposal: Proposal, columns: Sequence[Column]) -> Proposal:
     return Proposal(proposal.kind, proposal.columns, proposal.objective, proposal.answer, left)
 
 
-def _columns_of(column: str) -> tuple[str, ...]:
+def _columns_of(column: Any) -> tuple[str, ...]:
+    if not isinstance(column, str):
+        return tuple(column)
     return ColumnTemplate(column).columns if "{" in column else (column,)
 
 
@@ -399,14 +318,28 @@ def ask_for_reading(path: Path, mapping: ColumnMapping, what: str) -> DataError:
     proposals = propose(mapping.records, mapping.given)
     why = f"columns found: {list_columns(mapping.names)}"
     if not proposals:
-        kinds = ", ".join(f"{c.name} ({c.kind})" for c in describe_columns(mapping.records))
-        hint = "name the columns: --columns '{prompt: COLUMN, completion: COLUMN}'"
+        columns = describe_columns(mapping.records)
+        kinds = ", ".join(f"{c.name} ({c.kind})" for c in columns)
+        hint = _hint_without_reading(mapping.names, columns)
         return DataError(what, where=str(path), why=f"columns found: {kinds or 'none'}", hint=hint)
     record = next((r for r in mapping.records if _is_complete(r, proposals)), mapping.records[0])
     lines = [f"{p.kind}: {p.command(path)}\n          {p.example(record)}" for p in proposals]
     return DataError(what, where=str(path), why=why, hint="\n        or ".join(lines))
 
 
+def _hint_without_reading(names: Sequence[str], columns: Sequence[Column]) -> str:
+    """Return what to do with a table of which no reading is known."""
+    if any(num_words(name) > 3 or name.isdigit() for name in names):
+        return "the first line is a row: put a line with the names of the columns before it"
+    turns = [c.name for c in columns if c.kind == "list" and isinstance(c.values[0][0], dict)]
+    if turns:
+        return f"the turns in {turns[0]} need the keys role and content, or from and value"
+    answers = [c for c in columns if c.role == ANSWER and c.kind in ("list", "object", "mixed")]
+    if answers:
+        return f"{answers[0].name} has to be a text: one row for each answer"
+    return "name the columns: --columns '{prompt: COLUMN, completion: COLUMN}'"
+
+
 def _is_complete(record: Mapping[str, Any], proposals: Sequence[Proposal]) -> bool:
     used = (n for p in proposals for c in p.columns.values() for n in _columns_of(c))
-    return not any(is_blank(record.get(name)) for name in used)
+    return not any(is_blank(value_at(record, name)) for name in used)

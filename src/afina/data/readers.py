@@ -1,8 +1,9 @@
 """Readers of JSON, JSONL, CSV, TSV, Parquet, XLSX, plain text and CoNLL: a file to its records.
 
 A reader yields `(where, record)`. JSONL, CSV, Parquet and CoNLL are read piece by piece; of a JSON
-list and of plain text the text is in memory, and one record at a time. A record that cannot be read is yielded as its `DataError`, so
-that the caller can raise it or leave the record out; a fault of the complete file is raised.
+list and of plain text the text is in memory, and one record at a time. A record that cannot be read
+is yielded as its `DataError`, so that the caller can raise it or leave the record out; a fault of
+the complete file is raised.
 """
 
 import csv
@@ -22,6 +23,8 @@ Record = tuple[str, dict[str, Any] | DataError]
 Records = Iterator[Record]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+# texts whose marks would be learned with them
+MARKUP_SUFFIXES = (".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".rtf")
 CSV_SUFFIXES = (".csv", ".tsv")
 CONLL_SUFFIXES = (".conll", ".bio", ".iob", ".iob2", ".bioes")  # a word and its tag a line
 DELIMITERS = ",\t;|"
@@ -60,6 +63,9 @@ def read_records(
         return read_conll(file)
     if text_is_lines and suffix not in CSV_SUFFIXES:
         return read_lines(path, file.text())
+    if suffix in MARKUP_SUFFIXES:
+        hint = f"its rows as JSONL or CSV; as plain text, marks and all: cp {path} {path.stem}.txt"
+        raise DataError(f"{suffix[1:]} files are not read", where=str(path), hint=hint)
     delimiter = find_delimiter(file, is_header)
     return read_text(path, file.text()) if delimiter is None else read_csv(file, delimiter)
 
@@ -83,11 +89,12 @@ def read_json(file: InputFile, is_row: Callable[[list[str]], bool]) -> Records:
     lines = ((n, line) for n, line in enumerate(file.lines(), 1) if line.strip())
     start, first = next(lines)
     is_line = next(lines, None) is None
-    if first.lstrip().startswith("["):
+    is_jsonl = not is_line and _parse_or_none(first) is not None
+    if first.lstrip().startswith("[") and not is_jsonl:
         yield from _read_list(path, file.text())
         return
     # an object in one line, or one that begins in it
-    single = _parse_or_none(file.text()) if is_line or _parse_or_none(first) is None else None
+    single = None if is_jsonl else _parse_or_none(file.text())
     if isinstance(single, dict):
         where = f"{path}:{start}" if is_line else f"{path}:row 1"
         yield from _rows_of_object(path, single, is_row, where)
@@ -97,7 +104,7 @@ def read_json(file: InputFile, is_row: Callable[[list[str]], bool]) -> Records:
             continue
         where = f"{path}:{number}"
         try:
-            yield where, _object(where, json.loads(line))
+            yield where, _object(where, _loads(line))
         except (ValueError, RecursionError) as error:
             yield where, _broken_json(path, number, error)
 
@@ -131,6 +138,23 @@ def _is_list_of_rows(value: Any) -> bool:
     return all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in value)
 
 
+class DuplicateKeyError(ValueError):
+    """Two keys of an object are equal: one of two values would be lost."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; raises `DuplicateKeyError`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise DuplicateKeyError(f"two values have the key {twice!r}")
+    return found
+
+
+_loads = json.JSONDecoder(object_pairs_hook=_unique).decode
+
+
 def _parse_or_none(text: str) -> Any:
     try:
         return json.loads(text)
@@ -139,8 +163,8 @@ def _parse_or_none(text: str) -> Any:
 
 
 def _read_list(path: Path, text: str) -> Records:
-    """Yield the items of a list, of which one at a time is in memory beside the text."""
-    decode = json.JSONDecoder().raw_decode
+    """Yield the items of a list, of which one at a time is in memory with the text."""
+    decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
     separator, number = re.compile(r"\s*([,\]])\s*"), 0
     at = next(re.finditer(r"\s*\[\s*", text)).end()
     is_end = text.startswith("]", at)
@@ -163,7 +187,7 @@ def _read_list(path: Path, text: str) -> Records:
 def _broken_list(path: Path, text: str, error: Exception) -> DataError:
     """Return the error of a list that is broken somewhere, with its line."""
     try:
-        json.loads(text)
+        _loads(text)
     except (ValueError, RecursionError) as found:
         error = found
     return _broken_json(path, getattr(error, "lineno", 1), error)
@@ -177,6 +201,8 @@ def _object(where: str, value: Any) -> dict[str, Any] | DataError:
 
 def _broken_json(path: Path, line: int, error: Exception) -> DataError:
     what = str(error)
+    if isinstance(error, DuplicateKeyError):
+        return DataError(what, where=f"{path}:{line}", hint="one of the two under another name")
     if isinstance(error, json.JSONDecodeError):
         what = f"{error.msg} (column {error.colno})"
     hint = "one object per line, or a list of objects"
@@ -206,6 +232,7 @@ def read_csv(file: InputFile, delimiter: str) -> Records:
     """Yield the rows of CSV or TSV with a header line; a quoted field may hold line breaks."""
     path, lines = file.path, _csv_lines(file, delimiter)
     first, header = next(lines)
+    header = [name.strip() for name in header]
     if len(set(header)) < len(header):
         where, why = f"{path}:{first}", ", ".join(header)
         raise DataError("two columns have the same name", where=where, why=why)

@@ -4,7 +4,7 @@
                      0     212   305   ...          where each begins
 
 A row of tokens takes about four bytes a token, an eighth of what Python's lists take; of a file
-that exceeds the memory, only what is in use is in it. A row is made anew each time it is read.
+that exceeds the memory, only what is in use is in it. A row is a new object each time it is read.
 """
 
 import pickle

@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from afina.data.column_kinds import SAMPLE
 from afina.data.columns import ColumnMapping, Columns, RawRecord
 from afina.data.hub import is_hub_dataset, read_hub_dataset
 from afina.data.image_folder import has_metadata
 from afina.data.input_file import WINDOWS_1252, InputFile
-from afina.data.proposals import SAMPLE, ask_for_reading, propose
+from afina.data.proposals import ask_for_reading, propose
 from afina.data.readers import Record, read_records
 from afina.data.row_store import StoredRows
 from afina.data.schemas import (

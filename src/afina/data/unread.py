@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afina.data.columns import RawRecord, columns_flag
-from afina.data.names import LABEL_NAMES, SYSTEM, WORDED, meaning_of, refused_meaning
+from afina.data.names import CHOICES, LABEL_NAMES, SYSTEM, WORDED, meaning_of, refused_meaning
 from afina.data.schemas.messages import SPEAKER_KEYS, TURN_KEYS, unread_turn_keys
 from afina.errors import DataError, pluralize
 
@@ -133,4 +133,7 @@ def _use_of(
         prompt = record.mapping.column_of("prompt", record.raw)
         both = f"{{{name}}}\n\n{{{prompt}}}"
         return f"put it before the prompt: {columns_flag({**given, 'prompt': both})}"
+    if role == CHOICES and has_prompt:
+        both = f"{{{record.mapping.column_of('prompt', record.raw)}}}\n\n{{{name}}}"
+        return f"put them after the prompt: {columns_flag({**given, 'prompt': both})}"
     return None

@@ -116,7 +116,8 @@ class LabeledSchema(Schema[LabeledRow]):
             return None
         first = records[0]
         mapping, columns = first.mapping, set(first.raw)
-        has_label = bool({mapping.given.get("label", "label"), "labels"} & columns)
+        given = mapping.given.get("label", "label")
+        has_label = bool({"labels", *([given] if isinstance(given, str) else given)} & columns)
         fields = mapping.fields_in(columns)
         if not has_label or columns & LANGUAGE_COLUMNS or not {"text", "image"} & fields:
             return None
@@ -134,7 +135,7 @@ class LabeledSchema(Schema[LabeledRow]):
 
     def parse(self, record: RawRecord) -> LabeledRow:
         """Return the text or image of a record with its class; raises `DataError`."""
-        label = record.get("label")
+        label, given = record.get("label"), record.mapping.given.get("label")
         content_field = next(
             (f for f in ("image", "text", "prompt") if _is_filled(record, f)), None
         )
@@ -154,7 +155,10 @@ class LabeledSchema(Schema[LabeledRow]):
             _check_text(content, label, where)
             if _is_filled(record, "text_pair"):
                 pair = record.text("text_pair")
-        value = parse_label(label, record.field_location("label"))
+        if given is not None and not isinstance(given, str):
+            value: Label = _label_of_columns(record, given)
+        else:
+            value = parse_label(label, record.field_location("label"))
         return LabeledRow(record.where, content, value, pair)
 
     def format_of_rows(
@@ -199,6 +203,8 @@ def parse_label(value: Any, where: str) -> Label:
         task = "several numbers to predict" if kinds == {True} else f"a list of {kind_of(value[0])}"
         hint = "a list of names of classes, or one number"
         raise DataError(f"{task}: not supported as a label", where=where, hint=hint)
+    if isinstance(value, dict) and value and all(_is_flag(flag) for flag in value.values()):
+        return tuple(name for name, flag in value.items() if _is_set(flag))
     if isinstance(value, dict):
         what = "an object as a label: shares of classes (soft labels) are not supported"
         raise DataError(what, where=where, hint="the likeliest class as the label")
@@ -211,6 +217,31 @@ def parse_label(value: Any, where: str) -> Label:
     raise DataError(
         f"expected a class, a list of classes or a number, found {kind_of(value)}", where=where
     )
+
+
+_FLAGS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def _is_flag(value: Any) -> bool:
+    """Return whether a value says that a class is there or not: 0 or 1, true or false."""
+    return not isinstance(value, (list, dict)) and str(value).strip().lower() in _FLAGS
+
+
+def _is_set(value: Any) -> bool:
+    return _FLAGS[str(value).strip().lower()]
+
+
+def _label_of_columns(record: RawRecord, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns with a 1, the classes of a row; raises `DataError` for other values."""
+    found = []
+    for column in columns:
+        value = record.value_of(column)
+        if not _is_flag(value):
+            hint = "several columns as the label are the classes that a row has (1) or not (0)"
+            what = f"expected 0 or 1, found {value!r}"
+            raise DataError(what, where=f"{record.where}:{column}", hint=hint)
+        found += [column] if _is_set(value) else []
+    return tuple(found)
 
 
 def _parse_list(text: str) -> Any:

@@ -17,6 +17,8 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
