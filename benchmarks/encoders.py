@@ -31,7 +31,7 @@ from common import SHARED, interleave, median, peak_mb, publish, roofline
 
 PAIRS, RATE, EPOCHS, SEEDS, LENGTH = 32, 5e-4, 2, 2, 96
 TRAIN_PAIRS, EVAL_QUERIES, RERANK_QUERIES, CANDIDATES = 256, 100, 80, 6
-TAG_TRAIN, TAG_EVAL = 600, 300
+TAG_TRAIN, TAG_EVAL = 400, 200
 SERVED, SERVE_REPEATS = 64, 30
 KINDS = ("name", "near", "food", "eatType", "area", "priceRange", "customer rating")
 Rows = list[dict[str, Any]]

@@ -12,7 +12,12 @@ from afina.data.schemas import CLASSES, LABELED, MULTI_LABEL, REGRESSION, Labele
 from afina.data.table import detect_schema, read_table
 from afina.errors import DataError
 from afina.objectives.label_tasks import LabelTask, balanced_weights
-from afina.objectives.labeled_data import known_rows, rows_of_frequent_classes, split_rows
+from afina.objectives.labeled_data import (
+    known_rows,
+    rows_of_frequent_classes,
+    split_labels,
+    split_rows,
+)
 from helpers import write_rows
 
 
@@ -140,3 +145,13 @@ def test_rare_classes_are_trained_and_not_evaluated(tmp_path: Path) -> None:
     assert "class 'card' does not occur in the training rows" in skipped[2]
     with pytest.raises(DataError, match="no row is left for evaluation"):
         split_rows([*rows[:1], *rows[18:]], task, 0.1, 0)
+
+
+def test_a_separator_makes_several_classes_of_one_text(tmp_path: Path) -> None:
+    rows = read(tmp_path, *["action | comedy", "action", "comedy"] * 4)
+    assert task_of(rows) == "classes"
+    found = split_labels(rows, "|")
+    assert task_of(found) == "multi-label" and split_labels(rows, None) is rows
+    assert [row.label for row in found[:3]] == [("action", "comedy"), ("action",), ("comedy",)]
+    with pytest.raises(DataError, match="no label has the separator ';'"):
+        split_labels(rows, ";")

@@ -96,7 +96,7 @@ def num_words(text: str) -> float:
 def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with the values inside objects under dotted names, as `--columns` has them.
 
-    Turns, and objects whose names mean nothing to a model, stay whole.
+    Turns, and objects whose names mean nothing to a model, stay as they are.
     """
     found: dict[str, Any] = {}
     for name, value in record.items():

@@ -33,6 +33,7 @@ from afina.objectives.labeled_data import (
     check_encoder_settings,
     known_rows,
     rows_of_frequent_classes,
+    split_labels,
     split_rows,
     tokenize_labeled_rows,
 )
@@ -98,7 +99,8 @@ class ClassificationObjective(ProbedObjective):
         pictures = table.format == "pictures"
         _check_truncate(settings, pictures)
         options, skipped = settings.group("classify"), list(table.skipped)
-        all_rows, rare = rows_of_frequent_classes(table.rows, options.min_class_rows, skipped)
+        named = split_labels(table.rows, options.label_separator)
+        all_rows, rare = rows_of_frequent_classes(named, options.min_class_rows, skipped)
         label_task = _label_task(all_rows, options)
         labels = label_task.labels
         rows, eval_labeled = _split(settings, all_rows, label_task, table, skipped)
@@ -161,7 +163,9 @@ class ClassificationObjective(ProbedObjective):
         if settings.data is None:
             labeled = _recorded_rows(opened.run, settings)
         else:
+            options = trained_settings(opened.run).group("classify")
             labeled = read_table(settings.data, LABELED, settings.columns).rows
+            labeled = split_labels(labeled, getattr(options, "label_separator", None))
         length = opened.run["settings"]["max_length"] or min(base.max_positions, 512)
         cut_rows = CutRows() if opened.run["settings"].get("truncate") else None
         rows = tokenize_labeled_rows(base, labeled, length, None, cut_rows)
@@ -276,7 +280,8 @@ def _split(
         number = file_number(table.files)
         return split_rows(rows, task, settings.eval_size, settings.seed, number)
     other = read_table(settings.eval_data, LABELED, settings.columns, settings.skip_bad_rows)
-    return rows, known_rows(other.rows, task, skipped)
+    separator = settings.group("classify").label_separator
+    return rows, known_rows(split_labels(other.rows, separator), task, skipped)
 
 
 def _label_task(rows: Sequence[LabeledRow], options: ClassifySettings) -> LabelTask:
@@ -284,7 +289,8 @@ def _label_task(rows: Sequence[LabeledRow], options: ClassifySettings) -> LabelT
     if not rows:
         raise DataError("no class has enough rows", why=f"min_class_rows: {options.min_class_rows}")
     task = LabelTask.of(rows)
-    given = sorted(name for name in options.model_fields_set if not _is_default(options, name))
+    set_names = options.model_fields_set - {"label_separator"}
+    given = sorted(name for name in set_names if not _is_default(options, name))
     if task.kind != CLASSES and given:
         raise SettingsError(
             f"classify.{given[0]} has no effect: the labels are {task.kind}",

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -208,6 +208,27 @@ def split_rows(
         why = f"different rows of each class: {counts}"
         raise DataError("no row is left for evaluation", where=rows[0].where, why=why, hint=hint)
     return SelectedRows(rows, train), SelectedRows(rows, eval_rows)
+
+
+def split_labels(rows: Sequence[LabeledRow], separator: str | None) -> Sequence[LabeledRow]:
+    """Return rows whose labels are the parts of a text between `separator`; None: as they are.
+
+    Raises:
+        DataError: no label has the separator.
+    """
+    if not separator:
+        return rows
+    if not any(separator in str(row.label) for row in rows):
+        what, why = f"no label has the separator {separator!r}", f"the first is {rows[0].label!r}"
+        hint = "leave classify.label_separator out"
+        raise DataError(what, where=f"{rows[0].where}:label", why=why, hint=hint)
+
+    def parts(row: LabeledRow) -> tuple[str, ...]:
+        if isinstance(row.label, tuple):
+            return row.label
+        return tuple(part.strip() for part in str(row.label).split(separator) if part.strip())
+
+    return StoredRows(replace(row, label=parts(row)) for row in rows)
 
 
 def rows_of_frequent_classes(

@@ -49,6 +49,9 @@ class ClassifySettings(ObjectiveSettings):
         "start of a new head. probe: logistic regression on the frozen base's features", "probe"
     )
     min_class_rows: int = setting("leave out classes with fewer rows", 1, ge=1)
+    label_separator: str | None = setting(
+        "what stands between the classes of a row, where its label is a text with several"
+    )
     class_weights: Literal["equal", "balanced"] = setting(
         "weight of a row in the loss; balanced: classes with few rows count as much as others",
         "equal",

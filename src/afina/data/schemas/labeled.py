@@ -223,7 +223,7 @@ _FLAGS = {"0": False, "1": True, "false": False, "true": True}
 
 
 def _is_flag(value: Any) -> bool:
-    """Return whether a value says that a class is there or not: 0 or 1, true or false."""
+    """Return whether a value marks a class as present or absent: 0 or 1, true or false."""
     return not isinstance(value, (list, dict)) and str(value).strip().lower() in _FLAGS
 
 
