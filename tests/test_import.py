@@ -59,6 +59,7 @@ def test_settings_mean_what_the_configuration_means(case: dict[str, Any], folder
     for name, value in expected.items():
         found = result.settings[name]
         assert (value.items() <= found.items()) if isinstance(value, dict) else found == value, name
+    assert not result.settings.keys() & set(case.get("absent", ()))
     outcomes = {one["key"]: one["outcome"] for one in result.imported}
     assert {outcomes[name] for name in (*case.get("comments", []), *missing)} <= {"comment"}
     assert set(case.get("keys", ())) <= outcomes.keys()  # no key is dropped silently

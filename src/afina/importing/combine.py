@@ -151,13 +151,25 @@ def _batch(c: Conversion, objective: str) -> None:
             c.use("max_length", {"max_length": int(length)})
         return
     if length is not None:
-        c.use("max_length", {"max_length": int(length), "truncate": True}, "longer rows are cut")
+        c.use("max_length", {"max_length": int(length)})
+        _long_rows(c, objective)
     if rows is not None and length is not None:
         c.use("batch_size", {"max_tokens_per_batch": int(rows) * int(length)}, ROWS_NOTE)
     if parts is not None:
         c.use("gradient_accumulation_steps", {"gradient_accumulation_steps": int(parts)})
     if c.has("packing"):
         c.comment("packing", "rows are always packed; none reads another")
+
+
+def _long_rows(c: Conversion, objective: str) -> None:
+    """Set what happens to rows that are too long: texts become chunks, other rows are cut."""
+    if objective == "pretrain" or c.has("text_column"):
+        c.comment("long_rows", "texts become chunks of max_length tokens")
+    elif c.get("long_rows") == "drop":
+        c.use("long_rows", {"skip_bad_rows": True}, "longer rows are left out and listed")
+    elif c.get("long_rows") in (None, "truncate"):
+        c.settings["truncate"] = True
+        c.use("long_rows", {"truncate": True})
 
 
 def _schedule(c: Conversion) -> None:
