@@ -266,8 +266,11 @@ class ApiMachine(RuleBasedStateMachine):
             sent["json"]["endpoint"] = "/v1/completions"
         else:
             sent = {"json": {"model": _world["base"], "training_file": self.files[key][0]}}
+        folder = _world["state"].settings.state_dir / "files"
+        before = set(folder.iterdir()) if folder.is_dir() else set()
         with full_disk():
             found = self.send(key, "POST", f"/v1/{path}", (500, 507, 400, 429), **sent)
+        assert (set(folder.iterdir()) if folder.is_dir() else set()) == before
         assert found.status_code < 500 or found.headers["retry-after"]
 
     # ---- what holds at any time

@@ -620,7 +620,9 @@ def test_sigterm_ends_the_process_whatever_is_connected(tiny: Path, tmp_path: Pa
             began = time.monotonic()
             running.send_signal(signal.SIGTERM)
             assert running.wait(30) == 0
-            assert time.monotonic() - began < 2 + 5  # the machine may be busy
+            assert time.monotonic() - began < 20  # a busy machine; 4 s on a quiet one
+    log = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in log and '"status": 503' in log  # half a body
 
 
 def alive(process: int) -> bool:

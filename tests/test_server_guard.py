@@ -13,6 +13,7 @@ import httpx2
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy.exc import OperationalError
 
 from afina.errors import BusyError, SettingsError
 from afina.server.auth import APIKeys, Principal
@@ -455,3 +456,14 @@ def test_what_nobody_reads_is_refused(open_server: Live) -> None:
             "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
         )
         assert got.status_code == 400 and got.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_locked_database_is_503(open_server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: Any, **__: Any) -> None:
+        raise OperationalError("BEGIN IMMEDIATE", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(type(open_server.state.store), "query", locked)
+    with open_server.http(open_server.admin) as http:
+        found = http.get("/v1/files")
+    assert (found.status_code, found.headers["retry-after"]) == (503, "10")
+    assert found.json()["error"]["code"] == "database_unavailable"

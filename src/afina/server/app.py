@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic_core import PydanticCustomError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -84,6 +85,7 @@ def make_app(state: ServerState, stop: Callable[[], None] = lambda: None) -> Fas
     app.add_exception_handler(PydanticCustomError, _parameter_error)
     app.add_exception_handler(AfinaError, _afina_error)
     app.add_exception_handler(OSError, _os_error)
+    app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(Exception, _unexpected_error)
     return app
 
@@ -170,6 +172,13 @@ async def _os_error(request: Request, error: Exception) -> Response:
         os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "input/output"
     )
     return server_fault(what.lower()).response()
+
+
+async def _database_error(request: Request, error: Exception) -> Response:
+    """Return 503 where the tables are locked or cannot be reached, and log the cause."""
+    LOG.error("request failed", exc_info=error, extra=request.scope["state"]["log"])
+    what = "the server's database is not available"
+    return APIError(503, what, code="database_unavailable", retry_after=10.0).response()
 
 
 async def _afina_error(request: Request, error: Exception) -> Response:

@@ -46,6 +46,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began, request_id, status = time.perf_counter(), f"req-{uuid.uuid4().hex}", 500
+        has_begun = False
         log = {"request": request_id, "method": scope["method"], "path": scope["path"]}
         scope.setdefault("state", {})["log"] = log
 
@@ -54,11 +55,11 @@ class RequestMiddleware:
             scope["method"] = "GET"
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_begun = message["status"], True
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 if "ignored" in log:
@@ -76,6 +77,12 @@ class RequestMiddleware:
                 await error.response()(scope, receive, answer)
         except ClientDisconnected:
             status = 499  # as in nginx: client closed request
+        except asyncio.CancelledError:  # the server stops, and its time for requests is over
+            if not has_begun:
+                stopping = APIError(
+                    503, "the server is stopping", code="stopping", retry_after=10.0
+                )
+                await stopping.response()(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self.state.metrics.requests.labels(route, status).inc()

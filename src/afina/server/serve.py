@@ -1,5 +1,6 @@
 """`afina serve`: builds base, engine, store, job worker and application, and runs uvicorn."""
 
+import gc
 import os
 import signal
 import threading
@@ -76,6 +77,7 @@ def serve(settings: ServeSettings | None = None, **values: Any) -> ServeResult:
     app = make_app(state, lambda: close(state))
     state.worker.start(inherited_fds=(lock.fileno(),))
     count = len(state.engine.registry.list_adapters())
+    gc.freeze()  # what is loaded stays: no collection looks at it, that at the end took a second
     LOG.info(
         "serving",
         extra={

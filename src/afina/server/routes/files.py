@@ -53,7 +53,11 @@ def upload(
             raise APIError(413, what, "file", "file_too_long")
         stream.flush()
         os.fsync(stream.fileno())
-    state.store.add(row)
+    try:
+        state.store.add(row)
+    except BaseException:  # no row would ever free the bytes
+        path_of(state, row).unlink(missing_ok=True)
+        raise
     return to_response(row)
 
 
