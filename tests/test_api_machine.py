@@ -248,6 +248,7 @@ class ApiMachine(RuleBasedStateMachine):
     def malformed(self, key: str, path: str, body: bytes) -> None:
         headers = {"content-type": "application/json"} | {"authorization": f"Bearer key-of-{key}"}
         found = _world["http"].post(path, headers=headers, content=body)
+        _world["statuses"][found.status_code] += 1
         assert 400 <= found.status_code < 500, (path, body, found.status_code, found.text)
         assert found.json()["error"]["message"]
 
