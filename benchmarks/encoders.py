@@ -350,7 +350,8 @@ def list_tags(train_rows: Rows, rows: Rows) -> list[list[str]]:
     for row in rows:
         words, tags, at = [word.lower() for word in row["tokens"]], ["O"] * len(row["tokens"]), 0
         while at < len(words):
-            sizes = (n for n in range(longest, 0, -1) if tuple(words[at : at + n]) in known)
+            spans = range(min(longest, len(words) - at), 0, -1)
+            sizes = (n for n in spans if tuple(words[at : at + n]) in known)
             size = next(sizes, 0)
             if size:
                 kind = known[tuple(words[at : at + size])].most_common(1)[0][0]

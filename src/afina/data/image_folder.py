@@ -104,8 +104,8 @@ def _read_classes(path: Path) -> Iterator[Record]:
 def _read_metadata(path: Path, metadata: Path) -> Iterator[Record]:
     """Yield the pictures below `path` with their columns, and pictures without a row as errors."""
     named: set[Path] = set()
-    file = InputFile.open(metadata)
-    for where, row in read_records(file, lambda names: True, lambda names: True):
+    table = InputFile.open(metadata)
+    for where, row in read_records(table, lambda names: True, lambda names: True):
         if isinstance(row, DataError):
             yield where, row
             continue
