@@ -42,8 +42,8 @@ def export(run: str | Path | ExportSettings | None = None, **values: Any) -> Exp
 def _gguf(settings: ExportSettings) -> ExportResult:
     """Write one file: `output` if it ends in .gguf, else a file in the folder `output`."""
     if settings.quantization != "none":
-        hint = "leave --quantization out; llama-quantize converts a GGUF file to 4 bits"
-        raise SettingsError("GGUF is written in 16 or 32 bits", where="quantization", hint=hint)
+        hint = "leave --quantization out; --outtype q4_0 has 4 bits"
+        raise SettingsError("nf4 is no number format of GGUF", where="quantization", hint=hint)
     lora = settings.format == "gguf-lora"
     if lora and settings.outtype != "auto":
         raise SettingsError(

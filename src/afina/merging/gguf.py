@@ -1,6 +1,6 @@
 """A merged model as a GGUF file with its tokenizer and chat template, for llama.cpp.
 
-blk.0.attn_q.weight    (out, in), in float32, bfloat16 or float16; norms in float32
+blk.0.attn_q.weight    (out, in), float32, bfloat16, float16 or blocks of 4 to 8 bits; norms float32
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,13 @@ from afina.io.composition import expand_composition, hash_adapter_folder, parse_
 from afina.merging.chat_export import install_chat_format
 from afina.merging.gguf_architecture import (
     GGUFArchitecture,
+    add_architecture,
     gguf_architecture,
     library,
-    write_gguf,
+    rotary_tensors,
 )
 from afina.merging.gguf_tokenizer import add_tokens
+from afina.merging.gguf_writing import BLOCK, DTYPES, file_type, stored_kind, write_gguf
 from afina.merging.merge_into_base import (
     TOLERANCE,
     check_mergeable,
@@ -38,7 +40,9 @@ from afina.models.causal_lm import CausalLM
 from afina.models.nf4 import dequantize_model
 from afina.settings import ExportSettings
 
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+PRECISE = ("token_embd.weight", "output.weight")  # 8 bits where the others have fewer
+# nats per token that blocks of 8, 5 and 4 bits may change the answers by
+BLOCK_TOLERANCE = {"q8_0": 0.05, "q5_1": 0.25, "q5_0": 0.25, "q4_1": 0.5, "q4_0": 0.5}
 
 
 def export_model(settings: ExportSettings, file: Path) -> ExportResult:
@@ -65,21 +69,25 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
     form = gguf_architecture(base.model.config, base.name)
     kind: str = settings.outtype
     if kind == "auto":
-        kind = next(name for name in TYPES if TYPES[name] == base.dtype)
+        kind = stored_kind(base.dtype)
     stops = install_chat_format(base, opened.chat_format).stop_token_ids
     digest = _adapter_hash(settings.adapter)
     embedding: Any = base.model.get_input_embeddings()
     with atomic_file(file) as new:
-        writer = gguf.GGUFWriter(new, form.family)
-        _describe(writer, gguf, base, kind)
+        writer = gguf.GGUFWriter(new, form.family.name)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(_model_name(base, form))
+        writer.add_file_type(file_type(kind))
+        add_architecture(writer, base.model.base_model, form)
         add_tokens(writer, base.tokenizer, len(embedding.weight), stops)
         if digest:
             writer.add_string("afina.adapter", digest)
-        write_gguf(writer, list(_tensors(base, form, TYPES[kind])))
+        write_gguf(writer, list(_tensors(base, form, kind)))
         read_back(base, form, new)
         proof = kl_and_agreement(adapted, probe_logits(base, probe, BASE_ONLY))
         rounded = TOLERANCE[torch.float32 if kind == "f32" else torch.bfloat16]
-        check_tolerance(proof, settings.max_kl or max(rounded, TOLERANCE[base.dtype]))
+        usual = max(BLOCK_TOLERANCE.get(kind, rounded), TOLERANCE[base.dtype])
+        check_tolerance(proof, settings.max_kl or usual)
     found: dict[str, Any] = {"base": base.name, "adapter": digest} | proof
     return ExportResult(out=str(file), format="gguf", weights=kind, **found)
 
@@ -92,28 +100,11 @@ def _adapter_hash(run: Path | None) -> str | None:
     return hash_adapter_folder(expand_composition(folder, weight)[0].folder)
 
 
-def _describe(writer: Any, gguf: Any, base: CausalLM, kind: str) -> None:
-    """Write the model's configuration under llama.cpp's names."""
-    config: Any = base.model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(base.name).name)
-    kinds = gguf.LlamaFileType
-    writer.add_file_type(
-        {"f32": kinds.ALL_F32, "bf16": kinds.MOSTLY_BF16, "f16": kinds.MOSTLY_F16}[kind]
-    )
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+def _model_name(base: CausalLM, form: GGUFArchitecture) -> str:
+    """Return the model's name; llama.cpp strips text after Phi-3's tokens where it has "phi-3"."""
+    name = Path(base.name).name
+    known = form.family.name != "phi3" or "phi-3" in name.lower()
+    return name if known else f"phi-3 {name}"
 
 
 def _parameters(base: CausalLM, form: GGUFArchitecture) -> Iterator[tuple[str, str, Tensor]]:
@@ -130,20 +121,24 @@ def _parameters(base: CausalLM, form: GGUFArchitecture) -> Iterator[tuple[str, s
 
 
 def _tensors(
-    base: CausalLM, form: GGUFArchitecture, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """Yield name, value and dtype of each tensor in the file; vectors are float32."""
+    base: CausalLM, form: GGUFArchitecture, kind: str
+) -> Iterator[tuple[str, Tensor, str]]:
+    """Yield name, value and kind of each tensor in the file; vectors are float32."""
     for name, there, tensor in _parameters(base, form):
-        order = form.order(name, len(tensor))
-        rows = tensor if order is None else tensor[order.to(tensor.device)]
-        yield there, rows, dtype if tensor.ndim > 1 else torch.float32
-    config: Any = base.model.config
-    if config.rope_parameters["rope_type"] != "default":  # stored as divisors of the default ones
-        model: Any = base.model.base_model
-        frequencies = model.rotary_emb.inv_freq.double().cpu()
-        exponents = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
-        divisors = config.rope_parameters["rope_theta"] ** -exponents / frequencies
-        yield "rope_freqs.weight", divisors, torch.float32
+        yield there, form.stored(name, tensor), _kind_of(there, tensor, kind, base.dtype)
+    for there, divisors in rotary_tensors(base.model.base_model, form).items():
+        yield there, divisors, "f32"
+
+
+def _kind_of(there: str, tensor: Tensor, kind: str, dtype: torch.dtype) -> str:
+    """Return how a tensor is stored; one that is not made of blocks keeps the base's dtype."""
+    if tensor.ndim < 2:
+        return "f32"
+    if kind in DTYPES:
+        return kind
+    if tensor.shape[-1] % BLOCK:
+        return stored_kind(dtype)
+    return "q8_0" if there in PRECISE else kind
 
 
 @torch.no_grad()
@@ -156,5 +151,4 @@ def read_back(base: CausalLM, form: GGUFArchitecture, file: Path) -> None:
         values = torch.from_numpy(
             np.array(gguf.quants.dequantize(stored.data, stored.tensor_type))
         ).view(tensor.shape)
-        order = form.order(name, len(tensor))
-        tensor.copy_(values if order is None else values[order.argsort()])
+        tensor.copy_(form.restored(name, values))

@@ -5,7 +5,6 @@ blk.0.attn_q.weight.lora_a, .lora_b    (r, in), (out, r);   y = W x + (adapter.l
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -14,8 +13,9 @@ from afina.errors import AdapterError, MergeError, SettingsError
 from afina.io.atomic import atomic_file
 from afina.io.composition import expand_composition, parse_weighted_list, recorded_base
 from afina.merging.chat_export import resolve_template
-from afina.merging.gguf_architecture import gguf_architecture, library, write_gguf
+from afina.merging.gguf_architecture import gguf_architecture, library
 from afina.merging.gguf_tokenizer import portable
+from afina.merging.gguf_writing import write_gguf
 from afina.merging.results import ExportResult
 from afina.merging.sources import AdapterSource
 from afina.models.loading import load_config, resolve_model_dir
@@ -37,7 +37,7 @@ def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
     )
     first = source.config.target_modules[0]
     alpha = source.config.scale_of(first) * source.config.rank_of(first)
-    tensors: list[tuple[str, Tensor, torch.dtype]] = []
+    tensors: list[tuple[str, Tensor, str]] = []
     for path in source.config.target_modules:
         there, low = form.name(f"{path}.weight"), source.low_rank_update(path)
         if low is None:
@@ -55,13 +55,13 @@ def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
             low.b * (low.rank / alpha) if alpha else low.b
         )  # llama.cpp does not scale by an alpha of 0
         order = form.order(f"{path}.weight", len(b))
-        tensors.append((f"{there}.lora_a", low.a, torch.float32))
-        tensors.append((f"{there}.lora_b", b if order is None else b[order], torch.float32))
+        tensors.append((f"{there}.lora_a", low.a, "f32"))
+        tensors.append((f"{there}.lora_b", b if order is None else b[order], "f32"))
     chat, template = recorded_format(source.part.folder), None
     if chat is not None:
         _, template = resolve_template(source.part.folder, chat, settings.base)
     with atomic_file(file) as new:
-        writer = gguf.GGUFWriter(new, form.family)
+        writer = gguf.GGUFWriter(new, form.family.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(source.name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

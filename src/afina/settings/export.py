@@ -21,6 +21,9 @@ class ExportSettings(MergedModelSettings):
         "without its base",
         "hf",
     )
-    outtype: Literal["auto", "f32", "bf16", "f16"] = setting(
-        "gguf: number format of the weights; by default as the base's", "auto"
+    outtype: Literal[
+        "auto", "f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
+    ] = setting(
+        "gguf: number format of the weights, q8_0 to q4_0 in 8 to 4 bits; by default as the base's",
+        "auto",
     )
