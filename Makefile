@@ -24,7 +24,7 @@ QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast lint docs formats parameters clients native peers peers-serve bench-train bench-serve clean distclean
+.PHONY: help setup demo test test-fast lint docs formats parameters exports clients native peers peers-serve bench-train bench-serve clean distclean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ formats:  ## adapters/formats.json, names and shapes of the methods' tensors, fr
 
 parameters:  ## docs/parameters.md, what the server does with each parameter, from its table
 	PYTHONPATH=src $(BIN)/python -m afina.server.parameters > docs/parameters.md
+
+exports:  ## docs/exports.md, which adapter goes into which format, from running each export (extras gguf, onnx)
+	PYTHONPATH=src $(BIN)/python docs/exports.py
 
 clients: .venv-clients/.installed  ## .venv-clients with stock clients of OpenAI's API, for tests/test_clients.py
 

@@ -30,6 +30,7 @@ TOPICS = (
     "classifiers",
     "preferences",
     "merging",
+    "exports",
     "audit",
     "exactness",
     "other_tools",

@@ -174,7 +174,7 @@ COMMANDS = {
         "target",
     ),
     "export": Command(
-        "export a model or adapter to the formats of other tools (GGUF, PEFT)",
+        "export a model or adapter to the formats of other tools (GGUF, Ollama, MLX, ONNX, PEFT)",
         settings.ExportSettings,
         "afina.merging.export:export",
         "adapter",

@@ -39,6 +39,7 @@ EXTRAS = {
     "datasets": Extra(("datasets",), "data sets of the Hugging Face Hub by name"),
     "xlsx": Extra(("openpyxl",), "rows in XLSX files"),
     "gguf": Extra(("gguf",), "export to GGUF, for llama.cpp"),
+    "onnx": Extra(("onnx", "onnxruntime", "onnxscript"), "export of classifiers to ONNX"),
     "graders": Extra(("nltk", "rapidfuzz", "rouge_score"), "ROUGE, similarities of reward graders"),
     "tensorboard": Extra(("tensorboard",), "--report-to tensorboard"),
     "wandb": Extra(("wandb",), "--report-to wandb"),

@@ -3,7 +3,7 @@
 blk.0.attn_q.weight    (out, in), float32, bfloat16, float16 or blocks of 4 to 8 bits; norms float32
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from afina.adapters.active import BASE_ONLY
 from afina.adapters.load_run import load_run
+from afina.data.renderer import Renderer
 from afina.errors import BaseError
 from afina.io.atomic import atomic_file
 from afina.io.composition import expand_composition, hash_adapter_folder, parse_weighted_list
@@ -45,7 +46,9 @@ PRECISE = ("token_embd.weight", "output.weight")  # 8 bits where the others have
 BLOCK_TOLERANCE = {"q8_0": 0.05, "q5_1": 0.25, "q5_0": 0.25, "q4_1": 0.5, "q4_0": 0.5}
 
 
-def export_model(settings: ExportSettings, file: Path) -> ExportResult:
+def export_model(
+    settings: ExportSettings, file: Path, on_renderer: Callable[[Renderer], None] | None = None
+) -> ExportResult:
     """Write base and adapter (without a run: the base alone) to `file`; return the proof.
 
     The proof is measured on the weights as the file has them.
@@ -70,7 +73,9 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
     kind: str = settings.outtype
     if kind == "auto":
         kind = stored_kind(base.dtype)
-    stops = install_chat_format(base, opened.chat_format).stop_token_ids
+    renderer = install_chat_format(base, opened.chat_format)
+    if on_renderer is not None:
+        on_renderer(renderer)
     digest = _adapter_hash(settings.adapter)
     embedding: Any = base.model.get_input_embeddings()
     with atomic_file(file) as new:
@@ -79,7 +84,7 @@ def export_model(settings: ExportSettings, file: Path) -> ExportResult:
         writer.add_name(_model_name(base, form))
         writer.add_file_type(file_type(kind))
         add_architecture(writer, base.model.base_model, form)
-        add_tokens(writer, base.tokenizer, len(embedding.weight), stops)
+        add_tokens(writer, base.tokenizer, len(embedding.weight), renderer.stop_token_ids)
         if digest:
             writer.add_string("afina.adapter", digest)
         write_gguf(writer, list(_tensors(base, form, kind)))

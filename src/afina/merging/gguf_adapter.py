@@ -6,22 +6,24 @@ blk.0.attn_q.weight.lora_a, .lora_b    (r, in), (out, r);   y = W x + (adapter.l
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from afina.adapters.load_run import recorded_format
-from afina.errors import AdapterError, MergeError, SettingsError
 from afina.io.atomic import atomic_file
-from afina.io.composition import expand_composition, parse_weighted_list, recorded_base
 from afina.merging.chat_export import resolve_template
+from afina.merging.exported_source import (
+    AdapterTarget,
+    cannot_write,
+    not_low_rank,
+    open_exported,
+)
 from afina.merging.gguf_architecture import gguf_architecture, library
 from afina.merging.gguf_tokenizer import portable
 from afina.merging.gguf_writing import write_gguf
 from afina.merging.results import ExportResult
-from afina.merging.sources import AdapterSource
-from afina.models.loading import load_config, resolve_model_dir
 from afina.settings import ExportSettings
 
 MERGED = "--format gguf writes base and adapter as one model"
+TARGET = AdapterTarget("llama.cpp", "a GGUF adapter", "gguf-lora", ("lora",), MERGED)
 
 
 def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
@@ -31,26 +33,20 @@ def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
     (alpha * sqrt(r) under rsLoRA); B of the others contains what they differ by.
     """
     gguf = library()
-    source, config = _source(settings)
-    form = gguf_architecture(
-        config, recorded_base(source.part.folder).get("name") or str(settings.base)
-    )
+    opened = open_exported(settings, TARGET)
+    source = opened.source
+    form = gguf_architecture(opened.base_config, opened.base)
     first = source.config.target_modules[0]
     alpha = source.config.scale_of(first) * source.config.rank_of(first)
     tensors: list[tuple[str, Tensor, str]] = []
     for path in source.config.target_modules:
         there, low = form.name(f"{path}.weight"), source.low_rank_update(path)
         if low is None:
-            raise _not_low(source)
+            raise not_low_rank(source, TARGET)
         tied = ("output.weight",) if form.tied else ()
         if there in (None, "token_embd.weight", *tied):
             why = f"{path} is adapted, and llama.cpp supports no lora there on this base"
-            raise AdapterError(
-                "this adapter cannot be written as GGUF",
-                where=str(source.part.folder),
-                why=why,
-                hint=MERGED,
-            )
+            raise cannot_write(source, TARGET, why)
         b = (
             low.b * (low.rank / alpha) if alpha else low.b
         )  # llama.cpp does not scale by an alpha of 0
@@ -76,68 +72,4 @@ def export_adapter(settings: ExportSettings, file: Path) -> ExportResult:
         adapter=source.hash,
         alpha=alpha,
         layers=len(tensors) // 2,
-    )
-
-
-def _source(settings: ExportSettings) -> tuple[AdapterSource, PretrainedConfig]:
-    """Return the adapter and the configuration of its base.
-
-    Raises:
-        AdapterError: It is more than low-rank updates, or not active on all tokens.
-    """
-    if settings.adapter is None:
-        raise SettingsError(
-            "no adapter is given", where="adapter", hint="afina export RUN --format gguf-lora"
-        )
-    parts = [
-        part
-        for folder, weight in parse_weighted_list(settings.adapter)
-        for part in expand_composition(folder, weight)
-    ]
-    if len(parts) > 1 or parts[0].weight != 1.0:
-        hint = "make one adapter of them: afina combine ... --merge-method svd"
-        raise AdapterError(
-            "this takes one adapter, and these are several, or weighted",
-            where=str(settings.adapter),
-            hint=hint,
-        )
-    folder = parts[0].folder
-    source = AdapterSource.open(parts[0])
-    spec = source.config
-    if spec.modules_to_save or spec.trainable_tokens:
-        owned = next(iter(spec.modules_to_save or spec.trainable_tokens))
-        raise AdapterError(
-            f"this adapter contains {owned!r}",
-            where=str(folder),
-            why="a GGUF adapter has low-rank updates only",
-            hint=MERGED,
-        )
-    if spec.invocation:
-        why = "it is active after its invocation, and llama.cpp applies a lora to all tokens"
-        raise AdapterError(
-            "an activated adapter cannot be written as GGUF",
-            where=str(folder),
-            why=why,
-            hint="afina generate",
-        )
-    if not source.is_low_rank:
-        raise _not_low(source)
-    base = recorded_base(folder)
-    name = settings.base or base.get("name")
-    if name is None:
-        raise AdapterError(
-            "this adapter does not record its base",
-            where=str(folder),
-            hint="--base PATH",
-        )
-    revision = settings.revision or (None if settings.base else base.get("revision"))
-    return source, load_config(resolve_model_dir(name, revision), name, settings.trust_remote_code)
-
-
-def _not_low(source: AdapterSource) -> MergeError:
-    why = f"llama.cpp supports low-rank updates only, and this is a {source.config.method} adapter"
-    extract = f"afina extract {source.part.folder} --max-rank 16 --output-dir LORA"
-    hint = f"{extract}, then export LORA; or {MERGED}"
-    return MergeError(
-        "this adapter cannot be written as GGUF", where=str(source.part.folder), why=why, hint=hint
     )

@@ -7,6 +7,7 @@ end at the same stop tokens. If the divergence exceeds the tolerance, nothing is
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,23 @@ def merge(run: str | Path | MergeSettings, **values: Any) -> MergeResult:
     settings = as_settings(MergeSettings, run, "adapter", values)
     require_new_directory(settings.output_dir)
     with verified_copies(settings.require_audit, [settings.adapter]) as [copy]:
-        return _merge(settings.model_copy(update={"adapter": Path(copy)}), str(settings.adapter))
+        sealed = settings.model_copy(update={"adapter": Path(copy)})
+        return write_merged(sealed, str(settings.adapter))[0]
 
 
-def _merge(settings: MergeSettings, where: str) -> MergeResult:
+def write_merged(
+    settings: MergeSettings, where: str, check: Callable[[FrozenModel], None] | None = None
+) -> tuple[MergeResult, FrozenModel]:
+    """Merge as `merge` does; return the proof, and the merged model as loaded from its files.
+
+    `check` is called with the base, and may raise an error.
+    """
     opened = load_run(settings.adapter, settings, allow_other_base=settings.allow_other_base)
     base, adapter = opened.base, opened.adapter
     assert adapter is not None
     check_mergeable(base, adapter, where)
+    if check is not None:
+        check(base)
     probe = make_probe(base)
     adapted = probe_logits(base, probe, adapter.active)
     renderer, chat = None, None
@@ -99,7 +109,7 @@ def _merge(settings: MergeSettings, where: str) -> MergeResult:
         about: dict[str, Any] = {"base": base.name, "adapter": digest}
         chat_entry = {CHAT_KEY: renderer.chat_format.record()} if renderer is not None else {}
         write_json(folder / "merge.json", about | proof | chat_entry)
-    return MergeResult(out=str(settings.output_dir), **about, **proof)
+    return MergeResult(out=str(settings.output_dir), **about, **proof), merged
 
 
 def _save_preprocessing(base: FrozenModel, folder: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afina.errors import pluralize
-from afina.io.result import Content, Result, ResultTable, ResultText, optional
+from afina.io.result import Content, Result, ResultTable, ResultText, next_command, optional
 from afina.settings import POLICIES
 
 LOW_ENERGY = 0.9  # mean retained energy below which the result may differ much from the exact sum
@@ -30,11 +30,13 @@ class MergeResult(Result):
     weights: str | None = optional()
     alpha: float | None = optional()
     layers: int | None = optional()
+    max_onnx_difference: float | None = optional()
+    next_command: str | None = optional()
 
     def content(self) -> list[Content]:
         """Return the path of the model and, of a merged one, its difference to the adapted one."""
         if self.kl is None:
-            return [ResultText(f"written: {self.out}")]
+            return [ResultText(f"written: {self.out}"), *next_command(self.next_command)]
         agreement = 100 * (self.greedy_agreement or 0.0)
         positions = pluralize(self.probe_tokens or 0, "position")
         rows = [
@@ -44,7 +46,9 @@ class MergeResult(Result):
         if self.loss_merged is not None:
             losses = f"{self.loss_adapted:.4f} adapted, {self.loss_merged:.4f} merged"
             rows.append(("retention loss", losses))
-        return [ResultTable(f"written: {self.out}", rows)]
+        if self.max_onnx_difference is not None:
+            rows.append(("largest difference of ONNX Runtime", f"{self.max_onnx_difference:.3g}"))
+        return [ResultTable(f"written: {self.out}", rows), *next_command(self.next_command)]
 
 
 ExportResult = MergeResult
