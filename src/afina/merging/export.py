@@ -142,7 +142,7 @@ FORMATS = {
     ),
     "onnx": ExportFormat(
         export_onnx,
-        "python -c 'import onnxruntime; print(onnxruntime.InferenceSession(\"{onnx}\").get_inputs())'",
+        "python -c 'import onnxruntime as o; print(o.InferenceSession(\"{onnx}\").get_inputs())'",
         unused=("dtype", "quantization", "outtype"),
     ),
 }

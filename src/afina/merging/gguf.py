@@ -25,7 +25,7 @@ from afina.merging.gguf_architecture import (
     library,
     rotary_tensors,
 )
-from afina.merging.gguf_tokenizer import add_tokens
+from afina.merging.gguf_tokenizer import add_tokens, model_name
 from afina.merging.gguf_writing import BLOCK, DTYPES, file_type, stored_kind, write_gguf
 from afina.merging.merge_into_base import (
     TOLERANCE,
@@ -81,7 +81,7 @@ def export_model(
     with atomic_file(file) as new:
         writer = gguf.GGUFWriter(new, form.family.name)
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(_model_name(base, form))
+        writer.add_name(model_name(Path(base.name).name, base.tokenizer))
         writer.add_file_type(file_type(kind))
         add_architecture(writer, base.model.base_model, form)
         add_tokens(writer, base.tokenizer, len(embedding.weight), renderer.stop_token_ids)
@@ -103,13 +103,6 @@ def _adapter_hash(run: Path | None) -> str | None:
         return None
     [(folder, weight)] = parse_weighted_list(run)
     return hash_adapter_folder(expand_composition(folder, weight)[0].folder)
-
-
-def _model_name(base: CausalLM, form: GGUFArchitecture) -> str:
-    """Return the model's name; llama.cpp strips text after Phi-3's tokens where it has "phi-3"."""
-    name = Path(base.name).name
-    known = form.family.name != "phi3" or "phi-3" in name.lower()
-    return name if known else f"phi-3 {name}"
 
 
 def _parameters(base: CausalLM, form: GGUFArchitecture) -> Iterator[tuple[str, str, Tensor]]:

@@ -1,9 +1,10 @@
 """A SentencePiece tokenizer in a GGUF file: pieces with scores, bytes for the rest.
 
-llama.cpp joins the two neighbors whose piece has the highest score, the leftmost first; tokenizer.json
-has the pairs in the order in which they are joined. The score of a piece is therefore minus the rank
-of its first pair. Metaspace adds no space to a text that begins with one, and llama.cpp does: that
-text is not compared. What else llama.cpp would make of the probe texts is compared with the tokenizer.
+llama.cpp joins the two neighbors whose piece has the highest score, the leftmost first;
+tokenizer.json has the pairs in the order in which they are joined. The score of a piece is
+therefore minus the rank of its first pair. Metaspace adds no space to a text that begins with one,
+and llama.cpp does: that text is not compared. What else llama.cpp would make of the probe texts is
+compared with the tokenizer.
 """
 
 import json

@@ -1,8 +1,8 @@
 """A tokenizer in a GGUF file: byte-level BPE, llama.cpp's "gpt2", or SentencePiece, its "llama".
 
-Of byte-level BPE llama.cpp selects pre-tokenization rules by name and not by pattern; a tokenizer whose rules have no
-name there would give other tokens, and is an error. llama.cpp does not normalize Unicode (Qwen's
-tokenizer does): text that is not in form NFC gets other tokens there.
+Of byte-level BPE llama.cpp selects pre-tokenization rules by name and not by pattern; a tokenizer
+whose rules have no name there would give other tokens, and is an error. llama.cpp does not
+normalize Unicode (Qwen's tokenizer does): text that is not in form NFC gets other tokens there.
 """
 
 import json
@@ -101,6 +101,17 @@ def add_tokens(
         add(end)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(portable(str(tokenizer.chat_template)))
+
+
+def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a name by which llama.cpp strips white space after special tokens, or does not.
+
+    It does so, as Phi-3's tokenizer does, where the name has "phi-3" or "phi3".
+    """
+    strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    if not strips:
+        return re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE)
+    return name if re.search("phi-?3", name, re.IGNORECASE) else f"phi-3 {name}"
 
 
 def _add_pieces(

@@ -1,7 +1,7 @@
 """A Modelfile beside a GGUF file, from which `ollama create` makes a model.
 
     FROM ./model.gguf
-    TEMPLATE    the chat template as a Go template, from what the template writes around each message
+    TEMPLATE    the chat template as a Go template, from what it writes around each message
     SYSTEM      the system message that the template writes by itself
     PARAMETER   stop: one for each stop token
 

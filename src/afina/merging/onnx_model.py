@@ -2,14 +2,17 @@
 
     model.onnx    input_ids, attention_mask (rows, length)      -> logits (rows, classes)
                   pixel_values (rows, channels, height, width)  -> logits (rows, classes)
-                  input_ids, attention_mask (rows, length)      -> embedding (rows, width)
+                  input_ids, attention_mask (rows, length)      -> sentence_embedding (rows, width)
 
 Rows and length may have any size. The file's answers are compared with those of the merged model,
 which is itself compared with the adapted one.
 """
 
+import logging
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +34,7 @@ from afina.models.loading import silence_transformers
 from afina.settings import ExportSettings, MergedModelSettings, MergeSettings
 
 MODEL_FILE = "model.onnx"
+VECTOR = "sentence_embedding"  # "embedding" is a name that the exporter gives
 MAX_DIFFERENCE = 1e-3  # of logits, or of elements of a vector of length 1
 WEIGHTS = (".safetensors", ".bin", ".index.json")
 COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
@@ -96,7 +100,7 @@ def _write(merged: Classifier, merged_dir: Path, file: Path) -> float:
     names = [name for name in COLUMNS if name in probe]
     # loaded again: the modules of `merged` read packed rows
     kind: Any = type(merged.model)
-    with silence_transformers():
+    with silence_transformers(), _silence_exporter():
         model = kind.from_pretrained(merged_dir, attn_implementation="eager", dtype=torch.float32)
         wrapped = _Outputs(model, merged, names).eval()
         wrapped.requires_grad_(False)
@@ -105,7 +109,7 @@ def _write(merged: Classifier, merged_dir: Path, file: Path) -> float:
             tuple(probe[name] for name in names),
             file,
             input_names=names,
-            output_names=["embedding" if isinstance(merged, Encoder) else "logits"],
+            output_names=[VECTOR if isinstance(merged, Encoder) else "logits"],
             dynamic_shapes=(tuple(_free_sizes(name) for name in names),),
             external_data=False,
             verbose=False,
@@ -123,6 +127,20 @@ def _write(merged: Classifier, merged_dir: Path, file: Path) -> float:
     return difference
 
 
+@contextmanager
+def _silence_exporter() -> Iterator[None]:
+    """Leave out warnings of packages that are not needed, and of PyTorch's own use of itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _free_sizes(name: str) -> dict[int, Any]:
     """Return the sizes of an input that may differ from the example's."""
     rows = {0: torch.export.Dim.DYNAMIC}
@@ -134,6 +152,8 @@ def _difference(merged: Classifier, file: Path, inputs: Mapping[str, Tensor]) ->
     runtime: Any = import_extra("onnxruntime", "onnx")
     session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
     given = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
-    is_encoder = isinstance(merged, Encoder)
-    expected = merged.embed(dict(inputs)) if is_encoder else merged.logits(dict(inputs))  # type: ignore[union-attr]
+    if isinstance(merged, Encoder):
+        expected = merged.embed(dict(inputs))
+    else:
+        expected = merged.logits(dict(inputs))
     return float((torch.from_numpy(given) - expected).abs().max())
