@@ -89,8 +89,11 @@ def _read_mlx(folder: Path) -> tuple[dict[str, ModuleFactors], str | None]:
 def _read_gguf(file: Path, settings: ExportSettings) -> tuple[dict[str, ModuleFactors], None]:
     gguf = library()
     reader = gguf.GGUFReader(file)
-    told = {name: field.contents() for name, field in reader.fields.items()}
-    if (told.get("general.type"), told.get("adapter.type")) != ("adapter", "lora"):
+    values_by_key = {name: field.contents() for name, field in reader.fields.items()}
+    if (values_by_key.get("general.type"), values_by_key.get("adapter.type")) != (
+        "adapter",
+        "lora",
+    ):
         what = "this GGUF file has no LoRA"
         raise AdapterError(what, where=str(file), hint="a run or adapter folder")
     if settings.base is None:
@@ -117,7 +120,9 @@ def _read_gguf(file: Path, settings: ExportSettings) -> tuple[dict[str, ModuleFa
         if name not in paths:
             raise AdapterError(f"the base has no module for {name}", where=str(file))
         a, b = values[f"{name}.lora_a"], values[f"{name}.lora_b"]
-        scale = float(told["adapter.lora.alpha"]) / len(a) or 1.0  # 0: llama.cpp does not scale
+        scale = (
+            float(values_by_key["adapter.lora.alpha"]) / len(a) or 1.0
+        )  # 0: llama.cpp does not scale
         path = paths[name]
         modules[path] = ModuleFactors(a, scale * form.restored(f"{path}.weight", b))
     return modules, None

@@ -129,7 +129,7 @@ def _tensors(
 
 
 def _kind_of(there: str, tensor: Tensor, kind: str, dtype: torch.dtype) -> str:
-    """Return how a tensor is stored; one that is not made of blocks keeps the base's dtype."""
+    """Return how a tensor is stored; one without entire blocks keeps the base's dtype."""
     if tensor.ndim < 2:
         return "f32"
     if kind in DTYPES:

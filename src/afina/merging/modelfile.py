@@ -1,4 +1,4 @@
-"""A Modelfile beside a GGUF file, from which `ollama create` makes a model.
+"""A Modelfile alongside a GGUF file, from which `ollama create` makes a model.
 
     FROM ./model.gguf
     TEMPLATE    the chat template as a Go template, from what it writes around each message
@@ -71,11 +71,11 @@ class TurnTexts:
         default = begin.removesuffix(before_user)
         start, system, is_folded, own = default, ("", ""), False, ""
         try:
-            asked = render([{"role": "system", "content": SYSTEM}, user], False)
+            with_system = render([{"role": "system", "content": SYSTEM}, user], False)
         except DataError:
-            asked = ""
-        if SYSTEM in asked:
-            head, rest = _cut(asked, SYSTEM)
+            with_system = ""
+        if SYSTEM in with_system:
+            head, rest = _cut(with_system, SYSTEM)
             link = _cut(rest, USER)[0]
             is_folded = not link.endswith(before_user) and head.endswith(before_user)
             if is_folded:
@@ -145,7 +145,7 @@ class TurnTexts:
 
 
 def _cut(text: str, mark: str) -> tuple[str, str]:
-    """Return what is before and after the one place of `mark`."""
+    """Return what is before and after the one occurrence of `mark`."""
     before, found, after = text.partition(mark)
     if not found or mark in after:
         raise ValueError("it changes the messages")

@@ -1,4 +1,4 @@
-"""A merged classifier or encoder as an ONNX file, with what turns inputs into tensors beside it.
+"""A merged classifier or encoder as an ONNX file, with what turns inputs into tensors alongside.
 
     model.onnx    input_ids, attention_mask (rows, length)      -> logits (rows, classes)
                   pixel_values (rows, channels, height, width)  -> logits (rows, classes)
