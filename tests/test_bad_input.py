@@ -23,7 +23,12 @@ from afina.io.atomic import atomic_directory
 from afina.models.convert import convert
 from afina.models.loading import load_base
 from afina.settings import TrainSettings
+from afina.training import finish
+from afina.training.checkpoint import TrainerState
+from afina.training.run_card import plot_losses
+from afina.training.setup.processes import SINGLE_PROCESS
 from afina.training.setup.set_up import default_out
+from afina.training.trainer import Trainer
 from helpers import flat_run, logits, metrics, same, save_model, tiny_tokenizer, write_rows
 
 CHAT = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a a"}]}
@@ -640,6 +645,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     settings = {"max_steps": 6, "learning_rate": 1e-3, "dropout": 0.1}
     whole = train(output_dir=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
+        patch.setattr(finish, "plot_losses", plot_losses)  # drawn, else a full disk is not met
         module, _, name = place.rpartition(".")
         target: Any = (
             pytest.importorskip(module)
@@ -780,7 +786,15 @@ def test_a_eval_loss_that_is_not_finite_keeps_what_was_good(train: Train, tmp_pa
     assert all(bool(t.isfinite().all()) for t in state.values() if t.is_floating_point())
 
 
-@pytest.mark.slow
+def test_an_eval_loss_before_the_first_step_is_named(tmp_path: Path) -> None:
+    """That of a head which starts as a probe: no step is done, and none is taken back."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.progress, trainer.world, trainer.run = TrainerState(), SINGLE_PROCESS, tmp_path
+    with pytest.raises(TrainingError, match="eval loss is not finite at step 0"):
+        trainer.keep_best(float("nan"))
+    assert trainer.progress.step == 0
+
+
 def test_a_poisoned_parameter_stops_the_run_at_its_step(
     train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

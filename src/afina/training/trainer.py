@@ -190,8 +190,7 @@ class Trainer:
         """Return the loss of the main process; save the adapter if it is the best so far."""
         progress, loss = self.progress, self.world.broadcast(eval_loss)
         if not math.isfinite(loss):  # before saving: the best adapter so far is kept
-            progress.step -= 1
-            raise self.not_finite("eval loss")
+            raise self.not_finite("eval loss", progress.step - 1)
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.num_bad_evals = loss, progress.step, 0
             if self.world.is_main_process:
@@ -210,14 +209,20 @@ class Trainer:
         for tracker in self.trackers:
             tracker.log(numbers, tick.step)
 
-    def not_finite(self, what: str) -> TrainingError:
-        """Return the error for `what` that is not finite: step, rows and hint."""
-        step = self.progress.step
-        rows = self.setup.prepared.task.row_locations(step)
+    def not_finite(self, what: str, step: int | None = None) -> TrainingError:
+        """Return the error for `what` that is not finite: step, rows and hint.
+
+        Args:
+            what: Name of the number.
+            step: Steps done before the one it belongs to, by default all; -1 before the first.
+        """
+        step = self.progress.step if step is None else step
+        rows = self.setup.prepared.task.row_locations(step) if step >= 0 else []
+        some = f"rows of this step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         return TrainingError(
             f"the {what} is not finite at step {step + 1}",
             where=str(self.run),
-            why=f"rows of this step: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+            why=some if rows else None,
             hint="start again with a lower --learning-rate, or --dtype float32; "
             "the best adapter so far is kept in adapter/",
         )
