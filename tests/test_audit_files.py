@@ -25,8 +25,9 @@ from afina.audit.report import Gate, run_gate
 from afina.errors import AdapterError
 from afina.io.adapter_folder import CONFIG_FILE as CONFIG
 from afina.io.adapter_folder import WEIGHTS_FILE as WEIGHTS
+from afina.io.adapter_folder import AdapterFolder
 from afina.io.adapter_metadata import METADATA_FILE as STORY
-from afina.io.composition import hash_adapter_folder, read_config
+from afina.io.composition import hash_adapter_folder
 from afina.io.hashing import adapter_hash
 from afina.io.name_patterns import (
     MAX_WILD_PATTERNS,
@@ -99,7 +100,7 @@ def test_our_own_adapters_pass_and_have_their_hash(
     package = check_files(tmp_path / "a", BaseFiles(tiny), gate)
     assert gate.findings == []
     assert adapter_hash(
-        package.tensors_hash, read_config(tmp_path / "a").canonical()
+        package.tensors_hash, AdapterFolder.open(tmp_path / "a").config().canonical()
     ) == hash_adapter_folder(tmp_path / "a")
 
 

@@ -260,7 +260,8 @@ class Target:
         from afina.audit.file_gate import check_files
         from afina.audit.report import Gate
         from afina.errors import AfinaError
-        from afina.io.composition import hash_adapter_folder, read_config
+        from afina.io.adapter_folder import AdapterFolder
+        from afina.io.composition import hash_adapter_folder
         from afina.io.hashing import adapter_hash
 
         for name, content in zip((CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE), parts, strict=True):
@@ -276,7 +277,7 @@ class Target:
             assert np.isfinite(package.norms[entry.name])
         with contextlib.suppress(AfinaError):  # what no loader of ours reads is no danger
             assert adapter_hash(
-                package.tensors, read_config(self.place).canonical()
+                package.tensors, AdapterFolder.open(self.place).config().canonical()
             ) == hash_adapter_folder(self.place)
 
 

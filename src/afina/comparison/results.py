@@ -54,12 +54,6 @@ class ComparisonResult(Result):
 
         return render_report(self, "report.md", self.settings["lang"])
 
-    def to_html(self) -> str:
-        """Return report.html, without external resources, in the language of the settings."""
-        from afina.comparison.report import render_report
-
-        return render_report(self, "report.html", self.settings["lang"])
-
     def write_report(self) -> None:
         """Write report.md and report.html into the comparison's folder."""
         from afina.comparison.report import write_report

@@ -20,7 +20,6 @@ from typing import Any
 
 import afina
 from afina.errors import AdapterError, SettingsError
-from afina.io.adapter_config import AdapterConfig
 from afina.io.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, adapter_folder
 from afina.io.adapter_metadata import (
     FORMAT_VERSION,
@@ -127,11 +126,6 @@ def _parse_part(path: Path, line: Any, where: str) -> tuple[Path, str, float]:
         location = f"{where}: {relative[:80]}"
         raise AdapterError("a part lies outside its composition", where=location)
     return folder, digest, float(weight)
-
-
-def read_config(folder: Path) -> AdapterConfig:
-    """Return the configuration of the adapter in `folder`."""
-    return AdapterFolder.open(folder).config()
 
 
 def hash_adapter_folder(folder: Path) -> str:
