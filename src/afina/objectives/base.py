@@ -80,6 +80,8 @@ class Objective:
     supports_processes: ClassVar[bool] = True  # runs under torchrun and FSDP
     maximizes_reward: ClassVar[bool] = False  # eval loss is minus the mean reward
     has_baseline: ClassVar[bool] = True  # the base without the adapter can be evaluated
+    renders_chats: ClassVar[bool] = True  # rows are prompts and answers of a language model
+    chunks_texts: ClassVar[bool] = False  # texts are trained in chunks, of any length
     planned_by_tokens: ClassVar[bool] = False  # steps can be planned without loading the base
     planned_by_trial: ClassVar[bool] = False  # the planner tries small passes, and counts no layers
     report_key: ClassVar[str | None] = None  # of what `report` returns, in run.json

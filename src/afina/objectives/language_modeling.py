@@ -175,3 +175,5 @@ class SFTObjective(LanguageModelingObjective):
 @register_objective("pretrain")
 class PretrainObjective(LanguageModelingObjective):
     """Continued pretraining: next-token prediction on all tokens of a text."""
+
+    chunks_texts = True

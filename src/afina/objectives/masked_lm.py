@@ -48,6 +48,7 @@ class MaskedLMObjective(PaddedObjective):
     """Prediction of masked tokens; eval rows are masked the same way each time."""
 
     units = Units("masked token")
+    chunks_texts = True
 
     def next_command(self, folder: Path) -> str:
         """Return the command that merges the adapter into its encoder."""

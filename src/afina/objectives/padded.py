@@ -58,7 +58,7 @@ class PaddedObjective(Objective):
     """
 
     shares_base = False
-    planned_by_trial = True
+    renders_chats = False
     base: Classifier
 
     def __init__(

@@ -7,19 +7,10 @@ from typing import NamedTuple
 from afina.adapters.presets import get_preset
 from afina.adapters.registry import get_method
 from afina.errors import SettingsError
+from afina.objectives.base import Objective
+from afina.objectives.registry import get_objective
 from afina.settings import TrainSettings
 from afina.settings.common import EMBEDDED
-
-ENCODER_OBJECTIVES = (
-    "classify",
-    "embed",
-    "rerank",
-    "tag",
-    "mlm",
-)  # no text is generated, so there is no chat
-
-
-CHUNKED_OBJECTIVES = ("pretrain", "mlm")
 
 
 class NoEffect(NamedTuple):
@@ -38,8 +29,13 @@ def _is_not_activated(settings: TrainSettings) -> bool:
     return not get_preset(settings.method, 1).is_activated
 
 
-def _is_encoder(settings: TrainSettings) -> bool:
-    return settings.objective in ENCODER_OBJECTIVES
+def _has_no_chats(settings: TrainSettings) -> bool:
+    return not _objective(settings).renders_chats
+
+
+def _objective(settings: TrainSettings) -> type[Objective]:
+    # auto is left where the rows are texts
+    return get_objective("sft" if settings.objective == "auto" else settings.objective)
 
 
 def _is_local(settings: TrainSettings) -> bool:
@@ -47,7 +43,7 @@ def _is_local(settings: TrainSettings) -> bool:
 
 
 _NO_RANK = NoEffect(_replaces_base, "this method trains the weights themselves", "--method lora")
-_NO_CHAT = NoEffect(_is_encoder, "the rows of this objective are no chats", "leave it out")
+_NO_CHAT = NoEffect(_has_no_chats, "the rows of this objective are no chats", "leave it out")
 NO_EFFECT: dict[str, NoEffect] = {
     "alpha": _NO_RANK,
     "scaling": _NO_RANK,
@@ -55,7 +51,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "chat_template": _NO_CHAT,
     "template_kwargs": _NO_CHAT,
     "allow_control_tokens": _NO_CHAT,
-    "new_tokens": NoEffect(_is_encoder, "only language models have new tokens", "leave it out"),
+    "new_tokens": NoEffect(_has_no_chats, "only language models have new tokens", "leave it out"),
     "invocation": NoEffect(
         _is_not_activated, "only an activated method has an invocation", "--method alora"
     ),
@@ -70,7 +66,7 @@ NO_EFFECT: dict[str, NoEffect] = {
         "leave one of the two out",
     ),
     "truncate": NoEffect(
-        lambda settings: settings.objective in CHUNKED_OBJECTIVES,
+        lambda settings: _objective(settings).chunks_texts,
         "texts of any length are trained in chunks of max_length tokens",
         "leave it out",
     ),
