@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,10 @@ class ClassificationObjective(ProbedObjective):
     default_learning_rate_factor = 0.25
     settings_class = ClassifySettings
 
-    def __init__(
-        self,
-        base: Classifier,
-        train: Sequence[Any],
-        eval_rows: Sequence[Any],
-        batch_tokens: int,
-        accumulate: int,
-        seed: int,
-        task: LabelTask | None = None,
-    ) -> None:
-        super().__init__(base, train, eval_rows, batch_tokens, accumulate, seed)
-        self.task = task or LabelTask(base.task, base.labels)
+    @cached_property
+    def task(self) -> LabelTask:
+        """Task of the base's head; `prepare` sets the one of the rows and the settings."""
+        return LabelTask(self.base.task, self.base.labels)
 
     def next_command(self, folder: Path) -> str:
         """Return the command that classifies an image, a text or a pair of texts."""
@@ -126,8 +118,8 @@ class ClassificationObjective(ProbedObjective):
         label_task = replace(label_task, labels=base.labels)
         not_evaluated = _not_evaluated(label_task, rows, eval_labeled)
         tokens, accumulation = settings.max_tokens_per_batch, settings.gradient_accumulation_steps
-        task = cls(base, train, eval_rows, tokens, accumulation, settings.seed, label_task)
-        task.options = options
+        task = cls(base, train, eval_rows, tokens, accumulation, settings.seed)
+        task.task, task.options = label_task, options
         choices = "classes" if label_task.kind == CLASSES else ""
         task.units = Units("row", choices, "picture" if pictures else "token")
         return PreparedData(
@@ -208,23 +200,31 @@ class ClassificationObjective(ProbedObjective):
         return found
 
     @torch.no_grad()
-    def row_logits(self, rows: Sequence[ClassificationExample], active: ActiveAdapters) -> Tensor:
-        """Return the scores of rows `(num_rows, num_outputs)`, on the CPU."""
-        return torch.cat([self.logits(batch, active).cpu() for batch in self.batches(rows)])
+    def row_logits(
+        self, rows: Sequence[ClassificationExample], active: ActiveAdapters
+    ) -> tuple[Tensor, float]:
+        """Return the scores of rows `(num_rows, num_outputs)`, on the CPU, and their mean loss."""
+        logits, losses = [], []
+        for batch in self.batches(rows):
+            scores = self.logits(batch, active)
+            total = self.task.losses(scores, batch.targets).sum().item()
+            losses.append(LossSum(total, self.num_targets(batch)))
+            logits.append(scores.cpu())
+        return torch.cat(logits), LossSum.mean(losses)
 
     def predictions(
         self, rows: Sequence[ClassificationExample], active: ActiveAdapters
     ) -> list[int]:
         """Return the most probable class of each row."""
-        return self.row_logits(rows, active).argmax(-1).tolist()
+        return self.row_logits(rows, active)[0].argmax(-1).tolist()
 
     def evaluate(self, active: ActiveAdapters) -> dict[str, Any]:
         """Return the loss of the eval rows (nats per row), and in `classes` the task's scores."""
-        logits = self.row_logits(self.eval_rows, active)
+        logits, loss = self.row_logits(self.eval_rows, active)
         scores = self.task.scores(logits, [row.target for row in self.eval_rows])
         scores |= {"labels": list(self.base.labels), "rows": len(self.eval_rows)}
         scores |= {} if self.task.kind == CLASSES else {"task": self.task.kind}
-        return {"loss": self.eval_loss(active), "classes": scores}
+        return {"loss": loss, "classes": scores}
 
     def report(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         """Return the scores of the trained classifier and, in a run, those of the linear probe."""

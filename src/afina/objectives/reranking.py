@@ -122,12 +122,12 @@ class RerankingObjective(ClassificationObjective):
 
         A query counts in rankings if it has several passages, and one of them is relevant.
         """
-        logits = self.row_logits(self.eval_rows, active)
+        logits, loss = self.row_logits(self.eval_rows, active)
         targets = [row.target for row in self.eval_rows]
         rankings = self._rankings(logits[:, 0])
         scores = ranking_scores(rankings) | self.task.scores(logits, targets)
         scores |= {"queries": len(rankings), "rows": len(targets), "task": self.task.kind}
-        return {"loss": self.eval_loss(active), "classes": scores}
+        return {"loss": loss, "classes": scores}
 
     def _rankings(self, scores: Tensor) -> list[RankedItems]:
         """Return the ranking of each query's passages."""
