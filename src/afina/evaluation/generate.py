@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from afina.adapters.active import ActiveAdapters
-from afina.adapters.load_run import load_run
+from afina.adapters.load_run import LoadedRun, load_run
 from afina.data.images import read_image
 from afina.data.renderer import Renderer
 from afina.data.schemas import EMBEDDING, TaggedRow
@@ -49,14 +49,34 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
         for line in (sys.stdin.read().splitlines() if p == "-" else [p])
         if line
     ]
+    return GenerateResult(
+        base=opened.base.name,
+        adapter=str(settings.adapter) if opened.active else None,
+        answers=_answers(opened, texts, settings),
+    )
+
+
+def _answers(
+    opened: LoadedRun, texts: Sequence[str], settings: GenerateSettings
+) -> list[dict[str, Any]]:
+    """Return the result for each text, by the kind of the base."""
+    if not texts:
+        return []
     if isinstance(opened.base, Encoder):
-        return _embed(opened.base, opened.active, texts, settings)
+        return _embed(opened.base, opened.active, texts, Path(str(settings.adapter)))
     if isinstance(opened.base, Classifier) and opened.base.task == TAGS_TASK:
-        return _tag(opened.base, opened.active, texts, settings)
+        return _tag(opened.base, opened.active, texts)
     if isinstance(opened.base, Classifier) and opened.base.labels:
         has_pairs = bool(((opened.run or {}).get("data") or {}).get("pairs"))
-        return _label(opened.base, opened.active, texts, settings, has_pairs)
-    base, active = opened.causal_lm, opened.active
+        return _label(opened.base, opened.active, texts, has_pairs)
+    return _complete(opened, texts, settings)
+
+
+def _complete(
+    opened: LoadedRun, texts: Sequence[str], settings: GenerateSettings
+) -> list[dict[str, Any]]:
+    """Return the completion of each text."""
+    base = opened.causal_lm
     renderer = Renderer(
         base.tokenizer,
         "plain" if settings.ignore_chat_template else opened.chat_format,
@@ -69,32 +89,24 @@ def generate(prompts: Sequence[str] | GenerateSettings, **values: Any) -> Genera
         base,
         [renderer.prompt(text) for text in texts],
         sampling,
-        active,
+        opened.active,
         renderer.stop_token_ids,
     )
-    return GenerateResult(
-        base=base.name,
-        adapter=str(settings.adapter) if active else None,
-        answers=[
-            {
-                "prompt": prompt,
-                "text": completion.text,
-                "tokens": len(completion.token_ids),
-                "stopped": completion.ended_by_stop,
-            }
-            for prompt, completion in zip(texts, completions, strict=True)
-        ],
-    )
+    return [
+        {
+            "prompt": prompt,
+            "text": completion.text,
+            "tokens": len(completion.token_ids),
+            "stopped": completion.ended_by_stop,
+        }
+        for prompt, completion in zip(texts, completions, strict=True)
+    ]
 
 
 @torch.no_grad()
 def _label(
-    base: Classifier,
-    active: ActiveAdapters,
-    prompts: Sequence[str],
-    settings: GenerateSettings,
-    has_pairs: bool,
-) -> GenerateResult:
+    base: Classifier, active: ActiveAdapters, prompts: Sequence[str], has_pairs: bool
+) -> list[dict[str, Any]]:
     """Return what each text, pair of texts or image is classified as, one at a time."""
     answers = []
     for prompt in prompts:
@@ -108,27 +120,22 @@ def _label(
             text, share = LabelTask(base.task, base.labels).answer(base.logits(rows)[0])
         known = {} if share is None else {"share": share}
         answers.append({"prompt": prompt, "text": text} | known)
-    adapter = str(settings.adapter) if active else None
-    return GenerateResult(base=base.name, adapter=adapter, answers=answers)
+    return answers
 
 
 @torch.no_grad()
-def _tag(
-    base: Classifier, active: ActiveAdapters, prompts: Sequence[str], settings: GenerateSettings
-) -> GenerateResult:
+def _tag(base: Classifier, active: ActiveAdapters, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """Return the entities of each text, or the tag of each word where tags are no entities."""
     has_entities, answers = are_entity_tags(base.labels), []
-    for prompt in prompts:
-        words = re.findall(r"\w+|[^\w\s]", prompt)
-        rows = tokenize_tagged_rows(
-            base,
-            [TaggedRow(prompt[:40], tuple(words), (base.labels[0],) * len(words))],
-            base.max_positions,
-            None,
-        )
-        [tags] = TaggingObjective(base, rows, rows, base.max_positions, 1, 0).predictions(
-            rows, active
-        )
+    split = [re.findall(r"\w+|[^\w\s]", prompt) for prompt in prompts]
+    tagged = [
+        TaggedRow(prompt[:40], tuple(words), (base.labels[0],) * len(words))
+        for prompt, words in zip(prompts, split, strict=True)
+    ]
+    rows = tokenize_tagged_rows(base, tagged, base.max_positions, None)
+    objective = TaggingObjective(base, rows, rows, base.max_positions, 1, 0)
+    found = objective.predictions(rows, active)
+    for prompt, words, tags in zip(prompts, split, found, strict=True):
         entities = [
             {"type": one.type, "text": " ".join(words[one.start : one.end])}
             for one in find_entities(tags)
@@ -139,14 +146,13 @@ def _tag(
             text = " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
         answers.append({"prompt": prompt, "text": text, "words": words, "tags": list(tags)})
         answers[-1] |= {"entities": entities} if has_entities else {}
-    adapter = str(settings.adapter) if active else None
-    return GenerateResult(base=base.name, adapter=adapter, answers=answers)
+    return answers
 
 
 @torch.no_grad()
 def _embed(
-    base: Encoder, active: ActiveAdapters, prompts: Sequence[str], settings: GenerateSettings
-) -> GenerateResult:
+    base: Encoder, active: ActiveAdapters, prompts: Sequence[str], run: Path
+) -> list[dict[str, Any]]:
     """Return the vector of each text, and the nearest other text among the eval rows of the run."""
     length = default_length(base)
 
@@ -158,7 +164,7 @@ def _embed(
             ]
         return torch.cat(parts)
 
-    file = recorded_eval_rows(Path(str(settings.adapter)))
+    file = recorded_eval_rows(run)
     rows = read_table(file, EMBEDDING).rows if file.is_file() else []
     known = list(dict.fromkeys(t for row in rows for t in (*row.positives, *row.negatives)))
     found = vectors(prompts)
@@ -171,8 +177,7 @@ def _embed(
             best = int(cosines.argmax())
             near = {"text": known[best], "similarity": float(cosines[best])}
         answers.append({"prompt": prompt} | near | {"embedding": vector.tolist()})
-    adapter = str(settings.adapter) if active else None
-    return GenerateResult(base=base.name, adapter=adapter, answers=answers)
+    return answers
 
 
 def _split_pair(prompt: str) -> tuple[str, str]:
