@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from afina.adapters.attach import Adapter, attach
 from afina.adapters.segments import NO_ADAPTERS, Segments
 from afina.adapters.target_selection import resolve_target_modules
 from afina.cli.main import run as run_command
+from afina.comparison.cost_probe import measure
 from afina.engine.engine import generate_completions
 from afina.engine.request import SamplingParams
 from afina.io.adapter_config import AdapterConfig
@@ -177,6 +180,25 @@ def afina(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str
     )
 
 
+def until(wanted: Callable[[], Any], seconds: float = 250.0) -> Any:
+    """What `wanted` gives, once it gives something: on a busy machine that takes minutes."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := wanted():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s: {wanted}")
+
+
+def few_steps(line: str) -> str:
+    """The command with two steps of training in the place of its own number."""
+    if "--resume" in line or "sweep.yaml" in line:  # these have the number from a file
+        return line
+    line = re.sub(r"--max-steps \d+", "--max-steps 2", line)
+    is_short = "--max-steps" in line or not re.search(r"\bafina train\b", line)
+    return line if is_short else f"{line} --max-steps 2"
+
+
 def type_line(line: str, folder: Path) -> None:
     """Run one line of a page as its reader types it, in `folder`, without input.
 
@@ -194,6 +216,7 @@ def type_line(line: str, folder: Path) -> None:
         patch("sys.stdin", io.StringIO()),
         patch("afina.evaluation.retention.NUM_RETENTION_TOKENS", 512),
         patch("afina.planning.machine.measured_rates", lambda device, anew=False: RATES),
+        patch("afina.comparison.compare.measure_in_subprocess", lambda run, seconds: measure(run)),
     ):
         status = run_command(words)
     is_review = words[0] == "audit" and "--accept" not in words

@@ -28,7 +28,7 @@ from afina.models.causal_lm import CausalLM
 from afina.models.loading import load_base
 from helpers import put
 
-SECONDS = 10.0  # per entry point; a case takes milliseconds, the machine of the tests may be busy
+SECONDS = 10.0  # of CPU per entry point; a case takes milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +242,12 @@ def test_damaged_adapters_are_errors_everywhere(
     for name, run in ENTRY_POINTS.items():
         if name in NO_BASE.get(case, ()) or (name == "show" and case in SHOWN):
             continue
-        start = time.monotonic()
+        start = time.process_time()
         with pytest.raises(AfinaError) as caught:
             run(folder, good, shared_base, tmp_path / "out")
         assert isinstance(caught.value, AdapterError), (name, caught.value)
         assert caught.value.where, (name, caught.value)
-        assert time.monotonic() - start < SECONDS, name
+        assert time.process_time() - start < SECONDS, name
         assert not (tmp_path / "out").exists(), name
         assert all(a is b for a, b in zip(shared_base.model.modules(), modules, strict=True)), name
     report = audit(folder, base=str(tiny), time_budget_seconds=0)

@@ -23,6 +23,7 @@ from afina.server.app import make_app
 from afina.server.serve import build_server, close
 from afina.server.store import Store
 from afina.settings import ServeSettings
+from helpers import until
 from live import KEYS, make_adapters
 
 OWNERS = strategies.sampled_from(["alice", "bob"])
@@ -308,14 +309,11 @@ class ApiMachine(RuleBasedStateMachine):
         for name in self.adapters:
             self.send("root", "DELETE", f"/v1/adapters/{name}", (200,))
         engine = _world["state"].engine
-        for _ in range(500):
-            if not engine._live:
-                break
-            threading.Event().wait(0.01)
+        until(lambda: not engine._live)
         assert engine.alive and not engine._live and not engine._num_live
 
 
-TestApiMachine = ApiMachine.TestCase
+TestApiMachine = pytest.mark.slow(ApiMachine.TestCase)
 TestApiMachine.settings = settings(
     max_examples=HISTORIES,
     stateful_step_count=25,

@@ -179,7 +179,9 @@ def test_when_time_is_over_the_scan_says_so(base: CausalLM) -> None:
     assert (found, coverage) == ([], 0.0)
 
 
-def test_what_a_budget_is_enough_for(base: CausalLM) -> None:
+def test_what_a_budget_is_enough_for(base: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     bench, clock = make_bench(base, ActiveAdapters((ActiveAdapter("nobody"),))), TimeBudget(100.0)
     bench.since, bench.runs = time.monotonic() - 49.9, 100  # half a second each
     assert clock.max_runs(bench, 768, 0.1) == 48 and clock.max_runs(bench, 64, 0.1) == 20

@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from afina.settings import (
 from afina.settings.renamed import RENAMED_COMMANDS, RENAMED_SETTINGS
 from afina.training.setup.set_up import method_settings
 from afina.training.sweep import read_sweep
-from helpers import ENVIRONMENT, afina
+from helpers import ENVIRONMENT, afina, until
 
 
 @pytest.fixture(scope="module")
@@ -819,15 +819,16 @@ def test_a_long_command_prints_at_once_and_while_it_is_silent(
     monkeypatch.setattr("afina.cli.progress.SILENT_SECONDS", 0.05)
     with signs_of_life("audit", "long"):
         assert capsys.readouterr().err == "afina: audit started\n"
-        time.sleep(0.4)
-        assert "audit has run for 0 s" in capsys.readouterr().err
+        assert re.search(r"audit has run for \d+ s", until(lambda: capsys.readouterr().err))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # else the log is JSON lines only
+    monkeypatch.setattr("afina.cli.progress.SILENT_SECONDS", 1.0)
+    threads = threading.active_count()
     with signs_of_life("serve", "start"):
         print("ready", file=sys.stderr)
-        time.sleep(0.4)
+        until(lambda: threading.active_count() == threads)  # the one that watches has ended
     assert capsys.readouterr().err == "afina: serve started\nready\n"
     with signs_of_life("show", "short"):
-        time.sleep(0.2)
+        assert threading.active_count() == threads
     assert capsys.readouterr().err == ""
 
 

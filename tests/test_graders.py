@@ -170,7 +170,7 @@ def test_a_formula_can_only_calculate(formula: str) -> None:
 
 
 def test_formulas_take_no_time_and_say_where_they_have_no_value() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for formula in ("9^9^9^9", "1/0", "sqrt(-1)", "(-8)^0.5", "log(0)", "exp(9999)"):
         told = {
             "type": "multi",
@@ -180,7 +180,7 @@ def test_formulas_take_no_time_and_say_where_they_have_no_value() -> None:
         }
         with pytest.raises(TrainingError):
             grade(told, "x")
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_several() -> None:

@@ -170,7 +170,7 @@ def test_an_engine_without_a_device_ends_and_says_so(
     engine.on_failure = seen.append
     engine.start()
     engine.add_request(GenerationRequest(PROMPT, GREEDY), ends.append)
-    engine._thread.join(10)
+    engine._thread.join(250)
     assert not engine.alive and isinstance(seen[0], BaseError) and engine.failure is seen[0]
     assert ends[-1].finish_reason == "error"
     engine._live.clear()

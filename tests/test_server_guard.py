@@ -22,6 +22,7 @@ from afina.server.logs import JsonLines
 from afina.server.rate_limits import RateLimiter
 from afina.server.serve import _lock_state_dir
 from afina.settings import ServeSettings
+from helpers import until
 from live import KEYS, Live, live, make_adapters
 
 ASK: list[Any] = [{"role": "user", "content": "say the sol and the luna"}]
@@ -363,10 +364,8 @@ def test_a_client_that_hangs_up_costs_nothing_more(open_server: Live, stream: bo
 
 
 def _until_idle(server: Live) -> None:
-    end = time.monotonic() + 20
-    while server.state.engine.stats()["running"] or server.state.engine.stats()["waiting"]:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    stats = server.state.engine.stats
+    until(lambda: not stats()["running"] and not stats()["waiting"])
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,14 +422,8 @@ def test_a_line_for_each_request_and_nothing_of_what_was_said(
             "/v1/chat/completions",
             json={**BODY, "user": "u1", "messages": [{"role": "user", "content": "secret"}]},
         )
-        end = (
-            time.monotonic() + 20
-        )  # the line is written once the answer is out, by the server's thread
-        while (
-            not (records := [r for r in caplog.records if r.getMessage() == "request"])
-            and time.monotonic() < end
-        ):
-            time.sleep(0.01)
+        # the line is written once the answer is out, by the server's thread
+        records = until(lambda: [r for r in caplog.records if r.getMessage() == "request"])
     line = json.loads(JsonLines().format(records[0]))
     assert (
         line["status"] == 200

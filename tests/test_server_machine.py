@@ -168,7 +168,7 @@ class ServerMachine(RuleBasedStateMachine):
         self.engine.stop()
 
 
-TestServerMachine = ServerMachine.TestCase
+TestServerMachine = pytest.mark.slow(ServerMachine.TestCase)
 TestServerMachine.settings = settings(
     max_examples=12,
     stateful_step_count=25,
