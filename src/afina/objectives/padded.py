@@ -59,6 +59,7 @@ class PaddedObjective(Objective):
 
     shares_base = False
     renders_chats = False
+    planned_by_trial = True
     base: Classifier
 
     def __init__(
