@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -188,15 +187,6 @@ def until(wanted: Callable[[], Any], seconds: float = 250.0) -> Any:
             return found
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} s: {wanted}")
-
-
-def few_steps(line: str) -> str:
-    """The command with two steps of training in the place of its own number."""
-    if "--resume" in line or "sweep.yaml" in line:  # these have the number from a file
-        return line
-    line = re.sub(r"--max-steps \d+", "--max-steps 2", line)
-    is_short = "--max-steps" in line or not re.search(r"\bafina train\b", line)
-    return line if is_short else f"{line} --max-steps 2"
 
 
 def type_line(line: str, folder: Path) -> None:
