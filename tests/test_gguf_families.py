@@ -17,6 +17,7 @@ import afina
 from afina.adapters.saving import save_adapter
 from afina.errors import BaseError
 from afina.merging.gguf_tokenizer import GPT4O, TEKKEN, WORDS
+from afina.merging.merge_into_base import merge_into_base
 from afina.models.loading import load_base
 from helpers import CORPUS, logits, put, save_model, tiny_tokenizer
 
@@ -40,7 +41,7 @@ LONG = dict(
     rope_theta=10000.0,
     short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
     long_factor=[2.0] * 8,
-    original_max_position_embeddings=96,
+    original_max_position_embeddings=256,  # llama.cpp selects by the size of its context, here 256
 )
 GEMMA2 = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=8)
 GEMMA3 = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=8)
@@ -55,7 +56,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "phi": lambda: T.PhiConfig(**WITHOUT_GROUPS),
     "phi3": lambda: T.Phi3Config(**SHAPE),
     "phi3_long": lambda: T.Phi3Config(
-        **SHAPE, rope_parameters=LONG, original_max_position_embeddings=96
+        **{**SHAPE, "max_position_embeddings": 512},
+        rope_parameters=LONG,
+        original_max_position_embeddings=256,
     ),
     "granite": lambda: T.GraniteConfig(**SHAPE, **SCALES, tie_word_embeddings=True),
     "olmo2": lambda: T.Olmo2Config(**SHAPE),
@@ -109,8 +112,8 @@ def test_llama_cpp_computes_each_family(family: str, exported: Any, tmp_path: Pa
     run = tokens, torch.arange(24), (0, 24)
     alone = logits(base, run)
     adapter = afina.load_adapter(folder / "lora", base)
-    with base.forward_context.use(adapter.active.always_on().row_segments()):
-        adapted = logits(base, run)
+    merge_into_base(base, adapter)
+    adapted = logits(base, run)
     given = llama_logits(file, tokens.tolist())
     assert np.abs(given - adapted.numpy()).max() < 0.02 < np.abs((alone - adapted).numpy()).max()
     plain, lora = tmp_path / "base.gguf", tmp_path / "lora.gguf"

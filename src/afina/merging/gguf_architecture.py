@@ -177,6 +177,7 @@ def gguf_architecture(config: PretrainedConfig, name: str) -> GGUFArchitecture:
         BaseError: llama.cpp would compute something else.
     """
     family = FAMILIES.get(config.model_type)
+    why: str | None
     if family is None:
         why = f"its family is {config.model_type!r}; known are {', '.join(FAMILIES)}"
     else:

@@ -185,7 +185,7 @@ def go_template(renderer: Renderer, adds_bos: bool) -> tuple[str | None, str, st
     def render(messages: Sequence[Mapping[str, str]], opens: bool) -> str:
         try:
             text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=opens
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=opens
             )
         except Exception as error:  # jinja's own and those that a template raises
             raise DataError(str(error)) from None
