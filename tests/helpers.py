@@ -132,8 +132,9 @@ def put(
     **spec: Any,
 ) -> Adapter:
     """Attach an adapter whose parameters are random and large enough to show."""
+    layers = spec.pop("layers", None)
     paths = resolve_target_modules(
-        base.model, target_modules, spec.pop("layers", None), any_kind=method == "full"
+        base.model, target_modules, layers, method == "full", experts=method == "lora"
     )
     adapter = attach(
         base.model, base.forward_context, name, AdapterConfig(method, paths, **spec), seed

@@ -78,10 +78,10 @@ def compare(ours: FrozenModel, adapter: Any, theirs: nn.Module) -> None:
         if p.grad is not None
     }
     ours_grad = {}
-    for path, delta in adapter.layers.items():
+    for delta in adapter.layers.values():
         shapes = delta.tensor_shapes(delta.layer, adapter.config)
         for name, p in delta.named_parameters():
-            on_disk = tensor_name(path, delta, name)
+            on_disk = tensor_name(delta, name)
             ours_grad[on_disk] = p.grad.view(shapes.get(name, p.shape))
     assert ours_grad.keys() == theirs_grad.keys()
     for name, grad in ours_grad.items():

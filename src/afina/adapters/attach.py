@@ -12,14 +12,18 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from afina.adapters.active import ActiveAdapter, ActiveAdapters
-from afina.adapters.base import AdapterLayer, check_method_settings
+from afina.adapters.base import RESTART_KEYS, AdapterLayer, check_method_settings
+from afina.adapters.experts import ExpertLayers, ExpertsWithAdapters
 from afina.adapters.modules import ModuleWithAdapters, ParameterWithAdapters
 from afina.adapters.registry import get_method
 from afina.adapters.segments import ForwardContext
-from afina.adapters.target_module import FreeParameter, TargetModule
+from afina.adapters.target_module import ExpertMatrices, FreeParameter, TargetModule
 from afina.adapters.trainable_tokens import TrainableTokens
-from afina.errors import AdapterError
+from afina.errors import AdapterError, SettingsError
 from afina.io.adapter_config import AdapterConfig
+from afina.models.experts import EXPERT_MATRICES, expert_matrices
+
+Wrapper = ModuleWithAdapters | ParameterWithAdapters | ExpertLayers
 
 
 class Adapter:
@@ -71,11 +75,30 @@ def frozen_module(model: nn.Module, path: str) -> nn.Module:
     Raises:
         AdapterError: the base has no such module or parameter.
     """
+    owner, name = frozen_experts(model, path)
+    if owner is not None:
+        return ExpertMatrices(getattr(owner, name), bool(owner.is_transposed))
     try:
         module = model.get_submodule(path)
     except AttributeError:
         return FreeParameter(_loose(model, path))
     return module.base if isinstance(module, ModuleWithAdapters) else module
+
+
+def frozen_experts(model: nn.Module, path: str) -> tuple[Any, str]:
+    """Return the fused experts whose parameter is at `path`, without adapters, and its name.
+
+    None and the name where `path` is no such parameter.
+    """
+    parent, _, name = path.rpartition(".")
+    if name not in EXPERT_MATRICES:
+        return None, name
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        return None, name
+    owner = owner.base if isinstance(owner, ModuleWithAdapters) else owner
+    return (owner if name in expert_matrices(owner) else None), name
 
 
 def _loose(model: nn.Module, path: str) -> nn.Parameter:
@@ -97,8 +120,12 @@ def _loose(model: nn.Module, path: str) -> nn.Parameter:
     return own
 
 
-def find_wrapper(model: nn.Module, path: str) -> ModuleWithAdapters | ParameterWithAdapters | None:
+def find_wrapper(model: nn.Module, path: str) -> Wrapper | None:
     """Return the wrapper with the adapter layers at `path`; None without adapters."""
+    if frozen_experts(model, path)[0] is not None:
+        parent, _, name = path.rpartition(".")
+        experts = model.get_submodule(parent)
+        return experts.layers_at(name) if isinstance(experts, ExpertsWithAdapters) else None
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -110,17 +137,24 @@ def find_wrapper(model: nn.Module, path: str) -> ModuleWithAdapters | ParameterW
 
 def replaces_base_modules(model: nn.Module, name: str) -> bool:
     """Return whether the attached adapter `name` has a layer that replaces one of the base."""
-    wrappers = (ModuleWithAdapters, ParameterWithAdapters)
+    wrappers = (ModuleWithAdapters, ParameterWithAdapters, ExpertLayers)
     layers = [
         m.deltas[name] for m in model.modules() if isinstance(m, wrappers) and name in m.deltas
     ]
     return any(bool(layer.replaces_base) for layer in layers)
 
 
-def insert_wrapper(
-    model: nn.Module, layer: TargetModule, context: ForwardContext
-) -> ModuleWithAdapters | ParameterWithAdapters:
+def insert_wrapper(model: nn.Module, layer: TargetModule, context: ForwardContext) -> Wrapper:
     """Insert a new wrapper into the model, for a module or a parameter, and return it."""
+    if layer.is_experts:
+        parent, _, name = layer.path.rpartition(".")
+        experts = TargetModule(parent, frozen_module(model, parent))
+        inserted = insert_wrapper(model, experts, context)
+        assert isinstance(inserted, ExpertsWithAdapters)
+        return inserted.layers_at(name)
+    if expert_matrices(layer.module):
+        _put(model, layer.path, wrapped := ExpertsWithAdapters(layer, context))
+        return wrapped
     if not isinstance(layer.module, FreeParameter):
         _put(model, layer.path, wrapper := ModuleWithAdapters(layer, context))
         return wrapper
@@ -131,10 +165,12 @@ def insert_wrapper(
     return over
 
 
-def remove_wrapper(
-    model: nn.Module, path: str, wrapper: ModuleWithAdapters | ParameterWithAdapters
-) -> None:
+def remove_wrapper(model: nn.Module, path: str, wrapper: Wrapper) -> None:
     """Restore the original module or parameter at `path`."""
+    if isinstance(wrapper, ExpertLayers):
+        return remove_wrapper(model, wrapper.module, wrapper.owner)
+    if isinstance(wrapper, ExpertsWithAdapters) and not wrapper.is_empty:
+        return None
     if isinstance(wrapper, ModuleWithAdapters):
         return _put(model, path, wrapper.base)
     parent, _, name = path.rpartition(".")
@@ -178,10 +214,10 @@ def create_layers(
             if path in spec.modules_to_save
             else kind
         )
-        if own.supported_modules == "matrix" and not layer.is_matrix:
-            raise AdapterError(
-                f"{spec.method} does not support a {type(layer.module).__name__}", where=path
-            )
+        if not own.supports(layer):
+            raise _unsupported(spec.method, layer)
+        if layer.is_experts:
+            _check_experts(spec, path)
         if name is not None and (at := find_wrapper(model, path)) is not None and name in at.deltas:
             raise AdapterError(f"an adapter named {name!r} is attached already", where=path)
         if path in deltas:
@@ -195,6 +231,25 @@ def create_layers(
         if deltas[path].replaces_base or path in vocabulary:
             _keep_ties(layer, deltas[path], tied)
     return deltas
+
+
+def _unsupported(method: str, layer: TargetModule) -> AdapterError:
+    if not layer.is_experts:
+        what = f"{method} does not support a {type(layer.module).__name__}"
+        return AdapterError(what, where=layer.path)
+    what = f"{method} does not adapt the parameters of fused experts"
+    return AdapterError(what, where=layer.path, hint="--method lora")
+
+
+def _check_experts(spec: AdapterConfig, path: str) -> None:
+    """Raise `SettingsError` for what a LoRA of fused experts cannot have, as in PEFT."""
+    given = {"dropout": spec.dropout, "restart_steps": spec.method_settings.get(RESTART_KEYS[0])}
+    for name, value in given.items():
+        if value:
+            what = f"{name} is not supported at fused experts"
+            why = f"{path} has one matrix per expert"
+            hint = f"leave {name} out, or other target modules"
+            raise SettingsError(what, where=name, why=why, hint=hint)
 
 
 def attach(

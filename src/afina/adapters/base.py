@@ -65,7 +65,8 @@ class AdapterLayer(nn.Module):
         no_grad_terms: Methods without arguments whose value the gradient takes as constant.
         replaces_base: Whether the output is the layer's own, and the base need not run.
         is_method: False for a part that an adapter of any method may have.
-        supported_modules: "matrix": modules with one weight matrix; "any": all with parameters.
+        supported_modules: "matrix": modules with one weight matrix; "experts": these, and the
+            parameters of fused experts, with one matrix per expert; "any": all with parameters.
         settings_class: The method's settings group, whose values are in `method_settings`.
     """
 
@@ -94,6 +95,7 @@ class AdapterLayer(nn.Module):
         """
         super().__init__()
         self.layer, self.dropout = layer, spec.dropout
+        self.disk_path = spec.wrapper_path(layer.path) if layer.is_experts else layer.path
         self._inference_cache: tuple[object, tuple[Tensor, ...]] | None = None
         self.restart_delta: Tensor | None  # (out, in) float32: what earlier restarts merged
         self.register_buffer("restart_delta", None)
@@ -112,6 +114,14 @@ class AdapterLayer(nn.Module):
             weight: Factor of the update.
         """
         raise TypeError(f"{type(self).__name__} must define forward")
+
+    def expert_factors(self, dtype: torch.dtype, weight: float) -> list[tuple[Tensor, Tensor]]:
+        """Return the factors of each expert's update, for methods that support "experts".
+
+        Returns:
+            A `(r, in)` and B transposed `(r, out)`, scaled by `weight` too, in `dtype`.
+        """
+        raise TypeError(f"{type(self).__name__} must define expert_factors")
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         """Return `weight` `(out, in)`, float32 or wider, with this layer merged."""
@@ -170,6 +180,13 @@ class AdapterLayer(nn.Module):
             return None
         a, b = (getattr(self, name) for name in self.low_rank_tensors)
         return self.scale * b, a  # type: ignore[operator]
+
+    @classmethod
+    def supports(cls, layer: TargetModule) -> bool:
+        """Return whether the method adapts a module of this kind."""
+        if layer.is_experts:
+            return cls.supported_modules == "experts"
+        return cls.supported_modules == "any" or layer.is_matrix
 
     @classmethod
     def names_on_disk(cls, layer: TargetModule) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """Which of a base's parameters the target modules of an adapter reach, and which they do not.
 
-Methods on matrices do not reach parameters outside linear modules, such as the experts that
-transformers fuses into one 3-D parameter. `afina plan` and the model card report them.
+Methods on matrices do not reach parameters outside linear modules, and only LoRA reaches the
+experts that transformers fuses into 3-D parameters. `afina plan` and the model card report them.
 """
 
 from collections.abc import Iterator
@@ -70,6 +70,7 @@ def target_coverage(model: nn.Module, config: AdapterConfig) -> TargetCoverage:
     if get_method(config.method).supported_modules == "any":
         complete |= set(config.target_modules)
     names = {f"{path}.weight" for path in config.target_modules} | complete
+    names |= set(config.target_modules)  # parameters of fused experts
     every: dict[int, BaseParameter] = {}
     reached: dict[int, int] = {}
     for one in frozen_parameters(model):

@@ -34,6 +34,7 @@ class DoRA(LoRA):
     tensor_names = {**LoRA.tensor_names, "m": "lora_magnitude_vector"}
     shape_rules = {**LoRA.shape_rules, "m": "(1, outputs, *ones) if kernel else (outputs,)"}
     name_aliases = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}
+    supported_modules = "matrix"
     low_rank_tensors = None  # type: ignore[assignment]  # the rows of W + s B A are normalized
     fused_kernel = None  # type: ignore[assignment]
     settings_class = MethodSettings

@@ -124,7 +124,7 @@ def check_modules(
             layer = TargetModule(path, frozen_module(base.model, path))
         except AdapterError as error:
             raise _explain_missing_module(error, path, base, where) from None
-        if method.supported_modules == "any" or layer.is_matrix:
+        if method.supports(layer):
             num_needed += method.num_parameters(layer, config)
     if num_needed > MAX_EXCESS * num_stored:
         raise AdapterError(
@@ -257,9 +257,9 @@ def load_state(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> N
 def assign_state(adapter: Adapter, tensors: Mapping[str, Tensor], where: str) -> None:
     """Make `tensors`, named as on disk, the adapter's parameters without a copy."""
     matching_views(adapter, {name: t.shape for name, t in tensors.items()}, where)
-    for path, layer in adapter.layers.items():
+    for layer in adapter.layers.values():
         for name, tensor in layer_tensors(layer).items():
-            key = tensor_name(path, layer, name)
+            key = tensor_name(layer, name)
             if key in tensors:  # a tied one is stored once
                 tensor.data = tensors[key].view(tensor.shape)
 

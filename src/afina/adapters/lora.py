@@ -1,6 +1,9 @@
 """LoRA: the update of a matrix is a low-rank product (Hu et al. 2021, arXiv 2106.09685).
 
 D(x) = s * B (A x)        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(r) for rsLoRA
+
+Fused experts have one pair per expert, in PEFT's layout: A (E, r, in) as (E * r, in), expert after
+expert, and B as (out, r * E), the experts' columns interleaved.
 """
 
 import math
@@ -32,6 +35,7 @@ class LoRA(AdapterLayer):
     shape_rules = {"a": "(rank, channels, *kernel)", "b": "(outputs, rank, *ones)"}
     peft_fields = {"use_dora": False}
     low_rank_tensors = ("a", "b")
+    supported_modules = "experts"
     fused_kernel = "lora"
     settings_class: ClassVar[type[MethodSettings]] = LoRASettings
 
@@ -39,13 +43,13 @@ class LoRA(AdapterLayer):
         self, layer: TargetModule, spec: AdapterConfig, generator: torch.Generator
     ) -> None:
         super().__init__(layer, spec, generator)
-        rank = spec.rank_of(layer.path)
+        rank = spec.rank_of(layer.path) * layer.num_experts
         self.a = nn.Parameter(
             torch.empty(rank, layer.in_features, device=layer.device)
-        )  # (r, in), float32
+        )  # (E r, in), float32
         self.b = nn.Parameter(
             torch.empty(layer.out_features, rank, device=layer.device)
-        )  # (out, r), float32
+        )  # (out, r E), float32
         self.scale = spec.scale_of(layer.path)
         LoRA.reset_parameters(self, generator)
 
@@ -66,20 +70,46 @@ class LoRA(AdapterLayer):
         low = self.layer.project(x, self.a.to(y0.dtype))  # (..., r)
         return add_low_rank(y0, low, self.b.to(y0.dtype).T, weight * self.scale)
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the kernel computes all that the layer adds: not at fused experts."""
+        return super().can_fuse and not self.layer.is_experts
+
+    def _by_expert(self) -> tuple[Tensor, Tensor]:
+        """Return A `(E, r, in)` and B `(E, out, r)` of fused experts."""
+        experts = self.layer.num_experts
+        a = self.a.unflatten(0, (experts, -1))
+        return a, self.b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+    def expert_factors(self, dtype: torch.dtype, weight: float) -> list[tuple[Tensor, Tensor]]:
+        """Return A `(r, in)` and weight * s * B transposed `(r, out)` of each expert."""
+        a, b = self._by_expert()
+        scaled = (weight * self.scale * b.mT).to(dtype).contiguous()
+        # unbind: the gradients of all experts are stacked once, not added one by one
+        return list(zip(a.to(dtype).unbind(), scaled.unbind(), strict=True))
+
+    def as_low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Return B and A; None at fused experts, whose update is one product per expert."""
+        return None if self.layer.is_experts else super().as_low_rank()
+
     def kernel_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A `(r, in)` and B transposed `(r, out)`, contiguous and in `dtype`."""
         return pack_lora(self.a, self.b, dtype)
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """Return W + s B A."""
+        """Return W + s B A, `(out, in)` or `(E, out, in)`."""
+        if self.layer.is_experts:
+            a, b = self._by_expert()
+            return weight + self.scale * (b.to(weight) @ a.to(weight))
         return self.merge_restart_delta(weight) + self.scale * (
             self.b.to(weight) @ self.a.to(weight)
         )
 
     @classmethod
     def num_parameters(cls, layer: TargetModule, spec: AdapterConfig) -> int:
-        """Return r (in + out)."""
-        return spec.rank_of(layer.path) * (layer.in_features + layer.out_features)
+        """Return r (in + out), times the number of fused experts."""
+        rank = spec.rank_of(layer.path) * layer.num_experts
+        return rank * (layer.in_features + layer.out_features)
 
     @classmethod
     def layer_cost(cls, layer: TargetModule, spec: AdapterConfig, device: str) -> LayerCost:

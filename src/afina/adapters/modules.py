@@ -162,7 +162,7 @@ class ModuleWithAdapters(nn.Module):
         """
         inputs = _flat_inputs(x) if is_packed else x
         before, out = (y0.flatten(0, -2), y.flatten(0, -2)) if is_packed else (y0, y)
-        for (name, weight), index in _indices(spans, x.device).items():
+        for (name, weight), index in token_indices(spans, x.device).items():
             part = before[index]
             added = self.adapter_layer(name)(inputs[index], part, weight) - part
             out = out.index_add(0, index, added)
@@ -176,7 +176,7 @@ class ModuleWithAdapters(nn.Module):
         inputs, out = (_flat_inputs(x), y.flatten(0, -2)) if is_packed else (x, y)
         found = [
             (index, self.adapter_layer(name)(inputs[index], inputs[index], weight))
-            for (name, weight), index in _indices(spans, x.device).items()
+            for (name, weight), index in token_indices(spans, x.device).items()
         ]
         width = max(out.shape[-1], *(part.shape[-1] for _, part in found))
         out = F.pad(out, (0, width - out.shape[-1]))
@@ -191,7 +191,7 @@ def _flat_inputs(x: Tensor) -> Tensor:
     return x.flatten(0, -2 if x.is_floating_point() else -1)
 
 
-def _indices(spans: list[Segment], device: torch.device) -> dict[tuple[str, float], Tensor]:
+def token_indices(spans: list[Segment], device: torch.device) -> dict[tuple[str, float], Tensor]:
     """Return the tokens, or rows, of each adapter and weight."""
     ranges: dict[tuple[str, float], list[Tensor]] = {}
     for span in spans:

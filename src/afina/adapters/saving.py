@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import afina
 from afina.adapters.attach import Adapter, ModuleWithAdapters, frozen_module, vocabulary_layers
 from afina.adapters.base import AdapterLayer
+from afina.adapters.coverage import frozen_parameters
 from afina.adapters.registry import get_method
 from afina.io.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from afina.io.adapter_metadata import FORMAT_VERSION, METADATA_FILE
@@ -35,13 +36,13 @@ def tensor_views(adapter: Adapter) -> dict[str, Tensor]:
     """Return views of the adapter's tensors in their shapes on disk, by name, a tied one once."""
     seen: set[int] = set()
     views: dict[str, Tensor] = {}
-    for path, layer in adapter.layers.items():
+    for layer in adapter.layers.values():
         shapes = layer.tensor_shapes(layer.layer, adapter.config)
         for name, tensor in layer_tensors(layer).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 shape = shapes.get(name, tensor.shape)
-                views[tensor_name(path, layer, name)] = tensor.detach().view(shape)
+                views[tensor_name(layer, name)] = tensor.detach().view(shape)
     return views
 
 
@@ -51,9 +52,11 @@ def layer_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
     return dict(layer.named_parameters()) | restart
 
 
-def tensor_name(path: str, layer: AdapterLayer, name: str) -> str:
-    """Return the name on disk of the parameter `name` of the adapter layer at the module `path`."""
-    return f"{PREFIX}{path}.{layer.names_on_disk(layer.layer).get(name, f'{name}.weight')}"
+def tensor_name(layer: AdapterLayer, name: str) -> str:
+    """Return the name on disk of the parameter `name` of an adapter layer."""
+    return (
+        f"{PREFIX}{layer.disk_path}.{layer.names_on_disk(layer.layer).get(name, f'{name}.weight')}"
+    )
 
 
 def save_adapter(
@@ -100,6 +103,8 @@ def peft_config(adapter: Adapter, base: FrozenModel) -> dict[str, Any]:
     vocabulary = vocabulary_layers(base.model) if config.trainable_tokens else []
     skipped = (*vocabulary, *config.modules_to_save)
     paths = [path for path in adapter.layers if path not in skipped]
+    fused = [path for path in paths if adapter.layers[path].layer.is_experts]
+    paths = [path for path in paths if path not in fused]
     names = sorted({path.rpartition(".")[2] for path in paths})
     all_paths = [
         path
@@ -112,6 +117,7 @@ def peft_config(adapter: Adapter, base: FrozenModel) -> dict[str, Any]:
         config,
         None if is_restarted else get_method(config.method).peft_fields,
         target_modules=names if sorted(all_paths) == sorted(paths) else paths,
+        target_parameters=_parameter_names(base.model, fused),
         task_type=_task_type(adapter, base),
         base=base.name,
         revision=base.revision,
@@ -119,6 +125,13 @@ def peft_config(adapter: Adapter, base: FrozenModel) -> dict[str, Any]:
         and all(isinstance(module, Conv1D | nn.Embedding) for module in stored),
         token_layers=[path.rpartition(".")[2] for path in vocabulary],
     )
+
+
+def _parameter_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """Return PEFT's names of these parameters of fused experts: short where they are all."""
+    names = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    every = [one.path for one in frozen_parameters(model) if one.path.endswith(tuple(names))]
+    return names if sorted(every) == sorted(paths) else paths
 
 
 def _task_type(adapter: Adapter, base: FrozenModel) -> str | None:

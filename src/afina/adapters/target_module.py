@@ -4,6 +4,7 @@
     Conv1D (GPT-2)        the same, stored transposed
     Conv1d, Conv2d        y = W x for each patch of the image: (out, in * kernel)
     Embedding             columns of W, selected by the token: y = W onehot(x), W stored transposed
+    fused experts         a matrix per expert in one parameter: W (experts, out, in)
 
 So a method needs to know matrices only. `project` multiplies inputs by a low-rank matrix;
 `unfold_inputs` returns the inputs as vectors, for methods that need them.
@@ -22,6 +23,7 @@ from afina.io.adapter_formats import ModuleSizes
 from afina.models.fast_llama import FastLinear
 from afina.models.frozen import full_tensor
 from afina.models.nf4 import NF4Linear
+from afina.models.nf4_experts import NF4Experts
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
@@ -36,6 +38,14 @@ class FreeParameter(nn.Module):
     def forward(self, frozen: Tensor) -> Tensor:
         """Return the parameter."""
         return self.weight
+
+
+class ExpertMatrices(FreeParameter):
+    """The parameter of fused experts, `(E, out, in)`, or `(E, in, out)` where it is transposed."""
+
+    def __init__(self, weight: Any, is_transposed: bool) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.is_transposed = weight, is_transposed
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,16 @@ class TargetModule:
         )
 
     @property
+    def is_experts(self) -> bool:
+        """Whether it is a parameter with one matrix per expert."""
+        return isinstance(self.module, ExpertMatrices)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of matrices: 1 but for fused experts."""
+        return len(self.module.weight) if isinstance(self.module, ExpertMatrices) else 1
+
+    @property
     def in_features(self) -> int:
         """Width of the input: of a patch for convolutions, of the vocabulary for embeddings."""
         module = self.module
@@ -67,6 +87,8 @@ class TargetModule:
             return module.in_channels * math.prod(module.kernel_size)
         if isinstance(module, nn.Embedding):
             return module.num_embeddings
+        if isinstance(module, ExpertMatrices):
+            return int(module.weight.shape[1 if module.is_transposed else 2])
         width: Any = module.nx if isinstance(module, Conv1D) else module.in_features
         return int(width)
 
@@ -78,6 +100,8 @@ class TargetModule:
             return module.out_channels
         if isinstance(module, nn.Embedding):
             return module.embedding_dim
+        if isinstance(module, ExpertMatrices):
+            return int(module.weight.shape[2 if module.is_transposed else 1])
         width: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         return int(width)
 
@@ -87,11 +111,15 @@ class TargetModule:
         channels = self.in_features
         if isinstance(self.module, CONVOLUTIONS):
             kernel, channels = tuple(self.module.kernel_size), self.module.in_channels
+        # the factors of all experts lie in one matrix each
+        rank *= self.num_experts
         return ModuleSizes(self.in_features, self.out_features, rank, channels, kernel)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix W (out, in): a view of the stored weight, or dequantized from 4 bits."""
+        """The matrix W (out, in), or W (experts, out, in): a view, or dequantized from 4 bits."""
+        if isinstance(self.module.weight, NF4Experts):
+            return as_matrix(self.module, self.module.weight.dequantize())
         return as_matrix(self.module, full_tensor(self.module.weight))  # type: ignore[arg-type]
 
     @property
@@ -182,6 +210,8 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """Return the stored weight of `module` as the matrix `(out, in)`."""
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
+    if isinstance(module, ExpertMatrices):
+        return weight.mT if module.is_transposed else weight
     return weight.flatten(1) if isinstance(module, CONVOLUTIONS) else weight
 
 
@@ -189,6 +219,8 @@ def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
     """Return the matrix `(out, in)` in the shape in which `module` stores it."""
     if isinstance(module, Conv1D | nn.Embedding):
         return matrix.T.contiguous()
+    if isinstance(module, ExpertMatrices) and module.is_transposed:
+        return matrix.mT.contiguous()
     if isinstance(module, CONVOLUTIONS):
         return matrix.view(matrix.shape[0], module.in_channels, *module.kernel_size)
     return matrix

@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from afina.adapters.attach import ModuleWithAdapters
+from afina.adapters.attach import ModuleWithAdapters, frozen_experts
 from afina.adapters.coverage import frozen_parameters
-from afina.adapters.target_module import FreeParameter, TargetModule
+from afina.adapters.target_module import ExpertMatrices, FreeParameter, TargetModule
 from afina.errors import SettingsError, did_you_mean
 from afina.io.name_patterns import NamePattern
+from afina.models.experts import expert_matrices
 
 Value = TypeVar("Value")
-GROUPS = ("all-linear", "all", "norms", "embeddings")
+GROUPS = ("all-linear", "experts", "all", "norms", "embeddings")
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -98,20 +99,24 @@ def resolve_target_modules(
     targets: str | Sequence[str],
     layers: str | Sequence[int] | None,
     any_kind: bool,
+    experts: bool = False,
 ) -> tuple[str, ...]:
     """Return the paths of the modules to adapt, in the order of the model.
 
     Args:
         model: The base.
-        targets: "all-linear" (all matrices in the layers), names ("q_proj"), regular expressions,
-            and with `any_kind` also "all", "norms" and "embeddings".
+        targets: "all-linear" (all linear modules in the layers), "experts" (the matrices of a
+            mixture's experts), names ("q_proj"), regular expressions, and with `any_kind` also
+            "all", "norms" and "embeddings".
         layers: Selected layers, see `resolve_layers`.
         any_kind: Whether the method supports modules of any kind, and parameters.
+        experts: Whether it supports the parameters of fused experts; the name of their module
+            selects all of them.
 
     Raises:
         SettingsError: a target matches no module, or none is in the selected layers.
     """
-    candidates = _candidates(model, any_kind)
+    candidates = _candidates(model, any_kind, experts)
     blocks = {number for path in candidates if (number := layer_index(path)) is not None}
     chosen = resolve_layers(layers, max(blocks, default=-1) + 1)
     wanted: set[str] = set()
@@ -137,15 +142,19 @@ def _unmatched(
 ) -> SettingsError:
     """Return the error of a target that no supported module matches."""
     for one in frozen_parameters(model):
-        if target not in GROUPS and (
+        if (target not in GROUPS or target == "experts") and (
             matches(target, one.path) or matches(target, one.path.rpartition(".")[0])
         ):
+            is_fused = frozen_experts(model, one.path)[0] is not None
             return SettingsError(
                 f"{target!r} is not a module with one weight matrix, which the method needs",
                 where="target_modules",
                 why=f"{one.path} is a parameter of shape {one.shape}",
-                hint="--method full, or other target modules",
+                hint=f"--method {'lora or ' * is_fused}full, or other target modules",
             )
+    if target == "experts":
+        what = "the base has no experts that the method can adapt"
+        return SettingsError(what, where="target_modules", hint="--target-modules all-linear")
     why = None if any_kind or target not in GROUPS else f"{target!r} needs --method full"
     return SettingsError(
         f"{target!r} matches no module that can be adapted",
@@ -155,8 +164,8 @@ def _unmatched(
     )
 
 
-def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
-    found = {}
+def _candidates(model: Any, any_kind: bool, experts: bool) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if (path.startswith(inside) and inside) or ".parametrizations" in f".{path}":
@@ -172,6 +181,11 @@ def _candidates(model: Any, any_kind: bool) -> dict[str, nn.Module]:
         )
         if TargetModule(path, module).is_matrix or (any_kind and own and leaf):
             found[path] = module
+        elif experts and (names := expert_matrices(module)):
+            found |= {
+                f"{path}.{name}": ExpertMatrices(getattr(module, name), module.is_transposed)
+                for name in names
+            }
         elif any_kind:  # parameters next to modules: a class token, positions, a scale
             found |= {
                 f"{path}.{name}".lstrip("."): FreeParameter(value) for name, value in _loose(module)
@@ -209,4 +223,15 @@ def _hits(target: str, candidates: Mapping[str, nn.Module], model: Any) -> set[s
     if target == "embeddings":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         return {p for p, m in candidates.items() if isinstance(m, nn.Embedding) or m is head}
-    return {p for p in candidates if matches(target, p)}
+    if target == "experts":
+        return {p for p in candidates if "experts" in p.split(".")}
+    owners = {
+        p
+        for p, m in candidates.items()
+        if isinstance(m, ExpertMatrices) and matches(target, _owner(p))
+    }
+    return owners | {p for p in candidates if matches(target, p)}
+
+
+def _owner(path: str) -> str:
+    return path.rpartition(".")[0]

@@ -22,6 +22,7 @@ CANONICAL_KEYS = {  # key in afina.json -> attribute of `AdapterConfig`
     "options": "method_settings",
 }
 TUPLE_KEYS = ("targets", "modules", "invocation")
+WRAPPER_SUFFIX = ".base_layer"  # of PEFT's path of a wrapped module
 MAPPING_KEYS = ("ranks", "alphas", "tokens", "options")
 
 
@@ -60,6 +61,16 @@ class AdapterConfig:
     def rank_of(self, path: str) -> int:
         """Return the rank at the module `path`."""
         return self.rank_pattern.get(path, self.rank)
+
+    def wrapper_path(self, path: str) -> str:
+        """Return the path on disk of the tensors at `path`, a parameter of fused experts.
+
+        As in PEFT, each adapted parameter of a module wraps the module again: tensors of the last
+        one have the module's own path, those of earlier ones end in .base_layer.
+        """
+        module = path.rpartition(".")[0]
+        own = [one for one in self.target_modules if one.rpartition(".")[0] == module]
+        return module + WRAPPER_SUFFIX * (len(own) - 1 - own.index(path))
 
     def scale_of(self, path: str) -> float:
         """Return the factor of the update at `path`: alpha / r, or alpha / sqrt(r) for rsLoRA.

@@ -9,6 +9,7 @@ before header, length, names, ranks and shapes are checked.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from afina.errors import AdapterError
-from afina.io.adapter_config import AdapterConfig
+from afina.io.adapter_config import WRAPPER_SUFFIX, AdapterConfig
 from afina.io.adapter_formats import tensor_name_pattern
 from afina.io.adapter_metadata import (
     METADATA_FILE,
@@ -36,6 +37,7 @@ from afina.io.safetensors import (
 from afina.io.strict_json import ADAPTER_JSON, AUDIT_JSON
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # in the order of their module
 PREFIX = "base_model.model."
 FIRST_TENSORS = (".lora_A.weight", ".lora_embedding_A")  # one of them names each adapted module
 FROZEN_SUFFIX = ".base_layer.weight"
@@ -47,6 +49,10 @@ ADAPTER_TENSORS = (
     ".lora_magnitude_vector.weight",
     ".token_adapter.trainable_tokens_delta",
     FROZEN_SUFFIX,
+)
+# model.state_dict() has the adapter's name after these, save_pretrained leaves it out
+RAW_NAME = re.compile(
+    r"\.(lora_[AB]|modules_to_save)\.(?!weight$|bias$)[^.]+\.|\.original_module\."
 )
 RANK_TENSORS = {  # the dimension that is the rank
     "lora_A.weight": 0,
@@ -125,6 +131,8 @@ class AdapterFolder:
         entries = read_header(_weights_file(folder), header_limits, AdapterError)
         if not entries:
             raise AdapterError("the file has no tensor", where=str(folder / WEIGHTS_FILE))
+        if metadata is None:
+            _check_names(list(entries), str(folder / WEIGHTS_FILE))
         return cls(folder, peft, metadata, entries)
 
     @property
@@ -140,11 +148,57 @@ class AdapterFolder:
     @cached_property
     def paths(self) -> tuple[str, ...]:
         """The modules with a low-rank adapter, from the tensors' names."""
+        found = [self.parameter_paths.get(path, path) for path in self._paths_on_disk]
+        order = {path: index for index, path in enumerate(self.parameter_paths.values())}
+        return tuple(sorted(found, key=lambda path: order.get(path, -1)))
+
+    @property
+    def _paths_on_disk(self) -> list[str]:
         suffixes = ((name, end) for name in self.entries for end in FIRST_TENSORS)
-        return tuple(
+        return [
             name.removeprefix(PREFIX).removesuffix(end)
             for name, end in suffixes
             if name.endswith(end)
+        ]
+
+    @cached_property
+    def parameter_paths(self) -> dict[str, str]:
+        """Paths of adapted parameters of fused experts, in their order, by the path on disk.
+
+        PEFT names parameters in adapter_config.json only: see `AdapterConfig.wrapper_path`.
+
+        Raises:
+            AdapterError: a parameter is none of fused experts, or names and tensors differ.
+        """
+        found: dict[str, str] = {}
+        targets = self.peft.target_parameters or []
+        unused, modules = set(targets), dict[str, list[str]]()
+        for path in self._paths_on_disk if targets else ():
+            modules.setdefault(path.replace(WRAPPER_SUFFIX, ""), []).append(path)
+        for module, paths in modules.items():
+            own = {t: leaf for t in targets if (leaf := _targeted_parameter(module, t))}
+            unused -= own.keys()
+            names = sorted(set(own.values()), key=_position)
+            if names and names != ["weight"]:
+                expected = [module + WRAPPER_SUFFIX * n for n in reversed(range(len(names)))]
+                if sorted(expected) != sorted(paths) or not set(names) <= set(EXPERT_PARAMETERS):
+                    supported = ", ".join(EXPERT_PARAMETERS)
+                    raise self._bad_parameters(f"{module} has {', '.join(names)}", supported)
+                found |= {one: f"{module}.{n}" for one, n in zip(expected, names, strict=True)}
+        if unused:
+            raise self._bad_parameters(f"no tensors of {min(unused)}", "parameters with tensors")
+        return found
+
+    @property
+    def fused_experts(self) -> frozenset[str]:
+        """Paths of the adapted parameters of fused experts."""
+        return frozenset(self.parameter_paths.values())
+
+    def _bad_parameters(self, why: str, supported: str) -> AdapterError:
+        return AdapterError(
+            f"target_parameters={self.peft.target_parameters!r:.80} is not supported",
+            where=f"{self.path / CONFIG_FILE}: target_parameters",
+            why=f"{why}; supported are {supported} of fused experts",
         )
 
     def config(self, tokenizer: Any = None) -> AdapterConfig:
@@ -171,7 +225,8 @@ class AdapterFolder:
         for name, entry in self.entries.items():
             match = pattern.fullmatch(name)
             if match:
-                found.setdefault(match["path"], {})[match["part"]] = entry
+                path = self.parameter_paths.get(match["path"], match["path"])
+                found.setdefault(path, {})[match["part"]] = entry
         return found
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
@@ -196,8 +251,10 @@ class AdapterFolder:
         for path, parts in self.modules().items():
             for part, dimension in RANK_TENSORS.items():
                 if part in parts:
-                    rank = (*parts[part].shape, 0, 0)[dimension]
-                    if rank != config.rank_of(path):
+                    rank, own = (*parts[part].shape, 0, 0)[dimension], config.rank_of(path)
+                    # of all experts: their number is not known without the base
+                    fused = path in self.fused_experts and rank and rank % own == 0
+                    if rank != own and not fused:
                         found.append((parts[part].name, rank, config.rank_of(path)))
         return found
 
@@ -260,6 +317,31 @@ class AdapterFolder:
             return self.metadata.base
         name, revision = self.peft.base_model_name_or_path, self.peft.revision
         return RecordedBase(name=name, revision=revision, hash=None, storage="plain")
+
+
+def _targeted_parameter(module: str, target: str) -> str | None:
+    """Return the name of the parameter of `module` that PEFT's `target` names, if it does."""
+    leaf = target.rpartition(".")[2]
+    return leaf if f".{module}.{leaf}".endswith(f".{target}") else None
+
+
+def _position(name: str) -> tuple[int, str]:
+    """Return the position of a parameter in its module, for sorting."""
+    known = EXPERT_PARAMETERS.index(name) if name in EXPERT_PARAMETERS else -1
+    return known, name
+
+
+def _check_names(names: list[str], where: str) -> None:
+    """Raise `AdapterError` for names that PEFT's `save_pretrained` does not write."""
+    raw = next((name for name in names if not name.startswith(PREFIX)), None)
+    infix = next((name for name in names if RAW_NAME.search(name)), None)
+    if raw is not None or infix is not None:
+        why = f"{raw} does not begin with {PREFIX}"
+        if infix is not None:
+            why = f"{infix} contains the name that the adapter had in PEFT"
+        what = "the tensors have the names of a raw state dict"
+        hint = "in PEFT: model.save_pretrained(folder), or rename the tensors"
+        raise AdapterError(what, where=where, why=why, hint=hint)
 
 
 def _weights_file(folder: Path) -> Path:

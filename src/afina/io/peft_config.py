@@ -26,7 +26,6 @@ UNSUPPORTED_PEFT_KEYS: Mapping[str, Any] = {
     "bias": "none",
     "lora_bias": False,
     "layer_replication": None,
-    "target_parameters": None,
     "use_qalora": False,
     "use_bdlora": None,
     "kasa_config": None,
@@ -86,6 +85,7 @@ class PeftConfig(BaseModel):
     use_dora: bool = False
     fan_in_fan_out: bool = False
     target_modules: list[Text] | Text | None = None
+    target_parameters: list[Text] | None = None
     modules_to_save: list[Text] | None = None
     rank_pattern: dict[Text, Rank] = Field(default_factory=dict)
     alpha_pattern: dict[Text, Alpha] = Field(default_factory=dict)
@@ -180,6 +180,7 @@ def peft_config_json(
     method_fields: Mapping[str, Any] | None,
     *,
     target_modules: Sequence[str],
+    target_parameters: Sequence[str] = (),
     task_type: str | None,
     base: str | None,
     revision: str | None,
@@ -192,6 +193,7 @@ def peft_config_json(
         config: The adapter's configuration.
         method_fields: PEFT's fields of the method (`use_dora`); None where PEFT does not know it.
         target_modules: Names or paths of the adapted modules.
+        target_parameters: Names or paths of the adapted parameters of fused experts.
         task_type: PEFT's task type.
         base: Name of the base.
         revision: Revision of the base.
@@ -211,20 +213,25 @@ def peft_config_json(
     if method_fields is None:
         return shared
     token_ids = sorted(config.trainable_tokens.values())
-    return shared | {
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.scaling == "rslora",
-        "rank_pattern": _escaped(config.rank_pattern),
-        "alpha_pattern": _escaped(config.alpha_pattern),
-        "bias": "none",
-        "fan_in_fan_out": is_transposed,
-        "alora_invocation_tokens": list(config.invocation) or None,
-        "init_lora_weights": True,
-        "trainable_token_indices": dict.fromkeys(token_layers, token_ids) or None,
-        **method_fields,
-    }
+    parameters = {"target_parameters": list(target_parameters)} if target_parameters else {}
+    return (
+        shared
+        | parameters
+        | {
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": config.scaling == "rslora",
+            "rank_pattern": _escaped(config.rank_pattern),
+            "alpha_pattern": _escaped(config.alpha_pattern),
+            "bias": "none",
+            "fan_in_fan_out": is_transposed,
+            "alora_invocation_tokens": list(config.invocation) or None,
+            "init_lora_weights": True,
+            "trainable_token_indices": dict.fromkeys(token_layers, token_ids) or None,
+            **method_fields,
+        }
+    )
 
 
 def _escaped(values: Mapping[str, Any]) -> dict[str, Any]:

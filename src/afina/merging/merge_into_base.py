@@ -176,12 +176,15 @@ def merge_into_base(base: FrozenModel, adapter: Adapter) -> None:
         if delta.replaces_base:
             _replace(model, path, delta, changed)
             continue
-        module = model.get_submodule(path)
-        _untie(model, path)
+        module: Any = frozen_module(model, path)
+        _untie(model, module)
         merged = delta.merged_weight(as_matrix(module, module.weight.detach().float()))
-        module.weight = nn.Parameter(
-            as_stored(module, merged).to(module.weight.dtype), requires_grad=False
-        )
+        new = nn.Parameter(as_stored(module, merged).to(module.weight.dtype), requires_grad=False)
+        if isinstance(module, FreeParameter):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new)
+        else:
+            module.weight = new
     head, embedding = _output(model), _embedding(model)
     if (
         head is not None
@@ -214,13 +217,13 @@ def _replace(model: nn.Module, path: str, delta: nn.Module, changed: dict[int, T
         setattr(owner, path.rpartition(".")[2] if loose else name, changed[id(parameter)])
 
 
-def _untie(model: Any, path: str) -> None:
-    """Copy the weight of the output layer at `path` if it is that of the embedding."""
+def _untie(model: Any, module: nn.Module) -> None:
+    """Copy the weight of `module` if it is the output layer, and tied to the embedding."""
     head, embedding = _output(model), _embedding(model)
     if (
         head is not None
         and embedding is not None
-        and head is model.get_submodule(path)
+        and head is module
         and head.weight is embedding.weight
     ):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -288,7 +291,8 @@ def _requantize(base: FrozenModel, folder: Path) -> None:
             where=base.name,
             hint="leave --quantization out",
         )
-    quantize_model(base.model, report_module=print_quantization)
+    # bitsandbytes' format has no 4-bit tensors of three axes: fused experts are written as they are
+    quantize_model(base.model, report_module=print_quantization, experts=False)
     write_nf4(base.model, folder)
 
 

@@ -54,6 +54,14 @@ class AdapterSource:
     def open(cls, part: WeightedAdapter) -> "AdapterSource":
         """Open an adapter; raise `AdapterError` where its files are damaged or were changed."""
         folder = AdapterFolder.open(part.folder)
+        if folder.fused_experts:
+            path = min(folder.fused_experts)
+            raise AdapterError(
+                "adapters of fused experts cannot be combined, extracted or written as GGUF",
+                where=str(part.folder),
+                why=f"{path} has one update per expert",
+                hint="afina merge, or serve it as it is",
+            )
         reader = TensorReader(folder.weights_file, entries=folder.entries)
         return cls(part, folder, folder.config(), folder.verified_hash(), reader)
 

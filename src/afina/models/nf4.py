@@ -1,9 +1,11 @@
 """Linear modules in NF4, 4 bits per weight, and models of them: the base of qlora and its variants.
 
-`quantize_model` replaces the Linear and Conv1D modules in layers by `NF4Linear`; only this file
-does so. All else (embeddings, output layer, norms, routers, fused experts) keeps its dtype.
+`quantize_model` replaces the Linear and Conv1D modules in layers by `NF4Linear`, and the matrices
+of fused experts by `NF4Experts`; only this file does so. All else (embeddings, output layer, norms,
+routers) keeps its dtype.
 """
 
+import math
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from afina.errors import BaseError
 from afina.kernels.nf4 import NF4Weight, dequantize, errors, nf4_linear, quantize
+from afina.models.experts import fused_experts
 from afina.models.fast_llama import LINEAR_TYPES
 from afina.models.frozen import full_tensor
+from afina.models.nf4_experts import NF4Experts, NF4Module
 
 # names of modules that are not quantized: few weights with a large effect
 SKIP = ("lm_head", "router", "gate", "shared_expert_gate")
@@ -27,15 +31,15 @@ class LayerQuantization:
     """Error of quantizing one module.
 
     Attributes:
-        path: The module.
-        shape: (out, in).
+        path: The module, or the parameter of fused experts.
+        shape: (out, in), after the number of experts where they are fused.
         relative_error: |W - W'| / |W|; 0.092 for normally distributed weights.
         zeroed_ratio: Ratio of the weights that became zero.
         bytes: Bytes of the stored tensors.
     """
 
     path: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     relative_error: float
     zeroed_ratio: float
     bytes: int
@@ -43,10 +47,10 @@ class LayerQuantization:
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return 8 * self.bytes / (self.shape[0] * self.shape[1])
+        return 8 * self.bytes / math.prod(self.shape)
 
     def __str__(self) -> str:
-        size = f"{self.shape[0]} x {self.shape[1]}"
+        size = " x ".join(map(str, self.shape))
         errors = f"error {100 * self.relative_error:.2f}%  zeroed {100 * self.zeroed_ratio:.3f}%"
         return f"nf4  {self.path}  {size}  {self.bits:.3f} bits  {errors}"
 
@@ -56,7 +60,7 @@ def print_quantization(error: LayerQuantization) -> None:
     print(error, file=sys.stderr, flush=True)
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(NF4Module):
     """y = W x + b with W (out, in) in NF4, dequantized during each product only.
 
     The stored tensors are frozen parameters, divided by complete rows, so that they are moved,
@@ -140,16 +144,6 @@ class NF4Linear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
-        exact = {name: getattr(self, name).detach() for name in ("superscales", "offset")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():  # .to(bfloat16) moves the scales and keeps float32
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                setattr(self, name, nn.Parameter(before.to(after.device), requires_grad=False))
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
 
 def as_matrix(module: nn.Linear | Conv1D, weight: Tensor) -> Tensor:
     """Return a stored weight as the matrix `(out, in)`: transformers' Conv1D has it transposed."""
@@ -170,6 +164,32 @@ def quantize_module(path: str, matrix: Tensor) -> tuple[NF4Weight, LayerQuantiza
     return weight, LayerQuantization(
         path, weight.shape, relative_error, zeroed_ratio, weight.nbytes
     )
+
+
+def quantize_experts(
+    path: str, parameter: Tensor, is_transposed: bool
+) -> tuple[NF4Experts, LayerQuantization]:
+    """Return the parameter of fused experts in NF4, each expert by itself, and its error."""
+    weights, lost, zeroed = [], [], 0.0
+    matrices = parameter.mT if is_transposed else parameter
+    squares = [float(matrix.float().square().sum()) for matrix in matrices]
+    for expert, matrix in enumerate(matrices):
+        weights.append(_quantize(matrix, f"{path}, expert {expert}"))
+        relative_error, zeroed_ratio = errors(matrix, weights[-1])
+        lost.append(relative_error**2 * squares[expert])
+        zeroed += zeroed_ratio / len(matrices)
+    quantized = NF4Experts(weights, is_transposed, parameter.dtype)
+    total = (sum(lost) / sum(squares)) ** 0.5 if any(squares) else 0.0
+    shape = (len(weights), *weights[0].shape)
+    return quantized, LayerQuantization(path, shape, total, zeroed, quantized.nbytes)
+
+
+def quantizable_experts(
+    model: nn.Module, skip: Collection[str] = SKIP
+) -> dict[str, tuple[nn.Module, str]]:
+    """Return owner and name of each parameter of fused experts by path, without those in `skip`."""
+    found = {path: (owner, name) for path, owner, name in fused_experts(model)}
+    return {path: each for path, each in found.items() if not set(path.split(".")) & set(skip)}
 
 
 def quantizable_modules(
@@ -209,13 +229,15 @@ def quantize_model(
     model: nn.Module,
     skip: Collection[str] = SKIP,
     report_module: Callable[[LayerQuantization], None] | None = None,
+    experts: bool = True,
 ) -> list[LayerQuantization]:
-    """Replace the `quantizable_modules` by NF4 ones in place.
+    """Replace the `quantizable_modules` and `quantizable_experts` by NF4 ones in place.
 
     Args:
         model: The model.
         skip: Names of modules that are not quantized.
         report_module: Called with the error of each module.
+        experts: Whether fused experts are quantized too.
 
     Returns:
         The errors of all modules.
@@ -233,12 +255,41 @@ def quantize_model(
             if report_module:
                 report_module(error)
         set_module(model, path, quantized[module])
+    if experts:
+        report += quantize_model_experts(model, skip, report_module)
+    return report
+
+
+@torch.no_grad()
+def quantize_model_experts(
+    model: nn.Module,
+    skip: Collection[str] = SKIP,
+    report_module: Callable[[LayerQuantization], None] | None = None,
+) -> list[LayerQuantization]:
+    """Replace the `quantizable_experts` by NF4 ones in place; return their errors."""
+    report: list[LayerQuantization] = []
+    for path, (owner, name) in quantizable_experts(model, skip).items():
+        parameter = getattr(owner, name)
+        if isinstance(parameter, NF4Experts):
+            continue
+        matrices, error = quantize_experts(path, parameter.detach(), bool(owner.is_transposed))
+        matrices.put(owner, name)
+        report.append(error)
+        if report_module:
+            report_module(error)
     return report
 
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module) -> None:
-    """Replace the 4-bit modules by Linear and Conv1D ones in the compute dtype, in place."""
+    """Replace the 4-bit modules by Linear and Conv1D ones in the compute dtype, in place.
+
+    Fused experts in 4 bits become parameters again.
+    """
+    for _, owner, name in list(fused_experts(model)):
+        matrices = getattr(owner, name)
+        if isinstance(matrices, NF4Experts):
+            matrices.restore(owner, name)
     for path, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
             parent, _, child = path.rpartition(".")

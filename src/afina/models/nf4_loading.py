@@ -39,8 +39,10 @@ from afina.models.nf4 import (
     NF4Linear,
     as_matrix,
     print_quantization,
+    quantizable_experts,
     quantizable_modules,
     quantize_model,
+    quantize_model_experts,
     quantize_module,
     set_module,
 )
@@ -135,6 +137,7 @@ def load_nf4(
             for p, w in widths.items()
         },
     )
+    report += quantize_model_experts(model, skip, report_module)  # once they are loaded
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval(), report
@@ -148,7 +151,8 @@ def _quantize_complete(
 ) -> tuple[PreTrainedModel, list[LayerQuantization]]:
     """Quantize a loaded model, and print why it was not read one module at a time."""
     print(f"nf4  the entire model was loaded before quantization: {why}", file=sys.stderr)
-    print(f"nf4  {describe_unquantized(model, quantizable_modules(model, skip))}", file=sys.stderr)
+    quantized = [*quantizable_modules(model, skip), *quantizable_experts(model, skip)]
+    print(f"nf4  {describe_unquantized(model, quantized)}", file=sys.stderr)
     return model, quantize_model(model, skip, report_module)
 
 
@@ -245,7 +249,8 @@ def _quantized(
             f"nf4  cache replaced, damaged or of other modules: {cache}",
             file=sys.stderr,
         )
-    print(f"nf4  {describe_unquantized(model, paths)}", file=sys.stderr)
+    quantized = [*paths, *quantizable_experts(model, skip)]
+    print(f"nf4  {describe_unquantized(model, quantized)}", file=sys.stderr)
     why = "the written cache cannot be read"
     try:
         _write(cache, _layers(model, locations, skip, report_module))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from afina.models.nf4 import NF4Linear
+from afina.models.nf4_experts import NF4Experts
 
 MIN_SHARE = 0.01  # of all parameters: smaller ones (norms, biases) are named only if they are 3-D
 MAX_NAMED = 4  # parameters named in one sentence
@@ -68,7 +69,9 @@ def _parameters(
     for name, parameter in own.items():
         yield BaseParameter(f"{prefix}{name}", id(parameter), tuple(parameter.shape))
     for name, child in module.named_children():
-        if name != "parametrizations":
+        if isinstance(child, NF4Experts):
+            yield BaseParameter(f"{prefix}{name}", id(child.codes), child.shape)
+        elif name != "parametrizations":
             yield from _parameters(child, f"{prefix}{name}.", unwrap)
 
 
@@ -92,8 +95,8 @@ def describe_largest(parameters: Collection[BaseParameter], total: int) -> str:
 
 
 def describe_unquantized(model: nn.Module, quantized: Collection[str]) -> str:
-    """Return which parameters keep their dtype where the modules `quantized` are in 4 bits."""
-    codes = {f"{path}.weight" for path in quantized}
+    """Return which parameters keep their dtype where `quantized` is in 4 bits: modules, experts."""
+    codes = {f"{path}.weight" for path in quantized} | set(quantized)
     every = {one.key: one for one in base_parameters(model)}
     others = [one for one in every.values() if one.path not in codes]
     count, total = sum(one.numel for one in others), sum(one.numel for one in every.values())

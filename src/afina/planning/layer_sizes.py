@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from afina.adapters.attach import frozen_module
 from afina.adapters.registry import get_method
 from afina.adapters.target_module import TargetModule
 from afina.adapters.target_selection import layer_index
+from afina.models.experts import expert_matrices
 from afina.models.fast_llama import MLPS, NORMS
 from afina.planning.model_shape import AdapterSize, ModelShape
 
@@ -81,6 +83,8 @@ def layer_sizes(
             matrices = (TargetModule("", m) for m in module.modules())
             width = max((m.out_features for m in matrices if m.is_matrix), default=0)
             cost.mlp_width += width if name in MLPS else 3 * width
+        elif expert_matrices(module):
+            _add_experts(cost, shape, path, size, quantized)
         else:
             cost.weights += _expert_weights(shape, module)
     below = {path for path in size.layers if layer_index(path) is None} - output_paths
@@ -127,6 +131,29 @@ def _add_adapter(
         cost.adapter_outputs += target.out_features
 
 
+def _add_experts(
+    cost: LayerSizes, shape: ModelShape, path: str, size: AdapterSize, quantized: set[str]
+) -> None:
+    """Add fused experts: a token passes some, all are dequantized, and each has its adapter."""
+    kind = get_method(size.config.method)
+    for name in expert_matrices(shape.model.get_submodule(path)):
+        own = f"{path}.{name}"
+        target = TargetModule(own, frozen_module(shape.model, own))
+        active = min(getattr(shape.config, "num_experts_per_tok", 1), target.num_experts)
+        one = target.in_features * target.out_features
+        cost.weights += active * one
+        cost.largest_matrix = max(cost.largest_matrix, one)
+        cost.nf4_weights += target.num_experts * one if own in quantized else 0
+        cost.mlp_width += active * target.in_features  # gathered inputs, and the gated ones
+        if own in size.layers:
+            added = kind.layer_cost(target, size.config, "cpu")
+            cost.adapter_inputs += active * target.in_features
+            cost.adapter_saved += active * added.saved_numel
+            cost.adapter_macs += added.macs_per_token * active / target.num_experts
+            cost.adapted_width += active * (target.in_features + target.out_features)
+            cost.adapter_outputs += active * target.out_features
+
+
 def _add_norm(cost: LayerSizes, shape: ModelShape, path: str, module: nn.Module) -> None:
     """Add the inputs of a norm: one per token, or of the heads, which are normed together."""
     own = sum(p.numel() for n, p in module.named_parameters(recurse=False) if n == "weight")
@@ -137,7 +164,7 @@ def _add_norm(cost: LayerSizes, shape: ModelShape, path: str, module: nn.Module)
 
 
 def _expert_weights(shape: ModelShape, module: nn.Module) -> float:
-    """Return the weights of experts in one tensor that a token passes, of all they have."""
+    """Return the weights of experts of another kind that a token passes, of all they have."""
     active = getattr(shape.config, "num_experts_per_tok", 1)
     ratio = active / (getattr(shape.config, "num_local_experts", None) or 1)
     weights = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)

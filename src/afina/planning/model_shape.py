@@ -29,7 +29,7 @@ from afina.models.bnb_format import is_quantized
 from afina.models.dtype import choose_dtype
 from afina.models.fast_llama import ATTENTIONS, MLPS, NORMS
 from afina.models.loading import load_decoder_config, resolve_model_dir
-from afina.models.nf4 import quantizable_modules
+from afina.models.nf4 import quantizable_experts, quantizable_modules
 from afina.settings import TrainSettings
 
 TENSOR_HEADER = 150  # bytes of a tensor in the header of safetensors: name, dtype, shape, offsets
@@ -124,26 +124,36 @@ class ModelShape:
     def weight_bytes(self, quantization: str) -> int:
         """Return the bytes of the weights; with "nf4" the layers' matrices are quantized."""
         width = self.dtype.itemsize
-        codes = quantizable_modules(self.model) if quantization == "nf4" else {}
         plain = sum(width * p.numel() for p in self.model.parameters())
-        saved = sum(
-            width * m.weight.numel() - nf4_bytes(TargetModule(path, m)) for path, m in codes.items()
+        return plain - sum(
+            width * one.num_experts * one.in_features * one.out_features - nf4_bytes(one)
+            for one in self.quantized_weights(quantization)
         )
-        return plain - saved
+
+    def quantized_weights(self, quantization: str) -> list[TargetModule]:
+        """Return what is in 4 bits with "nf4": matrices in the layers, and fused experts."""
+        if quantization != "nf4":
+            return []
+        paths = [*quantizable_modules(self.model), *quantizable_experts(self.model)]
+        return [TargetModule(path, frozen_module(self.model, path)) for path in paths]
 
     def largest_bytes(self, quantization: str) -> int:
         """Return the bytes of the largest tensor that is not quantized: the embeddings, mostly."""
-        codes = quantizable_modules(self.model) if quantization == "nf4" else {}
-        quantized = {f"{path}.weight" for path in codes}
+        codes = self.quantized_weights(quantization)
+        quantized = {one.path if one.is_experts else f"{one.path}.weight" for one in codes}
         sizes = (p.numel() for n, p in self.model.named_parameters() if n not in quantized)
         return self.dtype.itemsize * max(sizes)
 
 
 def nf4_bytes(layer: TargetModule) -> int:
-    """Return the bytes of a matrix in NF4: codes, a byte per 64, a float32 per 256 of these."""
+    """Return the bytes of a matrix in NF4, or of those of all experts.
+
+    Each has codes, a byte per 64, a float32 per 256 of these, and an offset.
+    """
     out, width = layer.out_features, layer.in_features
     scales = out * math.ceil(width / BLOCK)
-    return out * math.ceil(width / 2) + scales + 4 * math.ceil(scales / NESTED_BLOCK) + 4
+    one = out * math.ceil(width / 2) + scales + 4 * math.ceil(scales / NESTED_BLOCK) + 4
+    return layer.num_experts * one
 
 
 def read_model_shape(settings: TrainSettings, device: str) -> ModelShape:

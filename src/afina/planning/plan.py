@@ -20,7 +20,6 @@ from afina.data.several_files import describe_files
 from afina.errors import SettingsError
 from afina.io.adapter_config import AdapterConfig
 from afina.models.loading import load_tokenizer
-from afina.models.nf4 import quantizable_modules
 from afina.models.parameters import describe_unquantized
 from afina.objectives.language_data import read_examples
 from afina.objectives.prepared import ShownExample, row_length, show_example, text_renderer
@@ -212,8 +211,8 @@ def _parts_of_base(shape: ModelShape, step: StepCost) -> dict[str, Any]:
     kinds = {"kinds": shape.parameters_by_kind}
     if step.quantization != "nf4":
         return kinds
-    modules = quantizable_modules(shape.model)
-    return kinds | {"unquantized": describe_unquantized(shape.model, modules)}
+    paths = [one.path for one in shape.quantized_weights("nf4")]
+    return kinds | {"unquantized": describe_unquantized(shape.model, paths)}
 
 
 def _checked_plan(

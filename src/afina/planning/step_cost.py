@@ -45,7 +45,6 @@ from afina.kernels.cross_entropy import BLOCK_ROWS, CHUNK_ELEMENTS
 from afina.kernels.dispatch import kernels
 from afina.kernels.varlen_attention import FAST_ISAS
 from afina.models.causal_lm import HEAD_CHUNK, SCORE
-from afina.models.nf4 import quantizable_modules
 from afina.planning.estimates import (
     SKINNY_COLUMNS,
     MachineRates,
@@ -93,9 +92,7 @@ class StepCost:
 
     @cached_property
     def _layers(self) -> list[LayerSizes]:
-        quantized = set()
-        if self.quantization == "nf4":
-            quantized = set(quantizable_modules(self.shape.model))
+        quantized = {one.path for one in self.shape.quantized_weights(self.quantization)}
         return layer_sizes(self.shape, self.count, quantized, self._output, self.device)
 
     @cached_property

@@ -56,8 +56,8 @@ class TrainSettings(GroupedSettings):
         job=True,
     )
     target_modules: str | list[str] | None = setting(
-        "modules to adapt: all-linear, names, or a regular expression; for full also all, norms, "
-        "embeddings; auto: modules and ranks chosen by their gradients",
+        "modules to adapt: all-linear, names, or a regular expression; for lora also experts, for "
+        "full also all, norms, embeddings; auto: modules and ranks chosen by their gradients",
         job=True,
     )
     layers: str | list[int] | None = setting(

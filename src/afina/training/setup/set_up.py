@@ -11,6 +11,7 @@ from torch import nn
 
 from afina.adapters.attach import Adapter, attach
 from afina.adapters.presets import get_preset
+from afina.adapters.registry import get_method
 from afina.adapters.target_selection import layer_index, match_patterns, resolve_target_modules
 from afina.io.adapter_config import AdapterConfig
 from afina.models.causal_lm import CausalLM
@@ -106,7 +107,10 @@ def build_adapter_config(
     given = "all-linear" if settings.target_modules == AUTO else settings.target_modules
     targets = given if given is not None else preset.targets
     layers = settings.layers if settings.layers is not None else preset.layers
-    paths = resolve_target_modules(model, targets, layers, any_kind=preset.targets == "all")
+    supported = get_method(preset.method).supported_modules
+    paths = resolve_target_modules(
+        model, targets, layers, preset.targets == "all", experts=supported == "experts"
+    )
     return AdapterConfig(
         method=preset.method,
         target_modules=tuple(path for path in paths if path not in modules),
