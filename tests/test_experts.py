@@ -18,6 +18,7 @@ from afina.adapters.loading import load_adapter
 from afina.adapters.saving import save_adapter
 from afina.adapters.segments import NO_ADAPTERS, Segment, Segments
 from afina.adapters.target_selection import resolve_target_modules
+from afina.audit.audit import audit
 from afina.engine.engine import Engine, EngineConfig, run_to_completion
 from afina.engine.request import AdapterWeight, GenerationRequest, SamplingParams
 from afina.errors import AfinaError, SettingsError
@@ -206,7 +207,9 @@ def test_nf4_experts_are_their_dequantized_weights(
         assert isinstance(held, NF4Experts) and report[path].bits < 6
         stored = sum(t.nbytes for t in held.parameters())
         assert report[path].bytes == held.nbytes == stored
-    sizes = read_model_shape(TrainSettings(base=str(folders[family])), "cpu").weight_bytes("nf4")
+    sizes = read_model_shape(
+        TrainSettings(data=Path("rows.jsonl"), base=str(folders[family])), "cpu"
+    ).weight_bytes("nf4")
     assert sizes == sum(p.nbytes for p in base.model.parameters())
     config = AdapterConfig("lora", ())
     assert (
@@ -334,7 +337,7 @@ def test_sums_of_adapters_refuse_experts(saved: Path, tmp_path: Path) -> None:
 
 
 def test_the_audit_names_what_it_did_not_measure(saved: Path, folders: dict[str, Path]) -> None:
-    report = afina.audit(saved, base=str(folders["qwen3"]), time_budget_seconds=0)
+    report = audit(saved, base=str(folders["qwen3"]), time_budget_seconds=0)
     found = [finding["text"] for finding in report["findings"]]
     assert any("factors of fused experts" in what for what in found)
     assert any("could not be measured" in what and "experts" in what for what in found)

@@ -26,6 +26,7 @@ from afina.io.adapter_metadata import (
     read_metadata,
 )
 from afina.io.hashing import adapter_hash, combine_tensor_hashes, hash_entries
+from afina.io.name_patterns import NamePattern
 from afina.io.peft_config import PeftConfig
 from afina.io.safetensors import (
     ADAPTER_LIMITS,
@@ -176,6 +177,8 @@ class AdapterFolder:
         for path in self._paths_on_disk if targets else ():
             modules.setdefault(path.replace(WRAPPER_SUFFIX, ""), []).append(path)
         for module, paths in modules.items():
+            if self._is_target_module(module):  # a bare name of a parameter fits any module
+                continue
             own = {t: leaf for t in targets if (leaf := _targeted_parameter(module, t))}
             unused -= own.keys()
             names = sorted(set(own.values()), key=_position)
@@ -188,6 +191,14 @@ class AdapterFolder:
         if unused:
             raise self._bad_parameters(f"no tensors of {min(unused)}", "parameters with tensors")
         return found
+
+    def _is_target_module(self, path: str) -> bool:
+        """Return whether `target_modules` selects the module: PEFT adapts no parameter of it."""
+        targets = self.peft.target_modules or []
+        if isinstance(targets, str):
+            where = f"{self.path / CONFIG_FILE}: target_modules"
+            return NamePattern(targets, where, AdapterError).fullmatch(path)
+        return any(f".{path}".endswith(f".{target}") for target in targets)
 
     @property
     def fused_experts(self) -> frozenset[str]:
