@@ -486,9 +486,18 @@ def test_wrong_settings(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for values, message in (
         (dict(format="gguf", output=tmp_path / "there.gguf"), "exists already"),
         (dict(format="gguf", output=tmp_path / "a"), "not empty"),
-        (dict(format="gguf", output=tmp_path / "x", quantization="nf4"), "quantization has no effect on"),
-        (dict(format="gguf-lora", output=tmp_path / "x", outtype="f16"), "outtype has no effect on"),
-        (dict(format="hf", output=tmp_path / "x", outtype="f16"), "outtype has no effect on --format hf"),
+        (
+            dict(format="gguf", output=tmp_path / "x", quantization="nf4"),
+            "quantization has no effect on",
+        ),
+        (
+            dict(format="gguf-lora", output=tmp_path / "x", outtype="f16"),
+            "outtype has no effect on",
+        ),
+        (
+            dict(format="hf", output=tmp_path / "x", outtype="f16"),
+            "outtype has no effect on --format hf",
+        ),
     ):
         with pytest.raises(SettingsError, match=message):
             afina.export(tmp_path / "a", **values)

@@ -34,7 +34,13 @@ from afina.kernels.nf4 import (
 )
 from afina.models import nf4_loading as nf4_load
 from afina.models.loading import load_base
-from afina.models.nf4 import LayerQuantization, NF4Linear, quantizable_modules, quantize_model
+from afina.models.nf4 import (
+    LayerQuantization,
+    NF4Linear,
+    quantizable_experts,
+    quantizable_modules,
+    quantize_model,
+)
 from afina.training.setup.adamw_8bit import AdamW8bit
 from helpers import (
     ENVIRONMENT,
@@ -429,6 +435,8 @@ def test_streamed_loading_equals_quantising_after_loading(
     for path in quantizable_modules(ordinary.model):
         parent, _, child = path.rpartition(".")
         setattr(ordinary.model.get_submodule(parent), child, source.get_submodule(path).to(kind))
+    for path, (owner, name) in quantizable_experts(ordinary.model).items():
+        source.get_submodule(path).to(kind).put(owner, name)
     assert same(state(base.model), state(ordinary.model))
     buffers = dict(ordinary.model.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in base.model.named_buffers())

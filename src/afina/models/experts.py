@@ -1,6 +1,6 @@
 """Fused experts of a mixture: the matrices of all experts in 3-D parameters (transformers 5).
 
-    y[t] = sum over the top-k experts e of t of  p[t, e] * W2[e] act(W1[e] x[t])
+    y[t] = sum over the top-k experts e of t of  p[t, e] * W2[e] f(W1[e] x[t])
 
     W1   gate_up_proj (E, 2 * inner, hidden), or up_proj without a gate
     W2   down_proj    (E, hidden, inner)            each transposed where `is_transposed`
