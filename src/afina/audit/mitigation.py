@@ -58,7 +58,7 @@ class MitigationTrial:
     base: CausalLM
     source: AdapterSource
     benign: list[AdapterSource]
-    clean: list[Example]
+    clean: Sequence[Example]
     triggered: list[TriggeredExample]
     payload: str
     moments: dict[str, MomentPair]

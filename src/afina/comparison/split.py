@@ -7,7 +7,7 @@ test.jsonl      test rows, evaluated once at the end: selection on rows biases t
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,7 +153,7 @@ def _enough(rows: Sequence[Any], settings: CompareSettings) -> None:
 
 def _language(
     rows: list[Any], objective: str, settings: CompareSettings
-) -> dict[str, list[dict[str, Any]]]:
+) -> Mapping[str, Sequence[dict[str, Any]]]:
     if objective == "pretrain":
         texts = [{"text": piece} for row in rows for piece in pieces(row.text or _joined(row))]
         _enough(texts, settings)

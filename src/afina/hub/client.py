@@ -37,6 +37,9 @@ def hub_errors(repo: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
+    # what HfHubHTTPError is: an error of the client's HTTP library, whichever it is, and OSError
+    network: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
+    hint: str | None
     try:
         yield
     except OfflineModeIsEnabled:
@@ -56,6 +59,6 @@ def hub_errors(repo: str) -> Iterator[None]:
         hint = "hf auth login, with a token that may write" if status in (401, 403) else None
         why = (str(error).splitlines() or [""])[0]
         raise AdapterError(f"the Hub answered {status}", where=repo, why=why, hint=hint) from None
-    except HfHubHTTPError.__bases__ as error:  # of the client's HTTP library, or the system
+    except network as error:
         why = f"{type(error).__name__}: {error}"
         raise AdapterError("the Hub cannot be reached", where=repo, why=why) from None

@@ -193,8 +193,10 @@ def _schedule(c: Conversion) -> None:
     if ratio is not None:
         c.use("warmup_ratio", {"warmup_ratio": float(ratio)})
         c.comment("warmup_steps", "warmup_ratio is given")
-    elif steps is not None and (float(steps) < 1 or total):
-        share = float(steps) if float(steps) < 1 else min(1.0, float(steps) / total)
+    elif steps is not None and float(steps) < 1:
+        c.use("warmup_steps", {"warmup_ratio": round(float(steps), 4)})
+    elif steps is not None and total:
+        share = min(1.0, float(steps) / total)
         c.use("warmup_steps", {"warmup_ratio": round(share, 4)})
     elif steps is not None:
         c.comment("warmup_steps", "a number of steps is a ratio only with max_steps; 0.05 is used")

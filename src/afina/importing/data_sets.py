@@ -111,7 +111,7 @@ def _axolotl_files(c: Conversion, where: str, one: Mapping[str, Any]) -> list[di
     if one.get("field_messages") not in (None, "messages"):
         columns["messages"] = one["field_messages"]
     known = {"path", "name", "split", "data_files", "type", "ds_type", "field", "field_messages"}
-    neutral = {
+    neutral: dict[str, list[Any]] = {
         "roles_to_train": [["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]],
         "train_on_eos": ["turn"],
         "chat_template": ["tokenizer_default"],

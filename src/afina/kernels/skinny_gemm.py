@@ -30,7 +30,8 @@ def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """
     if x.dtype == torch.float32:
         return F.linear(x, weight, bias)
-    if x.numel() <= MAX_SKINNY_ROWS * x.shape[-1] and kernels.uses_cpp(x, weight, bias):
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if x.numel() <= MAX_SKINNY_ROWS * x.shape[-1] and kernels.uses_cpp(*tensors):
         return _product(x, weight, bias, torch.float32)
     added = None if bias is None else bias.float()
     if x.is_cuda:

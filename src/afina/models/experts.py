@@ -37,6 +37,7 @@ def experts_forward(
     hidden_states: Tensor,  # (num_tokens, hidden)
     top_k_index: Tensor,  # (num_tokens, k)
     top_k_weights: Tensor,  # (num_tokens, k)
+    *,
     add: Add = lambda name, expert, x, y, tokens: y,
 ) -> Tensor:
     """Return the output `(num_tokens, hidden)` of fused experts, one expert after another."""

@@ -45,6 +45,10 @@ class NF4Experts(NF4Module):
     """
 
     ndim = 3
+    codes: Tensor
+    scales: Tensor
+    superscales: Tensor
+    offset: Tensor
 
     def __init__(
         self, weights: list[NF4Weight], is_transposed: bool, dtype: torch.dtype = torch.float32
@@ -73,7 +77,8 @@ class NF4Experts(NF4Module):
 
     def quantized(self, expert: int) -> NF4Weight:
         """Return the stored tensors of one expert."""
-        return NF4Weight(*(getattr(self, part)[expert] for part in PARTS), self.in_features)
+        codes, scales, superscales, offset = (getattr(self, part)[expert] for part in PARTS)
+        return NF4Weight(codes, scales, superscales, offset, self.in_features)
 
     def product(self, expert: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return W[expert] x + bias `(n, out)` of x `(n, in)`."""

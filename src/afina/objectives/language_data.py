@@ -146,10 +146,10 @@ def _split(
         table = read_table(settings.eval_data, SFT, settings.columns, settings.skip_bad_rows)
         infer_objective(objective, table.rows)
         skipped += table.skipped
-        eval_examples = tokenize_rows(objective, renderer, table.rows, leave_out, invocation)
-        there = {example.where for example in eval_examples}
+        held_out = tokenize_rows(objective, renderer, table.rows, leave_out, invocation)
+        there = {example.where for example in held_out}
         kept = (n for n, row in enumerate(table.rows) if row.where in there)
-        return tokenized, eval_examples, SelectedRows(table.rows, kept)
+        return tokenized, held_out, SelectedRows(table.rows, kept)
     if objective == "pretrain":  # one long text is one row: hold out chunks of it instead
         return *hold_out_every_nth(tokenized, settings.eval_size, source), []
     by_row: dict[str, list[int]] = {}

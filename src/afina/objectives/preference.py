@@ -96,10 +96,8 @@ class PairwiseObjective(Objective):
         train, eval_rows = split_preferences(
             settings, table, prep.renderer, prep.invocation, skipped, cls.single
         )
-        examples, held_out = (
-            StoredRows(choice for _, choice in some) for some in (train, eval_rows)
-        )
-        examples = mix_rows(examples, table.files, settings.seed)
+        stored, held_out = (StoredRows(choice for _, choice in some) for some in (train, eval_rows))
+        examples = mix_rows(stored, table.files, settings.seed)
         options = settings.group(cls.name)
         task = cls(options, prep.base, examples, held_out, *prep.packing)
         return prep.finish(
@@ -132,8 +130,8 @@ class PairwiseObjective(Objective):
         self,
         options: Any,
         base: CausalLM,
-        train: list[PreferenceExample],
-        eval_rows: list[PreferenceExample],
+        train: Sequence[PreferenceExample],
+        eval_rows: Sequence[PreferenceExample],
         batch_tokens: int,
         accumulate: int,
         seed: int,

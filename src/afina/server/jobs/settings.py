@@ -93,7 +93,7 @@ def _objective_of(state: ServerState, body: CreateJobRequest) -> str:
     usual, given = JOB_OBJECTIVES[body.method.type], body.afina.get("objective")
     if given is None:
         return usual
-    allowed = ENCODER_OBJECTIVES if state.is_encoder else DECODER_OBJECTIVES
+    allowed: tuple[str, ...] = ENCODER_OBJECTIVES if state.is_encoder else DECODER_OBJECTIVES
     if body.method.type != "supervised":
         allowed = (usual,)
     if given not in allowed:
