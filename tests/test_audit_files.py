@@ -209,7 +209,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": ["LORA"]}, "config-type"),
     ({"bias": "all"}, "config-unread"),
     ({"lora_bias": True}, "config-unread"),
-    ({"target_parameters": ["x"]}, "config-unread"),
+    ({"target_parameters": ["x"]}, "gate-error"),
     ({"init_lora_weights": "pissa"}, "config-start"),
     ({"init_lora_weights": {"a": 1}}, "config-start"),
     ({"r": 0}, "config-value"),
