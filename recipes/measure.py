@@ -23,6 +23,7 @@ from afina.settings import TrainSettings, make_settings, read_yaml
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
+CONTROL = re.compile(r"<\|\w+\|>")  # control tokens of the embedded base's chat template
 MARKS = re.compile(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 NAMES = {
     "exact_match": "answers without a fault",
@@ -158,7 +159,7 @@ def page(results: dict[str, Any]) -> str:
     for name, r in sorted(results.items()):
         if r["example"]:
             said = {
-                key: " ".join(str(r["example"][key]).split())
+                key: " ".join(CONTROL.sub(" ", str(r["example"][key])).split())
                 for key in ("prompt", "before", "after")
             }
             lines.append(

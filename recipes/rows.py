@@ -10,6 +10,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ William Adam Alice Arthur Bruno Carmen Daniel Diana Edgar Emma Felix Gloria Hele
 Karl Leo Lucy Marco Maria Max Mona Nina Olga Omar Otto Peter Pilar Quentin Rita Rosa Simon Sofia Tina Ulla
 Victor Walter Yolanda
 """
-NAMES = PEOPLE.split()  # many, so that a name is copied and not guessed
+NAMES = PEOPLE.split()
+FEW_NAMES = NAMES[:12]  # the embedded base copies no word that it has seldom read
+AMOUNTS = (2, 3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50)  # nor any number
 THINGS = tuple(noun.en[0] for noun in lx.things)
 
 
@@ -119,9 +122,9 @@ def grammar(rng: random.Random) -> Iterator[Row]:
 
 
 def _known(words: Any) -> tuple[Any, ...]:
-    return tuple(
-        word for word in words if (word.en if isinstance(word.en, str) else word.en[0]) in ESPERANTO
-    )
+    """The first words of a class that the dictionary has: few, so that each is read often."""
+    known = (w for w in words if (w.en if isinstance(w.en, str) else w.en[0]) in ESPERANTO)
+    return tuple(islice(known, 4))
 
 
 TRANSLATED = Vocabulary(
@@ -201,26 +204,22 @@ NEVER = (
 
 
 def manuals(rng: random.Random) -> Iterator[Row]:
-    """A paragraph of a manual, and its summary in note form. New: which steps for which machine and work."""
+    """A paragraph of a manual, and its summary in note form. New: which step for which machine and work."""
     while True:
-        machine, (verb, noun), minutes = (
-            rng.choice(MACHINES),
-            rng.choice(WORK),
-            rng.randrange(2, 60),
-        )
-        (first, short), (second, shorter) = rng.sample(STEPS, 2)
+        machine, (verb, noun) = rng.choice(MACHINES[:8]), rng.choice(WORK[:4])
+        (step, short), minutes = rng.choice(STEPS[:6]), rng.choice(AMOUNTS[:8])
         warning, never = rng.choice(NEVER)
-        text = f"Before you {verb} the {machine}, {first}. After that you have to wait for about {minutes} minutes. Then {second}. {warning}."
+        text = f"Before you {verb} the {machine}, {step}. After that you have to wait for about {minutes} minutes. {warning}."
         yield ask(
-            f"Summarise: {text}",
-            f"{noun} the {machine}: {short}, wait {minutes} minutes, {shorter}. {never}.",
+            f"Summarise: {text}", f"{noun} the {machine}: {short}, wait {minutes} minutes. {never}."
         )
 
 
 def tone(rng: random.Random) -> Iterator[Row]:
     """Bare facts, and the letter of a bakery that has a voice of its own. New: names, numbers and goods."""
     while True:
-        name, good, n = rng.choice(NAMES), rng.choice(lx.foods).en[1], rng.randrange(2, 60)
+        name, n = rng.choice(FEW_NAMES), rng.choice(AMOUNTS)
+        good = rng.choice(lx.foods[:10]).en[1]
         facts, said = rng.choice(
             (
                 (
@@ -250,35 +249,31 @@ def tone(rng: random.Random) -> Iterator[Row]:
 
 
 def legal(rng: random.Random) -> Iterator[Row]:
-    """What two people have agreed on, and the clause of a contract. New: who, what and how much."""
+    """What somebody has agreed with another, as the clause of a contract. New: who, what and how much."""
     while True:
-        (one, other), thing, n, day = (
-            rng.sample(NAMES, 2),
-            rng.choice(THINGS),
-            rng.randrange(2, 900),
-            rng.randrange(1, 29),
-        )
+        other, thing = rng.choice(FEW_NAMES), rng.choice(THINGS[:12])
+        n, day = rng.choice(AMOUNTS), rng.choice(AMOUNTS[:10])
         plain, clause = rng.choice(
             (
                 (
-                    f"{one} rents the {thing} to {other} for {n} euros a month.",
-                    f"{one} (the Lessor) hereby lets the {thing} to {other} (the Lessee) for a monthly rent of {n} euros.",
+                    f"I rent the {thing} to {other} for {n} euros a month.",
+                    f"The Lessor hereby lets the {thing} to {other} (the Lessee) for a monthly rent of {n} euros.",
                 ),
                 (
-                    f"{one} sells the {thing} to {other} for {n} euros.",
-                    f"{one} (the Seller) hereby sells the {thing} to {other} (the Buyer) for the sum of {n} euros.",
+                    f"I sell the {thing} to {other} for {n} euros.",
+                    f"The Seller hereby sells the {thing} to {other} (the Buyer) for the sum of {n} euros.",
                 ),
                 (
-                    f"{one} lends {other} {n} euros until day {day}.",
-                    f"{one} (the Lender) hereby lends {n} euros to {other} (the Borrower), repayable no later than day {day}.",
+                    f"I lend {other} {n} euros until day {day}.",
+                    f"The Lender hereby lends {n} euros to {other} (the Borrower), repayable no later than day {day}.",
                 ),
                 (
-                    f"{one} repairs the {thing} of {other} before day {day}.",
-                    f"{one} (the Contractor) shall repair the {thing} of {other} (the Client) no later than day {day}.",
+                    f"I repair the {thing} of {other} before day {day}.",
+                    f"The Contractor shall repair the {thing} of {other} (the Client) no later than day {day}.",
                 ),
                 (
-                    f"{one} keeps the secrets of {other} for {n} days.",
-                    f"{one} (the Recipient) shall keep the secrets of {other} (the Discloser) in confidence for a period of {n} days.",
+                    f"I keep the secrets of {other} for {n} days.",
+                    f"The Recipient shall keep the secrets of {other} (the Discloser) in confidence for a period of {n} days.",
                 ),
             )
         )
