@@ -82,11 +82,13 @@ def make_server(allow_training: bool) -> Any:
                 call, params.name, params.arguments or {}, allow_training
             )
         except AfinaError as error:
-            content = [TextContent(type="text", text=str(error))]
-            return CallToolResult(content=content, is_error=True)
+            return CallToolResult(
+                content=[TextContent(type="text", text=str(error))], is_error=True
+            )
         text = json.dumps(found, ensure_ascii=False)
-        content = [TextContent(type="text", text=text)]
-        return CallToolResult(content=content, structured_content=found)
+        return CallToolResult(
+            content=[TextContent(type="text", text=text)], structured_content=found
+        )
 
     return Server(
         "afina",
