@@ -101,6 +101,7 @@ def test_file_is_not_replaced_unless_requested(folder: Path) -> None:
         ("a.yaml", "x: 1", "no configuration of a known tool"),
         ("a.json", "[1]", "expected a JSON object"),
         ("a.json", "{", "not valid JSON"),
+        ("a.json", '{"a": ' * 50_000, "not valid JSON"),
         ("a.py", "x = (", "not valid Python"),
         ("a.py", "x = 1", "no configuration of a known tool"),
         ("a.sh", "echo 1", "no command of a known tool"),

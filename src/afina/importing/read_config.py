@@ -70,7 +70,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object; raise `SettingsError` on anything else."""
     try:
         content = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError("not valid JSON", where=str(file), why=str(error)) from None
     if not isinstance(content, dict):
         raise SettingsError("expected a JSON object", where=str(file))
