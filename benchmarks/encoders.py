@@ -32,6 +32,12 @@ from common import SHARED, interleave, median, peak_mb, publish, roofline
 PAIRS, RATE, EPOCHS, SEEDS, LENGTH = 32, 5e-4, 2, 2, 96
 TRAIN_PAIRS, EVAL_QUERIES, RERANK_QUERIES, CANDIDATES = 256, 100, 80, 6
 TAG_TRAIN, TAG_EVAL = 400, 200
+LEARNING: dict[str, Any] = {  # of every run here; evaluated at the end only
+    "rank": 8,
+    "alpha": 16,
+    "num_train_epochs": EPOCHS,
+    "eval_steps": 10**6,
+}
 SERVED, SERVE_REPEATS = 64, 30
 KINDS = ("name", "near", "food", "eatType", "area", "priceRange", "customer rating")
 Rows = list[dict[str, Any]]
@@ -78,12 +84,9 @@ def ours_embed(folder: Path, base: str, seed: int) -> dict[str, float]:
         eval_data=folder / "eval.jsonl",
         output_dir=folder / f"afina-{seed}",
         overwrite=True,
-        rank=8,
-        alpha=16,
         learning_rate=RATE,
         lr_scheduler_type="linear",
-        num_train_epochs=EPOCHS,
-        eval_steps=10**6,
+        **LEARNING,
         max_length=LENGTH,
         truncate=True,
         seed=seed,
@@ -277,10 +280,7 @@ def rerank(folder: Path, base: str, peer: str) -> None:
             objective="rerank",
             eval_data=folder / "eval.jsonl",
             output_dir=folder / f"rerank-{seed}",
-            rank=8,
-            alpha=16,
-            num_train_epochs=EPOCHS,
-            eval_steps=10**6,
+            **LEARNING,
             max_length=LENGTH,
             truncate=True,
             seed=seed,
@@ -383,10 +383,7 @@ def tag(folder: Path, base: str, peer: str) -> None:
             objective="tag",
             eval_data=folder / "eval.jsonl",
             output_dir=folder / f"tag-{seed}",
-            rank=8,
-            alpha=16,
-            num_train_epochs=EPOCHS,
-            eval_steps=10**6,
+            **LEARNING,
             skip_bad_rows=True,
             seed=seed,
         )

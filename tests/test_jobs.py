@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,11 @@ import pytest
 import yaml
 
 from afina.server.routes import graders as grading
-from helpers import ENVIRONMENT, write_rows
+from helpers import ENVIRONMENT, until, write_rows
 from live import KEYS, Live, live
 
 ENDED = ("succeeded", "failed", "cancelled", "paused")
 SHORT = {"max_steps": 6, "eval_steps": 2, "learning_rate": 3e-3, "max_length": 64}
-
-
-def until(wanted: Callable[[], Any], seconds: float = 250.0) -> Any:
-    """What `wanted` gives, once it gives something: a job loads torch first, on a busy machine."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := wanted():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s: {wanted}")
 
 
 def ended(client: openai.OpenAI, job: str) -> Any:

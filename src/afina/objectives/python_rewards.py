@@ -79,11 +79,8 @@ class FunctionScorer(Scorer):
             raise TrainingError(
                 "the reward function failed", where=self.name, why=why, hint=hint
             ) from error
-        try:
-            number = math.nan if isinstance(found, str) else float(found)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
+        number = _finite(found)
+        if number is None:
             why = f"it returned {str(found)[:40]!r}; {about}"
             raise TrainingError("a reward has to be a finite number", where=self.name, why=why)
         return number
@@ -163,18 +160,22 @@ class BatchFunctionScorer(Scorer):
         }
 
     def _number(self, found: Any, row: PromptRow) -> float:
-        if found is None:
-            return math.nan
-        try:
-            number = math.nan if isinstance(found, str) else float(found)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
+        number = math.nan if found is None else _finite(found)
+        if number is None:
             why = f"it returned {str(found)[:40]!r} for prompt {row.where}"
             raise TrainingError(
                 "a reward has to be a finite number or None", where=self.name, why=why
             )
         return number
+
+
+def _finite(found: Any) -> float | None:
+    """Return what a function returned as a finite number; None where it is none."""
+    try:
+        number = math.nan if isinstance(found, str) else float(found)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def load_function(spec: str) -> Scorer:

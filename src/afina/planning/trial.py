@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from afina.objectives.workload import StepWorkload
+from afina.planning.estimate import MIN_BATCH_TOKENS, NUM_OTHER_EVALS
 from afina.planning.estimates import MemoryEstimate, Workload
 from afina.planning.machine import MAX_MEMORY_RATIO, Machine, smallest_gpu
 from afina.training.setup.set_up import RunSetup
@@ -24,8 +25,6 @@ Memory = Callable[[int], MemoryEstimate]  # of the tokens of the largest micro-b
 
 TRIAL_TOKENS = (128, 512)  # about, of the two passes; a longer row is a pass of its own
 NUM_TIMED = 3  # repeats of each pass, of which the fastest counts
-MIN_BATCH_TOKENS = 64  # a smaller micro-batch is not proposed
-NUM_OTHER_EVALS = 3  # evaluations besides those of `eval_steps`: one before, two at the end
 # Gaps of a CPU's heap over what was counted. All-MiniLM-L6-v2, 4 steps on 2 cores: without it the
 # plan was 5% over the measured peak at 1,024 tokens, and 5% under it at 4,096.
 HEAP_SLACK = 0.2
